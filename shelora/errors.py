@@ -1,0 +1,77 @@
+"""Every reason the system can refuse something, and the errors that carry them.
+
+A reason is part of the protocol: it travels in the RPC status, in metrics labels and in round summaries.
+Messages are public. They name the field and the remedy, never a payload, a secret or another client.
+The table from reason to gRPC status lives in `shelora.transport.status`.
+"""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why a request, an update or a round was refused."""
+
+    # Requests
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    INTERNAL = "INTERNAL"
+    # Federations, members, plans
+    FEDERATION_UNKNOWN = "FEDERATION_UNKNOWN"
+    FEDERATION_EXISTS = "FEDERATION_EXISTS"
+    FEDERATION_CLOSED = "FEDERATION_CLOSED"
+    CLIENT_UNKNOWN = "CLIENT_UNKNOWN"
+    CLIENT_MISMATCH = "CLIENT_MISMATCH"
+    MODEL_MISMATCH = "MODEL_MISMATCH"
+    PLAN_UNKNOWN = "PLAN_UNKNOWN"
+    PLAN_REFUSED = "PLAN_REFUSED"
+    NOT_LEADER = "NOT_LEADER"
+    # Rounds
+    ROUND_UNKNOWN = "ROUND_UNKNOWN"
+    ROUND_NOT_COLLECTING = "ROUND_NOT_COLLECTING"
+    INVALID_TRANSITION = "INVALID_TRANSITION"
+    NOT_IN_COHORT = "NOT_IN_COHORT"
+    UPDATE_REWRITTEN = "UPDATE_REWRITTEN"
+    TOO_FEW_UPDATES = "TOO_FEW_UPDATES"
+    RESULT_UNKNOWN = "RESULT_UNKNOWN"
+    # Shards and transfers
+    LAYOUT_MISMATCH = "LAYOUT_MISMATCH"
+    SHARD_UNKNOWN = "SHARD_UNKNOWN"
+    SHARD_MISSING = "SHARD_MISSING"
+    SHARD_REWRITTEN = "SHARD_REWRITTEN"
+    SHARD_MALFORMED = "SHARD_MALFORMED"
+    TRANSFER_TOO_LARGE = "TRANSFER_TOO_LARGE"
+    TRANSFER_TRUNCATED = "TRANSFER_TRUNCATED"
+    TRANSFER_OFFSET = "TRANSFER_OFFSET"
+    DIGEST_MISMATCH = "DIGEST_MISMATCH"
+    SHAPE_MISMATCH = "SHAPE_MISMATCH"
+    VALUE_NOT_FINITE = "VALUE_NOT_FINITE"
+    VALUE_OUT_OF_RANGE = "VALUE_OUT_OF_RANGE"
+    # Ciphertexts
+    CIPHERTEXT_TRUNCATED = "CIPHERTEXT_TRUNCATED"
+    CIPHERTEXT_MALFORMED = "CIPHERTEXT_MALFORMED"
+    CIPHERTEXT_FOREIGN_KEY = "CIPHERTEXT_FOREIGN_KEY"
+    CIPHERTEXT_FOREIGN_PARAMETERS = "CIPHERTEXT_FOREIGN_PARAMETERS"
+    CIPHERTEXT_WRONG_SCALE = "CIPHERTEXT_WRONG_SCALE"
+    CIPHERTEXT_WRONG_SHAPE = "CIPHERTEXT_WRONG_SHAPE"
+    CIPHERTEXT_COEFFICIENT_RANGE = "CIPHERTEXT_COEFFICIENT_RANGE"
+    # Agents
+    TOO_FEW_CONTRIBUTORS = "TOO_FEW_CONTRIBUTORS"
+    SECRET_UNAVAILABLE = "SECRET_UNAVAILABLE"  # noqa: S105 - a reason, not a password
+    CONFIGURATION_INVALID = "CONFIGURATION_INVALID"
+    DATA_INVALID = "DATA_INVALID"
+    MODEL_INVALID = "MODEL_INVALID"
+    # Resources
+    STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
+    WORKER_FAILED = "WORKER_FAILED"
+
+
+class DomainError(Exception):
+    """A refusal with a named reason. `str(error)` is safe to show to anyone."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+    def __repr__(self) -> str:
+        return f"DomainError({self.reason}, {self.message!r})"
