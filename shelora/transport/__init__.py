@@ -1,0 +1,1 @@
+"""How bytes and errors travel between agents, servers and the command line."""

@@ -1,0 +1,178 @@
+"""Channels to servers, and calls that survive a server's restart."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol, TypeVar
+
+import grpc
+import tenacity
+
+from shelora.errors import DomainError
+from shelora.transport.address import check_dial, is_local
+from shelora.transport.status import STATUS_BY_REASON, error_from_rpc
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
+"""Largest message in either direction. Bulk travels in pieces of 256 KiB; the largest single messages are a
+federation's history and the layout of a model with thousands of matrices, which reach 1 MiB."""
+
+KEEPALIVE_MS: Final = 30_000
+"""Idle time after which a connection is probed; NATs and load balancers forget one after minutes."""
+
+TIMEOUT_S: Final = 20.0
+"""Default deadline of one attempt at a unary call."""
+
+RETRY_S: Final = 60.0
+"""Default time during which a call is tried again: longer than a rolling restart of one replica."""
+
+_FIRST_WAIT_S: Final = 0.1
+_LONGEST_WAIT_S: Final = 5.0
+
+_TRANSIENT: Final = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        # Cancelled by the server, which is shutting down: our own cancellation is an asyncio.CancelledError.
+        grpc.StatusCode.CANCELLED,
+    }
+)
+
+_SIZE_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+)
+
+_KEEPALIVE_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+_CHANNEL_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
+    *_SIZE_OPTIONS,
+    *_KEEPALIVE_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+    ("grpc.dns_min_time_between_resolutions_ms", 5_000),
+    # A headless Kubernetes service resolves to every replica; the default policy would use only one.
+    ("grpc.service_config", '{"loadBalancingConfig":[{"round_robin":{}}]}'),
+)
+
+SERVER_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
+    *_SIZE_OPTIONS,
+    *_KEEPALIVE_OPTIONS,
+    # Accept the keepalive probes of our own channels, which the default would answer with "too many pings".
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 3),
+    # A second process on the same port is a mistake; the default would share the port between both.
+    ("grpc.so_reuseport", 0),
+)
+"""Options of every server, the counterpart of those that `open_channel` sets."""
+
+
+class Credentials(Protocol):
+    """What secures a connection, on both sides. None in its place means plaintext."""
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """For a client: whom it trusts and who it is."""
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """For a server: who it is and whom it accepts."""
+
+
+def open_channel(
+    address: str, *, credentials: Credentials | None = None, allow_plaintext: bool = False
+) -> grpc.aio.Channel:
+    """A channel to `address` (`host:port`); it connects when first used and reconnects by itself.
+
+    Close it, or use it as an async context manager.
+
+    Raises: DomainError CONFIGURATION_INVALID if it would be plaintext to another machine and `allow_plaintext` is
+    not set, or if the address is malformed.
+    """
+    if credentials is not None:
+        return grpc.aio.secure_channel(address, credentials.channel_credentials(), options=_options(address))
+    check_dial(address, allow_plaintext=allow_plaintext)
+    return grpc.aio.insecure_channel(address, options=_options(address))
+
+
+def _options(address: str) -> Sequence[tuple[str, Any]]:
+    # http_proxy must not take traffic off this machine that was allowed in plaintext because it stays on it.
+    return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if is_local(address) else 1))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed later: by the status of an RPC, or by the reason of a DomainError."""
+    if isinstance(error, DomainError):
+        return STATUS_BY_REASON[error.reason] in _TRANSIENT
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _TRANSIENT
+
+
+def retrying(
+    *,
+    retry_s: float = RETRY_S,
+    attempts: int | None = None,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> tenacity.AsyncRetrying:
+    """Attempts at an idempotent call, with exponentially growing, jittered waits between them.
+
+        async for attempt in retrying():
+            with attempt:
+                response = await stub.Call(request)
+
+    Only transient errors (`is_transient`) are retried; the last error is raised as it is.
+
+    Args:
+        retry_s: No attempt starts later than this after the first. 0 for a single attempt.
+        attempts: Most attempts; None for no limit but the time.
+        sleep: Waits the given seconds; for tests.
+    """
+    stop = tenacity.stop_before_delay(retry_s)
+    return tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception(is_transient),
+        wait=tenacity.wait_exponential_jitter(
+            initial=_FIRST_WAIT_S, max=_LONGEST_WAIT_S, jitter=_FIRST_WAIT_S
+        ),
+        stop=stop if attempts is None else stop | tenacity.stop_after_attempt(attempts),
+        reraise=True,
+        sleep=sleep,
+    )
+
+
+async def call(
+    method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+    request: _Request,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    retry_s: float = RETRY_S,
+    metadata: Sequence[tuple[str, str | bytes]] = (),
+) -> _Response:
+    """The response to an idempotent unary call, tried again while it fails for a reason that may pass.
+
+    Args:
+        method: Method of an asynchronous stub.
+        request: Sent anew in every attempt.
+        timeout_s: Deadline of one attempt.
+        retry_s: No attempt starts later than this after the first. 0 for a single attempt.
+        metadata: Sent with every attempt.
+
+    Raises: DomainError with the server's reason, or STORE_UNAVAILABLE if no server could be reached.
+    """
+    try:
+        return await retrying(retry_s=retry_s)(_attempt, method, request, timeout_s, tuple(metadata))
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+
+
+async def _attempt(
+    method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+    request: _Request,
+    timeout_s: float,
+    metadata: tuple[tuple[str, str | bytes], ...],
+) -> _Response:
+    return await method(request, timeout=timeout_s, metadata=metadata)

@@ -1,0 +1,139 @@
+"""The one table from reasons to gRPC status codes, and both directions of the translation.
+
+The code of a reason decides whether callers try again (`shelora.transport.channel.is_transient`): only reasons that
+pass by themselves map to UNAVAILABLE.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from types import MappingProxyType
+from typing import Any, Final
+
+import grpc
+import structlog
+
+from shelora.errors import DomainError, Reason
+
+REASON_METADATA: Final = "shelora-reason"
+"""Key of the trailing metadata that carries the reason."""
+
+INTERNAL_MESSAGE: Final = "internal error"
+
+_Code = grpc.StatusCode
+_log = structlog.get_logger(__name__)
+
+STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
+    {
+        # Requests
+        Reason.INVALID_ARGUMENT: _Code.INVALID_ARGUMENT,
+        Reason.UNAUTHENTICATED: _Code.UNAUTHENTICATED,
+        Reason.INTERNAL: _Code.INTERNAL,
+        # Federations, members, plans
+        Reason.FEDERATION_UNKNOWN: _Code.NOT_FOUND,
+        Reason.FEDERATION_EXISTS: _Code.ALREADY_EXISTS,
+        Reason.FEDERATION_CLOSED: _Code.FAILED_PRECONDITION,
+        Reason.CLIENT_UNKNOWN: _Code.NOT_FOUND,
+        Reason.CLIENT_MISMATCH: _Code.PERMISSION_DENIED,
+        Reason.MODEL_MISMATCH: _Code.FAILED_PRECONDITION,
+        Reason.PLAN_UNKNOWN: _Code.NOT_FOUND,
+        Reason.PLAN_REFUSED: _Code.FAILED_PRECONDITION,
+        Reason.NOT_LEADER: _Code.PERMISSION_DENIED,
+        # Rounds
+        Reason.ROUND_UNKNOWN: _Code.NOT_FOUND,
+        Reason.ROUND_NOT_COLLECTING: _Code.FAILED_PRECONDITION,
+        Reason.INVALID_TRANSITION: _Code.FAILED_PRECONDITION,
+        Reason.NOT_IN_COHORT: _Code.PERMISSION_DENIED,
+        Reason.UPDATE_REWRITTEN: _Code.ALREADY_EXISTS,
+        Reason.TOO_FEW_UPDATES: _Code.FAILED_PRECONDITION,
+        Reason.RESULT_UNKNOWN: _Code.NOT_FOUND,
+        # Shards and transfers
+        Reason.LAYOUT_MISMATCH: _Code.FAILED_PRECONDITION,
+        Reason.SHARD_UNKNOWN: _Code.NOT_FOUND,
+        Reason.SHARD_MISSING: _Code.FAILED_PRECONDITION,
+        Reason.SHARD_REWRITTEN: _Code.ALREADY_EXISTS,
+        Reason.SHARD_MALFORMED: _Code.INVALID_ARGUMENT,
+        Reason.TRANSFER_TOO_LARGE: _Code.OUT_OF_RANGE,
+        Reason.TRANSFER_TRUNCATED: _Code.DATA_LOSS,
+        Reason.TRANSFER_OFFSET: _Code.OUT_OF_RANGE,
+        Reason.DIGEST_MISMATCH: _Code.DATA_LOSS,
+        Reason.SHAPE_MISMATCH: _Code.INVALID_ARGUMENT,
+        Reason.VALUE_NOT_FINITE: _Code.INVALID_ARGUMENT,
+        Reason.VALUE_OUT_OF_RANGE: _Code.INVALID_ARGUMENT,
+        # Ciphertexts
+        Reason.CIPHERTEXT_TRUNCATED: _Code.INVALID_ARGUMENT,
+        Reason.CIPHERTEXT_MALFORMED: _Code.INVALID_ARGUMENT,
+        Reason.CIPHERTEXT_FOREIGN_KEY: _Code.INVALID_ARGUMENT,
+        Reason.CIPHERTEXT_FOREIGN_PARAMETERS: _Code.INVALID_ARGUMENT,
+        Reason.CIPHERTEXT_WRONG_SCALE: _Code.INVALID_ARGUMENT,
+        Reason.CIPHERTEXT_WRONG_SHAPE: _Code.INVALID_ARGUMENT,
+        Reason.CIPHERTEXT_COEFFICIENT_RANGE: _Code.INVALID_ARGUMENT,
+        # Agents
+        Reason.TOO_FEW_CONTRIBUTORS: _Code.FAILED_PRECONDITION,
+        Reason.SECRET_UNAVAILABLE: _Code.FAILED_PRECONDITION,
+        Reason.CONFIGURATION_INVALID: _Code.FAILED_PRECONDITION,
+        Reason.DATA_INVALID: _Code.FAILED_PRECONDITION,
+        Reason.MODEL_INVALID: _Code.FAILED_PRECONDITION,
+        # Resources: both pass, so callers try again
+        Reason.STORE_UNAVAILABLE: _Code.UNAVAILABLE,
+        Reason.WORKER_FAILED: _Code.UNAVAILABLE,
+    }
+)
+
+_REASON_BY_BARE_STATUS: Final[Mapping[grpc.StatusCode, Reason]] = MappingProxyType(
+    {
+        _Code.INVALID_ARGUMENT: Reason.INVALID_ARGUMENT,
+        _Code.UNAUTHENTICATED: Reason.UNAUTHENTICATED,
+        _Code.UNAVAILABLE: Reason.STORE_UNAVAILABLE,
+        _Code.DEADLINE_EXCEEDED: Reason.STORE_UNAVAILABLE,
+        _Code.CANCELLED: Reason.STORE_UNAVAILABLE,
+        _Code.ABORTED: Reason.STORE_UNAVAILABLE,
+        _Code.RESOURCE_EXHAUSTED: Reason.STORE_UNAVAILABLE,
+    }
+)
+"""Reasons for failures that gRPC itself reports: no server, no answer in time, no room."""
+
+
+@asynccontextmanager
+async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Ends the RPC with the status of a DomainError raised inside, its message and `shelora-reason`.
+
+    Anything else unexpected is logged with its traceback and ends the RPC with INTERNAL and no detail.
+    Cancellation and `context.abort` pass.
+    """
+    try:
+        yield
+    except DomainError as error:
+        await _abort(context, error.reason, error.message)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:  # noqa: BLE001 - the boundary of the process: whatever it is, the caller must not see it
+        _log.exception("rpc_failed_unexpectedly")
+        await _abort(context, Reason.INTERNAL, INTERNAL_MESSAGE)
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], reason: Reason, message: str) -> None:
+    await context.abort(STATUS_BY_REASON[reason], message, ((REASON_METADATA, reason.value),))
+
+
+def error_from_rpc(error: grpc.RpcError) -> DomainError:
+    """The DomainError that the server raised, or the nearest one for a failure of gRPC itself.
+
+    Without a (known) reason, a failure that may pass becomes STORE_UNAVAILABLE, any other INTERNAL; the message
+    then starts with the name of the status.
+    """
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return DomainError(Reason.INTERNAL, "the RPC failed without a status")
+    details = error.details() or ""
+    reason = _reason_of(error)
+    if reason is not None:
+        return DomainError(reason, details)
+    fallback = _REASON_BY_BARE_STATUS.get(error.code(), Reason.INTERNAL)
+    return DomainError(fallback, f"{error.code().name}: {details}")
+
+
+def _reason_of(error: grpc.aio.AioRpcError) -> Reason | None:
+    """The reason in the trailing metadata, or None if there is none that this version knows."""
+    for key, value in error.trailing_metadata() or ():
+        if key == REASON_METADATA and value in Reason.__members__:
+            return Reason[str(value)]
+    return None
