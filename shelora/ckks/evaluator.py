@@ -1,0 +1,261 @@
+"""Weighted sums under encryption: all that aggregation does, and it needs no key.
+
+    sum[t, slot] = sum over blocks and their rows j of weights[t, j, segment(slot)] * Enc(value[j, slot])
+                   + clear[t, slot]
+
+Slots are runs ("segments", one per LoRA matrix) that share a weight. Where a chunk holds one segment only, or
+equal weights, the product is by a scalar (exact but for one rounding of the weight); elsewhere by an encoded
+vector. Depth is one, there is no rescaling and no key switching (DESIGN.md section 3).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from tenseal import sealapi
+
+from shelora.ckks.packing import UInt64Array
+from shelora.ckks.parameters import CkksParameters
+from shelora.ckks.seal import SealContext, seal_context
+from shelora.ckks.wire import BlockReader, BlockShape, FullBlock, FullCiphertext, SeededBlock
+from shelora.errors import DomainError, Reason
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+IntArray: TypeAlias = npt.NDArray[np.intp]
+
+SUM_LIMIT: Final = 0.5
+"""Largest |slot| of a sum: sum |weights| (values are at most one) + |clear|; beyond it coefficients wrap."""
+
+_SLACK: Final = 1e-6
+"""Room for rounding in a caller's own normalisation; far inside the parameters' room for noise."""
+
+
+@dataclass(frozen=True)
+class _ChunkRun:
+    """The segments that meet one chunk, in slot order, and how many of its slots each fills."""
+
+    segments: IntArray
+    lengths: IntArray
+
+
+class Evaluator:
+    """Makes accumulators for one key. It cannot decrypt: it holds a key's fingerprint, never the key."""
+
+    def __init__(self, parameters: CkksParameters, key_id: bytes) -> None:
+        """Args: key_id: 16 bytes, `SecretKey.key_id` of the federation."""
+        BlockShape(parameters, key_id, rows=1, chunks=1, seeded=True)  # refuses a malformed key id
+        self.parameters = parameters
+        self.key_id = key_id
+
+    def __repr__(self) -> str:
+        return f"Evaluator({self.parameters.name}, key {self.key_id.hex()})"
+
+    def accumulator(self, segments: Sequence[int], rows: int) -> "Accumulator":
+        """An empty sum of `rows` rows over sum(segments) slots.
+
+        Args: segments: lengths of the consecutive runs of slots, each at least 0.
+        Raises: DomainError(INVALID_ARGUMENT): a negative length, or rows below one.
+        """
+        return Accumulator(self.parameters, self.key_id, segments, rows)
+
+
+class Accumulator:
+    """A sum under construction; see `Evaluator.accumulator`. Not for concurrent use.
+
+    An `add` refused midway has added part of its block: the accumulator is spent then and refuses further use.
+    """
+
+    def __init__(self, parameters: CkksParameters, key_id: bytes, segments: Sequence[int], rows: int) -> None:
+        if rows < 1 or any(length < 0 for length in segments):
+            raise DomainError(Reason.INVALID_ARGUMENT, "an accumulator needs a row and no negative segment")
+        self._context = seal_context(parameters)
+        self._evaluator = sealapi.Evaluator(self._context.native)
+        self._segments = np.asarray(segments, dtype=np.intp)
+        self._runs = _chunk_runs(self._segments, parameters.slots)
+        self.shape = BlockShape(parameters, key_id, rows, len(self._runs), seeded=False)
+        self.total_slots = int(self._segments.sum())
+        self._sums: dict[tuple[int, int], Any] = {}  # (row, chunk) -> native ciphertext
+        self._product = sealapi.Ciphertext()
+        self._weight_sum = np.zeros((rows, len(segments)))
+        self._clear = np.zeros((rows, self.total_slots))
+        self._spent = False
+
+    def add(
+        self,
+        block: SeededBlock | BlockReader,
+        weights: FloatArray,
+        chunk_indices: Sequence[int] | None = None,
+    ) -> None:
+        """Adds sum_j weights[t, j, segment] * block[j] to every row t.
+
+        Args:
+            block: fresh ciphertexts [rows_in, chunks_in] of this key; a `BlockReader` is streamed, one
+                ciphertext in memory at a time.
+            weights: [rows, rows_in, segments], finite. Over all calls, sum |weights| + |clear| stays within
+                1/2 for every row and slot.
+            chunk_indices: chunk of the accumulator for each chunk of the block, strictly increasing; by
+                default the first chunks_in.
+        Raises: DomainError: INVALID_ARGUMENT, SHAPE_MISMATCH (weights), VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE
+            (weights), CIPHERTEXT_FOREIGN_PARAMETERS, CIPHERTEXT_FOREIGN_KEY, CIPHERTEXT_WRONG_SHAPE,
+            CIPHERTEXT_COEFFICIENT_RANGE (streamed blocks).
+        """
+        self._require_open()
+        targets = self._targets(block.shape, chunk_indices)
+        self._check_weights(block.shape, weights)
+        self._spent = True
+        self._weight_sum += np.abs(weights).sum(axis=1)
+        for position, chunk in enumerate(targets):
+            for row in range(block.shape.rows):
+                self._add_products(block, row, position, chunk, weights[:, row])
+        self._spent = False
+
+    def add_clear(self, values: FloatArray) -> None:
+        """Adds plain values [rows, total_slots], finite; the sum keeps to the limit of `add`.
+
+        Raises: DomainError: SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE.
+        """
+        self._require_open()
+        _check_finite(values, (self.shape.rows, self.total_slots))
+        clear = self._clear + values
+        self._check_limit(self._weight_sum, clear)
+        self._clear = clear
+
+    def finish(self) -> FullBlock:
+        """The sum, [rows, chunks] ciphertexts at the product scale. Closes the accumulator.
+
+        A position that no ciphertext reached becomes a trivial one: c0 encodes the clear value, c1 = 0. It
+        hides nothing, as it holds nothing that was encrypted.
+        """
+        self._require_open()
+        self._spent = True
+        shape, degree = self.shape, self.shape.parameters.poly_degree
+        c0 = np.empty((shape.rows, shape.chunks, degree), dtype=np.uint64)
+        c1 = np.empty_like(c0)
+        for row, clear in enumerate(self._padded_clear()):
+            for chunk, values in enumerate(clear):
+                position = self._finished(self._sums.pop((row, chunk), None), values)
+                c0[row, chunk], c1[row, chunk] = position
+        return FullBlock(shape, c0, c1)
+
+    def _add_products(
+        self, block: SeededBlock | BlockReader, row: int, position: int, chunk: int, weights: FloatArray
+    ) -> None:
+        """weights: [rows, segments] for one row of the block."""
+        run = self._runs[chunk]
+        plaintexts = [self._plaintext(line[run.segments], run) for line in weights]
+        if all(plaintext is None for plaintext in plaintexts):
+            return
+        ciphertext = self._context.load_seeded(block.seeded_ciphertext(row, position))
+        for target, plaintext in enumerate(plaintexts):
+            if plaintext is not None:
+                self._add_product((target, chunk), ciphertext, plaintext)
+
+    def _add_product(self, position: tuple[int, int], ciphertext: Any, plaintext: Any) -> None:  # noqa: ANN401
+        if position not in self._sums:
+            self._sums[position] = sealapi.Ciphertext()
+            self._evaluator.multiply_plain(ciphertext, plaintext, self._sums[position])
+            return
+        self._evaluator.multiply_plain(ciphertext, plaintext, self._product)
+        try:
+            self._evaluator.add_inplace(self._sums[position], self._product)
+        except RuntimeError as error:
+            # SEAL checks for c1 = 0 after it has written the sum, which is right: opposite weights cancel.
+            if "transparent" not in str(error):
+                raise
+
+    def _plaintext(self, weights: FloatArray, run: _ChunkRun) -> Any | None:  # noqa: ANN401 - untyped binding
+        """The encoded weights of one chunk, or None if they round to zero (SEAL refuses such a product)."""
+        scale = self.shape.parameters.weight_scale
+        if (weights == weights[0]).all():
+            plaintext = self._context.encode_scalar(float(weights[0]), scale) if weights[0] else None
+        else:
+            plaintext = self._context.encode(np.repeat(weights, run.lengths).tolist(), scale)
+        return None if plaintext is None or plaintext.is_zero() else plaintext
+
+    def _finished(self, native: Any | None, clear: FloatArray) -> FullCiphertext:  # noqa: ANN401 - untyped binding
+        residues = _clear_residues(self._context, clear)
+        if native is None:
+            return FullCiphertext(residues, np.zeros_like(residues))
+        total = self._context.read_full(native)
+        return FullCiphertext((total.c0 + residues) % np.uint64(self.shape.parameters.modulus), total.c1)
+
+    def _padded_clear(self) -> FloatArray:
+        slots = self.shape.parameters.slots
+        return pad_to_chunks(self._clear, self.shape.chunks, slots)
+
+    def _targets(self, shape: BlockShape, chunk_indices: Sequence[int] | None) -> Sequence[int]:
+        if shape.parameters.digest != self.shape.parameters.digest:
+            raise DomainError(Reason.CIPHERTEXT_FOREIGN_PARAMETERS, "the block has other CKKS parameters")
+        if shape.key_id != self.shape.key_id:
+            raise DomainError(Reason.CIPHERTEXT_FOREIGN_KEY, "the block is encrypted under another key")
+        targets = range(shape.chunks) if chunk_indices is None else chunk_indices
+        if len(targets) != shape.chunks or not _increasing_below(targets, self.shape.chunks):
+            raise DomainError(Reason.CIPHERTEXT_WRONG_SHAPE, "the block's chunks do not fit the accumulator")
+        return targets
+
+    def _check_weights(self, shape: BlockShape, weights: FloatArray) -> None:
+        _check_finite(weights, (self.shape.rows, shape.rows, len(self._segments)))
+        self._check_limit(self._weight_sum + np.abs(weights).sum(axis=1), self._clear)
+
+    def _check_limit(self, weight_sum: FloatArray, clear: FloatArray) -> None:
+        """weight_sum: [rows, segments]; clear: [rows, total_slots]."""
+        largest = np.repeat(weight_sum, self._segments, axis=1) + np.abs(clear)
+        if largest.size and float(largest.max()) > SUM_LIMIT * (1 + _SLACK):
+            raise DomainError(Reason.VALUE_OUT_OF_RANGE, "weights and clear values together exceed 1/2")
+
+    def _require_open(self) -> None:
+        if self._spent:
+            raise DomainError(Reason.INVALID_ARGUMENT, "the accumulator is finished or was refused a block")
+
+
+def pad_to_chunks(values: FloatArray, chunks: int, slots: int) -> FloatArray:
+    """Values [rows, total_slots] as [rows, chunks, slots], zeros at the end of the last chunk."""
+    padded = np.zeros((values.shape[0], chunks * slots))
+    padded[:, : values.shape[1]] = values
+    return padded.reshape(values.shape[0], chunks, slots)
+
+
+def _chunk_runs(segments: IntArray, slots: int) -> list[_ChunkRun]:
+    """The non-empty segments of each chunk of `slots` slots."""
+    ends = np.cumsum(segments)
+    starts = ends - segments
+    total = int(ends[-1]) if len(ends) else 0
+    return [_chunk_run(starts, ends, first, first + slots) for first in range(0, total, slots)]
+
+
+def _chunk_run(starts: IntArray, ends: IntArray, first: int, last: int) -> _ChunkRun:
+    lengths = np.minimum(ends, last) - np.maximum(starts, first)
+    inside = np.flatnonzero(lengths > 0)
+    return _ChunkRun(inside, lengths[inside])
+
+
+def _clear_residues(context: SealContext, values: FloatArray) -> UInt64Array:
+    """Values [slots] encoded at the product scale, as residues [N] in NTT order.
+
+    SEAL's encoder refuses a scale within one bit of the modulus, so values are encoded at half the scale
+    and the residues doubled.
+    """
+    parameters = context.parameters
+    if not values.any():
+        return np.zeros(parameters.poly_degree, dtype=np.uint64)
+    half_scale = parameters.product_scale / 2
+    half = context.read_plaintext(context.encode(values.tolist(), half_scale), half_scale)
+    return (half + half) % np.uint64(parameters.modulus)
+
+
+def _check_finite(values: FloatArray, shape: tuple[int, ...]) -> None:
+    if values.shape != shape or values.dtype != np.float64:
+        raise DomainError(Reason.SHAPE_MISMATCH, f"expected float64 values of shape {list(shape)}")
+    if not np.isfinite(values).all():
+        raise DomainError(Reason.VALUE_NOT_FINITE, "values must be finite")
+
+
+def _increasing_below(indices: Iterable[int], limit: int) -> bool:
+    previous = -1
+    for index in indices:
+        if not previous < index < limit:
+            return False
+        previous = index
+    return True
