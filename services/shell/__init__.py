@@ -1,0 +1,1 @@
+"""What every server process shares: settings, health, metrics, logs, shutdown."""

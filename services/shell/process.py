@@ -1,0 +1,49 @@
+"""The outermost frame of a server process: logs, event loop, exit code."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
+
+import structlog
+
+from services.shell.settings import ServerSettings
+from shelora.errors import DomainError, Reason
+from shelora.telemetry.logs import configure_logs
+
+_Settings = TypeVar("_Settings", bound=ServerSettings)
+
+EXIT_FAILED: Final = 1
+"""Something broke; the log says what. A supervisor should start the process again."""
+
+EXIT_REFUSED: Final = 2
+"""The configuration is refused; standard error says why. Starting it again does not help."""
+
+_log = structlog.get_logger(__name__)
+
+
+def run_process(
+    process: str, load: Callable[[], _Settings], main: Callable[[_Settings], Coroutine[Any, Any, None]]
+) -> None:
+    """Runs a server to its end. Returns after a drain, exits with EXIT_REFUSED or EXIT_FAILED otherwise.
+
+    Args:
+        process: Name of the process in its logs.
+        load: Reads the settings.
+        main: Composes the server and serves.
+    """
+    try:
+        settings = load()
+        configure_logs(process, settings.log_level, json=settings.log_json)
+        asyncio.run(main(settings))
+    except Exception as error:  # noqa: BLE001 - the end of the process: one line or a log record, never silence
+        sys.exit(_explain(process, error))
+
+
+def _explain(process: str, error: Exception) -> int:
+    """Tells the operator why the process ends. Returns the exit code."""
+    if isinstance(error, DomainError) and error.reason is Reason.CONFIGURATION_INVALID:
+        print(f"{process}: {error.message}", file=sys.stderr)  # noqa: T201 - for the operator, logs or not
+        return EXIT_REFUSED
+    _log.error("process_failed", exc_info=error)
+    return EXIT_FAILED

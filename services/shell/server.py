@@ -1,0 +1,247 @@
+"""A gRPC server with health, reflection, metrics, supervised background work and a shutdown that drains."""
+
+import asyncio
+import json
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.shell.observation import RpcObserver
+from services.shell.settings import ServerSettings
+from shelora.errors import DomainError, Reason
+from shelora.telemetry.metrics import start_metrics_server
+from shelora.transport.address import HostPort, check_bind
+from shelora.transport.channel import SERVER_OPTIONS, Credentials
+
+Register = Callable[[grpc.aio.Server], None]
+"""Adds the servicers to a server that has not started."""
+
+Background = Callable[[], Coroutine[Any, Any, None]]
+"""Work beside the calls, until it is cancelled at the end of the drain. Returning early is fine."""
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a ready file says, as JSON."""
+
+    address: str
+    """Where gRPC is served, as a client on this machine reaches it: `host:port`."""
+
+    metrics_port: int
+    """Where metrics are served; -1 if they are not."""
+
+    pid: int
+    """The serving process."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Ready | None":
+        """The content of a ready file, or None while there is none."""
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+
+
+async def serve(
+    settings: ServerSettings,
+    *,
+    service_names: Sequence[str],
+    register: Register,
+    background: Sequence[Background] = (),
+    on_drain: Sequence[Callable[[], None]] = (),
+    on_stop: Sequence[Callable[[], Awaitable[None]]] = (),
+    credentials: Credentials | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT, or until background work crashes; then drains.
+
+    The drain: health says NOT_SERVING, `on_drain` runs, no new call is accepted, calls in progress have
+    `shutdown_grace_s` to finish, background work is cancelled, `on_stop` runs.
+
+    Args:
+        settings: Addresses, grace, ready file.
+        service_names: Full names of the services, for reflection, health and metrics.
+        register: Adds their servicers.
+        background: Work beside the calls. A crash stops the process.
+        on_drain: Told that the drain begins, so that calls without an end (streams of events) end themselves.
+        on_stop: Closes what the servicers used, in this order, after the last call.
+        credentials: What secures the connections; None for plaintext, refused beyond this machine by default.
+
+    Raises:
+        DomainError: CONFIGURATION_INVALID if it may not or cannot listen where the settings say.
+        Exception: What background work crashed with, after the drain.
+    """
+    async with AsyncExitStack() as stack:
+        stop = stack.enter_context(_stop_signals())
+        for close in reversed(on_stop):
+            stack.push_async_callback(close)
+        metrics_port = stack.enter_context(_metrics(settings))
+        tasks = await stack.enter_async_context(_background(background))
+        address = await stack.enter_async_context(
+            _listening(settings, service_names, register, on_drain, credentials)
+        )
+        ready = Ready(address, metrics_port, os.getpid())
+        stack.enter_context(_announced(settings.ready_file, ready))
+        _log.info("serving", **asdict(ready))
+        await _until(stop, tasks)
+        _log.info("draining", grace_s=settings.shutdown_grace_s)
+
+
+@asynccontextmanager
+async def running_server(
+    service_names: Sequence[str], register: Register, settings: ServerSettings | None = None
+) -> AsyncIterator[str]:
+    """For tests: the same server in this process, on a free port, without signals, metrics or ready file.
+
+    Yields: Its address, `127.0.0.1:port`.
+    """
+    settings = settings or ServerSettings(listen="127.0.0.1:0", shutdown_grace_s=0.0)
+    async with _listening(settings, service_names, register, (), None) as address:
+        yield address
+
+
+@asynccontextmanager
+async def _listening(
+    settings: ServerSettings,
+    service_names: Sequence[str],
+    register: Register,
+    on_drain: Sequence[Callable[[], None]],
+    credentials: Credentials | None,
+) -> AsyncIterator[str]:
+    """A started server; drains on exit. Yields its address."""
+    server = grpc.aio.server(interceptors=[RpcObserver(service_names)], options=SERVER_OPTIONS)
+    register(server)
+    reflection.enable_server_reflection(
+        (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    address = _bind(server, settings, credentials)
+    await server.start()
+    for name in service_names:
+        await health_servicer.set(name, _SERVING)
+    try:
+        yield address
+    finally:
+        await health_servicer.enter_graceful_shutdown()
+        for announce in on_drain:
+            announce()
+        await server.stop(settings.shutdown_grace_s)
+
+
+def _bind(server: grpc.aio.Server, settings: ServerSettings, credentials: Credentials | None) -> str:
+    """Binds the address of the settings. Returns the address that clients on this machine use."""
+    if credentials is None:
+        check_bind(settings.listen, allow_plaintext=settings.allow_plaintext)
+    try:
+        port = (
+            server.add_insecure_port(settings.listen)
+            if credentials is None
+            else server.add_secure_port(settings.listen, credentials.server_credentials())
+        )
+    except RuntimeError as error:
+        raise DomainError(
+            Reason.CONFIGURATION_INVALID, f"cannot listen on {settings.listen}: is the port in use?"
+        ) from error
+    return str(HostPort(_reachable(HostPort.parse(settings.listen).host), port))
+
+
+def _reachable(host: str) -> str:
+    """The host that reaches a server bound to `host` from this machine."""
+    with suppress(ValueError):
+        address = ip_address(host)
+        if address.is_unspecified:
+            return "127.0.0.1" if address.version == 4 else "::1"
+    return host
+
+
+@contextmanager
+def _metrics(settings: ServerSettings) -> Iterator[int]:
+    """Serves metrics. Yields the port, or -1 if the settings turn it off."""
+    if settings.metrics_port < 0:
+        yield -1
+        return
+    server = start_metrics_server(settings.metrics_port, settings.metrics_host)
+    try:
+        yield server.port
+    finally:
+        server.stop()
+
+
+@asynccontextmanager
+async def _background(work: Sequence[Background]) -> AsyncIterator[Sequence[asyncio.Task[None]]]:
+    """Runs background work; cancels it on exit and waits for it."""
+    tasks = [asyncio.create_task(start(), name=getattr(start, "__name__", "background")) for start in work]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM and SIGINT set. A repeated signal changes nothing: the grace bounds the drain."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+@contextmanager
+def _announced(path: Path | None, ready: Ready) -> Iterator[None]:
+    """Writes the ready file, whole or not at all; on exit removes it unless another process replaced it."""
+    if path is None:
+        yield
+        return
+    _replace(path, json.dumps(asdict(ready)).encode())
+    try:
+        yield
+    finally:
+        if Ready.read(path) == ready:
+            path.unlink(missing_ok=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(content)
+    Path(file.name).replace(path)
+
+
+async def _until(stop: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Waits for the stop event. Raises what a task crashed with, if one does first."""
+    stopping = asyncio.create_task(stop.wait(), name="stop-signal")
+    pending: set[asyncio.Task[Any]] = {stopping, *tasks}
+    try:
+        while not stopping.done():
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                _raise_crash(task)
+    finally:
+        stopping.cancel()
+
+
+def _raise_crash(task: asyncio.Task[Any]) -> None:
+    error = task.exception()
+    if error is not None:
+        _log.error("background_work_crashed", work=task.get_name(), exc_info=error)
+        raise error
