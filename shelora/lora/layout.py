@@ -1,0 +1,295 @@
+"""The layout of a round: which matrices and tensors an update holds, what of them is protected, and the shards.
+
+Columns of a matrix travel in its *column order* (`shelora.obfuscation`): first the columns of tier 0, then those of
+tier 1 and so on, then the columns that nobody encrypts. A client that encrypts `t` tiers encrypts a prefix of that
+order, so a server needs only the counts in `Matrix.tier_columns`, never a column number.
+
+Within a shard the protected columns of all its matrices fill CKKS slots tier by tier: the slots of a client that
+encrypts `t` tiers are then a prefix too, and a small budget costs few ciphertexts.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from shelora.ckks.parameters import CkksParameters, profile
+from shelora.errors import DomainError, Reason
+
+FORMAT = 1
+MAX_DIMENSION = 2**20
+MAX_TENSOR_VALUES = 2**28
+MAX_RANK = 1024
+MAX_NAME = 256
+SOFT_CLEAR_BYTES = 4 * 2**20
+"""Clear bytes of the largest client at which a shard is closed once its last ciphertext chunk is well filled."""
+HARD_CLEAR_BYTES = 16 * 2**20
+"""Clear bytes at which a shard is closed however its last chunk is filled."""
+MAX_CHUNKS = 32
+"""Ciphertext chunks at which a shard is closed: 32 chunks of 32 aggregated rows are 28 MB at the standard profile."""
+WELL_FILLED = 0.9
+"""Share of a shard's last chunk that must be filled for closing at the soft limit."""
+FLOAT_BYTES = 4
+"""Clear values travel as float32."""
+
+
+def refuse(message: str) -> DomainError:
+    """An INVALID_ARGUMENT error about a layout."""
+    return DomainError(Reason.INVALID_ARGUMENT, message)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """An adapted matrix W [out_features, in_features] whose update is s B A."""
+
+    name: str
+    out_features: int
+    in_features: int
+    tier_columns: tuple[int, ...] = ()
+    """Protected columns of each tier."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.name) <= MAX_NAME:
+            raise refuse(f"a matrix name must have 1 to {MAX_NAME} characters")
+        if not (1 <= self.out_features <= MAX_DIMENSION and 1 <= self.in_features <= MAX_DIMENSION):
+            raise refuse(f"matrix {self.name}: features must be 1 to {MAX_DIMENSION}")
+        if min(self.tier_columns, default=0) < 0 or sum(self.tier_columns) > self.in_features:
+            raise refuse(f"matrix {self.name}: tier_columns must be at most its {self.in_features} columns")
+
+    def protected(self, tiers: int | None = None) -> int:
+        """Columns in the first `tiers` tiers; in all of them by default."""
+        return sum(self.tier_columns[:tiers])
+
+    @property
+    def clear(self) -> int:
+        """Columns that no client encrypts."""
+        return self.in_features - self.protected()
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor averaged whole; values are at most `bound` in magnitude."""
+
+    name: str
+    shape: tuple[int, ...]
+    bound: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.name) <= MAX_NAME:
+            raise refuse(f"a tensor name must have 1 to {MAX_NAME} characters")
+        if min(self.shape, default=1) < 1 or self.size > MAX_TENSOR_VALUES:
+            raise refuse(f"tensor {self.name}: it must hold 1 to {MAX_TENSOR_VALUES} values")
+        if not (math.isfinite(self.bound) and self.bound > 0):
+            raise refuse(f"tensor {self.name}: the bound must be greater than 0")
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A run of matrices or a run of tensors, by index into the layout."""
+
+    matrices: tuple[int, ...] = ()
+    tensors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive slots of a shard that hold columns of one matrix (of one tier) or values of one tensor."""
+
+    item: int
+    """Position in the shard's matrices or tensors."""
+    slot: int
+    """First slot."""
+    length: int
+    column: int
+    """First position in the matrix's column order; 0 for tensors."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an update of a round looks like. Immutable; equal layouts have equal digests."""
+
+    parameters: str
+    key_id: bytes
+    matrices: tuple[Matrix, ...]
+    tensors: tuple[Tensor, ...]
+    tiers: tuple[float, ...]
+    encrypt_tensors: bool
+    max_rank: int
+    max_directions: int
+    shards: tuple[Shard, ...]
+
+    def __post_init__(self) -> None:
+        profile(self.parameters)
+        if not 1 <= self.max_rank <= MAX_RANK:
+            raise refuse(f"max_rank must be 1 to {MAX_RANK}")
+        if self.max_directions < 1:
+            raise refuse("max_directions must be at least 1")
+        if any(not 0 < b <= 1 for b in self.tiers) or list(self.tiers) != sorted(set(self.tiers)):
+            raise refuse("tiers must be strictly increasing budgets in (0, 1]")
+        if any(len(m.tier_columns) != len(self.tiers) for m in self.matrices):
+            raise refuse("every matrix needs one entry of tier_columns a tier")
+        for kind, items in (("matrix", self.matrices), ("tensor", self.tensors)):
+            if len({item.name for item in items}) != len(items):
+                raise refuse(f"two entries of the layout have the same {kind} name")
+        if [i for s in self.shards for i in s.matrices] != list(range(len(self.matrices))) or [
+            i for s in self.shards for i in s.tensors
+        ] != list(range(len(self.tensors))):
+            raise refuse("the shards must hold every matrix and tensor once, in order")
+        if any(bool(s.matrices) == bool(s.tensors) for s in self.shards):
+            raise refuse("a shard holds matrices or tensors, not both")
+        if self.encrypts and not self.key_id:
+            raise refuse("a layout that encrypts needs a key_id")
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether anything in this layout is encrypted."""
+        return bool(self.tiers) or (self.encrypt_tensors and bool(self.tensors))
+
+    @property
+    def ckks(self) -> CkksParameters:
+        """The CKKS parameters named by `parameters`."""
+        return profile(self.parameters)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical form: JSON with sorted keys, no spaces, bytes in hex."""
+        form = {"format": FORMAT, **asdict(self), "key_id": self.key_id.hex()}
+        return hashlib.sha256(json.dumps(form, sort_keys=True, separators=(",", ":")).encode()).digest()
+
+    def shard(self, index: int) -> Shard:
+        """The shard of that index; raises SHARD_UNKNOWN."""
+        if not 0 <= index < len(self.shards):
+            raise DomainError(
+                Reason.SHARD_UNKNOWN, f"the layout has {len(self.shards)} shards, not a shard {index}"
+            )
+        return self.shards[index]
+
+    def segments(self, shard: Shard, tiers: int | None = None) -> tuple[Segment, ...]:
+        """Slots of the encrypted values of a shard, for a client that encrypts `tiers` tiers (all by default).
+
+        The segments of fewer tiers are a prefix of those of more.
+        """
+        if shard.tensors:
+            sizes = [self.tensors[i].size for i in shard.tensors] if self.encrypt_tensors else []
+            return tuple(_consecutive((item, size, 0) for item, size in enumerate(sizes)))
+        count = len(self.tiers) if tiers is None else tiers
+        return tuple(
+            _consecutive(
+                (item, self.matrices[index].tier_columns[tier], self.matrices[index].protected(tier))
+                for tier in range(count)
+                for item, index in enumerate(shard.matrices)
+            )
+        )
+
+    def slot_count(self, shard: Shard, tiers: int | None = None) -> int:
+        """Encrypted values a row of a shard, for a client that encrypts `tiers` tiers (all by default)."""
+        segments = self.segments(shard, tiers)
+        return segments[-1].slot + segments[-1].length if segments else 0
+
+    def chunk_count(self, shard: Shard, tiers: int | None = None) -> int:
+        """Ciphertexts a row of a shard."""
+        return -(-self.slot_count(shard, tiers) // self.ckks.slots)
+
+    def clear_tensor_bytes(self, shard: Shard) -> int:
+        """Bytes of the tensors of a shard that are averaged in the clear."""
+        return 0 if self.encrypt_tensors else FLOAT_BYTES * sum(self.tensors[i].size for i in shard.tensors)
+
+    def largest_update_bytes(self, shard: Shard) -> int:
+        """Bound of a serialized UpdateShard in bytes, for refusing a transfer before it begins."""
+        rank = self.max_rank if shard.matrices else 1
+        clear = sum(
+            FLOAT_BYTES * rank * (self.matrices[i].out_features + self.matrices[i].in_features)
+            for i in shard.matrices
+        )
+        per_ciphertext = self.ckks.poly_degree * 8 + 64
+        encrypted = rank * self.chunk_count(shard) * per_ciphertext
+        return clear + self.clear_tensor_bytes(shard) + encrypted + 2**16
+
+
+def _consecutive(runs: Iterator[tuple[int, int, int]]) -> Iterator[Segment]:
+    """Lays runs of (item, length, column) one after the other, leaving out empty ones."""
+    slot = 0
+    for item, length, column in runs:
+        if length:
+            yield Segment(item, slot, length, column)
+            slot += length
+
+
+def tiers_within(tiers: Sequence[float], budget: float) -> int:
+    """How many tiers a client encrypts whose budget is that share of all columns, 0 to 1."""
+    return sum(tier <= budget for tier in tiers)
+
+
+def build_layout(
+    *,
+    parameters: str,
+    key_id: bytes,
+    matrices: Sequence[Matrix],
+    tensors: Sequence[Tensor],
+    tiers: Sequence[float],
+    encrypt_tensors: bool,
+    max_rank: int,
+    max_directions: int,
+) -> Layout:
+    """Lays matrices and tensors out in shards.
+
+    A shard of matrices grows until its clear bytes pass SOFT_CLEAR_BYTES with its last ciphertext chunk well filled,
+    and never past HARD_CLEAR_BYTES or MAX_CHUNKS unless one matrix alone does.
+    """
+    slots = profile(parameters).slots
+    shards = [Shard(matrices=run) for run in _matrix_runs(matrices, slots, max_rank)]
+    shards += [Shard(tensors=run) for run in _tensor_runs(tensors, slots)]
+    return Layout(
+        parameters=parameters,
+        key_id=key_id,
+        matrices=tuple(matrices),
+        tensors=tuple(tensors),
+        tiers=tuple(tiers),
+        encrypt_tensors=encrypt_tensors,
+        max_rank=max_rank,
+        max_directions=max_directions,
+        shards=tuple(shards),
+    )
+
+
+def _matrix_runs(matrices: Sequence[Matrix], slots: int, max_rank: int) -> Iterator[tuple[int, ...]]:
+    run: list[int] = []
+    clear_bytes = slot_count = 0
+    for index, matrix in enumerate(matrices):
+        matrix_bytes = FLOAT_BYTES * max_rank * (matrix.out_features + matrix.clear)
+        too_large = clear_bytes + matrix_bytes > HARD_CLEAR_BYTES
+        too_many = slot_count + matrix.protected() > MAX_CHUNKS * slots
+        if run and (
+            too_large or too_many or (clear_bytes >= SOFT_CLEAR_BYTES and _well_filled(slot_count, slots))
+        ):
+            yield tuple(run)
+            run, clear_bytes, slot_count = [], 0, 0
+        run.append(index)
+        clear_bytes += matrix_bytes
+        slot_count += matrix.protected()
+    if run:
+        yield tuple(run)
+
+
+def _tensor_runs(tensors: Sequence[Tensor], slots: int) -> Iterator[tuple[int, ...]]:
+    run: list[int] = []
+    values = 0
+    for index, tensor in enumerate(tensors):
+        if run and values + tensor.size > MAX_CHUNKS * slots:
+            yield tuple(run)
+            run, values = [], 0
+        run.append(index)
+        values += tensor.size
+    if run:
+        yield tuple(run)
+
+
+def _well_filled(slot_count: int, slots: int) -> bool:
+    return slot_count % slots == 0 or (slot_count % slots) / slots >= WELL_FILLED

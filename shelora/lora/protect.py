@@ -1,0 +1,141 @@
+"""A client's update, shard by shard: column order, row normalization, encryption of the client's tiers.
+
+Rows of A are scaled by powers of two to a largest magnitude in [1/2, 1) and the columns of B take the factor up:
+B A is unchanged to the bit, nothing needs clipping, and every row uses the full precision of the ciphertext.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shelora.ckks.wire import SeededBlock, encode_block
+from shelora.errors import DomainError, Reason
+from shelora.lora.layout import Layout, Matrix, Tensor
+from shelora.lora.shards import Float32, Float64, LoraFactors, MatrixPart, UpdateShardContent
+
+
+class Encrypts(Protocol):
+    """What `shelora.ckks.secret.Encryptor` does; named here so that this module needs no secret key."""
+
+    def encrypt(self, values: Float64) -> SeededBlock:
+        """Encrypts rows of values in [-1, 1]."""
+
+
+def protect(
+    layout: Layout,
+    factors: Mapping[str, LoraFactors],
+    tensors: Mapping[str, Float32],
+    encrypted_tiers: int,
+    orders: Mapping[str, NDArray[np.int64]],
+    encryptor: Encrypts | None,
+) -> Iterator[UpdateShardContent]:
+    """Yields the shards of an update, one at a time.
+
+    Args:
+        layout: Layout of the round.
+        factors: B [out, rank] and A [rank, in] by matrix name, all of one rank.
+        tensors: Values by tensor name.
+        encrypted_tiers: Tiers this client encrypts (`tiers_within` its budget).
+        orders: Column order by matrix name: entry k is the true index of the column at position k.
+        encryptor: None if the layout encrypts nothing.
+
+    Raises: SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, naming the matrix or tensor.
+    """
+    for index, shard in enumerate(layout.shards):
+        if shard.tensors:
+            yield _tensor_shard(layout, index, tensors, encryptor)
+        else:
+            yield _matrix_shard(layout, index, factors, encrypted_tiers, orders, encryptor)
+
+
+def _matrix_shard(
+    layout: Layout,
+    index: int,
+    factors: Mapping[str, LoraFactors],
+    tiers: int,
+    orders: Mapping[str, NDArray[np.int64]],
+    encryptor: Encrypts | None,
+) -> UpdateShardContent:
+    shard = layout.shards[index]
+    matrices = [layout.matrices[i] for i in shard.matrices]
+    ordered = [_ordered(m, factors.get(m.name), orders[m.name]) for m in matrices]
+    rank = ordered[0].A.shape[0]
+    rows = np.zeros((rank, layout.slot_count(shard, tiers)))
+    for segment in layout.segments(shard, tiers):
+        columns = slice(segment.column, segment.column + segment.length)
+        rows[:, segment.slot : segment.slot + segment.length] = ordered[segment.item].A[:, columns]
+    return UpdateShardContent(
+        shard=index,
+        rank=rank,
+        encrypted_tiers=tiers,
+        matrices=tuple(
+            MatrixPart(f.B, f.A[:, m.protected(tiers) :]) for m, f in zip(matrices, ordered, strict=True)
+        ),
+        clear_tensors=(),
+        ciphertexts=_encrypted(rows, encryptor),
+    )
+
+
+def _tensor_shard(
+    layout: Layout, index: int, values: Mapping[str, Float32], encryptor: Encrypts | None
+) -> UpdateShardContent:
+    shard = layout.shards[index]
+    tensors = [layout.tensors[i] for i in shard.tensors]
+    checked = [_checked_tensor(t, values.get(t.name)) for t in tensors]
+    encrypted = layout.encrypt_tensors
+    row = np.concatenate(
+        [v.ravel().astype(np.float64) / t.bound for v, t in zip(checked, tensors, strict=True)]
+    )
+    return UpdateShardContent(
+        shard=index,
+        rank=1,
+        encrypted_tiers=len(layout.tiers),
+        matrices=(),
+        clear_tensors=() if encrypted else tuple(checked),
+        ciphertexts=_encrypted(row[None, :], encryptor) if encrypted else b"",
+    )
+
+
+def _encrypted(rows: Float64, encryptor: Encrypts | None) -> bytes:
+    if not rows.shape[1]:
+        return b""
+    if encryptor is None:
+        raise DomainError(Reason.SECRET_UNAVAILABLE, "the layout encrypts, but there is no key")
+    return encode_block(encryptor.encrypt(rows))
+
+
+def _ordered(matrix: Matrix, factors: LoraFactors | None, order: NDArray[np.int64]) -> LoraFactors:
+    """Factors with columns in column order and rows of A normalized."""
+    if (
+        factors is None
+        or factors.B.shape[0] != matrix.out_features
+        or factors.A.shape[1] != matrix.in_features
+    ):
+        raise DomainError(
+            Reason.SHAPE_MISMATCH, f"the update has no factors of the right shape for {matrix.name}"
+        )
+    if not (np.isfinite(factors.A).all() and np.isfinite(factors.B).all()):
+        raise DomainError(Reason.VALUE_NOT_FINITE, f"the factors of {matrix.name} hold NaN or infinity")
+    exponents = np.frexp(np.abs(factors.A).max(axis=1))[1]
+    A = np.ldexp(factors.A, -exponents[:, None])[:, order].astype(np.float32)
+    B = np.ldexp(factors.B, exponents).astype(np.float32)
+    if not np.isfinite(B).all():
+        raise DomainError(Reason.VALUE_OUT_OF_RANGE, f"the factors of {matrix.name} exceed float32")
+    return LoraFactors(B, A)
+
+
+def _checked_tensor(tensor: Tensor, value: Float32 | None) -> Float32:
+    if value is None or value.shape != tensor.shape:
+        raise DomainError(
+            Reason.SHAPE_MISMATCH, f"the update has no tensor {tensor.name} of shape {tensor.shape}"
+        )
+    if not np.isfinite(value).all():
+        raise DomainError(Reason.VALUE_NOT_FINITE, f"{tensor.name} holds NaN or infinity")
+    if np.abs(value).max() > tensor.bound:
+        raise DomainError(
+            Reason.VALUE_OUT_OF_RANGE,
+            f"{tensor.name} exceeds {tensor.bound}: lower the learning rate or raise protection.tensor_bound",
+        )
+    return value

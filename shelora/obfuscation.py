@@ -1,0 +1,69 @@
+"""What agents derive from the obfuscation secret: column orders, initial factors, the key that seals plans.
+
+Columns travel in a secret order, the same for all agents and unknown to every server, and LoRA starts from a secret
+A. Without them the clear part of an update gives training text away even when nearly all columns are encrypted
+(docs/threat-model.md). Every derived stream is HKDF-SHA256 (RFC 5869) of the secret, bound to epoch, purpose and
+name, expanded by ChaCha20 (RFC 8439).
+"""
+
+import math
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+from shelora.errors import DomainError, Reason
+
+SECRET_BYTES = 32
+_WORD_BYTES = 8
+_UNIT = 2.0**-53
+"""Turns the upper 53 bits of a word into a number in [0, 1)."""
+
+
+class Obfuscation:
+    """Everything keyed by one epoch's obfuscation secret."""
+
+    def __init__(self, secret: bytes, epoch: int) -> None:
+        """Takes 32 secret bytes and the number of the epoch."""
+        if len(secret) != SECRET_BYTES:
+            raise DomainError(Reason.SECRET_UNAVAILABLE, f"an obfuscation secret has {SECRET_BYTES} bytes")
+        self._secret = secret
+        self.epoch = epoch
+
+    def __repr__(self) -> str:
+        return f"Obfuscation(epoch={self.epoch})"
+
+    def permutation(self, matrix: str, columns: int) -> NDArray[np.int64]:
+        """Secret order of a matrix's columns: entry k is the true index of the column at position k."""
+        return np.argsort(self._words("column-order", matrix, columns), kind="stable")
+
+    def initial_A(self, matrix: str, rank: int, columns: int) -> NDArray[np.float32]:
+        """Initial A [rank, columns], uniform in ±1/sqrt(columns) as in PEFT; smaller ranks are its first rows."""
+        return self._uniform("initial-factor", matrix, (rank, columns), 1 / math.sqrt(columns))
+
+    def initial_tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Initial value of a tensor trained whole: uniform in ±1/sqrt(fan in); zero for vectors."""
+        if len(shape) < 2:
+            return np.zeros(shape, dtype=np.float32)
+        return self._uniform("initial-tensor", name, shape, 1 / math.sqrt(math.prod(shape[1:])))
+
+    def plan_key(self) -> bytes:
+        """AES-256 key under which agents exchange plans."""
+        return self._derive("plan-key", "")
+
+    def _uniform(self, purpose: str, name: str, shape: tuple[int, ...], bound: float) -> NDArray[np.float32]:
+        words = self._words(purpose, name, math.prod(shape))
+        unit = (words >> np.uint64(11)).astype(np.float64) * _UNIT
+        return ((2 * unit - 1) * bound).astype(np.float32).reshape(shape)
+
+    def _words(self, purpose: str, name: str, count: int) -> NDArray[np.uint64]:
+        """`count` 64-bit words of the key stream of (epoch, purpose, name)."""
+        cipher = Cipher(algorithms.ChaCha20(self._derive(purpose, name), bytes(16)), mode=None)
+        stream = cipher.encryptor().update(bytes(count * _WORD_BYTES))
+        return np.frombuffer(stream, dtype="<u8").astype(np.uint64)
+
+    def _derive(self, purpose: str, name: str) -> bytes:
+        info = f"shelora/v1/{purpose}/{self.epoch}/{name}".encode()
+        return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._secret)
