@@ -1,0 +1,255 @@
+"""What an operator says about a federation: one YAML file, checked completely before anything starts.
+
+The fields and ranges are those of `FederationSpec` in coordinator.proto, which crosses the wire; the defaults are
+here. A value that passed these classes is sound: nothing behind them checks it again.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from shelora.ckks.parameters import PROFILES, STANDARD
+from shelora.errors import DomainError, Reason
+from shelora.v1 import coordinator_pb2 as pb
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Names = Annotated[tuple[Name, ...], Strict(strict=False)]
+"""A list in YAML, a tuple here."""
+
+MAX_SHOWN_CHARACTERS: Final = 60
+"""Characters of a refused value that an error shows."""
+
+
+class StrictModel(BaseModel):
+    """Frozen; refuses unknown fields, values of another type, NaN and infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class TrainingSpec(StrictModel):
+    """What training agents agree on; rank, alpha and budget are each client's own."""
+
+    base_model: Name
+    """Base model every agent must have, by the name its agents know it under."""
+
+    task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
+    """What the model learns; it decides the head, the loss and what `correct` counts in evaluations."""
+
+    labels: Names = ()
+    """Class names in order of their index, at least two; none for causal-lm."""
+
+    target_modules: Annotated[Names, Field(min_length=1)] = ("query", "value")
+    """Suffixes of module names to adapt. The attention's query and value carry most of LoRA's effect."""
+
+    local_steps: Annotated[int, Field(ge=1, le=100_000)] = 20
+    """Optimizer steps a round: more drift apart between clients, fewer waste the round's traffic."""
+
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Examples a step."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """AdamW learning rate; LoRA takes about ten times that of full fine-tuning."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=131_072)] = 128
+    """Tokens an example is cut to; time and memory of a step grow with it."""
+
+    calibration_examples: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Examples that sensitivity scores are measured on; the ranking settles within some dozens."""
+
+    evaluation_examples: Annotated[int, Field(ge=0, le=2**31 - 1)] = 256
+    """Test examples after each round, 0 for none; after the last round, all."""
+
+    @model_validator(mode="after")
+    def _labels_fit_the_task(self) -> Self:
+        if self.task == "causal-lm" and self.labels:
+            raise PydanticCustomError("labels", "labels must be empty for causal-lm: remove them")
+        if self.task == "sequence-classification" and len(set(self.labels)) < max(2, len(self.labels)):
+            raise PydanticCustomError(
+                "labels",
+                "labels must name at least 2 different classes for sequence-classification: list them",
+            )
+        return self
+
+
+class RoundSpec(StrictModel):
+    """Rules of a federation's rounds."""
+
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 3
+    """Training rounds."""
+
+    clients: Annotated[int, Field(ge=2, le=100_000)] = 2
+    """Clients that must have joined before the first round, at least `min_updates`."""
+
+    min_updates: Annotated[int, Field(ge=2, le=100_000)] = 2
+    """Updates below which a round is abandoned. An aggregate of one update is that update, so two is the least."""
+
+    deadline_s: Annotated[int, Field(ge=1, le=7 * 86_400)] = 3600
+    """Seconds a round collects updates. A week at most: state expires after it has not changed for longer."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    """Attempts at a round before the federation fails; an attempt fails when too few clients answer."""
+
+    replan_every_rounds: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Training rounds after which the plan is negotiated anew, 0 for never: sensitivities drift slowly."""
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Self:
+        if self.clients < self.min_updates:
+            raise PydanticCustomError(
+                "clients",
+                "clients = {clients} can never send min_updates = {least} updates: raise clients or lower min_updates",
+                {"clients": self.clients, "least": self.min_updates},
+            )
+        return self
+
+
+class ProtectionSpec(StrictModel):
+    """How updates are protected."""
+
+    mode: Literal["selective", "none"] = "selective"
+    """`selective` encrypts each client's budget of columns and all tensors; `none` nothing, for comparison only."""
+
+    parameters: str = STANDARD.name
+    """CKKS profile by name; the default is 128-bit secure and the smallest on the wire."""
+
+    negotiation: Literal["sealed"] = "sealed"
+    """How clients agree on columns: `sealed` adds up encrypted votes."""
+
+    tensor_bound: Annotated[float, Field(gt=0, le=1e6)] = 4.0
+    """Largest absolute value in an encrypted tensor; precision is lost in proportion to it."""
+
+    max_directions: Annotated[int, Field(ge=1, le=4096)] = 256
+    """Most directions in an aggregate. The sum of all ranks is lossless; beyond, the result says what it left out."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _known_and_secure(cls, name: str) -> str:
+        known = sorted(p.name for p in PROFILES.values() if p.secure)
+        if name not in known:
+            raise PydanticCustomError("profile", "use one of {known}", {"known": ", ".join(known)})
+        return name
+
+
+class FederationSpec(StrictModel):
+    """A federation, as its operator specified it."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
+    """Name and identifier, 1 to 64 characters of a-z, 0-9 and -."""
+
+    training: TrainingSpec
+    """What agents train."""
+
+    round: RoundSpec = RoundSpec()
+    """How rounds run."""
+
+    protection: ProtectionSpec = ProtectionSpec()
+    """What is encrypted."""
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        """Reads a specification.
+
+        Raises: CONFIGURATION_INVALID: the file cannot be read, is not YAML, or some field is wrong; the message
+        has a line for every wrong field, with its dotted path, its value and the remedy.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise _invalid(f"{path} cannot be read: {error}") from error
+        except yaml.YAMLError as error:
+            raise _invalid(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise _invalid(f"{path} must hold a mapping with the fields {', '.join(cls.model_fields)}")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise _invalid("\n".join([f"{path} is not a valid federation:", *explain(error, cls)])) from None
+
+    @classmethod
+    def from_proto(cls, message: pb.FederationSpec) -> Self:
+        """Raises INVALID_ARGUMENT with a line for every wrong field. Nothing is defaulted: zero means zero."""
+        fields = {
+            "name": message.name,
+            "training": _fields(message.training, TrainingSpec),
+            "round": _fields(message.round, RoundSpec),
+            "protection": _fields(message.protection, ProtectionSpec),
+        }
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            lines = "\n".join(explain(error, cls))
+            raise DomainError(Reason.INVALID_ARGUMENT, f"the federation is refused:\n{lines}") from None
+
+    def to_proto(self) -> pb.FederationSpec:
+        return pb.FederationSpec(
+            name=self.name,
+            training=pb.TrainingSpec(**self.training.model_dump()),
+            round=pb.RoundSpec(**self.round.model_dump()),
+            protection=pb.ProtectionSpec(**self.protection.model_dump()),
+        )
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    """A line for every problem: the field's dotted path, its value, what to do."""
+    for problem in error.errors(include_url=False):
+        path = ".".join(map(str, problem["loc"])) or "federation"
+        yield f"  {path}{_shown(problem)}: {_remedy(problem, model)}"
+
+
+def _invalid(message: str) -> DomainError:
+    return DomainError(Reason.CONFIGURATION_INVALID, message)
+
+
+def _fields(
+    message: pb.TrainingSpec | pb.RoundSpec | pb.ProtectionSpec, model: type[BaseModel]
+) -> dict[str, Any]:
+    values = {name: getattr(message, name) for name in model.model_fields}
+    return {
+        name: value if isinstance(value, str | int | float) else list(value) for name, value in values.items()
+    }
+
+
+def _shown(problem: ErrorDetails) -> str:
+    """` = value`, cut short; nothing for a missing field or a problem of several fields."""
+    if problem["type"] == "missing" or isinstance(problem["input"], Mapping | BaseModel):
+        return ""
+    text = repr(problem["input"])
+    return f" = {text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + '...'}"
+
+
+def _remedy(problem: ErrorDetails, model: type[BaseModel]) -> str:
+    if problem["type"] == "missing":
+        return "this field has no default: add it"
+    if problem["type"] == "extra_forbidden":
+        return f"there is no such field{_suggestion(problem['loc'], model)}"
+    if problem["type"] == "string_pattern_mismatch":
+        return "use 1 to 64 characters of a-z, 0-9 and -"
+    message = problem["msg"]
+    return message.replace("Input should be", "use", 1) if message.startswith("Input") else message
+
+
+def _suggestion(location: Sequence[int | str], model: type[BaseModel]) -> str:
+    """` (did you mean X?)` for a name close to a field, else the fields there are."""
+    for part in location[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        model = annotation
+    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
+    return f": did you mean {close[0]}?" if close else f"; known are {', '.join(model.model_fields)}"

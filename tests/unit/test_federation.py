@@ -1,0 +1,114 @@
+import pytest
+import yaml
+
+from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec
+
+MINIMAL = {
+    "name": "reuters",
+    "training": {"base_model": "all-MiniLM-L6-v2", "labels": ["earn", "acq"]},
+}
+
+
+def written(tmp_path, content):
+    path = tmp_path / "federation.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def merged(**sections):
+    return {name: {**MINIMAL.get(name, {}), **fields} for name, fields in sections.items()}
+
+
+def refusal(tmp_path, content) -> str:
+    with pytest.raises(DomainError) as refused:
+        FederationSpec.from_yaml(written(tmp_path, content))
+    assert refused.value.reason is Reason.CONFIGURATION_INVALID
+    return refused.value.message
+
+
+def test_a_minimal_file_gets_every_default(tmp_path):
+    spec = FederationSpec.from_yaml(written(tmp_path, MINIMAL))
+    assert spec.training.labels == ("earn", "acq")
+    assert (spec.round.rounds, spec.round.min_updates, spec.protection.mode) == (3, 2, "selective")
+
+
+def test_a_specification_survives_the_wire(tmp_path):
+    spec = FederationSpec.from_yaml(written(tmp_path, MINIMAL))
+    assert FederationSpec.from_proto(spec.to_proto()) == spec
+
+
+def test_every_field_of_the_wire_has_a_field_here_and_back():
+    message = FederationSpec.model_validate(MINIMAL).to_proto()
+    for section in (message.training, message.round, message.protection):
+        model = getattr(
+            FederationSpec.model_validate(MINIMAL), section.DESCRIPTOR.name.removesuffix("Spec").lower()
+        )
+        assert {field.name for field in section.DESCRIPTOR.fields} == set(type(model).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "expected"),
+    [
+        ("round", {"min_updates": 1}, "round.min_updates = 1: use greater than or equal to 2"),
+        ("round", {"deadline_s": "soon"}, "round.deadline_s = 'soon': use a valid integer"),
+        ("round", {"rounds": 10_001}, "round.rounds = 10001: use less than or equal to 10000"),
+        (
+            "round",
+            {"min_update": 2},
+            "round.min_update = 2: there is no such field: did you mean min_updates?",
+        ),
+        ("round", {"clients": 2, "min_updates": 3}, "raise clients or lower min_updates"),
+        ("training", {"task": "diffusion"}, "training.task = 'diffusion': use 'sequence-classification'"),
+        ("training", {"labels": ["only"]}, "at least 2 different classes"),
+        ("training", {"labels": ["same", "same"]}, "at least 2 different classes"),
+        ("training", {"task": "causal-lm"}, "labels must be empty for causal-lm"),
+        ("training", {"learning_rate": float("nan")}, "training.learning_rate = nan"),
+        ("training", {"learning_rate": 0.0}, "training.learning_rate = 0.0: use greater than 0"),
+        ("training", {"target_modules": []}, "training.target_modules = []"),
+        ("training", {"zzz": 1}, "there is no such field; known are base_model"),
+        (
+            "protection",
+            {"parameters": "INSECURE_TOY"},
+            "protection.parameters = 'INSECURE_TOY': use one of LARGE",
+        ),
+        ("protection", {"negotiation": "ope"}, "protection.negotiation = 'ope': use 'sealed'"),
+        ("protection", {"tensor_bound": -1.0}, "protection.tensor_bound = -1.0"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_value_and_the_remedy(tmp_path, section, fields, expected):
+    content = {**MINIMAL, **merged(**{section: fields})}
+    assert expected in refusal(tmp_path, content)
+
+
+def test_every_wrong_field_has_its_own_line(tmp_path):
+    message = refusal(tmp_path, {"name": "Not Valid", "training": {"labels": ["a", "b"]}})
+    assert "name = 'Not Valid': use 1 to 64 characters of a-z, 0-9 and -" in message
+    assert "training.base_model: this field has no default: add it" in message
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "", "name: [unclosed"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
+    assert "federation.yaml" in refusal(tmp_path, content)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DomainError, match=r"nowhere\.yaml cannot be read"):
+        FederationSpec.from_yaml(tmp_path / "nowhere.yaml")
+
+
+def test_an_empty_message_is_refused_field_by_field():
+    message = FederationSpec.model_validate(MINIMAL).to_proto()
+    message.round.deadline_s = 0
+    message.training.ClearField("base_model")
+    with pytest.raises(DomainError) as refused:
+        FederationSpec.from_proto(message)
+    assert refused.value.reason is Reason.INVALID_ARGUMENT
+    assert "round.deadline_s = 0" in refused.value.message
+    assert "training.base_model = ''" in refused.value.message
+
+
+def test_a_specification_never_changes():
+    spec = FederationSpec.model_validate(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        spec.name = "other"

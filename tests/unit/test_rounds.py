@@ -1,0 +1,85 @@
+import itertools
+
+import pytest
+
+from shelora.errors import DomainError, Reason
+from shelora.rounds import ENDED, TRANSITIONS, Event, Round, RoundKind, RoundState, should_close
+
+COLLECTING = Round(
+    round_id="r",
+    kind=RoundKind.TRAIN,
+    number=1,
+    attempt=1,
+    min_updates=2,
+    deadline_s=10,
+    cohort=("a", "b", "c"),
+    state=RoundState.COLLECTING,
+    opened_ms=5_000,
+)
+
+LEGAL = {
+    ("SELECTING", "OPEN", "COLLECTING"),
+    ("COLLECTING", "CLOSE", "AGGREGATING"),
+    ("AGGREGATING", "PUBLISH", "PUBLISHED"),
+    ("SELECTING", "ABANDON", "ABANDONED"),
+    ("COLLECTING", "ABANDON", "ABANDONED"),
+    ("AGGREGATING", "ABANDON", "ABANDONED"),
+}
+
+
+def in_state(state: RoundState) -> Round:
+    return Round("r", RoundKind.VOTE, 0, 1, 2, 10, ("a", "b"), state=state, opened_ms=1)
+
+
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(RoundState, Event)))
+def test_every_state_and_event_either_follows_the_table_or_is_refused(state, event):
+    reason = Reason.TOO_FEW_UPDATES if event is Event.ABANDON else None
+    targets = [target for origin, name, target in LEGAL if (origin, name) == (state, event)]
+    if not targets:
+        with pytest.raises(DomainError) as refused:
+            in_state(state).advance(event, 99, reason)
+        assert refused.value.reason is Reason.INVALID_TRANSITION
+        return
+    after = in_state(state).advance(event, 99, reason)
+    assert [after.state] == targets
+    assert after.reason is reason
+    assert after.ended == (after.state in ENDED)
+    assert after.ended_ms == (99 if after.ended else 0)
+
+
+def test_the_table_holds_exactly_the_legal_steps():
+    assert {(state, event, target) for (state, event), target in TRANSITIONS.items()} == LEGAL
+
+
+def test_opening_starts_the_clock_and_later_events_keep_it():
+    opened = in_state(RoundState.SELECTING).advance(Event.OPEN, 7_000)
+    assert (opened.opened_ms, opened.deadline_ms) == (7_000, 17_000)
+    assert opened.advance(Event.CLOSE, 9_000).opened_ms == 7_000
+
+
+@pytest.mark.parametrize("event", [Event.OPEN, Event.ABANDON])
+def test_a_reason_belongs_to_abandonment_and_only_to_it(event):
+    reason = None if event is Event.ABANDON else Reason.TOO_FEW_UPDATES
+    with pytest.raises(DomainError, match="abandoned for a reason"):
+        in_state(RoundState.SELECTING).advance(event, 1, reason)
+
+
+@pytest.mark.parametrize(
+    ("updates", "now_ms", "expected"),
+    [
+        (0, 14_999, None),
+        (2, 14_999, None),
+        (3, 5_001, Event.CLOSE),
+        (3, 15_000, Event.CLOSE),
+        (2, 15_000, Event.CLOSE),
+        (1, 15_000, Event.ABANDON),
+        (0, 15_000, Event.ABANDON),
+    ],
+)
+def test_a_round_closes_when_all_committed_or_at_its_deadline(updates, now_ms, expected):
+    assert should_close(COLLECTING, updates, now_ms) is expected
+
+
+@pytest.mark.parametrize("state", sorted(set(RoundState) - {RoundState.COLLECTING}))
+def test_only_a_collecting_round_is_due_for_anything(state):
+    assert should_close(in_state(state), 5, 10**15) is None
