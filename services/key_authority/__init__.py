@@ -1,0 +1,1 @@
+"""Makes and keeps the keys of every epoch and releases them to agents. Decrypts nothing."""

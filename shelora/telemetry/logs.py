@@ -1,7 +1,8 @@
 """Structured logs on standard error, for our own events and for those of libraries.
 
-No payload gets into a log by accident: field values that are bytes, arrays or messages are replaced by their type
-or size, and fields named like secrets are masked. This catches mistakes; it does not make logging a secret safe.
+No payload gets into a log by accident: field values that are bytes, arrays or messages are replaced by their
+type or size, and fields named like secrets are masked. This catches mistakes; it does not make it safe to log
+a secret.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Prometheus metrics: names by convention, labels from closed vocabularies, every series there from the start."""
+"""Prometheus metrics: names by convention, labels from closed vocabularies, series that start at zero."""
 
 import itertools
 import re

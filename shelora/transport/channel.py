@@ -92,8 +92,8 @@ def open_channel(
 
     Close it, or use it as an async context manager.
 
-    Raises: DomainError CONFIGURATION_INVALID if it would be plaintext to another machine and `allow_plaintext` is
-    not set, or if the address is malformed.
+    Raises: DomainError CONFIGURATION_INVALID if the address is malformed, or if it would be
+    plaintext to another machine and `allow_plaintext` is not set.
     """
     if credentials is not None:
         return grpc.aio.secure_channel(address, credentials.channel_credentials(), options=_options(address))

@@ -1,7 +1,7 @@
 """The one table from reasons to gRPC status codes, and both directions of the translation.
 
-The code of a reason decides whether callers try again (`shelora.transport.channel.is_transient`): only reasons that
-pass by themselves map to UNAVAILABLE.
+The code of a reason decides whether callers try again (`shelora.transport.channel.is_transient`): only
+reasons that pass by themselves map to UNAVAILABLE.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -118,8 +118,8 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], reason: Reason, me
 def error_from_rpc(error: grpc.RpcError) -> DomainError:
     """The DomainError that the server raised, or the nearest one for a failure of gRPC itself.
 
-    Without a (known) reason, a failure that may pass becomes STORE_UNAVAILABLE, any other INTERNAL; the message
-    then starts with the name of the status.
+    Without a (known) reason, a failure that may pass becomes STORE_UNAVAILABLE, any other INTERNAL; then the
+    message starts with the name of the status.
     """
     if not isinstance(error, grpc.aio.AioRpcError):
         return DomainError(Reason.INTERNAL, "the RPC failed without a status")

@@ -1,0 +1,35 @@
+"""Command line options that every server has, as types of a typer command's parameters.
+
+Each defaults to None, which leaves the value to the environment and then to the settings' own default.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Listen = Annotated[
+    str | None,
+    typer.Option(help="Address to serve gRPC on. Port 0 picks a free one.", metavar="HOST:PORT"),
+]
+AllowPlaintext = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-plaintext", help="Serve plaintext beyond this machine; on a protected network only."
+    ),
+]
+MetricsHost = Annotated[
+    str | None, typer.Option(help="Address to serve Prometheus metrics on.", metavar="HOST")
+]
+MetricsPort = Annotated[
+    int | None, typer.Option(help="Port of the metrics. 0 picks a free one, -1 turns them off.")
+]
+LogLevel = Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")]
+LogJson = Annotated[bool | None, typer.Option("--log-json", help="Log one JSON object a line.")]
+ShutdownGrace = Annotated[
+    float | None, typer.Option(help="Seconds that calls in progress may take to finish after SIGTERM.")
+]
+ReadyFile = Annotated[
+    Path | None,
+    typer.Option(help="File that holds, while serving, the address, metrics port and pid as JSON."),
+]
