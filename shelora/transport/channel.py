@@ -119,7 +119,7 @@ def retrying(
     attempts: int | None = None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> tenacity.AsyncRetrying:
-    """Attempts at an idempotent call, with exponentially growing, jittered waits between them.
+    """Attempts at an idempotent call, with random waits of exponentially growing bound between them.
 
         async for attempt in retrying():
             with attempt:
@@ -135,9 +135,7 @@ def retrying(
     stop = tenacity.stop_before_delay(retry_s)
     return tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_exponential_jitter(
-            initial=_FIRST_WAIT_S, max=_LONGEST_WAIT_S, jitter=_FIRST_WAIT_S
-        ),
+        wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S),
         stop=stop if attempts is None else stop | tenacity.stop_after_attempt(attempts),
         reraise=True,
         sleep=sleep,
