@@ -1,0 +1,168 @@
+"""The gRPC face of the service: parse, call, render."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, Final
+
+import grpc
+import structlog
+
+from services.aggregation import metrics
+from services.aggregation.aggregations import Aggregations
+from services.aggregation.records import (
+    AggregationRequest,
+    CommittedContribution,
+    Progress,
+    ShardSlot,
+    checked_id,
+    invalid,
+)
+from services.aggregation.store import ShardStore
+from services.aggregation.uploads import Announcement, Uploads
+from shelora.errors import DomainError, Reason
+from shelora.lora.layout import Layout
+from shelora.messages import layout_from_proto
+from shelora.telemetry.metrics import at_zero
+from shelora.transport.pieces import Digest, cut
+from shelora.transport.status import translated
+from shelora.v1 import aggregation_pb2 as pb
+from shelora.v1 import aggregation_pb2_grpc, common_pb2
+
+SERVICE_NAME: Final = "shelora.v1.Aggregation"
+
+MIN_TTL_S: Final = 60
+MAX_TTL_S: Final = 30 * 24 * 3600
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_METHODS: Final = tuple(m.name for m in pb.DESCRIPTOR.services_by_name["Aggregation"].methods)
+_log = structlog.get_logger(__name__)
+
+
+class AggregationServicer(aggregation_pb2_grpc.AggregationServicer):
+    """Serves `shelora.v1.Aggregation`."""
+
+    def __init__(
+        self, store: ShardStore, uploads: Uploads, aggregations: Aggregations, max_shard_bytes: int
+    ) -> None:
+        """Takes `max_shard_bytes`, the size of a shard above which a round is not opened."""
+        self._store = store
+        self._uploads = uploads
+        self._aggregations = aggregations
+        self._max_shard_bytes = max_shard_bytes
+        at_zero(metrics.REFUSALS, {"method": _METHODS, "reason": metrics.REASONS})
+
+    async def OpenRound(self, request: pb.OpenRoundRequest, context: _Context) -> pb.OpenRoundResponse:
+        async with _answering(context, "OpenRound"):
+            layout = layout_from_proto(request.layout)
+            _check_sizes(layout, self._max_shard_bytes)
+            if not MIN_TTL_S <= request.ttl_s <= MAX_TTL_S:
+                raise invalid(f"ttl_s must be {MIN_TTL_S} to {MAX_TTL_S}")
+            await self._store.open_round(checked_id("round_id", request.round_id), layout, request.ttl_s)
+            _log.info("round_open", round_id=request.round_id, shard_count=len(layout.shards))
+        return pb.OpenRoundResponse()
+
+    async def PutShard(
+        self, request_iterator: AsyncIterator[pb.PutShardRequest], context: _Context
+    ) -> pb.PutShardResponse:
+        async with _answering(context, "PutShard"):
+            announced = _announcement(await anext(request_iterator, pb.PutShardRequest()))
+            stored_before = await self._uploads.receive(announced, _pieces(request_iterator))
+        return pb.PutShardResponse(digest=_digest_to_proto(announced.digest), already_stored=stored_before)
+
+    async def QueryShards(self, request: pb.QueryShardsRequest, context: _Context) -> pb.QueryShardsResponse:
+        async with _answering(context, "QueryShards"):
+            found = await self._store.progress(
+                checked_id("round_id", request.round_id), checked_id("client_id", request.client_id)
+            )
+        return pb.QueryShardsResponse(shards=[_progress_to_proto(progress) for progress in found])
+
+    async def AggregateShard(
+        self, request: pb.AggregateShardRequest, context: _Context
+    ) -> pb.AggregateShardResponse:
+        async with _answering(context, "AggregateShard"):
+            result = await self._aggregations.aggregate(_aggregation_request(request))
+        return pb.AggregateShardResponse(digest=_digest_to_proto(result.digest), cpu_s=result.cpu_s)
+
+    async def GetResult(
+        self, request: pb.GetResultRequest, context: _Context
+    ) -> AsyncIterator[pb.GetResultResponse]:
+        async with _answering(context, "GetResult"):
+            round_id = checked_id("round_id", request.round_id)
+            digest = await self._store.result_digest(round_id, request.shard)
+            if request.offset > digest.total_bytes:
+                raise DomainError(Reason.TRANSFER_OFFSET, f"the result has {digest.total_bytes} bytes")
+            async with aclosing(
+                self._store.result_bytes(round_id, request.shard, digest, request.offset)
+            ) as runs:
+                async for run in runs:
+                    for piece in cut(run):
+                        yield pb.GetResultResponse(piece=piece)
+                        metrics.SENT_BYTES.inc(len(piece))
+
+    async def CloseRound(self, request: pb.CloseRoundRequest, context: _Context) -> pb.CloseRoundResponse:
+        async with _answering(context, "CloseRound"):
+            await self._store.close_round(checked_id("round_id", request.round_id), results=request.results)
+            _log.info("round_closed", round_id=request.round_id, results=request.results)
+        return pb.CloseRoundResponse()
+
+
+@asynccontextmanager
+async def _answering(context: _Context, method: str) -> AsyncIterator[None]:
+    """Translates refusals into statuses, and counts them."""
+    async with translated(context):
+        try:
+            yield
+        except DomainError as error:
+            metrics.REFUSALS.labels(method, error.reason.value).inc()
+            _log.info("refused", method=method, reason=error.reason.value, detail=error.message)
+            raise
+
+
+async def _pieces(requests: AsyncIterator[pb.PutShardRequest]) -> AsyncIterator[bytes]:
+    async for request in requests:
+        if request.WhichOneof("part") != "piece":
+            raise invalid("after the header, every message of the stream must be a piece")
+        yield request.piece
+
+
+def _announcement(request: pb.PutShardRequest) -> Announcement:
+    if request.WhichOneof("part") != "header":
+        raise invalid("the first message of the stream must be the header")
+    header = request.header
+    return Announcement(
+        slot=ShardSlot(header.round_id, header.client_id, header.shard),
+        digest=Digest(header.digest.sha256, header.digest.total_bytes),
+        offset=header.offset,
+        layout_digest=header.layout_digest,
+    )
+
+
+def _aggregation_request(request: pb.AggregateShardRequest) -> AggregationRequest:
+    return AggregationRequest(
+        round_id=request.round_id,
+        shard=request.shard,
+        contributions=tuple(
+            CommittedContribution(c.client_id, c.sha256, c.weight, c.scaling) for c in request.contributions
+        ),
+    )
+
+
+def _check_sizes(layout: Layout, max_shard_bytes: int) -> None:
+    largest = max((layout.largest_update_bytes(shard) for shard in layout.shards), default=0)
+    if largest > max_shard_bytes:
+        raise invalid(
+            f"a shard of the layout may have {largest} bytes; at most {max_shard_bytes} are accepted"
+        )
+
+
+def _digest_to_proto(digest: Digest) -> common_pb2.ShardDigest:
+    return common_pb2.ShardDigest(sha256=digest.sha256, total_bytes=digest.total_bytes)
+
+
+def _progress_to_proto(progress: Progress) -> pb.ShardProgress:
+    return pb.ShardProgress(
+        shard=progress.shard,
+        digest=_digest_to_proto(progress.digest),
+        received_bytes=progress.received_bytes,
+        complete=progress.complete,
+    )

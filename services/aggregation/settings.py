@@ -1,0 +1,75 @@
+"""Settings of the aggregation service."""
+
+import os
+from typing import Annotated
+
+from pydantic import Field, SecretStr
+from pydantic_settings import SettingsConfigDict
+
+from services.aggregation.uploads import UploadLimits
+from services.aggregation.workers import PoolLimits
+from services.shell.settings import ServerSettings
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class AggregationSettings(ServerSettings):
+    """What the aggregation service needs, from SHELORA_AGGREGATION_* and flags."""
+
+    model_config = SettingsConfigDict(env_prefix="SHELORA_AGGREGATION_")
+
+    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    """Redis that holds rounds, shards and results; it may hold a password. Use `maxmemory-policy noeviction`."""
+
+    redis_connections: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Most connections to Redis of this replica; workers have one each besides."""
+
+    redis_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+    """Seconds after which a Redis command, or the wait for a connection, fails with STORE_UNAVAILABLE."""
+
+    workers: Annotated[int, Field(ge=1, le=1024)] = Field(default_factory=usable_cpus)
+    """Worker processes. The default is the CPUs of the machine; set it where a container may use fewer."""
+
+    worker_threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """Threads that linear algebra may use in each worker."""
+
+    worker_queue: Annotated[int, Field(ge=1)] = 1024
+    """Shards that may wait for a worker; beyond, AggregateShard fails with WORKER_FAILED, to be tried elsewhere."""
+
+    job_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds a worker may take for one shard before it is killed and replaced."""
+
+    max_concurrent_uploads: Annotated[int, Field(ge=1)] = 64
+    """Uploads received at once, about 2 MiB each; others wait for their turn."""
+
+    max_concurrent_checks: Annotated[int, Field(ge=1)] = Field(default_factory=usable_cpus)
+    """Shards checked at once: each is whole in memory, up to max_shard_bytes, and keeps a thread busy."""
+
+    upload_idle_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a piece after which an upload loses its turn; what arrived stays and can be resumed."""
+
+    max_shard_bytes: Annotated[int, Field(ge=1, le=512 * 2**20)] = 256 * 2**20
+    """Largest shard of a layout. Redis holds at most 512 MiB in one string."""
+
+    @property
+    def upload_limits(self) -> UploadLimits:
+        """What uploads may take."""
+        return UploadLimits(self.max_concurrent_uploads, self.max_concurrent_checks, self.upload_idle_s)
+
+    @property
+    def pool_limits(self) -> PoolLimits:
+        """What the workers may take."""
+        return PoolLimits(self.workers, self.worker_threads, self.worker_queue, self.job_timeout_s)
+
+    @property
+    def worker_environment(self) -> dict[str, str]:
+        """What a worker process finds in its environment (`worker`)."""
+        return {
+            "SHELORA_AGGREGATION_REDIS_URL": self.redis_url.get_secret_value(),
+            "SHELORA_AGGREGATION_REDIS_TIMEOUT_S": str(self.redis_timeout_s),
+            "SHELORA_AGGREGATION_LOG_LEVEL": self.log_level,
+            "SHELORA_AGGREGATION_LOG_JSON": "true" if self.log_json else "false",
+        }

@@ -1,0 +1,471 @@
+"""The shard store: updates as they arrive, checked updates, results. In Redis, where every key expires.
+
+The server uses `RedisShardStore`, asynchronous; a worker process uses `WorkerStore`, which reads checked updates and
+publishes results. Both answer STORE_UNAVAILABLE when Redis does not answer or has no room.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, Protocol, TypeAlias
+
+import redis
+import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from services.aggregation import scripts
+from services.aggregation.keys import RoundKeys
+from services.aggregation.records import AggregationRequest, Progress, ShardSlot, StoredResult, Upload
+from services.aggregation.scripts import Answer
+from shelora.errors import DomainError, Reason
+from shelora.lora.layout import Layout
+from shelora.messages import layout_from_proto, layout_to_proto
+from shelora.transport.pieces import Digest
+from shelora.v1 import common_pb2 as pb
+
+FORMAT: Final = b"1"
+"""Version of the records in Redis."""
+
+READ_BYTES: Final = 4 * 2**20
+"""Bytes read in one command: Redis and the event loop serve others in between."""
+
+CACHED_LAYOUTS: Final = 32
+"""Layouts kept parsed, by digest. One is a few hundred KiB for the largest models."""
+
+DELETED_KEYS: Final = 256
+"""Keys deleted in one command."""
+
+_Client: TypeAlias = Any
+"""A client of redis-py that answers bytes. Its own types are unions of text and bytes, of answers and awaitables."""
+
+
+class ShardStore(Protocol):
+    """What the service needs of a store. Every method may raise STORE_UNAVAILABLE."""
+
+    async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
+        """Makes a round known for `ttl_s` seconds. Raises LAYOUT_MISMATCH if it is known with another layout."""
+
+    async def layout(self, round_id: str) -> Layout:
+        """The layout of a round. Raises ROUND_UNKNOWN."""
+
+    async def begin(self, slot: ShardSlot, digest: Digest, token: str) -> Upload | None:
+        """Begins or resumes an upload; other content at the slot's partial bytes is dropped.
+
+        Args: token: 32 hex digits, used if the upload is new.
+        Returns: the upload, or None if this content is complete.
+        Raises: ROUND_UNKNOWN.
+        """
+
+    async def append(self, upload: Upload, offset: int, data: bytes) -> bool:
+        """Stores the bytes from `offset` on, skipping those that are stored.
+
+        Returns: False if the content is complete through another call.
+        Raises: ROUND_UNKNOWN, SHARD_REWRITTEN (superseded), TRANSFER_OFFSET (a gap).
+        """
+
+    async def read(self, upload: Upload) -> bytes:
+        """The bytes of an upload; fewer than announced if it was superseded or promoted in the meantime."""
+
+    async def is_complete(self, upload: Upload) -> bool:
+        """Whether the content is complete, through whatever call."""
+
+    async def promote(self, upload: Upload) -> bool:
+        """Makes fully received and checked content complete.
+
+        Returns: False if it is complete through another call.
+        Raises: ROUND_UNKNOWN, SHARD_REWRITTEN (superseded).
+        """
+
+    async def forget(self, upload: Upload) -> None:
+        """Deletes the bytes of an upload, unless it was superseded."""
+
+    async def progress(self, round_id: str, client_id: str) -> list[Progress]:
+        """What has arrived of a client's update, by shard; of two contents the newer. Raises ROUND_UNKNOWN."""
+
+    async def missing(self, request: AggregationRequest) -> str | None:
+        """The first client whose contribution is not complete with the digest of the request."""
+
+    async def result(self, request: AggregationRequest) -> StoredResult | None:
+        """The result of this very request, if it is stored."""
+
+    async def claim(self, request: AggregationRequest) -> StoredResult | None:
+        """Lets this request, and none before, publish; answers the result if it is stored. Raises ROUND_UNKNOWN."""
+
+    async def result_digest(self, round_id: str, shard: int) -> Digest:
+        """Digest of the stored result of a shard. Raises RESULT_UNKNOWN."""
+
+    def result_bytes(
+        self, round_id: str, shard: int, digest: Digest, offset: int
+    ) -> AsyncGenerator[bytes, None]:
+        """The result from `offset` on, in runs of at most READ_BYTES. Raises RESULT_UNKNOWN if it is deleted."""
+
+    async def close_round(self, round_id: str, *, results: bool) -> None:
+        """Deletes the updates of a round, and its results if asked. Later writes find the round unknown."""
+
+
+class RedisShardStore:
+    """A `ShardStore` in Redis. See `keys` for the records and `scripts` for the atomic steps."""
+
+    def __init__(self, client: _Client) -> None:
+        """Takes a client that answers bytes (`decode_responses=False`)."""
+        self._client = client
+        self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
+        self._open_round = client.register_script(scripts.OPEN_ROUND)
+        self._begin = client.register_script(scripts.BEGIN)
+        self._append = client.register_script(scripts.APPEND)
+        self._promote = client.register_script(scripts.PROMOTE)
+        self._forget = client.register_script(scripts.FORGET)
+        self._claim = client.register_script(scripts.CLAIM)
+
+    async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
+        content = layout_to_proto(layout).SerializeToString(deterministic=True)
+        with _available():
+            answer = await self._open_round(
+                [RoundKeys(round_id).round], [layout.digest, content, FORMAT, ttl_s * 1000]
+            )
+        _accepted(answer)
+
+    async def layout(self, round_id: str) -> Layout:
+        key = RoundKeys(round_id).round
+        with _available():
+            digest, version = await self._command("HMGET", key, "layout_digest", "format")
+            if digest is None or version != FORMAT:
+                raise _refusal(Answer.ROUND_UNKNOWN)
+            if digest not in self._layouts:
+                return self._remembered(digest, await self._command("HGET", key, "layout"))
+        self._layouts.move_to_end(digest)
+        return self._layouts[digest]
+
+    async def begin(self, slot: ShardSlot, digest: Digest, token: str) -> Upload | None:
+        keys = RoundKeys(slot.round_id)
+        partial = keys.partial(slot.client_id, slot.shard)
+        with _available():
+            answer = await self._begin(
+                [keys.round, keys.client(slot.client_id), partial, keys.updates],
+                [slot.shard, _announced(digest), token],
+            )
+        if _accepted(answer) is Answer.COMPLETE:
+            return None
+        return Upload(slot, digest, answer[1].decode(), answer[2])
+
+    async def append(self, upload: Upload, offset: int, data: bytes) -> bool:
+        slot, keys = upload.slot, RoundKeys(upload.slot.round_id)
+        with _available():
+            answer = await self._append(
+                [keys.round, keys.client(slot.client_id), keys.partial(slot.client_id, slot.shard)],
+                [*_step(upload), offset, data],
+            )
+        return _accepted(answer) is Answer.OK
+
+    async def read(self, upload: Upload) -> bytes:
+        key = RoundKeys(upload.slot.round_id).partial(upload.slot.client_id, upload.slot.shard)
+        with _available():
+            runs = [run async for run in self._runs(key, 0, upload.digest.total_bytes)]
+        return b"".join(runs)
+
+    async def is_complete(self, upload: Upload) -> bool:
+        slot = upload.slot
+        with _available():
+            found = await self._command(
+                "HGET", RoundKeys(slot.round_id).client(slot.client_id), f"complete:{slot.shard}"
+            )
+        return bool(found == _announced(upload.digest).encode())
+
+    async def promote(self, upload: Upload) -> bool:
+        slot, keys = upload.slot, RoundKeys(upload.slot.round_id)
+        with _available():
+            answer = await self._promote(
+                [
+                    keys.round,
+                    keys.client(slot.client_id),
+                    keys.partial(slot.client_id, slot.shard),
+                    keys.update(slot.client_id, slot.shard, upload.digest.sha256),
+                    keys.updates,
+                ],
+                [*_step(upload), keys.update_prefix(slot.client_id, slot.shard)],
+            )
+        return _accepted(answer) is Answer.OK
+
+    async def forget(self, upload: Upload) -> None:
+        slot, keys = upload.slot, RoundKeys(upload.slot.round_id)
+        with _available():
+            await self._forget(
+                [keys.client(slot.client_id), keys.partial(slot.client_id, slot.shard), keys.updates],
+                _step(upload),
+            )
+
+    async def progress(self, round_id: str, client_id: str) -> list[Progress]:
+        keys = RoundKeys(round_id)
+        with _available():
+            if not await self._command("EXISTS", keys.round):
+                raise _refusal(Answer.ROUND_UNKNOWN)
+            fields: dict[bytes, bytes] = await self._client.hgetall(keys.client(client_id))
+            found = dict(_complete(fields))
+            for shard, digest in _partial(fields):
+                received = await self._command("STRLEN", keys.partial(client_id, shard))
+                if received:
+                    found[shard] = Progress(shard, digest, received, complete=False)
+        return [found[shard] for shard in sorted(found)]
+
+    async def missing(self, request: AggregationRequest) -> str | None:
+        keys, field = RoundKeys(request.round_id), f"complete:{request.shard}"
+        with _available():
+            pipeline = self._client.pipeline(transaction=False)
+            for part in request.contributions:
+                pipeline.hget(keys.client(part.client_id), field)
+            records: list[bytes | None] = await pipeline.execute()
+        for part, record in zip(request.contributions, records, strict=True):
+            if record is None or _digest(record).sha256 != part.sha256:
+                return part.client_id
+        return None
+
+    async def result(self, request: AggregationRequest) -> StoredResult | None:
+        with _available():
+            found, *record = await self._command(
+                "HMGET",
+                RoundKeys(request.round_id).result(request.shard),
+                *("request", "sha256", "total_bytes", "cpu_s"),
+            )
+        return _result(record) if found == request.digest else None
+
+    async def claim(self, request: AggregationRequest) -> StoredResult | None:
+        keys = RoundKeys(request.round_id)
+        with _available():
+            answer = await self._claim(
+                [keys.round, keys.result(request.shard), keys.results], [request.digest]
+            )
+        return _result(answer[1:]) if _accepted(answer) is Answer.STORED else None
+
+    async def result_digest(self, round_id: str, shard: int) -> Digest:
+        with _available():
+            record = await self._command("HMGET", RoundKeys(round_id).result(shard), "sha256", "total_bytes")
+        if record[0] is None:
+            raise _result_unknown()
+        return Digest(bytes.fromhex(record[0].decode()), int(record[1]))
+
+    async def result_bytes(
+        self, round_id: str, shard: int, digest: Digest, offset: int
+    ) -> AsyncGenerator[bytes, None]:
+        key = RoundKeys(round_id).result_bytes(shard, digest.sha256)
+        with _available():
+            async for run in self._runs(key, offset, digest.total_bytes):
+                yield run
+                offset += len(run)
+        if offset < digest.total_bytes:
+            raise _result_unknown()
+
+    async def close_round(self, round_id: str, *, results: bool) -> None:
+        keys = RoundKeys(round_id)
+        with _available():
+            # First: from here on every script finds the round unknown, and the sets below only shrink.
+            await self._command("UNLINK", keys.round)
+            await self._drain(keys.updates)
+            if results:
+                await self._drain(keys.results)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.aclose()
+
+    async def _runs(self, key: str, offset: int, end: int) -> AsyncIterator[bytes]:
+        """The bytes of a string from `offset` to `end`, or to where it ends before."""
+        while offset < end:
+            run = await self._command("GETRANGE", key, offset, min(offset + READ_BYTES, end) - 1)
+            if not run:
+                return
+            yield run
+            offset += len(run)
+
+    async def _drain(self, index: str) -> None:
+        """Deletes the keys of an index. A key leaves the index after it is gone: a broken call can be repeated."""
+        while members := await self._command("SRANDMEMBER", index, DELETED_KEYS):
+            await self._command("UNLINK", *members)
+            await self._command("SREM", index, *members)
+
+    async def _command(self, *parts: Any) -> Any:  # noqa: ANN401 - the answer's type depends on the command
+        return await self._client.execute_command(*parts)
+
+    def _remembered(self, digest: bytes, content: bytes | None) -> Layout:
+        """Parses a layout once for all calls that need it. Raises ROUND_UNKNOWN if there is no content (any more)."""
+        if content is None:
+            raise _refusal(Answer.ROUND_UNKNOWN)
+        self._layouts[digest] = layout = _parsed(content)
+        while len(self._layouts) > CACHED_LAYOUTS:
+            self._layouts.popitem(last=False)
+        return layout
+
+
+class WorkerStore:
+    """What a worker process needs of the store, synchronous."""
+
+    def __init__(self, client: _Client) -> None:
+        """Takes a client that answers bytes (`decode_responses=False`)."""
+        self._client = client
+        self._publish = client.register_script(scripts.PUBLISH)
+
+    def layout(self, round_id: str) -> Layout:
+        """The layout of a round. Raises ROUND_UNKNOWN."""
+        with _available():
+            content = self._client.execute_command("HGET", RoundKeys(round_id).round, "layout")
+        if content is None:
+            raise _refusal(Answer.ROUND_UNKNOWN)
+        return _parsed(content)
+
+    def update(self, slot: ShardSlot, sha256: bytes) -> bytes:
+        """A checked UpdateShard. Raises SHARD_MISSING if it is not (any more) what was committed.
+
+        The digest is checked again: what native code reads is what was validated, whoever wrote to Redis since.
+        """
+        key = RoundKeys(slot.round_id).update(slot.client_id, slot.shard, sha256)
+        with _available():
+            data: bytes | None = self._client.execute_command("GET", key)
+        if data is None or hashlib.sha256(data).digest() != sha256:
+            raise shard_missing(slot.client_id)
+        return data
+
+    def publish(self, request: AggregationRequest, data: bytes, cpu_s: float) -> StoredResult:
+        """Stores a result. Returns the one stored first for this request.
+
+        Raises: ROUND_UNKNOWN if it was closed, SHARD_REWRITTEN if a newer request took this one's place.
+        """
+        keys, digest = RoundKeys(request.round_id), Digest.of(data)
+        bytes_key = keys.result_bytes(request.shard, digest.sha256)
+        with _available():
+            ttl_ms = self._client.execute_command("PTTL", keys.round)
+            if ttl_ms < 1:
+                raise _refusal(Answer.ROUND_UNKNOWN)
+            self._put(bytes_key, keys.results, data, ttl_ms)
+            answer = self._publish(
+                [keys.round, keys.result(request.shard), bytes_key, keys.results],
+                [
+                    request.digest,
+                    digest.sha256.hex(),
+                    digest.total_bytes,
+                    json.dumps(cpu_s),
+                    keys.result_prefix(request.shard),
+                ],
+            )
+        _accepted(answer)
+        return _result(answer[1:])
+
+    def _put(self, key: str, index: str, data: bytes, ttl_ms: int) -> None:
+        """Stores bytes and their place in the index as one transaction; PUBLISH takes both back if it refuses."""
+        pipeline = self._client.pipeline(transaction=True)
+        pipeline.execute_command("SADD", index, key)
+        pipeline.execute_command("PEXPIRE", index, ttl_ms)
+        pipeline.execute_command("SET", key, data, "PX", ttl_ms)
+        pipeline.execute()
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._client.close()
+
+
+def connect(redis_url: str, *, connections: int, timeout_s: float) -> RedisShardStore:
+    """A store over at most `connections` connections; a command fails after `timeout_s` seconds.
+
+    A broken connection is replaced once: every command here can be repeated.
+    """
+    pool: Any = redis.asyncio.BlockingConnectionPool.from_url(
+        redis_url,
+        max_connections=connections,
+        timeout=timeout_s,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=redis.asyncio.retry.Retry(NoBackoff(), 1),
+    )
+    return RedisShardStore(redis.asyncio.Redis(connection_pool=pool))
+
+
+def connect_worker(redis_url: str, *, timeout_s: float) -> WorkerStore:
+    """A worker's store; a command fails after `timeout_s` seconds."""
+    return WorkerStore(
+        redis.Redis.from_url(
+            redis_url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 1),
+        )
+    )
+
+
+def shard_missing(client_id: str) -> DomainError:
+    """SHARD_MISSING, for the coordinator: it names the client."""
+    return DomainError(Reason.SHARD_MISSING, f"the committed shard of client {client_id!r} is not stored")
+
+
+@contextmanager
+def _available() -> Iterator[None]:
+    try:
+        yield
+    except RedisError as error:
+        raise DomainError(Reason.STORE_UNAVAILABLE, "the shard store did not answer; try again") from error
+
+
+def _accepted(answer: Sequence[Any]) -> Answer:
+    """The first entry of a script's answer. Raises the refusal it names."""
+    word = Answer(answer[0].decode())
+    if word in _REFUSALS:
+        raise _refusal(word)
+    return word
+
+
+_REFUSALS: Final = {
+    Answer.ROUND_UNKNOWN: (
+        Reason.ROUND_UNKNOWN,
+        "the round is not known here: not opened, closed or expired",
+    ),
+    Answer.LAYOUT_MISMATCH: (Reason.LAYOUT_MISMATCH, "the round is open with another layout"),
+    Answer.SUPERSEDED: (Reason.SHARD_REWRITTEN, "a later call with other content took this one's place"),
+    Answer.GAP: (Reason.TRANSFER_OFFSET, "the bytes do not follow those stored; ask QueryShards and resume"),
+}
+
+
+def _refusal(answer: Answer) -> DomainError:
+    return DomainError(*_REFUSALS[answer])
+
+
+def _result_unknown() -> DomainError:
+    return DomainError(Reason.RESULT_UNKNOWN, "the result is not stored (any more)")
+
+
+def _step(upload: Upload) -> list[Any]:
+    """The first arguments of every step of an upload."""
+    return [upload.slot.shard, _announced(upload.digest), upload.token]
+
+
+def _announced(digest: Digest) -> str:
+    return f"{digest.sha256.hex()}:{digest.total_bytes}"
+
+
+def _digest(record: bytes) -> Digest:
+    sha256, total = record.decode().split(":")
+    return Digest(bytes.fromhex(sha256), int(total))
+
+
+def _result(record: Sequence[bytes]) -> StoredResult:
+    sha256, total, cpu_s = record
+    return StoredResult(Digest(bytes.fromhex(sha256.decode()), int(total)), float(cpu_s))
+
+
+def _complete(fields: dict[bytes, bytes]) -> Iterator[tuple[int, Progress]]:
+    for name, record in fields.items():
+        kind, _, shard = name.partition(b":")
+        if kind == b"complete":
+            digest = _digest(record)
+            yield int(shard), Progress(int(shard), digest, digest.total_bytes, complete=True)
+
+
+def _partial(fields: dict[bytes, bytes]) -> Iterator[tuple[int, Digest]]:
+    for name, record in fields.items():
+        kind, _, shard = name.partition(b":")
+        if kind == b"partial":
+            yield int(shard), _digest(record.partition(b":")[2])
+
+
+def _parsed(content: bytes) -> Layout:
+    return layout_from_proto(pb.Layout.FromString(content))

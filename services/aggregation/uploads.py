@@ -1,0 +1,200 @@
+"""Receives shards: announced, stored piece by piece, checked to the last coefficient, then complete."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from services.aggregation import metrics
+from services.aggregation.records import ShardSlot, Upload
+from services.aggregation.store import ShardStore
+from shelora.errors import DomainError, Reason
+from shelora.lora.layout import Layout
+from shelora.messages import validate_update
+from shelora.transport.pieces import PIECE_BYTES, Digest
+
+BATCH_BYTES: Final = 1024 * 1024
+"""Bytes that are stored in one command; what an upload holds in memory while it arrives."""
+
+BREAK_GRACE_S: Final = 0.2
+"""Time for a broken connection to show itself. gRPC ends a request stream alike when the sender is done and when the
+connection broke, and cancels the call just after in the second case, in which the bytes must stay."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class UploadLimits:
+    """What uploads may take of this replica."""
+
+    concurrent: int
+    """Uploads received at once; others wait."""
+    checks: int
+    """Shards checked at once: each is whole in memory and keeps a thread busy."""
+    idle_s: float
+    """Seconds without a piece after which an upload loses its place; its bytes stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """The header of an upload."""
+
+    slot: ShardSlot
+    digest: Digest
+    offset: int
+    layout_digest: bytes
+
+
+class Uploads:
+    """The uploads of one replica."""
+
+    def __init__(self, store: ShardStore, limits: UploadLimits, new_token: Callable[[], str]) -> None:
+        """Takes `new_token`, which draws 32 random hex digits."""
+        self._store = store
+        self._idle_s = limits.idle_s
+        self._new_token = new_token
+        self._receiving = asyncio.Semaphore(limits.concurrent)
+        self._checking = asyncio.Semaphore(limits.checks)
+
+    async def receive(self, announced: Announcement, pieces: AsyncIterator[bytes]) -> bool:
+        """Receives one shard.
+
+        Returns: True if this content was complete before; not a piece is read then.
+        Raises: what PutShard names. Every refusal deletes the bytes; STORE_UNAVAILABLE and cancellation keep them.
+        """
+        layout = await self._store.layout(announced.slot.round_id)
+        _check_announcement(layout, announced)
+        async with self._receiving:
+            upload = await self._store.begin(announced.slot, announced.digest, self._new_token())
+            if upload is None:
+                return True
+            try:
+                return not await self._complete(layout, upload, announced.offset, pieces)
+            except DomainError as error:
+                if error.reason is not Reason.STORE_UNAVAILABLE:
+                    await self._store.forget(upload)
+                raise
+
+    async def _complete(
+        self, layout: Layout, upload: Upload, offset: int, pieces: AsyncIterator[bytes]
+    ) -> bool:
+        """Returns False if another call completed the same content first."""
+        if offset > upload.received_bytes:
+            message = f"offset {offset} is beyond the {upload.received_bytes} bytes received"
+            raise DomainError(Reason.TRANSFER_OFFSET, message)
+        with metrics.UPLOADS.track_inprogress():
+            await self._transfer(upload, offset, pieces)
+        if not (await self._check(layout, upload) and await self._store.promote(upload)):
+            return False
+        metrics.STORED_BYTES.labels("update").inc(upload.digest.total_bytes)
+        _log.info("shard_stored", total_bytes=upload.digest.total_bytes, **_fields(upload.slot))
+        return True
+
+    async def _transfer(self, upload: Upload, offset: int, pieces: AsyncIterator[bytes]) -> None:
+        """Stores the pieces as they arrive, to the last, or until another call has completed the same content."""
+        batch = _Batch(self._store, upload, offset)
+        try:
+            while not batch.overtaken and (piece := await _next(pieces, self._idle_s)) is not None:
+                await batch.add(piece)
+            if not batch.overtaken and batch.end < upload.digest.total_bytes:
+                await asyncio.sleep(BREAK_GRACE_S)
+                message = f"{batch.end} of {upload.digest.total_bytes} announced bytes arrived"
+                raise DomainError(Reason.TRANSFER_TRUNCATED, message)
+            await batch.flush()
+        except (asyncio.CancelledError, _IdleError):
+            with suppress(DomainError):  # the bytes that can be kept are; why the call ends is known already
+                await batch.flush()
+            raise
+
+    async def _check(self, layout: Layout, upload: Upload) -> bool:
+        """Checks the stored bytes, in a thread: numpy over tens of MiB would keep every other call waiting.
+
+        Returns False if another call completed the same content first.
+        """
+        async with self._checking:
+            data = await self._store.read(upload)
+            if len(data) == upload.digest.total_bytes:
+                await asyncio.to_thread(_verify, layout, upload, data)
+                return True
+        if await self._store.is_complete(upload):
+            return False
+        raise DomainError(Reason.SHARD_REWRITTEN, "a later upload with other content took this one's place")
+
+
+class _IdleError(DomainError):
+    """The sender went quiet. It may come back and resume, as after any failure that passes."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(Reason.STORE_UNAVAILABLE, f"no piece arrived for {seconds:g} s; resume the upload")
+
+
+class _Batch:
+    """Pieces on their way to the store."""
+
+    def __init__(self, store: ShardStore, upload: Upload, offset: int) -> None:
+        self._store = store
+        self._upload = upload
+        self._offset = offset
+        self._buffer = bytearray()
+        self.overtaken = False
+        """Another call completed the same content."""
+
+    @property
+    def end(self) -> int:
+        """Bytes received so far, counted from the beginning of the shard."""
+        return self._offset + len(self._buffer)
+
+    async def add(self, piece: bytes) -> None:
+        """Takes the next piece. Raises TRANSFER_TOO_LARGE, and what storing raises."""
+        total = self._upload.digest.total_bytes
+        if len(piece) > PIECE_BYTES:
+            raise DomainError(Reason.TRANSFER_TOO_LARGE, f"a piece has more than {PIECE_BYTES} bytes")
+        if self.end + len(piece) > total:
+            raise DomainError(Reason.TRANSFER_TOO_LARGE, f"more than the announced {total} bytes arrived")
+        metrics.RECEIVED_BYTES.inc(len(piece))
+        self._buffer += piece
+        if len(self._buffer) >= BATCH_BYTES:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Stores what was added. May be repeated after it was cancelled: stored bytes are skipped."""
+        if self._buffer and not self.overtaken:
+            self.overtaken = not await self._store.append(self._upload, self._offset, bytes(self._buffer))
+            self._offset += len(self._buffer)
+            self._buffer.clear()
+
+
+async def _next(pieces: AsyncIterator[bytes], idle_s: float) -> bytes | None:
+    """The next piece, None after the last. Raises _IdleError if it takes longer than `idle_s`."""
+    try:
+        async with asyncio.timeout(idle_s):
+            return await anext(pieces, None)
+    except TimeoutError:
+        raise _IdleError(idle_s) from None
+
+
+def _check_announcement(layout: Layout, announced: Announcement) -> None:
+    if announced.layout_digest != layout.digest:
+        raise DomainError(Reason.LAYOUT_MISMATCH, "the round is open with another layout")
+    largest = layout.largest_update_bytes(layout.shard(announced.slot.shard))
+    total = announced.digest.total_bytes
+    if total > largest:
+        raise DomainError(
+            Reason.TRANSFER_TOO_LARGE, f"{total} bytes announced, at most {largest} are accepted"
+        )
+
+
+def _verify(layout: Layout, upload: Upload, data: bytes) -> None:
+    """Raises what PutShard names of contents."""
+    if hashlib.sha256(data).digest() != upload.digest.sha256:
+        raise DomainError(Reason.DIGEST_MISMATCH, "the bytes received do not have the announced SHA-256")
+    validate_update(layout, upload.slot.shard, data)
+
+
+def _fields(slot: ShardSlot) -> dict[str, str | int]:
+    """A slot as fields of a log record."""
+    return {"round_id": slot.round_id, "client_id": slot.client_id, "shard": slot.shard}

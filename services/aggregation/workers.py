@@ -1,0 +1,229 @@
+"""A pool of worker processes that outlives any of them.
+
+Processes, since the SEAL binding holds the interpreter lock; pipes and lines of JSON, so that a worker can be killed
+in the middle of anything and nothing it says is ever more than text.
+"""
+
+import asyncio
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from services.aggregation import metrics
+from services.aggregation.answers import READY
+from shelora.errors import DomainError, Reason
+
+COMMAND: Final = (sys.executable, "-m", "services.aggregation.worker")
+
+START_S: Final = 120.0
+"""Time for a worker to import its libraries on a busy machine."""
+
+END_S: Final = 5.0
+"""Time for a worker to end after its input did."""
+
+FIRST_PAUSE_S: Final = 0.5
+LONGEST_PAUSE_S: Final = 30.0
+"""Pauses between attempts to start a worker that does not start, doubling: neither busy loops nor long outages."""
+
+_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """Size of a pool and patience with it."""
+
+    workers: int
+    """Processes."""
+    threads: int
+    """Threads that linear algebra may use in each."""
+    queue: int
+    """Jobs that may wait."""
+    job_timeout_s: float
+    """Seconds after which a job fails and its worker is replaced."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    line: bytes
+    answer: "asyncio.Future[bytes]" = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class WorkerPool:
+    """Runs jobs, one at a time in each worker, in the order they came."""
+
+    def __init__(
+        self, limits: PoolLimits, environment: Mapping[str, str], command: Sequence[str] = COMMAND
+    ) -> None:
+        """Takes what the workers find in their environment besides our own."""
+        self._limits = limits
+        self._command = command
+        threads = dict.fromkeys(_THREAD_VARIABLES, str(limits.threads))
+        self._environment = {**os.environ, **threads, **environment}
+        self._queue: asyncio.Queue[_Job] = asyncio.Queue(limits.queue)
+        self._slots: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Starts the workers and waits until they are ready. Raises WORKER_FAILED if one does not start."""
+        starting = (_Worker.start(self._command, self._environment) for _ in range(self._limits.workers))
+        started = await asyncio.gather(*starting, return_exceptions=True)
+        workers = [worker for worker in started if isinstance(worker, _Worker)]
+        self._slots = [asyncio.create_task(self._serve(w), name=f"worker-{i}") for i, w in enumerate(workers)]
+        for failure in started:
+            if isinstance(failure, BaseException):
+                await self.close()
+                raise failure
+
+    async def run(self, line: bytes) -> bytes:
+        """A worker's answer to a job.
+
+        Raises: WORKER_FAILED if the worker died or took too long, if too many jobs wait, or if the pool is closed.
+        """
+        job = _Job(line)
+        try:
+            self._queue.put_nowait(job)
+        except asyncio.QueueFull:
+            raise _failed("too many shards wait for this replica's workers") from None
+        metrics.QUEUED.set(self._queue.qsize())
+        return await job.answer
+
+    async def close(self) -> None:
+        """Ends the workers; jobs that wait or run fail with WORKER_FAILED."""
+        for slot in self._slots:
+            slot.cancel()
+        await asyncio.gather(*self._slots, return_exceptions=True)
+        while not self._queue.empty():
+            _fail(self._queue.get_nowait(), _failed("the service is shutting down"))
+        metrics.QUEUED.set(0)
+
+    async def _serve(self, worker: "_Worker") -> None:
+        """One place in the pool: gives jobs to a worker, and replaces it when it is gone."""
+        try:
+            while True:
+                job = await self._queue.get()
+                metrics.QUEUED.set(self._queue.qsize())
+                if not worker.alive:
+                    worker = await self._replacement(worker)
+                await self._exchange(worker, job)
+        finally:
+            await worker.close()
+
+    async def _exchange(self, worker: "_Worker", job: _Job) -> None:
+        """Sends a job and hands on the answer, or the failure."""
+        try:
+            with metrics.SHARD_SECONDS.time():
+                answer = await worker.exchange(job.line, self._limits.job_timeout_s)
+        except DomainError as error:
+            _log.warning("worker_failed", pid=worker.pid, reason=error.message)
+            _fail(job, error)
+        except asyncio.CancelledError:
+            _fail(job, _failed("the service is shutting down"))
+            raise
+        else:
+            if not job.answer.done():
+                job.answer.set_result(answer)
+
+    async def _replacement(self, worker: "_Worker") -> "_Worker":
+        """A new worker for one that is gone; tries until one starts."""
+        await worker.close()
+        metrics.REPLACED.inc()
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                return await _Worker.start(self._command, self._environment)
+            except DomainError as error:
+                _log.error("worker_does_not_start", reason=error.message, pause_s=pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+class _Worker:
+    """One worker process."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self.alive = True
+        metrics.WORKERS.inc()
+
+    @classmethod
+    async def start(cls, command: Sequence[str], environment: Mapping[str, str]) -> "_Worker":
+        """Starts a process and waits until it is ready. Raises WORKER_FAILED."""
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment)
+        worker = cls(process)
+        try:
+            await worker._expect(READY)
+        except BaseException:
+            await worker.close()
+            raise
+        return worker
+
+    async def _expect(self, line: bytes) -> None:
+        """Raises WORKER_FAILED if its next line is another one."""
+        if await self._line(START_S) != line:
+            raise _failed("the worker did not start")
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    async def exchange(self, line: bytes, timeout_s: float) -> bytes:
+        """Its answer to a job. Raises WORKER_FAILED; the worker is not alive then."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line)
+            await self._process.stdin.drain()
+        except OSError:
+            self.alive = False
+            raise _failed("the worker process had died") from None
+        return await self._line(timeout_s)
+
+    async def close(self) -> None:
+        """Ends the process: it leaves when its input ends, and is killed if it does not."""
+        self.alive = False
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            async with asyncio.timeout(END_S):
+                await self._process.wait()
+        except TimeoutError:
+            self._kill()
+            await self._process.wait()
+        metrics.WORKERS.dec()
+
+    async def _line(self, timeout_s: float) -> bytes:
+        """The next line it writes. Raises WORKER_FAILED; the worker is not alive then."""
+        assert self._process.stdout is not None
+        try:
+            async with asyncio.timeout(timeout_s):
+                line = await self._process.stdout.readline()
+        except TimeoutError:
+            self.alive = False
+            self._kill()
+            raise _failed(f"the worker took longer than {timeout_s:g} s") from None
+        if not line.endswith(b"\n"):
+            self.alive = False
+            raise _failed("the worker process died")
+        return line
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+
+def _failed(message: str) -> DomainError:
+    return DomainError(Reason.WORKER_FAILED, f"{message}; try again")
+
+
+def _fail(job: _Job, error: DomainError) -> None:
+    """Fails a job; nothing if its caller is gone."""
+    if not job.answer.done():
+        job.answer.set_exception(error)
