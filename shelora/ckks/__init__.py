@@ -4,8 +4,18 @@
 package to aggregate has no code that decrypts.
 """
 
-from shelora.ckks.evaluator import SUM_LIMIT, Accumulator, Evaluator
-from shelora.ckks.parameters import INSECURE_TOY, LARGE, PROFILES, STANDARD, CkksParameters, profile
+from shelora.ckks.bounds import accumulated_error_bound, slot_error_bound
+from shelora.ckks.evaluator import Accumulator, Evaluator
+from shelora.ckks.parameters import (
+    INSECURE_TOY,
+    LARGE,
+    PROFILES,
+    STANDARD,
+    SUM_LIMIT,
+    VALUE_LIMIT,
+    CkksParameters,
+    profile,
+)
 from shelora.ckks.wire import (
     KEY_ID_BYTES,
     BlockReader,
@@ -29,6 +39,7 @@ __all__ = [
     "PROFILES",
     "STANDARD",
     "SUM_LIMIT",
+    "VALUE_LIMIT",
     "Accumulator",
     "BlockReader",
     "BlockShape",
@@ -39,10 +50,12 @@ __all__ = [
     "FullCiphertext",
     "SeededBlock",
     "SeededCiphertext",
+    "accumulated_error_bound",
     "decode_block",
     "encode_block",
     "iterate_ciphertexts",
     "profile",
     "read_ciphertext",
+    "slot_error_bound",
     "validate_block",
 ]

@@ -10,29 +10,26 @@ vector. Depth is one, there is no rescaling and no key switching (DESIGN.md sect
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from tenseal import sealapi
 
 from shelora.ckks.packing import UInt64Array
-from shelora.ckks.parameters import CkksParameters
-from shelora.ckks.seal import SealContext, seal_context
+from shelora.ckks.parameters import SUM_LIMIT, CkksParameters
+from shelora.ckks.seal import Native, SealContext, seal_context
 from shelora.ckks.wire import BlockReader, BlockShape, FullBlock, FullCiphertext, SeededBlock
 from shelora.errors import DomainError, Reason
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 IntArray: TypeAlias = npt.NDArray[np.intp]
 
-SUM_LIMIT: Final = 0.5
-"""Largest |slot| of a sum: sum |weights| (values are at most one) + |clear|; beyond it coefficients wrap."""
-
 _SLACK: Final = 1e-6
 """Room for rounding in a caller's own normalisation; far inside the parameters' room for noise."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _ChunkRun:
     """The segments that meet one chunk, in slot order, and how many of its slots each fills."""
 
@@ -64,7 +61,7 @@ class Evaluator:
 class Accumulator:
     """A sum under construction; see `Evaluator.accumulator`. Not for concurrent use.
 
-    An `add` refused midway has added part of its block: the accumulator is spent then and refuses further use.
+    An `add` refused midway has added part of its block: the accumulator is then spent and refuses all use.
     """
 
     def __init__(self, parameters: CkksParameters, key_id: bytes, segments: Sequence[int], rows: int) -> None:
@@ -76,7 +73,7 @@ class Accumulator:
         self._runs = _chunk_runs(self._segments, parameters.slots)
         self.shape = BlockShape(parameters, key_id, rows, len(self._runs), seeded=False)
         self.total_slots = int(self._segments.sum())
-        self._sums: dict[tuple[int, int], Any] = {}  # (row, chunk) -> native ciphertext
+        self._sums: dict[tuple[int, int], Native] = {}  # (row, chunk) -> native ciphertext
         self._product = sealapi.Ciphertext()
         self._weight_sum = np.zeros((rows, len(segments)))
         self._clear = np.zeros((rows, self.total_slots))
@@ -98,8 +95,8 @@ class Accumulator:
             chunk_indices: chunk of the accumulator for each chunk of the block, strictly increasing; by
                 default the first chunks_in.
         Raises: DomainError: INVALID_ARGUMENT, SHAPE_MISMATCH (weights), VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE
-            (weights), CIPHERTEXT_FOREIGN_PARAMETERS, CIPHERTEXT_FOREIGN_KEY, CIPHERTEXT_WRONG_SHAPE,
-            CIPHERTEXT_COEFFICIENT_RANGE (streamed blocks).
+            (weights), CIPHERTEXT_FOREIGN_PARAMETERS, CIPHERTEXT_FOREIGN_KEY, CIPHERTEXT_WRONG_SCALE,
+            CIPHERTEXT_WRONG_SHAPE, CIPHERTEXT_COEFFICIENT_RANGE (streamed blocks).
         """
         self._require_open()
         targets = self._targets(block.shape, chunk_indices)
@@ -152,7 +149,7 @@ class Accumulator:
             if plaintext is not None:
                 self._add_product((target, chunk), ciphertext, plaintext)
 
-    def _add_product(self, position: tuple[int, int], ciphertext: Any, plaintext: Any) -> None:  # noqa: ANN401
+    def _add_product(self, position: tuple[int, int], ciphertext: Native, plaintext: Native) -> None:
         if position not in self._sums:
             self._sums[position] = sealapi.Ciphertext()
             self._evaluator.multiply_plain(ciphertext, plaintext, self._sums[position])
@@ -165,16 +162,16 @@ class Accumulator:
             if "transparent" not in str(error):
                 raise
 
-    def _plaintext(self, weights: FloatArray, run: _ChunkRun) -> Any | None:  # noqa: ANN401 - untyped binding
+    def _plaintext(self, weights: FloatArray, run: _ChunkRun) -> Native | None:
         """The encoded weights of one chunk, or None if they round to zero (SEAL refuses such a product)."""
         scale = self.shape.parameters.weight_scale
-        if (weights == weights[0]).all():
+        if len(weights) == 1 or (weights == weights[0]).all():
             plaintext = self._context.encode_scalar(float(weights[0]), scale) if weights[0] else None
         else:
             plaintext = self._context.encode(np.repeat(weights, run.lengths).tolist(), scale)
         return None if plaintext is None or plaintext.is_zero() else plaintext
 
-    def _finished(self, native: Any | None, clear: FloatArray) -> FullCiphertext:  # noqa: ANN401 - untyped binding
+    def _finished(self, native: Native | None, clear: FloatArray) -> FullCiphertext:
         residues = _clear_residues(self._context, clear)
         if native is None:
             return FullCiphertext(residues, np.zeros_like(residues))
@@ -190,6 +187,8 @@ class Accumulator:
             raise DomainError(Reason.CIPHERTEXT_FOREIGN_PARAMETERS, "the block has other CKKS parameters")
         if shape.key_id != self.shape.key_id:
             raise DomainError(Reason.CIPHERTEXT_FOREIGN_KEY, "the block is encrypted under another key")
+        if not shape.seeded:
+            raise DomainError(Reason.CIPHERTEXT_WRONG_SCALE, "only fresh blocks are added; this one is a sum")
         targets = range(shape.chunks) if chunk_indices is None else chunk_indices
         if len(targets) != shape.chunks or not _increasing_below(targets, self.shape.chunks):
             raise DomainError(Reason.CIPHERTEXT_WRONG_SHAPE, "the block's chunks do not fit the accumulator")

@@ -28,6 +28,12 @@ MIN_MODULUS_BITS: Final = 33
 MAX_MODULUS_BITS: Final = 60
 """SEAL's limit for one prime; it also leaves room to add three residues in 64 bits."""
 
+VALUE_LIMIT: Final = 1.0
+"""Largest magnitude of an encrypted value; callers normalise to it."""
+
+SUM_LIMIT: Final = 0.5
+"""Largest magnitude of an accumulated slot: sum |weights| + |clear value|; far beyond it coefficients wrap."""
+
 _MILLER_RABIN_BASES: Final = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 """Witnesses that decide primality without error below 3.3e24 (Sorenson and Webster, 2015)."""
 
@@ -107,8 +113,8 @@ class CkksParameters:
         _require(min(self.scale_bits, self.weight_scale_bits) > 0, "scales must be above one")
         # SEAL refuses a scale as wide as the modulus.
         _require(self.product_scale_bits < self.coefficient_bits, "the scales together are as wide as q")
-        # A slot of magnitude 1/2 gives coefficients up to product_scale / 2. They wrap at q / 2; a third
-        # of that room is kept for noise, which is smaller by many orders of magnitude (bounds.py).
+        # Slots up to SUM_LIMIT give coefficients up to product_scale / 2. They wrap at q / 2; a third of
+        # that room is kept for noise, which is smaller by many orders of magnitude (bounds.py).
         room = 3 * 2**self.product_scale_bits <= 2 * self.modulus
         _require(room, "the product scale leaves no room for noise")
 

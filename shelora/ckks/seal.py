@@ -11,9 +11,9 @@ on creation that the loaded library still writes it, and refuses to start otherw
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import zstandard
@@ -23,6 +23,9 @@ from shelora.ckks.packing import UInt64Array
 from shelora.ckks.parameters import CkksParameters
 from shelora.ckks.wire import SEED_BYTES, FullCiphertext, SeededCiphertext, UInt8Array
 from shelora.errors import DomainError, Reason
+
+Native: TypeAlias = Any
+"""An object of the binding, which has no types."""
 
 _FILE_HEADER: Final = struct.Struct("<HBBBBHQ")
 """SEALHeader: magic, header size, version major, minor, compression, reserved, total size."""
@@ -59,30 +62,32 @@ class SealContext:
         self._polynomial_bytes = parameters.poly_degree * _WORD.itemsize
         self._check_layout()
 
-    def load_seeded(self, ciphertext: SeededCiphertext) -> Any:  # noqa: ANN401 - the binding is untyped
+    def load_seeded(self, ciphertext: SeededCiphertext) -> Native:
         """A fresh ciphertext at the value scale; SEAL expands the seed."""
         generator = self._nested(_BLAKE2XB + ciphertext.seed.tobytes())
         members = self._ciphertext_members(self.parameters.scale)
         payload = members + self._array(ciphertext.c0.tobytes()) + generator
         return self.load(sealapi.Ciphertext(), payload)
 
-    def load_full(self, ciphertext: FullCiphertext) -> Any:  # noqa: ANN401 - the binding is untyped
+    def load_full(self, ciphertext: FullCiphertext) -> Native:
         """An accumulated ciphertext at the product scale."""
         members = self._ciphertext_members(self.parameters.product_scale)
         polynomials = ciphertext.c0.tobytes() + ciphertext.c1.tobytes()
         return self.load(sealapi.Ciphertext(), members + self._array(polynomials))
 
-    def read_seeded(self, native: Any) -> SeededCiphertext:  # noqa: ANN401 - the binding is untyped
+    def read_seeded(self, native: Native) -> SeededCiphertext:
         """c0 and seed of what `Encryptor.encrypt_symmetric(plaintext)` returned."""
         size = self._polynomial_bytes
         prefix = self._ciphertext_members(self.parameters.scale) + self._array_header(size)
+        generator = self._nested(_BLAKE2XB + bytes(SEED_BYTES))[:-SEED_BYTES]
         body = self.save(native)
-        expected = len(prefix) + size + _FILE_HEADER.size + len(_BLAKE2XB) + SEED_BYTES
-        _require_layout(body.startswith(prefix) and len(body) == expected)
-        seed: UInt8Array = np.frombuffer(body, dtype=np.uint8, offset=len(body) - SEED_BYTES)
+        seed_offset = len(prefix) + size + len(generator)
+        _require_layout(body.startswith(prefix) and body.startswith(generator, seed_offset - len(generator)))
+        _require_layout(len(body) == seed_offset + SEED_BYTES)
+        seed: UInt8Array = np.frombuffer(body, dtype=np.uint8, offset=seed_offset)
         return SeededCiphertext(self._residues(body, len(prefix)), seed)
 
-    def read_full(self, native: Any) -> FullCiphertext:  # noqa: ANN401 - the binding is untyped
+    def read_full(self, native: Native) -> FullCiphertext:
         """Both polynomials of a ciphertext at the product scale."""
         size = self._polynomial_bytes
         prefix = self._ciphertext_members(self.parameters.product_scale) + self._array_header(2 * size)
@@ -90,25 +95,25 @@ class SealContext:
         _require_layout(body.startswith(prefix) and len(body) == len(prefix) + 2 * size)
         return FullCiphertext(self._residues(body, len(prefix)), self._residues(body, len(prefix) + size))
 
-    def load_plaintext(self, native: Any, residues: UInt64Array, scale: float) -> Any:  # noqa: ANN401
+    def load_plaintext(self, native: Native, residues: UInt64Array, scale: float) -> Native:
         """Fills a `Plaintext`, or what SEAL stores as one (a secret key), with residues [N] in NTT order."""
         members = self._plaintext_members(scale)
         return self.load(native, members + self._array(residues.tobytes()))
 
-    def read_plaintext(self, native: Any, scale: float) -> UInt64Array:  # noqa: ANN401
+    def read_plaintext(self, native: Native, scale: float) -> UInt64Array:
         """Residues [N], in NTT order, of a `Plaintext` or a secret key."""
         prefix = self._plaintext_members(scale) + self._array_header(self._polynomial_bytes)
         body = self.save(native)
         _require_layout(body.startswith(prefix) and len(body) == len(prefix) + self._polynomial_bytes)
         return self._residues(body, len(prefix))
 
-    def encode(self, values: Sequence[float], scale: float) -> Any:  # noqa: ANN401 - the binding is untyped
+    def encode(self, values: Sequence[float], scale: float) -> Native:
         """A plaintext with one real value a slot, at most N / 2 of them."""
         plaintext = sealapi.Plaintext()
         self.encoder.encode(values, scale, plaintext)
         return plaintext
 
-    def encode_scalar(self, value: float, scale: float) -> Any:  # noqa: ANN401 - the binding is untyped
+    def encode_scalar(self, value: float, scale: float) -> Native:
         """A plaintext with the same value in every slot: one rounding, no transform."""
         plaintext = sealapi.Plaintext()
         self.encoder.encode(value, scale, plaintext)
@@ -122,7 +127,7 @@ class SealContext:
         """NTT order [N] of a polynomial given by its coefficients."""
         return self._transform(residues, to_ntt=True)
 
-    def load(self, native: Any, payload: bytes) -> Any:  # noqa: ANN401 - the binding is untyped
+    def load(self, native: Native, payload: bytes) -> Native:
         """Lets SEAL fill `native` from a payload built here. Raises: DomainError(INTERNAL): SEAL refuses."""
         try:
             _through_memory(lambda path: native.load(self.native, path), write=self._nested(payload))
@@ -130,7 +135,7 @@ class SealContext:
             raise DomainError(Reason.INTERNAL, "SEAL refused a buffer built from checked integers") from error
         return native
 
-    def save(self, native: Any) -> bytes:  # noqa: ANN401 - the binding is untyped
+    def save(self, native: Native) -> bytes:
         """The decompressed payload of what SEAL saves."""
         limit = 2 * self._polynomial_bytes + 1024
         return _payload(_through_memory(native.save), limit)
@@ -185,7 +190,7 @@ def seal_context(parameters: CkksParameters) -> SealContext:
     return SealContext(parameters)
 
 
-def _native_context(parameters: CkksParameters) -> Any:  # noqa: ANN401 - the binding is untyped
+def _native_context(parameters: CkksParameters) -> Native:
     literal = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.CKKS)
     literal.set_poly_modulus_degree(parameters.poly_degree)
     literal.set_coeff_modulus([sealapi.Modulus(parameters.modulus)])
@@ -216,7 +221,7 @@ def _payload(saved: bytes, limit: int) -> bytes:
     return payload
 
 
-def _through_memory(call: Any, write: bytes = b"") -> bytes:  # noqa: ANN401 - a method of the binding
+def _through_memory(call: Callable[[str], None], write: bytes = b"") -> bytes:
     """Runs `call(path)` on an anonymous memory file that starts as `write`; returns what it holds after."""
     if not hasattr(os, "memfd_create"):
         raise DomainError(Reason.CONFIGURATION_INVALID, "the SEAL bridge needs Linux (memfd_create)")

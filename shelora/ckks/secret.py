@@ -8,20 +8,17 @@ that supplied the ciphertext.
 
 import hashlib
 import struct
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import numpy as np
 from tenseal import sealapi
 
 from shelora.ckks.evaluator import FloatArray, pad_to_chunks
 from shelora.ckks.packing import UInt64Array
-from shelora.ckks.parameters import CkksParameters
-from shelora.ckks.seal import SealContext, seal_context
+from shelora.ckks.parameters import VALUE_LIMIT, CkksParameters
+from shelora.ckks.seal import Native, SealContext, seal_context
 from shelora.ckks.wire import KEY_ID_BYTES, SEED_BYTES, BlockShape, FullBlock, SeededBlock, UInt8Array
 from shelora.errors import DomainError, Reason
-
-VALUE_LIMIT: Final = 1.0
-"""Largest magnitude of an encrypted value; callers normalise to it."""
 
 _MAGIC: Final = b"SLSK"
 _VERSION: Final = 1
@@ -84,7 +81,7 @@ class SecretKey:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secret key is not pickled or copied; use to_bytes deliberately")
 
-    def _native(self, context: SealContext) -> Any:  # noqa: ANN401 - the binding is untyped
+    def _native(self, context: SealContext) -> Native:
         modulus = np.uint64(self.parameters.modulus)
         residues = (self._coefficients + modulus - np.uint64(1)) % modulus
         return context.load_plaintext(sealapi.SecretKey(), context.to_ntt(residues), _KEY_SCALE)
@@ -155,10 +152,11 @@ class Decryptor:
         shape = block.shape
         if total_slots < 0 or shape.chunks != self.parameters.chunks(total_slots):
             raise DomainError(Reason.CIPHERTEXT_WRONG_SHAPE, "the block's chunks do not fit total_slots")
-        values = np.empty((shape.rows, shape.chunks, self.parameters.slots))
+        slots = self.parameters.slots
+        values = np.empty((shape.rows, shape.chunks * slots))
         for row, chunk in np.ndindex(shape.rows, shape.chunks):
-            values[row, chunk] = self._slots(block, row, chunk)
-        return values.reshape(shape.rows, -1)[:, :total_slots] if shape.chunks else np.empty((shape.rows, 0))
+            values[row, chunk * slots : (chunk + 1) * slots] = self._slots(block, row, chunk)
+        return values[:, :total_slots]
 
     def _slots(self, block: FullBlock | SeededBlock, row: int, chunk: int) -> list[float]:
         if isinstance(block, SeededBlock):

@@ -14,7 +14,7 @@ and native code later sees only integers that passed through here.
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -120,7 +120,7 @@ class CiphertextBlock:
     """
 
     shape: BlockShape
-    c0: UInt64Array
+    c0: UInt64Array = field(repr=False)
     """[rows, chunks, N], each below the modulus."""
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class CiphertextBlock:
 class SeededBlock(CiphertextBlock):
     """Fresh ciphertexts: the second polynomial is the expansion of a seed."""
 
-    seeds: UInt8Array
+    seeds: UInt8Array = field(repr=False)
     """[rows, chunks, 64]."""
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ class SeededBlock(CiphertextBlock):
 class FullBlock(CiphertextBlock):
     """Accumulated ciphertexts: both polynomials."""
 
-    c1: UInt64Array
+    c1: UInt64Array = field(repr=False)
     """[rows, chunks, N], each below the modulus."""
 
     def __post_init__(self) -> None:
@@ -315,10 +315,10 @@ def _check_header(data: memoryview, expected: BlockShape) -> None:
     if len(data) < HEADER_BYTES:
         raise DomainError(Reason.CIPHERTEXT_TRUNCATED, "ciphertext block is shorter than its header")
     found, wanted = _Header._make(_HEADER.unpack_from(data)), _header(expected)
-    for fields, reason in _HEADER_CHECKS:
-        for field in fields:
-            if getattr(found, field) != getattr(wanted, field):
-                raise DomainError(reason, f"ciphertext block header: {field} is not the expected one")
+    for names, reason in _HEADER_CHECKS:
+        for name in names:
+            if getattr(found, name) != getattr(wanted, name):
+                raise DomainError(reason, f"ciphertext block header: {name} is not the expected one")
 
 
 def _check_length(length: int, expected: int) -> None:
