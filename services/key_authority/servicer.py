@@ -30,15 +30,20 @@ class KeyAuthorityServicer(pb_grpc.KeyAuthorityServicer):
         self, request: pb.GetEpochSecretsRequest, context: _Context
     ) -> pb.GetEpochSecretsResponse:
         async with translated(context):
-            authorization = (context.invocation_metadata() or grpc.aio.Metadata()).get("authorization")
             epoch_id = EpochId(request.federation_id, request.epoch)
-            secrets = await self._authority.release(epoch_id, request.client_id, authorization)
+            secrets = await self._authority.release(epoch_id, request.client_id, _authorization(context))
             return pb.GetEpochSecretsResponse(
                 parameters=secrets.parameters,
                 ckks_secret_key=secrets.ckks_secret_key,
                 obfuscation_secret=secrets.obfuscation_secret,
                 key_id=secrets.key_id,
             )
+
+
+def _authorization(context: _Context) -> str | bytes | None:
+    """The first `authorization` metadata of the call, None if there is none."""
+    metadata = context.invocation_metadata() or ()
+    return next((value for key, value in metadata if key == "authorization"), None)
 
 
 def register(authority: Authority, server: grpc.aio.Server) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from datetime import date, timedelta
 from enum import Enum
 from pathlib import PurePath
-from typing import Any, Final, get_args
+from typing import Final, get_args
 from uuid import UUID
 
 import structlog
@@ -98,6 +98,17 @@ def _scalar(value: object) -> object:
     return value if isinstance(value, _Plain) else f"<{type(value).__name__} refused>"
 
 
+class _StandardError(logging.Handler):
+    """Writes to what standard error is at the time: a test or a progress bar may have replaced it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:  # noqa: BLE001 - as every logging handler: a log must not break what it reports on
+            self.handleError(record)
+
+
 class _GuardArguments(logging.Filter):
     """Guards the arguments of printf-style records, which are formatted before any processor sees them."""
 
@@ -138,7 +149,7 @@ def _formatter(shared: Sequence[Processor], *, json: bool) -> logging.Formatter:
 
 def _install(formatter: logging.Formatter, level: str) -> None:
     """Makes one handler, on standard error, the only one of the root logger."""
-    handler: logging.StreamHandler[Any] = logging.StreamHandler(sys.stderr)
+    handler = _StandardError()
     handler.setFormatter(formatter)
     handler.addFilter(_GuardArguments())
     root = logging.getLogger()
