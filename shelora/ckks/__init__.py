@@ -1,11 +1,12 @@
 """Depth-one CKKS: symmetric encryption of values, weighted sums without any key, checked wire format.
 
-`shelora.ckks.secret` (keys, encryption, decryption) is not imported from here: a party that imports this
-package to aggregate has no code that decrypts.
+The package itself offers what needs numpy alone: parameters, bounds and the wire format. What computes is named
+where it is used: `shelora.ckks.evaluator` (SEAL, no key) by whoever aggregates, `shelora.ckks.secret` (keys,
+encryption, decryption) by agents and the key authority only. A coordinator loads no native code, and a party
+that aggregates has no code that decrypts.
 """
 
 from shelora.ckks.bounds import accumulated_error_bound, slot_error_bound
-from shelora.ckks.evaluator import Accumulator, Evaluator
 from shelora.ckks.parameters import (
     INSECURE_TOY,
     LARGE,
@@ -40,12 +41,10 @@ __all__ = [
     "STANDARD",
     "SUM_LIMIT",
     "VALUE_LIMIT",
-    "Accumulator",
     "BlockReader",
     "BlockShape",
     "CiphertextBlock",
     "CkksParameters",
-    "Evaluator",
     "FullBlock",
     "FullCiphertext",
     "SeededBlock",

@@ -22,6 +22,8 @@ from shelora.ckks.seal import Native, SealContext, seal_context
 from shelora.ckks.wire import BlockReader, BlockShape, FullBlock, FullCiphertext, SeededBlock
 from shelora.errors import DomainError, Reason
 
+__all__ = ["SUM_LIMIT", "Accumulator", "Evaluator", "FloatArray", "pad_to_chunks"]
+
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 IntArray: TypeAlias = npt.NDArray[np.intp]
 

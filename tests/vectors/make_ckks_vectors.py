@@ -12,7 +12,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from shelora.ckks import INSECURE_TOY, BlockShape, Evaluator, FullBlock, SeededBlock, encode_block
+from shelora.ckks import INSECURE_TOY, BlockShape, FullBlock, SeededBlock, encode_block
+from shelora.ckks.evaluator import Evaluator
 from shelora.ckks.secret import Encryptor, SecretKey
 
 FOLDER: Final = Path(__file__).parent / "ckks"

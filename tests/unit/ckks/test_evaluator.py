@@ -11,12 +11,12 @@ from shelora.ckks import (
     STANDARD,
     BlockReader,
     BlockShape,
-    Evaluator,
     SeededBlock,
     accumulated_error_bound,
     decode_block,
     encode_block,
 )
+from shelora.ckks.evaluator import Evaluator
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.errors import DomainError, Reason
 

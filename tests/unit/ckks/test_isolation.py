@@ -45,7 +45,11 @@ def test_the_operating_system_and_tenseal_stay_in_their_modules(source):
         assert module not in roots or source.name in allowed
 
 
-def test_importing_the_package_loads_no_code_that_decrypts():
-    check = "import sys, shelora.ckks; sys.exit('shelora.ckks.secret' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("shelora.ckks", "tenseal"), ("shelora.ckks.evaluator", "shelora.ckks.secret")],
+)
+def test_importing_one_layer_does_not_load_the_next(module, absent):
+    check = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
     root = FOLDER.parent.parent
     assert subprocess.run([sys.executable, "-c", check], cwd=root, check=False).returncode == 0

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shelora.ckks import INSECURE_TOY, LARGE, STANDARD, Evaluator, slot_error_bound
+from shelora.ckks import INSECURE_TOY, LARGE, STANDARD, slot_error_bound
+from shelora.ckks.evaluator import Evaluator
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.errors import DomainError, Reason
 
