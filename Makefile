@@ -1,0 +1,56 @@
+# Every target sets itself up: a virtual environment with pinned packages in .venv. Needs Python 3.11 and make.
+PYTHON ?= python3.11
+PROTECTION ?= selective
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := shelora coordinator client_agent services bench examples tools tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fix bench up protos verify-protos unit clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+setup: $(INSTALLED)  ## Create the virtual environment
+
+$(INSTALLED): pyproject.toml requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints.txt --editable '.[agent,local,demo,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8 (PROTECTION=none for comparison)
+	$(BIN)/python -m examples.reuters.demo --protection $(PROTECTION)
+
+test: $(INSTALLED)  ## Run every test
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) verify-protos  ## Format, lint, types, import contracts, stubs, unit tests
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/unit
+
+unit: $(INSTALLED)  ## Run the unit tests
+	$(BIN)/python -m pytest tests/unit
+
+fix: $(INSTALLED)  ## Format and repair what the linter can
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(INSTALLED)  ## Compare our protection path with the published way
+	$(BIN)/python -m bench
+
+up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
+	$(BIN)/shelora up
+
+protos: $(INSTALLED)  ## Regenerate the stubs in shelora/v1
+	$(BIN)/python -m tools.stubs write
+
+verify-protos: $(INSTALLED)  ## Fail if the stubs are not those of protos/
+	$(BIN)/python -m tools.stubs verify
+
+clean:  ## Remove what was built and run; the virtual environment stays
+	rm -rf runs assets build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

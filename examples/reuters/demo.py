@@ -1,0 +1,220 @@
+"""The demo: a real federation of four agents on this machine, every part a process of its own.
+
+    python -m examples.reuters.demo [--protection none]
+
+Fetches model and data, divides the data, starts the cluster and the agents, shows the federation live, and leaves
+summary, plot and adapter in runs/demo.
+"""
+
+import asyncio
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+import yaml
+from rich.console import Console
+from rich.live import Live
+
+from examples.reuters.assets import MINILM, REUTERS, fetch
+from examples.reuters.report import plot_rounds, summarize
+from examples.reuters.split import LABELS, dirichlet_split, read_tab, write_jsonl
+from shelora.cli.cluster import Addresses, LocalCluster, Process
+from shelora.cli.main import terminated_as_interrupt
+from shelora.cli.operator import Operator, operator
+from shelora.cli.render import federation_view, round_figures, rounds_table, size, training_rounds
+from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec
+from shelora.v1 import coordinator_pb2 as pb
+
+HERE: Final = Path(__file__).parent
+ASSETS: Final = Path("assets")
+REFRESH_S: Final = 0.5
+SPLIT_SEED: Final = 7
+DIRICHLET_ALPHA: Final = 0.3
+
+
+class Protection(StrEnum):
+    SELECTIVE = "selective"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class AgentProfile:
+    """What differs between the demo's agents."""
+
+    name: str
+    rank: int
+    alpha: float
+    budget: float
+
+
+AGENTS: Final = (
+    AgentProfile("newsroom-1", rank=4, alpha=8, budget=1.0),
+    AgentProfile("newsroom-2", rank=8, alpha=16, budget=1.0),
+    AgentProfile("thin-uplink", rank=8, alpha=16, budget=0.1),
+    AgentProfile("newsroom-3", rank=16, alpha=16, budget=1.0),
+)
+ADAPTER_OF: Final = "newsroom-3"
+"""The agent whose adapter the demo keeps: the one of the largest rank."""
+
+console = Console()
+
+
+def main(
+    protection: Annotated[
+        Protection, typer.Option(help="selective, or none for comparison.")
+    ] = Protection.SELECTIVE,
+    folder: Annotated[Path, typer.Option(help="Folder for everything the run leaves.")] = Path("runs/demo"),
+) -> None:
+    """Run a federation of four agents on Reuters R8 with all-MiniLM-L6-v2."""
+    started = time.monotonic()
+    try:
+        with terminated_as_interrupt():
+            run(protection, folder, started)
+    except DomainError as error:
+        console.print(f"[red]the demo failed: {error.reason}[/red]\n{error.message}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted; every process was stopped[/yellow]")
+        sys.exit(130)
+
+
+def run(protection: Protection, folder: Path, started: float) -> None:
+    """The whole demo; raises DomainError with the reason if anything fails."""
+    with console.status("fetching model and data (about 120 MB the first time)"):
+        model, data = fetch(MINILM, ASSETS), fetch(REUTERS, ASSETS)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    spec = federation_spec(protection)
+    counts = write_data(data, folder)
+    console.print("examples: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    with LocalCluster(folder / "cluster", fixed_ports=False, workers=2) as cluster:
+        agents = [start_agent(cluster, profile, folder, model) for profile in AGENTS]
+        federation = asyncio.run(follow(cluster, agents, spec))
+    finish(federation, spec, folder, time.monotonic() - started)
+
+
+def federation_spec(protection: Protection) -> FederationSpec:
+    """The federation of federation.yaml, with the protection asked for."""
+    spec = FederationSpec.from_yaml(HERE / "federation.yaml")
+    return spec.model_copy(
+        update={"protection": spec.protection.model_copy(update={"mode": protection.value})}
+    )
+
+
+def write_data(source: Path, folder: Path) -> Mapping[str, int]:
+    """Writes every agent's train and test examples. Returns the number of training examples by agent."""
+    train = read_tab(source / "reuters-r8-train.tab")
+    test = read_tab(source / "reuters-r8-test.tab")
+    if {e.label for e in train} != set(LABELS):
+        raise DomainError(
+            Reason.DATA_INVALID, "the training data does not hold the eight classes of Reuters R8"
+        )
+    parts = dirichlet_split([e.label for e in train], len(AGENTS), DIRICHLET_ALPHA, SPLIT_SEED)
+    for position, (agent, indices) in enumerate(zip(AGENTS, parts, strict=True)):
+        home = folder / "agents" / agent.name
+        home.mkdir(parents=True)
+        write_jsonl([train[i] for i in indices], home / "train.jsonl")
+        write_jsonl(test[position :: len(AGENTS)], home / "test.jsonl")
+    return {agent.name: len(indices) for agent, indices in zip(AGENTS, parts, strict=True)}
+
+
+def start_agent(cluster: LocalCluster, profile: AgentProfile, folder: Path, model: Path) -> Process:
+    """Writes the agent's configuration and starts its daemon."""
+    home = folder / "agents" / profile.name
+    config = home / "agent.yaml"
+    config.write_text(yaml.safe_dump(agent_config(cluster.addresses, profile, model), sort_keys=False))
+    return cluster.spawn(profile.name, "client_agent.main", ["run", "--config", str(config)], {})
+
+
+def agent_config(addresses: Addresses, profile: AgentProfile, model: Path) -> dict[str, Any]:
+    """The content of an agent's YAML file; paths are relative to it."""
+    return {
+        "federation": "reuters",
+        "client_id": profile.name,
+        "coordinator": addresses.coordinator,
+        "aggregation": list(addresses.aggregation),
+        "key_authority": addresses.key_authority,
+        "credential_file": addresses.credential_file,
+        "state_dir": "state",
+        "model": {"path": str(model.absolute()), "device": "cpu"},
+        "data": {"train": "train.jsonl", "test": "test.jsonl"},
+        "lora": {"rank": profile.rank, "alpha": profile.alpha},
+        "budget": profile.budget,
+        "resources": {"threads": 1},
+        "metrics_port": 0,
+    }
+
+
+async def follow(cluster: LocalCluster, agents: Sequence[Process], spec: FederationSpec) -> pb.Federation:
+    """Creates and starts the federation and shows it until every agent has reported its last evaluation."""
+    async with operator(cluster.addresses.coordinator) as connection:
+        await connection.create(spec.to_proto())
+        federation = await connection.start(spec.name)
+        with Live(federation_view(federation), console=console, refresh_per_second=2) as live:
+            while federation.phase == pb.PHASE_RUNNING:
+                require_alive(cluster, agents)
+                await asyncio.sleep(REFRESH_S)
+                federation = await connection.get(spec.name)
+                live.update(federation_view(federation))
+            return await last_reports(connection, agents, federation, live)
+
+
+def require_alive(cluster: LocalCluster, agents: Sequence[Process]) -> None:
+    """Raises with the end of its log if a server died, or an agent ended before the federation."""
+    for process in cluster.processes:
+        if process not in agents:
+            process.require_alive()
+    for agent in agents:
+        if agent.popen.poll() not in {None, 0}:
+            agent.require_alive()
+
+
+async def last_reports(
+    connection: Operator, agents: Sequence[Process], federation: pb.Federation, live: Live
+) -> pb.Federation:
+    """Waits until the agents have exited; raises if the federation or an agent failed."""
+    if federation.phase == pb.PHASE_FAILED:
+        raise DomainError(Reason.INTERNAL, f"the federation failed: {federation.failure}")
+    while any(agent.popen.poll() is None for agent in agents):
+        await asyncio.sleep(REFRESH_S)
+        federation = await connection.get(federation.federation_id)
+        live.update(federation_view(federation))
+    for agent in agents:
+        if agent.popen.returncode:
+            agent.require_alive()
+    federation = await connection.get(federation.federation_id)
+    live.update(federation_view(federation))
+    return federation
+
+
+def finish(federation: pb.Federation, spec: FederationSpec, folder: Path, wall_s: float) -> None:
+    """Writes summary, plot and adapter; prints the final table."""
+    configuration = {
+        "federation": spec.model_dump(mode="json"),
+        "agents": {a.name: {"rank": a.rank, "alpha": a.alpha, "budget": a.budget} for a in AGENTS},
+        "split": {"dirichlet_alpha": DIRICHLET_ALPHA, "seed": SPLIT_SEED},
+    }
+    summary = summarize(federation, configuration, wall_s)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    plot_rounds(summary, folder / "rounds.png")
+    shutil.copytree(folder / "agents" / ADAPTER_OF / "state" / "adapter", folder / "adapter")
+    console.print(rounds_table([round_figures(r) for r in training_rounds(federation)]))
+    up, down = (size(summary[f"{way}_bytes_per_agent_per_round"]) for way in ("upload", "download"))
+    console.print(
+        f"final test accuracy {summary['final_test_accuracy']:.1%} on {summary['final_test_examples']} test examples"
+        f" · {up} up and {down} down an agent and round · {wall_s:.0f} s\n"
+        f"left in {folder}: summary.json, rounds.png, adapter/ (load it with PeftModel.from_pretrained)",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

