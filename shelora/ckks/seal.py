@@ -227,8 +227,8 @@ def _through_memory(call: Callable[[str], None], write: bytes = b"") -> bytes:
         raise DomainError(Reason.CONFIGURATION_INVALID, "the SEAL bridge needs Linux (memfd_create)")
     file = os.memfd_create("shelora-seal", os.MFD_CLOEXEC)
     try:
-        if write:
-            os.write(file, write)
+        if write and os.write(file, write) != len(write):
+            raise DomainError(Reason.INTERNAL, "an anonymous memory file took only part of a buffer")
         call(f"/proc/self/fd/{file}")
         return b"" if write else os.pread(file, os.fstat(file).st_size, 0)
     finally:

@@ -1,9 +1,12 @@
 """What decrypts. For client agents and the key authority; aggregation and coordinator never import it.
 
-Non-guarantees: Python and SEAL copy key material and do not wipe it, so a process that held a key holds it
-until it ends; nothing here is constant-time. Ciphertexts carry no authentication: whoever can write to the
-channel can alter them (the transport authenticates), and a decrypted value must never be shown to the party
-that supplied the ciphertext.
+Non-guarantees:
+- A decrypted value carries the noise of its ciphertext. Whoever holds ciphertexts and sees their raw decryptions
+  solves for the key (Li and Micciancio, Eurocrypt 2021). Decrypted values stay with those who hold the key;
+  what is published from them is first rounded far above the noise, or is a function that hides it.
+- Ciphertexts carry no authentication: whoever can write to the channel can alter them; transport must protect it.
+- Python and SEAL copy key material and do not wipe it: a process that held a key holds it until it ends.
+- Nothing here is constant-time.
 """
 
 import hashlib
@@ -32,7 +35,7 @@ _KEY_SCALE: Final = 1.0
 """SEAL stores a key as a plaintext whose scale is unused."""
 
 _MAX_DEVIATIONS: Final = 8.0
-"""Standard deviations by which a key's zero count may differ from N / 3; a sound key fails once in 10^15."""
+"""Standard deviations by which a count of -1, 0 or 1 may differ from N / 3; a sound key fails once in 10^14."""
 
 
 class SecretKey:
@@ -89,7 +92,7 @@ class SecretKey:
     def _fingerprint(self) -> bytes:
         """First 16 bytes of SHA-256 over the key, in its own domain.
 
-        A key is uniform over 3^N, so nobody finds it by guessing preimages; the digest tells nothing else.
+        A key is uniform over 3^N, so nobody finds it by guessing preimages: the digest may be public.
         """
         return hashlib.sha256(_KEY_ID_DOMAIN + self.to_bytes()).digest()[:KEY_ID_BYTES]
 
