@@ -115,6 +115,8 @@ class _GuardArguments(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
             record.args = tuple(_guarded_argument(argument) for argument in record.args)
+        elif isinstance(record.args, Mapping):
+            record.args = {name: _guarded_argument(argument) for name, argument in record.args.items()}
         return True
 
 

@@ -19,6 +19,9 @@ REASON_METADATA: Final = "shelora-reason"
 
 INTERNAL_MESSAGE: Final = "internal error"
 
+MAX_DETAILS: Final = 500
+"""Characters of a message that travel. Encoded they take at most 12 bytes each, and peers accept 8 KiB of trailers."""
+
 _Code = grpc.StatusCode
 _log = structlog.get_logger(__name__)
 
@@ -112,7 +115,8 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], reason: Reason, message: str) -> None:
-    await context.abort(STATUS_BY_REASON[reason], message, ((REASON_METADATA, reason.value),))
+    details = message[:MAX_DETAILS]
+    await context.abort(STATUS_BY_REASON[reason], details, ((REASON_METADATA, reason.value),))
 
 
 def error_from_rpc(error: grpc.RpcError) -> DomainError:

@@ -1,0 +1,238 @@
+import concurrent.futures
+import errno
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.key_authority.epochs import EpochId, EpochSecrets, from_file, to_file
+from services.key_authority.vault import Vault
+from shelora.ckks.parameters import INSECURE_TOY, STANDARD
+from shelora.ckks.secret import SecretKey
+from shelora.errors import DomainError, Reason
+
+EPOCH = EpochId("clinic", 1)
+SECRETS = EpochSecrets("STANDARD", bytes(16), b"the CKKS key", b"x" * 32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "epochs"
+
+
+@pytest.fixture
+def vault(folder):
+    return Vault(folder)
+
+
+def refusal(action):
+    with pytest.raises(DomainError) as caught:
+        action()
+    return caught.value
+
+
+def test_a_new_epoch_has_a_usable_key_and_a_secret_of_32_bytes(vault):
+    opened = vault.open_epoch(EPOCH, STANDARD)
+    assert opened.parameters == STANDARD.name
+    assert SecretKey.from_bytes(STANDARD, opened.ckks_secret_key).key_id == opened.key_id
+    assert len(opened.key_id) == 16
+    assert len(opened.obfuscation_secret) == 32
+
+
+def test_a_restart_loses_nothing(vault, folder):
+    opened = vault.open_epoch(EPOCH, INSECURE_TOY)
+    restarted = Vault(folder)
+    assert restarted.read(EPOCH) == opened
+    assert restarted.open_epoch(EPOCH, INSECURE_TOY) == opened
+
+
+def test_every_epoch_has_keys_of_its_own(vault):
+    ids = [EPOCH, EpochId("clinic", 2), EpochId("clinic-1", 1), EpochId("clini", 1)]
+    opened = [vault.open_epoch(epoch_id, INSECURE_TOY) for epoch_id in ids]
+    assert len({secrets.key_id for secrets in opened}) == len(ids)
+    assert len({secrets.obfuscation_secret for secrets in opened}) == len(ids)
+    assert [vault.read(epoch_id) for epoch_id in ids] == opened
+
+
+def test_another_profile_for_an_open_epoch_is_refused(vault):
+    opened = vault.open_epoch(EPOCH, INSECURE_TOY)
+    assert refusal(lambda: vault.open_epoch(EPOCH, STANDARD)).reason is Reason.INVALID_ARGUMENT
+    assert vault.read(EPOCH) == opened
+
+
+def test_an_epoch_that_was_not_opened_is_unknown(vault):
+    assert refusal(lambda: vault.read(EPOCH)).reason is Reason.FEDERATION_UNKNOWN
+
+
+def test_no_other_user_can_read_keys(vault, folder):
+    before = os.umask(0)
+    try:
+        vault.open_epoch(EPOCH, INSECURE_TOY)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600]
+
+
+def test_a_folder_open_to_other_users_is_refused_with_the_remedy(folder):
+    folder.mkdir(mode=0o750)
+    error = refusal(lambda: Vault(folder))
+    assert error.reason is Reason.CONFIGURATION_INVALID
+    assert f"chmod 700 {folder}" in error.message
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    assert refusal(lambda: Vault(tmp_path / "file" / "epochs")).reason is Reason.CONFIGURATION_INVALID
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_changed_byte_of_a_file_is_noticed(data):
+    content = bytearray(to_file(EPOCH, SECRETS))
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    assert refusal(lambda: from_file(EPOCH, bytes(content))).reason is Reason.SECRET_UNAVAILABLE
+
+
+@given(st.integers(0, 10_000))
+def test_a_file_cut_short_is_noticed(kept):
+    content = to_file(EPOCH, SECRETS)
+    assert (
+        refusal(lambda: from_file(EPOCH, content[: kept % len(content)])).reason is Reason.SECRET_UNAVAILABLE
+    )
+
+
+def test_a_file_of_another_epoch_is_noticed(vault, folder):
+    vault.open_epoch(EPOCH, INSECURE_TOY)
+    (folder / "clinic.1.keys").rename(folder / "clinic.2.keys")
+    assert refusal(lambda: vault.read(EpochId("clinic", 2))).reason is Reason.SECRET_UNAVAILABLE
+
+
+def test_a_damaged_file_is_never_overwritten_and_its_error_shows_no_secret(vault, folder):
+    opened = vault.open_epoch(EPOCH, INSECURE_TOY)
+    path = folder / "clinic.1.keys"
+    damaged = path.read_bytes()[:-1]
+    path.write_bytes(damaged)
+    for action in (lambda: vault.read(EPOCH), lambda: Vault(folder).open_epoch(EPOCH, INSECURE_TOY)):
+        error = refusal(action)
+        assert error.reason is Reason.SECRET_UNAVAILABLE
+        assert error.__cause__ is None
+        assert opened.obfuscation_secret.hex() not in str(error)
+    assert path.read_bytes() == damaged
+
+
+def test_a_file_of_a_newer_format_is_refused(folder, vault):
+    body = json.dumps({**json.loads(to_file(EPOCH, SECRETS).partition(b"\n")[2]), "format": 2}).encode()
+    (folder / "clinic.1.keys").write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    error = refusal(lambda: vault.read(EPOCH))
+    assert error.reason is Reason.SECRET_UNAVAILABLE
+    assert SECRETS.obfuscation_secret.hex() not in str(error)
+
+
+def test_concurrent_threads_get_the_same_keys_and_leave_one_file(vault, folder):
+    count = 8
+    together = threading.Barrier(count)
+
+    def open_together(_number):
+        together.wait()
+        return vault.open_epoch(EPOCH, INSECURE_TOY)
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        opened = list(pool.map(open_together, range(count)))
+    assert len({secrets.key_id for secrets in opened}) == 1
+    assert [path.name for path in folder.iterdir()] == ["clinic.1.keys"]
+
+
+_OPENING_PROCESS = """
+import sys
+from pathlib import Path
+from services.key_authority.epochs import EpochId
+from services.key_authority.vault import Vault
+from shelora.ckks.parameters import INSECURE_TOY
+vault = Vault(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+print(*(vault.open_epoch(EpochId("clinic", epoch), INSECURE_TOY).key_id.hex() for epoch in range(1, 21)))
+"""
+
+
+def test_two_processes_get_the_same_keys(folder):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _OPENING_PROCESS, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    first, second = (process.communicate()[0].split() for process in processes)
+    assert first == second
+    assert len(set(first)) == 20
+
+
+def test_a_writer_that_comes_second_takes_over_the_keys_of_the_first(vault, folder, monkeypatch):
+    first = Vault(folder).open_epoch(EPOCH, INSECURE_TOY)
+    found = iter([None])  # as if the first writer had finished just after the second looked
+    monkeypatch.setattr(vault, "_find", lambda epoch_id: next(found, Vault(folder).read(epoch_id)))
+    assert vault.open_epoch(EPOCH, INSECURE_TOY) == first
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_behind(vault, folder, monkeypatch):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        error = refusal(lambda: vault.open_epoch(EPOCH, INSECURE_TOY))
+    assert error.reason is Reason.STORE_UNAVAILABLE
+    assert "No space left" in error.message
+    assert list(folder.iterdir()) == []
+    vault.open_epoch(EPOCH, INSECURE_TOY)
+
+
+def test_drafts_that_a_crash_left_are_removed_once_nobody_can_be_writing_them(vault, folder):
+    old, fresh = folder / ".clinic.1.keys.00.draft", folder / ".clinic.1.keys.01.draft"
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    kept = vault.open_epoch(EPOCH, INSECURE_TOY)
+    restarted = Vault(folder)
+    assert not old.exists()
+    assert fresh.exists()
+    assert restarted.read(EPOCH) == kept
+
+
+@pytest.mark.parametrize(
+    ("federation_id", "epoch"),
+    [
+        ("", 1),
+        ("a" * 65, 1),
+        ("Clinic", 1),
+        ("../up", 1),
+        ("a.b", 1),
+        ("a\n", 1),
+        ("ä", 1),
+        ("a", 0),
+        ("a", -1),
+    ],
+)
+def test_an_invalid_name_of_an_epoch_is_refused(federation_id, epoch):
+    assert refusal(lambda: EpochId(federation_id, epoch)).reason is Reason.INVALID_ARGUMENT
+
+
+def test_the_repr_of_secrets_shows_none():
+    shown = repr(EpochSecrets("STANDARD", bytes(16), b"THE-KEY", b"THE-SECRET"))
+    assert "THE" not in shown

@@ -1,0 +1,292 @@
+import asyncio
+import os
+import signal
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from services.shell.observation import RPC_SECONDS, RPC_TOTAL
+from services.shell.process import EXIT_FAILED, EXIT_REFUSED, run_process
+from services.shell.server import Ready, running_server, serve
+from services.shell.settings import ServerSettings
+from shelora.errors import DomainError, Reason
+from shelora.transport.channel import open_channel
+from shelora.transport.status import translated
+from shelora.v1 import coordinator_pb2 as pb
+from shelora.v1 import coordinator_pb2_grpc as pb_grpc
+
+SERVICE = "shelora.v1.Coordinator"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Town(pb_grpc.CoordinatorServicer):
+    """Heartbeats answer, fail or wait by their stage; Watch streams until the drain."""
+
+    def __init__(self):
+        self.draining = asyncio.Event()
+        self.entered = asyncio.Event()
+        self.released = asyncio.Event()
+
+    async def Heartbeat(self, request, context):
+        async with translated(context):
+            if request.stage == "refuse":
+                raise DomainError(Reason.CLIENT_UNKNOWN, "")
+            if request.stage == "wait":
+                self.entered.set()
+                await self.released.wait()
+            return pb.HeartbeatResponse()
+
+    async def GetFederation(self, request, context):
+        raise ValueError
+
+    async def Watch(self, request, context):
+        async with translated(context):
+            yield pb.Assignment(assignment_id="first")
+            await self.draining.wait()
+            yield pb.Assignment(assignment_id="last")
+
+    async def PublishPlan(self, request_iterator, context):
+        async for _request in request_iterator:
+            pass
+        return pb.PublishPlanResponse()
+
+    def register(self, server):
+        pb_grpc.add_CoordinatorServicer_to_server(self, server)
+
+
+class Process:
+    """A `serve` running in a task."""
+
+    def __init__(self, tmp_path, town, **options):
+        self.path = tmp_path / "ready.json"
+        settings = ServerSettings(ready_file=self.path, metrics_port=-1, shutdown_grace_s=30.0)
+        self.task = asyncio.create_task(
+            serve(settings, service_names=[SERVICE], register=town.register, **options)
+        )
+
+    async def ready(self):
+        while (ready := Ready.read(self.path)) is None:
+            if self.task.done():
+                await self.task
+            await asyncio.sleep(0.01)
+        return ready
+
+    async def stopped(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await self.task
+
+
+@pytest.fixture
+def town():
+    return Town()
+
+
+def counted(method, status):
+    return RPC_TOTAL.labels(SERVICE, method, status)._value.get()
+
+
+def timed(method):
+    return sum(bucket.get() for bucket in RPC_SECONDS.labels(SERVICE, method)._buckets)
+
+
+async def health_of(channel, service):
+    stub = health_pb2_grpc.HealthStub(channel)
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+async def test_health_and_reflection_speak_of_the_service(town):
+    async with running_server([SERVICE], town.register) as address, open_channel(address) as channel:
+        assert await health_of(channel, "") == SERVING
+        assert await health_of(channel, SERVICE) == SERVING
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
+        async for response in stub.ServerReflectionInfo(iter(requests)):
+            names = {service.name for service in response.list_services_response.service}
+    assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "status"),
+    [
+        ("Heartbeat", pb.HeartbeatRequest(), "OK"),
+        ("Heartbeat", pb.HeartbeatRequest(stage="refuse"), "NOT_FOUND"),
+        ("GetFederation", pb.GetFederationRequest(), "UNKNOWN"),
+    ],
+)
+async def test_a_unary_call_is_counted_and_timed_by_its_status(town, method, request_, status):
+    before, timed_before = counted(method, status), timed(method)
+    async with running_server([SERVICE], town.register) as address, open_channel(address) as channel:
+        rpc = getattr(pb_grpc.CoordinatorStub(channel), method)(request_)
+        assert (await rpc.code()).name == status
+    assert counted(method, status) == before + 1
+    assert timed(method) == timed_before + 1
+
+
+async def test_streams_are_counted_when_they_end(town):
+    town.draining.set()
+    before = counted("Watch", "OK"), counted("PublishPlan", "OK")
+    async with running_server([SERVICE], town.register) as address, open_channel(address) as channel:
+        stub = pb_grpc.CoordinatorStub(channel)
+        assert [a.assignment_id async for a in stub.Watch(pb.WatchRequest())] == ["first", "last"]
+        await stub.PublishPlan(iter([pb.PublishPlanRequest(piece=b"x")]))
+    assert (counted("Watch", "OK"), counted("PublishPlan", "OK")) == (before[0] + 1, before[1] + 1)
+
+
+async def test_a_stream_that_the_client_leaves_is_counted_as_cancelled(town):
+    before = counted("Watch", "CANCELLED")
+    async with running_server([SERVICE], town.register) as address, open_channel(address) as channel:
+        watch = pb_grpc.CoordinatorStub(channel).Watch(pb.WatchRequest())
+        await watch.read()
+        watch.cancel()
+        while counted("Watch", "CANCELLED") == before:  # noqa: ASYNC110 - the metric has no event
+            await asyncio.sleep(0.01)
+    assert counted("Watch", "CANCELLED") == before + 1
+
+
+async def test_every_method_has_its_series_before_the_first_call(town):
+    async with running_server([SERVICE], town.register):
+        series = {sample.labels["method"] for sample in RPC_TOTAL.collect()[0].samples}
+    assert {method.name for method in pb.DESCRIPTOR.services_by_name["Coordinator"].methods} <= series
+
+
+async def test_the_drain_lets_calls_in_progress_finish_and_refuses_new_ones(town, tmp_path):
+    process = Process(tmp_path, town)
+    ready = await process.ready()
+    assert ready.pid == os.getpid()
+    assert ready.metrics_port == -1
+    async with open_channel(ready.address) as channel:
+        stub = pb_grpc.CoordinatorStub(channel)
+        health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await health.read()).status == SERVING
+        waiting = stub.Heartbeat(pb.HeartbeatRequest(stage="wait"))
+        await town.entered.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (await health.read()).status == NOT_SERVING
+        os.kill(os.getpid(), signal.SIGTERM)  # a second signal does not cut the drain short
+        health.cancel()
+        assert Ready.read(process.path) is None
+        town.released.set()
+        await waiting
+        await process.task
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Heartbeat(pb.HeartbeatRequest())
+
+
+async def test_endless_streams_end_themselves_when_told_of_the_drain(town, tmp_path):
+    process = Process(tmp_path, town, on_drain=[town.draining.set])
+    ready = await process.ready()
+    async with open_channel(ready.address) as channel:
+        watch = pb_grpc.CoordinatorStub(channel).Watch(pb.WatchRequest())
+        assert (await watch.read()).assignment_id == "first"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (await watch.read()).assignment_id == "last"
+        assert await watch.read() is grpc.aio.EOF
+        await process.task
+
+
+async def test_background_work_is_cancelled_before_resources_are_closed(town, tmp_path):
+    events = []
+
+    async def tick():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            events.append("background ended")
+
+    async def close(name):
+        events.append(name)
+
+    process = Process(
+        tmp_path, town, background=[tick], on_stop=[lambda: close("workers"), lambda: close("store")]
+    )
+    await process.ready()
+    await process.stopped()
+    assert events == ["background ended", "workers", "store"]
+
+
+async def test_background_work_that_returns_stops_nothing(town, tmp_path):
+    returned = asyncio.Event()
+
+    async def once():
+        returned.set()
+
+    process = Process(tmp_path, town, background=[once])
+    await process.ready()
+    await returned.wait()
+    await asyncio.sleep(0)
+    assert not process.task.done()
+    await process.stopped()
+
+
+async def test_a_crash_of_background_work_stops_the_server_and_is_raised(town, tmp_path):
+    begin = asyncio.Event()
+    closed = []
+
+    async def crash():
+        await begin.wait()
+        raise ZeroDivisionError
+
+    async def close():
+        closed.append(True)
+
+    process = Process(tmp_path, town, background=[crash], on_stop=[close])
+    await process.ready()
+    begin.set()
+    with pytest.raises(ZeroDivisionError):
+        await process.task
+    assert closed == [True]
+    assert Ready.read(process.path) is None
+
+
+async def test_a_ready_file_of_a_successor_is_left_alone(town, tmp_path):
+    process = Process(tmp_path, town)
+    await process.ready()
+    successor = b'{"address": "127.0.0.1:1", "metrics_port": 1, "pid": 1}'
+    process.path.write_bytes(successor)
+    await process.stopped()
+    assert process.path.read_bytes() == successor
+
+
+async def test_a_server_open_to_the_network_in_plaintext_is_refused(town):
+    settings = ServerSettings(listen="0.0.0.0:0", metrics_port=-1)
+    with pytest.raises(DomainError, match="allow_plaintext"):
+        await serve(settings, service_names=[SERVICE], register=town.register)
+
+
+async def test_a_wildcard_address_is_announced_as_loopback(town):
+    settings = ServerSettings(listen="0.0.0.0:0", allow_plaintext=True, shutdown_grace_s=0.0)
+    async with running_server([SERVICE], town.register, settings) as address:
+        assert address.startswith("127.0.0.1:")
+
+
+async def test_a_port_in_use_is_a_refused_configuration(town):
+    async with running_server([SERVICE], town.register) as address:
+        with pytest.raises(DomainError, match="in use") as caught:
+            await serve(
+                ServerSettings(listen=address, metrics_port=-1),
+                service_names=[SERVICE],
+                register=town.register,
+            )
+    assert caught.value.reason is Reason.CONFIGURATION_INVALID
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DomainError(Reason.CONFIGURATION_INVALID, "data_dir is missing"), EXIT_REFUSED),
+        (DomainError(Reason.STORE_UNAVAILABLE, "no store"), EXIT_FAILED),
+        (ZeroDivisionError(), EXIT_FAILED),
+    ],
+)
+def test_the_exit_code_tells_a_refused_configuration_from_a_failure(error, code, capsys):
+    def load():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_process("bakery", load, None)
+    assert caught.value.code == code
+    if code == EXIT_REFUSED:
+        assert capsys.readouterr().err == "bakery: data_dir is missing\n"
