@@ -168,11 +168,11 @@ async def test_the_drain_lets_calls_in_progress_finish_and_refuses_new_ones(town
         os.kill(os.getpid(), signal.SIGTERM)  # a second signal does not cut the drain short
         health.cancel()
         assert Ready.read(process.path) is None
+        while await stub.Heartbeat(pb.HeartbeatRequest()).code() is grpc.StatusCode.OK:
+            pass
         town.released.set()
         await waiting
         await process.task
-        with pytest.raises(grpc.aio.AioRpcError):
-            await stub.Heartbeat(pb.HeartbeatRequest())
 
 
 async def test_endless_streams_end_themselves_when_told_of_the_drain(town, tmp_path):
