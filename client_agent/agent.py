@@ -1,0 +1,285 @@
+"""The daemon: follows assignments, one at a time, the newest first, and says that it is alive."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Final
+
+import structlog
+
+from client_agent.config import AgentConfig
+from client_agent.learner import Learner
+from client_agent.metrics import ROUNDS
+from client_agent.progress import Activity, Progress, Stopped
+from client_agent.replicas import Replicas
+from client_agent.session import Session, is_fatal
+from client_agent.state import AgentState
+from client_agent.work import Identity, Work
+from client_agent.worker import Worker
+from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec
+from shelora.transport.channel import Credentials
+from shelora.v1 import coordinator_pb2 as pb
+
+HEARTBEAT_S: Final = 5.0
+"""Seconds between two heartbeats."""
+RETRY_S: Final = 5.0
+"""Seconds before an assignment that failed for a reason that may pass is tried again, doubled each time."""
+LONGEST_RETRY_S: Final = 60.0
+
+_OVER: Final = frozenset(
+    {
+        Reason.ROUND_NOT_COLLECTING,
+        Reason.NOT_IN_COHORT,
+        Reason.ROUND_UNKNOWN,
+        Reason.UPDATE_REWRITTEN,
+        Reason.LAYOUT_MISMATCH,
+        Reason.TOO_FEW_CONTRIBUTORS,
+        Reason.VALUE_NOT_FINITE,
+        Reason.VALUE_OUT_OF_RANGE,
+        Reason.PLAN_REFUSED,
+        Reason.PLAN_UNKNOWN,
+        Reason.NOT_LEADER,
+        Reason.RESULT_UNKNOWN,
+    }
+)
+"""The assignment cannot be done (any more), but the next one may."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Outcome(StrEnum):
+    """How an agent ended."""
+
+    FINISHED = "finished"
+    """The federation finished; the adapter is saved."""
+    STOPPED = "stopped"
+    """It was asked to stop; everything it needs to go on is on disk."""
+    HALTED = "halted"
+    """The federation failed."""
+
+
+class Agent:
+    """One client of one federation, from joining to the end."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        credentials: Credentials | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+        retry_s: float = RETRY_S,
+    ) -> None:
+        self._config = config
+        self._credentials = credentials
+        self._heartbeat_s = heartbeat_s
+        self._retry_s = retry_s
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Asks the agent to end soon; `run` then returns STOPPED. For signal handlers."""
+        self._stopping.set()
+
+    async def run(self) -> Outcome:
+        """Follows the federation to its end.
+
+        Raises: DomainError if something must be changed first: configuration, data, model, credential.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            state = AgentState(self._config.state_dir)
+            stack.callback(state.close)
+            worker = Worker()
+            stack.push_async_callback(worker.close)
+            session = Session(self._config, self._credentials)
+            stack.push_async_callback(session.close)
+            replicas = Replicas(
+                self._config.aggregation,
+                credentials=self._credentials,
+                allow_plaintext=self._config.allow_plaintext,
+            )
+            stack.push_async_callback(replicas.close)
+            following = asyncio.create_task(self._follow(state, worker, session, replicas))
+            return await self._until_stopped(following)
+
+    async def _until_stopped(self, following: asyncio.Task[Outcome]) -> Outcome:
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return following.result() if following.done() else Outcome.STOPPED
+        finally:
+            await _cancelled(stopping)
+            await _cancelled(following)
+
+    async def _follow(
+        self, state: AgentState, worker: Worker, session: Session, replicas: Replicas
+    ) -> Outcome:
+        spec = await self._specification(session)
+        learner = await worker.run(Learner, self._config, spec.training, state)
+        _log.info("model_ready", matrices=len(learner.model.matrices), examples=len(learner.examples))
+        identity = Identity(
+            self._config.federation, self._config.client_id, self._config.budget, spec.protection
+        )
+        work = Work(identity, session=session, replicas=replicas, state=state, learner=learner, worker=worker)
+        follower = _Follower(session, work, learner, self._retry_s)
+        await follower.join()
+        beating = asyncio.create_task(follower.beat(self._heartbeat_s))
+        try:
+            return await follower.follow()
+        finally:
+            await _cancelled(beating)
+            await follower.drop()
+
+    async def _specification(self, session: Session) -> FederationSpec:
+        """The federation's specification, waited for until its operator has created it."""
+        while True:
+            try:
+                spec = await session.specification()
+            except DomainError as error:
+                if error.reason not in {Reason.FEDERATION_UNKNOWN, Reason.STORE_UNAVAILABLE}:
+                    raise
+                _log.info("waiting_for_federation", federation=self._config.federation, why=error.message)
+                await asyncio.sleep(self._retry_s)
+            else:
+                if spec.protection.mode == "none":
+                    _log.warning("updates_are_not_protected", federation=spec.name)
+                return spec
+
+
+class _Follower:
+    """Turns the stream of assignments into work."""
+
+    def __init__(self, session: Session, work: Work, learner: Learner, retry_s: float) -> None:
+        self._session = session
+        self._work = work
+        self._learner = learner
+        self._retry_s = retry_s
+        self._epoch = 1
+        self._activity: Activity | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._assignment_id: str | None = None
+        self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+    async def join(self) -> None:
+        """Makes this client a member. An ended federation has no room for new ones, but members can follow it."""
+        try:
+            self._epoch = await self._session.join(self._learner.model, len(self._learner.examples))
+        except DomainError as error:
+            if error.reason is not Reason.FEDERATION_CLOSED:
+                raise
+            _log.info("federation_closed", why=error.message)
+
+    async def follow(self) -> Outcome:
+        """Does what is assigned until the federation has ended."""
+        watching = asyncio.create_task(self._watch())
+        watching.add_done_callback(self._end_with)
+        try:
+            return await self._ended
+        finally:
+            await _cancelled(watching)
+
+    async def beat(self, period_s: float) -> None:
+        """Says every `period_s` seconds what this client is doing."""
+        while True:
+            progress = self._activity.progress if self._activity else Progress()
+            try:
+                await self._session.heartbeat(progress)
+            except DomainError as error:
+                _log.debug("heartbeat_failed", reason=error.reason, why=error.message)
+            await asyncio.sleep(period_s)
+
+    async def drop(self) -> None:
+        """Stops the work in progress, if any, within a training step or a shard."""
+        if self._activity is not None:
+            self._activity.stop()
+        if self._task is not None:
+            await _cancelled(self._task)
+        self._activity = self._task = None
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                async for assignment in self._session.assignments():
+                    await self._take(assignment)
+            except DomainError as error:
+                if error.reason is not Reason.CLIENT_UNKNOWN:
+                    raise
+                _log.info("joining_again", why=error.message)
+                await self._rejoin()
+
+    async def _rejoin(self) -> None:
+        self._epoch = await self._session.join(self._learner.model, len(self._learner.examples))
+        await asyncio.sleep(self._retry_s / 10)
+
+    async def _take(self, assignment: pb.Assignment) -> None:
+        """Starts an assignment; whatever was in progress is no longer wanted."""
+        if assignment.assignment_id == self._assignment_id:
+            return
+        await self.drop()
+        self._assignment_id = assignment.assignment_id
+        kind = assignment.WhichOneof("work")
+        _log.info("assigned", work=kind, assignment_id=assignment.assignment_id)
+        if kind == "halt":
+            _log.error("federation_failed", why=assignment.halt.why)
+            self._end(Outcome.HALTED)
+        elif kind is not None and kind != "wait":
+            self._activity = Activity()
+            self._task = asyncio.create_task(self._perform(assignment, self._activity))
+            self._task.add_done_callback(self._end_with)
+
+    async def _perform(self, assignment: pb.Assignment, activity: Activity) -> None:
+        """Does one assignment, again and again while it fails for reasons that may pass."""
+        wait_s = self._retry_s
+        while True:
+            try:
+                await self._do(assignment, activity)
+            except Stopped:
+                pass
+            except DomainError as error:
+                if is_fatal(error) or (error.reason in _OVER and assignment.HasField("finish")):
+                    raise
+                _log.warning("assignment_failed", reason=error.reason, why=error.message)
+                if error.reason not in _OVER:
+                    await asyncio.sleep(wait_s)
+                    wait_s = min(2 * wait_s, LONGEST_RETRY_S)
+                    continue
+                ROUNDS.labels(outcome="dropped").inc()
+            break
+        if self._activity is activity:
+            self._activity = None
+
+    async def _do(self, assignment: pb.Assignment, activity: Activity) -> None:
+        if assignment.HasField("vote"):
+            await self._work.vote(assignment.vote, activity)
+        elif assignment.HasField("make_plan"):
+            await self._work.make_plan(assignment.make_plan, self._epoch, activity)
+        elif assignment.HasField("train"):
+            await self._work.train(assignment.train, activity)
+        elif assignment.HasField("finish"):
+            await self._work.finish(assignment.finish, self._epoch, activity)
+            self._end(Outcome.FINISHED)
+
+    def _end(self, outcome: Outcome) -> None:
+        if not self._ended.done():
+            self._ended.set_result(outcome)
+
+    def _end_with(self, task: asyncio.Task[None]) -> None:
+        """Ends the agent with the error of a task that failed."""
+        if not task.cancelled() and (error := task.exception()) and not self._ended.done():
+            self._ended.set_exception(error)
+
+
+async def _cancelled(
+    task: "asyncio.Task[object] | asyncio.Task[Outcome] | asyncio.Task[None] | asyncio.Task[bool]",
+) -> None:
+    """Cancels a task and waits for its end, whatever it was."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError, Exception):
+        await task
+
+
+def step_back(nice: int, set_nice: Callable[[int], int] = os.nice) -> None:
+    """Lowers this process's priority by `nice`, 0 to 19."""
+    if nice:
+        set_nice(nice)

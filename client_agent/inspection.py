@@ -1,0 +1,121 @@
+"""`client-agent check`: what an agent would train, on what, and how much it would send."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group
+from rich.table import Table
+
+from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from client_agent.config import AgentConfig
+from client_agent.data import Examples, found_labels
+from client_agent.learner import load_model, read_data
+from client_agent.model import AdaptedModel
+from shelora.federation import ProtectionSpec, TrainingSpec
+from shelora.lora.layout import FLOAT_BYTES, Layout, build_layout
+
+_SEEDED_BYTES_A_COEFFICIENT_BITS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inspection:
+    """What a check found."""
+
+    examples: Examples
+    test: Examples | None
+    model: AdaptedModel
+    upload_bytes: int
+    """Estimate of the bytes of one update."""
+
+
+def inspect(config: AgentConfig, training: TrainingSpec, protection: ProtectionSpec) -> Inspection:
+    """Reads the data and loads the model. Raises: DomainError DATA_INVALID, MODEL_INVALID."""
+    examples, test = read_data(config, training)
+    model = load_model(config, training)
+    return Inspection(examples, test, model, estimated_upload_bytes(model, config.budget, protection))
+
+
+def guessed_training(config: AgentConfig, target_modules: Sequence[str], *, causal_lm: bool) -> TrainingSpec:
+    """A specification to check against without a coordinator: its labels are those of the training file."""
+    labels = () if causal_lm else found_labels(config.data.train, config.data.label_field)
+    return TrainingSpec(
+        base_model=config.model.path,
+        task=CAUSAL_LM if causal_lm else SEQUENCE_CLASSIFICATION,
+        labels=labels,
+        target_modules=tuple(target_modules),
+    )
+
+
+def estimated_upload_bytes(model: AdaptedModel, budget: float, protection: ProtectionSpec) -> int:
+    """Bytes of one update if the budget's share of every matrix is encrypted; the plan may spread it otherwise."""
+    layout = _layout(model, budget, protection)
+    clear = sum(FLOAT_BYTES * model.rank * (m.out_features + m.clear) for m in layout.matrices)
+    clear += sum(layout.clear_tensor_bytes(shard) for shard in layout.shards)
+    ciphertexts = sum((model.rank if s.matrices else 1) * layout.chunk_count(s) for s in layout.shards)
+    return clear + ciphertexts * _seeded_bytes(layout)
+
+
+def report(config: AgentConfig, training: TrainingSpec, found: Inspection) -> Group:
+    """Tables for a terminal."""
+    return Group(_examples_table(training, found), _model_table(config, found))
+
+
+def _layout(model: AdaptedModel, budget: float, protection: ProtectionSpec) -> Layout:
+    selective = protection.mode == "selective"
+    tiers = (budget,) if selective and budget else ()
+    counts = [(round(m.in_features * budget),) if tiers else () for m in model.matrices]
+    return build_layout(
+        parameters=protection.parameters,
+        key_id=bytes(16),
+        matrices=[
+            type(m)(m.name, m.out_features, m.in_features, c)
+            for m, c in zip(model.matrices, counts, strict=True)
+        ],
+        tensors=model.tensors,
+        tiers=tiers,
+        encrypt_tensors=selective,
+        max_rank=model.rank,
+        max_directions=protection.max_directions,
+    )
+
+
+def _seeded_bytes(layout: Layout) -> int:
+    """Bytes of one seeded ciphertext: one polynomial."""
+    return layout.ckks.poly_degree * layout.ckks.coefficient_bits // _SEEDED_BYTES_A_COEFFICIENT_BITS
+
+
+def _examples_table(training: TrainingSpec, found: Inspection) -> Table:
+    table = Table(title="Examples", title_justify="left")
+    table.add_column("label")
+    table.add_column("train", justify="right")
+    table.add_column("test", justify="right")
+    test = _counts(found.test, training.labels)
+    for name, count in _counts(found.examples, training.labels).items():
+        table.add_row(
+            name,
+            f"{count:,}",
+            f"{test[name]:,}" if found.test else "-",
+            style="bold" if name == "all" else "",
+        )
+    return table
+
+
+def _counts(examples: Examples | None, labels: Sequence[str]) -> Mapping[str, int]:
+    return {} if examples is None else {**examples.count_by_label(labels), "all": len(examples)}
+
+
+def _model_table(config: AgentConfig, found: Inspection) -> Table:
+    model = found.model
+    table = Table(title="Model", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    shapes = sorted({(m.out_features, m.in_features) for m in model.matrices})
+    table.add_row("adapted matrices", f"{len(model.matrices)}")
+    table.add_row("their shapes", ", ".join(f"{out} x {in_}" for out, in_ in shapes))
+    table.add_row("tensors trained whole", ", ".join(t.name for t in model.tensors) or "none")
+    table.add_row("rank", f"{model.rank}")
+    table.add_row("trainable parameters", f"{model.trainable_count:,}")
+    table.add_row("device", model.device.type)
+    table.add_row("columns encrypted", f"{config.budget:.2%}")
+    table.add_row("upload a round, about", f"{found.upload_bytes / 1e6:,.2f} MB")
+    return table

@@ -1,0 +1,194 @@
+"""Everything an agent computes with its model and data. Synchronous; the agent runs it in its one worker thread."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+import torch
+
+from client_agent.checkpoint import CAUSAL_LM, load_checkpoint
+from client_agent.config import AgentConfig
+from client_agent.data import Examples, read_examples
+from client_agent.drawing import sample, seed_of
+from client_agent.encoding import Encoder
+from client_agent.evaluation import Evaluation, evaluate
+from client_agent.metrics import TRAINING_STEPS, timed
+from client_agent.model import AdaptedModel, Weights, choose_device
+from client_agent.progress import Activity, Stage
+from client_agent.scoring import sensitivity_scores
+from client_agent.state import AgentState
+from client_agent.training import TrainingRun, train
+from shelora.federation import TrainingSpec
+from shelora.lora.algebra import reparameterize
+from shelora.lora.restore import Restored
+from shelora.lora.shards import Float64
+from shelora.obfuscation import Obfuscation
+
+_log = structlog.get_logger(__name__)
+_INITIAL: Final = ""
+"""Name of the state in which every agent starts, where others are named by the round whose result they are."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """The outcome of local training."""
+
+    weights: Weights
+    loss: float
+    """Mean over the steps."""
+    seconds: float
+
+
+class Learner:
+    """Model, data and the state they are in. Not thread-safe."""
+
+    def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState) -> None:
+        """Reads the data, loads the model. Raises: DomainError DATA_INVALID, MODEL_INVALID."""
+        torch.set_num_threads(config.resources.threads or torch.get_num_threads())
+        self._spec = spec
+        self._state = state
+        self._client_id = config.client_id
+        self._identity = {
+            "rank": str(config.lora.rank),
+            "alpha": repr(config.lora.alpha),
+            "model": spec.base_model,
+        }
+        self.examples, self.test = read_data(config, spec)
+        self.model = load_model(config, spec)
+        self._encoder = Encoder(self.model.tokenizer, spec.max_tokens, append_end=spec.task == CAUSAL_LM)
+        self._position: str | None = None
+
+    def holds(self, round_id: str) -> bool:
+        """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
+        if self._position != round_id:
+            saved = self._state.applied()
+            if saved is None or saved[0] != self._key(round_id):
+                return False
+            self.model.load(saved[1])
+            self._position = round_id
+        return True
+
+    def start(self, obfuscation: Obfuscation) -> None:
+        """Makes the initial state current."""
+        if self._position != _INITIAL:
+            self.model.initialise(obfuscation)
+            self._position = _INITIAL
+
+    def resume(self, obfuscation: Obfuscation) -> None:
+        """Makes the last applied result current; the initial state if there is none."""
+        saved = self._state.applied()
+        if saved is None or not self.holds(saved[0].get("round", _INITIAL)):
+            self.start(obfuscation)
+
+    def apply(self, round_id: str, restored: Restored, obfuscation: Obfuscation) -> None:
+        """Makes the result of a round current, cut to this client's rank, and keeps it."""
+        rank, scaling = self.model.rank, self.model.scaling
+        factors = {
+            m.name: reparameterize(
+                restored.matrices[m.name], rank, scaling, obfuscation.initial_A(m.name, rank, m.in_features)
+            )
+            for m in self.model.matrices
+        }
+        weights = Weights(factors, restored.tensors)
+        self.model.load(weights)
+        self._state.save_applied(self._key(round_id), weights)
+        self._position = round_id
+
+    def train(self, number: int, activity: Activity) -> Trained:
+        """Trains from the current state; the outcome for a round number is kept, so that it is not trained twice.
+
+        Raises: Stopped; DomainError VALUE_NOT_FINITE.
+        """
+        key = self._key(self._position or _INITIAL) | {"number": str(number)}
+        saved = self._state.trained()
+        if saved is not None and key.items() <= saved[0].items():
+            _log.info("training_reused", round_number=number)
+            return Trained(saved[1], float(saved[0]["loss"]), float(saved[0]["seconds"]))
+        trained = self._train(number, activity)
+        self._state.save_trained(
+            key | {"loss": repr(trained.loss), "seconds": repr(trained.seconds)}, trained.weights
+        )
+        return trained
+
+    def score(self, activity: Activity) -> dict[str, Float64]:
+        """Sensitivity of the columns by matrix, on some examples. Raises: Stopped."""
+        chosen = sample(
+            len(self.examples), self._spec.calibration_examples, seed_of(self._client_id, "calibration")
+        )
+        with timed(Stage.SCORING):
+            return sensitivity_scores(
+                self.model, self._encoder, self.examples.select(chosen), _reporter(activity, Stage.SCORING)
+            )
+
+    def evaluate(self, activity: Activity, *, everything: bool = False) -> Evaluation | None:
+        """Evaluates the current state on the federation's number of test examples, or on all of them.
+
+        Returns: None if there are no test examples, or the federation wants none evaluated.
+        Raises: Stopped.
+        """
+        if self.test is None:
+            return None
+        limit = len(self.test) if everything else self._spec.evaluation_examples
+        chosen = sample(len(self.test), limit, seed_of(self._client_id, "evaluation"))
+        if not chosen:
+            return None
+        with timed(Stage.EVALUATING):
+            return evaluate(
+                self.model, self._encoder, self.test.select(chosen), _reporter(activity, Stage.EVALUATING)
+            )
+
+    def save_adapter(self) -> None:
+        """Writes the current state as a PEFT adapter folder."""
+        self.model.save_adapter(self._state.adapter_folder)
+
+    def _train(self, number: int, activity: Activity) -> Trained:
+        run = TrainingRun(
+            steps=self._spec.local_steps,
+            batch_size=self._spec.batch_size,
+            learning_rate=self._spec.learning_rate,
+            seed=seed_of(self._client_id, number, "training"),
+        )
+        report = _reporter(activity, Stage.TRAINING)
+
+        def count_and_report(fraction: float) -> None:
+            report(fraction)
+            TRAINING_STEPS.inc()
+
+        self._position, before = None, self._position
+        start = self.model.weights()
+        try:
+            with timed(Stage.TRAINING):
+                outcome = train(self.model, self._encoder, self.examples, run, count_and_report)
+            return Trained(self.model.weights(), outcome.loss, outcome.seconds)
+        finally:
+            self.model.load(start)
+            self._position = before
+
+    def _key(self, round_id: str) -> dict[str, str]:
+        """What saved weights must agree in to stand for the state after that round."""
+        return {"round": round_id, **self._identity}
+
+
+def read_data(config: AgentConfig, spec: TrainingSpec) -> tuple[Examples, Examples | None]:
+    """Training and test examples. Raises: DomainError DATA_INVALID."""
+    data = config.data
+    train_examples = read_examples(data.train, data.text_field, data.label_field, spec.labels)
+    if data.test is None:
+        return train_examples, None
+    return train_examples, read_examples(data.test, data.text_field, data.label_field, spec.labels)
+
+
+def load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:
+    """The adapted model. Raises: DomainError MODEL_INVALID."""
+    return AdaptedModel(
+        load_checkpoint(config.model.path, spec.task, spec.labels),
+        task=spec.task,
+        target_modules=spec.target_modules,
+        lora=config.lora,
+        device=choose_device(config.model.device),
+    )
+
+
+def _reporter(activity: Activity, stage: Stage) -> Callable[[float], None]:
+    return lambda fraction: activity.report(stage, fraction)

@@ -1,0 +1,158 @@
+"""The command line of the agent."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Final
+
+import structlog
+import typer
+from rich.console import Console
+
+from client_agent.agent import Agent, Outcome, step_back
+from client_agent.config import AgentConfig
+from client_agent.inspection import guessed_training, inspect, report
+from client_agent.session import Session
+from shelora.errors import DomainError, Reason
+from shelora.federation import ProtectionSpec, TrainingSpec
+from shelora.telemetry.logs import configure_logs
+from shelora.telemetry.metrics import start_metrics_server
+
+EXIT_FAILED: Final = 1
+"""The federation failed, or something broke; the log says what."""
+EXIT_REFUSED: Final = 2
+"""Configuration, data, model or credential are refused. Starting the agent again does not help."""
+
+_REFUSED: Final = frozenset(
+    {
+        Reason.CONFIGURATION_INVALID,
+        Reason.DATA_INVALID,
+        Reason.MODEL_INVALID,
+        Reason.MODEL_MISMATCH,
+        Reason.UNAUTHENTICATED,
+    }
+)
+_HELP = """
+Trains a shared model on data that stays on this machine.
+
+The agent joins a federation, trains LoRA factors on its examples, encrypts what it sends, and applies what comes
+back. Only the agents can decrypt; no server can. Start with `check`, which sends nothing:
+
+\b
+    client-agent check --config agent.yaml
+    client-agent run --config agent.yaml
+
+A commented configuration is client_agent/sample.yaml. Single values can be set in the environment:
+SHELORA_AGENT__LORA__RANK=16 sets lora.rank.
+"""
+
+_log = structlog.get_logger(__name__)
+app = typer.Typer(
+    help=_HELP,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+)
+ConfigFile = Annotated[
+    Path, typer.Option("--config", help="YAML file; client_agent/sample.yaml explains every field.")
+]
+
+
+@app.command()
+def run(config: ConfigFile) -> None:
+    """Joins the federation and takes part until it ends.
+
+    Everything that was trained survives a restart: SIGTERM and SIGINT stop the agent within a training step, and a
+    restarted agent goes on where it stopped, the upload included. At the end the adapter lies in STATE_DIR/adapter;
+    load it with peft.PeftModel.from_pretrained.
+
+    Exit codes: 0 the federation finished, or the agent was told to stop; 1 the federation failed, or something broke;
+    2 configuration, data, model or credential are refused.
+    """
+    _exit_with(lambda: _run(AgentConfig.load(config)))
+
+
+@app.command()
+def check(
+    config: ConfigFile,
+    *,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Ask no coordinator; take labels from the training file.")
+    ] = False,
+    causal_lm: Annotated[
+        bool, typer.Option("--causal-lm", help="With --offline: train next tokens, not labels.")
+    ] = False,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option("--target-module", help="With --offline: suffix of modules to adapt; may be repeated."),
+    ] = None,
+) -> None:
+    """Reads the configuration, the data and the model, and shows what would be trained and sent. Sends nothing.
+
+    Task, labels and adapted modules come from the federation, so its coordinator is asked for them; --offline does
+    without.
+    """
+    targets = target_modules or ["query", "value", "q_proj", "v_proj"]
+    _exit_with(
+        lambda: _check(AgentConfig.load(config), offline=offline, causal_lm=causal_lm, targets=targets)
+    )
+
+
+def _run(config: AgentConfig) -> int:
+    configure_logs("client-agent", config.log.level, json=config.log.json_lines)
+    structlog.contextvars.bind_contextvars(client_id=config.client_id, federation=config.federation)
+    step_back(config.resources.nice)
+    if config.metrics_port is not None:
+        server = start_metrics_server(config.metrics_port)
+        _log.info("metrics_served", port=server.port)
+    outcome = asyncio.run(_followed(config))
+    _log.info("agent_ended", outcome=outcome)
+    return EXIT_FAILED if outcome is Outcome.HALTED else 0
+
+
+async def _followed(config: AgentConfig) -> Outcome:
+    agent = Agent(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, agent.stop)
+    return await agent.run()
+
+
+def _check(config: AgentConfig, *, offline: bool, causal_lm: bool, targets: list[str]) -> int:
+    config.credential()
+    if offline:
+        training, protection = guessed_training(config, targets, causal_lm=causal_lm), ProtectionSpec()
+    else:
+        training, protection = asyncio.run(_asked(config))
+    Console().print(report(config, training, inspect(config, training, protection)))
+    return 0
+
+
+async def _asked(config: AgentConfig) -> tuple[TrainingSpec, ProtectionSpec]:
+    session = Session(config)
+    try:
+        spec = await session.specification()
+    except DomainError as error:
+        raise DomainError(
+            error.reason, f"{error.message} (--offline checks without a coordinator)"
+        ) from error
+    finally:
+        await session.close()
+    return spec.training, spec.protection
+
+
+def _exit_with(action: Callable[[], int]) -> None:
+    """Ends the process with the action's exit code; refusals are one message, without a traceback."""
+    try:
+        code = action()
+    except DomainError as error:
+        print(f"client-agent: {error.reason}: {error.message}", file=sys.stderr)  # noqa: T201 - for the operator
+        code = EXIT_REFUSED if error.reason in _REFUSED else EXIT_FAILED
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,225 @@
+"""The adapted model: a frozen base, LoRA factors on some matrices, a head trained whole."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Checkpoint, invalid, quiet, under
+from client_agent.config import LoraSettings
+from client_agent.encoding import Batch
+from shelora.lora.layout import Matrix, Tensor
+from shelora.lora.shards import Float32, Float64, LoraFactors
+
+_ADAPTER = "default"
+_PREFIX = "base_model.model."
+"""What PEFT puts before the name of a module of the base model."""
+_COPY = f".modules_to_save.{_ADAPTER}"
+"""What PEFT puts between a module trained whole and its parameter."""
+_TASKS = {SEQUENCE_CLASSIFICATION: TaskType.SEQ_CLS, CAUSAL_LM: TaskType.CAUSAL_LM}
+
+
+class InitialValues(Protocol):
+    """Where initial values come from; `shelora.obfuscation.Obfuscation` gives the same to all agents."""
+
+    def initial_A(self, matrix: str, rank: int, columns: int) -> NDArray[np.float32]:
+        """A [rank, columns]; a smaller rank gives the first rows of a larger one."""
+
+    def initial_tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Values of that shape."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """Everything trainable: factors by matrix name, tensors by tensor name."""
+
+    factors: Mapping[str, LoraFactors]
+    tensors: Mapping[str, Float32]
+
+
+class AdaptedModel:
+    """A base model with one LoRA adapter. Not thread-safe: one thread at a time uses it.
+
+    Raises: DomainError MODEL_INVALID if a target module does not exist or is not a linear layer.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        task: str,
+        target_modules: Sequence[str],
+        lora: LoraSettings,
+        device: torch.device,
+    ) -> None:
+        self.task = task
+        self.device = device
+        self.rank = lora.rank
+        self.scaling = lora.scaling
+        self.tokenizer = checkpoint.tokenizer
+        config = _peft_config(checkpoint.head, task, target_modules, lora)
+        self._peft = _adapt(checkpoint, config).to(device)
+        self._peft.eval()
+        self._layers = dict(_lora_layers(self._peft, checkpoint.head))
+        self._parameters = dict(_whole_parameters(self._peft))
+        self.matrices = tuple(
+            Matrix(name, layer.out_features, layer.in_features) for name, layer in self._layers.items()
+        )
+        self.tensors = tuple(Tensor(name, tuple(value.shape)) for name, value in self._parameters.items())
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, for training and evaluation modes."""
+        network: nn.Module = self._peft
+        return network
+
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """Adapted modules by matrix name; called with activations [..., in_features]."""
+        return self._layers
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters an optimizer updates."""
+        return [p for p in self._peft.parameters() if p.requires_grad]
+
+    @property
+    def trainable_count(self) -> int:
+        """Number of trainable values."""
+        return sum(p.numel() for p in self.trainable())
+
+    def base_weight_sums(self) -> dict[str, Float64]:
+        """sum_k |W_kj| of every adapted matrix W [out, in], [in_features] by name."""
+        return {name: _column_sums(layer) for name, layer in self._layers.items()}
+
+    def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [k, classes] and targets [k]: of every example, or of every next token for causal-lm."""
+        batch = batch.to(self.device)
+        logits = self._peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        if self.task == SEQUENCE_CLASSIFICATION:
+            return logits, batch.targets
+        known = batch.attention_mask[:, 1:].bool()
+        return logits[:, :-1][known], batch.input_ids[:, 1:][known]
+
+    def weights(self) -> Weights:
+        """A copy of everything trainable."""
+        factors = {
+            name: LoraFactors(
+                B=_numpy(layer.lora_B[_ADAPTER].weight), A=_numpy(layer.lora_A[_ADAPTER].weight)
+            )
+            for name, layer in self._layers.items()
+        }
+        return Weights(factors, {name: _numpy(value) for name, value in self._parameters.items()})
+
+    def load(self, weights: Weights) -> None:
+        """Replaces everything trainable.
+
+        Raises: DomainError MODEL_INVALID if a name or shape does not fit; nothing is replaced then.
+        """
+        pairs = list(self._paired(weights))
+        with torch.no_grad():
+            for parameter, value in pairs:
+                parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
+
+    def initialise(self, values: InitialValues) -> None:
+        """B = 0, A and tensors from `values`: the state in which every agent starts."""
+        factors = {
+            m.name: LoraFactors(
+                B=np.zeros((m.out_features, self.rank), dtype=np.float32),
+                A=values.initial_A(m.name, self.rank, m.in_features),
+            )
+            for m in self.matrices
+        }
+        self.load(Weights(factors, {t.name: values.initial_tensor(t.name, t.shape) for t in self.tensors}))
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes what `PeftModel.from_pretrained(base, folder)` loads, and the tokenizer."""
+        with quiet():
+            self._peft.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+            self.tokenizer.save_pretrained(str(folder))
+
+    def _paired(self, weights: Weights) -> Iterator[tuple[nn.Parameter, Float32]]:
+        if weights.factors.keys() != self._layers.keys() or weights.tensors.keys() != self._parameters.keys():
+            raise invalid("the weights are of another model: their names differ")
+        for name, layer in self._layers.items():
+            yield _fitting(name, layer.lora_A[_ADAPTER].weight, weights.factors[name].A)
+            yield _fitting(name, layer.lora_B[_ADAPTER].weight, weights.factors[name].B)
+        for name, parameter in self._parameters.items():
+            yield _fitting(name, parameter, weights.tensors[name])
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that configuration value. Raises: DomainError MODEL_INVALID if there is no such device."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise invalid("model.device is cuda, but there is no CUDA device; set it to auto or cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _peft_config(
+    head: Sequence[str], task: str, target_modules: Sequence[str], lora: LoraSettings
+) -> LoraConfig:
+    # A head is trained whole, also where the name of a module inside of it ends like a target.
+    inside_head = rf"({'|'.join(map(re.escape, head))})(\..*)?" if head else None
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(target_modules),
+        exclude_modules=inside_head,
+        modules_to_save=list(head) or None,
+        task_type=_TASKS[task],
+    )
+
+
+def _adapt(checkpoint: Checkpoint, config: LoraConfig) -> PeftModel:
+    try:
+        with quiet():
+            return get_peft_model(checkpoint.model, config)
+    except ValueError as error:
+        raise invalid(f"the federation's target_modules do not fit the model: {error}") from error
+
+
+def _lora_layers(model: PeftModel, head: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Adapted modules in the model's order, by their name in the base model."""
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        own = name.removeprefix(_PREFIX)
+        if _ADAPTER not in module.lora_A or under(own, head):
+            raise invalid(
+                f"the federation adapts {own}, a {type(module).__name__}; only linear layers can be adapted"
+            )
+        yield own, module
+
+
+def _whole_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trainable parameters that are no LoRA factors, in the model's order, by their name in the base model."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name:
+            yield name.removeprefix(_PREFIX).replace(_COPY, ""), parameter
+
+
+def _column_sums(layer: Any) -> Float64:  # noqa: ANN401 - PEFT's layers are untyped
+    weight = layer.get_base_layer().weight.detach()
+    magnitudes = weight.abs().double().sum(dim=1 if layer.fan_in_fan_out else 0)
+    return np.asarray(magnitudes.cpu().numpy(), dtype=np.float64)
+
+
+def _numpy(value: torch.Tensor) -> Float32:
+    return np.array(value.detach().cpu().numpy(), dtype=np.float32)
+
+
+def _fitting(name: str, parameter: nn.Parameter, value: Float32) -> tuple[nn.Parameter, Float32]:
+    if tuple(parameter.shape) != value.shape:
+        raise invalid(
+            f"the weights are of another model: {name} has shape {value.shape}, not {tuple(parameter.shape)}"
+        )
+    return parameter, value

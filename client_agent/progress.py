@@ -1,0 +1,57 @@
+"""What an agent is doing, and the way to stop it: shared between the event loop and the worker thread."""
+
+import threading
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+
+class Stage(StrEnum):
+    """Stages as heartbeats name them."""
+
+    IDLE = "idle"
+    SCORING = "scoring"
+    TRAINING = "training"
+    ENCRYPTING = "encrypting"
+    UPLOADING = "uploading"
+    DOWNLOADING = "downloading"
+    DECRYPTING = "decrypting"
+    EVALUATING = "evaluating"
+
+
+STAGES: Final = tuple(Stage)
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the work was no longer wanted
+    """Raised inside work that was asked to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A stage and how far it got, 0 to 1."""
+
+    stage: Stage = Stage.IDLE
+    fraction: float = 0.0
+
+
+class Activity:
+    """One assignment's work. Thread-safe: the worker reports, the event loop reads and stops."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._progress = Progress()
+
+    @property
+    def progress(self) -> Progress:
+        """The latest report."""
+        return self._progress
+
+    def stop(self) -> None:
+        """Makes the next report raise Stopped. May be called again."""
+        self._stop.set()
+
+    def report(self, stage: Stage, fraction: float) -> None:
+        """Notes progress. Raises: Stopped if the work is no longer wanted."""
+        if self._stop.is_set():
+            raise Stopped
+        self._progress = Progress(stage, min(1.0, max(0.0, fraction)))

@@ -1,0 +1,71 @@
+"""The aggregation replicas: any of them serves any call, so a failing one is left for the next."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeAlias, TypeVar
+
+import grpc
+import structlog
+
+from shelora.transport.channel import Credentials, is_transient, open_channel, retrying
+from shelora.transport.status import error_from_rpc
+from shelora.v1 import aggregation_pb2_grpc as pb_grpc
+
+_T = TypeVar("_T")
+_log = structlog.get_logger(__name__)
+
+AggregationStub: TypeAlias = "pb_grpc.AggregationAsyncStub"
+
+STALL_S: Final = 60.0
+"""Seconds a transfer may take beside its bytes."""
+SLOWEST_BYTES_S: Final = 8_000
+"""Bytes a second below which a transfer is given up: the next attempt resumes it, perhaps at another replica."""
+
+
+class Replicas:
+    """Channels to all replicas, one of them current."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        credentials: Credentials | None = None,
+        allow_plaintext: bool = False,
+    ) -> None:
+        self._addresses = tuple(addresses)
+        self._channels = [
+            open_channel(address, credentials=credentials, allow_plaintext=allow_plaintext)
+            for address in addresses
+        ]
+        self._current = 0
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        for channel in self._channels:
+            await channel.close()
+
+    async def attempt(self, operation: Callable[[AggregationStub], Awaitable[_T]]) -> _T:
+        """Runs an operation that may be repeated; after a failure that may pass, again with the next replica.
+
+        Raises: DomainError with the server's reason, or STORE_UNAVAILABLE if no replica could be reached.
+        """
+        try:
+            async for attempt in retrying():
+                with attempt:
+                    return await self._once(operation)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        raise AssertionError("retrying ends with a result or an error")
+
+    async def _once(self, operation: Callable[[AggregationStub], Awaitable[_T]]) -> _T:
+        try:
+            return await operation(pb_grpc.AggregationStub(self._channels[self._current]))
+        except grpc.aio.AioRpcError as error:
+            if is_transient(error):
+                _log.info("replica_failed", address=self._addresses[self._current], code=error.code().name)
+                self._current = (self._current + 1) % len(self._channels)
+            raise
+
+
+def transfer_timeout_s(size_bytes: int) -> float:
+    """Seconds after which a transfer of that size is given up."""
+    return STALL_S + size_bytes / SLOWEST_BYTES_S

@@ -1,0 +1,238 @@
+"""The agent's side of the coordinator and the key authority: one method a call."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import grpc
+import structlog
+
+from client_agent.config import AgentConfig
+from client_agent.keys import EpochSecrets
+from client_agent.model import AdaptedModel
+from client_agent.progress import Progress
+from client_agent.state import Spool
+from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec
+from shelora.lora.layout import Matrix
+from shelora.messages import matrix_to_proto, tensor_to_proto
+from shelora.transport.channel import Credentials, call, is_transient, open_channel
+from shelora.transport.pieces import Digest, collect, cut
+from shelora.transport.status import error_from_rpc
+from shelora.v1 import common_pb2, key_authority_pb2, key_authority_pb2_grpc
+from shelora.v1 import coordinator_pb2 as pb
+from shelora.v1 import coordinator_pb2_grpc as pb_grpc
+
+PROTOCOL_VERSION: Final = 1
+MAX_PLAN_BYTES: Final = 64 * 2**20
+"""Most bytes of a sealed plan: four a column, so 16 million columns."""
+STREAM_TIMEOUT_S: Final = 300.0
+"""Most seconds for a plan on its way in or out."""
+_FIRST_WAIT_S: Final = 0.5
+_LONGEST_WAIT_S: Final = 15.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Session:
+    """Calls in the name of one client of one federation. Errors are DomainErrors."""
+
+    def __init__(self, config: AgentConfig, credentials: Credentials | None = None) -> None:
+        self._config = config
+        plain = config.allow_plaintext
+        self._coordinator_channel = open_channel(
+            config.coordinator, credentials=credentials, allow_plaintext=plain
+        )
+        self._key_channel = open_channel(config.key_authority, credentials=credentials, allow_plaintext=plain)
+        self._coordinator: pb_grpc.CoordinatorAsyncStub = pb_grpc.CoordinatorStub(self._coordinator_channel)
+        self._keys: key_authority_pb2_grpc.KeyAuthorityAsyncStub = key_authority_pb2_grpc.KeyAuthorityStub(
+            self._key_channel
+        )
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._coordinator_channel.close()
+        await self._key_channel.close()
+
+    async def specification(self) -> FederationSpec:
+        """What the operator specified. Raises: FEDERATION_UNKNOWN, STORE_UNAVAILABLE."""
+        request = pb.GetFederationRequest(federation_id=self._config.federation)
+        federation = await call(self._coordinator.GetFederation, request)
+        return FederationSpec.from_proto(federation.spec)
+
+    async def join(self, model: AdaptedModel, example_count: int) -> int:
+        """Makes this client a member. Returns the epoch of its keys. Raises: MODEL_MISMATCH, FEDERATION_CLOSED."""
+        request = pb.JoinRequest(
+            federation_id=self._config.federation,
+            client_id=self._config.client_id,
+            rank=model.rank,
+            budget=self._config.budget,
+            example_count=example_count,
+            matrices=[matrix_to_proto(m) for m in model.matrices],
+            tensors=[tensor_to_proto(t) for t in model.tensors],
+            protocol_version=PROTOCOL_VERSION,
+        )
+        return (await call(self._coordinator.Join, request)).epoch
+
+    async def assignments(self) -> AsyncIterator[pb.Assignment]:
+        """Assignments as they come, without end: a stream that ends or breaks is opened anew after a while.
+
+        Raises: DomainError if the coordinator refuses for a reason that does not pass, such as CLIENT_UNKNOWN.
+        """
+        wait = _Backoff()
+        while True:
+            try:
+                async for assignment in self._watch():
+                    wait.reset()
+                    yield assignment
+            except grpc.aio.AioRpcError as error:
+                if not is_transient(error):
+                    raise error_from_rpc(error) from error
+                _log.info("watch_broken", code=error.code().name)
+            await wait()
+
+    async def heartbeat(self, progress: Progress) -> None:
+        """Says what this client is doing. One attempt: the next heartbeat follows soon."""
+        request = pb.HeartbeatRequest(
+            federation_id=self._config.federation,
+            client_id=self._config.client_id,
+            stage=progress.stage.value,
+            progress=progress.fraction,
+        )
+        await call(self._coordinator.Heartbeat, request, timeout_s=5, retry_s=0)
+
+    async def secrets(self, epoch: int) -> EpochSecrets:
+        """The secrets of an epoch. Raises: UNAUTHENTICATED, FEDERATION_UNKNOWN, SECRET_UNAVAILABLE."""
+        request = key_authority_pb2.GetEpochSecretsRequest(
+            federation_id=self._config.federation, epoch=epoch, client_id=self._config.client_id
+        )
+        metadata = (("authorization", f"Bearer {self._config.credential()}"),)
+        return EpochSecrets.from_proto(
+            epoch, await call(self._keys.GetEpochSecrets, request, metadata=metadata)
+        )
+
+    async def commit(self, spool: Spool, upload_s: float) -> int:
+        """Commits an uploaded update; returns how many are committed.
+
+        Raises: ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING, UPDATE_REWRITTEN.
+        """
+        note = spool.note
+        request = pb.CommitUpdateRequest(
+            federation_id=self._config.federation,
+            round_id=note.round_id,
+            client_id=self._config.client_id,
+            layout_digest=note.layout_digest,
+            shards=[digest_to_proto(digest) for digest in spool.shards],
+            rank=note.rank,
+            scaling=note.scaling,
+            report=pb.UpdateReport(
+                client_id=self._config.client_id,
+                example_count=note.example_count,
+                train_loss=note.train_loss,
+                train_s=note.train_s,
+                encrypt_s=note.encrypt_s,
+                upload_s=upload_s,
+                upload_bytes=spool.total_bytes,
+            ),
+        )
+        return (await call(self._coordinator.CommitUpdate, request)).update_count
+
+    async def publish_plan(self, number: int, sealed: bytes, matrices: tuple[Matrix, ...]) -> None:
+        """Publishes a sealed plan and its column counts. Raises: NOT_LEADER, ROUND_UNKNOWN, INVALID_ARGUMENT."""
+        header = pb.PublishPlanHeader(
+            federation_id=self._config.federation,
+            client_id=self._config.client_id,
+            plan_number=number,
+            digest=digest_to_proto(Digest.of(sealed)),
+            matrices=[matrix_to_proto(m) for m in matrices],
+        )
+
+        async def parts() -> AsyncIterator[pb.PublishPlanRequest]:
+            yield pb.PublishPlanRequest(header=header)
+            for piece in cut(sealed):
+                yield pb.PublishPlanRequest(piece=piece)
+
+        try:
+            await self._coordinator.PublishPlan(parts(), timeout=STREAM_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+
+    async def fetch_plan(self, number: int, digest: Digest) -> bytes:
+        """A sealed plan. Raises: PLAN_UNKNOWN, DIGEST_MISMATCH, TRANSFER_*."""
+        request = pb.GetPlanRequest(federation_id=self._config.federation, plan_number=number)
+        stream = self._coordinator.GetPlan(request, timeout=STREAM_TIMEOUT_S)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            async for response in stream:
+                yield response.piece
+
+        try:
+            return await collect(pieces(), digest, MAX_PLAN_BYTES)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+
+    async def reject_plan(self, number: int, digest: Digest, why: str) -> None:
+        """Says that a plan does not match the votes. Raises: PLAN_UNKNOWN if it was replaced already."""
+        request = pb.RejectPlanRequest(
+            federation_id=self._config.federation,
+            client_id=self._config.client_id,
+            plan_number=number,
+            sha256=digest.sha256,
+            why=why,
+        )
+        await call(self._coordinator.RejectPlan, request)
+
+    async def report_evaluation(self, round_id: str, report: pb.EvaluationReport) -> None:
+        """Reports what was measured after a result was applied."""
+        report.client_id = self._config.client_id
+        request = pb.ReportEvaluationRequest(
+            federation_id=self._config.federation, round_id=round_id, report=report
+        )
+        await call(self._coordinator.ReportEvaluation, request)
+
+    def _watch(self) -> AsyncIterator[pb.Assignment]:
+        request = pb.WatchRequest(federation_id=self._config.federation, client_id=self._config.client_id)
+        return aiter(self._coordinator.Watch(request))
+
+
+class _Backoff:
+    """Waits that grow while nothing arrives, jittered so that agents do not come back all at once."""
+
+    def __init__(self, uniform: Callable[[float, float], float] = random.uniform) -> None:
+        self._uniform = uniform
+        self._seconds = _FIRST_WAIT_S
+
+    def reset(self) -> None:
+        self._seconds = _FIRST_WAIT_S
+
+    async def __call__(self) -> None:
+        await asyncio.sleep(self._uniform(self._seconds / 2, self._seconds))
+        self._seconds = min(2 * self._seconds, _LONGEST_WAIT_S)
+
+
+def digest_to_proto(digest: Digest) -> common_pb2.ShardDigest:
+    return common_pb2.ShardDigest(sha256=digest.sha256, total_bytes=digest.total_bytes)
+
+
+def digest_from_proto(message: common_pb2.ShardDigest) -> Digest:
+    """Raises: DomainError INVALID_ARGUMENT."""
+    return Digest(message.sha256, message.total_bytes)
+
+
+def is_fatal(error: DomainError) -> bool:
+    """Whether trying again cannot help: someone must change something first."""
+    return error.reason in _FATAL
+
+
+_FATAL: Final = frozenset(
+    {
+        Reason.CONFIGURATION_INVALID,
+        Reason.DATA_INVALID,
+        Reason.MODEL_INVALID,
+        Reason.MODEL_MISMATCH,
+        Reason.UNAUTHENTICATED,
+        Reason.FEDERATION_CLOSED,
+        Reason.INVALID_ARGUMENT,
+    }
+)

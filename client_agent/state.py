@@ -1,0 +1,287 @@
+"""What an agent keeps on disk, so that a restart loses no finished work.
+
+    applied.safetensors     weights after the last result that was applied
+    trained.safetensors     weights after the last training, until a result is applied
+    spool/<round>/          serialized shards of the update being uploaded; complete once its manifest is there
+    inbox/<round>/          shards of the result being downloaded
+    adapter/                the trained adapter, after the federation has finished
+
+Every file is written beside its place and renamed into it, so a file that is there is whole. Folders have mode 0700
+and files 0600: weights are the client's own. Secrets are never written.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors
+import safetensors.numpy
+
+from client_agent.model import Weights
+from shelora.errors import DomainError, Reason
+from shelora.lora.shards import Float32, LoraFactors
+from shelora.transport.pieces import Digest
+
+_FORMAT: Final = 1
+_MANIFEST: Final = "manifest.json"
+_HASH_BLOCK: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateNote:
+    """What is committed with an update beside its shards."""
+
+    round_id: str
+    layout_digest: bytes
+    rank: int
+    scaling: float
+    example_count: int
+    """Aggregation weight."""
+    train_loss: float
+    train_s: float
+    encrypt_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spool:
+    """A protected update on disk, ready to be uploaded."""
+
+    folder: Path
+    note: UpdateNote
+    shards: tuple[Digest, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(digest.total_bytes for digest in self.shards)
+
+    def read(self, index: int) -> bytes:
+        """The serialized shard of that index."""
+        return (self.folder / _shard_name(index)).read_bytes()
+
+
+class SpoolWriter:
+    """Writes a spool shard by shard, in order; the spool exists once `finish` returned."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shards: list[Digest] = []
+
+    def add(self, data: bytes) -> None:
+        """Writes the next shard."""
+        write_atomically(self._folder / _shard_name(len(self._shards)), data)
+        self._shards.append(Digest.of(data))
+
+    def finish(self, note: UpdateNote) -> Spool:
+        """Writes the manifest, which makes the spool complete."""
+        fields = {**asdict(note), "layout_digest": note.layout_digest.hex()}
+        shards = [{"sha256": d.sha256.hex(), "total_bytes": d.total_bytes} for d in self._shards]
+        manifest = {"format": _FORMAT, "note": fields, "shards": shards}
+        write_atomically(self._folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        return Spool(self._folder, note, tuple(self._shards))
+
+
+class AgentState:
+    """The state folder. One agent at a time holds it.
+
+    Raises: DomainError CONFIGURATION_INVALID if it cannot be made or another agent holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            _make_folder(folder)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _unusable(folder, error.strerror or str(error)) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise _unusable(folder, "another agent uses it; give each agent a folder of its own") from error
+
+    @property
+    def adapter_folder(self) -> Path:
+        """Where the trained adapter goes."""
+        return self._folder / "adapter"
+
+    def close(self) -> None:
+        """Lets another agent use the folder."""
+        os.close(self._lock)
+
+    def save_applied(self, key: Mapping[str, str], weights: Weights) -> None:
+        """Keeps the weights after a result was applied; what was trained before it is obsolete."""
+        _save_weights(self._folder / "applied.safetensors", key, weights)
+        (self._folder / "trained.safetensors").unlink(missing_ok=True)
+
+    def applied(self) -> tuple[dict[str, str], Weights] | None:
+        """The last applied weights and their key; None if there are none, or none that can be read."""
+        return _load_weights(self._folder / "applied.safetensors")
+
+    def save_trained(self, key: Mapping[str, str], weights: Weights) -> None:
+        """Keeps the weights after training."""
+        _save_weights(self._folder / "trained.safetensors", key, weights)
+
+    def trained(self) -> tuple[dict[str, str], Weights] | None:
+        """The last trained weights and their key; None if there are none, or none that can be read."""
+        return _load_weights(self._folder / "trained.safetensors")
+
+    def begin_spool(self, round_id: str) -> SpoolWriter:
+        """An empty spool; every other one is deleted."""
+        self.drop_spool()
+        folder = self._folder / "spool" / _folder_name(round_id)
+        _make_folder(folder.parent)
+        _make_folder(folder)
+        return SpoolWriter(folder)
+
+    def spool(self, round_id: str, layout_digest: bytes) -> Spool | None:
+        """The complete update of that round and layout; None unless every byte of it is there."""
+        spool = _read_spool(self._folder / "spool" / _folder_name(round_id))
+        if spool is None or (spool.note.round_id, spool.note.layout_digest) != (round_id, layout_digest):
+            return None
+        whole = all(_has_digest(spool.folder / _shard_name(i), d) for i, d in enumerate(spool.shards))
+        return spool if whole else None
+
+    def drop_spool(self) -> None:
+        """Deletes every spooled update."""
+        shutil.rmtree(self._folder / "spool", ignore_errors=True)
+
+    def open_inbox(self, round_id: str) -> "Inbox":
+        """The shards of a result that have arrived so far; those of other results are deleted."""
+        parent = self._folder / "inbox"
+        folder = parent / _folder_name(round_id)
+        for other in _subfolders(parent):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        _make_folder(parent)
+        _make_folder(folder)
+        return Inbox(folder)
+
+
+class Inbox:
+    """Shards of one result on their way in."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def has(self, index: int, digest: Digest) -> bool:
+        """Whether that shard is there with all its bytes."""
+        return _has_digest(self._folder / _shard_name(index), digest)
+
+    def partial(self, index: int) -> Path:
+        """File that collects the bytes of a shard; what is in it arrived before."""
+        return self._folder / f"{_shard_name(index)}.part"
+
+    def accept(self, index: int, digest: Digest) -> None:
+        """Makes the collected bytes the shard.
+
+        Raises: DomainError DIGEST_MISMATCH or TRANSFER_TRUNCATED, and forgets the bytes, if they are others.
+        """
+        part = self.partial(index)
+        if not _has_digest(part, digest):
+            size = part.stat().st_size
+            part.unlink()
+            reason = Reason.TRANSFER_TRUNCATED if size < digest.total_bytes else Reason.DIGEST_MISMATCH
+            raise DomainError(reason, f"result shard {index} arrived with other bytes than announced")
+        part.replace(self._folder / _shard_name(index))
+
+    def read(self, index: int) -> bytes:
+        """The serialized shard."""
+        return (self._folder / _shard_name(index)).read_bytes()
+
+    def clear(self) -> None:
+        """Deletes the shards."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Puts `data` at `path` with mode 0600: all of it or, if the machine fails, what was there before."""
+    temporary = path.with_name(f".{path.name}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def _subfolders(parent: Path) -> Iterator[Path]:
+    return iter(list(parent.iterdir()) if parent.is_dir() else [])
+
+
+def _folder_name(round_id: str) -> str:
+    """A folder name for any round_id: it comes from a server and may hold path separators."""
+    return hashlib.sha256(round_id.encode()).hexdigest()[:32]
+
+
+def _shard_name(index: int) -> str:
+    return f"{index:05d}.shard"
+
+
+def _has_digest(path: Path, digest: Digest) -> bool:
+    if not path.is_file() or path.stat().st_size != digest.total_bytes:
+        return False
+    hashed = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            hashed.update(block)
+    return hashed.digest() == digest.sha256
+
+
+def _read_spool(folder: Path) -> Spool | None:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_bytes())
+        if manifest["format"] != _FORMAT:
+            return None
+        note = {**manifest["note"], "layout_digest": bytes.fromhex(manifest["note"]["layout_digest"])}
+        shards = tuple(Digest(bytes.fromhex(s["sha256"]), s["total_bytes"]) for s in manifest["shards"])
+        return Spool(folder, UpdateNote(**note), shards)
+    except (OSError, ValueError, KeyError, TypeError, DomainError):
+        return None
+
+
+def _save_weights(path: Path, key: Mapping[str, str], weights: Weights) -> None:
+    arrays = {f"tensor/{name}": value for name, value in weights.tensors.items()}
+    for name, factors in weights.factors.items():
+        arrays |= {f"A/{name}": factors.A, f"B/{name}": factors.B}
+    write_atomically(path, safetensors.numpy.save(arrays, metadata=dict(key)))
+
+
+def _load_weights(path: Path) -> tuple[dict[str, str], Weights] | None:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            key = dict(file.metadata() or {})
+            arrays: dict[str, Float32] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
+    except (OSError, safetensors.SafetensorError):
+        return None
+    factors = {
+        name.removeprefix("A/"): LoraFactors(B=arrays[f"B/{name.removeprefix('A/')}"], A=A)
+        for name, A in arrays.items()
+        if name.startswith("A/")
+    }
+    tensors = {n.removeprefix("tensor/"): v for n, v in arrays.items() if n.startswith("tensor/")}
+    return key, Weights(factors, tensors)
+
+
+def _unusable(folder: Path, why: str) -> DomainError:
+    return DomainError(Reason.CONFIGURATION_INVALID, f"state_dir: {folder} cannot be used: {why}")

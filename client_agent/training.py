@@ -1,0 +1,88 @@
+"""Local training: some AdamW steps on this client's examples."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.nn import functional
+
+from client_agent.data import Examples
+from client_agent.drawing import batches
+from client_agent.encoding import Encoder
+from client_agent.model import AdaptedModel
+from shelora.errors import DomainError, Reason
+
+MAX_GRADIENT_NORM: Final = 1.0
+"""Gradients are scaled down to this norm, as is usual in fine-tuning; one odd batch does not wreck a round."""
+
+Report = Callable[[float], None]
+"""Takes the progress, 0 to 1; may raise to stop the work."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """How to train in one round."""
+
+    steps: int
+    batch_size: int
+    """Examples a step."""
+    learning_rate: float
+    seed: int
+    """Fixes the batches and the dropout."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOutcome:
+    """What training measured."""
+
+    loss: float
+    """Mean over the steps."""
+    seconds: float
+
+
+def train(
+    model: AdaptedModel, encoder: Encoder, examples: Examples, run: TrainingRun, report: Report
+) -> TrainingOutcome:
+    """Updates the model's trainable parameters in place.
+
+    Args: report: Called before every step; what it raises ends training within that step.
+    Raises: DomainError VALUE_NOT_FINITE if the loss is NaN or infinite.
+    """
+    started = time.monotonic()
+    optimizer = torch.optim.AdamW(model.trainable(), lr=run.learning_rate, weight_decay=0.0)
+    losses = []
+    model.module.train()
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(model.device)):
+            torch.manual_seed(run.seed)
+            for step, chosen in enumerate(batches(len(examples), run.batch_size, run.steps, run.seed)):
+                report(step / run.steps)
+                losses.append(_step(model, encoder, examples.select(chosen), optimizer, step))
+    finally:
+        model.module.eval()
+    return TrainingOutcome(sum(losses) / len(losses), time.monotonic() - started)
+
+
+def _step(
+    model: AdaptedModel, encoder: Encoder, examples: Examples, optimizer: torch.optim.Optimizer, number: int
+) -> float:
+    logits, targets = model.predict(encoder.batch(examples))
+    loss = functional.cross_entropy(logits.float(), targets)
+    value = float(loss.item())
+    if not math.isfinite(value):
+        raise DomainError(
+            Reason.VALUE_NOT_FINITE,
+            f"the training loss is {value} at step {number + 1}; lower the learning rate or check the data",
+        )
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    torch.nn.utils.clip_grad_norm_(model.trainable(), MAX_GRADIENT_NORM)
+    optimizer.step()
+    return value
+
+
+def _cuda_devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

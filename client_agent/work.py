@@ -1,0 +1,315 @@
+"""What an agent does for each kind of assignment. Every method can be repeated: finished parts are on disk."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from client_agent.downloads import Result, download
+from client_agent.keys import EpochSecrets
+from client_agent.learner import Learner
+from client_agent.metrics import ROUNDS, Stopwatch, timed
+from client_agent.model import Weights
+from client_agent.progress import Activity, Stage
+from client_agent.protection import (
+    check_model,
+    check_train_layout,
+    check_vote_layout,
+    orders_of,
+    spool_update,
+)
+from client_agent.replicas import Replicas
+from client_agent.session import Session, digest_from_proto
+from client_agent.state import AgentState, Inbox, Spool, UpdateNote
+from client_agent.uploads import upload
+from client_agent.worker import Worker
+from shelora.errors import DomainError, Reason
+from shelora.federation import ProtectionSpec
+from shelora.lora.layout import Layout
+from shelora.lora.restore import Restored, restore
+from shelora.lora.shards import Float64, ResultShardContent
+from shelora.messages import layout_from_proto, matrix_from_proto
+from shelora.negotiation.plan import Plan, check_plan, make_plan, open_plan, plan_context, seal_plan
+from shelora.negotiation.votes import cast_votes, summed_scores
+from shelora.v1 import common_pb2
+from shelora.v1 import coordinator_pb2 as pb
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this client is and what it committed to."""
+
+    federation_id: str
+    client_id: str
+    budget: float
+    """Share of columns it encrypts, 0 to 1."""
+    protection: ProtectionSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What applying a result took; zero if it had been applied before."""
+
+    download_s: float = 0.0
+    decrypt_s: float = 0.0
+    download_bytes: int = 0
+
+
+class Work:
+    """The assignments of one client."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        session: Session,
+        replicas: Replicas,
+        state: AgentState,
+        learner: Learner,
+        worker: Worker,
+    ) -> None:
+        self._me = identity
+        self._session = session
+        self._replicas = replicas
+        self._state = state
+        self._learner = learner
+        self._worker = worker
+        self._secrets: dict[int, EpochSecrets] = {}
+        self._plans: dict[bytes, Plan] = {}
+        """Opened plans by the SHA-256 of their sealed form."""
+        self._checked: set[bytes] = set()
+        """Plans that agree with the summed votes."""
+        self._reported: set[str] = set()
+        """Rounds whose result was evaluated."""
+
+    async def vote(self, vote: pb.Vote, activity: Activity) -> None:
+        """Scores the columns and commits the encrypted votes."""
+        layout = layout_from_proto(vote.round.layout)
+        spool = await self._worker.run(self._state.spool, vote.round.round_id, layout.digest)
+        if spool is None:
+            check_vote_layout(layout, self._learner.model, self._me.protection)
+            secrets = await self.secrets(vote.round.epoch)
+            spool = await self._worker.run(self._spool_vote, vote.round.round_id, layout, secrets, activity)
+        await self._send(spool, activity)
+
+    async def make_plan(self, task: pb.MakePlan, epoch: int, activity: Activity) -> None:
+        """Ranks the summed votes and publishes the sealed plan."""
+        matrices = tuple(matrix_from_proto(m) for m in task.matrices)
+        if matrices != self._learner.model.matrices:
+            raise DomainError(Reason.LAYOUT_MISMATCH, "the plan is asked for matrices of another model")
+        secrets = await self.secrets(epoch)
+        scores = await self._summed_votes(task.votes, secrets, activity)
+        plan = make_plan(scores, matrices, tuple(task.tiers))
+        context = plan_context(self._me.federation_id, task.plan_number)
+        sealed = seal_plan(plan, secrets.obfuscation.plan_key(), context)
+        await self._session.publish_plan(task.plan_number, sealed, plan.matrices_with_counts(matrices))
+        _log.info("plan_published", plan_number=task.plan_number, columns=len(plan.columns))
+
+    async def train(self, train: pb.Train, activity: Activity) -> None:
+        """Applies the base result, evaluates it, trains, commits the update."""
+        layout = layout_from_proto(train.round.layout)
+        spool = await self._worker.run(self._state.spool, train.round.round_id, layout.digest)
+        if spool is None:
+            secrets = await self.secrets(train.round.epoch)
+            plan = await self._checked_plan(train, layout, secrets, activity)
+            check_train_layout(layout, self._learner.model, self._me.protection, plan)
+            await self._begin_from(train, secrets, activity)
+            spool = await self._worker.run(self._spool_update, train.round, layout, plan, secrets, activity)
+        await self._send(spool, activity)
+
+    async def finish(self, finish: pb.Finish, epoch: int, activity: Activity) -> None:
+        """Applies the final result, evaluates on every test example, saves the adapter."""
+        secrets = await self.secrets(epoch)
+        plan = finish.plan if finish.HasField("plan") else None
+        applied = await self._apply(finish.result, plan, secrets, activity)
+        await self._worker.run(self._learner.save_adapter)
+        _log.info("adapter_saved", folder=self._state.adapter_folder)
+        try:
+            await self._report(finish.result.round_id, applied, activity, everything=True)
+        except (
+            DomainError
+        ) as error:  # the adapter is what counts: an evaluation that cannot be told does not fail it
+            _log.warning("final_evaluation_not_reported", reason=error.reason, why=error.message)
+
+    async def secrets(self, epoch: int) -> EpochSecrets:
+        """The secrets of an epoch, fetched once. Without protection nothing is secret, and none are fetched."""
+        if epoch not in self._secrets:
+            self._secrets[epoch] = (
+                EpochSecrets.unprotected(self._me.federation_id, epoch)
+                if self._me.protection.mode == "none"
+                else await self._session.secrets(epoch)
+            )
+        return self._secrets[epoch]
+
+    async def _begin_from(self, train: pb.Train, secrets: EpochSecrets, activity: Activity) -> None:
+        """Makes the state that the round starts from current, and reports how good it is."""
+        if not train.HasField("base"):
+            await self._worker.run(self._learner.start, secrets.obfuscation)
+            return
+        plan = train.base_plan if train.HasField("base_plan") else None
+        applied = await self._apply(train.base, plan, secrets, activity)
+        if train.base.round_id not in self._reported:
+            await self._report(train.base.round_id, applied, activity, everything=False)
+
+    async def _apply(
+        self,
+        reference: common_pb2.ResultRef,
+        plan_ref: pb.PlanRef | None,
+        secrets: EpochSecrets,
+        activity: Activity,
+    ) -> Applied:
+        if await self._worker.run(self._learner.holds, reference.round_id):
+            return Applied()
+        result = Result.from_proto(reference)
+        check_model(result.layout, self._learner.model)
+        plan = await self._opened_plan(plan_ref, secrets) if plan_ref else None
+        watch = Stopwatch()
+        inbox = await download(self._replicas, self._state, result, activity)
+        download_s = watch.seconds
+        watch = Stopwatch()
+        await self._worker.run(self._restore_and_apply, result, inbox, plan, secrets, activity)
+        return Applied(download_s, watch.seconds, result.total_bytes)
+
+    async def _report(self, round_id: str, applied: Applied, activity: Activity, *, everything: bool) -> None:
+        measured = await self._worker.run(self._learner.evaluate, activity, everything=everything)
+        self._reported.add(round_id)
+        if measured is None:
+            return
+        _log.info(
+            "evaluated", round=round_id, loss=measured.loss, correct=measured.correct, count=measured.count
+        )
+        report = pb.EvaluationReport(
+            example_count=measured.count,
+            correct_count=measured.correct,
+            loss=measured.loss,
+            download_s=applied.download_s,
+            decrypt_s=applied.decrypt_s,
+            evaluate_s=measured.seconds,
+            download_bytes=applied.download_bytes,
+        )
+        await self._session.report_evaluation(round_id, report)
+
+    async def _checked_plan(
+        self, train: pb.Train, layout: Layout, secrets: EpochSecrets, activity: Activity
+    ) -> Plan | None:
+        """The plan of a round, checked against the summed votes; a wrong one is rejected."""
+        if not train.HasField("plan"):
+            return None
+        reference = train.plan
+        digest = digest_from_proto(reference.digest)
+        try:
+            plan = await self._opened_plan(reference, secrets)
+            if digest.sha256 not in self._checked:
+                scores = await self._summed_votes(reference.votes, secrets, activity)
+                check_plan(plan, scores, self._learner.model.matrices, layout.tiers)
+                self._checked.add(digest.sha256)
+        except DomainError as error:
+            if error.reason is Reason.PLAN_REFUSED:
+                await self._session.reject_plan(reference.plan_number, digest, error.message)
+            raise
+        return plan
+
+    async def _opened_plan(self, reference: pb.PlanRef, secrets: EpochSecrets) -> Plan:
+        digest = digest_from_proto(reference.digest)
+        if digest.sha256 not in self._plans:
+            sealed = await self._session.fetch_plan(reference.plan_number, digest)
+            context = plan_context(self._me.federation_id, reference.plan_number)
+            self._plans[digest.sha256] = open_plan(sealed, secrets.obfuscation.plan_key(), context)
+        return self._plans[digest.sha256]
+
+    async def _summed_votes(
+        self, reference: common_pb2.ResultRef, secrets: EpochSecrets, activity: Activity
+    ) -> dict[str, Float64]:
+        result = Result.from_proto(reference)
+        check_vote_layout(result.layout, self._learner.model, self._me.protection)
+        inbox = await download(self._replicas, self._state, result, activity)
+        restored = await self._worker.run(_restored, result, inbox, None, secrets, activity)
+        return summed_scores(self._learner.model.matrices, restored.tensors)
+
+    async def _send(self, spool: Spool, activity: Activity) -> None:
+        seconds = await upload(self._replicas, self._me.client_id, spool, activity)
+        count = await self._session.commit(spool, seconds)
+        ROUNDS.labels(outcome="committed").inc()
+        _log.info(
+            "update_committed", round=spool.note.round_id, bytes_sent=spool.total_bytes, update_count=count
+        )
+
+    def _spool_vote(self, round_id: str, layout: Layout, secrets: EpochSecrets, activity: Activity) -> Spool:
+        self._learner.resume(secrets.obfuscation)
+        watch = Stopwatch()
+        scores = self._learner.score(activity)
+        votes = cast_votes(self._learner.model.matrices, scores)
+        # Weight 1: each client has one vote, however many examples it holds.
+        note = UpdateNote(round_id, layout.digest, 1, 1.0, 1, 0.0, watch.seconds, 0.0)
+        return self._spooled(layout, Weights({}, votes), note, None, secrets, activity)
+
+    def _spool_update(
+        self,
+        round_: pb.RoundRef,
+        layout: Layout,
+        plan: Plan | None,
+        secrets: EpochSecrets,
+        activity: Activity,
+    ) -> Spool:
+        trained = self._learner.train(round_.number, activity)
+        model = self._learner.model
+        note = UpdateNote(
+            round_id=round_.round_id,
+            layout_digest=layout.digest,
+            rank=model.rank,
+            scaling=model.scaling,
+            example_count=len(self._learner.examples),
+            train_loss=trained.loss,
+            train_s=trained.seconds,
+            encrypt_s=0.0,
+        )
+        return self._spooled(layout, trained.weights, note, plan, secrets, activity)
+
+    def _spooled(
+        self,
+        layout: Layout,
+        weights: Weights,
+        note: UpdateNote,
+        plan: Plan | None,
+        secrets: EpochSecrets,
+        activity: Activity,
+    ) -> Spool:
+        return spool_update(
+            self._state,
+            layout,
+            weights,
+            note,
+            budget=self._me.budget,
+            plan=plan,
+            secrets=secrets,
+            activity=activity,
+        )
+
+    def _restore_and_apply(
+        self, result: Result, inbox: Inbox, plan: Plan | None, secrets: EpochSecrets, activity: Activity
+    ) -> None:
+        restored = _restored(result, inbox, plan, secrets, activity)
+        self._learner.apply(result.round_id, restored, secrets.obfuscation)
+
+
+def _restored(
+    result: Result, inbox: Inbox, plan: Plan | None, secrets: EpochSecrets, activity: Activity
+) -> Restored:
+    """Decrypts a downloaded result and deletes it."""
+    layout = result.layout
+    report = partial(activity.report, Stage.DECRYPTING)
+
+    def contents() -> Iterator[ResultShardContent]:
+        for done, content in enumerate(result.contents(inbox)):
+            report(done / len(result.shards))
+            yield content
+
+    with timed(Stage.DECRYPTING):
+        restored = restore(
+            layout, contents(), orders_of(layout, plan, secrets), secrets.decryptor_for(layout)
+        )
+    inbox.clear()
+    return restored

@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+import client_agent
+from client_agent.config import AgentConfig
+from shelora.errors import DomainError, Reason
+
+SAMPLE = Path(client_agent.__file__).parent / "sample.yaml"
+
+
+def refusal(tmp_path: Path, **changes: object) -> str:
+    values = yaml.safe_load(SAMPLE.read_text()) | changes
+    path = tmp_path / "agent.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v != "REMOVED"}))
+    with pytest.raises(DomainError) as caught:
+        AgentConfig.load(path, {})
+    assert caught.value.reason is Reason.CONFIGURATION_INVALID
+    return caught.value.message
+
+
+def test_the_sample_is_valid_and_its_paths_start_from_its_folder() -> None:
+    config = AgentConfig.load(SAMPLE, {})
+    assert config.lora.rank == 8
+    assert config.lora.scaling == 2.0
+    assert config.data.train == SAMPLE.parent / "data/train.jsonl"
+    assert config.state_dir == SAMPLE.parent / "state"
+
+
+def test_the_sample_shows_every_section() -> None:
+    assert set(yaml.safe_load(SAMPLE.read_text())) == set(AgentConfig.model_fields)
+
+
+def test_the_environment_overrides_single_values() -> None:
+    environment = {
+        "SHELORA_AGENT__LORA__RANK": "16",
+        "SHELORA_AGENT__BUDGET": "0.25",
+        "SHELORA_AGENT__AGGREGATION": '["127.0.0.1:9", "127.0.0.1:10"]',
+        "OTHER": "x",
+    }
+    config = AgentConfig.load(SAMPLE, environment)
+    assert (config.lora.rank, config.lora.alpha, config.budget) == (16, 16.0, 0.25)
+    assert config.aggregation == ("127.0.0.1:9", "127.0.0.1:10")
+
+
+def test_a_wrong_value_is_named_with_its_path_and_what_the_field_is(tmp_path: Path) -> None:
+    message = refusal(tmp_path, budget=1.5, lora={"rank": 0})
+    assert "budget: 1.5 is refused: Input should be less than or equal to 1. Share of the columns" in message
+    assert "lora.rank: 0 is refused: Input should be greater than or equal to 1. Rank r" in message
+
+
+def test_an_unknown_field_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    assert "lora.rnak: there is no such field; did you mean lora.rank?" in refusal(tmp_path, lora={"rnak": 4})
+    assert "budgets: there is no such field; did you mean budget?" in refusal(tmp_path, budgets=1)
+    assert "zzz: there is no such field; known are federation" in refusal(tmp_path, zzz=1)
+
+
+def test_an_unknown_environment_variable_is_refused_too() -> None:
+    with pytest.raises(DomainError, match=r"did you mean lora\.rank"):
+        AgentConfig.load(SAMPLE, {"SHELORA_AGENT__LORA__RANKS": "16"})
+
+
+def test_a_missing_field_is_named_with_what_it_is(tmp_path: Path) -> None:
+    assert "client_id: missing. Name of this client" in refusal(tmp_path, client_id="REMOVED")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"coordinator": "nowhere"},
+            "coordinator: 'nowhere' is refused: address 'nowhere' is not of the form",
+        ),
+        ({"aggregation": []}, "aggregation: "),
+        ({"aggregation": ["x"]}, "aggregation.0: 'x' is refused"),
+        (
+            {"data": {"train": "a.txt"}},
+            "data.train: 'a.txt' is refused: the file name must end in one of .jsonl",
+        ),
+        ({"federation": "Has Spaces"}, "federation: 'Has Spaces' is refused"),
+    ],
+)
+def test_values_of_no_use_are_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    assert said in refusal(tmp_path, **changes)
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    for content, said in (("- 1", "must hold fields"), ("a: [", "not valid YAML")):
+        (tmp_path / "agent.yaml").write_text(content)
+        with pytest.raises(DomainError, match=said):
+            AgentConfig.load(tmp_path / "agent.yaml", {})
+    with pytest.raises(DomainError, match="cannot be read"):
+        AgentConfig.load(tmp_path / "none.yaml", {})
+
+
+def test_a_credential_that_others_can_read_is_refused(agent_folder: Path) -> None:
+    config = AgentConfig.load(agent_folder / "agent.yaml", {})
+    assert config.credential() == "ab" * 16
+    config.credential_file.chmod(0o644)
+    with pytest.raises(DomainError, match="chmod 600"):
+        config.credential()
+
+
+def test_a_model_name_that_is_no_folder_is_left_for_the_hub(tmp_path: Path) -> None:
+    assert AgentConfig.load(SAMPLE, {}).model.path == "models/all-MiniLM-L6-v2"

@@ -1,0 +1,158 @@
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client_agent.model import Weights
+from client_agent.state import AgentState, UpdateNote, write_atomically
+from shelora.errors import DomainError, Reason
+from shelora.lora.shards import LoraFactors
+from shelora.transport.pieces import Digest
+
+NOTE = UpdateNote("films/1", b"d" * 32, 4, 2.0, 20, 0.5, 1.5, 0.1)
+KEY = {"round": "films/1", "rank": "2"}
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[AgentState]:
+    opened = AgentState(tmp_path / "state")
+    yield opened
+    opened.close()
+
+
+def some_weights() -> Weights:
+    rng = np.random.default_rng(1)
+    factors = LoraFactors(rng.random((5, 2), dtype=np.float32), rng.random((2, 3), dtype=np.float32))
+    return Weights({"layer.q": factors}, {"head.bias": rng.random(4, dtype=np.float32)})
+
+
+def fill(state: AgentState) -> None:
+    writer = state.begin_spool(NOTE.round_id)
+    writer.add(b"one")
+    writer.add(b"two!")
+    writer.finish(NOTE)
+
+
+def test_weights_come_back_as_they_were(state: AgentState) -> None:
+    weights = some_weights()
+    state.save_applied(KEY, weights)
+    loaded = state.applied()
+    assert loaded is not None
+    key, back = loaded
+    assert key == KEY
+    np.testing.assert_array_equal(back.factors["layer.q"].A, weights.factors["layer.q"].A)
+    np.testing.assert_array_equal(back.factors["layer.q"].B, weights.factors["layer.q"].B)
+    np.testing.assert_array_equal(back.tensors["head.bias"], weights.tensors["head.bias"])
+
+
+def test_an_applied_result_makes_earlier_training_obsolete(state: AgentState) -> None:
+    state.save_trained(KEY, some_weights())
+    assert state.trained() is not None
+    state.save_applied(KEY, some_weights())
+    assert state.trained() is None
+
+
+def test_a_spool_survives_a_restart(tmp_path: Path) -> None:
+    first = AgentState(tmp_path / "state")
+    fill(first)
+    first.close()
+    second = AgentState(tmp_path / "state")
+    spool = second.spool(NOTE.round_id, NOTE.layout_digest)
+    second.close()
+    assert spool is not None
+    assert spool.note == NOTE
+    assert spool.shards == (Digest.of(b"one"), Digest.of(b"two!"))
+    assert [spool.read(0), spool.read(1)] == [b"one", b"two!"]
+    assert spool.total_bytes == 7
+
+
+def test_a_spool_without_its_manifest_does_not_count(state: AgentState) -> None:
+    state.begin_spool(NOTE.round_id).add(b"one")
+    assert state.spool(NOTE.round_id, NOTE.layout_digest) is None
+
+
+@pytest.mark.parametrize("damage", [b"onX", b"on", None])
+def test_a_spool_with_a_damaged_shard_does_not_count(
+    state: AgentState, tmp_path: Path, damage: bytes | None
+) -> None:
+    fill(state)
+    (shard,) = (tmp_path / "state").glob("spool/*/00000.shard")
+    shard.unlink() if damage is None else shard.write_bytes(damage)
+    assert state.spool(NOTE.round_id, NOTE.layout_digest) is None
+
+
+def test_a_spool_of_another_round_or_layout_does_not_count(state: AgentState) -> None:
+    fill(state)
+    assert state.spool("films/2", NOTE.layout_digest) is None
+    assert state.spool(NOTE.round_id, b"e" * 32) is None
+
+
+def test_a_new_spool_deletes_the_old_one(state: AgentState) -> None:
+    fill(state)
+    state.begin_spool("films/2")
+    assert state.spool(NOTE.round_id, NOTE.layout_digest) is None
+
+
+def test_damaged_weights_count_as_none(state: AgentState, tmp_path: Path) -> None:
+    state.save_applied(KEY, some_weights())
+    file = tmp_path / "state" / "applied.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+    assert state.applied() is None
+
+
+def test_a_crash_while_writing_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def power_cut(_descriptor: int) -> None:
+        raise OSError("no power")
+
+    monkeypatch.setattr(os, "fsync", power_cut)
+    with pytest.raises(OSError, match="no power"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_only_this_user_can_read_the_state(state: AgentState, tmp_path: Path) -> None:
+    fill(state)
+    state.save_applied(KEY, some_weights())
+    for path in [tmp_path / "state", *(tmp_path / "state").rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_a_folder_serves_one_agent_at_a_time(state: AgentState, tmp_path: Path) -> None:
+    with pytest.raises(DomainError, match="another agent uses it") as caught:
+        AgentState(tmp_path / "state")
+    assert caught.value.reason is Reason.CONFIGURATION_INVALID
+
+
+def test_round_names_cannot_leave_the_state_folder(state: AgentState, tmp_path: Path) -> None:
+    state.begin_spool("../../outside")
+    state.open_inbox("/outside")
+    assert {p.name for p in tmp_path.iterdir()} == {"state"}
+
+
+def test_a_download_is_accepted_only_with_its_announced_bytes(state: AgentState) -> None:
+    inbox = state.open_inbox("films/1")
+    digest = Digest.of(b"result")
+    for wrong, reason in ((b"resul", Reason.TRANSFER_TRUNCATED), (b"resulT", Reason.DIGEST_MISMATCH)):
+        inbox.partial(0).write_bytes(wrong)
+        with pytest.raises(DomainError) as caught:
+            inbox.accept(0, digest)
+        assert caught.value.reason is reason
+        assert not inbox.partial(0).exists()
+    inbox.partial(0).write_bytes(b"result")
+    inbox.accept(0, digest)
+    assert inbox.has(0, digest)
+    assert inbox.read(0) == b"result"
+
+
+def test_an_inbox_of_another_result_is_deleted(state: AgentState, tmp_path: Path) -> None:
+    state.open_inbox("films/1").partial(0).write_bytes(b"re")
+    state.open_inbox("films/1")
+    assert len(list((tmp_path / "state" / "inbox").rglob("*.part"))) == 1
+    state.open_inbox("films/2")
+    assert not list((tmp_path / "state" / "inbox").rglob("*.part"))

@@ -1,0 +1,75 @@
+"""Tiny real models and their tokenizer over a small vocabulary."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION, load_checkpoint, quiet
+from client_agent.config import LoraSettings
+from client_agent.model import AdaptedModel
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+GOOD = ["good", "great", "fine", "nice", "happy"]
+BAD = ["bad", "awful", "poor", "sad", "angry"]
+LABELS = ("bad", "good")
+
+
+def save_tokenizer(folder: Path) -> None:
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *GOOD, *BAD, "the", "movie", "was"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        eos_token="[SEP]",
+        model_max_length=64,
+    ).save_pretrained(folder)
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> Path:
+    with quiet():
+        model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def bert_config() -> BertConfig:
+    return BertConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+
+
+def classifier(
+    folder: Path, lora: LoraSettings | None = None, targets: tuple[str, ...] = ("query", "value")
+) -> AdaptedModel:
+    return AdaptedModel(
+        load_checkpoint(str(folder), SEQUENCE_CLASSIFICATION, LABELS),
+        task=SEQUENCE_CLASSIFICATION,
+        target_modules=targets,
+        lora=lora or LoraSettings(rank=4, alpha=8),
+        device=torch.device("cpu"),
+    )
+
+
+def decoder(folder: Path) -> AdaptedModel:
+    return AdaptedModel(
+        load_checkpoint(str(folder), CAUSAL_LM, ()),
+        task=CAUSAL_LM,
+        target_modules=("q_proj", "v_proj"),
+        lora=LoraSettings(rank=4, alpha=8),
+        device=torch.device("cpu"),
+    )
