@@ -142,7 +142,7 @@ def _passes(n: int, base: int, odd: int, twos: int) -> bool:
 
 
 STANDARD: Final = CkksParameters(
-    name="STANDARD",
+    name="standard",
     poly_degree=2048,
     modulus=0x3FFFFFFFFED001,  # the largest 54-bit prime that is 1 modulo 4096
     scale_bits=29,
@@ -152,7 +152,7 @@ STANDARD: Final = CkksParameters(
 """The default: 128-bit secure, 13.6 bytes a value up and 27 down, 1024 values a ciphertext."""
 
 LARGE: Final = CkksParameters(
-    name="LARGE",
+    name="large",
     poly_degree=4096,
     modulus=0xFFFFFFFFFFFC001,  # the largest 60-bit prime that is 1 modulo 8192
     scale_bits=32,
@@ -162,7 +162,7 @@ LARGE: Final = CkksParameters(
 """Six more bits of precision, for wide cohorts: 15 bytes a value up and 30 down, 2048 values a ciphertext."""
 
 INSECURE_TOY: Final = CkksParameters(
-    name="INSECURE_TOY",
+    name="insecure-toy",
     poly_degree=64,
     modulus=0x3FFFFFFFFFFF01,
     scale_bits=29,

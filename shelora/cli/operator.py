@@ -2,10 +2,14 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from shelora.transport.channel import call, open_channel
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.v1.coordinator_pb2_grpc import CoordinatorAsyncStub, CoordinatorStub
+from shelora.v1.coordinator_pb2_grpc import CoordinatorStub
+
+if TYPE_CHECKING:  # the asynchronous stub is a type only; at run time the channel decides
+    from shelora.v1.coordinator_pb2_grpc import CoordinatorAsyncStub
 
 RETRY_S = 10.0
 """A person waits: shorter than between servers."""

@@ -69,8 +69,8 @@ def test_every_field_of_the_wire_has_a_field_here_and_back():
         ("training", {"zzz": 1}, "there is no such field; known are base_model"),
         (
             "protection",
-            {"parameters": "INSECURE_TOY"},
-            "protection.parameters = 'INSECURE_TOY': use one of LARGE",
+            {"parameters": "insecure-toy"},
+            "protection.parameters = 'insecure-toy': use one of large",
         ),
         ("protection", {"negotiation": "ope"}, "protection.negotiation = 'ope': use 'sealed'"),
         ("protection", {"tensor_bound": -1.0}, "protection.tensor_bound = -1.0"),

@@ -16,7 +16,7 @@ from shelora.transport.channel import call, open_channel
 from shelora.v1 import key_authority_pb2 as pb
 from shelora.v1 import key_authority_pb2_grpc as pb_grpc
 
-OPEN = pb.OpenEpochRequest(federation_id="clinic", epoch=1, parameters="STANDARD")
+OPEN = pb.OpenEpochRequest(federation_id="clinic", epoch=1, parameters="standard")
 GET = pb.GetEpochSecretsRequest(federation_id="clinic", epoch=1, client_id="ward-7")
 
 

@@ -19,7 +19,7 @@ from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
 
 EPOCH = EpochId("clinic", 1)
-SECRETS = EpochSecrets("STANDARD", bytes(16), b"the CKKS key", b"x" * 32)
+SECRETS = EpochSecrets("standard", bytes(16), b"the CKKS key", b"x" * 32)
 
 
 @pytest.fixture
@@ -234,5 +234,5 @@ def test_an_invalid_name_of_an_epoch_is_refused(federation_id, epoch):
 
 
 def test_the_repr_of_secrets_shows_none():
-    shown = repr(EpochSecrets("STANDARD", bytes(16), b"THE-KEY", b"THE-SECRET"))
+    shown = repr(EpochSecrets("standard", bytes(16), b"THE-KEY", b"THE-SECRET"))
     assert "THE" not in shown

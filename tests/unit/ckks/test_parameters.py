@@ -32,7 +32,7 @@ def test_a_profile_is_found_by_its_name(name):
 
 
 def test_an_unknown_profile_is_refused_and_the_known_ones_named():
-    with pytest.raises(DomainError, match="INSECURE_TOY, LARGE, STANDARD") as refusal:
+    with pytest.raises(DomainError, match="insecure-toy, large, standard") as refusal:
         profile("TINY")
     assert refusal.value.reason is Reason.INVALID_ARGUMENT
 

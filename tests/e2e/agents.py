@@ -1,0 +1,137 @@
+"""Agents for end-to-end tests: a tiny real BERT, a task it can learn, configurations, processes."""
+
+import csv
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import yaml
+from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from shelora.cli.cluster import Addresses, LocalCluster, Process
+from shelora.federation import FederationSpec
+
+LABELS = ("cold", "warm")
+WORDS = {"cold": ["ice", "snow", "frost", "winter"], "warm": ["sun", "beach", "fire", "summer"]}
+FILLER = ["the", "a", "is", "was", "on", "in", "and", "today"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@dataclass(frozen=True)
+class Agent:
+    """What differs between test agents."""
+
+    name: str
+    rank: int
+    alpha: float
+    budget: float
+    suffix: str
+    """Format of its data: .jsonl, .csv or .parquet."""
+
+
+AGENTS = (
+    Agent("clinic", rank=2, alpha=6, budget=1.0, suffix=".jsonl"),
+    Agent("bank", rank=4, alpha=4, budget=1.0, suffix=".csv"),
+    Agent("sensor", rank=4, alpha=4, budget=0.25, suffix=".parquet"),
+)
+
+
+def save_tiny_bert(folder: Path) -> Path:
+    """A BERT of two layers with random weights, and its tokenizer."""
+    vocabulary = [*SPECIAL, *FILLER, *WORDS["cold"], *WORDS["warm"]]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def specification(mode: str = "selective", **round_fields: int) -> FederationSpec:
+    return FederationSpec.model_validate(
+        {
+            "name": "weather",
+            "training": {
+                "base_model": "tiny-bert",
+                "labels": LABELS,
+                "local_steps": 8,
+                "batch_size": 8,
+                "learning_rate": 0.02,
+                "max_tokens": 16,
+                "calibration_examples": 16,
+                "evaluation_examples": 20,
+            },
+            "round": {"rounds": 2, "clients": 3, "min_updates": 2, "deadline_s": 120, **round_fields},
+            "protection": {"mode": mode},
+        }
+    )
+
+
+def start_agent(
+    cluster: LocalCluster, agent: Agent, addresses: Addresses, model: Path, folder: Path
+) -> Process:
+    """Writes data and configuration and starts the daemon."""
+    return cluster.spawn(
+        agent.name,
+        "client_agent.main",
+        ["run", "--config", str(configure(agent, addresses, model, folder))],
+        {},
+    )
+
+
+def configure(agent: Agent, addresses: Addresses, model: Path, folder: Path) -> Path:
+    home = folder / agent.name
+    home.mkdir(parents=True)
+    for part, count in (("train", 64), ("test", 20)):
+        write_examples(home / f"{part}{agent.suffix}", count, seed=f"{agent.name}/{part}")
+    config = {
+        "federation": "weather",
+        "client_id": agent.name,
+        "coordinator": addresses.coordinator,
+        "aggregation": list(addresses.aggregation),
+        "key_authority": addresses.key_authority,
+        "credential_file": addresses.credential_file,
+        "state_dir": "state",
+        "model": {"path": str(model), "device": "cpu"},
+        "data": {"train": f"train{agent.suffix}", "test": f"test{agent.suffix}"},
+        "lora": {"rank": agent.rank, "alpha": agent.alpha},
+        "budget": agent.budget,
+        "resources": {"threads": 1},
+    }
+    path = home / "agent.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def write_examples(path: Path, count: int, seed: str) -> None:
+    rng = random.Random(seed)
+    rows = []
+    for index in range(count):
+        label = LABELS[index % 2]
+        words = [rng.choice(FILLER) for _ in range(6)] + [rng.choice(WORDS[label]) for _ in range(2)]
+        rng.shuffle(words)
+        rows.append({"text": " ".join(words), "label": label})
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        parquet.write_table(pa.Table.from_pylist(rows), path)

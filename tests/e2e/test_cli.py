@@ -1,0 +1,101 @@
+"""The operator's command line, as a person uses it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+SHELORA = [sys.executable, "-m", "shelora.cli.main"]
+REPOSITORY = Path(__file__).parents[2]
+START_TIMEOUT_S = 60
+
+
+@pytest.fixture
+def running_up(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """`shelora up` in its own folder, ready to serve."""
+    process = subprocess.Popen(
+        [*SHELORA, "up", "--any-ports", "--folder", str(tmp_path / "local"), "--workers", "1"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not (tmp_path / "local" / "cluster.json").exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    yield process
+    if process.poll() is None:
+        process.terminate()
+        process.wait(60)
+    process.stdout.close()
+
+
+def addresses(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "local" / "cluster.json").read_text())
+
+
+def shelora(*arguments: str, coordinator: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "SHELORA_COORDINATOR": coordinator, "COLUMNS": "160"}
+    return subprocess.run(
+        [*SHELORA, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_up_stops_every_process_it_started(running_up, tmp_path, stop):
+    started = psutil.Process(running_up.pid).children(recursive=True)
+    assert len(started) >= 4
+    running_up.send_signal(stop)
+    assert running_up.wait(60) == 0
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
+    assert not (tmp_path / "local" / "cluster.json").exists()
+
+
+def test_up_fails_with_the_log_of_a_server_that_dies(running_up, tmp_path):
+    children = psutil.Process(running_up.pid).children()
+    victim = next(child for child in children if "coordinator.main" in " ".join(child.cmdline()))
+    victim.kill()
+    output, _ = running_up.communicate(timeout=60)
+    assert running_up.returncode == 1
+    assert "coordinator exited with -9" in output
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+
+
+def test_a_federation_is_created_started_shown_and_listed(running_up, tmp_path):
+    coordinator = addresses(tmp_path)["coordinator"]
+    created = shelora("federation", "create", "examples/reuters/federation.yaml", coordinator=coordinator)
+    assert created.returncode == 0, created.stderr
+    assert "created" in created.stdout
+    again = shelora("federation", "create", "examples/reuters/federation.yaml", coordinator=coordinator)
+    assert again.returncode == 0
+    started = shelora("federation", "start", "reuters", coordinator=coordinator)
+    assert "running" in started.stdout
+    assert "waiting for 4 agents" in shelora("federation", "show", "reuters", coordinator=coordinator).stdout
+    assert "reuters" in shelora("status", coordinator=coordinator).stdout
+
+
+def test_mistakes_are_answered_with_the_reason(running_up, tmp_path):
+    coordinator = addresses(tmp_path)["coordinator"]
+    unknown = shelora("federation", "show", "nothing-there", coordinator=coordinator)
+    assert unknown.returncode == 1
+    assert "FEDERATION_UNKNOWN" in unknown.stderr
+    wrong = tmp_path / "wrong.yaml"
+    text = (REPOSITORY / "examples/reuters/federation.yaml").read_text()
+    wrong.write_text(text.replace("min_updates: 3", "min_updates: 1"))
+    refused = shelora("federation", "create", str(wrong), coordinator=coordinator)
+    assert refused.returncode == 1
+    assert "round.min_updates" in refused.stderr
+    remote = shelora("status", "--coordinator", "192.0.2.1:7101", coordinator=coordinator)
+    assert remote.returncode == 1
+    assert "CONFIGURATION_INVALID" in remote.stderr

@@ -1,0 +1,150 @@
+"""A whole federation, every part a process of its own, with a real model that really learns."""
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import redis
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification
+
+from services.key_authority.epochs import EpochId
+from services.key_authority.vault import Vault
+from shelora.cli.cluster import LocalCluster
+from shelora.cli.render import round_figures, training_rounds
+from shelora.v1 import coordinator_pb2 as pb
+from tests.e2e import federations
+from tests.e2e.agents import AGENTS, LABELS, specification, start_agent
+from tests.e2e.recorder import recording
+
+WINDOW = 12
+"""Bytes of a secret that count as found: 2^-96 by chance."""
+
+
+async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_secret(
+    cluster: LocalCluster, model: Path, tmp_path: Path
+):
+    spec, real = specification(), cluster.addresses
+    with recording(real.coordinator, real.key_authority, *real.aggregation) as recorders:
+        coordinator, key_authority, *aggregation = recorders
+        proxied = replace(
+            real,
+            coordinator=coordinator.address,
+            key_authority=key_authority.address,
+            aggregation=tuple(recorder.address for recorder in aggregation),
+        )
+        agents = [start_agent(cluster, agent, proxied, model, tmp_path) for agent in AGENTS]
+        await federations.start(cluster, spec)
+        federation = await federations.wait_until_over(cluster, spec, agents)
+        seen = b"".join(recorder.recorded() for recorder in (coordinator, *aggregation))
+        released = key_authority.recorded()
+
+    assert federation.phase == pb.PHASE_FINISHED, federation.failure
+    assert [agent.popen.returncode for agent in agents] == [0, 0, 0]
+    _assert_rounds_are_complete(federation)
+    _assert_adapters_agree_and_load(tmp_path, model)
+
+    folder = tmp_path / "cluster"
+    stored = b"".join(path.read_bytes() for path in (folder / "redis").rglob("*") if path.is_file())
+    logged = b"".join(path.read_bytes() for path in (folder / "logs").glob("*.log"))
+    assert len(stored) > 100_000, "the append-only file was not recorded"
+    assert len(seen) > 100_000, "the traffic was not recorded"
+    for name, secret in _secrets(cluster).items():
+        assert any(window in released for window in _windows(secret)), (
+            f"the search does not find {name} where it is"
+        )
+        for place, content in (("traffic", seen), ("store", stored), ("logs", logged)):
+            found = [window for window in _windows(secret) if window in content]
+            assert not found, f"{name} appears in the {place}"
+
+
+async def test_an_unprotected_federation_runs_without_keys(
+    cluster: LocalCluster, model: Path, tmp_path: Path
+):
+    spec = specification(mode="none")
+    agents = [start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
+    await federations.start(cluster, spec)
+    federation = await federations.wait_until_over(cluster, spec, agents)
+
+    assert federation.phase == pb.PHASE_FINISHED, federation.failure
+    assert all(r.kind == pb.ROUND_KIND_TRAIN for r in federation.history)
+    assert not list((tmp_path / "cluster" / "key-authority").glob("*.keys"))
+    _assert_adapters_agree_and_load(tmp_path, model)
+
+
+async def test_a_finished_federation_leaves_only_keys_that_expire(
+    cluster: LocalCluster, model: Path, tmp_path: Path
+):
+    spec = specification(rounds=1)
+    agents = [start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
+    await federations.start(cluster, spec)
+    await federations.wait_until_over(cluster, spec, agents)
+
+    store = redis.Redis.from_url(cluster.addresses.redis_url)
+    lasting = [key for key in store.scan_iter() if store.ttl(key) < 0]
+    assert not lasting
+
+
+def _assert_rounds_are_complete(federation: pb.Federation) -> None:
+    rounds = training_rounds(federation)
+    assert [r.number for r in rounds] == [1, 2]
+    for summary in rounds:
+        assert summary.update_count == len(AGENTS)
+        assert len(summary.evaluations) == len(AGENTS)
+    last = round_figures(rounds[-1])
+    assert last.test_examples == 60, "after the last round agents evaluate on all their test examples"
+    assert last.test_accuracy is not None
+    assert last.test_accuracy >= 0.9
+    by_agent = {u.client_id: u.upload_bytes for u in rounds[0].updates}
+    assert by_agent["sensor"] < by_agent["bank"], "the same rank with a smaller budget costs less"
+
+
+def _assert_adapters_agree_and_load(folder: Path, model: Path) -> None:
+    """Agents of one rank end with the same product B A; every adapter loads with PEFT."""
+    products = {agent.name: _products(folder / agent.name / "state" / "adapter") for agent in AGENTS}
+    for name, product in products["bank"].items():
+        np.testing.assert_allclose(products["sensor"][name], product, atol=1e-5)
+        assert np.abs(product).max() > 0
+    for agent in AGENTS:
+        base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(LABELS))
+        loaded = PeftModel.from_pretrained(base, folder / agent.name / "state" / "adapter")
+        assert loaded.peft_config["default"].r == agent.rank
+
+
+def _products(adapter: Path) -> dict[str, np.ndarray]:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    weights = load_file(adapter / "adapter_model.safetensors")
+    down = {name: value for name, value in weights.items() if "lora_A" in name}
+    return {name: scaling * weights[name.replace("lora_A", "lora_B")] @ value for name, value in down.items()}
+
+
+def _secrets(cluster: LocalCluster) -> dict[str, bytes]:
+    """The epoch's secrets as the key authority keeps them."""
+    vault = Vault(Path(cluster.addresses.credential_file).parent / "key-authority")
+    epoch = vault.read(EpochId("weather", 1))
+    return {"the CKKS secret key": epoch.ckks_secret_key, "the obfuscation secret": epoch.obfuscation_secret}
+
+
+def _windows(secret: bytes) -> Iterator[bytes]:
+    """Parts of a secret, raw and in the encodings a careless log or record would use."""
+    middle = len(secret) // 2
+    for start in (0, 4, middle, middle + 4, len(secret) - WINDOW):
+        part = secret[start : start + WINDOW]
+        if len(set(part)) < WINDOW // 2:
+            continue
+        yield part
+        yield part.hex().encode()
+    for shift in range(3):
+        yield base64.b64encode(secret[middle + shift : middle + shift + WINDOW])[:16]
+
+
+def test_windows_find_a_secret_in_each_encoding():
+    secret = bytes(range(7, 71))
+    for encoded in (secret, secret.hex().encode(), base64.b64encode(secret)):
+        assert any(window in encoded for window in _windows(secret))
+    assert not any(window in bytes(1000) for window in _windows(secret))
