@@ -1,0 +1,120 @@
+"""The coordinator's view of aggregation: any replica serves any call, so a failed call goes on at the next."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import grpc
+
+from coordinator.records import Commit, ShardResult, StoredDigest
+from shelora.errors import DomainError, Reason
+from shelora.lora.layout import Layout
+from shelora.messages import layout_to_proto
+from shelora.rounds import RoundKind
+from shelora.transport.channel import RETRY_S, TIMEOUT_S, retrying
+from shelora.transport.status import error_from_rpc
+from shelora.v1 import aggregation_pb2 as pb
+from shelora.v1 import common_pb2
+from shelora.v1.aggregation_pb2_grpc import AggregationStub
+
+if TYPE_CHECKING:  # a class of the stub file only
+    from shelora.v1.aggregation_pb2_grpc import AggregationAsyncStub
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+AGGREGATE_TIMEOUT_S: Final = 600.0
+"""Deadline of one attempt at a shard: hundreds of times what a large shard takes on one core."""
+
+
+class AggregationPool:
+    """Calls aggregation replicas in turn.
+
+    Args:
+        channels: One a configured address.
+        retry_s: Seconds during which a transient failure is tried again, elsewhere first.
+        aggregate_timeout_s: Deadline of one attempt at AggregateShard.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[grpc.aio.Channel],
+        *,
+        retry_s: float = RETRY_S,
+        aggregate_timeout_s: float = AGGREGATE_TIMEOUT_S,
+    ) -> None:
+        self._stubs = itertools.cycle([AggregationStub(channel) for channel in channels])
+        self._retry_s = retry_s
+        self._aggregate_timeout_s = aggregate_timeout_s
+
+    async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
+        """Makes a round known. Raises LAYOUT_MISMATCH if it is known with another layout."""
+        request = pb.OpenRoundRequest(round_id=round_id, layout=layout_to_proto(layout), ttl_s=ttl_s)
+        await self._anywhere(lambda stub: stub.OpenRound, request, TIMEOUT_S)
+
+    async def stored(self, round_id: str, client_id: str) -> dict[int, StoredDigest]:
+        """The shards of an update that have arrived completely, by index. Raises ROUND_UNKNOWN."""
+        request = pb.QueryShardsRequest(round_id=round_id, client_id=client_id)
+        response = await self._anywhere(lambda stub: stub.QueryShards, request, TIMEOUT_S)
+        return {shard.shard: digest_from_proto(shard.digest) for shard in response.shards if shard.complete}
+
+    async def aggregate(
+        self, round_id: str, shard: int, contributions: Sequence[pb.Contribution]
+    ) -> ShardResult:
+        """Aggregates a shard. Raises SHARD_MISSING, TOO_FEW_CONTRIBUTORS, ROUND_UNKNOWN, WORKER_FAILED."""
+        request = pb.AggregateShardRequest(round_id=round_id, shard=shard, contributions=contributions)
+        response = await self._anywhere(lambda stub: stub.AggregateShard, request, self._aggregate_timeout_s)
+        return ShardResult(digest=digest_from_proto(response.digest), cpu_s=response.cpu_s)
+
+    async def close_round(self, round_id: str, *, results: bool) -> None:
+        """Deletes a round's updates, and its results too if asked. A round that is gone is closed."""
+        request = pb.CloseRoundRequest(round_id=round_id, results=results)
+        try:
+            await self._anywhere(lambda stub: stub.CloseRound, request, TIMEOUT_S)
+        except DomainError as error:
+            if error.reason is not Reason.ROUND_UNKNOWN:
+                raise
+
+    async def _anywhere(
+        self,
+        method: Callable[["AggregationAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]],
+        request: _Request,
+        timeout_s: float,
+    ) -> _Response:
+        """The response of some replica. Every attempt goes to the next one."""
+
+        async def attempt() -> _Response:
+            return await method(next(self._stubs))(request, timeout=timeout_s)
+
+        try:
+            return await retrying(retry_s=self._retry_s)(attempt)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+
+
+def contributions(kind: RoundKind, shard: int, commits: Sequence[Commit]) -> list[pb.Contribution]:
+    """What goes into a shard, in the order given: every voter counts the same, an update counts its examples."""
+    equal = kind is RoundKind.VOTE
+    total = sum(1 if equal else commit.update.report.example_count for commit in commits)
+    return [
+        pb.Contribution(
+            client_id=commit.update.client_id,
+            sha256=bytes.fromhex(commit.update.shards[shard].sha256),
+            weight=(1 if equal else commit.update.report.example_count) / total,
+            scaling=commit.update.scaling,
+        )
+        for commit in commits
+    ]
+
+
+def lacks(stored: Mapping[int, StoredDigest], committed: Sequence[StoredDigest]) -> bool:
+    """Whether any committed shard is not stored with its digest."""
+    return any(stored.get(index) != digest for index, digest in enumerate(committed))
+
+
+def digest_from_proto(message: common_pb2.ShardDigest) -> StoredDigest:
+    return StoredDigest(sha256=message.sha256.hex(), total_bytes=message.total_bytes)
+
+
+def digest_to_proto(digest: StoredDigest) -> common_pb2.ShardDigest:
+    return common_pb2.ShardDigest(sha256=bytes.fromhex(digest.sha256), total_bytes=digest.total_bytes)

@@ -1,0 +1,146 @@
+"""What a member should do now, derived from the federation's state alone.
+
+An assignment's identifier names the work by what fixes it (a round, a plan number, a reason to wait), so it changes
+if and only if the work changes, on whichever replica it is derived.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from coordinator.records import FederationRecord, Negotiation, Phase, Plan, RoundRecord
+from shelora.rounds import RoundKind, RoundState
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do yet."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Vote:
+    """Score the columns for this round."""
+
+    round: RoundRecord
+
+
+@dataclass(frozen=True)
+class MakePlan:
+    """Rank the votes and publish the plan."""
+
+    negotiation: Negotiation
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train for this round."""
+
+    round: RoundRecord
+    plan: Plan | None
+    base_sequence: int
+    """Round whose result is the start; 0 for the keyed initial factors."""
+    base_plan: Plan | None
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Apply the final result."""
+
+    result_sequence: int
+    plan: Plan | None
+
+
+@dataclass(frozen=True)
+class Halt:
+    """The federation has failed."""
+
+    why: str
+
+
+Work: TypeAlias = Wait | Vote | MakePlan | Train | Finish | Halt
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Work with the identifier under which an agent does it once."""
+
+    assignment_id: str
+    work: Work
+
+    @property
+    def last(self) -> bool:
+        """Whether no other assignment follows."""
+        return isinstance(self.work, Finish | Halt)
+
+
+def assignment_for(
+    federation: FederationRecord,
+    round_: RoundRecord | None,
+    client_id: str,
+    *,
+    committed: bool,
+) -> Assignment:
+    """What a member should do.
+
+    Args: round_: the round of the federation's ticket, None if it does not exist; committed: whether the member has
+    committed its update to it.
+    """
+    work = _work(federation, round_, client_id, committed=committed)
+    return Assignment(_identifier(federation, work), work)
+
+
+def _work(
+    federation: FederationRecord, round_: RoundRecord | None, client_id: str, *, committed: bool
+) -> Work:
+    match federation.phase:
+        case Phase.CREATED:
+            return Wait("the operator has not started the federation")
+        case Phase.FINISHED:
+            return Finish(federation.result_sequence, federation.result_plan)
+        case Phase.FAILED:
+            return Halt(federation.failure)
+        case Phase.RUNNING if federation.ticket is None:
+            return _between_rounds(federation, client_id)
+        case _:
+            return _in_round(federation, round_, client_id, committed=committed)
+
+
+def _between_rounds(federation: FederationRecord, client_id: str) -> Work:
+    negotiation = federation.negotiation
+    if negotiation is not None:
+        leads = negotiation.leader == client_id
+        return MakePlan(negotiation) if leads else Wait("another agent makes the plan")
+    if not federation.sequence:
+        return Wait(f"waiting until {federation.spec.round.clients} agents have joined")
+    return Wait("the next round is about to begin")
+
+
+def _in_round(
+    federation: FederationRecord, round_: RoundRecord | None, client_id: str, *, committed: bool
+) -> Work:
+    if round_ is None or round_.round.state is RoundState.SELECTING:
+        return Wait("a round is about to open")
+    if round_.round.state is not RoundState.COLLECTING:
+        return Wait("the updates are being aggregated")
+    if committed:
+        return Wait("the update is committed; waiting for the other agents")
+    if client_id not in round_.round.cohort:
+        return Wait("a round is in progress; this agent takes part from the next one")
+    if round_.round.kind is RoundKind.VOTE:
+        return Vote(round_)
+    plan = federation.ticket.plan if federation.ticket else None
+    return Train(round_, plan, federation.result_sequence, federation.result_plan)
+
+
+def _identifier(federation: FederationRecord, work: Work) -> str:
+    match work:
+        case Vote(round_) | Train(round_):
+            return f"{round_.round.kind.lower()}/{round_.round.round_id}"
+        case MakePlan(negotiation):
+            return f"plan/{federation.federation_id}.{federation.instance}/{negotiation.plan_number}"
+        case Finish(sequence):
+            return f"finish/{federation.round_id(sequence)}"
+        case Halt(why) | Wait(why):
+            return f"{type(work).__name__.lower()}/{hashlib.sha256(why.encode()).hexdigest()[:16]}"

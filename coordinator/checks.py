@@ -1,0 +1,154 @@
+"""Requests become records here, once; every refusal names the field and its range."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from coordinator.aggregation import digest_from_proto
+from coordinator.records import Evaluation, Member, Report, Sighting, StoredDigest, Update
+from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec
+from shelora.lora.layout import Matrix, Tensor, build_layout
+from shelora.messages import matrix_from_proto
+from shelora.transport.pieces import SHA256_BYTES
+from shelora.v1 import common_pb2
+from shelora.v1 import coordinator_pb2 as pb
+
+PROTOCOL_VERSION: Final = 1
+MAX_RANK: Final = 1024
+MAX_EXAMPLES: Final = 10**9
+MAX_SCALING: Final = 1e4
+MAX_WHY: Final = 500
+STAGES: Final = frozenset(
+    {"idle", "scoring", "training", "encrypting", "uploading", "downloading", "decrypting", "evaluating"}
+)
+_CLIENT: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as the condition it states
+    """Raises INVALID_ARGUMENT with the message unless the condition holds."""
+    if not condition:
+        raise DomainError(Reason.INVALID_ARGUMENT, message)
+
+
+def client_id(value: str) -> str:
+    """A client's name."""
+    require(
+        bool(_CLIENT.fullmatch(value)),
+        "client_id must have 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', '-'",
+    )
+    return value
+
+
+def member(request: pb.JoinRequest) -> Member:
+    """The member that a join makes."""
+    version = request.protocol_version
+    require(
+        version == PROTOCOL_VERSION,
+        f"protocol_version {version} is not spoken here, {PROTOCOL_VERSION} is: upgrade the "
+        f"{'agent' if version < PROTOCOL_VERSION else 'coordinator'}",
+    )
+    require(1 <= request.rank <= MAX_RANK, f"rank must be 1 to {MAX_RANK}")
+    require(0 <= request.budget <= 1, "budget must be 0 to 1")  # NaN fails every comparison
+    require(1 <= request.example_count <= MAX_EXAMPLES, f"example_count must be 1 to {MAX_EXAMPLES}")
+    return Member(
+        client_id=client_id(request.client_id),
+        rank=request.rank,
+        budget=request.budget,
+        example_count=request.example_count,
+    )
+
+
+def model(
+    spec: FederationSpec, matrices: Sequence[common_pb2.Matrix], tensors: Sequence[common_pb2.Tensor]
+) -> tuple[list[Matrix], list[Tensor]]:
+    """A model's matrices, and its tensors under the federation's bound; a layout of them can be built."""
+    require(len(matrices) > 0, "matrices must hold at least one adapted matrix")
+    require(all(not m.tier_columns for m in matrices), "matrices must come without tier_columns")
+    checked = [matrix_from_proto(m) for m in matrices]
+    bound = spec.protection.tensor_bound
+    bounded = [Tensor(t.name, tuple(t.shape), bound) for t in tensors]
+    build_layout(
+        parameters=spec.protection.parameters,
+        key_id=b"\0" * 16,
+        matrices=checked,
+        tensors=bounded,
+        tiers=(),
+        encrypt_tensors=spec.protection.mode == "selective",
+        max_rank=1,
+        max_directions=spec.protection.max_directions,
+    )
+    return checked, bounded
+
+
+def sighting(stage: str, progress: float, now_ms: int) -> Sighting:
+    """What a heartbeat says."""
+    require(stage in STAGES, f"stage must be one of {', '.join(sorted(STAGES))}")
+    require(0 <= progress <= 1, "progress must be 0 to 1")
+    return Sighting(stage=stage, progress=progress, at_ms=now_ms)
+
+
+def update(request: pb.CommitUpdateRequest) -> Update:
+    """The update that a commit announces, apart from its round."""
+    require(
+        math.isfinite(request.scaling) and 0 < request.scaling <= MAX_SCALING,
+        "scaling must be above 0, to 10^4",
+    )
+    require(1 <= request.rank <= MAX_RANK, f"rank must be 1 to {MAX_RANK}")
+    require(len(request.layout_digest) == SHA256_BYTES, "layout_digest must be 32 bytes")
+    require(request.report.client_id in {"", request.client_id}, "report.client_id must be the client")
+    return Update(
+        client_id=client_id(request.client_id),
+        layout_digest=request.layout_digest.hex(),
+        shards=tuple(digest(shard, "shards") for shard in request.shards),
+        rank=request.rank,
+        scaling=request.scaling,
+        report=report(request.report),
+    )
+
+
+def report(message: pb.UpdateReport) -> Report:
+    """What an update says of itself."""
+    require(1 <= message.example_count <= MAX_EXAMPLES, f"report.example_count must be 1 to {MAX_EXAMPLES}")
+    require(math.isfinite(message.train_loss), "report.train_loss must be finite")
+    for name in ("train_s", "encrypt_s", "upload_s"):
+        _duration(getattr(message, name), f"report.{name}")
+    return Report(
+        example_count=message.example_count,
+        train_loss=message.train_loss,
+        train_s=message.train_s,
+        encrypt_s=message.encrypt_s,
+        upload_s=message.upload_s,
+        upload_bytes=message.upload_bytes,
+    )
+
+
+def evaluation(message: pb.EvaluationReport) -> Evaluation:
+    """What an agent measured."""
+    require(
+        message.correct_count <= message.example_count, "report.correct_count must be at most example_count"
+    )
+    require(math.isfinite(message.loss), "report.loss must be finite")
+    for name in ("download_s", "decrypt_s", "evaluate_s"):
+        _duration(getattr(message, name), f"report.{name}")
+    return Evaluation(
+        client_id=client_id(message.client_id),
+        example_count=message.example_count,
+        correct_count=message.correct_count,
+        loss=message.loss,
+        download_s=message.download_s,
+        decrypt_s=message.decrypt_s,
+        evaluate_s=message.evaluate_s,
+        download_bytes=message.download_bytes,
+    )
+
+
+def digest(message: common_pb2.ShardDigest, field: str) -> StoredDigest:
+    """A digest of 32 bytes."""
+    require(len(message.sha256) == SHA256_BYTES, f"{field}: sha256 must be 32 bytes")
+    return digest_from_proto(message)
+
+
+def _duration(seconds: float, field: str) -> None:
+    require(math.isfinite(seconds) and seconds >= 0, f"{field} must be 0 or more seconds")

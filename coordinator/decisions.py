@@ -1,0 +1,258 @@
+"""What a federation needs next, decided from its state alone: the driver's pure half.
+
+`decide` looks at one consistent view and names one step. The driver takes it, writes, and looks again. Because every
+step is derived from what is stored, a driver that starts after a crash takes up exactly where the last one stopped.
+"""
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from coordinator import transitions
+from coordinator.records import (
+    Commit,
+    FederationRecord,
+    Garbage,
+    Member,
+    Model,
+    Negotiation,
+    Phase,
+    RoundRecord,
+    Ticket,
+)
+from shelora.errors import Reason
+from shelora.lora.layout import Layout, build_layout
+from shelora.negotiation.votes import vote_layout
+from shelora.rounds import Event, Round, RoundKind, RoundState, should_close
+
+
+@dataclass(frozen=True)
+class View:
+    """The state a decision is made on."""
+
+    federation: FederationRecord
+    round: RoundRecord | None
+    """The round of the ticket, if it exists."""
+    members: Mapping[str, Member]
+    alive: AbstractSet[str]
+    """Members heard of lately."""
+    update_count: int
+    """Updates committed to the round."""
+    voters: Sequence[str]
+    """Who committed to the round, in order; only read when it has ended."""
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Nothing to do before the given time or the next change."""
+
+    until_ms: int | None = None
+    """Unix milliseconds; None: only a change matters."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The federation has ended and everything is cleaned up."""
+
+
+@dataclass(frozen=True)
+class OpenKeys:
+    """Have the key authority make the epoch's keys."""
+
+
+@dataclass(frozen=True)
+class WriteFederation:
+    """Write the federation's record."""
+
+    name: str
+    record: FederationRecord
+
+
+@dataclass(frozen=True)
+class CreateRound:
+    """Store the layout, then the round of the ticket."""
+
+    record: RoundRecord
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """Make the round known to aggregation, then start collecting."""
+
+    record: RoundRecord
+
+
+@dataclass(frozen=True)
+class WriteRound:
+    """Write the round's record."""
+
+    name: str
+    record: RoundRecord
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Aggregate all shards of the committed updates, then publish."""
+
+    record: RoundRecord
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Have aggregation delete what no one needs any more."""
+
+    garbage: tuple[Garbage, ...]
+
+
+Decision: TypeAlias = (
+    Rest | Done | OpenKeys | WriteFederation | CreateRound | OpenRound | WriteRound | Aggregate | Sweep
+)
+
+
+def decide(view: View, now_ms: int) -> Decision:
+    """The next step. `now_ms`: Unix milliseconds."""
+    federation = view.federation
+    if federation.phase is Phase.RUNNING:
+        step = _within_round(view, federation.ticket, now_ms) if federation.ticket else _between(view, now_ms)
+    else:
+        step = Done() if federation.ended else Rest()
+    idle = isinstance(step, Rest | Done)
+    return Sweep(federation.garbage) if idle and federation.garbage else step
+
+
+def _between(view: View, now_ms: int) -> Decision:
+    """No round is in progress: gather clients, open keys, agree on a plan, or begin a round."""
+    federation = view.federation
+    if not federation.sequence and len(view.members) < federation.spec.round.clients:
+        return Rest()
+    if federation.model is None:
+        return Rest()
+    if federation.selective and not federation.key_id:
+        return OpenKeys()
+    if federation.negotiation is not None:
+        return _negotiate(view, federation.negotiation, now_ms)
+    if len(view.alive) < federation.spec.round.min_updates:
+        return Rest()
+    kind = RoundKind.VOTE if _needs_vote(view) else RoundKind.TRAIN
+    return WriteFederation("begin_round", transitions.begun(federation, kind))
+
+
+def _needs_vote(view: View) -> bool:
+    federation = view.federation
+    if not (federation.selective and transitions.budgets(view.members)):
+        return False
+    every = federation.spec.round.replan_every_rounds
+    due = every > 0 and federation.trained - federation.planned_at >= every
+    return federation.plan is None or due
+
+
+def _negotiate(view: View, negotiation: Negotiation, now_ms: int) -> Decision:
+    """Waits for the leader's plan; names the next candidate if it is silent or gone."""
+    federation = view.federation
+    overdue = now_ms >= negotiation.deadline_ms
+    waiting = bool(negotiation.leader) and not overdue
+    candidate = next((name for name in negotiation.candidates if name in view.alive), None)
+    if waiting and (negotiation.leader in view.alive or candidate is None):
+        return Rest(negotiation.deadline_ms)
+    if candidate is not None:
+        return WriteFederation("name_leader", transitions.led(federation, candidate, now_ms))
+    if not overdue and negotiation.candidates:
+        return Rest(negotiation.deadline_ms)
+    why = "no client published a plan that the others accept, and no candidate is left"
+    return WriteFederation("fail_federation", transitions.failed(federation, why))
+
+
+def _within_round(view: View, ticket: Ticket, now_ms: int) -> Decision:
+    federation, record = view.federation, view.round
+    stale = ticket.kind is RoundKind.TRAIN and ticket.plan != federation.plan
+    if record is None:
+        return (
+            WriteFederation("cancel_ticket", transitions.cancelled(federation))
+            if stale
+            else _create(view, ticket)
+        )
+    if record.round.ended:
+        after = transitions.settled(federation, record, view.voters, view.members, now_ms)
+        return WriteFederation("settle_round", after)
+    if stale:
+        return abandon(record, Reason.PLAN_REFUSED, now_ms)
+    if record.round.state is RoundState.SELECTING:
+        return OpenRound(record)
+    if record.round.state is RoundState.AGGREGATING:
+        return Aggregate(record)
+    return _collect(view, record, now_ms)
+
+
+def _create(view: View, ticket: Ticket) -> Decision:
+    """Selects the cohort: the members alive now. Waits while they are too few."""
+    federation = view.federation
+    if len(view.alive) < federation.spec.round.min_updates or federation.model is None:
+        return Rest()
+    layout = layout_of(federation, federation.model, ticket, view.members)
+    round_ = Round(
+        round_id=federation.round_id(ticket.sequence),
+        kind=ticket.kind,
+        number=ticket.number,
+        attempt=ticket.attempt,
+        min_updates=federation.spec.round.min_updates,
+        deadline_s=federation.spec.round.deadline_s,
+        cohort=tuple(sorted(view.alive)),
+    )
+    record = RoundRecord(
+        round=round_,
+        sequence=ticket.sequence,
+        layout_digest=layout.digest.hex(),
+        shard_count=len(layout.shards),
+        plan_number=ticket.plan.number if ticket.plan else 0,
+    )
+    return CreateRound(record, layout)
+
+
+def layout_of(
+    federation: FederationRecord, model: Model, ticket: Ticket, members: Mapping[str, Member]
+) -> Layout:
+    """The layout of a round: votes, or updates under the ticket's plan."""
+    protection = federation.spec.protection
+    key_id = bytes.fromhex(federation.key_id)
+    if ticket.kind is RoundKind.VOTE:
+        return vote_layout(model.matrices, protection.parameters, key_id)
+    plan = ticket.plan
+    columns = plan.tier_columns if plan else ((),) * len(model.matrices)
+    return build_layout(
+        parameters=protection.parameters,
+        key_id=key_id,
+        matrices=[replace(m, tier_columns=c) for m, c in zip(model.matrices, columns, strict=True)],
+        tensors=model.tensors,
+        tiers=plan.negotiation.tiers if plan else (),
+        encrypt_tensors=federation.selective,
+        max_rank=max(member.rank for member in members.values()),
+        max_directions=protection.max_directions,
+    )
+
+
+def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:
+    due = should_close(record.round, view.update_count, now_ms)
+    if due is Event.CLOSE:
+        closed = record.model_copy(
+            update={"round": record.round.advance(Event.CLOSE, now_ms), "closed_ms": now_ms}
+        )
+        return WriteRound("close_round", closed)
+    if due is Event.ABANDON:
+        return abandon(record, Reason.TOO_FEW_UPDATES, now_ms)
+    return Rest(record.round.deadline_ms)
+
+
+def abandon(record: RoundRecord, reason: Reason, now_ms: int) -> WriteRound:
+    """Ends a round without a result."""
+    return WriteRound(
+        "abandon_round",
+        record.model_copy(update={"round": record.round.advance(Event.ABANDON, now_ms, reason)}),
+    )
+
+
+def contributors(record: RoundRecord, commits: Sequence[Commit]) -> list[Commit]:
+    """The updates that go into the aggregate, in order of their clients."""
+    kept = (commit for commit in commits if commit.update.client_id not in record.dropped)
+    return sorted(kept, key=lambda commit: commit.update.client_id)

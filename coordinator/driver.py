@@ -1,0 +1,409 @@
+"""Drives federations: holds their leases, takes the steps that `coordinator.decisions` names.
+
+One driver at a time drives a federation, by a lease. The lease only saves work: what keeps a late holder from doing
+harm is that every write names the revision its decision was made on. A step that fails is taken again; a step that
+was overtaken is forgotten. All RPCs a step makes are idempotent.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import structlog
+
+from coordinator import transitions
+from coordinator.aggregation import AggregationPool, contributions, lacks
+from coordinator.changes import Changes
+from coordinator.decisions import (
+    Aggregate,
+    CreateRound,
+    Decision,
+    Done,
+    OpenKeys,
+    OpenRound,
+    Rest,
+    Sweep,
+    View,
+    WriteFederation,
+    WriteRound,
+    abandon,
+    contributors,
+    decide,
+)
+from coordinator.metrics import MEMBERS, ROUNDS_TOTAL, STAGE_SECONDS
+from coordinator.records import (
+    Commit,
+    FederationRecord,
+    LayoutRecord,
+    Phase,
+    RoundRecord,
+    ShardResult,
+    Sighting,
+)
+from coordinator.store import Store, Versioned
+from shelora.errors import DomainError, Reason
+from shelora.rounds import Event, RoundState
+from shelora.transport.channel import is_transient
+
+MAX_TTL_S: Final = 30 * 86_400
+"""Most that aggregation accepts."""
+
+_log = structlog.get_logger(__name__)
+
+
+class KeyAuthority(Protocol):
+    """What the coordinator asks of the key authority."""
+
+    async def open_epoch(self, federation_id: str, epoch: int, parameters: str) -> bytes:
+        """The identifier of the epoch's CKKS key, 16 bytes."""
+
+
+@dataclass(frozen=True)
+class DriverPolicy:
+    """How a driver behaves; times in seconds."""
+
+    alive_s: float = 30.0
+    """A member heard of within this time is alive."""
+    tick_s: float = 2.0
+    """Longest time between two looks at a federation, for what no notification announces: silence."""
+    lease_s: float = 15.0
+    """Time after which another driver takes over from one that died."""
+    concurrency: int = 4
+    """Shards of a round aggregated at once."""
+    result_ttl_s: int = 7 * 86_400
+    """Time that aggregation keeps a round, its result included, beyond the deadlines of all attempts at the next one.
+    A safety net: what is not needed any more is deleted by name."""
+
+
+class Driver:
+    """Advances every federation that no other driver holds.
+
+    Args:
+        store: State.
+        changes: Wake-ups.
+        aggregation: Aggregation replicas.
+        authority: The key authority.
+        clock_ms: Unix milliseconds.
+        new_token: Unguessable names for leases.
+        policy: Times and bounds.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        changes: Changes,
+        aggregation: AggregationPool,
+        authority: KeyAuthority,
+        clock_ms: Callable[[], int],
+        new_token: Callable[[], str],
+        policy: DriverPolicy | None = None,
+    ) -> None:
+        self._store = store
+        self._changes = changes
+        self._aggregation = aggregation
+        self._authority = authority
+        self._clock_ms = clock_ms
+        self._new_token = new_token
+        self._policy = policy or DriverPolicy()
+        self._driving: dict[str, asyncio.Task[None]] = {}
+        self._finished: set[str] = set()
+        self._member_counts: dict[str, tuple[int, int]] = {}
+
+    async def run(self) -> None:
+        """Looks for federations to drive until cancelled; gives every lease back then."""
+        try:
+            with self._changes.subscribed() as signal:
+                while True:
+                    await _tolerant(self._scan(), "scan_failed")
+                    await signal.wait(self._policy.tick_s)
+        finally:
+            tasks = list(self._driving.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _scan(self) -> None:
+        for federation_id in await self._store.federation_ids():
+            if federation_id in self._driving or federation_id in self._finished:
+                continue
+            federation = (await self._store.federation(federation_id)).record
+            if federation.phase is not Phase.CREATED:
+                self._spawn(federation_id)
+
+    def _spawn(self, federation_id: str) -> None:
+        task = asyncio.create_task(self._hold(federation_id), name=f"drive-{federation_id}")
+        self._driving[federation_id] = task
+        task.add_done_callback(lambda _: self._driving.pop(federation_id, None))
+
+    async def _hold(self, federation_id: str) -> None:
+        """Drives a federation while the lease lasts. Does nothing if another driver holds it."""
+        token = self._new_token()
+        if not await _tolerant(
+            self._store.acquire(federation_id, token, self._policy.lease_s), "lease_failed"
+        ):
+            return
+        try:
+            await _first(self._drive(federation_id), self._keep(federation_id, token))
+        finally:
+            self._count_members(federation_id, None)
+            await _tolerant(self._store.release(federation_id, token), "release_failed")
+
+    async def _keep(self, federation_id: str, token: str) -> None:
+        """Renews the lease; returns when it is lost or cannot be renewed."""
+        renewed = True
+        while renewed:
+            await asyncio.sleep(self._policy.lease_s / 3)
+            renewal = self._store.renew(federation_id, token, self._policy.lease_s)
+            renewed = await _tolerant(renewal, "lease_failed") or False
+        _log.warning("lease_lost", federation_id=federation_id)
+
+    async def _drive(self, federation_id: str) -> None:
+        with self._changes.subscribed(federation_id) as signal:
+            while True:
+                decision = await _tolerant(
+                    self.step(federation_id), "step_failed", federation_id=federation_id
+                )
+                if isinstance(decision, Done):
+                    self._finished.add(federation_id)
+                    return
+                if decision is None or isinstance(decision, Rest):
+                    await signal.wait(self._pause_s(decision))
+
+    def _pause_s(self, decision: Rest | None) -> float:
+        if decision is None or decision.until_ms is None:
+            return self._policy.tick_s
+        return min(self._policy.tick_s, (decision.until_ms - self._clock_ms()) / 1000)
+
+    async def step(self, federation_id: str) -> Decision:
+        """Looks, decides, acts once. Returns what was decided; an overtaken write is not an error.
+
+        Raises: DomainError: an RPC or the store failed in a way that may pass.
+        """
+        federation = await self._store.federation(federation_id)
+        ticket = federation.record.ticket
+        round_ = await self._store.round(federation.record, ticket.sequence) if ticket else None
+        view = await self._view(federation.record, round_.record if round_ else None)
+        decision = decide(view, self._clock_ms())
+        await self._take(decision, federation, round_)
+        return decision
+
+    async def _view(self, federation: FederationRecord, round_: RoundRecord | None) -> View:
+        federation_id = federation.federation_id
+        members = await self._store.members(federation_id)
+        sightings = await self._store.sightings(federation_id, list(members))
+        now_ms = self._clock_ms()
+        alive = {name for name, seen in sightings.items() if self._is_alive(seen, now_ms)}
+        self._count_members(federation_id, (len(alive), len(members) - len(alive)))
+        collecting = round_ is not None and round_.round.state is RoundState.COLLECTING
+        count = await self._store.commit_count(federation, round_.sequence) if round_ and collecting else 0
+        ended = round_ is not None and round_.round.ended
+        commits = await self._store.commits(federation, round_.sequence) if round_ and ended else []
+        return View(federation, round_, members, alive, count, [c.update.client_id for c in commits])
+
+    def _is_alive(self, seen: Sighting, now_ms: int) -> bool:
+        return now_ms - seen.at_ms <= 1000 * self._policy.alive_s
+
+    def _count_members(self, federation_id: str, counts: tuple[int, int] | None) -> None:
+        """Sets the gauge to the sums over the driven federations."""
+        if counts is None:
+            self._member_counts.pop(federation_id, None)
+        else:
+            self._member_counts[federation_id] = counts
+        MEMBERS.labels("alive").set(sum(alive for alive, _ in self._member_counts.values()))
+        MEMBERS.labels("silent").set(sum(silent for _, silent in self._member_counts.values()))
+
+    async def _take(
+        self,
+        decision: Decision,
+        federation: Versioned[FederationRecord],
+        round_: Versioned[RoundRecord] | None,
+    ) -> None:
+        """Does what was decided, on the revisions it was decided on."""
+        match decision:
+            case Rest() | Done():
+                return
+            case WriteFederation(name, record):
+                await self._write_federation(name, record, federation.revision)
+            case OpenKeys():
+                await self._open_keys(federation)
+            case CreateRound(record, layout):
+                layout_record, digest = LayoutRecord.of(layout), record.layout_digest
+                await self._store.put_layout(federation.record.federation_id, layout_record, digest)
+                await self._write_round("create_round", federation.record, record, 0)
+            case Sweep(garbage):
+                for item in garbage:
+                    await self._aggregation.close_round(item.round_id, results=item.results)
+                swept = transitions.swept(federation.record, garbage)
+                await self._write_federation("sweep_garbage", swept, federation.revision)
+            case _:
+                await self._act_on_round(decision, federation.record, round_)
+
+    async def _act_on_round(
+        self,
+        decision: OpenRound | WriteRound | Aggregate,
+        federation: FederationRecord,
+        round_: Versioned[RoundRecord] | None,
+    ) -> None:
+        if round_ is None:  # decisions about a round are made on a round
+            raise DomainError(Reason.INTERNAL, "a decision about no round")
+        if isinstance(decision, OpenRound):
+            write = await self._or_abandoned(decision.record, self._open_round(federation, decision.record))
+        elif isinstance(decision, Aggregate):
+            write = await self._or_abandoned(decision.record, self._aggregate(federation, decision.record))
+        else:
+            write = decision
+        await self._write_round(write.name, federation, write.record, round_.revision)
+
+    async def _or_abandoned(self, record: RoundRecord, work: Coroutine[Any, Any, WriteRound]) -> WriteRound:
+        """The write that the work leads to; abandons the round if it failed for a reason that does not pass.
+
+        WORKER_FAILED passes by its status, but here it has been tried everywhere for as long as is sensible.
+        """
+        try:
+            return await work
+        except DomainError as error:
+            if is_transient(error) and error.reason is not Reason.WORKER_FAILED:
+                raise
+            _log.warning(
+                "round_failed", round_id=record.round.round_id, reason=error.reason, why=error.message
+            )
+            return abandon(record, error.reason, self._clock_ms())
+
+    async def _open_keys(self, federation: Versioned[FederationRecord]) -> None:
+        record = federation.record
+        try:
+            key_id = await self._authority.open_epoch(
+                record.federation_id, record.epoch, record.spec.protection.parameters
+            )
+        except DomainError as error:
+            if is_transient(error):
+                raise
+            why = f"the key authority refused to make keys: {error.message}"
+            failed = transitions.failed(record, why)
+            await self._write_federation("fail_federation", failed, federation.revision)
+            return
+        await self._write_federation("open_keys", transitions.with_key(record, key_id), federation.revision)
+
+    async def _open_round(self, federation: FederationRecord, record: RoundRecord) -> WriteRound:
+        layout = await self._store.layout(federation.federation_id, record.layout_digest)
+        rules = federation.spec.round
+        ttl_s = rules.deadline_s * (1 + rules.max_attempts) + self._policy.result_ttl_s
+        await self._aggregation.open_round(record.round.round_id, layout.layout(), min(ttl_s, MAX_TTL_S))
+        opened = record.round.advance(Event.OPEN, self._clock_ms())
+        return WriteRound("open_round", record.model_copy(update={"round": opened}))
+
+    async def _aggregate(self, federation: FederationRecord, record: RoundRecord) -> WriteRound:
+        """Aggregates what is left to aggregate; leads to publication, or to fewer contributors."""
+        commits = contributors(record, await self._store.commits(federation, record.sequence))
+        if len(commits) < record.round.min_updates:
+            return abandon(record, Reason.SHARD_MISSING, self._clock_ms())
+        try:
+            shards = await self._aggregate_shards(federation, record, commits)
+        except DomainError as error:
+            if error.reason is not Reason.SHARD_MISSING:
+                raise
+            return await self._drop(record, commits)
+        return self._published(record, len(commits), [shards[i] for i in range(record.shard_count)])
+
+    async def _aggregate_shards(
+        self, federation: FederationRecord, record: RoundRecord, commits: list[Commit]
+    ) -> dict[int, ShardResult]:
+        """All shards, those done before included; several at once."""
+        shards = await self._store.shards(federation, record)
+        slots = asyncio.Semaphore(self._policy.concurrency)
+
+        async def aggregate(index: int) -> None:
+            async with slots:
+                parts = contributions(record.round.kind, index, commits)
+                shards[index] = await self._aggregation.aggregate(record.round.round_id, index, parts)
+                await self._store.put_shard(federation, record, index, shards[index])
+
+        await _all(*(aggregate(index) for index in range(record.shard_count) if index not in shards))
+        return shards
+
+    async def _drop(self, record: RoundRecord, commits: list[Commit]) -> WriteRound:
+        """Leaves out the clients whose committed shards aggregation does not have (any more)."""
+        round_id = record.round.round_id
+        missing = [
+            update.client_id
+            for update in (commit.update for commit in commits)
+            if lacks(await self._aggregation.stored(round_id, update.client_id), update.shards)
+        ]
+        if not missing:
+            return abandon(record, Reason.SHARD_MISSING, self._clock_ms())
+        _log.warning("contributors_dropped", round_id=round_id, client_ids=missing)
+        dropped = (*record.dropped, *missing)
+        return WriteRound("drop_contributor", record.model_copy(update={"dropped": dropped}))
+
+    def _published(
+        self, record: RoundRecord, contributor_count: int, shards: list[ShardResult]
+    ) -> WriteRound:
+        now_ms = self._clock_ms()
+        published = record.model_copy(
+            update={
+                "round": record.round.advance(Event.PUBLISH, now_ms),
+                "contributor_count": contributor_count,
+                "results": tuple(shard.digest for shard in shards),
+                "aggregate_cpu_s": sum(shard.cpu_s for shard in shards),
+                "aggregate_wall_s": (now_ms - record.closed_ms) / 1000,
+            }
+        )
+        return WriteRound("publish_round", published)
+
+    async def _write_federation(self, name: str, record: FederationRecord, revision: int) -> None:
+        if await self._store.write_federation(name, record, revision):
+            _log.info(name, federation_id=record.federation_id, phase=record.phase, failure=record.failure)
+
+    async def _write_round(
+        self, name: str, federation: FederationRecord, record: RoundRecord, revision: int
+    ) -> None:
+        if await self._store.write_round(name, federation, record, revision):
+            _log.info(
+                name, round_id=record.round.round_id, state=record.round.state, reason=record.round.reason
+            )
+            _measure(record)
+
+
+def _measure(record: RoundRecord) -> None:
+    """Counts what a written round has just gone through."""
+    round_ = record.round
+    if round_.ended:
+        ROUNDS_TOTAL.labels(round_.kind, round_.state, round_.reason or "").inc()
+    if round_.state is RoundState.AGGREGATING and not record.dropped:
+        STAGE_SECONDS.labels(round_.kind, "collecting").observe((record.closed_ms - round_.opened_ms) / 1000)
+    if round_.state is RoundState.PUBLISHED:
+        STAGE_SECONDS.labels(round_.kind, "aggregating").observe(record.aggregate_wall_s)
+
+
+async def _tolerant(work: Coroutine[Any, Any, Any], event: str, **fields: str) -> Any:  # noqa: ANN401 - of any work
+    """The result of work, or None if it failed: logged, and tried again by the loop that called."""
+    try:
+        return await work
+    except DomainError as error:
+        _log.warning(event, reason=error.reason, why=error.message, **fields)
+    except Exception:  # noqa: BLE001 - one federation's fault must not stop the driver of the others
+        _log.exception(event, **fields)
+    return None
+
+
+async def _first(*works: Coroutine[Any, Any, None]) -> None:
+    """Runs several things until the first ends; cancels the others and waits for them."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _all(*works: Coroutine[Any, Any, None]) -> None:
+    """Runs several things at once. The first that fails cancels the others, and its error is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None

@@ -1,0 +1,274 @@
+"""The use cases behind the RPCs: who may do what, in which order, on which records."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from coordinator import checks, transitions
+from coordinator.aggregation import AggregationPool, lacks
+from coordinator.assignments import Assignment, assignment_for
+from coordinator.changes import Changes
+from coordinator.metrics import UPDATES_TOTAL
+from coordinator.records import (
+    Evaluation,
+    FederationRecord,
+    Member,
+    RoundRecord,
+    Sighting,
+    StoredDigest,
+    Update,
+)
+from coordinator.store import CommitOutcome, Store
+from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec
+from shelora.lora.layout import Matrix
+from shelora.rounds import RoundState
+from shelora.transport.pieces import Digest, collect
+from shelora.v1 import common_pb2
+
+MAX_PLAN_BYTES: Final = 64 * 2**20
+"""Largest sealed plan: four bytes a column, so sixteen million columns."""
+
+_OUTCOMES: Final = {
+    CommitOutcome.COMMITTED: "committed",
+    CommitOutcome.REPEATED: "repeated",
+    CommitOutcome.REWRITTEN: "rewritten",
+    CommitOutcome.NOT_COLLECTING: "late",
+}
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """The coordinator's use cases.
+
+    Attributes:
+        store: State.
+        changes: Wake-ups.
+        aggregation: Asked what has arrived of an update before it is committed.
+        clock_ms: Unix milliseconds.
+        new_instance: Eight random hex digits.
+        watch_poll_s: Longest time between two looks of a watching agent's stream.
+    """
+
+    store: Store
+    changes: Changes
+    aggregation: AggregationPool
+    clock_ms: Callable[[], int]
+    new_instance: Callable[[], str]
+    watch_poll_s: float = 5.0
+
+    async def create(self, spec: FederationSpec) -> FederationRecord:
+        """Creates a federation, or finds it created. Raises FEDERATION_EXISTS for another specification."""
+        record = FederationRecord(
+            federation_id=spec.name, instance=self.new_instance(), spec=spec, created_ms=self.clock_ms()
+        )
+        if await self.store.write_federation("create_federation", record, 0):
+            _log.info("federation_created", federation_id=spec.name)
+            return record
+        found = (await self.store.federation(spec.name)).record
+        if found.spec != spec:
+            raise DomainError(
+                Reason.FEDERATION_EXISTS,
+                f"federation {spec.name} exists with another specification: choose another name",
+            )
+        return found
+
+    async def start(self, federation_id: str) -> FederationRecord:
+        """Lets a federation begin. Raises FEDERATION_UNKNOWN, FEDERATION_CLOSED."""
+        return await self.store.transact("start_federation", federation_id, transitions.started)
+
+    async def federations(self) -> list[FederationRecord]:
+        """All federations, by name. One that expires meanwhile is left out."""
+        records = []
+        for federation_id in await self.store.federation_ids():
+            with suppress(DomainError):
+                records.append((await self.store.federation(federation_id)).record)
+        return records
+
+    async def join(
+        self,
+        federation_id: str,
+        member: Member,
+        matrices: Sequence[common_pb2.Matrix],
+        tensors: Sequence[common_pb2.Tensor],
+    ) -> FederationRecord:
+        """Makes a client a member. Raises INVALID_ARGUMENT, MODEL_MISMATCH, FEDERATION_CLOSED."""
+        spec = (await self.store.federation(federation_id)).record.spec
+        model = checks.model(spec, matrices, tensors)
+        record = await self.store.transact(
+            "fix_model", federation_id, lambda r: transitions.with_model(r, *model)
+        )
+        await self._touch(
+            federation_id, member.client_id
+        )  # before it is a member, so that it is never one unseen
+        await self.store.put_member(federation_id, member)
+        _log.info("client_joined", federation_id=federation_id, client_id=member.client_id, rank=member.rank)
+        return record
+
+    async def heartbeat(self, federation_id: str, client_id: str, seen: Sighting) -> None:
+        """Keeps what a member says of itself. Raises CLIENT_UNKNOWN."""
+        await self._require_member(federation_id, client_id)
+        await self.store.see(federation_id, client_id, seen)
+
+    async def watch(
+        self, federation_id: str, client_id: str
+    ) -> AsyncGenerator[tuple[FederationRecord, Assignment], None]:
+        """Assignments as they change, each with the record it was derived from.
+
+        Ends after the last assignment of the federation, or when the process drains. Raises CLIENT_UNKNOWN.
+        """
+        await self._require_member(federation_id, client_id)
+        await self._touch(federation_id, client_id)
+        last = ""
+        with self.changes.subscribed(federation_id, client_id) as signal:
+            while not self.changes.closed:
+                federation, assignment = await self._assignment(federation_id, client_id)
+                if assignment.assignment_id != last:
+                    yield federation, assignment
+                last = assignment.assignment_id
+                if assignment.last:
+                    return
+                await signal.wait(self.watch_poll_s)
+
+    async def _assignment(self, federation_id: str, client_id: str) -> tuple[FederationRecord, Assignment]:
+        federation = (await self.store.federation(federation_id)).record
+        ticket = federation.ticket
+        found = await self.store.round(federation, ticket.sequence) if ticket else None
+        round_ = found.record if found else None
+        committed = (
+            round_ is not None
+            and round_.round.state is RoundState.COLLECTING
+            and await self.store.commit_of(federation, round_.sequence, client_id) is not None
+        )
+        return federation, assignment_for(federation, round_, client_id, committed=committed)
+
+    async def commit(self, federation_id: str, round_id: str, update: Update) -> int:
+        """Counts an update once. Returns the update count of the first receipt.
+
+        Raises: ROUND_UNKNOWN, UPDATE_REWRITTEN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, LAYOUT_MISMATCH,
+        INVALID_ARGUMENT, SHARD_MISSING.
+        """
+        try:
+            outcome, count = await self._commit(federation_id, round_id, update)
+        except DomainError:
+            UPDATES_TOTAL.labels("refused").inc()
+            raise
+        UPDATES_TOTAL.labels(_OUTCOMES[outcome]).inc()
+        if outcome is CommitOutcome.REWRITTEN:
+            raise _rewritten()
+        if outcome is CommitOutcome.NOT_COLLECTING:
+            raise _not_collecting()
+        return count
+
+    async def _commit(self, federation_id: str, round_id: str, update: Update) -> tuple[CommitOutcome, int]:
+        federation = (await self.store.federation(federation_id)).record
+        await self._touch(federation_id, update.client_id)
+        record = await self._round(federation, round_id)
+        earlier = await self.store.commit_of(federation, record.sequence, update.client_id)
+        if earlier is None:
+            if record.round.state is not RoundState.COLLECTING:
+                return CommitOutcome.NOT_COLLECTING, 0
+            await self._check_update(federation, record, update)
+        return await self.store.commit(federation, record.sequence, update)
+
+    async def _check_update(self, federation: FederationRecord, record: RoundRecord, update: Update) -> None:
+        if update.client_id not in record.round.cohort:
+            raise DomainError(Reason.NOT_IN_COHORT, "this client was not asked for an update in this round")
+        if update.layout_digest != record.layout_digest:
+            raise DomainError(Reason.LAYOUT_MISMATCH, "the update was made for another layout")
+        checks.require(
+            len(update.shards) == record.shard_count, f"shards must hold {record.shard_count} digests"
+        )
+        layout = await self.store.layout(federation.federation_id, record.layout_digest)
+        checks.require(
+            update.rank <= layout.max_rank, f"rank must be at most {layout.max_rank} in this round"
+        )
+        stored = await self.aggregation.stored(record.round.round_id, update.client_id)
+        if lacks(stored, update.shards):
+            raise DomainError(
+                Reason.SHARD_MISSING, "not all shards of the update are stored: send them first"
+            )
+
+    async def publish_plan(
+        self,
+        federation_id: str,
+        client_id: str,
+        number: int,
+        digest: Digest,
+        matrices: list[Matrix],
+        pieces: AsyncIterator[bytes],
+    ) -> None:
+        """Takes the leader's sealed plan. Raises NOT_LEADER, INVALID_ARGUMENT, DIGEST_MISMATCH, TRANSFER_*."""
+        stored = StoredDigest(sha256=digest.sha256.hex(), total_bytes=digest.total_bytes)
+
+        def published(record: FederationRecord) -> FederationRecord:
+            return transitions.with_plan(record, client_id, number, stored, matrices)
+
+        before = (await self.store.federation(federation_id)).record
+        if published(before) == before:  # refuses before a byte is read
+            return
+        sealed = await collect(pieces, digest, MAX_PLAN_BYTES)
+        await self.store.put_plan(federation_id, stored.sha256, sealed)
+        await self.store.transact("publish_plan", federation_id, published)
+        _log.info("plan_published", federation_id=federation_id, client_id=client_id, plan_number=number)
+
+    async def plan(self, federation_id: str, number: int) -> bytes:
+        """A sealed plan that is in use. Raises PLAN_UNKNOWN."""
+        federation = (await self.store.federation(federation_id)).record
+        plan = next((plan for plan in federation.plans if plan.number == number), None)
+        if plan is None:
+            raise DomainError(Reason.PLAN_UNKNOWN, f"plan {number} is not in use")
+        return await self.store.plan(federation_id, plan.digest.sha256)
+
+    async def reject_plan(
+        self, federation_id: str, client_id: str, number: int, sha256: str, why: str
+    ) -> None:
+        """Discards a plan that a member refuses. Raises CLIENT_UNKNOWN, PLAN_UNKNOWN."""
+        await self._require_member(federation_id, client_id)
+        now_ms = self.clock_ms()
+        await self.store.transact(
+            "reject_plan", federation_id, lambda r: transitions.without_plan(r, number, sha256, now_ms)
+        )
+        _log.warning(
+            "plan_rejected", federation_id=federation_id, client_id=client_id, plan_number=number, why=why
+        )
+
+    async def report_evaluation(self, federation_id: str, round_id: str, evaluation: Evaluation) -> None:
+        """Keeps what a member measured. Raises CLIENT_UNKNOWN, ROUND_UNKNOWN."""
+        await self._require_member(federation_id, evaluation.client_id)
+        await self._touch(federation_id, evaluation.client_id)
+        federation = (await self.store.federation(federation_id)).record
+        record = await self._round(federation, round_id)
+        await self.store.put_evaluation(federation, record.sequence, evaluation)
+
+    async def _round(self, federation: FederationRecord, round_id: str) -> RoundRecord:
+        sequence = federation.sequence_of(round_id)
+        found = await self.store.round(federation, sequence) if sequence else None
+        if found is None:
+            raise DomainError(Reason.ROUND_UNKNOWN, "the federation has no such round (any more)")
+        return found.record
+
+    async def _require_member(self, federation_id: str, client_id: str) -> None:
+        if not await self.store.is_member(federation_id, client_id):
+            await self.store.federation(federation_id)  # FEDERATION_UNKNOWN says more
+            raise DomainError(Reason.CLIENT_UNKNOWN, "this client has not joined the federation: join first")
+
+    async def _touch(self, federation_id: str, client_id: str) -> None:
+        """Notes that a client called; what it last said of itself stays."""
+        last = (await self.store.sightings(federation_id, [client_id])).get(client_id)
+        seen = last or Sighting(stage="", progress=0.0, at_ms=0)
+        now_ms = self.clock_ms()
+        await self.store.see(federation_id, client_id, seen.model_copy(update={"at_ms": now_ms}))
+
+
+def _rewritten() -> DomainError:
+    return DomainError(Reason.UPDATE_REWRITTEN, "this client has committed another update to this round")
+
+
+def _not_collecting() -> DomainError:
+    return DomainError(Reason.ROUND_NOT_COLLECTING, "the round does not collect updates (any more)")

@@ -1,0 +1,71 @@
+"""Names of everything the coordinator keeps in Redis."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Builds every key and channel. Braces put a federation's keys in one slot of a cluster, for scripts."""
+
+    prefix: str = "shelora:coordinator"
+
+    @property
+    def index(self) -> str:
+        """Sorted set of federations by the time their record expires."""
+        return f"{self.prefix}:federations"
+
+    @property
+    def every_change(self) -> str:
+        """Pattern that matches the channel of every federation."""
+        return f"{self.prefix}:*:changes"
+
+    def federation(self, federation_id: str) -> str:
+        """Hash of revision, state and data."""
+        return f"{self._base(federation_id)}:federation"
+
+    def members(self, federation_id: str) -> str:
+        """Hash from client to Member."""
+        return f"{self._base(federation_id)}:members"
+
+    def sighting(self, federation_id: str, client_id: str) -> str:
+        """Sighting, with a short expiry."""
+        return f"{self._base(federation_id)}:seen:{client_id}"
+
+    def lease(self, federation_id: str) -> str:
+        """Token of the driver that drives the federation."""
+        return f"{self._base(federation_id)}:lease"
+
+    def changes(self, federation_id: str) -> str:
+        """Channel: a client's name if only that client is concerned, "" for everyone."""
+        return f"{self._base(federation_id)}:changes"
+
+    def federation_of_channel(self, channel: str) -> str:
+        """The federation that a channel belongs to."""
+        return channel.removeprefix(f"{self.prefix}:{{").removesuffix("}:changes")
+
+    def round(self, federation_id: str, instance: str, sequence: int) -> str:
+        """Hash of revision, state and data."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:round"
+
+    def commits(self, federation_id: str, instance: str, sequence: int) -> str:
+        """Hash from client to "ordinal manifest-digest Update"."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:commits"
+
+    def shards(self, federation_id: str, instance: str, sequence: int, generation: int) -> str:
+        """Hash from shard index to ShardResult; another generation for another set of contributors."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:shards:{generation}"
+
+    def evaluations(self, federation_id: str, instance: str, sequence: int) -> str:
+        """Hash from client to Evaluation."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:evaluations"
+
+    def layout(self, federation_id: str, digest: str) -> str:
+        """LayoutRecord of that digest."""
+        return f"{self._base(federation_id)}:layout:{digest}"
+
+    def plan(self, federation_id: str, sha256: str) -> str:
+        """Sealed plan of that digest."""
+        return f"{self._base(federation_id)}:plan:{sha256}"
+
+    def _base(self, federation_id: str) -> str:
+        return f"{self.prefix}:{{{federation_id}}}"

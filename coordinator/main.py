@@ -1,0 +1,125 @@
+"""The process `shelora-coordinator`: puts the coordinator together and runs it."""
+
+import secrets
+import time
+from datetime import timedelta
+from typing import Annotated, Any
+
+import grpc
+import redis.asyncio
+import typer
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from coordinator.aggregation import AggregationPool
+from coordinator.authority import KeyAuthorityClient
+from coordinator.changes import Changes
+from coordinator.driver import Driver
+from coordinator.handlers import Handlers
+from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
+from coordinator.settings import CoordinatorSettings
+from coordinator.store import RedisClient, RedisStore
+from services.shell import flags
+from services.shell.process import run_process
+from services.shell.server import serve
+from shelora.transport.channel import open_channel
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    listen: flags.Listen = None,
+    redis_url: Annotated[str | None, typer.Option(help="Redis that holds federations and rounds.")] = None,
+    aggregation_addresses: Annotated[
+        list[str] | None, typer.Option(help="Aggregation replica, host:port; repeat for more.")
+    ] = None,
+    key_authority_address: Annotated[str | None, typer.Option(help="Key authority, host:port.")] = None,
+    allow_plaintext_calls: Annotated[
+        bool | None, typer.Option("--allow-plaintext-calls", help="Call other machines in plaintext.")
+    ] = None,
+    lease_s: Annotated[float | None, typer.Option(help="Seconds until a dead replica is replaced.")] = None,
+    tick_s: Annotated[float | None, typer.Option(help="Seconds between two looks at a federation.")] = None,
+    alive_s: Annotated[
+        float | None, typer.Option(help="Seconds of silence until a client is left out.")
+    ] = None,
+    aggregate_concurrency: Annotated[int | None, typer.Option(help="Shards aggregated at once.")] = None,
+    metrics_host: flags.MetricsHost = None,
+    metrics_port: flags.MetricsPort = None,
+    shutdown_grace_s: flags.ShutdownGrace = None,
+    log_level: flags.LogLevel = None,
+    log_json: flags.LogJson = None,
+    allow_plaintext: flags.AllowPlaintext = None,
+    ready_file: flags.ReadyFile = None,
+) -> None:
+    """Runs federations: members, rounds, plans. Settings: SHELORA_COORDINATOR_* and flags."""
+    given: dict[str, Any] = {**locals(), "aggregation_addresses": aggregation_addresses or None}
+    run_process("coordinator", lambda: CoordinatorSettings.load(**given), run)
+
+
+async def run(settings: CoordinatorSettings) -> None:
+    """Serves until the process is told to stop."""
+    client = connect(settings)
+    addresses = (*settings.aggregation_addresses, settings.key_authority_address)
+    *aggregation, authority = [
+        open_channel(address, allow_plaintext=settings.allow_plaintext_calls) for address in addresses
+    ]
+    changes = Changes(client)
+    handlers, driver = compose(settings, client, changes, aggregation, authority)
+    servicer = CoordinatorServicer(handlers)
+    await serve(
+        settings,
+        service_names=[SERVICE_NAME],
+        register=lambda server: register(servicer, server),
+        background=[changes.run, driver.run],
+        on_drain=[changes.close],
+        on_stop=[*(channel.close for channel in (*aggregation, authority)), client.aclose],
+    )
+
+
+def connect(settings: CoordinatorSettings) -> RedisClient:
+    """A client over a bounded pool. A broken connection is replaced once: every command here can be repeated."""
+    pool: Any = redis.asyncio.BlockingConnectionPool.from_url(
+        settings.redis_url.get_secret_value(),
+        max_connections=settings.redis_connections,
+        timeout=settings.redis_timeout_s,
+        socket_timeout=settings.redis_timeout_s,
+        socket_connect_timeout=settings.redis_timeout_s,
+        retry=Retry(NoBackoff(), 1),
+    )
+    return redis.asyncio.Redis(connection_pool=pool)
+
+
+def compose(
+    settings: CoordinatorSettings,
+    client: RedisClient,
+    changes: Changes,
+    aggregation: list[grpc.aio.Channel],
+    authority: grpc.aio.Channel,
+) -> tuple[Handlers, Driver]:
+    """The use cases and the driver over the same store."""
+    sighting = timedelta(seconds=settings.sighting_s)
+    store = RedisStore(client, now_ms, settings.retention, sighting)
+    pool = AggregationPool(
+        aggregation, retry_s=settings.retry_s, aggregate_timeout_s=settings.aggregate_timeout_s
+    )
+    handlers = Handlers(store, changes, pool, now_ms, lambda: secrets.token_hex(4), settings.watch_poll_s)
+    driver = Driver(
+        store=store,
+        changes=changes,
+        aggregation=pool,
+        authority=KeyAuthorityClient(authority, retry_s=settings.retry_s),
+        clock_ms=now_ms,
+        new_token=lambda: secrets.token_hex(16),
+        policy=settings.policy,
+    )
+    return handlers, driver
+
+
+def now_ms() -> int:
+    """Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,62 @@
+"""The coordinator's metrics; every series exists, at zero, from the start."""
+
+from typing import Final
+
+from shelora.errors import Reason
+from shelora.rounds import RoundKind, RoundState
+from shelora.telemetry.metrics import LATENCY_BUCKETS_S, at_zero, counter, gauge, histogram
+
+TRANSACTIONS: Final = (
+    "abandon_round",
+    "begin_round",
+    "cancel_ticket",
+    "close_round",
+    "create_federation",
+    "create_round",
+    "drop_contributor",
+    "fail_federation",
+    "fix_model",
+    "name_leader",
+    "open_keys",
+    "open_round",
+    "publish_plan",
+    "publish_round",
+    "reject_plan",
+    "settle_round",
+    "start_federation",
+    "sweep_garbage",
+)
+"""Names of all transactions."""
+
+TRANSACTION_TOTAL: Final = counter(
+    "transactions_total",
+    "Attempts at a change of state; a conflict is one that another writer overtook.",
+    {"name": TRANSACTIONS, "outcome": ("written", "unchanged", "conflict")},
+)
+
+ROUNDS_TOTAL: Final = counter(
+    "rounds_total",
+    "Rounds that ended; the reason is that of an abandoned round.",
+    {"kind": [], "state": [], "reason": []},
+)
+at_zero(ROUNDS_TOTAL, {"kind": list(RoundKind), "state": [RoundState.PUBLISHED], "reason": [""]})
+at_zero(ROUNDS_TOTAL, {"kind": list(RoundKind), "state": [RoundState.ABANDONED], "reason": list(Reason)})
+
+UPDATES_TOTAL: Final = counter(
+    "updates_total",
+    "Updates offered for a commit.",
+    {"outcome": ("committed", "repeated", "rewritten", "late", "refused")},
+)
+
+MEMBERS: Final = gauge(
+    "members_count",
+    "Members of the federations that this replica drives, by whether they were heard of lately.",
+    {"state": ("alive", "silent")},
+)
+
+STAGE_SECONDS: Final = histogram(
+    "round_stage_duration_seconds",
+    "Wall time of a round's stages.",
+    {"kind": list(RoundKind), "stage": ("collecting", "aggregating")},
+    buckets=(*LATENCY_BUCKETS_S, 1800.0, 7200.0, 86_400.0),
+)

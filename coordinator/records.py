@@ -1,0 +1,321 @@
+"""What the coordinator keeps: frozen records, each with the version of its format, stored as JSON.
+
+A federation's record is small and rewritten at every step; what grows (members, commits, evaluations, results of
+shards) has keys of its own. Rules live in `coordinator.decisions`; these classes only hold and name.
+"""
+
+import hashlib
+import json
+from enum import StrEnum
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from shelora.federation import FederationSpec
+from shelora.lora.layout import Layout, Matrix, Shard, Tensor
+from shelora.rounds import Round, RoundKind
+
+
+class Record(BaseModel):
+    """Base of everything stored. Equal records have equal JSON."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+    format: Literal[1] = 1
+    """Version of the stored form."""
+
+
+class Phase(StrEnum):
+    """Where a federation is."""
+
+    CREATED = "CREATED"
+    RUNNING = "RUNNING"
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+
+
+class Model(Record):
+    """What the first client's model looks like; every later one must match."""
+
+    matrices: tuple[Matrix, ...]
+    tensors: tuple[Tensor, ...]
+    """With the federation's bound."""
+
+
+class StoredDigest(Record):
+    """SHA-256 and size of a blob."""
+
+    sha256: str
+    """In hex."""
+    total_bytes: int
+
+
+class Negotiation(Record):
+    """A plan being made: a vote was published, a leader ranks the sums."""
+
+    votes_sequence: int
+    """Sequence of the vote."""
+    votes_layout: str
+    """Digest of its layout in hex."""
+    tiers: tuple[float, ...]
+    """Budgets of the members when the vote was published, strictly increasing."""
+    candidates: tuple[str, ...]
+    """Who may still become leader, in order of their votes."""
+    deadline_ms: int
+    """Unix milliseconds until which the leader may publish."""
+    plan_number: int = 0
+    """Number the leader publishes under; a new one for every leader, so a late leader's plan is told from it."""
+    leader: str = ""
+    """"" between two leaders."""
+    rejected: int = 0
+    """Number of the plan rejected last, so that a repeated rejection succeeds."""
+
+
+class Plan(Record):
+    """A published plan: all that a server learns of it."""
+
+    number: int
+    digest: StoredDigest
+    negotiation: Negotiation
+    """As it ended; goes on from there if the plan is rejected."""
+    tier_columns: tuple[tuple[int, ...], ...]
+    """Protected columns by matrix and tier."""
+
+
+class Ticket(Record):
+    """The round in progress, fixed before anything else of it exists."""
+
+    sequence: int
+    """Number among all attempts of the federation, from 1."""
+    kind: RoundKind
+    number: int
+    """Number among training rounds from 1; 0 for a vote."""
+    attempt: int
+    plan: Plan | None = None
+    """Plan the round trains by."""
+
+
+class Garbage(Record):
+    """A round whose data aggregation may delete."""
+
+    round_id: str
+    results: bool
+    """Whether its results go too."""
+
+
+class FederationRecord(Record):
+    """Everything a coordinator needs to go on with a federation after a restart."""
+
+    federation_id: str
+    instance: str
+    """Eight random hex digits: rounds of a federation re-created under an expired name never meet old data."""
+    spec: FederationSpec
+    created_ms: int
+    phase: Phase = Phase.CREATED
+    failure: str = ""
+    """Why it failed, in words."""
+    model: Model | None = None
+    epoch: int = 1
+    """Epoch of the keys."""
+    key_id: str = ""
+    """CKKS key of the epoch in hex; empty until the key authority opened it."""
+    sequence: int = 0
+    """Sequence of the newest round."""
+    ticket: Ticket | None = None
+    attempt: int = 1
+    """Attempt that the next round is."""
+    trained: int = 0
+    """Training rounds published."""
+    planned_at: int = 0
+    """Training rounds that had been published at the last vote."""
+    plan_count: int = 0
+    """Plan numbers given out."""
+    plan: Plan | None = None
+    """Plan that new rounds train by."""
+    negotiation: Negotiation | None = None
+    result_sequence: int = 0
+    """Sequence of the newest published training round; 0 for none."""
+    result_layout: str = ""
+    """Digest of its layout in hex."""
+    result_plan: Plan | None = None
+    """Plan under which that result was made."""
+    garbage: tuple[Garbage, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in {Phase.FINISHED, Phase.FAILED}
+
+    @property
+    def selective(self) -> bool:
+        return self.spec.protection.mode == "selective"
+
+    def round_id(self, sequence: int) -> str:
+        """Identifier of a round, unique for all federations and attempts."""
+        return f"{self.federation_id}.{self.instance}.{sequence}"
+
+    def sequence_of(self, round_id: str) -> int | None:
+        """The sequence of a round of this federation; None if it is none."""
+        prefix = f"{self.federation_id}.{self.instance}."
+        number = round_id.removeprefix(prefix)
+        known = round_id.startswith(prefix) and number.isascii() and number.isdecimal()
+        return int(number) if known and 1 <= int(number) <= self.sequence else None
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plan in force and the one under which the newest result was made."""
+        return tuple(plan for plan in (self.plan, self.result_plan) if plan is not None)
+
+    @property
+    def negotiations(self) -> tuple[Negotiation, ...]:
+        """Those whose votes agents may still ask for."""
+        present = (self.negotiation,) if self.negotiation else ()
+        return (*present, *(plan.negotiation for plan in self.plans))
+
+    @property
+    def results_in_use(self) -> frozenset[int]:
+        """Sequences of the rounds whose results agents may still ask for."""
+        return frozenset({self.result_sequence, *(n.votes_sequence for n in self.negotiations)} - {0})
+
+    @property
+    def layouts_in_use(self) -> frozenset[str]:
+        """Digests of the layouts of those results."""
+        return frozenset({self.result_layout, *(n.votes_layout for n in self.negotiations)} - {""})
+
+
+class ShardResult(Record):
+    """One aggregated shard."""
+
+    digest: StoredDigest
+    cpu_s: float
+
+
+class RoundRecord(Record):
+    """A round with what the coordinator needs to run and to publish it."""
+
+    round: Round
+    sequence: int
+    layout_digest: str
+    """In hex; the layout has a key of its own, shared by the rounds of a plan."""
+    shard_count: int
+    plan_number: int = 0
+    """Plan the round trains by; 0 for none."""
+    closed_ms: int = 0
+    """Unix milliseconds at which collecting ended; 0 before."""
+    dropped: tuple[str, ...] = ()
+    """Clients whose committed update aggregation no longer has."""
+    contributor_count: int = 0
+    """Updates in the result."""
+    results: tuple[StoredDigest, ...] = ()
+    """By shard index, once published."""
+    aggregate_cpu_s: float = 0.0
+    aggregate_wall_s: float = 0.0
+
+
+class Member(Record):
+    """A client that joined."""
+
+    client_id: str
+    rank: int
+    budget: float
+    example_count: int
+
+
+class Sighting(Record):
+    """When a client was last heard of, and what it said it was doing."""
+
+    stage: str
+    progress: float
+    at_ms: int
+    """Unix milliseconds."""
+
+
+class Report(Record):
+    """What an update says of itself."""
+
+    example_count: int
+    train_loss: float
+    train_s: float
+    encrypt_s: float
+    upload_s: float
+    upload_bytes: int
+
+
+class Update(Record):
+    """A committed update: its manifest and its report."""
+
+    client_id: str
+    layout_digest: str
+    shards: tuple[StoredDigest, ...]
+    rank: int
+    scaling: float
+    report: Report
+
+    @property
+    def manifest_digest(self) -> str:
+        """SHA-256 in hex of what fixes the update; a repeat may differ in its report only."""
+        manifest = self.model_dump_json(exclude={"report"})
+        counted = json.dumps([manifest, self.report.example_count])
+        return hashlib.sha256(counted.encode()).hexdigest()
+
+
+class Commit(Record):
+    """An update with its place in the order of commits."""
+
+    ordinal: int
+    """From 1."""
+    update: Update
+
+
+class Evaluation(Record):
+    """What an agent measured after it applied a result."""
+
+    client_id: str
+    example_count: int
+    correct_count: int
+    loss: float
+    download_s: float
+    decrypt_s: float
+    evaluate_s: float
+    download_bytes: int
+
+
+class LayoutRecord(Record):
+    """A layout, under its digest."""
+
+    parameters: str
+    key_id: str
+    """In hex."""
+    matrices: tuple[Matrix, ...]
+    tensors: tuple[Tensor, ...]
+    tiers: tuple[float, ...]
+    encrypt_tensors: bool
+    max_rank: int
+    max_directions: int
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, layout: Layout) -> Self:
+        return cls(
+            parameters=layout.parameters,
+            key_id=layout.key_id.hex(),
+            matrices=layout.matrices,
+            tensors=layout.tensors,
+            tiers=layout.tiers,
+            encrypt_tensors=layout.encrypt_tensors,
+            max_rank=layout.max_rank,
+            max_directions=layout.max_directions,
+            shards=layout.shards,
+        )
+
+    def layout(self) -> Layout:
+        return Layout(
+            parameters=self.parameters,
+            key_id=bytes.fromhex(self.key_id),
+            matrices=self.matrices,
+            tensors=self.tensors,
+            tiers=self.tiers,
+            encrypt_tensors=self.encrypt_tensors,
+            max_rank=self.max_rank,
+            max_directions=self.max_directions,
+            shards=self.shards,
+        )

@@ -1,0 +1,191 @@
+"""Records to messages: a federation for operators, an assignment for agents."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from coordinator.aggregation import digest_to_proto
+from coordinator.assignments import Assignment, Finish, Halt, MakePlan, Train, Vote, Wait
+from coordinator.records import (
+    Commit,
+    Evaluation,
+    FederationRecord,
+    Member,
+    Negotiation,
+    Plan,
+    RoundRecord,
+    Sighting,
+)
+from coordinator.store import Store
+from shelora.errors import DomainError, Reason
+from shelora.messages import layout_to_proto, matrix_to_proto
+from shelora.rounds import RoundState
+from shelora.v1 import common_pb2
+from shelora.v1 import coordinator_pb2 as pb
+
+NEVER_SEEN_MS: Final = 2**63 - 1
+
+
+class Renderer:
+    """Reads what a message needs beyond the record at hand."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def federation(self, record: FederationRecord, now_ms: int) -> pb.Federation:
+        """Phase, members, current round, history: all that the command line shows."""
+        federation_id = record.federation_id
+        members = await self._store.members(federation_id)
+        sightings = await self._store.sightings(federation_id, list(members))
+        current = record.ticket.sequence if record.ticket else 0
+        sequences = [sequence for sequence in range(1, record.sequence + 1) if sequence != current]
+        history = await self._store.rounds(record, sequences)
+        return pb.Federation(
+            federation_id=federation_id,
+            spec=record.spec.to_proto(),
+            phase=pb.Phase.Value(f"PHASE_{record.phase}"),
+            failure=record.failure,
+            members=[member_to_proto(m, sightings.get(name), now_ms) for name, m in members.items()],
+            current=await self._current(record),
+            history=[await self._summary(record, ended) for ended in history],
+        )
+
+    async def _current(self, record: FederationRecord) -> pb.RoundSummary | None:
+        ticket = record.ticket
+        if ticket is None:
+            return None
+        found = await self._store.round(record, ticket.sequence)
+        if found is not None:
+            return await self._summary(record, found.record)
+        return pb.RoundSummary(
+            round_id=record.round_id(ticket.sequence),
+            kind=pb.RoundKind.Value(f"ROUND_KIND_{ticket.kind}"),
+            number=ticket.number,
+            attempt=ticket.attempt,
+            state=pb.ROUND_STATE_SELECTING,
+        )
+
+    async def _summary(self, federation: FederationRecord, record: RoundRecord) -> pb.RoundSummary:
+        commits = await self._store.commits(federation, record.sequence)
+        evaluations = await self._store.evaluations(federation, record.sequence)
+        aggregating = record.round.state is RoundState.AGGREGATING
+        shards = await self._store.shards(federation, record) if aggregating else {}
+        return summary_to_proto(record, commits, evaluations, len(record.results) or len(shards))
+
+    async def assignment(self, federation: FederationRecord, assignment: Assignment) -> pb.Assignment:
+        """An assignment with the layouts and results it refers to.
+
+        Raises: ROUND_UNKNOWN, RESULT_UNKNOWN: what it refers to has expired.
+        """
+        message = pb.Assignment(assignment_id=assignment.assignment_id)
+        match assignment.work:
+            case Wait(why):
+                message.wait.why = why
+            case Halt(why):
+                message.halt.why = why
+            case Vote(round_):
+                message.vote.CopyFrom(pb.Vote(round=await self._round(federation, round_)))
+            case MakePlan(negotiation):
+                message.make_plan.CopyFrom(await self._make_plan(federation, negotiation))
+            case Train() as train:
+                message.train.CopyFrom(await self._train(federation, train))
+            case Finish(sequence, plan):
+                result = await self._result(federation, sequence)
+                message.finish.CopyFrom(pb.Finish(result=result, plan=await self._plan(federation, plan)))
+        return message
+
+    async def _round(self, federation: FederationRecord, record: RoundRecord) -> pb.RoundRef:
+        return pb.RoundRef(
+            round_id=record.round.round_id,
+            number=record.round.number,
+            attempt=record.round.attempt,
+            layout=await self._layout(federation, record.layout_digest),
+            deadline_unix_ms=record.round.deadline_ms,
+            epoch=federation.epoch,
+        )
+
+    async def _make_plan(self, federation: FederationRecord, negotiation: Negotiation) -> pb.MakePlan:
+        return pb.MakePlan(
+            plan_number=negotiation.plan_number,
+            votes=await self._result(federation, negotiation.votes_sequence),
+            tiers=negotiation.tiers,
+            matrices=[matrix_to_proto(m) for m in federation.model.matrices] if federation.model else [],
+        )
+
+    async def _train(self, federation: FederationRecord, train: Train) -> pb.Train:
+        base = train.base_sequence
+        return pb.Train(
+            round=await self._round(federation, train.round),
+            plan=await self._plan(federation, train.plan),
+            base=await self._result(federation, base) if base else None,
+            base_plan=await self._plan(federation, train.base_plan),
+        )
+
+    async def _plan(self, federation: FederationRecord, plan: Plan | None) -> pb.PlanRef | None:
+        if plan is None:
+            return None
+        return pb.PlanRef(
+            plan_number=plan.number,
+            digest=digest_to_proto(plan.digest),
+            votes=await self._result(federation, plan.negotiation.votes_sequence),
+        )
+
+    async def _result(self, federation: FederationRecord, sequence: int) -> common_pb2.ResultRef:
+        found = await self._store.round(federation, sequence)
+        if found is None:
+            raise DomainError(Reason.RESULT_UNKNOWN, "the result that the assignment refers to has expired")
+        record = found.record
+        return common_pb2.ResultRef(
+            round_id=record.round.round_id,
+            round_number=record.round.number,
+            layout=await self._layout(federation, record.layout_digest),
+            shards=[digest_to_proto(digest) for digest in record.results],
+            contributor_count=record.contributor_count,
+        )
+
+    async def _layout(self, federation: FederationRecord, digest: str) -> common_pb2.Layout:
+        return layout_to_proto((await self._store.layout(federation.federation_id, digest)).layout())
+
+
+def member_to_proto(member: Member, seen: Sighting | None, now_ms: int) -> pb.Member:
+    return pb.Member(
+        client_id=member.client_id,
+        rank=member.rank,
+        budget=member.budget,
+        example_count=member.example_count,
+        idle_ms=max(0, now_ms - seen.at_ms) if seen else NEVER_SEEN_MS,
+        stage=seen.stage if seen else "",
+        progress=seen.progress if seen else 0.0,
+    )
+
+
+def summary_to_proto(
+    record: RoundRecord, commits: Sequence[Commit], evaluations: Sequence[Evaluation], shards_done: int
+) -> pb.RoundSummary:
+    round_ = record.round
+    return pb.RoundSummary(
+        round_id=round_.round_id,
+        kind=pb.RoundKind.Value(f"ROUND_KIND_{round_.kind}"),
+        number=round_.number,
+        attempt=round_.attempt,
+        state=pb.RoundState.Value(f"ROUND_STATE_{round_.state}"),
+        reason=round_.reason or "",
+        cohort_count=len(round_.cohort),
+        update_count=len(commits),
+        opened_unix_ms=round_.opened_ms,
+        ended_unix_ms=round_.ended_ms,
+        aggregate_cpu_s=record.aggregate_cpu_s,
+        aggregate_wall_s=record.aggregate_wall_s,
+        shards_done=shards_done,
+        shard_count=record.shard_count,
+        updates=[_report_to_proto(commit) for commit in commits],
+        evaluations=[_evaluation_to_proto(evaluation) for evaluation in evaluations],
+    )
+
+
+def _report_to_proto(commit: Commit) -> pb.UpdateReport:
+    fields = commit.update.report.model_dump(exclude={"format"})
+    return pb.UpdateReport(client_id=commit.update.client_id, **fields)
+
+
+def _evaluation_to_proto(evaluation: Evaluation) -> pb.EvaluationReport:
+    return pb.EvaluationReport(**evaluation.model_dump(exclude={"format"}))

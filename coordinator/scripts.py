@@ -1,0 +1,69 @@
+"""The Lua scripts: each is one atomic step, and says which race it closes."""
+
+from typing import Final
+
+COMPARE_AND_SET: Final = """
+-- KEYS: record, then keys that live as long as it.  ARGV: expected revision (0: no record), data, state, expiry in
+-- ms, channel.  Returns 1 if written, 0 if another writer was first.
+--
+-- Race: two writers (driver replicas, a driver and an RPC, a driver that lost its lease) that decided on the same
+-- record. Only the one that saw the newest revision writes; the other must look again and decide anew.
+local revision = tonumber(redis.call('HGET', KEYS[1], 'revision') or '0')
+if revision ~= tonumber(ARGV[1]) then
+  return 0
+end
+redis.call('HSET', KEYS[1], 'revision', revision + 1, 'data', ARGV[2], 'state', ARGV[3])
+for _, key in ipairs(KEYS) do
+  redis.call('PEXPIRE', key, ARGV[4])
+end
+redis.call('PUBLISH', ARGV[5], '')
+return 1
+"""
+
+COMMIT: Final = """
+-- KEYS: round, commits.  ARGV: client, manifest digest, update, expiry in ms, channel.
+-- Returns {outcome, count}: 1 committed now, 2 committed before (count is that of the first receipt), 3 committed
+-- before with another manifest, 4 the round is not collecting.
+--
+-- Race: a commit against the close of the round. The state is read in the step that counts the update, and the driver
+-- reads the commits only after it wrote the state, so an update is either in the aggregate or refused.
+-- Race: two commits of one client (a retry that overtakes the first call). The first one stored is the only one.
+-- The repeat is looked for before the state, so that a retry succeeds after the round moved on.
+local known = redis.call('HGET', KEYS[2], ARGV[1])
+if known then
+  local ordinal, manifest = string.match(known, '^(%d+) (%x+) ')
+  if manifest == ARGV[2] then
+    return {2, tonumber(ordinal)}
+  end
+  return {3, 0}
+end
+if redis.call('HGET', KEYS[1], 'state') ~= 'COLLECTING' then
+  return {4, 0}
+end
+local ordinal = redis.call('HLEN', KEYS[2]) + 1
+redis.call('HSET', KEYS[2], ARGV[1], ordinal .. ' ' .. ARGV[2] .. ' ' .. ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+redis.call('PUBLISH', ARGV[5], ARGV[1])
+return {1, ordinal}
+"""
+
+RENEW: Final = """
+-- KEYS: lease.  ARGV: token, expiry in ms.  Returns 1 if renewed, 0 if the lease is lost.
+--
+-- Race: a holder that paused beyond the expiry renews what another driver has acquired since.
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  return 0
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
+
+RELEASE: Final = """
+-- KEYS: lease.  ARGV: token.  Returns 1 if released, 0 if it was not held any more.
+--
+-- Race: a holder that paused beyond the expiry deletes what another driver has acquired since.
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  return 0
+end
+return redis.call('DEL', KEYS[1])
+"""

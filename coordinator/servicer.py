@@ -1,0 +1,144 @@
+"""The gRPC face of the coordinator: parse, call, render."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, Final
+
+import grpc
+
+from coordinator import checks
+from coordinator.handlers import Handlers
+from coordinator.records import FederationRecord
+from coordinator.render import Renderer
+from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec
+from shelora.messages import matrix_from_proto
+from shelora.transport.pieces import Digest, cut
+from shelora.transport.status import translated
+from shelora.v1 import coordinator_pb2 as pb
+from shelora.v1 import coordinator_pb2_grpc
+
+SERVICE_NAME: Final = "shelora.v1.Coordinator"
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
+    """Serves `shelora.v1.Coordinator`; coordinator.proto says what each call does."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self._handlers = handlers
+        self._render = Renderer(handlers.store)
+
+    async def CreateFederation(self, request: pb.CreateFederationRequest, context: _Context) -> pb.Federation:
+        async with translated(context):
+            record = await self._handlers.create(FederationSpec.from_proto(request.spec))
+            return await self._federation(record)
+
+    async def GetFederation(self, request: pb.GetFederationRequest, context: _Context) -> pb.Federation:
+        async with translated(context):
+            found = await self._handlers.store.federation(request.federation_id)
+            return await self._federation(found.record)
+
+    async def ListFederations(
+        self,
+        request: pb.ListFederationsRequest,  # noqa: ARG002 - it holds nothing
+        context: _Context,
+    ) -> pb.ListFederationsResponse:
+        async with translated(context):
+            records = await self._handlers.federations()
+            return pb.ListFederationsResponse(federations=[await self._federation(r) for r in records])
+
+    async def StartFederation(self, request: pb.StartFederationRequest, context: _Context) -> pb.Federation:
+        async with translated(context):
+            return await self._federation(await self._handlers.start(request.federation_id))
+
+    async def Join(self, request: pb.JoinRequest, context: _Context) -> pb.JoinResponse:
+        async with translated(context):
+            member = checks.member(request)
+            record = await self._handlers.join(
+                request.federation_id, member, request.matrices, request.tensors
+            )
+            spec = record.spec.to_proto()
+            return pb.JoinResponse(training=spec.training, protection=spec.protection, epoch=record.epoch)
+
+    async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.Assignment]:
+        async with (
+            translated(context),
+            aclosing(self._handlers.watch(request.federation_id, request.client_id)) as assignments,
+        ):
+            async for federation, assignment in assignments:
+                yield await self._render.assignment(federation, assignment)
+
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: _Context) -> pb.HeartbeatResponse:
+        async with translated(context):
+            seen = checks.sighting(request.stage, request.progress, self._handlers.clock_ms())
+            await self._handlers.heartbeat(request.federation_id, request.client_id, seen)
+            return pb.HeartbeatResponse()
+
+    async def CommitUpdate(
+        self, request: pb.CommitUpdateRequest, context: _Context
+    ) -> pb.CommitUpdateResponse:
+        async with translated(context):
+            update = checks.update(request)
+            count = await self._handlers.commit(request.federation_id, request.round_id, update)
+            return pb.CommitUpdateResponse(update_count=count)
+
+    async def PublishPlan(
+        self, request_iterator: AsyncIterator[pb.PublishPlanRequest], context: _Context
+    ) -> pb.PublishPlanResponse:
+        async with translated(context):
+            first = await anext(request_iterator, pb.PublishPlanRequest())
+            checks.require(first.HasField("header"), "the first message must be the header")
+            header = first.header
+            await self._handlers.publish_plan(
+                header.federation_id,
+                header.client_id,
+                header.plan_number,
+                Digest(header.digest.sha256, header.digest.total_bytes),
+                [matrix_from_proto(m) for m in header.matrices],
+                _pieces(request_iterator),
+            )
+            return pb.PublishPlanResponse()
+
+    async def GetPlan(
+        self, request: pb.GetPlanRequest, context: _Context
+    ) -> AsyncIterator[pb.GetPlanResponse]:
+        async with translated(context):
+            for piece in cut(await self._handlers.plan(request.federation_id, request.plan_number)):
+                yield pb.GetPlanResponse(piece=piece)
+
+    async def RejectPlan(self, request: pb.RejectPlanRequest, context: _Context) -> pb.RejectPlanResponse:
+        async with translated(context):
+            await self._handlers.reject_plan(
+                request.federation_id,
+                request.client_id,
+                request.plan_number,
+                request.sha256.hex(),
+                request.why[: checks.MAX_WHY],
+            )
+            return pb.RejectPlanResponse()
+
+    async def ReportEvaluation(
+        self, request: pb.ReportEvaluationRequest, context: _Context
+    ) -> pb.ReportEvaluationResponse:
+        async with translated(context):
+            evaluation = checks.evaluation(request.report)
+            await self._handlers.report_evaluation(request.federation_id, request.round_id, evaluation)
+            return pb.ReportEvaluationResponse()
+
+    async def _federation(self, record: FederationRecord) -> pb.Federation:
+        return await self._render.federation(record, self._handlers.clock_ms())
+
+
+async def _pieces(requests: AsyncIterator[pb.PublishPlanRequest]) -> AsyncIterator[bytes]:
+    """The pieces after the header."""
+    async for request in requests:
+        if request.HasField("header"):
+            raise DomainError(Reason.INVALID_ARGUMENT, "only the first message may be the header")
+        yield request.piece
+
+
+def register(servicer: CoordinatorServicer, server: grpc.aio.Server) -> None:
+    """Adds the coordinator to a server that has not started."""
+    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server)

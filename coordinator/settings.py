@@ -1,0 +1,80 @@
+"""Settings of the coordinator."""
+
+from datetime import timedelta
+from typing import Annotated
+
+from pydantic import Field, SecretStr, Strict
+from pydantic_settings import SettingsConfigDict
+
+from coordinator.driver import DriverPolicy
+from services.shell.settings import ServerSettings
+
+
+class CoordinatorSettings(ServerSettings):
+    """From `SHELORA_COORDINATOR_*`, overridden by flags."""
+
+    model_config = SettingsConfigDict(env_prefix="SHELORA_COORDINATOR_")
+
+    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    """Redis that holds federations and rounds; it may hold a password. Use `maxmemory-policy noeviction`."""
+
+    redis_connections: Annotated[int, Field(ge=4, le=4096)] = 64
+    """Most connections to Redis of this replica."""
+
+    redis_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+    """Seconds after which a Redis command, or the wait for a connection, fails with STORE_UNAVAILABLE."""
+
+    aggregation_addresses: Annotated[tuple[str, ...], Field(min_length=1), Strict(strict=False)]
+    """Aggregation replicas, `host:port` each; a JSON list in the environment. One load-balanced name will do."""
+
+    key_authority_address: str
+    """The key authority, `host:port`."""
+
+    allow_plaintext_calls: bool = False
+    """Call other machines in plaintext. Only where something else protects the network."""
+
+    retention_days: Annotated[int, Field(ge=8, le=365)] = 30
+    """Days that a federation's state is kept after its last change; more than the longest deadline, a week."""
+
+    sighting_s: Annotated[int, Field(ge=60, le=7 * 86_400)] = 3600
+    """Seconds that a client's last heartbeat is shown."""
+
+    alive_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Seconds after its last heartbeat or call during which a client is taken into new rounds."""
+
+    lease_s: Annotated[float, Field(ge=1, le=600)] = 15.0
+    """Seconds after which another replica takes over the federations of one that died."""
+
+    tick_s: Annotated[float, Field(ge=0.05, le=60)] = 2.0
+    """Seconds between two looks at a federation in which nothing was announced to change."""
+
+    watch_poll_s: Annotated[float, Field(ge=0.1, le=600)] = 5.0
+    """Seconds between two looks for a watching agent to which nothing was announced."""
+
+    aggregate_concurrency: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Shards of a round aggregated at once: about the workers of all aggregation replicas."""
+
+    aggregate_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """Seconds that one attempt at a shard may take."""
+
+    retry_s: Annotated[float, Field(ge=0, le=3600)] = 60.0
+    """Seconds during which a call to aggregation is tried again before the round is looked at anew."""
+
+    result_ttl_days: Annotated[int, Field(ge=1, le=29)] = 7
+    """Days that aggregation keeps a result that nothing replaced, beyond the deadlines of the next round's attempts."""
+
+    @property
+    def retention(self) -> timedelta:
+        """As a duration."""
+        return timedelta(days=self.retention_days)
+
+    @property
+    def policy(self) -> DriverPolicy:
+        """How the driver behaves."""
+        return DriverPolicy(
+            alive_s=self.alive_s,
+            tick_s=self.tick_s,
+            lease_s=self.lease_s,
+            concurrency=self.aggregate_concurrency,
+            result_ttl_s=self.result_ttl_days * 86_400,
+        )

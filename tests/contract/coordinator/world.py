@@ -1,0 +1,202 @@
+"""A coordinator on a real store with fakes around it, driven step by step under a clock that tests move."""
+
+import itertools
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis.asyncio
+
+from coordinator import checks
+from coordinator.aggregation import AggregationPool
+from coordinator.authority import KeyAuthorityClient
+from coordinator.changes import Changes
+from coordinator.decisions import Decision, Done, Rest
+from coordinator.driver import Driver, DriverPolicy
+from coordinator.handlers import Handlers
+from coordinator.records import FederationRecord, Sighting
+from coordinator.render import Renderer
+from coordinator.store import RedisStore, Store
+from shelora.federation import FederationSpec
+from shelora.transport.channel import open_channel
+from shelora.transport.pieces import Digest, cut
+from shelora.v1 import common_pb2
+from shelora.v1 import coordinator_pb2 as pb
+from tests.contract.coordinator.fakes import FakeAggregation, FakeKeyAuthority, serving
+
+MATRICES = [
+    common_pb2.Matrix(name="layer.0.query", out_features=8, in_features=12),
+    common_pb2.Matrix(name="layer.0.value", out_features=8, in_features=12),
+]
+TENSORS = [common_pb2.Tensor(name="classifier.bias", shape=[3])]
+
+
+def spec(protection: str = "selective", **rules: int) -> FederationSpec:
+    return FederationSpec.model_validate(
+        {
+            "name": "fed",
+            "training": {"base_model": "tiny", "labels": ["a", "b"]},
+            "round": {
+                "rounds": 2,
+                "clients": 3,
+                "min_updates": 2,
+                "deadline_s": 60,
+                "max_attempts": 2,
+                **rules,
+            },
+            "protection": {"mode": protection},
+        }
+    )
+
+
+@dataclass
+class World:
+    """Everything of one federation "fed"."""
+
+    store: Store
+    changes: Changes
+    aggregation: FakeAggregation
+    authority: FakeKeyAuthority
+    pool: AggregationPool
+    authority_client: KeyAuthorityClient
+    now_ms: int = 1_000_000
+    silent: set[str] = field(default_factory=set)
+    """Members that neither beat nor act."""
+    budgets: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        instances = itertools.count(1)
+        self.handlers = Handlers(
+            self.store, self.changes, self.pool, lambda: self.now_ms, lambda: f"{next(instances):08x}"
+        )
+        self.driver = self.new_driver(self.store)
+
+    def new_driver(self, store: Store) -> Driver:
+        tokens = itertools.count(1)
+        return Driver(
+            store=store,
+            changes=self.changes,
+            aggregation=self.pool,
+            authority=self.authority_client,
+            clock_ms=lambda: self.now_ms,
+            new_token=lambda: f"token{next(tokens)}",
+            policy=DriverPolicy(alive_s=30, concurrency=2),
+        )
+
+    async def begin(
+        self, federation: FederationSpec, clients: Iterable[str] = "abc", budget: float = 1.0
+    ) -> None:
+        await self.handlers.create(federation)
+        for client in clients:
+            await self.join(client, self.budgets.get(client, budget))
+        await self.handlers.start("fed")
+
+    async def join(self, client: str, budget: float = 1.0, rank: int = 4, **changes: Any) -> FederationRecord:
+        request = pb.JoinRequest(
+            client_id=client, rank=rank, budget=budget, example_count=100, protocol_version=1, **changes
+        )
+        member = checks.member(request)
+        return await self.handlers.join("fed", member, MATRICES, TENSORS)
+
+    async def federation(self) -> FederationRecord:
+        return (await self.store.federation("fed")).record
+
+    async def shown(self) -> pb.Federation:
+        return await Renderer(self.store).federation(await self.federation(), self.now_ms)
+
+    async def settle(self, driver: Driver | None = None) -> Decision:
+        """Steps until there is nothing to do."""
+        for _ in range(200):
+            decision = await (driver or self.driver).step("fed")
+            if isinstance(decision, Rest | Done):
+                return decision
+        raise AssertionError("the driver never comes to rest")
+
+    async def assignment(self, client: str) -> pb.Assignment:
+        federation, assignment = await self.handlers._assignment("fed", client)
+        return await Renderer(self.store).assignment(federation, assignment)
+
+    async def act(self) -> None:
+        """Every member that is not silent beats and does what it is assigned."""
+        for client in await self.store.members("fed"):
+            if client not in self.silent:
+                seen = Sighting(stage="training", progress=0.5, at_ms=self.now_ms)
+                await self.store.see("fed", client, seen)
+                await self.do(client, await self.assignment(client))
+
+    async def do(self, client: str, assignment: pb.Assignment) -> None:
+        match assignment.WhichOneof("work"):
+            case "vote":
+                await self.commit(client, assignment.vote.round)
+            case "train":
+                await self.commit(client, assignment.train.round)
+            case "make_plan":
+                await self.publish(client, assignment.make_plan)
+
+    async def commit(self, client: str, round_: pb.RoundRef, content: str = "", examples: int = 10) -> int:
+        digests = self.aggregation.put(round_.round_id, client, len(round_.layout.shards), content)
+        return await self.handlers.commit(
+            "fed", round_.round_id, self.update(client, round_, digests, examples)
+        )
+
+    def update(self, client, round_, digests, examples=10, **changes):
+        from shelora.messages import layout_from_proto
+
+        fields = {
+            "client_id": client,
+            "layout_digest": layout_from_proto(round_.layout).digest,
+            "shards": digests,
+            "rank": 1,
+            "scaling": 2.0,
+            "report": pb.UpdateReport(client_id=client, example_count=examples, train_loss=1.5),
+        }
+        return checks.update(pb.CommitUpdateRequest(**{**fields, **changes}))
+
+    async def publish(self, client: str, work: pb.MakePlan, sealed: bytes | None = None) -> None:
+        sealed = sealed or f"sealed by {client}".encode() * 50_000
+        from shelora.messages import matrix_from_proto
+
+        matrices = []
+        for matrix in work.matrices:
+            counted = common_pb2.Matrix()
+            counted.CopyFrom(matrix)
+            counted.tier_columns.extend([2] * len(work.tiers))
+            matrices.append(matrix_from_proto(counted))
+        await self.handlers.publish_plan(
+            "fed", client, work.plan_number, Digest.of(sealed), matrices, _pieces(sealed)
+        )
+
+    async def play(self, driver: Driver | None = None, turns: int = 60) -> FederationRecord:
+        """Driver and agents in turns until the federation has ended."""
+        for _ in range(turns):
+            await self.settle(driver)
+            if (await self.federation()).ended:
+                return await self.federation()
+            await self.act()
+            self.now_ms += 1000
+        raise AssertionError(f"no end in {turns} turns: {await self.federation()}")
+
+
+async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+    for piece in cut(data):
+        yield piece
+
+
+@asynccontextmanager
+async def world(redis_url: str) -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(redis.asyncio.Redis.from_url(redis_url))
+        aggregation, authority = FakeAggregation(), FakeKeyAuthority()
+        one = await stack.enter_async_context(serving(aggregation, authority))
+        two = await stack.enter_async_context(serving(aggregation))
+        channels = [await stack.enter_async_context(open_channel(address)) for address in (one, two)]
+        built = World(
+            store=RedisStore(client, lambda: built.now_ms),
+            changes=Changes(client),
+            aggregation=aggregation,
+            authority=authority,
+            pool=AggregationPool(channels, retry_s=0.3),
+            authority_client=KeyAuthorityClient(channels[0], retry_s=0.3),
+        )
+        yield built
