@@ -378,7 +378,7 @@ def connect(redis_url: str, *, connections: int, timeout_s: float) -> RedisShard
         socket_connect_timeout=timeout_s,
         retry=redis.asyncio.retry.Retry(NoBackoff(), 1),
     )
-    return RedisShardStore(redis.asyncio.Redis(connection_pool=pool))
+    return RedisShardStore(redis.asyncio.Redis.from_pool(pool))
 
 
 def connect_worker(redis_url: str, *, timeout_s: float) -> WorkerStore:

@@ -70,6 +70,7 @@ class WorkerPool:
         self._environment = {**os.environ, **threads, **environment}
         self._queue: asyncio.Queue[_Job] = asyncio.Queue(limits.queue)
         self._slots: list[asyncio.Task[None]] = []
+        self._closed = False
 
     async def start(self) -> None:
         """Starts the workers and waits until they are ready. Raises WORKER_FAILED if one does not start."""
@@ -87,6 +88,8 @@ class WorkerPool:
 
         Raises: WORKER_FAILED if the worker died or took too long, if too many jobs wait, or if the pool is closed.
         """
+        if self._closed:
+            raise _closing()
         job = _Job(line)
         try:
             self._queue.put_nowait(job)
@@ -97,11 +100,12 @@ class WorkerPool:
 
     async def close(self) -> None:
         """Ends the workers; jobs that wait or run fail with WORKER_FAILED."""
+        self._closed = True
         for slot in self._slots:
             slot.cancel()
         await asyncio.gather(*self._slots, return_exceptions=True)
         while not self._queue.empty():
-            _fail(self._queue.get_nowait(), _failed("the service is shutting down"))
+            _fail(self._queue.get_nowait(), _closing())
         metrics.QUEUED.set(0)
 
     async def _serve(self, worker: "_Worker") -> None:
@@ -125,7 +129,7 @@ class WorkerPool:
             _log.warning("worker_failed", pid=worker.pid, reason=error.message)
             _fail(job, error)
         except asyncio.CancelledError:
-            _fail(job, _failed("the service is shutting down"))
+            _fail(job, _closing())
             raise
         else:
             if not job.answer.done():
@@ -149,9 +153,17 @@ class _Worker:
     """One worker process."""
 
     def __init__(self, process: Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
         self._process = process
-        self.alive = True
+        self._jobs, self._answers = process.stdin, process.stdout
+        self._given_up = False
         metrics.WORKERS.inc()
+
+    @property
+    def alive(self) -> bool:
+        """False once it has died, as far as is known, or must not get another job."""
+        return not (self._given_up or self._answers.at_eof() or self._process.returncode is not None)
 
     @classmethod
     async def start(cls, command: Sequence[str], environment: Mapping[str, str]) -> "_Worker":
@@ -177,20 +189,18 @@ class _Worker:
 
     async def exchange(self, line: bytes, timeout_s: float) -> bytes:
         """Its answer to a job. Raises WORKER_FAILED; the worker is not alive then."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(line)
-            await self._process.stdin.drain()
+            self._jobs.write(line)
+            await self._jobs.drain()
         except OSError:
-            self.alive = False
+            self._given_up = True
             raise _failed("the worker process had died") from None
         return await self._line(timeout_s)
 
     async def close(self) -> None:
         """Ends the process: it leaves when its input ends, and is killed if it does not."""
-        self.alive = False
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._given_up = True
+        self._jobs.close()
         try:
             async with asyncio.timeout(END_S):
                 await self._process.wait()
@@ -201,16 +211,15 @@ class _Worker:
 
     async def _line(self, timeout_s: float) -> bytes:
         """The next line it writes. Raises WORKER_FAILED; the worker is not alive then."""
-        assert self._process.stdout is not None
         try:
             async with asyncio.timeout(timeout_s):
-                line = await self._process.stdout.readline()
+                line = await self._answers.readline()
         except TimeoutError:
-            self.alive = False
+            self._given_up = True
             self._kill()
             raise _failed(f"the worker took longer than {timeout_s:g} s") from None
         if not line.endswith(b"\n"):
-            self.alive = False
+            self._given_up = True
             raise _failed("the worker process died")
         return line
 
@@ -221,6 +230,10 @@ class _Worker:
 
 def _failed(message: str) -> DomainError:
     return DomainError(Reason.WORKER_FAILED, f"{message}; try again")
+
+
+def _closing() -> DomainError:
+    return _failed("the service is shutting down")
 
 
 def _fail(job: _Job, error: DomainError) -> None:

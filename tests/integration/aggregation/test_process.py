@@ -1,0 +1,153 @@
+"""The service as it is run: a process of its own with worker processes."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.shell.server import Ready
+from shelora.ckks.parameters import INSECURE_TOY
+from shelora.errors import Reason
+from shelora.lora.layout import Layout, Matrix, Shard
+from shelora.transport.channel import open_channel
+from shelora.transport.pieces import cut
+from shelora.v1 import aggregation_pb2 as pb
+from shelora.v1 import aggregation_pb2_grpc
+from tests.integration.aggregation.cohort import Cohort, large_layout
+from tests.integration.aggregation.service import Caller, announcement, refusal
+
+LONG_COLUMNS = 12_000
+"""Encrypted columns of a shard that takes a worker a second or more, so that it can be met in the middle."""
+
+
+@dataclass
+class Service:
+    process: subprocess.Popen
+    caller: Caller
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    async def ended(self) -> int:
+        return await asyncio.to_thread(self.process.wait, 60)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110 - the condition lies in another process
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def service(redis_url: str, folder: Path, workers: int = 1) -> AsyncIterator[Service]:
+    ready_file = folder / "ready.json"
+    command = [sys.executable, "-m", "services.aggregation.main", "--redis-url", redis_url]
+    command += ["--workers", str(workers), "--ready-file", str(ready_file)]
+    with subprocess.Popen(command) as process:  # noqa: ASYNC220 - it only starts one
+        try:
+            await until(lambda: Ready.read(ready_file) or process.poll() is not None)
+            ready = Ready.read(ready_file)
+            assert ready is not None
+            async with open_channel(ready.address) as channel:
+                yield Service(process, Caller(aggregation_pb2_grpc.AggregationStub(channel)))
+        finally:
+            process.kill()
+
+
+def long_layout(key_id: bytes) -> Layout:
+    return Layout(
+        parameters=INSECURE_TOY.name,
+        key_id=key_id,
+        matrices=(Matrix("long", 16, LONG_COLUMNS, (LONG_COLUMNS,)),),
+        tensors=(),
+        tiers=(1.0,),
+        encrypt_tensors=False,
+        max_rank=4,
+        max_directions=16,
+        shards=(Shard(matrices=(0,)),),
+    )
+
+
+@pytest.fixture(scope="session")
+def long_cohort() -> Cohort:
+    return Cohort(size=4, layout=long_layout)
+
+
+def working(worker: psutil.Process) -> Callable[[], bool]:
+    """Whether a worker has used a noticeable time since now."""
+    before = worker.cpu_times().user
+    return lambda: worker.cpu_times().user > before + 0.15
+
+
+async def test_a_killed_worker_fails_its_shard_and_the_next_try_succeeds(redis_url, tmp_path, long_cohort):
+    async with service(redis_url, tmp_path) as running:
+        await running.caller.open(long_cohort.layout)
+        await running.caller.put_all(long_cohort)
+        [worker] = running.workers
+        in_the_middle = working(worker)
+        call = asyncio.ensure_future(refusal(running.caller.aggregate(long_cohort, 0)))
+        await until(in_the_middle)
+        worker.kill()
+        assert await call is Reason.WORKER_FAILED
+        answer = await running.caller.aggregate(long_cohort, 0)
+        assert len(await running.caller.result(0)) == answer.digest.total_bytes
+        [replacement] = running.workers
+        assert replacement.pid != worker.pid
+
+
+async def test_a_killed_service_leaves_no_workers_not_even_busy_ones(redis_url, tmp_path, long_cohort):
+    async with service(redis_url, tmp_path, workers=2) as running:
+        await running.caller.open(long_cohort.layout)
+        await running.caller.put_all(long_cohort)
+        workers = running.workers
+        assert len(workers) == 2
+        busy = [working(worker) for worker in workers]
+        call = asyncio.ensure_future(refusal(running.caller.aggregate(long_cohort, 0)))
+        await until(lambda: any(check() for check in busy))
+        running.process.kill()
+        _, alive = await asyncio.to_thread(psutil.wait_procs, workers, 30)
+        assert alive == []
+        await call
+
+
+async def test_a_terminated_service_finishes_the_upload_in_progress_and_leaves_no_workers(
+    redis_url, tmp_path
+):
+    cohort = Cohort(size=2, layout=large_layout)
+    data = cohort.shard_bytes("client-0", 0)
+    pieces = list(cut(data))
+    async with service(redis_url, tmp_path, workers=2) as running:
+        workers = running.workers
+        await running.caller.open(cohort.layout)
+        call = running.caller.stub.PutShard()
+        await call.write(announcement(cohort.layout, "client-0", 0, data))
+        await call.write(pb.PutShardRequest(piece=pieces[0]))
+        await asyncio.sleep(0.1)
+        running.process.send_signal(signal.SIGTERM)
+        for piece in pieces[1:]:
+            await call.write(pb.PutShardRequest(piece=piece))
+        await call.done_writing()
+        assert (await call).digest.total_bytes == len(data)
+        assert await running.ended() == 0
+        _, alive = await asyncio.to_thread(psutil.wait_procs, workers, 10)
+        assert alive == []
+
+
+def test_the_help_names_the_settings():
+    command = [sys.executable, "-m", "services.aggregation.main", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "--redis-url" in shown
+
+
+def test_a_refused_setting_ends_the_process_with_its_name():
+    command = [sys.executable, "-m", "services.aggregation.main", "--workers", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "workers" in ended.stderr
