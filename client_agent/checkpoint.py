@@ -1,5 +1,6 @@
 """Loads a base model so that every agent that loads the same checkpoint has the same frozen weights."""
 
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ _LOADERS: Final[dict[str, Any]] = {
 }
 _POOLER: Final = "pooler"
 """Checkpoints of language models often lack the pooler that classification puts on top; it is trained then."""
+_LOADING: Final = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,16 @@ def invalid(message: str) -> DomainError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what transformers and PEFT print while they load, and a deprecation between the two of them."""
+    """Silences what transformers and PEFT print while they load, and a deprecation between the two of them.
+
+    What it changes belongs to the process, so one thread at a time is in here.
+    """
+    with _LOADING, _quiet():
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

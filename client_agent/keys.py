@@ -22,6 +22,11 @@ class EpochSecrets:
     key_id: bytes = b""
     """Public identifier of the CKKS key, 16 bytes; empty without a key."""
 
+    @property
+    def secret(self) -> bool:
+        """Whether these are secrets at all, and not the public values of protection "none"."""
+        return bool(self.key_id)
+
     @classmethod
     def from_proto(cls, epoch: int, message: pb.GetEpochSecretsResponse) -> "EpochSecrets":
         """Raises: DomainError SECRET_UNAVAILABLE if the key authority sent something else than secrets."""

@@ -43,7 +43,7 @@ def check_model(layout: Layout, model: AdaptedModel) -> None:
 
 
 def check_train_layout(
-    layout: Layout, model: AdaptedModel, protection: ProtectionSpec, plan: Plan | None
+    layout: Layout, model: AdaptedModel, protection: ProtectionSpec, plan: Plan | None, budget: float
 ) -> None:
     """Refuses a layout that is of another model, or that protects less than the federation promised.
 
@@ -58,7 +58,7 @@ def check_train_layout(
         check_layout(plan, layout.matrices)
     if protection.mode == "selective":
         _expect(layout.encrypt_tensors, "it asks for tensors in the clear")
-        _expect(bool(layout.tiers), "it has no columns to encrypt")
+        _expect(bool(layout.tiers) or not budget, "it has no columns to encrypt")
         _expect(layout.parameters == protection.parameters, "it names another CKKS profile")
 
 
@@ -72,8 +72,8 @@ def encrypted_tiers(layout: Layout, budget: float) -> int:
 
 
 def orders_of(layout: Layout, plan: Plan | None, secrets: EpochSecrets) -> Mapping[str, NDArray[np.int64]]:
-    """Column order by matrix; the true order if the layout encrypts nothing (protection "none")."""
-    return column_orders(plan, layout.matrices, secrets.obfuscation if layout.encrypts else None)
+    """Column order by matrix; the true order only under protection "none"."""
+    return column_orders(plan, layout.matrices, secrets.obfuscation if secrets.secret else None)
 
 
 def spool_update(

@@ -115,7 +115,7 @@ class Work:
         if spool is None:
             secrets = await self.secrets(train.round.epoch)
             plan = await self._checked_plan(train, layout, secrets, activity)
-            check_train_layout(layout, self._learner.model, self._me.protection, plan)
+            check_train_layout(layout, self._learner.model, self._me.protection, plan, self._me.budget)
             await self._begin_from(train, secrets, activity)
             spool = await self._worker.run(self._spool_update, train.round, layout, plan, secrets, activity)
         await self._send(spool, activity)

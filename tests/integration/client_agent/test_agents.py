@@ -1,0 +1,227 @@
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import BertModel
+
+from client_agent import work
+from client_agent.agent import Agent, Outcome
+from client_agent.learner import Learner
+from client_agent.session import Session
+from shelora.errors import DomainError, Reason
+from shelora.v1 import coordinator_pb2 as pb
+from tests.unit.client_agent.tiny import bert_config, save_model
+
+Make = Callable[..., Any]
+
+
+async def outcomes(*agents: Agent) -> list[Outcome]:
+    return await asyncio.gather(*(agent.run() for agent in agents))
+
+
+def product(home: Path, scaling: float) -> dict[str, np.ndarray]:
+    weights = load_file(home / "state" / "adapter" / "adapter_model.safetensors")
+    return {
+        name: scaling * weights[name.replace("lora_A", "lora_B")] @ value
+        for name, value in weights.items()
+        if "lora_A" in name
+    }
+
+
+async def test_agents_of_different_ranks_and_budgets_finish_a_federation_and_agree(
+    make_federation: Make,
+) -> None:
+    federation = make_federation("mixed", clients=3)
+    await federation.start()
+    agents = [
+        federation.agent("one", rank=2),
+        federation.agent("two", rank=8),
+        federation.agent("three", rank=8, budget=0.25),
+    ]
+    assert await outcomes(*agents) == [Outcome.FINISHED] * 3
+    record = await federation.now()
+    assert record.phase == pb.PHASE_FINISHED
+    trained = [r for r in record.history if r.kind == pb.ROUND_KIND_TRAIN]
+    assert [[e.example_count for e in r.evaluations] for r in trained] == [[5, 5, 5], [10, 10, 10]]
+    assert sum(e.correct_count for e in trained[-1].evaluations) >= 27
+    two, three = (product(federation.folder / name, 1.0) for name in ("two", "three"))
+    for name, value in two.items():
+        np.testing.assert_allclose(value, three[name], atol=1e-5)
+
+
+async def test_an_agent_stopped_after_training_uploads_without_training_again(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = make_federation("resumed", rounds=1)
+    await federation.start()
+    trained: list[int] = []
+    real_train, real_commit = Learner._train, Session.commit
+    first = federation.agent("one")
+
+    def counting_train(self: Learner, number: int, activity: Any) -> Any:
+        trained.append(number)
+        return real_train(self, number, activity)
+
+    async def stopping_commit(self: Session, spool: Any, upload_s: float) -> int:
+        if self._config.client_id == "one" and spool.note.rank > 1:
+            first.stop()
+            await asyncio.sleep(3600)
+        return await real_commit(self, spool, upload_s)
+
+    monkeypatch.setattr(Learner, "_train", counting_train)
+    monkeypatch.setattr(Session, "commit", stopping_commit)
+    other = asyncio.create_task(federation.agent("two").run())
+    assert await first.run() is Outcome.STOPPED
+    assert len(trained) >= 1
+    monkeypatch.setattr(Session, "commit", real_commit)
+    await federation.until(lambda f: f.current.kind == pb.ROUND_KIND_TRAIN and f.current.update_count == 1)
+    before = len(trained)
+    again = federation.agent("one")
+    assert await again.run() is Outcome.FINISHED
+    assert await other is Outcome.FINISHED
+    assert len(trained) == before == 2
+
+
+async def test_an_agent_stopped_while_training_leaves_soon_and_can_come_back(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = make_federation("interrupted", rounds=1, local_steps=10)
+    await federation.start()
+    first = federation.agent("one")
+    real_train = Learner._train
+    stopped: list[bool] = []
+
+    def stopping_train(self: Learner, number: int, activity: Any) -> Any:
+        if self._client_id == "one" and not stopped:
+            first.stop()
+            activity._stop.wait(60)
+            stopped.append(True)
+        return real_train(self, number, activity)
+
+    monkeypatch.setattr(Learner, "_train", stopping_train)
+    other = asyncio.create_task(federation.agent("two").run())
+    assert await first.run() is Outcome.STOPPED
+    assert stopped == [True]
+    assert await federation.agent("one").run() is Outcome.FINISHED
+    assert await other is Outcome.FINISHED
+
+
+async def test_an_abandoned_round_is_taken_up_again_without_training_twice(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt ends at its deadline, because one agent's upload hangs; the second reuses what was trained."""
+    federation = make_federation("again", rounds=1, deadline_s=6)
+    await federation.start()
+    trained: list[int] = []
+    real_train, real_commit = Learner._train, Session.commit
+
+    def counting_train(self: Learner, number: int, activity: Any) -> Any:
+        trained.append(number)
+        return real_train(self, number, activity)
+
+    async def hanging_commit(self: Session, spool: Any, upload_s: float) -> int:
+        record = await federation.now()
+        if spool.note.rank > 1 and self._config.client_id == "one" and record.current.attempt == 1:
+            await asyncio.sleep(3600)
+        return await real_commit(self, spool, upload_s)
+
+    monkeypatch.setattr(Learner, "_train", counting_train)
+    monkeypatch.setattr(Session, "commit", hanging_commit)
+    assert await outcomes(federation.agent("one"), federation.agent("two")) == [Outcome.FINISHED] * 2
+    attempts = [
+        (r.attempt, r.state) for r in (await federation.now()).history if r.kind == pb.ROUND_KIND_TRAIN
+    ]
+    assert attempts == [(1, pb.ROUND_STATE_ABANDONED), (2, pb.ROUND_STATE_PUBLISHED)]
+    assert trained == [1, 1]
+
+
+async def test_a_plan_that_the_votes_do_not_bear_out_is_rejected_and_another_leader_named(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = make_federation("crooked", rounds=1)
+    await federation.start()
+    real_make_plan = work.make_plan
+    made: list[int] = []
+
+    def crooked_first(scores: Any, matrices: Any, tiers: Any) -> Any:
+        made.append(1)
+        if len(made) == 1:
+            scores = {name: -value for name, value in scores.items()}
+        return real_make_plan(scores, matrices, tiers)
+
+    monkeypatch.setattr(work, "make_plan", crooked_first)
+    agents = [federation.agent("one", budget=0.5), federation.agent("two", budget=0.5)]
+    assert await outcomes(*agents) == [Outcome.FINISHED] * 2
+    assert len(made) == 2
+
+
+async def test_without_protection_no_key_is_fetched(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(*_args: Any) -> None:
+        raise AssertionError("a key was fetched")
+
+    monkeypatch.setattr(Session, "secrets", refused)
+    federation = make_federation("open", mode="none", rounds=1)
+    await federation.start()
+    assert await outcomes(federation.agent("one"), federation.agent("two")) == [Outcome.FINISHED] * 2
+
+
+async def test_an_agent_waits_for_a_federation_that_does_not_exist_yet(make_federation: Make) -> None:
+    federation = make_federation("late", rounds=1)
+    running = asyncio.create_task(outcomes(federation.agent("one"), federation.agent("two")))
+    await asyncio.sleep(0)
+    await federation.start()
+    assert await running == [Outcome.FINISHED] * 2
+
+
+async def test_an_agent_restarted_after_the_end_still_gets_the_adapter(make_federation: Make) -> None:
+    federation = make_federation("over", rounds=1)
+    await federation.start()
+    await outcomes(federation.agent("one"), federation.agent("two"))
+    adapter = federation.folder / "one" / "state" / "adapter" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    for file in adapter.parent.iterdir():
+        file.unlink()
+    assert await federation.agent("one").run() is Outcome.FINISHED
+    assert adapter.read_bytes() == before
+
+
+async def test_another_model_is_refused_at_once(make_federation: Make, tmp_path: Path) -> None:
+    federation = make_federation("strict", rounds=1)
+    await federation.start()
+    one = asyncio.create_task(federation.agent("one").run())
+    await federation.until(lambda f: len(f.members) == 1)
+    other = federation.agent("two", model={"path": str(_larger_model(tmp_path / "larger")), "device": "cpu"})
+    with pytest.raises(DomainError) as caught:
+        await other.run()
+    assert caught.value.reason is Reason.MODEL_MISMATCH
+    one.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await one
+
+
+async def test_a_wrong_credential_ends_the_agent(make_federation: Make, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text("0" * 32)
+    wrong.chmod(0o600)
+    federation = make_federation("locked", rounds=1)
+    await federation.start()
+    two = asyncio.create_task(federation.agent("two").run())
+    with pytest.raises(DomainError) as caught:
+        await federation.agent("one", credential_file=str(wrong)).run()
+    assert caught.value.reason is Reason.UNAUTHENTICATED
+    two.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await two
+
+
+def _larger_model(folder: Path) -> Path:
+    config = bert_config()
+    config.num_hidden_layers = 3
+    folder.mkdir()
+    return save_model(BertModel(config), folder)
