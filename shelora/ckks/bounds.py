@@ -2,7 +2,8 @@
 
 Notation: N the ring degree, D the value scale, W the weight scale, T the number of products in a sum, w and v
 the T weights and values that meet in the slot, u a root of X^N + 1, that is exp(i a) with a an odd multiple of
-pi / N. A slot is the real part of a polynomial at some u, divided by its scale.
+pi / N. A slot is the real or the imaginary part of a polynomial at some u, divided by its scale. What follows is
+said of the real part and its cosines; for the imaginary part and its sines it is the same.
 
 Fresh noise. SEAL draws each coefficient of e from a centred binomial: 21 fair bits minus 21 fair bits, variance
 21 / 2. The real part of e(u) is sum_k e_k cos(a k), a sum of independent bounded terms whose squared cosines add
@@ -10,11 +11,14 @@ up to N / 2. A fair bit minus a fair bit is sub-Gaussian with its own variance, 
 
     variance of the noise in a slot:  N / 2 * 21 / 2                                                     (1)
 
-Encoding. A plaintext with real slots satisfies m(X) = m(1 / X), so coefficient k is minus coefficient N - k and
-so is its rounding error, at most 1/2. The error in a slot is real. Taking roundings as uniform, which is
-sub-Gaussian with its own variance 1 / 12, the N / 2 independent ones count 2 cos(a k) each:
+Encoding. A plaintext of weights w has one real number for a pair of slots. It satisfies m(X) = m(1 / X), so
+coefficient k is minus coefficient N - k and so is its rounding error, at most 1/2: the error at u is real and
+mixes no slot with its partner. Taking roundings as uniform, which is sub-Gaussian with its own variance 1 / 12,
+the N / 2 independent ones count 2 cos(a k) each:
 
-    variance of the rounding in a slot:  N / 12                                                          (2)
+    variance of the rounding in a slot:  N / 12 of a weight, N / 24 of a value                           (2)
+
+The N coefficients of values, of which a pair fills a complex number, are rounded independently of one another.
 
 That is a heuristic. It fails for structured plaintexts, such as one whose slots differ by less than about N / W:
 all coefficients but the first then round to zero. Without it the error is still below

@@ -3,11 +3,13 @@
     sum[t, slot] = sum over blocks and their rows j of weights[t, j, segment(slot)] * Enc(value[j, slot])
                    + clear[t, slot]
 
-Slots are runs ("segments", one per LoRA matrix) that share a weight. Where a chunk holds one segment only, or
-equal weights, the product is by a scalar (exact but for one rounding of the weight); elsewhere by an encoded
-vector. Depth is one, there is no rescaling and no key switching (DESIGN.md section 3).
+Slots are runs ("segments", one per LoRA matrix) that share a weight. Two slots travel as one complex number, and
+a real weight keeps them apart; so a segment starts at an even slot. Where a chunk holds one segment only, or equal
+weights, the product is by a scalar (exact but for one rounding of the weight); elsewhere by an encoded vector.
+Depth is one, there is no rescaling and no key switching (DESIGN.md section 3).
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -33,10 +35,10 @@ _SLACK: Final = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class _ChunkRun:
-    """The segments that meet one chunk, in slot order, and how many of its slots each fills."""
+    """The segments that meet one chunk, in slot order, and how many of its pairs of slots each fills."""
 
     segments: IntArray
-    lengths: IntArray
+    pairs: IntArray
 
 
 class Evaluator:
@@ -54,8 +56,8 @@ class Evaluator:
     def accumulator(self, segments: Sequence[int], rows: int) -> "Accumulator":
         """An empty sum of `rows` rows over sum(segments) slots.
 
-        Args: segments: lengths of the consecutive runs of slots, each at least 0.
-        Raises: DomainError(INVALID_ARGUMENT): a negative length, or rows below one.
+        Args: segments: lengths of the consecutive runs of slots, each at least 0 and even but for the last.
+        Raises: DomainError(INVALID_ARGUMENT): a negative or odd length, or rows below one.
         """
         return Accumulator(self.parameters, self.key_id, segments, rows)
 
@@ -69,6 +71,8 @@ class Accumulator:
     def __init__(self, parameters: CkksParameters, key_id: bytes, segments: Sequence[int], rows: int) -> None:
         if rows < 1 or any(length < 0 for length in segments):
             raise DomainError(Reason.INVALID_ARGUMENT, "an accumulator needs a row and no negative segment")
+        if any(start % 2 for start in itertools.accumulate(segments[:-1])):
+            raise DomainError(Reason.INVALID_ARGUMENT, "only the last segment may have an odd length")
         self._context = seal_context(parameters)
         self._evaluator = sealapi.Evaluator(self._context.native)
         self._segments = np.asarray(segments, dtype=np.intp)
@@ -170,7 +174,7 @@ class Accumulator:
         if len(weights) == 1 or (weights == weights[0]).all():
             plaintext = self._context.encode_scalar(float(weights[0]), scale) if weights[0] else None
         else:
-            plaintext = self._context.encode(np.repeat(weights, run.lengths).tolist(), scale)
+            plaintext = self._context.encode_factors(np.repeat(weights, run.pairs), scale)
         return None if plaintext is None or plaintext.is_zero() else plaintext
 
     def _finished(self, native: Native | None, clear: FloatArray) -> FullCiphertext:
@@ -229,7 +233,7 @@ def _chunk_runs(segments: IntArray, slots: int) -> list[_ChunkRun]:
 def _chunk_run(starts: IntArray, ends: IntArray, first: int, last: int) -> _ChunkRun:
     lengths = np.minimum(ends, last) - np.maximum(starts, first)
     inside = np.flatnonzero(lengths > 0)
-    return _ChunkRun(inside, lengths[inside])
+    return _ChunkRun(inside, (lengths[inside] + 1) // 2)
 
 
 def _clear_residues(context: SealContext, values: FloatArray) -> UInt64Array:
@@ -242,7 +246,7 @@ def _clear_residues(context: SealContext, values: FloatArray) -> UInt64Array:
     if not values.any():
         return np.zeros(parameters.poly_degree, dtype=np.uint64)
     half_scale = parameters.product_scale / 2
-    half = context.read_plaintext(context.encode(values.tolist(), half_scale), half_scale)
+    half = context.read_plaintext(context.encode(values, half_scale), half_scale)
     return (half + half) % np.uint64(parameters.modulus)
 
 

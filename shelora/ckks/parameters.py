@@ -64,8 +64,8 @@ class CkksParameters:
 
     @property
     def slots(self) -> int:
-        """Real values one ciphertext carries, N / 2."""
-        return self.poly_degree // 2
+        """Real values one ciphertext carries, N: two in each of its N / 2 complex numbers."""
+        return self.poly_degree
 
     @property
     def coefficient_bits(self) -> int:
@@ -113,9 +113,10 @@ class CkksParameters:
         _require(min(self.scale_bits, self.weight_scale_bits) > 0, "scales must be above one")
         # SEAL refuses a scale as wide as the modulus.
         _require(self.product_scale_bits < self.coefficient_bits, "the scales together are as wide as q")
-        # Slots up to SUM_LIMIT give coefficients up to product_scale / 2. They wrap at q / 2; a third of
-        # that room is kept for noise, which is smaller by many orders of magnitude (bounds.py).
-        room = 3 * 2**self.product_scale_bits <= 2 * self.modulus
+        # A pair of slots up to SUM_LIMIT is a complex number up to sqrt(1/2), and so are the coefficients, times
+        # the product scale. They wrap at q / 2; a quarter of that room is kept for noise, which is smaller by
+        # many orders of magnitude (bounds.py): sqrt(1/2) * 2^bits <= 3/4 * q / 2.
+        room = 32 * 4**self.product_scale_bits <= 9 * self.modulus**2
         _require(room, "the product scale leaves no room for noise")
 
     def _check_security(self) -> None:
@@ -145,28 +146,28 @@ STANDARD: Final = CkksParameters(
     name="standard",
     poly_degree=2048,
     modulus=0x3FFFFFFFFED001,  # the largest 54-bit prime that is 1 modulo 4096
-    scale_bits=29,
-    weight_scale_bits=24,
+    scale_bits=27,
+    weight_scale_bits=26,
     secure=True,
 )
-"""The default: 128-bit secure, 13.6 bytes a value up and 27 down, 1024 values a ciphertext."""
+"""The default: 128-bit secure, 6.8 bytes a value up and 13.5 down, 2048 values a ciphertext."""
 
 LARGE: Final = CkksParameters(
     name="large",
     poly_degree=4096,
     modulus=0xFFFFFFFFFFFC001,  # the largest 60-bit prime that is 1 modulo 8192
-    scale_bits=32,
-    weight_scale_bits=27,
+    scale_bits=30,
+    weight_scale_bits=29,
     secure=True,
 )
-"""Six more bits of precision, for wide cohorts: 15 bytes a value up and 30 down, 2048 values a ciphertext."""
+"""Six more bits of precision, for wide cohorts: 7.5 bytes a value up and 15 down, 4096 values a ciphertext."""
 
 INSECURE_TOY: Final = CkksParameters(
     name="insecure-toy",
     poly_degree=64,
     modulus=0x3FFFFFFFFFFF01,
-    scale_bits=29,
-    weight_scale_bits=24,
+    scale_bits=27,
+    weight_scale_bits=26,
     secure=False,
 )
 """For tests only: the scales of STANDARD on a ring that anyone can break."""

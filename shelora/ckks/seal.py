@@ -11,11 +11,12 @@ on creation that the loaded library still writes it, and refuses to start otherw
 
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 from tenseal import sealapi
 
@@ -24,6 +25,7 @@ from shelora.ckks.parameters import CkksParameters
 from shelora.ckks.wire import SEED_BYTES, FullCiphertext, SeededCiphertext, UInt8Array
 from shelora.errors import DomainError, Reason
 
+FloatArray: TypeAlias = npt.NDArray[np.float64]
 Native: TypeAlias = Any
 """An object of the binding, which has no types."""
 
@@ -107,10 +109,16 @@ class SealContext:
         _require_layout(body.startswith(prefix) and len(body) == len(prefix) + self._polynomial_bytes)
         return self._residues(body, len(prefix))
 
-    def encode(self, values: Sequence[float], scale: float) -> Native:
-        """A plaintext with one real value a slot, at most N / 2 of them."""
+    def encode(self, values: FloatArray, scale: float) -> Native:
+        """A plaintext of an even number of values, at most N: two to a complex slot of SEAL."""
         plaintext = sealapi.Plaintext()
-        self.encoder.encode(values, scale, plaintext)
+        self.encoder.encode(values.view(np.complex128).tolist(), scale, plaintext)
+        return plaintext
+
+    def encode_factors(self, factors: FloatArray, scale: float) -> Native:
+        """A plaintext of at most N / 2 real factors: a product by it scales both values of each pair."""
+        plaintext = sealapi.Plaintext()
+        self.encoder.encode(factors.tolist(), scale, plaintext)
         return plaintext
 
     def encode_scalar(self, value: float, scale: float) -> Native:
@@ -118,6 +126,11 @@ class SealContext:
         plaintext = sealapi.Plaintext()
         self.encoder.encode(value, scale, plaintext)
         return plaintext
+
+    def decode(self, plaintext: Native) -> FloatArray:
+        """Values [N] of a plaintext."""
+        pairs: npt.NDArray[np.complex128] = np.array(self.encoder.decode_complex(plaintext))
+        return pairs.view(np.float64)
 
     def from_ntt(self, residues: UInt64Array) -> UInt64Array:
         """Coefficients [N] of a polynomial given in NTT order."""

@@ -124,7 +124,7 @@ class Encryptor:
         seeds = np.empty((rows * shape.chunks, SEED_BYTES), dtype=np.uint8)
         padded = pad_to_chunks(values, shape.chunks, self.parameters.slots)
         for index, slots in enumerate(padded.reshape(-1, self.parameters.slots)):
-            plaintext = self._context.encode(slots.tolist(), self.parameters.scale)
+            plaintext = self._context.encode(slots, self.parameters.scale)
             sealed = self._native.encrypt_symmetric(plaintext)
             c0[index], seeds[index] = self._context.read_seeded(sealed)
         grid = (rows, shape.chunks)
@@ -161,15 +161,14 @@ class Decryptor:
             values[row, chunk * slots : (chunk + 1) * slots] = self._slots(block, row, chunk)
         return values[:, :total_slots]
 
-    def _slots(self, block: FullBlock | SeededBlock, row: int, chunk: int) -> list[float]:
+    def _slots(self, block: FullBlock | SeededBlock, row: int, chunk: int) -> FloatArray:
         if isinstance(block, SeededBlock):
             ciphertext = self._context.load_seeded(block.seeded_ciphertext(row, chunk))
         else:
             ciphertext = self._context.load_full(block.full_ciphertext(row, chunk))
         plaintext = sealapi.Plaintext()
         self._native.decrypt(ciphertext, plaintext)
-        slots: list[float] = self._context.encoder.decode_double(plaintext)
-        return slots
+        return self._context.decode(plaintext)
 
     def _check_origin(self, shape: BlockShape) -> None:
         if shape.parameters.digest != self.parameters.digest:

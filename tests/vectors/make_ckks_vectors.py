@@ -17,8 +17,8 @@ from shelora.ckks.evaluator import Evaluator
 from shelora.ckks.secret import Encryptor, SecretKey
 
 FOLDER: Final = Path(__file__).parent / "ckks"
-ROWS, CHUNKS, TOTAL_SLOTS = 2, 3, 70
-SEGMENTS = (20, 30, 20)
+ROWS, CHUNKS, TOTAL_SLOTS = 2, 3, 140
+SEGMENTS = (40, 60, 40)
 KEY_ID: Final = bytes(range(16))
 
 

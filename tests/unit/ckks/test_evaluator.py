@@ -46,16 +46,19 @@ def refused(call, *arguments):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    segments=st.lists(st.integers(0, 3 * SLOTS), min_size=1, max_size=5),
+    segments=st.lists(st.integers(0, 3 * SLOTS // 2), min_size=1, max_size=5),
+    odd=st.booleans(),
     rows=st.integers(1, 3),
     rows_in=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     streamed=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_encrypted_sums_equal_plain_sums_within_the_rigorous_bound(
-    evaluator, encryptor, decryptor, segments, rows, rows_in, streamed, seed
+    evaluator, encryptor, decryptor, segments, odd, rows, rows_in, streamed, seed
 ):
     rng = np.random.default_rng(seed)
+    segments = [2 * pairs for pairs in segments]
+    segments[-1] += odd
     total, terms = sum(segments), sum(rows_in)
     accumulator = evaluator.accumulator(segments, rows)
     weights = random_weights(rng, rows, terms, len(segments), total=0.4)
@@ -78,7 +81,7 @@ def test_encrypted_sums_equal_plain_sums_within_the_rigorous_bound(
 
 
 @pytest.mark.parametrize("parameters", [STANDARD, LARGE])
-@pytest.mark.parametrize("segment", [1024, 4096])
+@pytest.mark.parametrize("segment", [1024, 8192])
 def test_secure_profiles_keep_the_typical_bound(parameters, segment, rng):
     secret = SecretKey.generate(parameters)
     segments = [segment] * (2 * parameters.slots // segment or 1)
@@ -119,6 +122,16 @@ def test_values_and_weights_at_their_limits_do_not_wrap(evaluator, encryptor, de
     assert np.abs(found - sign / 2).max() < accumulated_error_bound(INSECURE_TOY, terms=1, scalar=True)
 
 
+def test_a_pair_of_slots_at_its_limits_does_not_wrap(evaluator, encryptor, decryptor):
+    """Both parts of a complex number at 1 make coefficients larger by sqrt(2) than a real number does."""
+    values = np.stack([np.resize(signs, SLOTS) for signs in ([1.0], [1.0, -1.0], [1.0, 1.0, -1.0, -1.0])])
+    accumulator = evaluator.accumulator([SLOTS], rows=3)
+    weights = np.eye(3)[:, :, None] / 2
+    accumulator.add(encryptor.encrypt(values), weights)
+    found = decryptor.decrypt(accumulator.finish(), SLOTS)
+    assert np.abs(found - values / 2).max() < accumulated_error_bound(INSECURE_TOY, terms=1, scalar=True)
+
+
 def test_opposite_weights_cancel_to_a_trivial_zero(evaluator, encryptor, decryptor, rng):
     block = encryptor.encrypt(rng.uniform(-1, 1, (1, SLOTS)))
     accumulator = evaluator.accumulator([SLOTS], rows=1)
@@ -139,10 +152,10 @@ def test_a_sum_goes_on_after_it_has_cancelled(evaluator, encryptor, decryptor, r
     assert np.abs(found - 0.2 * values).max() < accumulated_error_bound(INSECURE_TOY, terms=3, scalar=True)
 
 
-@pytest.mark.parametrize("weight", [0.0, 2.0**-26, 1e-300])
+@pytest.mark.parametrize("weight", [0.0, 2.0**-28, 1e-300])
 def test_weights_that_round_to_zero_leave_a_position_trivial(evaluator, encryptor, weight):
     block = encryptor.encrypt(np.ones((1, 2 * SLOTS)))
-    accumulator = evaluator.accumulator([SLOTS, 5, SLOTS - 5], rows=1)
+    accumulator = evaluator.accumulator([SLOTS, 6, SLOTS - 6], rows=1)
     accumulator.add(block, np.array([[[weight, weight, 0.0]]]))
     assert not accumulator.finish().c1.any()
 
@@ -158,13 +171,13 @@ def test_a_client_may_send_some_chunks_only(evaluator, encryptor, decryptor, rng
     present = [1, 3]
     sent = values.reshape(2, 4, SLOTS)[:, present].reshape(2, -1)
     weights = random_weights(rng, 3, 2, 2)
-    accumulator = evaluator.accumulator([SLOTS + 7, 3 * SLOTS - 7], rows=3)
+    accumulator = evaluator.accumulator([SLOTS + 6, 3 * SLOTS - 6], rows=3)
     accumulator.add(encryptor.encrypt(sent), weights, chunk_indices=present)
     values.reshape(2, 4, SLOTS)[:, [0, 2]] = 0
     result = accumulator.finish()
     assert not result.c1[:, [0, 2]].any()
     found = decryptor.decrypt(result, 4 * SLOTS)
-    expected = plain_sum(weights, [SLOTS + 7, 3 * SLOTS - 7], values)
+    expected = plain_sum(weights, [SLOTS + 6, 3 * SLOTS - 6], values)
     assert np.abs(found - expected).max() < accumulated_error_bound(INSECURE_TOY, terms=2, scalar=False)
 
 
@@ -265,9 +278,10 @@ def test_a_finished_sum_is_closed(evaluator, encryptor):
     assert refused(accumulator.add, block, np.full((1, 1, 1), 0.25)) is Reason.INVALID_ARGUMENT
 
 
-def test_an_accumulator_needs_a_row_and_no_negative_segment(evaluator):
+def test_an_accumulator_needs_a_row_and_segments_of_whole_pairs(evaluator):
     assert refused(evaluator.accumulator, [SLOTS], 0) is Reason.INVALID_ARGUMENT
     assert refused(evaluator.accumulator, [-1], 1) is Reason.INVALID_ARGUMENT
+    assert refused(evaluator.accumulator, [3, 0, 2], 1) is Reason.INVALID_ARGUMENT
     assert refused(Evaluator, INSECURE_TOY, b"short") is Reason.INVALID_ARGUMENT
 
 

@@ -22,8 +22,8 @@ def test_seal_itself_refuses_a_secure_claim_that_our_table_would_miss(monkeypatc
 
 
 def test_standard_has_the_documented_numbers():
-    assert (STANDARD.slots, STANDARD.coefficient_bits, STANDARD.product_scale) == (1024, 54, 2.0**53)
-    assert (STANDARD.chunks(0), STANDARD.chunks(1024), STANDARD.chunks(1025)) == (0, 1, 2)
+    assert (STANDARD.slots, STANDARD.coefficient_bits, STANDARD.product_scale) == (2048, 54, 2.0**53)
+    assert (STANDARD.chunks(0), STANDARD.chunks(2048), STANDARD.chunks(2049)) == (0, 1, 2)
 
 
 @pytest.mark.parametrize("name", sorted(PROFILES))
@@ -39,7 +39,7 @@ def test_an_unknown_profile_is_refused_and_the_known_ones_named():
 
 def test_the_digest_depends_on_every_number_and_not_on_the_name():
     variants = [
-        replace(STANDARD, scale_bits=28),
+        replace(STANDARD, scale_bits=26),
         replace(STANDARD, weight_scale_bits=23),
         replace(STANDARD, secure=False),
         replace(STANDARD, poly_degree=1024, secure=False),
@@ -69,7 +69,7 @@ def test_an_unsound_literal_is_refused(change, message):
 
 
 def test_a_scale_without_room_for_noise_is_refused():
-    # A 53-bit prime just above 2^52: product scale 2^52 would let a sum of 1/2 touch q / 2.
+    # A 53-bit prime just above 2^52: product scale 2^52 would let a pair of 1/2 pass q / 2.
     candidate = (1 << 52) + 1
     while True:
         try:
@@ -78,4 +78,4 @@ def test_a_scale_without_room_for_noise_is_refused():
         except DomainError:
             candidate += 128
     with pytest.raises(DomainError, match="room for noise"):
-        replace(INSECURE_TOY, modulus=candidate, weight_scale_bits=23)
+        replace(INSECURE_TOY, modulus=candidate, weight_scale_bits=25)

@@ -56,7 +56,7 @@ def test_equal_values_are_encrypted_differently(encryptor):
 
 
 def test_no_representation_shows_the_key(key, encryptor, decryptor):
-    for thing in (key, encryptor, decryptor, Evaluator(insecure-toy, key.key_id)):
+    for thing in (key, encryptor, decryptor, Evaluator(INSECURE_TOY, key.key_id)):
         for text in (repr(thing), str(thing), f"{thing}"):
             assert text == f"{type(thing).__name__}(insecure-toy, key {key.key_id.hex()})"
 
