@@ -4,10 +4,10 @@ Ciphertexts stay bytes: `validate_update` has `shelora.ckks.wire` check every co
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from shelora.ckks.wire import BlockShape, validate_block
@@ -16,7 +16,12 @@ from shelora.lora.layout import FORMAT, Layout, Matrix, Shard, Tensor
 from shelora.lora.shards import Float32, MatrixAggregate, MatrixPart, ResultShardContent, UpdateShardContent
 from shelora.v1 import common_pb2 as pb
 
+_Pieces: TypeAlias = list[bytes | memoryview]
 _Shard = TypeVar("_Shard", pb.UpdateShard, pb.ResultShard)
+_LENGTH_DELIMITED = 2
+"""Protobuf's wire type of bytes and messages."""
+_LARGEST_A = 1.0
+"""Rows of A are normalized to at most one."""
 _MAX_EXPONENT = 1000
 """Row exponents beyond this leave the range of float64."""
 
@@ -73,22 +78,35 @@ def layout_from_proto(message: pb.Layout) -> Layout:
 
 def encode_update(layout: Layout, content: UpdateShardContent) -> bytes:
     """The serialized UpdateShard that PutShard streams."""
-    return pb.UpdateShard(
+    head = pb.UpdateShard(
         format=FORMAT,
         layout_digest=layout.digest,
         shard=content.shard,
         rank=content.rank,
         encrypted_tiers=content.encrypted_tiers,
-        matrices=[pb.MatrixUpdate(b=_to_bytes(m.B), clear_a=_to_bytes(m.clear_A)) for m in content.matrices],
-        clear_tensors=[_to_bytes(t) for t in content.clear_tensors],
-        ciphertexts=content.ciphertexts,
-    ).SerializeToString(deterministic=True)
+    )
+    matrices = [_bytes_field(1, _buffer(m.B)) + _bytes_field(2, _buffer(m.clear_A)) for m in content.matrices]
+    return _shard_bytes(head, 6, matrices, content.clear_tensors, content.ciphertexts)
 
 
 def decode_update(layout: Layout, index: int, data: bytes) -> UpdateShardContent:
     """Parses and checks everything but the ciphertexts, which stay bytes.
 
-    Raises: SHARD_MALFORMED, LAYOUT_MISMATCH, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE.
+    Raises: what `parse_update` raises, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE.
+    """
+    content = parse_update(layout, index, data)
+    shard = layout.shards[index]
+    for i, part in zip(shard.matrices, content.matrices, strict=True):
+        _check_values(part.B, f"B of {layout.matrices[i].name}")
+        _check_values(part.clear_A, f"A of {layout.matrices[i].name}", _LARGEST_A)
+    _check_tensors(layout, shard, content.clear_tensors)
+    return content
+
+
+def parse_update(layout: Layout, index: int, data: bytes) -> UpdateShardContent:
+    """Parses a shard and checks its shape. Enough for a shard whose values were checked when it arrived.
+
+    Raises: SHARD_MALFORMED, LAYOUT_MISMATCH, SHAPE_MISMATCH.
     """
     message = _parse(pb.UpdateShard(), data)
     shard = _expect_shard(layout, index, message)
@@ -134,35 +152,32 @@ def validate_update(layout: Layout, index: int, data: bytes) -> UpdateShardConte
 
 def encode_result(layout: Layout, content: ResultShardContent) -> bytes:
     """The serialized ResultShard that GetResult streams."""
-    return pb.ResultShard(
+    head = pb.ResultShard(
         format=FORMAT,
         layout_digest=layout.digest,
         shard=content.shard,
         contributor_count=content.contributor_count,
-        matrices=[
-            pb.MatrixResult(
-                directions=m.Q.shape[1],
-                q=_to_bytes(m.Q),
-                clear_m=_to_bytes(m.clear_M),
-                row_exponents=m.row_exponents,
-                energy_left_out=m.energy_left_out,
-            )
-            for m in content.matrices
-        ],
-        clear_tensors=[_to_bytes(t) for t in content.clear_tensors],
-        ciphertexts=content.ciphertexts,
-    ).SerializeToString(deterministic=True)
+    )
+    matrices = [_matrix_result(m) for m in content.matrices]
+    return _shard_bytes(head, 5, matrices, content.clear_tensors, content.ciphertexts)
+
+
+def _matrix_result(aggregate: MatrixAggregate) -> _Pieces:
+    head = pb.MatrixResult(directions=aggregate.Q.shape[1])
+    tail = pb.MatrixResult(row_exponents=aggregate.row_exponents, energy_left_out=aggregate.energy_left_out)
+    factors = _bytes_field(2, _buffer(aggregate.Q)) + _bytes_field(3, _buffer(aggregate.clear_M))
+    return [_message(head), *factors, _message(tail)]
 
 
 def decode_result(layout: Layout, index: int, data: bytes) -> ResultShardContent:
     """Parses and checks everything but the ciphertexts, which stay bytes.
 
-    Raises: SHARD_MALFORMED, LAYOUT_MISMATCH, SHAPE_MISMATCH, VALUE_NOT_FINITE.
+    Raises: SHARD_MALFORMED, LAYOUT_MISMATCH, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE.
     """
     message = _parse(pb.ResultShard(), data)
     shard = _expect_shard(layout, index, message)
     _expect(len(message.matrices) == len(shard.matrices), f"{len(message.matrices)} matrices")
-    return ResultShardContent(
+    content = ResultShardContent(
         shard=index,
         contributor_count=message.contributor_count,
         matrices=tuple(
@@ -172,6 +187,11 @@ def decode_result(layout: Layout, index: int, data: bytes) -> ResultShardContent
         clear_tensors=_clear_tensors(layout, shard, message.clear_tensors),
         ciphertexts=message.ciphertexts,
     )
+    for i, aggregate in zip(shard.matrices, content.matrices, strict=True):
+        _check_values(aggregate.Q, f"Q of {layout.matrices[i].name}")
+        _check_values(aggregate.clear_M, f"M of {layout.matrices[i].name}")
+    _check_tensors(layout, shard, content.clear_tensors)
+    return content
 
 
 def result_block_shape(layout: Layout, content: ResultShardContent) -> BlockShape | None:
@@ -209,8 +229,6 @@ def _matrix_part(matrix: Matrix, part: pb.MatrixUpdate, rank: int, tiers: int) -
     clear = matrix.in_features - matrix.protected(tiers)
     b = _from_bytes(part.b, (matrix.out_features, rank), f"B of {matrix.name}")
     a = _from_bytes(part.clear_a, (rank, clear), f"A of {matrix.name}")
-    if a.size and np.abs(a).max() > 1:
-        raise DomainError(Reason.VALUE_OUT_OF_RANGE, f"A of {matrix.name} exceeds 1 in magnitude")
     return MatrixPart(b, a)
 
 
@@ -218,6 +236,7 @@ def _matrix_aggregate(layout: Layout, matrix: Matrix, part: pb.MatrixResult) -> 
     q = part.directions
     _expect(q <= min(layout.max_directions, matrix.out_features), f"{q} directions of {matrix.name}")
     _expect(len(part.row_exponents) == q, f"row exponents of {matrix.name}")
+    _expect(0 <= part.energy_left_out <= 1, f"energy left out of {matrix.name}")
     _expect(
         all(abs(e) <= _MAX_EXPONENT for e in part.row_exponents), f"range of row exponents of {matrix.name}"
     )
@@ -232,20 +251,68 @@ def _matrix_aggregate(layout: Layout, matrix: Matrix, part: pb.MatrixResult) -> 
 def _clear_tensors(layout: Layout, shard: Shard, parts: Sequence[bytes]) -> tuple[Float32, ...]:
     tensors = [] if layout.encrypt_tensors else [layout.tensors[i] for i in shard.tensors]
     _expect(len(parts) == len(tensors), f"{len(parts)} clear tensors")
-    values = tuple(_from_bytes(part, t.shape, t.name) for part, t in zip(parts, tensors, strict=True))
-    for value, tensor in zip(values, tensors, strict=True):
-        if np.abs(value).max() > tensor.bound:
-            raise DomainError(Reason.VALUE_OUT_OF_RANGE, f"{tensor.name} exceeds its bound {tensor.bound}")
-    return values
+    return tuple(_from_bytes(part, t.shape, t.name) for part, t in zip(parts, tensors, strict=True))
 
 
-def _to_bytes(values: Float32) -> bytes:
-    return np.ascontiguousarray(values, dtype="<f4").tobytes()
+def _check_tensors(layout: Layout, shard: Shard, values: Sequence[Float32]) -> None:
+    for index, value in zip(shard.tensors, values, strict=False):  # no values if tensors are encrypted
+        _check_values(value, layout.tensors[index].name, layout.tensors[index].bound)
+
+
+def _check_values(values: Float32, what: str, bound: float | None = None) -> None:
+    if not np.isfinite(values).all():
+        raise DomainError(Reason.VALUE_NOT_FINITE, f"{what} holds NaN or infinity")
+    if bound is not None and values.size and np.abs(values).max() > bound:
+        raise DomainError(Reason.VALUE_OUT_OF_RANGE, f"{what} exceeds {bound} in magnitude")
+
+
+def _buffer(values: Float32) -> memoryview:
+    return np.ascontiguousarray(values, dtype="<f4").reshape(-1).view(np.uint8).data
+
+
+# Shards are serialized in pieces that are joined once: protobuf copies megabytes of factors four times. A message's
+# serialization is the concatenation of those of its fields, so the bytes are the ones protobuf writes.
+
+
+def _shard_bytes(
+    head: Message,
+    first: int,
+    matrices: Sequence[_Pieces],
+    tensors: Sequence[Float32],
+    ciphertexts: bytes,
+) -> bytes:
+    """A shard whose matrices are field `first`, clear tensors the next and ciphertexts the one after."""
+    pieces: _Pieces = [_message(head)]
+    for matrix in matrices:
+        pieces += _field(first, *matrix)
+    for tensor in tensors:
+        pieces += _field(first + 1, _buffer(tensor))
+    return b"".join((*pieces, *_bytes_field(first + 2, ciphertexts)))
+
+
+def _message(message: Message) -> bytes:
+    return message.SerializeToString(deterministic=True)
+
+
+def _bytes_field(number: int, content: bytes | memoryview) -> _Pieces:
+    """A field of bytes; like protobuf's, an empty one is left out."""
+    return _field(number, content) if len(content) else []
+
+
+def _field(number: int, *content: bytes | memoryview) -> _Pieces:
+    return [_varint(number << 3 | _LENGTH_DELIMITED) + _varint(sum(map(len, content))), *content]
+
+
+def _varint(value: int) -> bytes:
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
 
 
 def _from_bytes(data: bytes, shape: tuple[int, ...], what: str) -> Float32:
     _expect(len(data) == 4 * int(np.prod(shape)), f"{what} has {len(data)} bytes for shape {shape}")
-    values: NDArray[np.float32] = np.frombuffer(data, dtype="<f4").reshape(shape)
-    if not np.isfinite(values).all():
-        raise DomainError(Reason.VALUE_NOT_FINITE, f"{what} holds NaN or infinity")
-    return values
+    values: NDArray[np.float32] = np.frombuffer(data, dtype="<f4")
+    return values.reshape(shape)

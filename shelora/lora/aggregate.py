@@ -1,7 +1,8 @@
 """Aggregation of one shard over a cohort: Q, clear columns of M, ciphertexts of the others. Decrypts nothing.
 
-Three passes over the contributions, one client's shard in memory at a time, so that memory does not grow with the
-cohort: find Q; find the norms of the rows of R; accumulate M (docs/protocol.md, "Aggregation").
+Passes over the contributions, one client's shard in memory at a time, so that memory does not grow with the cohort:
+find Q and R, accumulate M. Where the ranks add up to more than `max_directions`, R is not kept and a pass between
+them finds the norms of its rows (docs/protocol.md, "Aggregation").
 
 Slots of encrypted row t hold M[t] * 2^e with the largest e for which ||R_t||_1 * 2^e <= 1/2: rows of A are at most 1
 in magnitude, so no slot passes 1/2 and the CKKS modulus is used fully whatever the size of the update.
@@ -19,7 +20,7 @@ from shelora.errors import DomainError, Reason
 from shelora.lora.algebra import NEGLIGIBLE, DirectionSketch, coordinates
 from shelora.lora.layout import Layout, Segment
 from shelora.lora.shards import Float32, Float64, MatrixAggregate, ResultShardContent, UpdateShardContent
-from shelora.messages import decode_update, encode_result, update_block_shape
+from shelora.messages import encode_result, parse_update, update_block_shape
 
 TENSOR_HEADROOM = SUM_LIMIT
 """Slots of averaged tensors hold the average times this over the tensor's bound."""
@@ -36,6 +37,10 @@ class Contribution:
     scaling: float = 1.0
     """s_i = alpha / rank; not used for tensors."""
 
+    def block(self, B: Float32) -> Float64:
+        """w_i s_i B_i."""
+        return np.multiply(B, self.weight * self.scaling, dtype=np.float64)
+
 
 Load = Callable[[str], bytes]
 """Reads a client's serialized, validated UpdateShard."""
@@ -45,7 +50,7 @@ def aggregate_shard(layout: Layout, index: int, contributions: Sequence[Contribu
     """The serialized ResultShard of shard `index`.
 
     Deterministic: the same contributions give the same bytes, on any replica. Raises TOO_FEW_CONTRIBUTORS, and what
-    `decode_update` raises if a stored shard is not what was validated.
+    `parse_update` raises if a stored shard is not what was validated.
     """
     if len(contributions) < MIN_CONTRIBUTORS:
         raise DomainError(Reason.TOO_FEW_CONTRIBUTORS, f"{len(contributions)} contributions; the least is 2")
@@ -65,13 +70,12 @@ class _Cohort:
 
     def __iter__(self) -> Iterator[tuple[Contribution, UpdateShardContent]]:
         for contribution in self.contributions:
-            yield contribution, decode_update(self.layout, self.index, self.load(contribution.client_id))
+            yield contribution, parse_update(self.layout, self.index, self.load(contribution.client_id))
 
-    def blocks(self) -> Iterator[tuple[UpdateShardContent, list[Float64]]]:
-        """For each client its content and w_i s_i B_i [out, rank] of every matrix."""
+    def blocks(self) -> Iterator[list[Float64]]:
+        """For each client w_i s_i B_i [out, rank] of every matrix."""
         for contribution, content in self:
-            factor = contribution.weight * contribution.scaling
-            yield content, [factor * part.B.astype(np.float64) for part in content.matrices]
+            yield [contribution.block(part.B) for part in content.matrices]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,28 +83,39 @@ class _Rows:
     """What is known of one matrix before M is accumulated."""
 
     Q: Float64
+    R: Float64 | None
+    """Coordinates of all clients side by side; None if they are too many to keep."""
     exponents: tuple[int, ...]
-    energy_left_out: float
+    energy_left_out: float = 0.0
 
     @property
     def scale(self) -> Float64:
         """2^e a row, [q, 1]."""
         return np.exp2(np.array(self.exponents, dtype=np.float64))[:, None]
 
+    def coordinates(self, contribution: Contribution, B: Float32, first: int) -> Float64:
+        """R_i [q, rank] of a client whose columns of R start at `first`."""
+        if self.R is None:
+            return coordinates(self.Q, contribution.block(B))
+        return self.R[:, first : first + B.shape[1]]
+
 
 def _aggregate_matrices(cohort: _Cohort) -> ResultShardContent:
     layout, shard = cohort.layout, cohort.layout.shards[cohort.index]
-    matrices = [layout.matrices[i] for i in shard.matrices]
-    rows = _rows(cohort, _bases(cohort, len(matrices)))
-    clear = [np.zeros((r.Q.shape[1], m.clear)) for r, m in zip(rows, matrices, strict=True)]
-    row_count = max(r.Q.shape[1] for r in rows)
-    slots = _EncryptedSlots.create(layout, cohort.index, row_count)
-    for content, blocks in cohort.blocks():
-        R = [coordinates(r.Q, block) for r, block in zip(rows, blocks, strict=True)]
-        for M, part, R_i, matrix in zip(clear, content.matrices, R, matrices, strict=True):
-            np.add(M, R_i @ part.clear_A[:, part.clear_A.shape[1] - matrix.clear :], out=M)
+    rows = _rows(cohort, len(shard.matrices))
+    clear = [
+        np.zeros((r.Q.shape[1], layout.matrices[i].clear)) for r, i in zip(rows, shard.matrices, strict=True)
+    ]
+    slots = _EncryptedSlots.create(layout, cohort.index, max(r.Q.shape[1] for r in rows))
+    first = 0
+    for contribution, content in cohort:
+        parts = content.matrices
+        R = [r.coordinates(contribution, part.B, first) for r, part in zip(rows, parts, strict=True)]
+        for M, part, R_i in zip(clear, parts, R, strict=True):
+            _add_product(M, R_i, part.clear_A[:, part.clear_A.shape[1] - M.shape[1] :])
         if slots is not None:
             slots.add(content, [r.scale * R_i for r, R_i in zip(rows, R, strict=True)])
+        first += content.rank
     return ResultShardContent(
         shard=cohort.index,
         contributor_count=len(cohort.contributions),
@@ -113,20 +128,28 @@ def _aggregate_matrices(cohort: _Cohort) -> ResultShardContent:
     )
 
 
-def _bases(cohort: _Cohort, count: int) -> list[Float64]:
+def _add_product(total: Float64, R: Float64, A: Float32) -> None:
+    """Adds R A. R is upper triangular over the cohort: the rows below a client's last are zero."""
+    used = int(np.flatnonzero(R.any(axis=1)).max(initial=-1)) + 1
+    total[:used] += R[:used] @ A
+
+
+def _rows(cohort: _Cohort, count: int) -> list[_Rows]:
     sketches = [DirectionSketch(cohort.layout.max_directions) for _ in range(count)]
-    for _, blocks in cohort.blocks():
+    for blocks in cohort.blocks():
         for sketch, block in zip(sketches, blocks, strict=True):
             sketch.add(block)
-    return [sketch.basis() for sketch in sketches]
+    found = [sketch.directions() for sketch in sketches]
+    exact = [_used_rows(Q, R, np.abs(R).sum(axis=1)) for Q, R in found if R is not None]
+    return exact if len(exact) == count else _cut_rows(cohort, [Q for Q, _ in found])
 
 
-def _rows(cohort: _Cohort, bases: list[Float64]) -> list[_Rows]:
-    """Drops directions no update uses and chooses the exponent of every row."""
+def _cut_rows(cohort: _Cohort, bases: list[Float64]) -> list[_Rows]:
+    """Norms of the rows of R, and how much of the stacked B lies outside Q, by another pass."""
     norms = [np.zeros(basis.shape[1]) for basis in bases]
     kept = np.zeros(len(bases))
     total = np.zeros(len(bases))
-    for _, blocks in cohort.blocks():
+    for blocks in cohort.blocks():
         for item, (basis, block) in enumerate(zip(bases, blocks, strict=True)):
             R_i = coordinates(basis, block)
             norms[item] += np.abs(R_i).sum(axis=1)
@@ -135,15 +158,18 @@ def _rows(cohort: _Cohort, bases: list[Float64]) -> list[_Rows]:
     left_out = np.where(total > 0, np.maximum(0, 1 - kept / np.where(total > 0, total, 1)), 0)
     left_out[left_out < NEGLIGIBLE] = 0
     return [
-        _used_rows(basis, norm, float(energy))
+        _used_rows(basis, None, norm, float(energy))
         for basis, norm, energy in zip(bases, norms, left_out, strict=True)
     ]
 
 
-def _used_rows(basis: Float64, norms: Float64, energy_left_out: float) -> _Rows:
+def _used_rows(basis: Float64, R: Float64 | None, norms: Float64, energy_left_out: float = 0.0) -> _Rows:
+    """Drops directions no update uses and chooses the exponent of every row from its norm in R."""
     used = norms > NEGLIGIBLE * norms.max()
     exponents = tuple(math.floor(math.log2(SUM_LIMIT / norm)) for norm in norms[used])
-    return _Rows(np.ascontiguousarray(basis[:, used]), exponents, energy_left_out)
+    if used.all():
+        return _Rows(basis, R, exponents, energy_left_out)
+    return _Rows(basis[:, used], None if R is None else R[used], exponents, energy_left_out)
 
 
 class _EncryptedSlots:
@@ -163,7 +189,7 @@ class _EncryptedSlots:
         if not segments or not row_count:
             return None
         evaluator = Evaluator(layout.ckks, layout.key_id)
-        return cls(layout, index, evaluator.accumulator([s.length for s in segments], row_count), row_count)
+        return cls(layout, index, evaluator.accumulator([s.slots for s in segments], row_count), row_count)
 
     def add(self, content: UpdateShardContent, scaled: list[Float64]) -> None:
         """Adds one client's columns; scaled[item] is 2^e R_i [q, rank] of each matrix."""

@@ -16,11 +16,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from shelora.ckks.parameters import CkksParameters, profile
+from shelora.ckks.wire import KEY_ID_BYTES
 from shelora.errors import DomainError, Reason
 
 FORMAT = 1
 MAX_DIMENSION = 2**20
 MAX_TENSOR_VALUES = 2**28
+MAX_TENSOR_DIMENSIONS = 8
+LARGEST_BOUND = (2 - 2.0**-23) * 2.0**127
+"""Largest float32."""
 MAX_RANK = 1024
 MAX_NAME = 256
 SOFT_CLEAR_BYTES = 4 * 2**20
@@ -77,12 +81,15 @@ class Tensor:
     bound: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bound", float(self.bound))  # 1 and 1.0 make one digest
         if not 1 <= len(self.name) <= MAX_NAME:
             raise refuse(f"a tensor name must have 1 to {MAX_NAME} characters")
         if min(self.shape, default=1) < 1 or self.size > MAX_TENSOR_VALUES:
             raise refuse(f"tensor {self.name}: it must hold 1 to {MAX_TENSOR_VALUES} values")
-        if not (math.isfinite(self.bound) and self.bound > 0):
-            raise refuse(f"tensor {self.name}: the bound must be greater than 0")
+        if len(self.shape) > MAX_TENSOR_DIMENSIONS:
+            raise refuse(f"tensor {self.name}: it must have at most {MAX_TENSOR_DIMENSIONS} dimensions")
+        if not 0 < self.bound <= LARGEST_BOUND:
+            raise refuse(f"tensor {self.name}: the bound must be greater than 0 and a float32")
 
     @property
     def size(self) -> int:
@@ -105,10 +112,15 @@ class Segment:
     item: int
     """Position in the shard's matrices or tensors."""
     slot: int
-    """First slot."""
+    """First slot, even: two slots that share a complex number of CKKS share their weights."""
     length: int
     column: int
     """First position in the matrix's column order; 0 for tensors."""
+
+    @property
+    def slots(self) -> int:
+        """Slots it takes up: its length, made even."""
+        return even(self.length)
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,7 @@ class Layout:
     shards: tuple[Shard, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tiers", tuple(map(float, self.tiers)))  # 1 and 1.0 make one digest
         profile(self.parameters)
         if not 1 <= self.max_rank <= MAX_RANK:
             raise refuse(f"max_rank must be 1 to {MAX_RANK}")
@@ -144,8 +157,8 @@ class Layout:
             raise refuse("the shards must hold every matrix and tensor once, in order")
         if any(bool(s.matrices) == bool(s.tensors) for s in self.shards):
             raise refuse("a shard holds matrices or tensors, not both")
-        if self.encrypts and not self.key_id:
-            raise refuse("a layout that encrypts needs a key_id")
+        if (self.encrypts or self.key_id) and len(self.key_id) != KEY_ID_BYTES:
+            raise refuse(f"a layout that encrypts needs a key_id of {KEY_ID_BYTES} bytes")
 
     @property
     def encrypts(self) -> bool:
@@ -189,9 +202,9 @@ class Layout:
         )
 
     def slot_count(self, shard: Shard, tiers: int | None = None) -> int:
-        """Encrypted values a row of a shard, for a client that encrypts `tiers` tiers (all by default)."""
+        """Slots a row of a shard, for a client that encrypts `tiers` tiers (all by default)."""
         segments = self.segments(shard, tiers)
-        return segments[-1].slot + segments[-1].length if segments else 0
+        return segments[-1].slot + segments[-1].slots if segments else 0
 
     def chunk_count(self, shard: Shard, tiers: int | None = None) -> int:
         """Ciphertexts a row of a shard."""
@@ -219,7 +232,12 @@ def _consecutive(runs: Iterator[tuple[int, int, int]]) -> Iterator[Segment]:
     for item, length, column in runs:
         if length:
             yield Segment(item, slot, length, column)
-            slot += length
+            slot += even(length)
+
+
+def even(length: int) -> int:
+    """The length, made even."""
+    return length + length % 2
 
 
 def tiers_within(tiers: Sequence[float], budget: float) -> int:
@@ -265,7 +283,8 @@ def _matrix_runs(matrices: Sequence[Matrix], slots: int, max_rank: int) -> Itera
     for index, matrix in enumerate(matrices):
         matrix_bytes = FLOAT_BYTES * max_rank * (matrix.out_features + matrix.clear)
         too_large = clear_bytes + matrix_bytes > HARD_CLEAR_BYTES
-        too_many = slot_count + matrix.protected() > MAX_CHUNKS * slots
+        matrix_slots = sum(map(even, matrix.tier_columns))
+        too_many = slot_count + matrix_slots > MAX_CHUNKS * slots
         if run and (
             too_large or too_many or (clear_bytes >= SOFT_CLEAR_BYTES and _well_filled(slot_count, slots))
         ):
@@ -273,7 +292,7 @@ def _matrix_runs(matrices: Sequence[Matrix], slots: int, max_rank: int) -> Itera
             run, clear_bytes, slot_count = [], 0, 0
         run.append(index)
         clear_bytes += matrix_bytes
-        slot_count += matrix.protected()
+        slot_count += matrix_slots
     if run:
         yield tuple(run)
 
@@ -282,11 +301,11 @@ def _tensor_runs(tensors: Sequence[Tensor], slots: int) -> Iterator[tuple[int, .
     run: list[int] = []
     values = 0
     for index, tensor in enumerate(tensors):
-        if run and values + tensor.size > MAX_CHUNKS * slots:
+        if run and values + even(tensor.size) > MAX_CHUNKS * slots:
             yield tuple(run)
             run, values = [], 0
         run.append(index)
-        values += tensor.size
+        values += even(tensor.size)
     if run:
         yield tuple(run)
 

@@ -60,8 +60,8 @@ def _matrix_shard(
 ) -> UpdateShardContent:
     shard = layout.shards[index]
     matrices = [layout.matrices[i] for i in shard.matrices]
-    ordered = [_ordered(m, factors.get(m.name), orders[m.name]) for m in matrices]
-    rank = ordered[0].A.shape[0]
+    rank = _common_rank(layout, factors)
+    ordered = [_ordered(m, factors.get(m.name), rank, orders[m.name]) for m in matrices]
     rows = np.zeros((rank, layout.slot_count(shard, tiers)))
     for segment in layout.segments(shard, tiers):
         columns = slice(segment.column, segment.column + segment.length)
@@ -84,17 +84,18 @@ def _tensor_shard(
     shard = layout.shards[index]
     tensors = [layout.tensors[i] for i in shard.tensors]
     checked = [_checked_tensor(t, values.get(t.name)) for t in tensors]
-    encrypted = layout.encrypt_tensors
-    row = np.concatenate(
-        [v.ravel().astype(np.float64) / t.bound for v, t in zip(checked, tensors, strict=True)]
-    )
+    row = np.zeros((1, layout.slot_count(shard)))
+    for segment in layout.segments(shard):
+        # A value at the bound may pass it by the rounding of float32, and slots hold at most 1.
+        values_of_one = checked[segment.item].ravel().astype(np.float64) / tensors[segment.item].bound
+        row[0, segment.slot : segment.slot + segment.length] = np.clip(values_of_one, -1, 1)
     return UpdateShardContent(
         shard=index,
         rank=1,
         encrypted_tiers=len(layout.tiers),
         matrices=(),
-        clear_tensors=() if encrypted else tuple(checked),
-        ciphertexts=_encrypted(row[None, :], encryptor) if encrypted else b"",
+        clear_tensors=() if layout.encrypt_tensors else tuple(checked),
+        ciphertexts=_encrypted(row, encryptor),
     )
 
 
@@ -106,13 +107,20 @@ def _encrypted(rows: Float64, encryptor: Encrypts | None) -> bytes:
     return encode_block(encryptor.encrypt(rows))
 
 
-def _ordered(matrix: Matrix, factors: LoraFactors | None, order: NDArray[np.int64]) -> LoraFactors:
+def _common_rank(layout: Layout, factors: Mapping[str, LoraFactors]) -> int:
+    ranks = {f.A.shape[0] for f in factors.values()}
+    rank = max(ranks, default=0)
+    if len(ranks) != 1 or not 1 <= rank <= layout.max_rank:
+        raise DomainError(
+            Reason.SHAPE_MISMATCH, f"the factors need one rank for all matrices, 1 to {layout.max_rank}"
+        )
+    return rank
+
+
+def _ordered(matrix: Matrix, factors: LoraFactors | None, rank: int, order: NDArray[np.int64]) -> LoraFactors:
     """Factors with columns in column order and rows of A normalized."""
-    if (
-        factors is None
-        or factors.B.shape[0] != matrix.out_features
-        or factors.A.shape[1] != matrix.in_features
-    ):
+    shapes = (matrix.out_features, rank), (rank, matrix.in_features)
+    if factors is None or (factors.B.shape, factors.A.shape) != shapes:
         raise DomainError(
             Reason.SHAPE_MISMATCH, f"the update has no factors of the right shape for {matrix.name}"
         )
