@@ -2,16 +2,16 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
 from client_agent.config import AgentConfig
 from client_agent.learner import Learner
-from client_agent.metrics import ROUNDS
 from client_agent.progress import Activity, Progress, Stopped
 from client_agent.replicas import Replicas
 from client_agent.session import Session, is_fatal
@@ -28,6 +28,8 @@ HEARTBEAT_S: Final = 5.0
 RETRY_S: Final = 5.0
 """Seconds before an assignment that failed for a reason that may pass is tried again, doubled each time."""
 LONGEST_RETRY_S: Final = 60.0
+STOP_GRACE_S: Final = 1.0
+"""Seconds that work which is no longer wanted has to end by itself."""
 
 _OVER: Final = frozenset(
     {
@@ -190,10 +192,14 @@ class _Follower:
             await asyncio.sleep(period_s)
 
     async def drop(self) -> None:
-        """Stops the work in progress, if any, within a training step or a shard."""
+        """Stops the work in progress, if any: within a training step or a shard, and then without regard.
+
+        A commit that is being answered, which is what makes the next assignment come, has time to end well.
+        """
         if self._activity is not None:
             self._activity.stop()
         if self._task is not None:
+            await asyncio.wait({self._task}, timeout=STOP_GRACE_S)
             await _cancelled(self._task)
         self._activity = self._task = None
 
@@ -219,7 +225,12 @@ class _Follower:
         await self.drop()
         self._assignment_id = assignment.assignment_id
         kind = assignment.WhichOneof("work")
-        _log.info("assigned", work=kind, assignment_id=assignment.assignment_id)
+        _log.log(
+            logging.DEBUG if kind == "wait" else logging.INFO,
+            "assigned",
+            work=kind,
+            assignment_id=assignment.assignment_id,
+        )
         if kind == "halt":
             _log.error("federation_failed", why=assignment.halt.why)
             self._end(Outcome.HALTED)
@@ -244,7 +255,7 @@ class _Follower:
                     await asyncio.sleep(wait_s)
                     wait_s = min(2 * wait_s, LONGEST_RETRY_S)
                     continue
-                ROUNDS.labels(outcome="dropped").inc()
+                await self._work.drop_update()
             break
         if self._activity is activity:
             self._activity = None
@@ -270,9 +281,7 @@ class _Follower:
             self._ended.set_exception(error)
 
 
-async def _cancelled(
-    task: "asyncio.Task[object] | asyncio.Task[Outcome] | asyncio.Task[None] | asyncio.Task[bool]",
-) -> None:
+async def _cancelled(task: asyncio.Task[Any]) -> None:
     """Cancels a task and waits for its end, whatever it was."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError, Exception):

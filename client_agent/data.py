@@ -1,6 +1,7 @@
 """Examples from files, read strictly: whoever's file is wrong learns the file, the line and the field."""
 
 import csv
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,13 @@ class Examples:
         return Examples(
             tuple(self.texts[i] for i in chosen), tuple(self.labels[i] for i in chosen) if self.labels else ()
         )
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex: equal for the same examples in the same order."""
+        hashed = hashlib.sha256(repr(self.labels).encode())
+        for text in self.texts:
+            hashed.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        return hashed.hexdigest()
 
     def count_by_label(self, names: Sequence[str]) -> dict[str, int]:
         """Number of examples of every label, in the labels' order."""

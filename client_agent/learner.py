@@ -13,6 +13,7 @@ from client_agent.data import Examples, read_examples
 from client_agent.drawing import sample, seed_of
 from client_agent.encoding import Encoder
 from client_agent.evaluation import Evaluation, evaluate
+from client_agent.keys import EpochSecrets
 from client_agent.metrics import TRAINING_STEPS, timed
 from client_agent.model import AdaptedModel, Weights, choose_device
 from client_agent.progress import Activity, Stage
@@ -26,8 +27,8 @@ from shelora.lora.shards import Float64
 from shelora.obfuscation import Obfuscation
 
 _log = structlog.get_logger(__name__)
-_INITIAL: Final = ""
-"""Name of the state in which every agent starts, where others are named by the round whose result they are."""
+_INITIAL: Final = "initial/"
+"""The state in which every agent starts is named by this and the epoch's key, others by the round they result from."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,13 +50,19 @@ class Learner:
         self._spec = spec
         self._state = state
         self._client_id = config.client_id
-        self._identity = {
-            "rank": str(config.lora.rank),
-            "alpha": repr(config.lora.alpha),
-            "model": spec.base_model,
-        }
         self.examples, self.test = read_data(config, spec)
         self.model = load_model(config, spec)
+        self._identity = {
+            "federation": config.federation,
+            "model": spec.base_model,
+            "rank": str(config.lora.rank),
+            "alpha": repr(config.lora.alpha),
+        }
+        self._training_identity = {
+            "training": spec.model_dump_json(),
+            "dropout": repr(config.lora.dropout),
+            "data": self.examples.fingerprint(),
+        }
         self._encoder = Encoder(self.model.tokenizer, spec.max_tokens, append_end=spec.task == CAUSAL_LM)
         self._position: str | None = None
 
@@ -69,17 +76,18 @@ class Learner:
             self._position = round_id
         return True
 
-    def start(self, obfuscation: Obfuscation) -> None:
+    def start(self, secrets: EpochSecrets) -> None:
         """Makes the initial state current."""
-        if self._position != _INITIAL:
-            self.model.initialise(obfuscation)
-            self._position = _INITIAL
+        initial = _INITIAL + secrets.key_id.hex()
+        if self._position != initial:
+            self.model.initialise(secrets.obfuscation)
+            self._position = initial
 
-    def resume(self, obfuscation: Obfuscation) -> None:
+    def resume(self, secrets: EpochSecrets) -> None:
         """Makes the last applied result current; the initial state if there is none."""
         saved = self._state.applied()
-        if saved is None or not self.holds(saved[0].get("round", _INITIAL)):
-            self.start(obfuscation)
+        if saved is None or not self.holds(saved[0].get("round", "")):
+            self.start(secrets)
 
     def apply(self, round_id: str, restored: Restored, obfuscation: Obfuscation) -> None:
         """Makes the result of a round current, cut to this client's rank, and keeps it."""
@@ -96,11 +104,14 @@ class Learner:
         self._position = round_id
 
     def train(self, number: int, activity: Activity) -> Trained:
-        """Trains from the current state; the outcome for a round number is kept, so that it is not trained twice.
+        """Trains from the current state, which does not change.
+
+        The outcome is kept: the same round number from the same state, with the same data, is not trained twice,
+        neither after a restart nor when a round is attempted again.
 
         Raises: Stopped; DomainError VALUE_NOT_FINITE.
         """
-        key = self._key(self._position or _INITIAL) | {"number": str(number)}
+        key = self._key(self._position or "") | self._training_identity | {"number": str(number)}
         saved = self._state.trained()
         if saved is not None and key.items() <= saved[0].items():
             _log.info("training_reused", round_number=number)

@@ -18,19 +18,15 @@ from shelora.lora.layout import Layout, tiers_within
 from shelora.lora.protect import protect
 from shelora.messages import encode_update
 from shelora.negotiation.plan import Plan, check_layout, column_orders
+from shelora.negotiation.votes import vote_layout
 
 _log = structlog.get_logger(__name__)
 
 
 def check_vote_layout(layout: Layout, model: AdaptedModel, protection: ProtectionSpec) -> None:
     """Raises: DomainError LAYOUT_MISMATCH unless the layout is that of this model's encrypted votes."""
-    _expect(not layout.matrices, "a vote has no matrices")
-    asked = [(t.name, t.shape) for t in layout.tensors]
-    _expect(
-        asked == [(m.name, (m.in_features,)) for m in model.matrices], "it asks for votes of another model"
-    )
-    _expect(layout.encrypt_tensors, "it asks for votes in the clear")
-    _expect(layout.parameters == protection.parameters, "it names another CKKS profile")
+    expected = vote_layout(model.matrices, protection.parameters, layout.key_id)
+    _expect(layout.digest == expected.digest, "it is not that of this model's encrypted votes")
 
 
 def check_model(layout: Layout, model: AdaptedModel) -> None:
@@ -50,6 +46,9 @@ def check_train_layout(
     Raises: DomainError LAYOUT_MISMATCH; PLAN_REFUSED if its column counts are not the plan's.
     """
     check_model(layout, model)
+    _expect(
+        all(t.bound == protection.tensor_bound for t in layout.tensors), "it has another bound of tensors"
+    )
     _expect(
         model.rank <= layout.max_rank, f"its largest rank is {layout.max_rank}, this client's is {model.rank}"
     )

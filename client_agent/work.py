@@ -126,13 +126,18 @@ class Work:
         plan = finish.plan if finish.HasField("plan") else None
         applied = await self._apply(finish.result, plan, secrets, activity)
         await self._worker.run(self._learner.save_adapter)
-        _log.info("adapter_saved", folder=self._state.adapter_folder)
+        _log.info("adapter_saved", folder=str(self._state.adapter_folder))
         try:
             await self._report(finish.result.round_id, applied, activity, everything=True)
         except (
             DomainError
         ) as error:  # the adapter is what counts: an evaluation that cannot be told does not fail it
             _log.warning("final_evaluation_not_reported", reason=error.reason, why=error.message)
+
+    async def drop_update(self) -> None:
+        """Deletes the spooled update: its round does not want it any more."""
+        ROUNDS.labels(outcome="dropped").inc()
+        await self._worker.run(self._state.drop_spool)
 
     async def secrets(self, epoch: int) -> EpochSecrets:
         """The secrets of an epoch, fetched once. Without protection nothing is secret, and none are fetched."""
@@ -147,7 +152,7 @@ class Work:
     async def _begin_from(self, train: pb.Train, secrets: EpochSecrets, activity: Activity) -> None:
         """Makes the state that the round starts from current, and reports how good it is."""
         if not train.HasField("base"):
-            await self._worker.run(self._learner.start, secrets.obfuscation)
+            await self._worker.run(self._learner.start, secrets)
             return
         plan = train.base_plan if train.HasField("base_plan") else None
         applied = await self._apply(train.base, plan, secrets, activity)
@@ -238,7 +243,7 @@ class Work:
         )
 
     def _spool_vote(self, round_id: str, layout: Layout, secrets: EpochSecrets, activity: Activity) -> Spool:
-        self._learner.resume(secrets.obfuscation)
+        self._learner.resume(secrets)
         watch = Stopwatch()
         scores = self._learner.score(activity)
         votes = cast_votes(self._learner.model.matrices, scores)

@@ -1,0 +1,157 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client_agent.config import AgentConfig
+from client_agent.keys import EpochSecrets
+from client_agent.learner import Learner
+from client_agent.progress import Activity, Stopped
+from client_agent.state import AgentState
+from shelora.federation import TrainingSpec
+from shelora.lora.restore import Restored
+from shelora.lora.shards import FactoredUpdate
+from tests.unit.client_agent.tiny import LABELS
+
+SPEC = TrainingSpec(
+    base_model="tiny", labels=LABELS, local_steps=3, batch_size=4, learning_rate=0.01, evaluation_examples=7
+)
+SECRETS = EpochSecrets.unprotected("films", 1)
+
+
+@pytest.fixture
+def make_learner(agent_folder: Path) -> Iterator[Callable[..., Learner]]:
+    states: list[AgentState] = []
+
+    def make(**environment: str) -> Learner:
+        for state in states:
+            state.close()
+        config = AgentConfig.load(
+            agent_folder / "agent.yaml", {f"SHELORA_AGENT__{k}": v for k, v in environment.items()}
+        )
+        states[:] = [AgentState(config.state_dir)]
+        return Learner(config, SPEC, states[0])
+
+    yield make
+    for state in states:
+        state.close()
+
+
+def result(learner: Learner) -> Restored:
+    """An aggregate of rank 2: less than the client's own rank."""
+    rng = np.random.default_rng(2)
+    return Restored(
+        {
+            m.name: FactoredUpdate(
+                np.linalg.qr(rng.normal(size=(m.out_features, 2)))[0], rng.normal(size=(2, m.in_features))
+            )
+            for m in learner.model.matrices
+        },
+        {t.name: rng.normal(size=t.shape).astype(np.float32) for t in learner.model.tensors},
+    )
+
+
+def equal(first: Any, second: Any) -> bool:
+    return all(np.array_equal(first.factors[n].B, second.factors[n].B) for n in first.factors)
+
+
+def test_training_does_not_move_the_state_it_starts_from(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner()
+    learner.start(SECRETS)
+    before = learner.model.weights()
+    trained = learner.train(1, Activity())
+    assert equal(before, learner.model.weights())
+    assert not equal(before, trained.weights)
+
+
+def test_stopped_training_does_not_move_the_state_either(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner()
+    learner.start(SECRETS)
+    before = learner.model.weights()
+    activity = Activity()
+    activity.stop()
+    with pytest.raises(Stopped):
+        learner.train(1, activity)
+    assert equal(before, learner.model.weights())
+    assert learner.train(1, Activity()).loss > 0
+
+
+def test_what_was_trained_survives_a_restart_and_another_round_is_trained(
+    make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_learner()
+    first.start(SECRETS)
+    trained = first.train(1, Activity())
+    again = make_learner()
+    again.start(SECRETS)
+    calls: list[int] = []
+    real = Learner._train
+    monkeypatch.setattr(
+        Learner, "_train", lambda self, number, activity: calls.append(number) or real(self, number, activity)
+    )
+    reused = again.train(1, Activity())
+    assert (reused.loss, reused.seconds, calls) == (trained.loss, trained.seconds, [])
+    assert equal(reused.weights, trained.weights)
+    again.train(2, Activity())
+    assert calls == [2]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"LORA__ALPHA": "4"}, {"LORA__DROPOUT": "0.1"}, {"DATA__TRAIN": "other.jsonl"}]
+)
+def test_what_was_trained_otherwise_is_not_reused(
+    make_learner: Callable[..., Learner], agent_folder: Path, changed: dict[str, str]
+) -> None:
+    lines = (agent_folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (agent_folder / "other.jsonl").write_text("".join(lines[1:]))
+    first = make_learner()
+    first.start(SECRETS)
+    kept = first.train(1, Activity())
+    other = make_learner(**changed)
+    other.start(SECRETS)
+    assert other.train(1, Activity()).seconds != kept.seconds
+
+
+def test_an_applied_result_is_the_aggregate_and_survives_a_restart(
+    make_learner: Callable[..., Learner],
+) -> None:
+    learner = make_learner()
+    restored = result(learner)
+    learner.apply("films/1", restored, SECRETS.obfuscation)
+    weights = learner.model.weights()
+    for name, update in restored.matrices.items():
+        product = learner.model.scaling * weights.factors[name].B @ weights.factors[name].A
+        np.testing.assert_allclose(product, update.Q @ update.M, atol=1e-4)
+    again = make_learner()
+    assert not again.holds("films/2")
+    assert again.holds("films/1")
+    assert equal(weights, again.model.weights())
+
+
+def test_directions_the_aggregate_leaves_free_can_be_trained(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner()
+    learner.apply("films/1", result(learner), SECRETS.obfuscation)
+    for factors in learner.model.weights().factors.values():
+        assert not factors.B[:, 2:].any()
+        assert np.abs(factors.A[2:]).max(axis=1).min() > 0
+
+
+def test_a_result_applied_at_another_rank_is_not_taken_for_this_one(
+    make_learner: Callable[..., Learner],
+) -> None:
+    learner = make_learner()
+    learner.apply("films/1", result(learner), SECRETS.obfuscation)
+    assert not make_learner(LORA__RANK="2").holds("films/1")
+
+
+def test_evaluation_takes_the_federations_number_of_examples_and_all_at_the_end(
+    make_learner: Callable[..., Learner],
+) -> None:
+    learner = make_learner()
+    learner.start(SECRETS)
+    some, everything = learner.evaluate(Activity()), learner.evaluate(Activity(), everything=True)
+    assert some is not None
+    assert everything is not None
+    assert (some.count, everything.count) == (7, 20)

@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import client_agent
+from client_agent.main import app
+
+SAMPLE = Path(client_agent.__file__).parent / "sample.yaml"
+
+
+def test_an_offline_check_shows_data_and_model(agent_folder: Path) -> None:
+    result = CliRunner().invoke(app, ["check", "--offline", "--config", str(agent_folder / "agent.yaml")])
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.output.split())
+    for expected in ("bad │ 10 │ 10", "all │ 20 │ 20", "adapted matrices │ 4", "32 x 32", "1,090", "MB"):
+        assert expected in shown, shown
+
+
+def test_a_check_without_its_coordinator_says_what_to_do(
+    agent_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shelora.transport.channel.RETRY_S", 0.0)
+    monkeypatch.setattr(
+        "client_agent.session.call.__kwdefaults__", {"timeout_s": 5.0, "retry_s": 0.0, "metadata": ()}
+    )
+    with pytest.raises(SystemExit) as caught:
+        app(["check", "--config", str(agent_folder / "agent.yaml")], standalone_mode=False)
+    assert caught.value.code == 1
+    assert "--offline" in capsys.readouterr().err
+
+
+def test_a_refused_configuration_ends_with_its_own_code_and_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "agent.yaml").write_text(SAMPLE.read_text().replace("budget: 1.0", "budget: 2.0"))
+    with pytest.raises(SystemExit) as caught:
+        app(["run", "--config", str(tmp_path / "agent.yaml")], standalone_mode=False)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "budget: 2.0 is refused" in error
+    assert "Traceback" not in error
+
+
+def test_the_help_names_both_commands_and_the_sample() -> None:
+    output = CliRunner().invoke(app, ["--help"]).output
+    for expected in ("check", "run", "sample.yaml", "SHELORA_AGENT__LORA__RANK"):
+        assert expected in output
