@@ -1,8 +1,7 @@
 """The process `shelora-aggregation`: puts the service together and runs it."""
 
 import secrets
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import grpc
 import typer
@@ -13,6 +12,7 @@ from services.aggregation.settings import AggregationSettings
 from services.aggregation.store import RedisShardStore, connect
 from services.aggregation.uploads import Uploads
 from services.aggregation.workers import WorkerPool
+from services.shell import flags
 from services.shell.process import run_process
 from services.shell.server import serve
 from shelora.v1 import aggregation_pb2_grpc
@@ -22,29 +22,33 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    listen: Annotated[str | None, typer.Option(help="Address to serve gRPC on, host:port.")] = None,
-    redis_url: Annotated[str | None, typer.Option(help="Redis that holds the shards.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
+    listen: flags.Listen = None,
+    redis_url: Annotated[
+        str | None, typer.Option(help="Redis that holds the shards. Give a password by the environment only.")
+    ] = None,
+    redis_connections: Annotated[int | None, typer.Option(help="Most connections to it.")] = None,
+    redis_timeout_s: Annotated[float | None, typer.Option(help="Seconds a command may take.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; the CPUs by default.")] = None,
     worker_threads: Annotated[int | None, typer.Option(help="Threads of linear algebra in each.")] = None,
+    worker_queue: Annotated[int | None, typer.Option(help="Shards that may wait for a worker.")] = None,
     job_timeout_s: Annotated[
         float | None, typer.Option(help="Seconds a worker may take for a shard.")
     ] = None,
     max_concurrent_uploads: Annotated[int | None, typer.Option(help="Uploads received at once.")] = None,
+    max_concurrent_checks: Annotated[int | None, typer.Option(help="Shards checked at once.")] = None,
+    upload_idle_s: Annotated[float | None, typer.Option(help="Seconds an upload may be quiet.")] = None,
     max_shard_bytes: Annotated[int | None, typer.Option(help="Largest shard of a layout.")] = None,
-    metrics_host: Annotated[str | None, typer.Option(help="Address to serve metrics on.")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Port of metrics; -1 for none.")] = None,
-    shutdown_grace_s: Annotated[float | None, typer.Option(help="Seconds calls may take to end.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
-    log_json: Annotated[bool | None, typer.Option("--log-json/--log-text", help="Log JSON lines.")] = None,
-    allow_plaintext: Annotated[
-        bool | None,
-        typer.Option("--allow-plaintext/--no-allow-plaintext", help="Serve other machines in plaintext."),
-    ] = None,
-    ready_file: Annotated[Path | None, typer.Option(help="File that says, while serving, where.")] = None,
+    metrics_host: flags.MetricsHost = None,
+    metrics_port: flags.MetricsPort = None,
+    shutdown_grace_s: flags.ShutdownGrace = None,
+    log_level: flags.LogLevel = None,
+    log_json: flags.LogJson = None,
+    allow_plaintext: flags.AllowPlaintext = None,
+    ready_file: flags.ReadyFile = None,
 ) -> None:
     """Stores the shards of updates, aggregates them, serves results. Settings: SHELORA_AGGREGATION_* and flags."""
-    flags: dict[str, Any] = {name: value for name, value in locals().items() if value is not None}
-    run_process("aggregation", lambda: AggregationSettings.load(**flags), run)
+    given = dict(locals())  # every parameter is a field of the settings, of the same name
+    run_process("aggregation", lambda: AggregationSettings.load(**given), run)
 
 
 async def run(settings: AggregationSettings) -> None:

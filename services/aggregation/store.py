@@ -36,6 +36,9 @@ READ_BYTES: Final = 4 * 2**20
 CACHED_LAYOUTS: Final = 32
 """Layouts kept parsed, by digest. One is a few hundred KiB for the largest models."""
 
+MAX_RESULT_BYTES: Final = 512 * 2**20
+"""What one string of Redis holds (proto-max-bulk-len)."""
+
 DELETED_KEYS: Final = 256
 """Keys deleted in one command."""
 
@@ -270,6 +273,7 @@ class RedisShardStore:
     async def close(self) -> None:
         """Closes the connections."""
         await self._client.aclose()
+        await self._client.connection_pool.disconnect()
 
     async def _runs(self, key: str, offset: int, end: int) -> AsyncIterator[bytes]:
         """The bytes of a string from `offset` to `end`, or to where it ends before."""
@@ -330,8 +334,12 @@ class WorkerStore:
     def publish(self, request: AggregationRequest, data: bytes, cpu_s: float) -> StoredResult:
         """Stores a result. Returns the one stored first for this request.
 
-        Raises: ROUND_UNKNOWN if it was closed, SHARD_REWRITTEN if a newer request took this one's place.
+        Raises: ROUND_UNKNOWN if it was closed, SHARD_REWRITTEN if a newer request took this one's place,
+        TRANSFER_TOO_LARGE if it is larger than what can be stored.
         """
+        if len(data) > MAX_RESULT_BYTES:
+            message = f"the result has {len(data)} bytes, more than can be stored; lower max_directions"
+            raise DomainError(Reason.TRANSFER_TOO_LARGE, message)
         keys, digest = RoundKeys(request.round_id), Digest.of(data)
         bytes_key = keys.result_bytes(request.shard, digest.sha256)
         with _available():
@@ -378,7 +386,7 @@ def connect(redis_url: str, *, connections: int, timeout_s: float) -> RedisShard
         socket_connect_timeout=timeout_s,
         retry=redis.asyncio.retry.Retry(NoBackoff(), 1),
     )
-    return RedisShardStore(redis.asyncio.Redis.from_pool(pool))
+    return RedisShardStore(redis.asyncio.Redis(connection_pool=pool))
 
 
 def connect_worker(redis_url: str, *, timeout_s: float) -> WorkerStore:

@@ -20,9 +20,9 @@ from shelora.transport.pieces import PIECE_BYTES, Digest
 BATCH_BYTES: Final = 1024 * 1024
 """Bytes that are stored in one command; what an upload holds in memory while it arrives."""
 
-BREAK_GRACE_S: Final = 0.2
+BREAK_GRACE_S: Final = 1.0
 """Time for a broken connection to show itself. gRPC ends a request stream alike when the sender is done and when the
-connection broke, and cancels the call just after in the second case, in which the bytes must stay."""
+connection broke; in the second case it cancels the call a moment later, and the bytes must stay."""
 
 _log = structlog.get_logger(__name__)
 

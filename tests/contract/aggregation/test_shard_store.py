@@ -321,6 +321,30 @@ async def test_nothing_is_written_for_a_round_after_it_was_closed(store, worker,
     assert client.keys() == []
 
 
+async def test_a_round_closed_while_a_worker_stores_its_result_leaves_nothing(
+    store, worker, client, open_round, monkeypatch
+):
+    put = worker._put
+
+    def put_before_and_after_the_round_is_closed(*args):
+        put(*args)
+        client.flushall()  # all that CloseRound deletes
+        put(*args)
+
+    monkeypatch.setattr(worker, "_put", put_before_and_after_the_round_is_closed)
+    await store.claim(request())
+    with refused(Reason.ROUND_UNKNOWN):
+        worker.publish(request(), DATA, 1.0)
+    assert client.keys() == []
+
+
+async def test_a_result_too_large_to_store_is_refused_for_good(store, worker, open_round, monkeypatch):
+    monkeypatch.setattr("services.aggregation.store.MAX_RESULT_BYTES", len(DATA) - 1)
+    await store.claim(request())
+    with refused(Reason.TRANSFER_TOO_LARGE):
+        worker.publish(request(), DATA, 1.0)
+
+
 async def test_every_key_expires_with_its_round(store, worker, client, open_round):
     await completed(store)
     await store.append(await begun(store, OTHER), 0, OTHER[:1])

@@ -44,8 +44,9 @@ class InlinePool:
 class Caller:
     """What the coordinator and the clients call."""
 
-    def __init__(self, stub: Any) -> None:
+    def __init__(self, stub: Any, address: str) -> None:
         self.stub = stub
+        self.address = address
 
     async def open(self, layout: Layout, round_id: str = ROUND, ttl_s: int = TTL_S) -> None:
         request = pb.OpenRoundRequest(round_id=round_id, layout=layout_to_proto(layout), ttl_s=ttl_s)
@@ -111,7 +112,7 @@ async def replica(redis_url: str, pool: Any, idle_s: float = 30) -> AsyncIterato
         aggregation_pb2_grpc.add_AggregationServicer_to_server(servicer, server)
 
     async with running_server([SERVICE_NAME], register) as address, open_channel(address) as channel:
-        yield Caller(aggregation_pb2_grpc.AggregationStub(channel))
+        yield Caller(aggregation_pb2_grpc.AggregationStub(channel), address)
     await store.close()
 
 

@@ -23,7 +23,7 @@ from shelora.v1 import aggregation_pb2_grpc
 from tests.integration.aggregation.cohort import Cohort, large_layout
 from tests.integration.aggregation.service import Caller, announcement, refusal
 
-LONG_COLUMNS = 12_000
+LONG_COLUMNS = 6_000
 """Encrypted columns of a shard that takes a worker a second or more, so that it can be met in the middle."""
 
 
@@ -56,7 +56,7 @@ async def service(redis_url: str, folder: Path, workers: int = 1) -> AsyncIterat
             ready = Ready.read(ready_file)
             assert ready is not None
             async with open_channel(ready.address) as channel:
-                yield Service(process, Caller(aggregation_pb2_grpc.AggregationStub(channel)))
+                yield Service(process, Caller(aggregation_pb2_grpc.AggregationStub(channel), ready.address))
         finally:
             process.kill()
 

@@ -1,6 +1,7 @@
 """PutShard over real gRPC and a real Redis: what is kept, what is resumed, what is refused."""
 
 import asyncio
+import sys
 
 import numpy as np
 import pytest
@@ -67,6 +68,46 @@ async def broken_upload(caller, cohort, data: bytes, pieces: int) -> None:
         await call.write(pb.PutShardRequest(piece=piece))
     await asyncio.sleep(0.05)
     call.cancel()
+
+
+KILLED_CLIENT = """
+import os, sys, time
+import grpc
+from shelora.v1 import aggregation_pb2 as pb, aggregation_pb2_grpc
+def requests():
+    with open(sys.argv[2], "rb") as header, open(sys.argv[3], "rb") as data:
+        yield pb.PutShardRequest.FromString(header.read())
+        for _ in range(6):
+            yield pb.PutShardRequest(piece=data.read(256 * 1024))
+    print("sent", flush=True)
+    time.sleep(1000)
+aggregation_pb2_grpc.AggregationStub(grpc.insecure_channel(sys.argv[1])).PutShard(requests())
+"""
+
+
+async def test_a_client_that_is_killed_in_an_upload_can_resume_it(caller, wide, tmp_path):
+    """gRPC ends its request stream as if it were complete: it must not be refused as truncated and forgotten."""
+    data = wide.shard_bytes("client-0", 0)
+    (tmp_path / "header").write_bytes(announcement(wide.layout, "client-0", 0, data).SerializeToString())
+    (tmp_path / "data").write_bytes(data)
+    await caller.open(wide.layout)
+    client = await asyncio.create_subprocess_exec(
+        *(
+            sys.executable,
+            "-c",
+            KILLED_CLIENT,
+            caller.address,
+            str(tmp_path / "header"),
+            str(tmp_path / "data"),
+        ),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    await client.stdout.readline()
+    await eventually(lambda: at_least(caller, 4 * PIECE_BYTES))
+    client.kill()
+    await client.wait()
+    await eventually(lambda: at_least(caller, 6 * PIECE_BYTES))  # the rest of them, when the break is seen
+    await caller.put(wide.layout, "client-0", 0, data, offset=6 * PIECE_BYTES)
 
 
 async def received(caller) -> int:

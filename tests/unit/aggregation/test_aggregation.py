@@ -1,5 +1,6 @@
 """Requests, answers and settings of the aggregation service, without Redis or gRPC."""
 
+import inspect
 import io
 import math
 import subprocess
@@ -9,6 +10,7 @@ import threading
 import pytest
 
 from services.aggregation.answers import read_answer, refused_line, stored_line
+from services.aggregation.main import main
 from services.aggregation.records import AggregationRequest, CommittedContribution, StoredResult
 from services.aggregation.settings import AggregationSettings
 from services.aggregation.worker import _lines_until_exit, answer
@@ -85,6 +87,11 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch):
 def test_a_flag_gives_the_redis_url():
     settings = AggregationSettings.load(redis_url="redis://host:1/0")
     assert settings.redis_url.get_secret_value() == "redis://host:1/0"
+
+
+def test_every_setting_is_a_flag():
+    parameters = set(inspect.signature(main).parameters)
+    assert parameters == set(AggregationSettings.model_fields)
 
 
 def test_a_refused_setting_is_named():
