@@ -28,6 +28,9 @@ LOG_LEVEL: Final = "SHELORA_AGGREGATION_LOG_LEVEL"
 LOG_JSON: Final = "SHELORA_AGGREGATION_LOG_JSON"
 """The pool sets these from the service's settings. In the environment, not in the arguments, which anyone can read."""
 
+KEPT_BYTES: Final = 64 * 2**20
+"""Contributions a worker keeps while it aggregates a shard; memory does not grow with the cohort beyond."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -64,14 +67,31 @@ def run(store: WorkerStore, request: AggregationRequest) -> StoredResult:
     """Aggregates one shard and stores the result. Raises what AggregateShard names."""
     start_s = time.process_time()
     layout = store.layout(request.round_id)
-    digests = {part.client_id: part.sha256 for part in request.contributions}
-
-    def load(client_id: str) -> bytes:
-        return store.update(ShardSlot(request.round_id, client_id, request.shard), digests[client_id])
-
     parts = [part.contribution for part in request.contributions]
-    data = aggregate_shard(layout, request.shard, parts, load)
+    data = aggregate_shard(layout, request.shard, parts, _Updates(store, request).load)
     return store.publish(request, data, time.process_time() - start_s)
+
+
+class _Updates:
+    """Reads the contributions to a request. Keeps the first that fit KEPT_BYTES: each is read more than once."""
+
+    def __init__(self, store: WorkerStore, request: AggregationRequest) -> None:
+        self._store = store
+        self._request = request
+        self._digests = {part.client_id: part.sha256 for part in request.contributions}
+        self._kept: dict[str, bytes] = {}
+        self._room = KEPT_BYTES
+
+    def load(self, client_id: str) -> bytes:
+        """A client's checked shard. Raises SHARD_MISSING."""
+        if client_id in self._kept:
+            return self._kept[client_id]
+        slot = ShardSlot(self._request.round_id, client_id, self._request.shard)
+        data = self._store.update(slot, self._digests[client_id])
+        if len(data) <= self._room:
+            self._room -= len(data)
+            self._kept[client_id] = data
+        return data
 
 
 def _private_stdout() -> BinaryIO:

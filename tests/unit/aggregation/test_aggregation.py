@@ -13,7 +13,7 @@ from services.aggregation.answers import read_answer, refused_line, stored_line
 from services.aggregation.main import main
 from services.aggregation.records import AggregationRequest, CommittedContribution, StoredResult
 from services.aggregation.settings import AggregationSettings
-from services.aggregation.worker import _lines_until_exit, answer
+from services.aggregation.worker import _lines_until_exit, _Updates, answer
 from shelora.errors import DomainError, Reason
 from shelora.transport.pieces import Digest
 
@@ -64,6 +64,21 @@ def test_a_worker_answers_whatever_fails(failure, reason):
     with pytest.raises(DomainError) as caught:
         read_answer(answer(FailingStore(), request().to_line()))
     assert caught.value.reason is reason
+
+
+def test_a_worker_reads_again_only_what_it_has_no_room_to_keep(monkeypatch):
+    reads = []
+
+    class CountingStore:
+        def update(self, slot, sha256):
+            reads.append(slot.client_id)
+            return bytes(10)
+
+    monkeypatch.setattr("services.aggregation.worker.KEPT_BYTES", 25)
+    updates = _Updates(CountingStore(), request())
+    clients = ["client-00000", "client-00001", "client-00002"]
+    assert all(updates.load(client) == bytes(10) for client in 2 * clients)
+    assert reads == [*clients, "client-00002"]
 
 
 def test_a_worker_leaves_when_its_input_ends():
