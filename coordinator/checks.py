@@ -16,6 +16,7 @@ from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 
 PROTOCOL_VERSION: Final = 1
+KEY_ID_BYTES: Final = 16
 MAX_RANK: Final = 1024
 MAX_EXAMPLES: Final = 10**9
 MAX_SCALING: Final = 1e4
@@ -67,15 +68,15 @@ def model(
     require(len(matrices) > 0, "matrices must hold at least one adapted matrix")
     require(all(not m.tier_columns for m in matrices), "matrices must come without tier_columns")
     checked = [matrix_from_proto(m) for m in matrices]
-    bound = spec.protection.tensor_bound
+    bound, selective = spec.protection.tensor_bound, spec.protection.mode == "selective"
     bounded = [Tensor(t.name, tuple(t.shape), bound) for t in tensors]
     build_layout(
         parameters=spec.protection.parameters,
-        key_id=b"\0" * 16,
+        key_id=bytes(KEY_ID_BYTES) if selective and bounded else b"",
         matrices=checked,
         tensors=bounded,
         tiers=(),
-        encrypt_tensors=spec.protection.mode == "selective",
+        encrypt_tensors=selective,
         max_rank=1,
         max_directions=spec.protection.max_directions,
     )

@@ -220,9 +220,10 @@ def layout_of(
         return vote_layout(model.matrices, protection.parameters, key_id)
     plan = ticket.plan
     columns = plan.tier_columns if plan else ((),) * len(model.matrices)
+    encrypts = plan is not None or (federation.selective and bool(model.tensors))
     return build_layout(
         parameters=protection.parameters,
-        key_id=key_id,
+        key_id=key_id if encrypts else b"",
         matrices=[replace(m, tier_columns=c) for m, c in zip(model.matrices, columns, strict=True)],
         tensors=model.tensors,
         tiers=plan.negotiation.tiers if plan else (),

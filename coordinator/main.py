@@ -6,10 +6,7 @@ from datetime import timedelta
 from typing import Annotated, Any
 
 import grpc
-import redis.asyncio
 import typer
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from coordinator.aggregation import AggregationPool
 from coordinator.authority import KeyAuthorityClient
@@ -18,7 +15,7 @@ from coordinator.driver import Driver
 from coordinator.handlers import Handlers
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import RedisClient, RedisStore
+from coordinator.store import RedisClient, RedisStore, connect
 from services.shell import flags
 from services.shell.process import run_process
 from services.shell.server import serve
@@ -59,7 +56,9 @@ def main(
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serves until the process is told to stop."""
-    client = connect(settings)
+    client = connect(
+        settings.redis_url.get_secret_value(), settings.redis_connections, settings.redis_timeout_s
+    )
     addresses = (*settings.aggregation_addresses, settings.key_authority_address)
     *aggregation, authority = [
         open_channel(address, allow_plaintext=settings.allow_plaintext_calls) for address in addresses
@@ -77,19 +76,6 @@ async def run(settings: CoordinatorSettings) -> None:
     )
 
 
-def connect(settings: CoordinatorSettings) -> RedisClient:
-    """A client over a bounded pool. A broken connection is replaced once: every command here can be repeated."""
-    pool: Any = redis.asyncio.BlockingConnectionPool.from_url(
-        settings.redis_url.get_secret_value(),
-        max_connections=settings.redis_connections,
-        timeout=settings.redis_timeout_s,
-        socket_timeout=settings.redis_timeout_s,
-        socket_connect_timeout=settings.redis_timeout_s,
-        retry=Retry(NoBackoff(), 1),
-    )
-    return redis.asyncio.Redis(connection_pool=pool)
-
-
 def compose(
     settings: CoordinatorSettings,
     client: RedisClient,
@@ -99,7 +85,7 @@ def compose(
 ) -> tuple[Handlers, Driver]:
     """The use cases and the driver over the same store."""
     sighting = timedelta(seconds=settings.sighting_s)
-    store = RedisStore(client, now_ms, settings.retention, sighting)
+    store = RedisStore(client, now_ms, settings.retention, sighting, settings.redis_timeout_s)
     pool = AggregationPool(
         aggregation, retry_s=settings.retry_s, aggregate_timeout_s=settings.aggregate_timeout_s
     )

@@ -5,6 +5,7 @@ expires: a federation's record and what belongs to it live for `retention` after
 lease for seconds. Every method raises STORE_UNAVAILABLE if Redis does not answer; all of them may be repeated.
 """
 
+import asyncio
 import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from datetime import timedelta
 from enum import IntEnum
 from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from coordinator.keys import Keys
@@ -157,6 +161,27 @@ class Store(Protocol):
         """Gives a lease back, if it is still held."""
 
 
+def connect(url: str, connections: int = 64, timeout_s: float = 30.0) -> RedisClient:
+    """A client over at most `connections` connections; a broken one is replaced once, as every command may be repeated.
+
+    There is no socket timeout on purpose: redis-py sends under `asyncio.wait_for` then, which on Python 3.11 loses a
+    cancellation that arrives together with its result (python/cpython#86296), and a cancelled driver would drive on.
+    `RedisStore` limits the time of its operations instead.
+    """
+    pool: Any = BlockingConnectionPool.from_url(
+        url,
+        max_connections=connections,
+        timeout=timeout_s,
+        socket_timeout=None,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(NoBackoff(), 1),
+    )
+    client: Any = (
+        Redis  # `from_pool`, which makes the client own the pool, is missing in some stubs of redis-py
+    )
+    return client.from_pool(pool)
+
+
 def _available(
     method: Callable[Concatenate["RedisStore", _P], Coroutine[Any, Any, _T]],
 ) -> Callable[Concatenate["RedisStore", _P], Coroutine[Any, Any, _T]]:
@@ -165,7 +190,8 @@ def _available(
     @functools.wraps(method)
     async def wrapped(self: "RedisStore", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
-            return await method(self, *args, **kwargs)
+            async with asyncio.timeout(self.timeout_s):
+                return await method(self, *args, **kwargs)
         except (RedisError, OSError) as error:
             raise DomainError(Reason.STORE_UNAVAILABLE, "the coordinator's store does not answer") from error
 
@@ -180,6 +206,7 @@ class RedisStore:
         clock_ms: Unix milliseconds, for the index of federations.
         retention: Life of everything after the last change of its federation.
         sighting: Life of a sighting.
+        timeout_s: Seconds after which an operation fails with STORE_UNAVAILABLE.
         keys: Names of the keys.
     """
 
@@ -189,8 +216,10 @@ class RedisStore:
         clock_ms: Callable[[], int],
         retention: timedelta = timedelta(days=30),
         sighting: timedelta = timedelta(hours=1),
+        timeout_s: float = 30.0,
         keys: Keys | None = None,
     ) -> None:
+        self.timeout_s = timeout_s
         self._redis = redis
         self._clock_ms = clock_ms
         self._retention_ms = _ms(retention)

@@ -6,8 +6,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import redis.asyncio
-
 from coordinator import checks
 from coordinator.aggregation import AggregationPool
 from coordinator.authority import KeyAuthorityClient
@@ -17,7 +15,7 @@ from coordinator.driver import Driver, DriverPolicy
 from coordinator.handlers import Handlers
 from coordinator.records import FederationRecord, Sighting
 from coordinator.render import Renderer
-from coordinator.store import RedisStore, Store
+from coordinator.store import RedisStore, Store, connect
 from shelora.federation import FederationSpec
 from shelora.transport.channel import open_channel
 from shelora.transport.pieces import Digest, cut
@@ -186,7 +184,7 @@ async def _pieces(data: bytes) -> AsyncIterator[bytes]:
 @asynccontextmanager
 async def world(redis_url: str) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
-        client = await stack.enter_async_context(redis.asyncio.Redis.from_url(redis_url))
+        client = await stack.enter_async_context(connect(redis_url))
         aggregation, authority = FakeAggregation(), FakeKeyAuthority()
         one = await stack.enter_async_context(serving(aggregation, authority))
         two = await stack.enter_async_context(serving(aggregation))

@@ -1,0 +1,208 @@
+from dataclasses import replace
+
+import pytest
+
+from coordinator import transitions
+from coordinator.records import FederationRecord, Phase
+from shelora.errors import DomainError, Reason
+from shelora.lora.layout import Matrix, Tensor
+from shelora.rounds import RoundKind, RoundState
+from tests.unit.coordinator.records import (
+    DIGEST,
+    MATRICES,
+    MEMBERS,
+    NEGOTIATION,
+    PLAN,
+    TENSORS,
+    a_round,
+    federation,
+    ticket,
+)
+
+COUNTED = [replace(m, tier_columns=(1, 2)) for m in MATRICES]
+
+
+def refusal(change) -> DomainError:
+    with pytest.raises(DomainError) as refused:
+        change()
+    return refused.value
+
+
+def test_the_first_client_fixes_the_model_and_an_equal_one_changes_nothing():
+    empty = federation(model=None)
+    fixed = transitions.with_model(empty, MATRICES, TENSORS)
+    assert fixed.model == federation().model
+    assert transitions.with_model(fixed, list(MATRICES), list(TENSORS)) is fixed
+
+
+@pytest.mark.parametrize(
+    ("matrices", "tensors", "words"),
+    [
+        ((Matrix("q", 8, 12), Matrix("v", 9, 12)), TENSORS, r"matrix v \[9, 12\] differs .* v \[8, 12\]"),
+        ((Matrix("v", 8, 12), Matrix("q", 8, 12)), TENSORS, "matrix v"),
+        (MATRICES[:1], TENSORS, r"matrix v \[8, 12\] is missing"),
+        ((*MATRICES, Matrix("k", 8, 12)), TENSORS, r"matrix k \[8, 12\] is not in the federation's model"),
+        (MATRICES, (Tensor("bias", (4,), 4.0),), r"tensor bias \[4\] differs"),
+        (MATRICES, (), r"tensor bias \[3\] is missing"),
+    ],
+)
+def test_another_model_is_refused_naming_the_first_difference(matrices, tensors, words):
+    with pytest.raises(DomainError, match=words) as refused:
+        transitions.with_model(federation(), matrices, tensors)
+    assert refused.value.reason is Reason.MODEL_MISMATCH
+
+
+@pytest.mark.parametrize("phase", [Phase.FINISHED, Phase.FAILED])
+def test_an_ended_federation_takes_no_clients_and_does_not_start_again(phase):
+    ended = federation(phase=phase)
+    assert (
+        refusal(lambda: transitions.with_model(ended, MATRICES, TENSORS)).reason is Reason.FEDERATION_CLOSED
+    )
+    assert refusal(lambda: transitions.started(ended)).reason is Reason.FEDERATION_CLOSED
+
+
+def test_starting_twice_changes_nothing_the_second_time():
+    once = transitions.started(federation(phase=Phase.CREATED))
+    assert once.phase is Phase.RUNNING
+    assert transitions.started(once) == once
+
+
+def planning() -> FederationRecord:
+    return federation(negotiation=NEGOTIATION, sequence=1, plan_count=1)
+
+
+def test_the_leaders_plan_comes_into_force():
+    after = transitions.with_plan(planning(), "a", 1, DIGEST, COUNTED)
+    assert after.plan is not None
+    assert after.negotiation is None
+    assert after.plan.tier_columns == ((1, 2), (1, 2))
+    assert transitions.with_plan(after, "a", 1, DIGEST, COUNTED) is after
+
+
+def test_a_plan_from_anyone_else_or_under_another_number_is_refused():
+    for client, number in (("b", 1), ("a", 2), ("a", 0)):
+        refused = refusal(lambda c=client, n=number: transitions.with_plan(planning(), c, n, DIGEST, COUNTED))
+        assert refused.reason is Reason.NOT_LEADER
+
+
+def test_a_second_plan_under_the_same_number_is_refused():
+    after = transitions.with_plan(planning(), "a", 1, DIGEST, COUNTED)
+    other = DIGEST.model_copy(update={"sha256": "ff" * 32})
+    assert (
+        refusal(lambda: transitions.with_plan(after, "a", 1, other, COUNTED)).reason is Reason.DIGEST_MISMATCH
+    )
+
+
+@pytest.mark.parametrize(
+    "matrices",
+    [COUNTED[:1], list(MATRICES), [replace(m, out_features=9) for m in COUNTED]],
+)
+def test_a_plan_that_does_not_fit_the_model_or_the_tiers_is_refused(matrices):
+    refused = refusal(lambda: transitions.with_plan(planning(), "a", 1, DIGEST, matrices))
+    assert refused.reason is Reason.INVALID_ARGUMENT
+
+
+def test_a_rejected_plan_leaves_the_other_candidates():
+    record = federation(plan=PLAN, plan_count=1)
+    after = transitions.without_plan(record, 1, DIGEST.sha256, 5_000)
+    assert after.plan is None
+    assert after.negotiation is not None
+    assert (after.negotiation.leader, after.negotiation.candidates) == ("", ("b", "c"))
+    assert transitions.without_plan(after, 1, DIGEST.sha256, 6_000) is after
+    led = transitions.led(after, "b", 7_000)
+    assert led.negotiation is not None
+    assert (led.negotiation.plan_number, led.negotiation.candidates) == (2, ("c",))
+
+
+def test_rejecting_the_old_plan_keeps_the_negotiation_of_its_successor():
+    record = federation(
+        plan=PLAN, negotiation=NEGOTIATION.model_copy(update={"plan_number": 2, "leader": "b"})
+    )
+    after = transitions.without_plan(record, 1, DIGEST.sha256, 5_000)
+    assert after.plan is None
+    assert after.negotiation is not None
+    assert (after.negotiation.plan_number, after.negotiation.leader) == (2, "b")
+
+
+def test_rejecting_what_is_not_in_force_is_refused():
+    for number, sha256 in ((2, DIGEST.sha256), (1, "ff" * 32)):
+        record = federation(plan=PLAN)
+        refused = refusal(lambda r=record, n=number, s=sha256: transitions.without_plan(r, n, s, 1))
+        assert refused.reason is Reason.PLAN_UNKNOWN
+
+
+def settled(record, ended, now_ms=50_000):
+    return transitions.settled(record, ended, ("b", "a"), MEMBERS, now_ms)
+
+
+def test_a_published_vote_opens_a_negotiation_among_its_voters_in_order():
+    record = federation(ticket=ticket(RoundKind.VOTE), sequence=2)
+    after = settled(record, a_round(RoundState.PUBLISHED, RoundKind.VOTE))
+    assert after.ticket is None
+    assert after.negotiation is not None
+    assert after.negotiation.candidates == ("b", "a")
+    assert after.negotiation.tiers == (1.0,)
+    assert after.negotiation.deadline_ms == 110_000
+
+
+def test_a_published_training_round_becomes_the_result_and_the_last_one_finishes():
+    record = federation(ticket=ticket(plan=PLAN), plan=PLAN, sequence=2)
+    after = settled(record, a_round(RoundState.PUBLISHED))
+    assert (after.trained, after.result_sequence, after.result_plan, after.phase) == (
+        1,
+        2,
+        PLAN,
+        Phase.RUNNING,
+    )
+    last = a_round(RoundState.PUBLISHED)
+    last = last.model_copy(update={"round": replace(last.round, number=2)})
+    assert settled(record, last).phase is Phase.FINISHED
+
+
+def test_an_abandoned_round_is_tried_again_until_the_attempts_are_used_up():
+    record = federation(ticket=ticket(), sequence=2)
+    ended = a_round(RoundState.ABANDONED, reason=Reason.TOO_FEW_UPDATES)
+    again = settled(record, ended)
+    assert (again.attempt, again.phase) == (2, Phase.RUNNING)
+    failed = settled(again.model_copy(update={"ticket": ticket()}), ended)
+    assert failed.phase is Phase.FAILED
+    assert "fewer than 2 clients sent an update in time" in failed.failure
+
+
+def test_a_refused_plan_costs_no_attempt():
+    record = federation(ticket=ticket(plan=PLAN), attempt=2, sequence=2)
+    after = settled(record, a_round(RoundState.ABANDONED, reason=Reason.PLAN_REFUSED))
+    assert (after.attempt, after.phase) == (1, Phase.RUNNING)
+
+
+def test_an_abandoned_round_leaves_nothing_behind_and_a_published_one_its_result():
+    record = federation(ticket=ticket(), sequence=2)
+    abandoned = settled(record, a_round(RoundState.ABANDONED, reason=Reason.TOO_FEW_UPDATES))
+    assert [(g.round_id, g.results) for g in abandoned.garbage] == [("fed.00000001.2", True)]
+    published = settled(record.model_copy(update={"result_sequence": 1}), a_round(RoundState.PUBLISHED))
+    assert [(g.round_id, g.results) for g in published.garbage] == [
+        ("fed.00000001.2", False),
+        ("fed.00000001.1", True),
+    ]
+
+
+def test_votes_of_a_plan_in_use_are_not_garbage():
+    record = federation(ticket=ticket(plan=PLAN), plan=PLAN, sequence=2)
+    assert settled(record, a_round(RoundState.PUBLISHED)).results_in_use == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("round_id", "sequence"),
+    [
+        ("fed.00000001.1", 1),
+        ("fed.00000001.2", 2),
+        ("fed.00000001.3", None),
+        ("fed.00000001.0", None),
+        ("fed.00000001.", None),
+        ("fed.00000001.²", None),
+        ("other.00000001.1", None),
+        ("1", None),
+    ],
+)
+def test_a_round_is_known_by_its_full_identifier(round_id, sequence):
+    assert federation(sequence=2).sequence_of(round_id) == sequence
