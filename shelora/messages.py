@@ -4,7 +4,8 @@ Ciphertexts stay bytes: `validate_update` has `shelora.ckks.wire` check every co
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
@@ -12,14 +13,19 @@ from numpy.typing import NDArray
 
 from shelora.ckks.wire import BlockShape, validate_block
 from shelora.errors import DomainError, Reason
+from shelora.lora.fields import Pieces, bytes_field, message_field, serialized, take_fields
 from shelora.lora.layout import FORMAT, Layout, Matrix, Shard, Tensor
-from shelora.lora.shards import Float32, MatrixAggregate, MatrixPart, ResultShardContent, UpdateShardContent
+from shelora.lora.shards import (
+    Buffer,
+    Float32,
+    MatrixAggregate,
+    MatrixPart,
+    ResultShardContent,
+    UpdateShardContent,
+)
 from shelora.v1 import common_pb2 as pb
 
-_Pieces: TypeAlias = list[bytes | memoryview]
 _Shard = TypeVar("_Shard", pb.UpdateShard, pb.ResultShard)
-_LENGTH_DELIMITED = 2
-"""Protobuf's wire type of bytes and messages."""
 _LARGEST_A = 1.0
 """Rows of A are normalized to at most one."""
 _MAX_EXPONENT = 1000
@@ -85,12 +91,12 @@ def encode_update(layout: Layout, content: UpdateShardContent) -> bytes:
         rank=content.rank,
         encrypted_tiers=content.encrypted_tiers,
     )
-    matrices = [_bytes_field(1, _buffer(m.B)) + _bytes_field(2, _buffer(m.clear_A)) for m in content.matrices]
+    matrices = [bytes_field(1, _buffer(m.B)) + bytes_field(2, _buffer(m.clear_A)) for m in content.matrices]
     return _shard_bytes(head, 6, matrices, content.clear_tensors, content.ciphertexts)
 
 
-def decode_update(layout: Layout, index: int, data: bytes) -> UpdateShardContent:
-    """Parses and checks everything but the ciphertexts, which stay bytes.
+def decode_update(layout: Layout, index: int, data: Buffer) -> UpdateShardContent:
+    """Parses and checks everything but the ciphertexts. The content holds views of `data`, no copies.
 
     Raises: what `parse_update` raises, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE.
     """
@@ -103,27 +109,26 @@ def decode_update(layout: Layout, index: int, data: bytes) -> UpdateShardContent
     return content
 
 
-def parse_update(layout: Layout, index: int, data: bytes) -> UpdateShardContent:
+def parse_update(layout: Layout, index: int, data: Buffer) -> UpdateShardContent:
     """Parses a shard and checks its shape. Enough for a shard whose values were checked when it arrived.
 
     Raises: SHARD_MALFORMED, LAYOUT_MISMATCH, SHAPE_MISMATCH.
     """
-    message = _parse(pb.UpdateShard(), data)
-    shard = _expect_shard(layout, index, message)
-    _expect(1 <= message.rank <= (layout.max_rank if shard.matrices else 1), f"rank {message.rank}")
-    _expect(message.encrypted_tiers <= len(layout.tiers), f"encrypted_tiers {message.encrypted_tiers}")
-    _expect(len(message.matrices) == len(shard.matrices), f"{len(message.matrices)} matrices")
-    parts = tuple(
-        _matrix_part(layout.matrices[i], part, message.rank, message.encrypted_tiers)
-        for i, part in zip(shard.matrices, message.matrices, strict=True)
-    )
+    parts = _ShardParts.read(pb.UpdateShard(), data, first=6)
+    head, shard = parts.head, _expect_shard(layout, index, parts.head)
+    _expect(1 <= head.rank <= (layout.max_rank if shard.matrices else 1), f"rank {head.rank}")
+    _expect(head.encrypted_tiers <= len(layout.tiers), f"encrypted_tiers {head.encrypted_tiers}")
+    _expect(len(parts.matrices) == len(shard.matrices), f"{len(parts.matrices)} matrices")
     return UpdateShardContent(
         shard=index,
-        rank=message.rank,
-        encrypted_tiers=message.encrypted_tiers,
-        matrices=parts,
-        clear_tensors=_clear_tensors(layout, shard, message.clear_tensors),
-        ciphertexts=message.ciphertexts,
+        rank=head.rank,
+        encrypted_tiers=head.encrypted_tiers,
+        matrices=tuple(
+            _matrix_part(layout.matrices[i], part, head.rank, head.encrypted_tiers)
+            for i, part in zip(shard.matrices, parts.matrices, strict=True)
+        ),
+        clear_tensors=_clear_tensors(layout, shard, parts.tensors),
+        ciphertexts=parts.ciphertexts,
     )
 
 
@@ -136,7 +141,7 @@ def update_block_shape(layout: Layout, content: UpdateShardContent) -> BlockShap
     return BlockShape(layout.ckks, layout.key_id, rows=content.rank, chunks=chunks, seeded=True)
 
 
-def validate_update(layout: Layout, index: int, data: bytes) -> UpdateShardContent:
+def validate_update(layout: Layout, index: int, data: Buffer) -> UpdateShardContent:
     """Checks a serialized UpdateShard completely, every ciphertext coefficient included.
 
     Raises: what `decode_update` raises, CIPHERTEXT_*.
@@ -162,30 +167,30 @@ def encode_result(layout: Layout, content: ResultShardContent) -> bytes:
     return _shard_bytes(head, 5, matrices, content.clear_tensors, content.ciphertexts)
 
 
-def _matrix_result(aggregate: MatrixAggregate) -> _Pieces:
+def _matrix_result(aggregate: MatrixAggregate) -> Pieces:
     head = pb.MatrixResult(directions=aggregate.Q.shape[1])
     tail = pb.MatrixResult(row_exponents=aggregate.row_exponents, energy_left_out=aggregate.energy_left_out)
-    factors = _bytes_field(2, _buffer(aggregate.Q)) + _bytes_field(3, _buffer(aggregate.clear_M))
-    return [_message(head), *factors, _message(tail)]
+    factors = bytes_field(2, _buffer(aggregate.Q)) + bytes_field(3, _buffer(aggregate.clear_M))
+    return [serialized(head), *factors, serialized(tail)]
 
 
-def decode_result(layout: Layout, index: int, data: bytes) -> ResultShardContent:
-    """Parses and checks everything but the ciphertexts, which stay bytes.
+def decode_result(layout: Layout, index: int, data: Buffer) -> ResultShardContent:
+    """Parses and checks everything but the ciphertexts. The content holds views of `data`, no copies.
 
     Raises: SHARD_MALFORMED, LAYOUT_MISMATCH, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE.
     """
-    message = _parse(pb.ResultShard(), data)
-    shard = _expect_shard(layout, index, message)
-    _expect(len(message.matrices) == len(shard.matrices), f"{len(message.matrices)} matrices")
+    parts = _ShardParts.read(pb.ResultShard(), data, first=5)
+    shard = _expect_shard(layout, index, parts.head)
+    _expect(len(parts.matrices) == len(shard.matrices), f"{len(parts.matrices)} matrices")
     content = ResultShardContent(
         shard=index,
-        contributor_count=message.contributor_count,
+        contributor_count=parts.head.contributor_count,
         matrices=tuple(
             _matrix_aggregate(layout, layout.matrices[i], part)
-            for i, part in zip(shard.matrices, message.matrices, strict=True)
+            for i, part in zip(shard.matrices, parts.matrices, strict=True)
         ),
-        clear_tensors=_clear_tensors(layout, shard, message.clear_tensors),
-        ciphertexts=message.ciphertexts,
+        clear_tensors=_clear_tensors(layout, shard, parts.tensors),
+        ciphertexts=parts.ciphertexts,
     )
     for i, aggregate in zip(shard.matrices, content.matrices, strict=True):
         _check_values(aggregate.Q, f"Q of {layout.matrices[i].name}")
@@ -204,12 +209,35 @@ def result_block_shape(layout: Layout, content: ResultShardContent) -> BlockShap
     return BlockShape(layout.ckks, layout.key_id, rows=rows, chunks=chunks, seeded=False)
 
 
-def _parse(message: _Shard, data: bytes) -> _Shard:
+@dataclass(frozen=True, slots=True)
+class _ShardParts(Generic[_Shard]):
+    """A serialized shard, its large fields as views."""
+
+    head: _Shard
+    matrices: list[memoryview]
+    tensors: list[memoryview]
+    ciphertexts: Buffer
+
+    @classmethod
+    def read(cls, head: _Shard, data: Buffer, first: int) -> "_ShardParts[_Shard]":
+        """Fields as in `_shard_bytes`."""
+        fields = _take(head, memoryview(data), (first, first + 1, first + 2))
+        return cls(head, fields[first], fields[first + 1], _last(fields[first + 2]))
+
+
+def _take(message: Message, data: memoryview, numbers: Sequence[int]) -> dict[int, list[memoryview]]:
+    """Takes the fields of these numbers out and has `message` parse the others."""
     try:
-        message.ParseFromString(data)
-    except DecodeError as error:
+        fields, others = take_fields(data, numbers)
+        message.ParseFromString(others)
+    except (ValueError, DecodeError) as error:
         raise DomainError(Reason.SHARD_MALFORMED, "the shard is not a valid message") from error
-    return message
+    return fields
+
+
+def _last(contents: list[memoryview]) -> Buffer:
+    """The value of a field that is not repeated: the last one, as in protobuf."""
+    return contents[-1] if contents else b""
 
 
 def _expect_shard(layout: Layout, index: int, message: pb.UpdateShard | pb.ResultShard) -> Shard:
@@ -225,30 +253,32 @@ def _expect(condition: bool, what: str) -> None:  # noqa: FBT001 - reads as a se
         raise DomainError(Reason.SHAPE_MISMATCH, f"the shard does not fit its layout: {what}")
 
 
-def _matrix_part(matrix: Matrix, part: pb.MatrixUpdate, rank: int, tiers: int) -> MatrixPart:
+def _matrix_part(matrix: Matrix, data: memoryview, rank: int, tiers: int) -> MatrixPart:
     clear = matrix.in_features - matrix.protected(tiers)
-    b = _from_bytes(part.b, (matrix.out_features, rank), f"B of {matrix.name}")
-    a = _from_bytes(part.clear_a, (rank, clear), f"A of {matrix.name}")
-    return MatrixPart(b, a)
+    fields = _take(pb.MatrixUpdate(), data, (1, 2))
+    return MatrixPart(
+        B=_from_bytes(_last(fields[1]), (matrix.out_features, rank), f"B of {matrix.name}"),
+        clear_A=_from_bytes(_last(fields[2]), (rank, clear), f"A of {matrix.name}"),
+    )
 
 
-def _matrix_aggregate(layout: Layout, matrix: Matrix, part: pb.MatrixResult) -> MatrixAggregate:
-    q = part.directions
+def _matrix_aggregate(layout: Layout, matrix: Matrix, data: memoryview) -> MatrixAggregate:
+    part = pb.MatrixResult()
+    fields = _take(part, data, (2, 3))
+    q, exponents, energy = part.directions, part.row_exponents, part.energy_left_out
     _expect(q <= min(layout.max_directions, matrix.out_features), f"{q} directions of {matrix.name}")
-    _expect(len(part.row_exponents) == q, f"row exponents of {matrix.name}")
-    _expect(0 <= part.energy_left_out <= 1, f"energy left out of {matrix.name}")
-    _expect(
-        all(abs(e) <= _MAX_EXPONENT for e in part.row_exponents), f"range of row exponents of {matrix.name}"
-    )
+    _expect(len(exponents) == q, f"row exponents of {matrix.name}")
+    _expect(all(abs(e) <= _MAX_EXPONENT for e in exponents), f"range of row exponents of {matrix.name}")
+    _expect(0 <= energy <= 1, f"energy left out of {matrix.name}")
     return MatrixAggregate(
-        Q=_from_bytes(part.q, (matrix.out_features, q), f"Q of {matrix.name}"),
-        clear_M=_from_bytes(part.clear_m, (q, matrix.clear), f"M of {matrix.name}"),
-        row_exponents=tuple(part.row_exponents),
-        energy_left_out=part.energy_left_out,
+        Q=_from_bytes(_last(fields[2]), (matrix.out_features, q), f"Q of {matrix.name}"),
+        clear_M=_from_bytes(_last(fields[3]), (q, matrix.clear), f"M of {matrix.name}"),
+        row_exponents=tuple(exponents),
+        energy_left_out=energy,
     )
 
 
-def _clear_tensors(layout: Layout, shard: Shard, parts: Sequence[bytes]) -> tuple[Float32, ...]:
+def _clear_tensors(layout: Layout, shard: Shard, parts: Sequence[Buffer]) -> tuple[Float32, ...]:
     tensors = [] if layout.encrypt_tensors else [layout.tensors[i] for i in shard.tensors]
     _expect(len(parts) == len(tensors), f"{len(parts)} clear tensors")
     return tuple(_from_bytes(part, t.shape, t.name) for part, t in zip(parts, tensors, strict=True))
@@ -270,49 +300,19 @@ def _buffer(values: Float32) -> memoryview:
     return np.ascontiguousarray(values, dtype="<f4").reshape(-1).view(np.uint8).data
 
 
-# Shards are serialized in pieces that are joined once: protobuf copies megabytes of factors four times. A message's
-# serialization is the concatenation of those of its fields, so the bytes are the ones protobuf writes.
-
-
 def _shard_bytes(
-    head: Message,
-    first: int,
-    matrices: Sequence[_Pieces],
-    tensors: Sequence[Float32],
-    ciphertexts: bytes,
+    head: Message, first: int, matrices: Sequence[Pieces], tensors: Sequence[Float32], ciphertexts: Buffer
 ) -> bytes:
     """A shard whose matrices are field `first`, clear tensors the next and ciphertexts the one after."""
-    pieces: _Pieces = [_message(head)]
+    pieces: Pieces = [serialized(head)]
     for matrix in matrices:
-        pieces += _field(first, *matrix)
+        pieces += message_field(first, *matrix)
     for tensor in tensors:
-        pieces += _field(first + 1, _buffer(tensor))
-    return b"".join((*pieces, *_bytes_field(first + 2, ciphertexts)))
+        pieces += message_field(first + 1, _buffer(tensor))
+    return b"".join((*pieces, *bytes_field(first + 2, ciphertexts)))
 
 
-def _message(message: Message) -> bytes:
-    return message.SerializeToString(deterministic=True)
-
-
-def _bytes_field(number: int, content: bytes | memoryview) -> _Pieces:
-    """A field of bytes; like protobuf's, an empty one is left out."""
-    return _field(number, content) if len(content) else []
-
-
-def _field(number: int, *content: bytes | memoryview) -> _Pieces:
-    return [_varint(number << 3 | _LENGTH_DELIMITED) + _varint(sum(map(len, content))), *content]
-
-
-def _varint(value: int) -> bytes:
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
-
-
-def _from_bytes(data: bytes, shape: tuple[int, ...], what: str) -> Float32:
+def _from_bytes(data: Buffer, shape: tuple[int, ...], what: str) -> Float32:
     _expect(len(data) == 4 * int(np.prod(shape)), f"{what} has {len(data)} bytes for shape {shape}")
     values: NDArray[np.float32] = np.frombuffer(data, dtype="<f4")
     return values.reshape(shape)

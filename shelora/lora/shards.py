@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 Float32: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
+Buffer: TypeAlias = bytes | memoryview
+"""Serialized bytes: one's own, or a view of the shard they came in."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +47,7 @@ class UpdateShardContent:
     encrypted_tiers: int
     matrices: tuple[MatrixPart, ...]
     clear_tensors: tuple[Float32, ...]
-    ciphertexts: bytes
+    ciphertexts: Buffer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,4 +68,4 @@ class ResultShardContent:
     contributor_count: int
     matrices: tuple[MatrixAggregate, ...]
     clear_tensors: tuple[Float32, ...]
-    ciphertexts: bytes
+    ciphertexts: Buffer
