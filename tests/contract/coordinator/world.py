@@ -17,6 +17,7 @@ from coordinator.records import FederationRecord, Sighting
 from coordinator.render import Renderer
 from coordinator.store import RedisStore, Store, connect
 from shelora.federation import FederationSpec
+from shelora.messages import layout_from_proto, matrix_from_proto
 from shelora.transport.channel import open_channel
 from shelora.transport.pieces import Digest, cut
 from shelora.v1 import common_pb2
@@ -139,8 +140,6 @@ class World:
         )
 
     def update(self, client, round_, digests, examples=10, **changes):
-        from shelora.messages import layout_from_proto
-
         fields = {
             "client_id": client,
             "layout_digest": layout_from_proto(round_.layout).digest,
@@ -153,8 +152,6 @@ class World:
 
     async def publish(self, client: str, work: pb.MakePlan, sealed: bytes | None = None) -> None:
         sealed = sealed or f"sealed by {client}".encode() * 50_000
-        from shelora.messages import matrix_from_proto
-
         matrices = []
         for matrix in work.matrices:
             counted = common_pb2.Matrix()

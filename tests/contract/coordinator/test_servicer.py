@@ -1,0 +1,314 @@
+"""The RPCs over real gRPC, a real store and fakes of the other services."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
+from services.shell.server import running_server
+from shelora.errors import Reason
+from shelora.transport.channel import open_channel
+from shelora.transport.pieces import Digest, cut
+from shelora.transport.status import error_from_rpc
+from shelora.v1 import common_pb2
+from shelora.v1 import coordinator_pb2 as pb
+from shelora.v1.coordinator_pb2_grpc import CoordinatorStub
+from tests.contract.coordinator.world import MATRICES, TENSORS, spec
+
+
+@pytest.fixture
+async def stub(fed):
+    listening = asyncio.create_task(fed.changes.run())
+    servicer = CoordinatorServicer(fed.handlers)
+    async with (
+        running_server([SERVICE_NAME], lambda server: register(servicer, server)) as address,
+        open_channel(address) as channel,
+    ):
+        yield CoordinatorStub(channel)
+        fed.changes.close()
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
+
+
+@asynccontextmanager
+async def refused(reason: Reason, words: str = ""):
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        yield
+    error = error_from_rpc(failed.value)
+    assert error.reason is reason
+    assert words in error.message
+
+
+def join(client="a", **fields) -> pb.JoinRequest:
+    values = {
+        "federation_id": "fed",
+        "client_id": client,
+        "rank": 4,
+        "budget": 1.0,
+        "example_count": 100,
+        "matrices": MATRICES,
+        "tensors": TENSORS,
+        "protocol_version": 1,
+    }
+    return pb.JoinRequest(**{**values, **fields})
+
+
+async def created(stub, protection="selective", **rules) -> None:
+    await stub.CreateFederation(pb.CreateFederationRequest(spec=spec(protection, **rules).to_proto()))
+
+
+async def test_creating_twice_finds_the_first_and_another_specification_is_refused(stub):
+    first = await stub.CreateFederation(pb.CreateFederationRequest(spec=spec().to_proto()))
+    again = await stub.CreateFederation(pb.CreateFederationRequest(spec=spec().to_proto()))
+    assert first == again
+    assert first.phase == pb.PHASE_CREATED
+    async with refused(Reason.FEDERATION_EXISTS, "choose another name"):
+        await stub.CreateFederation(pb.CreateFederationRequest(spec=spec(rounds=5).to_proto()))
+    listed = await stub.ListFederations(pb.ListFederationsRequest())
+    assert [f.federation_id for f in listed.federations] == ["fed"]
+
+
+async def test_an_unknown_federation_is_named(stub):
+    for call, request in (
+        (stub.GetFederation, pb.GetFederationRequest(federation_id="nope")),
+        (stub.StartFederation, pb.StartFederationRequest(federation_id="nope")),
+        (stub.Join, join(federation_id="nope")),
+        (stub.Heartbeat, pb.HeartbeatRequest(federation_id="nope", client_id="a", stage="idle")),
+    ):
+        async with refused(Reason.FEDERATION_UNKNOWN, "'nope'"):
+            await call(request)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"protocol_version": 0}, "upgrade the agent"),
+        ({"protocol_version": 2}, "upgrade the coordinator"),
+        ({"rank": 0}, "rank must be 1 to 1024"),
+        ({"rank": 1025}, "rank must be 1 to 1024"),
+        ({"budget": float("nan")}, "budget must be 0 to 1"),
+        ({"budget": -0.1}, "budget must be 0 to 1"),
+        ({"example_count": 0}, "example_count must be"),
+        ({"client_id": "no spaces"}, "client_id must have"),
+        ({"client_id": ""}, "client_id must have"),
+        ({"matrices": []}, "at least one adapted matrix"),
+        ({"matrices": [MATRICES[0], MATRICES[0]]}, "same matrix name"),
+        ({"matrices": [common_pb2.Matrix(name="m", out_features=0, in_features=1)]}, "features must be"),
+    ],
+)
+async def test_a_join_out_of_range_is_refused_in_words(stub, fields, words):
+    await created(stub)
+    async with refused(Reason.INVALID_ARGUMENT, words):
+        await stub.Join(join(**fields))
+
+
+async def test_a_join_with_another_model_is_refused_naming_the_matrix(stub):
+    await created(stub)
+    assert (await stub.Join(join())).epoch == 1
+    wider = common_pb2.Matrix(name="layer.0.query", out_features=8, in_features=13)
+    async with refused(Reason.MODEL_MISMATCH, "layer.0.query [8, 13]"):
+        await stub.Join(join("b", matrices=[wider, MATRICES[1]]))
+
+
+async def test_joining_again_updates_the_member(stub):
+    await created(stub)
+    await stub.Join(join())
+    await stub.Join(join(rank=16))
+    shown = await stub.GetFederation(pb.GetFederationRequest(federation_id="fed"))
+    assert [(m.client_id, m.rank, m.idle_ms) for m in shown.members] == [("a", 16, 0)]
+
+
+async def test_a_heartbeat_is_shown_and_ages(stub, fed):
+    await created(stub)
+    async with refused(Reason.CLIENT_UNKNOWN, "join first"):
+        await stub.Heartbeat(pb.HeartbeatRequest(federation_id="fed", client_id="a", stage="idle"))
+    await stub.Join(join())
+    await stub.Heartbeat(
+        pb.HeartbeatRequest(federation_id="fed", client_id="a", stage="training", progress=0.25)
+    )
+    fed.now_ms += 1500
+    (member,) = (await stub.GetFederation(pb.GetFederationRequest(federation_id="fed"))).members
+    assert (member.stage, member.progress, member.idle_ms) == ("training", 0.25, 1500)
+    async with refused(Reason.INVALID_ARGUMENT, "stage must be one of"):
+        await stub.Heartbeat(pb.HeartbeatRequest(federation_id="fed", client_id="a", stage="sleeping"))
+
+
+async def test_a_watching_client_is_told_every_change_of_its_work_and_the_stream_ends_with_the_federation(
+    stub, fed
+):
+    await created(stub, "none", rounds=1)
+    for client in "abc":
+        await stub.Join(join(client))
+    stream = stub.Watch(pb.WatchRequest(federation_id="fed", client_id="a"))
+    works = [(await stream.read()).WhichOneof("work")]
+    await stub.StartFederation(pb.StartFederationRequest(federation_id="fed"))
+    playing = asyncio.create_task(fed.play())
+    async with asyncio.timeout(20):
+        while (assignment := await stream.read()) is not grpc.aio.EOF:
+            works.append(assignment.WhichOneof("work"))
+    await playing
+    assert works[0] == "wait"
+    assert works[-1] == "finish"
+    assert works.count("finish") == 1
+
+
+async def test_a_watch_ends_when_the_server_drains(stub, fed):
+    await created(stub)
+    await stub.Join(join())
+    stream = stub.Watch(pb.WatchRequest(federation_id="fed", client_id="a"))
+    assert (await stream.read()).WhichOneof("work") == "wait"
+    fed.changes.close()
+    assert await stream.read() is grpc.aio.EOF
+
+
+async def test_a_stranger_cannot_watch(stub):
+    await created(stub)
+    async with refused(Reason.CLIENT_UNKNOWN):
+        await stub.Watch(pb.WatchRequest(federation_id="fed", client_id="x")).read()
+
+
+async def collecting(fed) -> pb.RoundRef:
+    await fed.begin(spec("none"))
+    await fed.settle()
+    return (await fed.assignment("a")).train.round
+
+
+def commit_request(fed, round_, client="a", **fields) -> pb.CommitUpdateRequest:
+    digests = fed.aggregation.put(round_.round_id, client, len(round_.layout.shards))
+    update = fed.update(client, round_, digests)
+    values = {
+        "federation_id": "fed",
+        "round_id": round_.round_id,
+        "client_id": client,
+        "layout_digest": bytes.fromhex(update.layout_digest),
+        "shards": digests,
+        "rank": 4,
+        "scaling": 2.0,
+        "report": pb.UpdateReport(example_count=10, train_loss=0.5),
+    }
+    return pb.CommitUpdateRequest(**{**values, **fields})
+
+
+async def test_a_commit_is_counted_once_and_shown_with_its_report(stub, fed):
+    request = commit_request(fed, await collecting(fed))
+    assert (await stub.CommitUpdate(request)).update_count == 1
+    assert (await stub.CommitUpdate(request)).update_count == 1
+    request.rank = 3
+    async with refused(Reason.UPDATE_REWRITTEN):
+        await stub.CommitUpdate(request)
+    shown = await stub.GetFederation(pb.GetFederationRequest(federation_id="fed"))
+    assert shown.current.update_count == 1
+    assert [(u.client_id, u.example_count, u.train_loss) for u in shown.current.updates] == [("a", 10, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"scaling": 0.0}, Reason.INVALID_ARGUMENT),
+        ({"scaling": float("inf")}, Reason.INVALID_ARGUMENT),
+        ({"scaling": 1.1e4}, Reason.INVALID_ARGUMENT),
+        ({"rank": 5}, Reason.INVALID_ARGUMENT),
+        ({"rank": 0}, Reason.INVALID_ARGUMENT),
+        ({"report": pb.UpdateReport(example_count=0)}, Reason.INVALID_ARGUMENT),
+        ({"report": pb.UpdateReport(example_count=10**9 + 1)}, Reason.INVALID_ARGUMENT),
+        ({"report": pb.UpdateReport(example_count=1, train_s=float("nan"))}, Reason.INVALID_ARGUMENT),
+        ({"shards": []}, Reason.INVALID_ARGUMENT),
+        ({"layout_digest": b"short"}, Reason.INVALID_ARGUMENT),
+        ({"layout_digest": b"x" * 32}, Reason.LAYOUT_MISMATCH),
+        ({"round_id": "fed.00000001.9"}, Reason.ROUND_UNKNOWN),
+        ({"client_id": "d", "report": pb.UpdateReport(example_count=1)}, Reason.NOT_IN_COHORT),
+    ],
+)
+async def test_a_commit_that_does_not_fit_its_round_is_refused(stub, fed, fields, reason):
+    request = commit_request(fed, await collecting(fed), **fields)
+    async with refused(reason):
+        await stub.CommitUpdate(request)
+    assert (await fed.shown()).current.update_count == 0
+
+
+async def test_a_commit_of_shards_that_have_not_arrived_is_refused(stub, fed):
+    request = commit_request(fed, await collecting(fed))
+    fed.aggregation.updates.clear()
+    async with refused(Reason.SHARD_MISSING, "send them first"):
+        await stub.CommitUpdate(request)
+
+
+async def test_a_late_commit_is_refused_but_a_repeated_one_still_has_its_receipt(stub, fed):
+    round_ = await collecting(fed)
+    requests = [commit_request(fed, round_, client) for client in "abc"]
+    for request in requests[:2]:
+        await stub.CommitUpdate(request)
+    fed.now_ms += 60_000
+    await fed.settle()
+    assert (await stub.CommitUpdate(requests[1])).update_count == 2
+    async with refused(Reason.ROUND_NOT_COLLECTING):
+        await stub.CommitUpdate(requests[2])
+
+
+def messages(client, number, sealed, matrices):
+    digest = Digest.of(sealed)
+    header = pb.PublishPlanHeader(
+        federation_id="fed",
+        client_id=client,
+        plan_number=number,
+        digest=common_pb2.ShardDigest(sha256=digest.sha256, total_bytes=digest.total_bytes),
+        matrices=matrices,
+    )
+    return [pb.PublishPlanRequest(header=header), *(pb.PublishPlanRequest(piece=p) for p in cut(sealed))]
+
+
+async def test_a_plan_goes_through_in_pieces_and_only_from_the_leader(stub, fed):
+    await fed.begin(spec())
+    await fed.settle()
+    await fed.act()
+    await fed.settle()
+    work = (await fed.assignment("a")).make_plan
+    for matrix in work.matrices:
+        matrix.tier_columns.append(3)
+    sealed = bytes(range(256)) * 4096
+    async with refused(Reason.NOT_LEADER):
+        await stub.PublishPlan(iter(messages("b", 1, sealed, work.matrices)))
+    truncated = messages("a", 1, sealed, work.matrices)[:-1]
+    async with refused(Reason.TRANSFER_TRUNCATED):
+        await stub.PublishPlan(iter(truncated))
+    async with refused(Reason.PLAN_UNKNOWN):
+        await stub.GetPlan(pb.GetPlanRequest(federation_id="fed", plan_number=1)).read()
+    for _ in range(2):
+        await stub.PublishPlan(iter(messages("a", 1, sealed, work.matrices)))
+    stream = stub.GetPlan(pb.GetPlanRequest(federation_id="fed", plan_number=1))
+    assert b"".join([r.piece async for r in stream]) == sealed
+    reject = pb.RejectPlanRequest(
+        federation_id="fed", client_id="c", plan_number=1, sha256=Digest.of(sealed).sha256, why="no"
+    )
+    await stub.RejectPlan(reject)
+    await stub.RejectPlan(reject)
+    async with refused(Reason.PLAN_UNKNOWN):
+        await stub.GetPlan(pb.GetPlanRequest(federation_id="fed", plan_number=1)).read()
+
+
+async def test_evaluations_are_shown_with_their_round(stub, fed):
+    await fed.begin(spec("none", rounds=1))
+    record = await fed.play()
+    report = pb.EvaluationReport(
+        client_id="a", example_count=10, correct_count=9, loss=0.25, download_bytes=7
+    )
+    request = pb.ReportEvaluationRequest(federation_id="fed", round_id=record.round_id(1), report=report)
+    for _ in range(2):
+        await stub.ReportEvaluation(request)
+    (ended,) = (await stub.GetFederation(pb.GetFederationRequest(federation_id="fed"))).history
+    assert list(ended.evaluations) == [report]
+    assert (ended.aggregate_cpu_s, ended.shards_done, ended.shard_count) == (0.5, 2, 2)
+    request.report.correct_count = 11
+    async with refused(Reason.INVALID_ARGUMENT, "correct_count"):
+        await stub.ReportEvaluation(request)
+
+
+async def test_an_ended_federation_takes_no_more_clients(stub, fed):
+    await fed.begin(spec("none", rounds=1))
+    await fed.play()
+    async with refused(Reason.FEDERATION_CLOSED):
+        await stub.Join(join("late"))
+    async with refused(Reason.FEDERATION_CLOSED):
+        await stub.StartFederation(pb.StartFederationRequest(federation_id="fed"))

@@ -1,0 +1,264 @@
+"""The contract of a store, on a real server."""
+
+import asyncio
+
+import pytest
+import redis.asyncio
+
+from coordinator.keys import Keys
+from coordinator.records import (
+    Evaluation,
+    LayoutRecord,
+    Member,
+    Report,
+    ShardResult,
+    Sighting,
+    StoredDigest,
+    Update,
+)
+from coordinator.store import CommitOutcome, RedisStore, connect
+from shelora.errors import DomainError, Reason
+from shelora.rounds import RoundState
+from tests.unit.coordinator.records import DIGEST, PLAN, a_round, federation, ticket
+
+RECORD = federation(sequence=2, ticket=ticket(plan=PLAN), plan=PLAN)
+
+
+@pytest.fixture
+async def store(redis_url):
+    client = connect(redis_url)
+    yield RedisStore(client, lambda: 1_000)
+    await client.aclose()
+
+
+def an_update(client="a", examples=10, sha256="ab" * 32) -> Update:
+    report = Report(
+        example_count=examples, train_loss=0.5, train_s=1.0, encrypt_s=0.0, upload_s=0.0, upload_bytes=14
+    )
+    digest = StoredDigest(sha256=sha256, total_bytes=7)
+    return Update(
+        client_id=client, layout_digest="ef" * 32, shards=(digest, digest), rank=4, scaling=2.0, report=report
+    )
+
+
+async def collecting(store) -> None:
+    assert await store.write_federation("create_federation", RECORD, 0)
+    assert await store.write_round("create_round", RECORD, a_round(), 0)
+
+
+async def reason_of(work) -> Reason:
+    with pytest.raises(DomainError) as refused:
+        await work
+    return refused.value.reason
+
+
+async def test_a_federation_comes_back_as_it_was_written(store):
+    assert await store.write_federation("create_federation", RECORD, 0)
+    found = await store.federation("fed")
+    assert (found.record, found.revision) == (RECORD, 1)
+    assert await store.federation_ids() == ["fed"]
+    assert await reason_of(store.federation("other")) is Reason.FEDERATION_UNKNOWN
+
+
+async def test_a_write_on_an_old_revision_is_refused_and_changes_nothing(store):
+    assert await store.write_federation("create_federation", RECORD, 0)
+    later = RECORD.model_copy(update={"trained": 1})
+    assert not await store.write_federation("create_federation", later, 0)
+    assert await store.write_federation("settle_round", later, 1)
+    assert not await store.write_federation("settle_round", RECORD, 1)
+    assert (await store.federation("fed")).record == later
+
+
+async def test_concurrent_transactions_each_take_effect_once(store):
+    assert await store.write_federation("create_federation", RECORD, 0)
+
+    def counted(record):
+        return record.model_copy(update={"trained": record.trained + 1})
+
+    await asyncio.gather(*(store.transact("settle_round", "fed", counted) for _ in range(12)))
+    assert (await store.federation("fed")).record.trained == 12
+
+
+async def test_a_transaction_that_changes_nothing_writes_nothing(store):
+    assert await store.write_federation("create_federation", RECORD, 0)
+    await store.transact("start_federation", "fed", lambda r: r.model_copy())
+    assert (await store.federation("fed")).revision == 1
+
+
+async def test_a_round_comes_back_and_a_missing_one_is_none(store):
+    await collecting(store)
+    found = await store.round(RECORD, 2)
+    assert found is not None
+    assert (found.record, found.revision) == (a_round(), 1)
+    assert await store.round(RECORD, 1) is None
+    assert await store.rounds(RECORD, [1, 2, 3]) == [a_round()]
+    assert await store.rounds(RECORD, []) == []
+
+
+async def test_a_repeated_commit_gets_the_first_receipt_also_after_the_close(store):
+    await collecting(store)
+    assert await store.commit(RECORD, 2, an_update("a")) == (CommitOutcome.COMMITTED, 1)
+    assert await store.commit(RECORD, 2, an_update("b")) == (CommitOutcome.COMMITTED, 2)
+    assert await store.write_round("close_round", RECORD, a_round(RoundState.AGGREGATING), 1)
+    assert await store.commit(RECORD, 2, an_update("a")) == (CommitOutcome.REPEATED, 1)
+    assert await store.commit(RECORD, 2, an_update("a", sha256="cd" * 32)) == (CommitOutcome.REWRITTEN, 0)
+    assert await store.commit(RECORD, 2, an_update("a", examples=11)) == (CommitOutcome.REWRITTEN, 0)
+    assert await store.commit(RECORD, 2, an_update("c")) == (CommitOutcome.NOT_COLLECTING, 0)
+    assert [c.update.client_id for c in await store.commits(RECORD, 2)] == ["a", "b"]
+    assert await store.commit_count(RECORD, 2) == 2
+    assert (await store.commit_of(RECORD, 2, "b")).update == an_update("b")
+    assert await store.commit_of(RECORD, 2, "c") is None
+
+
+@pytest.mark.parametrize("state", sorted(set(RoundState) - {RoundState.COLLECTING}))
+async def test_no_other_state_counts_an_update(store, state):
+    assert await store.write_round("create_round", RECORD, a_round(state), 0)
+    assert await store.commit(RECORD, 2, an_update()) == (CommitOutcome.NOT_COLLECTING, 0)
+    assert await store.commit(RECORD, 7, an_update()) == (CommitOutcome.NOT_COLLECTING, 0)
+
+
+async def test_one_client_that_commits_many_times_at_once_is_counted_once(store):
+    await collecting(store)
+    outcomes = await asyncio.gather(*(store.commit(RECORD, 2, an_update()) for _ in range(30)))
+    assert sorted(outcomes) == [(CommitOutcome.COMMITTED, 1), *[(CommitOutcome.REPEATED, 1)] * 29]
+
+
+async def test_of_many_different_manifests_at_once_exactly_one_is_kept(store):
+    await collecting(store)
+    outcomes = await asyncio.gather(
+        *(store.commit(RECORD, 2, an_update(sha256=f"{i:064x}")) for i in range(30))
+    )
+    assert sorted(outcome for outcome, _ in outcomes) == [
+        CommitOutcome.COMMITTED,
+        *[CommitOutcome.REWRITTEN] * 29,
+    ]
+    assert await store.commit_count(RECORD, 2) == 1
+
+
+@pytest.mark.parametrize("head_start", [0, 5, 20, 40])
+async def test_commits_that_race_the_close_are_counted_or_refused_never_both(store, head_start):
+    await collecting(store)
+
+    async def close() -> set[str]:
+        for _ in range(head_start):
+            await store.commit_count(RECORD, 2)
+        assert await store.write_round("close_round", RECORD, a_round(RoundState.AGGREGATING), 1)
+        return {commit.update.client_id for commit in await store.commits(RECORD, 2)}
+
+    async def commit(index: int) -> tuple[str, CommitOutcome]:
+        for _ in range(index % 25):
+            await store.commit_count(RECORD, 2)
+        outcome, _ = await store.commit(RECORD, 2, an_update(f"client{index}"))
+        return f"client{index}", outcome
+
+    counted, *outcomes = await asyncio.gather(close(), *(commit(i) for i in range(60)))
+    accepted = {name for name, outcome in outcomes if outcome is CommitOutcome.COMMITTED}
+    assert accepted == counted
+    assert {c.update.client_id for c in await store.commits(RECORD, 2)} == counted
+    assert sorted(c.ordinal for c in await store.commits(RECORD, 2)) == list(range(1, len(counted) + 1))
+
+
+async def test_members_sightings_and_evaluations_come_back(store):
+    member = Member(client_id="b", rank=4, budget=0.5, example_count=3)
+    await store.put_member("fed", member)
+    await store.put_member("fed", member.model_copy(update={"client_id": "a"}))
+    assert list(await store.members("fed")) == ["a", "b"]
+    assert await store.is_member("fed", "b")
+    assert not await store.is_member("fed", "c")
+    seen = Sighting(stage="idle", progress=0.0, at_ms=5)
+    await store.see("fed", "b", seen)
+    assert await store.sightings("fed", ["a", "b"]) == {"b": seen}
+    assert await store.sightings("fed", []) == {}
+    measured = Evaluation(
+        client_id="b",
+        example_count=2,
+        correct_count=1,
+        loss=0.1,
+        download_s=0.0,
+        decrypt_s=0.0,
+        evaluate_s=0.0,
+        download_bytes=9,
+    )
+    await store.put_evaluation(RECORD, 2, measured)
+    again = measured.model_copy(update={"correct_count": 2})
+    await store.put_evaluation(RECORD, 2, again)
+    assert await store.evaluations(RECORD, 2) == [again]
+
+
+async def test_layouts_plans_and_shards_come_back(store):
+    layout = LayoutRecord(
+        parameters="standard",
+        key_id="",
+        matrices=(),
+        tensors=(),
+        tiers=(),
+        encrypt_tensors=False,
+        max_rank=1,
+        max_directions=1,
+        shards=(),
+    )
+    await store.put_layout("fed", layout, "ab")
+    assert await store.layout("fed", "ab") == layout
+    assert await reason_of(store.layout("fed", "cd")) is Reason.ROUND_UNKNOWN
+    await store.put_plan("fed", "ab", b"\0sealed\xff")
+    assert await store.plan("fed", "ab") == b"\0sealed\xff"
+    assert await reason_of(store.plan("fed", "cd")) is Reason.PLAN_UNKNOWN
+    shard = ShardResult(digest=DIGEST, cpu_s=0.5)
+    await store.put_shard(RECORD, a_round(), 1, shard)
+    assert await store.shards(RECORD, a_round()) == {1: shard}
+    assert await store.shards(RECORD, a_round(dropped=("a",))) == {}
+
+
+async def test_a_lease_is_held_by_one_and_only_its_holder_renews_or_releases_it(store):
+    assert await store.acquire("fed", "one", 10)
+    assert not await store.acquire("fed", "two", 10)
+    assert await store.renew("fed", "one", 10)
+    assert not await store.renew("fed", "two", 10)
+    await store.release("fed", "two")
+    assert not await store.acquire("fed", "two", 10)
+    await store.release("fed", "one")
+    assert await store.acquire("fed", "two", 10)
+
+
+async def test_a_write_prolongs_the_life_of_everything_the_federation_stands_on(store, redis_url):
+    keys = Keys()
+    await store.put_member("fed", Member(client_id="a", rank=1, budget=0.0, example_count=1))
+    await store.put_plan("fed", PLAN.digest.sha256, b"sealed")
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        standing = [keys.members("fed"), keys.plan("fed", PLAN.digest.sha256)]
+        for key in standing:
+            await client.expire(key, 60)
+        assert await store.write_federation("create_federation", RECORD, 0)
+        assert min([await client.ttl(key) for key in standing]) > 60
+
+
+async def test_an_expired_federation_leaves_the_list(redis_url):
+    now = [1_000]
+    client = connect(redis_url)
+    store = RedisStore(client, lambda: now[0])
+    assert await store.write_federation("create_federation", RECORD, 0)
+    now[0] += 31 * 86_400_000
+    assert await store.federation_ids() == []
+    await client.aclose()
+
+
+async def test_a_store_that_does_not_answer_is_unavailable():
+    client = connect("redis://127.0.0.1:1", timeout_s=1)
+    assert await reason_of(RedisStore(client, lambda: 0).federation_ids()) is Reason.STORE_UNAVAILABLE
+    await client.aclose()
+
+
+async def test_a_cancelled_caller_stops_whenever_the_cancellation_comes(store):
+    """Regression: under redis-py's socket timeout, Python 3.11 lost one cancellation in ten and drivers drove on."""
+
+    async def forever() -> None:
+        while True:
+            await store.is_member("fed", "a")
+
+    for delay in range(100):
+        task = asyncio.create_task(forever())
+        for _ in range(delay):
+            await asyncio.sleep(0)
+        task.cancel()
+        _, pending = await asyncio.wait([task], timeout=5)
+        assert not pending
