@@ -1,1 +1,7 @@
 """The client agent: trains on data that stays here, protects what it sends, applies what comes back."""
+
+import os
+
+# Before anything imports torch: idle OpenMP threads sleep in place of spinning. An agent shares its machine; with two
+# threads on two busy cores a training step takes 2.1 s in place of 7.8 s (all-MiniLM-L6, 16 x 96 tokens).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
