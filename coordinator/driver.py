@@ -125,12 +125,20 @@ class Driver:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _scan(self) -> None:
-        for federation_id in await self._store.federation_ids():
-            if federation_id in self._driving or federation_id in self._finished:
-                continue
-            federation = (await self._store.federation(federation_id)).record
-            if federation.phase is not Phase.CREATED:
+        listed = set(await self._store.federation_ids())
+        self._finished &= listed  # a name that expired may be given again
+        for federation_id in sorted(listed - self._finished - self._driving.keys()):
+            if await self._is_started(federation_id):
                 self._spawn(federation_id)
+
+    async def _is_started(self, federation_id: str) -> bool:
+        """Whether there is something to drive; not in a federation that is listed but was never written."""
+        try:
+            return (await self._store.federation(federation_id)).record.phase is not Phase.CREATED
+        except DomainError as error:
+            if error.reason is not Reason.FEDERATION_UNKNOWN:
+                raise
+            return False
 
     def _spawn(self, federation_id: str) -> None:
         task = asyncio.create_task(self._hold(federation_id), name=f"drive-{federation_id}")
