@@ -101,6 +101,9 @@ def _stream_observed(behavior: Any, service: str, method: str) -> Any:  # noqa: 
 @contextmanager
 def _observation(service: str, method: str, context: _Context) -> Iterator[None]:
     start_s = time.perf_counter()
+    peer = (
+        context.peer()
+    )  # now: a cancelled stream may be finalized after its call is freed, and asking it then crashes
     status = grpc.StatusCode.CANCELLED  # what is left when neither of the branches below is reached
     try:
         yield
@@ -118,7 +121,7 @@ def _observation(service: str, method: str, context: _Context) -> Iterator[None]
             method=method,
             status=status.name,
             duration_s=duration_s,
-            peer=context.peer(),
+            peer=peer,
         )
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 import yaml
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from shelora.cli.cluster import Addresses, LocalCluster, Process
 from shelora.federation import FederationSpec
@@ -41,7 +42,7 @@ AGENTS = (
 
 
 def save_tiny_bert(folder: Path) -> Path:
-    """A BERT of two layers with random weights, and its tokenizer."""
+    """A BERT of two layers that knows the words but not the task, and its tokenizer."""
     vocabulary = [*SPECIAL, *FILLER, *WORDS["cold"], *WORDS["warm"]]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -49,7 +50,8 @@ def save_tiny_bert(folder: Path) -> Path:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=32,
@@ -57,9 +59,30 @@ def save_tiny_bert(folder: Path) -> Path:
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,
+        num_labels=len(WORDS["cold"]) + len(WORDS["warm"]),
     )
-    BertModel(config).save_pretrained(folder)
+    torch.manual_seed(0)
+    pretrained = BertForSequenceClassification(config)
+    _teach_words(pretrained, fast)
+    pretrained.bert.save_pretrained(folder)
     return folder
+
+
+def _teach_words(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Trains all weights to name the one word of a sentence that is not filler."""
+    rng, words = random.Random(0), [*WORDS["cold"], *WORDS["warm"]]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        targets = [rng.randrange(len(words)) for _ in range(32)]
+        texts = [" ".join(_shuffled(rng, [rng.choice(FILLER) for _ in range(6)] + [words[t]])) for t in targets]
+        outcome = model(**tokenizer(texts, return_tensors="pt", padding=True), labels=torch.tensor(targets))
+        optimizer.zero_grad()
+        outcome.loss.backward()
+        optimizer.step()
+
+
+def _shuffled(rng: random.Random, words: list[str]) -> list[str]:
+    return rng.sample(words, len(words))
 
 
 def specification(mode: str = "selective", **round_fields: int) -> FederationSpec:
@@ -69,7 +92,7 @@ def specification(mode: str = "selective", **round_fields: int) -> FederationSpe
             "training": {
                 "base_model": "tiny-bert",
                 "labels": LABELS,
-                "local_steps": 8,
+                "local_steps": 24,
                 "batch_size": 8,
                 "learning_rate": 0.02,
                 "max_tokens": 16,
@@ -124,8 +147,7 @@ def write_examples(path: Path, count: int, seed: str) -> None:
     for index in range(count):
         label = LABELS[index % 2]
         words = [rng.choice(FILLER) for _ in range(6)] + [rng.choice(WORDS[label]) for _ in range(2)]
-        rng.shuffle(words)
-        rows.append({"text": " ".join(words), "label": label})
+        rows.append({"text": " ".join(_shuffled(rng, words)), "label": label})
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".csv":

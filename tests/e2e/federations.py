@@ -9,6 +9,7 @@ from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 
 TIMEOUT_S = 240
+POLL_S = 0.2
 
 
 async def start(cluster: LocalCluster, spec: FederationSpec) -> None:
@@ -22,11 +23,12 @@ async def wait_until_over(
 ) -> pb.Federation:
     """The federation once it has ended and its agents have exited; fails with the log of whoever died."""
     async with asyncio.timeout(TIMEOUT_S), operator(cluster.addresses.coordinator) as connection:
-        while (federation := await connection.get(spec.name)).phase in {pb.PHASE_CREATED, pb.PHASE_RUNNING}:
+        while True:
+            federation = await connection.get(spec.name)
+            over = federation.phase not in {pb.PHASE_CREATED, pb.PHASE_RUNNING}
+            if over and all(agent.popen.poll() is not None for agent in agents):
+                return await connection.get(spec.name)
             for process in cluster.processes:
                 if process not in agents or process.popen.poll():
                     process.require_alive()
-            await asyncio.sleep(0.2)
-        while any(agent.popen.poll() is None for agent in agents):
-            await asyncio.sleep(0.2)
-        return await connection.get(spec.name)
+            await asyncio.sleep(POLL_S)

@@ -1,9 +1,8 @@
 """TCP proxies that keep every byte, for searching what servers received and sent."""
 
 import asyncio
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 
 class Recorder:
@@ -14,16 +13,26 @@ class Recorder:
         self._port = int(port)
         self.address = ""
         self._streams: list[bytearray] = []
+        self._connections: set[asyncio.Task] = set()
 
     def recorded(self) -> bytes:
         """Everything so far; connections and directions one after the other."""
         return b"\0".join(bytes(stream) for stream in self._streams)
 
-    async def start(self) -> None:
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Recorder"]:
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        try:
+            yield self
+        finally:
+            server.close()
+            for connection in self._connections:
+                connection.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(asyncio.current_task())
         try:
             far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
         except OSError:
@@ -45,21 +54,8 @@ class Recorder:
             writer.close()
 
 
-@contextmanager
-def recording(*targets: str) -> Iterator[list[Recorder]]:
-    """Proxies for the targets, run by a thread of their own."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    recorders = [Recorder(target) for target in targets]
-    try:
-        for recorder in recorders:
-            asyncio.run_coroutine_threadsafe(recorder.start(), loop).result(10)
-        yield recorders
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
+@asynccontextmanager
+async def recording(*targets: str) -> AsyncIterator[list[Recorder]]:
+    """Proxies for the targets, while the context lasts."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(Recorder(target).running()) for target in targets]

