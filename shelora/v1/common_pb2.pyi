@@ -310,7 +310,7 @@ Global___UpdateShard: _TypeAlias = UpdateShard  # noqa: Y015
 
 @_typing.final
 class MatrixUpdate(_message.Message):
-    """The clear part of one matrix of an update. Rows of A are scaled to a largest magnitude in (1/2, 1] by a power of
+    """The clear part of one matrix of an update. Rows of A are scaled to a largest magnitude in [1/2, 1) by a power of
     two that B takes up.
     """
 

@@ -74,7 +74,9 @@ def _teach_words(model: BertForSequenceClassification, tokenizer: PreTrainedToke
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
         targets = [rng.randrange(len(words)) for _ in range(32)]
-        texts = [" ".join(_shuffled(rng, [rng.choice(FILLER) for _ in range(6)] + [words[t]])) for t in targets]
+        texts = [
+            " ".join(_shuffled(rng, [rng.choice(FILLER) for _ in range(6)] + [words[t]])) for t in targets
+        ]
         outcome = model(**tokenizer(texts, return_tensors="pt", padding=True), labels=torch.tensor(targets))
         optimizer.zero_grad()
         outcome.loss.backward()
