@@ -3,6 +3,7 @@
 Ciphertexts stay bytes: `validate_update` has `shelora.ckks.wire` check every coefficient of them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -313,6 +314,6 @@ def _shard_bytes(
 
 
 def _from_bytes(data: Buffer, shape: tuple[int, ...], what: str) -> Float32:
-    _expect(len(data) == 4 * int(np.prod(shape)), f"{what} has {len(data)} bytes for shape {shape}")
+    _expect(len(data) == 4 * math.prod(shape), f"{what} has {len(data)} bytes for shape {shape}")
     values: NDArray[np.float32] = np.frombuffer(data, dtype="<f4")
     return values.reshape(shape)

@@ -147,7 +147,7 @@ class Accumulator:
     ) -> None:
         """weights: [rows, segments] for one row of the block."""
         run = self._runs[chunk]
-        plaintexts = [self._plaintext(line[run.segments], run) for line in weights]
+        plaintexts = self._plaintexts(weights[:, run.segments], run)
         if all(plaintext is None for plaintext in plaintexts):
             return
         ciphertext = self._context.load_seeded(block.seeded_ciphertext(row, position))
@@ -168,14 +168,21 @@ class Accumulator:
             if "transparent" not in str(error):
                 raise
 
-    def _plaintext(self, weights: FloatArray, run: _ChunkRun) -> Native | None:
-        """The encoded weights of one chunk, or None if they round to zero (SEAL refuses such a product)."""
+    def _plaintexts(self, weights: FloatArray, run: _ChunkRun) -> list[Native | None]:
+        """Encoded weights [rows, segments of the chunk]; None where they round to zero (SEAL refuses the product)."""
+        equal = (weights == weights[:, :1]).all(axis=1)
+        vectors = weights if equal.all() else np.repeat(weights, run.pairs, axis=1)
+        return [self._plaintext(*line) for line in zip(vectors, equal, strict=True)]
+
+    def _plaintext(self, factors: FloatArray, equal: np.bool) -> Native | None:
         scale = self.shape.parameters.weight_scale
-        if len(weights) == 1 or (weights == weights[0]).all():
-            plaintext = self._context.encode_scalar(float(weights[0]), scale) if weights[0] else None
+        if not equal:
+            plaintext = self._context.encode_factors(factors, scale)
+        elif factors[0]:
+            plaintext = self._context.encode_scalar(float(factors[0]), scale)
         else:
-            plaintext = self._context.encode_factors(np.repeat(weights, run.pairs), scale)
-        return None if plaintext is None or plaintext.is_zero() else plaintext
+            return None
+        return None if plaintext.is_zero() else plaintext
 
     def _finished(self, native: Native | None, clear: FloatArray) -> FullCiphertext:
         residues = _clear_residues(self._context, clear)

@@ -112,7 +112,7 @@ def _aggregate_matrices(cohort: _Cohort) -> ResultShardContent:
         parts = content.matrices
         R = [r.coordinates(contribution, part.B, first) for r, part in zip(rows, parts, strict=True)]
         for M, part, R_i in zip(clear, parts, R, strict=True):
-            _add_product(M, R_i, part.clear_A[:, part.clear_A.shape[1] - M.shape[1] :])
+            M += R_i @ part.clear_A[:, part.clear_A.shape[1] - M.shape[1] :]  # noqa: PLW2901 - in place
         if slots is not None:
             slots.add(content, [r.scale * R_i for r, R_i in zip(rows, R, strict=True)])
         first += content.rank
@@ -126,12 +126,6 @@ def _aggregate_matrices(cohort: _Cohort) -> ResultShardContent:
         clear_tensors=(),
         ciphertexts=slots.finish() if slots is not None else b"",
     )
-
-
-def _add_product(total: Float64, R: Float64, A: Float32) -> None:
-    """Adds R A. R is upper triangular over the cohort: the rows below a client's last are zero."""
-    used = int(np.flatnonzero(R.any(axis=1)).max(initial=-1)) + 1
-    total[:used] += R[:used] @ A
 
 
 def _rows(cohort: _Cohort, count: int) -> list[_Rows]:
@@ -165,7 +159,7 @@ def _cut_rows(cohort: _Cohort, bases: list[Float64]) -> list[_Rows]:
 
 def _used_rows(basis: Float64, R: Float64 | None, norms: Float64, energy_left_out: float = 0.0) -> _Rows:
     """Drops directions no update uses and chooses the exponent of every row from its norm in R."""
-    used = norms > NEGLIGIBLE * norms.max()
+    used = norms > NEGLIGIBLE * norms.max(initial=0)
     exponents = tuple(math.floor(math.log2(SUM_LIMIT / norm)) for norm in norms[used])
     if used.all():
         return _Rows(basis, R, exponents, energy_left_out)

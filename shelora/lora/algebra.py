@@ -4,6 +4,8 @@
 (docs/protocol.md, "Aggregation").
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from shelora.errors import DomainError, Reason
@@ -46,9 +48,9 @@ class DirectionSketch:
             raise ValueError("no block was added")
         columns = np.hstack(self._blocks)
         if self._width > self._limit:
-            return thin_qr(_leading(columns, self._limit))[0], None
-        Q, R = thin_qr(columns)
-        return Q, None if self._merged else _denoised(R, np.linalg.norm(R, axis=0))
+            return canonical_basis(_leading(columns, self._limit))[0], None
+        Q, R = canonical_basis(columns)
+        return Q, None if self._merged else R
 
 
 def _leading(columns: Float64, limit: int) -> Float64:
@@ -58,28 +60,55 @@ def _leading(columns: Float64, limit: int) -> Float64:
     return leading
 
 
-def thin_qr(columns: Float64) -> tuple[Float64, Float64]:
-    """Q [out, q] of orthonormal columns and R [q, count], upper triangular, Q R = columns; q = min(out, count).
+def canonical_basis(columns: Float64) -> tuple[Float64, Float64]:
+    """Q [out, q] of orthonormal columns and R [q, count] with Q R = columns; Q depends on their span alone.
 
-    Well-conditioned columns go by the Cholesky factor of their Gram matrix, a third of the work of Householder
-    reflections. Q is then orthonormal to about WELL_CONDITIONED^2 * 2^-53, below the float32 it travels in.
+    In a basis taken from the columns in their order R is triangular, and the last row of M = R A* is a row of the last
+    client's A, which whoever decrypts M would see. Here Q is what Gram and Schmidt make of P G, with P the projection
+    onto the span and G a fixed matrix without structure: every row of M is a sum over all clients, and Q and M say
+    what ΔW says, as the span is that of its columns too (unless A* loses rank).
+
+    Well-conditioned columns go by their Gram matrix (Q = columns T with a small T), a fraction of the work of singular
+    values; Q is then orthonormal to about WELL_CONDITIONED^2 * 2^-53, below the float32 it travels in.
     """
+    factor = _gram_factor(columns)
+    if factor is None:
+        left, values, right = np.linalg.svd(columns, full_matrices=False)
+        used = values > NEGLIGIBLE * values.max(initial=0)
+        basis, R = left[:, used], values[used, None] * right[used]
+        rotation = _rotation(basis.T @ _unstructured(*basis.shape))
+        return basis @ rotation, rotation.T @ R
+    triangular, inverse = factor
+    rotation = _rotation(inverse.T @ (columns.T @ _unstructured(*columns.shape)))
+    return columns @ (inverse @ rotation), rotation.T @ triangular
+
+
+def _gram_factor(columns: Float64) -> tuple[Float64, Float64] | None:
+    """The triangular R of columns = Q R and its inverse, by Cholesky; None if the columns are ill-conditioned."""
     gram = columns.T @ columns
     norms = np.sqrt(np.diagonal(gram))
-    if columns.shape[0] >= columns.shape[1] and norms.all():
-        try:
-            R = np.linalg.cholesky(gram / np.outer(norms, norms)).T
-        except np.linalg.LinAlgError:
-            return _householder(columns)
-        inverse = np.linalg.inv(R)
-        if np.linalg.norm(R) * np.linalg.norm(inverse) <= WELL_CONDITIONED:
-            return columns @ (inverse / norms[:, None]), R * norms
-    return _householder(columns)
+    if columns.shape[0] < columns.shape[1] or not norms.all():
+        return None
+    try:
+        unit = np.linalg.cholesky(gram / np.outer(norms, norms)).T
+    except np.linalg.LinAlgError:
+        return None
+    inverse = np.linalg.inv(unit)
+    if np.linalg.norm(unit) * np.linalg.norm(inverse) > WELL_CONDITIONED:
+        return None
+    return unit * norms, inverse / norms[:, None]
 
 
-def _householder(columns: Float64) -> tuple[Float64, Float64]:
-    Q, R = np.linalg.qr(columns)
-    return Q, R
+def _rotation(projected: Float64) -> Float64:
+    """The orthogonal U with `projected` = U T and a positive diagonal in T: unique, so that Q U is canonical."""
+    U, T = np.linalg.qr(projected)
+    return U * np.where(np.diagonal(T) < 0, -1.0, 1.0)
+
+
+@lru_cache(maxsize=64)
+def _unstructured(rows: int, columns: int) -> Float64:
+    """G: the same on every machine, nothing secret."""
+    return np.random.default_rng([rows, columns]).standard_normal((rows, columns))
 
 
 def coordinates(basis: Float64, block: Float64) -> Float64:
