@@ -1,0 +1,216 @@
+"""The figures of a run, their targets, the table and the summary file."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bench.ours import REPETITIONS, EncryptAll, Ours
+from bench.published import Published
+from bench.workload import Workload
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that a run must reach."""
+
+    least: float | None = None
+    most: float | None = None
+
+    def met(self, value: float) -> bool:
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        return f"≥ {self.least:g}" if self.least is not None else f"≤ {self.most:g}"
+
+
+TARGETS = {
+    "encrypt_cpu_ratio": Target(least=300),
+    "aggregate_cpu_ratio": Target(least=5000),
+    "upload_bytes_ratio": Target(least=300),
+    "download_bytes_ratio": Target(least=80),
+    "max_abs_error": Target(most=5e-7),
+    "encrypt_all_s": Target(most=2),
+    "encrypt_all_upload_bytes": Target(most=45e6),
+}
+"""Ratios are published over ours."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything one run measured."""
+
+    workload: Workload
+    published: Published
+    ours: Ours
+    everything: EncryptAll
+
+    def figures(self) -> dict[str, float]:
+        """The figures that have targets."""
+        published, ours = self.published, self.ours
+        return {
+            "encrypt_cpu_ratio": published.encrypt_cpu_s / ours.encryption.cpu_s,
+            "aggregate_cpu_ratio": published.aggregate_cpu_s / ours.aggregation.cpu_s,
+            "upload_bytes_ratio": published.upload_bytes_per_client / ours.upload_bytes,
+            "download_bytes_ratio": published.download_bytes_per_client / ours.download_bytes,
+            "max_abs_error": ours.max_abs_error,
+            "encrypt_all_s": self.everything.encryption.wall_s,
+            "encrypt_all_upload_bytes": float(self.everything.upload_bytes),
+        }
+
+    def missed(self) -> list[str]:
+        """Names of the targets that were not reached."""
+        return [name for name, value in self.figures().items() if not TARGETS[name].met(value)]
+
+    def write(self, path: Path) -> None:
+        """Writes the summary as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self._summary(), indent=2) + "\n", encoding="utf-8")
+
+    def _summary(self) -> dict[str, Any]:
+        published = self.published
+        return {
+            **self.figures(),
+            "missed": self.missed(),
+            "workload": asdict(self.workload),
+            "published": {
+                "encrypt_cpu_s": published.encrypt_cpu_s,
+                "multiply_cpu_s": published.multiply_cpu_s,
+                "aggregate_cpu_s": published.aggregate_cpu_s,
+                "upload_bytes": published.upload_bytes_per_client,
+                "download_bytes": published.download_bytes_per_client,
+                "max_abs_error": published.max_abs_error,
+                "measured": asdict(published),
+            },
+            "ours": {
+                **asdict(self.ours),
+                "encrypted_aggregation_cpu_s": self.ours.encrypted_aggregation_cpu_s,
+            },
+            "encrypt_all": asdict(self.everything),
+            "versions": {name: version(name) for name in ("numpy", "tenseal")}
+            | {"python": platform.python_version()},
+            "machine": {
+                "cpu_count": os.cpu_count(),
+                "architecture": platform.machine(),
+                "system": platform.system(),
+                "load_average": os.getloadavg()[0],
+            },
+        }
+
+    def table(self) -> Table:
+        """Figure, published way, ours, ratio, target."""
+        table = Table(title="One round at OpenLLaMA-3B shapes, CPU time, one thread")
+        for heading in ("figure", "published way", "ours", "ratio", "target"):
+            table.add_column(heading, justify="left" if heading == "figure" else "right")
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+        published, ours, everything = self.published, self.ours, self.everything
+        return [
+            self._compared(
+                "encryption, all clients",
+                "encrypt_cpu_ratio",
+                _seconds(published.encrypt_cpu_s),
+                _seconds(ours.encryption.cpu_s),
+            ),
+            self._compared(
+                "aggregation",
+                "aggregate_cpu_ratio",
+                _seconds(published.aggregate_cpu_s),
+                _seconds(ours.aggregation.cpu_s),
+            ),
+            (
+                "  of it encrypted",
+                _seconds(published.multiply_cpu_s),
+                _seconds(ours.encrypted_aggregation_cpu_s),
+                "",
+                "",
+            ),
+            self._compared(
+                "ciphertexts up, a client",
+                "upload_bytes_ratio",
+                _bytes(published.upload_bytes_per_client),
+                _bytes(ours.upload_bytes),
+            ),
+            ("  clear part up", "", _bytes(ours.upload_clear_bytes), "", ""),
+            self._compared(
+                "ciphertexts down",
+                "download_bytes_ratio",
+                _bytes(published.download_bytes_per_client),
+                _bytes(ours.download_bytes),
+            ),
+            ("  clear part down", "", _bytes(ours.download_clear_bytes), "", ""),
+            self._reached(
+                "largest error of ΔW",
+                "max_abs_error",
+                f"{published.max_abs_error:.1e}",
+                f"{ours.max_abs_error:.1e}",
+            ),
+            self._reached(
+                "all columns, a client: encryption",
+                "encrypt_all_s",
+                "",
+                f"{everything.encryption.wall_s:.2f} s wall",
+            ),
+            self._reached(
+                "all columns, a client: ciphertexts up",
+                "encrypt_all_upload_bytes",
+                "",
+                _bytes(everything.upload_bytes),
+            ),
+        ]
+
+    def _compared(self, what: str, name: str, published: str, ours: str) -> tuple[str, str, str, str, str]:
+        return what, published, ours, f"{self.figures()[name]:,.0f}", self._target(name)
+
+    def _reached(self, what: str, name: str, published: str, ours: str) -> tuple[str, str, str, str, str]:
+        return what, published, ours, "", self._target(name)
+
+    def _target(self, name: str) -> str:
+        mark = "[green]✓[/]" if name not in self.missed() else "[red]missed[/]"
+        return f"{TARGETS[name]} {mark}"
+
+    def notes(self) -> list[str]:
+        """What a reader must know to judge the table."""
+        published, ours, workload = self.published, self.ours, self.workload
+        products = workload.matrices * workload.columns * workload.clients
+        vectors = published.vectors * workload.clients
+        return [
+            (
+                f"Scaled up: of the published way, {published.encrypted_vectors} of {vectors} encryptions and "
+                f"{published.product_count} of {products} products were measured."
+            ),
+            f"Not scaled up: our way ran all {workload.matrices} matrices; times are medians of {REPETITIONS}.",
+            (
+                "Aggregation is, published: loading, products, sums, saving, B A of the clear columns. "
+                "Ours: bytes of shards to bytes of results, with QR and the products of the clear columns."
+            ),
+            (
+                "The published way's encrypted part is its products and sums; ours is what aggregation costs beyond "
+                "a round with nothing encrypted."
+            ),
+            "The published result is ΔW; ours is Q and M with Q M = ΔW. Both send B and the clear columns up.",
+            (
+                f"Ours in {ours.shards} shards, {ours.chunks} ciphertexts a row of A. Not compared: "
+                f"validation of all updates {_seconds(ours.validation.cpu_s)}, their protection in all "
+                f"{_seconds(ours.protection.cpu_s)}, restoration by one client {_seconds(ours.restoration.cpu_s)}."
+            ),
+            f"Largest entry of ΔW: {ours.largest_entry:.1e}. The published error is that of its sample.",
+        ]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.3f} s" if value < 10 else f"{value:,.1f} s"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / MEGABYTE:,.2f} MB"

@@ -1,0 +1,67 @@
+"""What is compared: one round of LoRA on OpenLLaMA-3B, as in the published benchmark (arXiv 2505.21051)."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from shelora.lora.shards import Float32, LoraFactors
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Shapes of the round; the defaults are the published ones."""
+
+    matrices: int = 104
+    """Adapted matrices."""
+    features: int = 3200
+    """Rows and columns of every adapted matrix."""
+    rank: int = 8
+    clients: int = 4
+    budget: float = 0.01
+    """Share of the columns of A that is encrypted."""
+    scaling: float = 2.0
+    """LoRA alpha / rank."""
+
+    @property
+    def columns(self) -> int:
+        """Encrypted columns of every matrix."""
+        return math.ceil(self.budget * self.features)
+
+    @property
+    def names(self) -> list[str]:
+        return [f"layer-{index}" for index in range(self.matrices)]
+
+    def factors(self, client: int, name: str) -> LoraFactors:
+        """Synthetic factors at LoRA's typical magnitudes: B of 0.01, A uniform within 1 / sqrt(columns)."""
+        generator = np.random.default_rng([client, *name.encode()])
+        B = 0.01 * generator.standard_normal((self.features, self.rank), dtype=np.float32)
+        A: Float32 = generator.random((self.rank, self.features), dtype=np.float32)
+        return LoraFactors(B, (2 * A - 1) / np.float32(math.sqrt(self.features)))
+
+
+@dataclass
+class Cost:
+    """Time spent, added up over several measurements."""
+
+    cpu_s: float = 0.0
+    """CPU seconds of this process."""
+    wall_s: float = 0.0
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        cpu, wall = time.process_time(), time.perf_counter()
+        try:
+            yield
+        finally:
+            self.cpu_s += time.process_time() - cpu
+            self.wall_s += time.perf_counter() - wall
+
+    @classmethod
+    def median(cls, costs: Sequence["Cost"]) -> "Cost":
+        """The usual cost of something that was repeated: other processes disturb a run, and never help it."""
+        return cls(median(cost.cpu_s for cost in costs), median(cost.wall_s for cost in costs))
