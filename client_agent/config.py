@@ -3,39 +3,28 @@
 `SHELORA_AGENT__DATA__TRAIN=/data/train.jsonl` overrides `data.train`. Unknown fields are refused.
 """
 
-import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, get_args
+from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
     ValidationInfo,
 )
-from pydantic_core import ErrorDetails
 
-from shelora.errors import DomainError, Reason
+from shelora.configuration import StrictModel, explain, invalid, read_yaml
+from shelora.errors import DomainError
 from shelora.transport.address import HostPort
 
 ENV_PREFIX: Final = "SHELORA_AGENT__"
 _SUFFIXES: Final = (".jsonl", ".csv", ".parquet")
 _FOLDER: Final = "folder"
 """Key of the validation context: the folder that relative paths start from."""
-
-
-class StrictModel(BaseModel):
-    """Frozen; refuses unknown fields; the docstring under a field is its description."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True
-    )
 
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
@@ -151,14 +140,13 @@ class AgentConfig(StrictModel):
 
         Raises: DomainError CONFIGURATION_INVALID naming each field, its value and what is allowed.
         """
-        values = _read_yaml(path)
+        values = read_yaml(path)
         _override(values, environment)
         folder = path.absolute().parent
         try:
             config = cls.model_validate(values, context={_FOLDER: folder})
         except ValidationError as error:
-            lines = "\n".join(_explain(cls, details) for details in error.errors())
-            raise invalid(f"{path}:\n{lines}") from error
+            raise invalid(f"{path} is not a valid configuration:\n{explain(error, cls)}") from None
         return config.with_local_model(folder)
 
     def credential(self) -> str:
@@ -189,23 +177,6 @@ class AgentConfig(StrictModel):
         )
 
 
-def invalid(message: str) -> DomainError:
-    """A CONFIGURATION_INVALID error."""
-    return DomainError(Reason.CONFIGURATION_INVALID, message)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise invalid(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise invalid(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise invalid(f"{path} must hold fields such as 'federation: my-federation'")
-    return values
-
-
 def _override(values: dict[str, Any], environment: Mapping[str, str]) -> None:
     """Puts every SHELORA_AGENT__A__B=value of the environment at values["a"]["b"]; values are read as YAML."""
     for name, text in sorted(environment.items()):
@@ -221,40 +192,3 @@ def _override(values: dict[str, Any], environment: Mapping[str, str]) -> None:
             place[field] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise invalid(f"environment {name} is not a valid YAML value") from error
-
-
-def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
-    """One line for one mistake: dotted path, value, what is wrong, what the field is."""
-    path = [part for part in details["loc"] if not str(part).startswith("function-")]
-    owner, field = _locate(model, path)
-    dotted = ".".join(str(part) for part in path)
-    if details["type"] == "extra_forbidden":
-        return f"  {dotted}: there is no such field{_nearest(str(path[-1]), owner, path[:-1])}"
-    description = " ".join(((field.description if field else None) or "").split())
-    if details["type"] == "missing":
-        return f"  {dotted}: missing. {description}"
-    message = details["msg"].removeprefix("Value error, ")
-    return f"  {dotted}: {details['input']!r} is refused: {message}. {description}"
-
-
-def _locate(model: type[BaseModel], path: Sequence[int | str]) -> tuple[type[BaseModel], Any]:
-    """The deepest model on the path, and the last field found on it (None if none)."""
-    field = None
-    for part in path:
-        if str(part) not in model.model_fields:
-            break
-        field = model.model_fields[str(part)]
-        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)), None)
-        if inner is not None:
-            model = inner
-    return model, field
-
-
-def _is_model(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _nearest(name: str, owner: type[BaseModel], parents: Sequence[int | str]) -> str:
-    found = difflib.get_close_matches(name, owner.model_fields, n=1)
-    suggestion = ".".join([*map(str, parents), *found])
-    return f"; did you mean {suggestion}?" if found else f"; known are {', '.join(owner.model_fields)}"

@@ -4,12 +4,9 @@ The fields and ranges are those of `FederationSpec` in coordinator.proto, which 
 here. A value that passed these classes is sound: nothing behind them checks it again.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,9 +17,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from shelora.ckks.parameters import PROFILES, STANDARD
+from shelora.configuration import StrictModel, explain, invalid, read_yaml
 from shelora.errors import DomainError, Reason
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -30,19 +28,14 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Names = Annotated[tuple[Name, ...], Strict(strict=False)]
 """A list in YAML, a tuple here."""
 
-MAX_SHOWN_CHARACTERS: Final = 60
-"""Characters of a refused value that an error shows."""
+
+class Spec(StrictModel):
+    """Refuses values of another type, too."""
+
+    model_config = ConfigDict(strict=True)
 
 
-class StrictModel(BaseModel):
-    """Frozen; refuses unknown fields, values of another type, NaN and infinity."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class TrainingSpec(StrictModel):
+class TrainingSpec(Spec):
     """What training agents agree on; rank, alpha and budget are each client's own."""
 
     base_model: Name
@@ -87,7 +80,7 @@ class TrainingSpec(StrictModel):
         return self
 
 
-class RoundSpec(StrictModel):
+class RoundSpec(Spec):
     """Rules of a federation's rounds."""
 
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 3
@@ -119,7 +112,7 @@ class RoundSpec(StrictModel):
         return self
 
 
-class ProtectionSpec(StrictModel):
+class ProtectionSpec(Spec):
     """How updates are protected."""
 
     mode: Literal["selective", "none"] = "selective"
@@ -146,7 +139,7 @@ class ProtectionSpec(StrictModel):
         return name
 
 
-class FederationSpec(StrictModel):
+class FederationSpec(Spec):
     """A federation, as its operator specified it."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
@@ -168,18 +161,11 @@ class FederationSpec(StrictModel):
         Raises: CONFIGURATION_INVALID: the file cannot be read, is not YAML, or some field is wrong; the message
         has a line for every wrong field, with its dotted path, its value and the remedy.
         """
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise _invalid(f"{path} cannot be read: {error}") from error
-        except yaml.YAMLError as error:
-            raise _invalid(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise _invalid(f"{path} must hold a mapping with the fields {', '.join(cls.model_fields)}")
+        content = read_yaml(path)
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise _invalid("\n".join([f"{path} is not a valid federation:", *explain(error, cls)])) from None
+            raise invalid(f"{path} is not a valid federation:\n{explain(error, cls)}") from None
 
     @classmethod
     def from_proto(cls, message: pb.FederationSpec) -> Self:
@@ -193,8 +179,8 @@ class FederationSpec(StrictModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            lines = "\n".join(explain(error, cls))
-            raise DomainError(Reason.INVALID_ARGUMENT, f"the federation is refused:\n{lines}") from None
+            refusal = f"the federation is refused:\n{explain(error, cls)}"
+            raise DomainError(Reason.INVALID_ARGUMENT, refusal) from None
 
     def to_proto(self) -> pb.FederationSpec:
         return pb.FederationSpec(
@@ -205,17 +191,6 @@ class FederationSpec(StrictModel):
         )
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
-    """A line for every problem: the field's dotted path, its value, what to do."""
-    for problem in error.errors(include_url=False):
-        path = ".".join(map(str, problem["loc"])) or "federation"
-        yield f"  {path}{_shown(problem)}: {_remedy(problem, model)}"
-
-
-def _invalid(message: str) -> DomainError:
-    return DomainError(Reason.CONFIGURATION_INVALID, message)
-
-
 def _fields(
     message: pb.TrainingSpec | pb.RoundSpec | pb.ProtectionSpec, model: type[BaseModel]
 ) -> dict[str, Any]:
@@ -223,33 +198,3 @@ def _fields(
     return {
         name: value if isinstance(value, str | int | float) else list(value) for name, value in values.items()
     }
-
-
-def _shown(problem: ErrorDetails) -> str:
-    """` = value`, cut short; nothing for a missing field or a problem of several fields."""
-    if problem["type"] == "missing" or isinstance(problem["input"], Mapping | BaseModel):
-        return ""
-    text = repr(problem["input"])
-    return f" = {text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + '...'}"
-
-
-def _remedy(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    if problem["type"] == "missing":
-        return "this field has no default: add it"
-    if problem["type"] == "extra_forbidden":
-        return f"there is no such field{_suggestion(problem['loc'], model)}"
-    if problem["type"] == "string_pattern_mismatch":
-        return "use 1 to 64 characters of a-z, 0-9 and -"
-    message = problem["msg"]
-    return message.replace("Input should be", "use", 1) if message.startswith("Input") else message
-
-
-def _suggestion(location: Sequence[int | str], model: type[BaseModel]) -> str:
-    """` (did you mean X?)` for a name close to a field, else the fields there are."""
-    for part in location[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return ""
-        model = annotation
-    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
-    return f": did you mean {close[0]}?" if close else f"; known are {', '.join(model.model_fields)}"

@@ -46,14 +46,16 @@ def test_the_environment_overrides_single_values() -> None:
 
 def test_a_wrong_value_is_named_with_its_path_and_what_the_field_is(tmp_path: Path) -> None:
     message = refusal(tmp_path, budget=1.5, lora={"rank": 0})
-    assert "budget: 1.5 is refused: Input should be less than or equal to 1. Share of the columns" in message
-    assert "lora.rank: 0 is refused: Input should be greater than or equal to 1. Rank r" in message
+    assert "budget = 1.5: use less than or equal to 1. Share of the columns" in message
+    assert "lora.rank = 0: use greater than or equal to 1. Rank r" in message
 
 
 def test_an_unknown_field_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
-    assert "lora.rnak: there is no such field; did you mean lora.rank?" in refusal(tmp_path, lora={"rnak": 4})
-    assert "budgets: there is no such field; did you mean budget?" in refusal(tmp_path, budgets=1)
-    assert "zzz: there is no such field; known are federation" in refusal(tmp_path, zzz=1)
+    assert "lora.rnak = 4: there is no such field; did you mean lora.rank?" in refusal(
+        tmp_path, lora={"rnak": 4}
+    )
+    assert "budgets = 1: there is no such field; did you mean budget?" in refusal(tmp_path, budgets=1)
+    assert "zzz = 1: there is no such field; known are federation" in refusal(tmp_path, zzz=1)
 
 
 def test_an_unknown_environment_variable_is_refused_too() -> None:
@@ -62,7 +64,9 @@ def test_an_unknown_environment_variable_is_refused_too() -> None:
 
 
 def test_a_missing_field_is_named_with_what_it_is(tmp_path: Path) -> None:
-    assert "client_id: missing. Name of this client" in refusal(tmp_path, client_id="REMOVED")
+    assert "client_id: this field has no default: add it. Name of this client" in refusal(
+        tmp_path, client_id="REMOVED"
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,15 +74,15 @@ def test_a_missing_field_is_named_with_what_it_is(tmp_path: Path) -> None:
     [
         (
             {"coordinator": "nowhere"},
-            "coordinator: 'nowhere' is refused: address 'nowhere' is not of the form",
+            "coordinator = 'nowhere': address 'nowhere' is not of the form",
         ),
-        ({"aggregation": []}, "aggregation: "),
-        ({"aggregation": ["x"]}, "aggregation.0: 'x' is refused"),
+        ({"aggregation": []}, "aggregation = []: "),
+        ({"aggregation": ["x"]}, "aggregation.0 = 'x': address 'x'"),
         (
             {"data": {"train": "a.txt"}},
-            "data.train: 'a.txt' is refused: the file name must end in one of .jsonl",
+            "data.train = 'a.txt': the file name must end in one of .jsonl",
         ),
-        ({"federation": "Has Spaces"}, "federation: 'Has Spaces' is refused"),
+        ({"federation": "Has Spaces"}, "federation = 'Has Spaces': it has other characters"),
     ],
 )
 def test_values_of_no_use_are_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
