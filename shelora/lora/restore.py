@@ -70,13 +70,14 @@ def _expect_contributors(content: ResultShardContent) -> None:
 
 def _slots(layout: Layout, content: ResultShardContent, decryptor: Decrypts | None) -> Float64:
     shape = result_block_shape(layout, content)
+    slot_count = layout.slot_count(layout.shards[content.shard])
     if shape is None:
-        return np.zeros((0, 0))
+        return np.zeros((0, slot_count))
     if decryptor is None:
         raise DomainError(Reason.SECRET_UNAVAILABLE, "the result is encrypted, but there is no key")
     block = decode_block(content.ciphertexts, shape)
     assert isinstance(block, FullBlock)  # the shape asked for both polynomials
-    return decryptor.decrypt(block, layout.slot_count(layout.shards[content.shard]))
+    return decryptor.decrypt(block, slot_count)
 
 
 def _matrices(
