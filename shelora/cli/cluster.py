@@ -31,6 +31,8 @@ STOP_TIMEOUT_S: Final = 25.0
 """Longer than the servers' own drain."""
 LOG_TAIL_LINES: Final = 15
 _POLL_S: Final = 0.05
+_QUIET: Final = {"GRPC_VERBOSITY": "ERROR"}
+"""gRPC's core writes lines of its own to standard error, between our JSON; only its environment stops it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
+                env={**_QUIET, **os.environ, **environment},
                 start_new_session=True,
             )
 

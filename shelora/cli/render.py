@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -79,7 +80,7 @@ def federation_view(federation: pb.Federation) -> RenderableType:
     if rounds:
         parts.append(rounds_table([round_figures(r) for r in rounds]))
     title = f"federation {federation.federation_id} · {_PHASE.get(federation.phase, 'unknown')}"
-    return Panel(Group(*parts), title=title, title_align="left")
+    return Panel(Group(*parts), title=title, title_align="left", box=box.HORIZONTALS, padding=0)
 
 
 def federations_table(federations: Sequence[pb.Federation]) -> RenderableType:
@@ -94,30 +95,24 @@ def federations_table(federations: Sequence[pb.Federation]) -> RenderableType:
 
 def rounds_table(rounds: Sequence[RoundFigures]) -> Table:
     """One line a training round: quality, traffic, seconds."""
-    table = Table(title="training rounds (means over agents)", title_justify="left")
-    for heading in (
-        "round",
-        "loss",
-        "test accuracy",
-        "up",
-        "down",
-        "train",
-        "encrypt",
-        "aggregate",
-        "decrypt",
-    ):
-        table.add_column(heading, justify="right")
+    table = Table(
+        title="training rounds: means over agents, times in seconds",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("round", "loss", "accuracy", "up", "down", "train", "encrypt", "aggregate", "decrypt"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for figures in rounds:
         table.add_row(
             str(figures.number),
             _number(figures.train_loss, ".3f"),
             _number(figures.test_accuracy, ".1%"),
-            size(figures.upload_bytes),
-            size(figures.download_bytes),
-            *(
-                f"{s:.2f} s"
-                for s in (figures.train_s, figures.encrypt_s, figures.aggregate_s, figures.decrypt_s)
-            ),
+            size(figures.upload_bytes) if figures.upload_bytes else "-",
+            size(figures.download_bytes) if figures.download_bytes else "-",
+            f"{figures.train_s:.1f}",
+            f"{figures.encrypt_s:.2f}",
+            f"{figures.aggregate_s:.2f}",
+            f"{figures.decrypt_s:.2f}" if figures.download_bytes else "-",
         )
     return table
 
@@ -126,7 +121,7 @@ def size(count: float) -> str:
     """Bytes for people: 1 MB is 10^6 bytes."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
-            return f"{count / factor:.2f} {unit}"
+            return f"{count / factor:.1f} {unit}"
     return f"{count:.0f} B"
 
 
@@ -161,11 +156,13 @@ def _progress(current: pb.RoundSummary) -> str:
 
 
 def _members_table(federation: pb.Federation) -> Table:
-    table = Table("agent", "rank", "encrypts", "examples", "stage", "progress", "last seen")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("agent", "rank", "encrypts", "examples", "stage", "progress", "seen"):
+        table.add_column(heading, no_wrap=True)
     for member in federation.members:
-        seen = f"{member.idle_ms / 1000:.0f} s ago" if member.idle_ms < 2**62 else "-"
+        seen = f"{member.idle_ms / 1000:.0f} s" if member.idle_ms < 2**62 else "-"
         budget = f"{member.budget:.0%}" if federation.spec.protection.mode == "selective" else "nothing"
-        bar = ProgressBar(total=1, completed=member.progress, width=20)
+        bar = ProgressBar(total=1, completed=member.progress, width=10)
         row: list[RenderableType] = [member.client_id, str(member.rank), budget, str(member.example_count)]
         table.add_row(*row, member.stage or "-", bar if member.stage else "", seen)
     return table

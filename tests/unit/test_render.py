@@ -1,0 +1,97 @@
+"""What an operator sees of a federation."""
+
+from rich.console import Console
+
+from shelora.cli.render import federation_view, federations_table, round_figures, size, training_rounds
+from shelora.v1 import coordinator_pb2 as pb
+
+
+def federation() -> pb.Federation:
+    spec = pb.FederationSpec(
+        name="reuters",
+        training=pb.TrainingSpec(base_model="all-MiniLM-L6-v2"),
+        round=pb.RoundSpec(rounds=5, clients=2),
+        protection=pb.ProtectionSpec(mode="selective"),
+    )
+    summary = pb.RoundSummary(
+        kind=pb.ROUND_KIND_TRAIN,
+        number=1,
+        state=pb.ROUND_STATE_PUBLISHED,
+        aggregate_wall_s=0.5,
+        updates=[
+            pb.UpdateReport(
+                client_id="a", example_count=300, train_loss=1.0, train_s=10, upload_bytes=1_000_000
+            ),
+            pb.UpdateReport(
+                client_id="b", example_count=100, train_loss=2.0, train_s=20, upload_bytes=3_000_000
+            ),
+        ],
+        evaluations=[
+            pb.EvaluationReport(client_id="a", example_count=90, correct_count=90, download_bytes=5_000_000),
+            pb.EvaluationReport(client_id="b", example_count=10, correct_count=0, download_bytes=5_000_000),
+        ],
+    )
+    member = pb.Member(
+        client_id="thin-uplink", rank=16, budget=0.1, example_count=2162, stage="downloading", idle_ms=900
+    )
+    current = pb.RoundSummary(
+        kind=pb.ROUND_KIND_TRAIN,
+        number=2,
+        attempt=2,
+        state=pb.ROUND_STATE_COLLECTING,
+        cohort_count=2,
+        update_count=1,
+    )
+    return pb.Federation(
+        federation_id="reuters",
+        spec=spec,
+        phase=pb.PHASE_RUNNING,
+        members=[member],
+        history=[pb.RoundSummary(kind=pb.ROUND_KIND_VOTE, state=pb.ROUND_STATE_PUBLISHED), summary],
+        current=current,
+    )
+
+
+def shown(renderable) -> str:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123 - discarded
+    console.print(renderable)
+    console.file.close()
+    return console.export_text()
+
+
+def test_figures_weigh_loss_by_examples_and_accuracy_by_test_examples():
+    figures = round_figures(training_rounds(federation())[0])
+    assert figures.train_loss == 1.25
+    assert figures.test_accuracy == 0.9
+    assert figures.upload_bytes == 2_000_000
+    assert figures.train_s == 15
+
+
+def test_votes_are_not_training_rounds():
+    assert [r.number for r in training_rounds(federation())] == [1]
+
+
+def test_a_running_federation_fits_a_terminal_of_80_columns_without_cutting_words():
+    text = shown(federation_view(federation()))
+    for words in (
+        "round 2 of 5 (attempt 2): collecting updates, 1 of 2 updates",
+        "thin-uplink",
+        "downloading",
+        "90.0%",
+    ):
+        assert words in text
+    assert "…" not in text
+
+
+def test_a_failed_federation_shows_why():
+    failed = federation()
+    failed.phase, failed.failure = pb.PHASE_FAILED, "too few updates three times"
+    assert "too few updates three times" in shown(federation_view(failed))
+
+
+def test_the_list_has_a_line_for_each_federation():
+    assert "1 of 5" in shown(federations_table([federation()]))
+
+
+def test_sizes_are_decimal():
+    assert [size(n) for n in (999, 1_500, 2_000_000, 3e9)] == ["999 B", "1.5 kB", "2.0 MB", "3.0 GB"]
