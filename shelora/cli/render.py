@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,7 +13,8 @@ from rich.text import Text
 
 from shelora.v1 import coordinator_pb2 as pb
 
-_KIND = {pb.ROUND_KIND_VOTE: "negotiation", pb.ROUND_KIND_TRAIN: "training"}
+_PLAIN: Final[dict[str, Any]] = {"box": None, "padding": (0, 1, 0, 0), "header_style": "bold"}
+"""Tables without lines: all columns fit 80 characters."""
 _STATE = {
     pb.ROUND_STATE_SELECTING: "selecting a cohort",
     pb.ROUND_STATE_COLLECTING: "collecting updates",
@@ -95,11 +97,8 @@ def federations_table(federations: Sequence[pb.Federation]) -> RenderableType:
 
 def rounds_table(rounds: Sequence[RoundFigures]) -> Table:
     """One line a training round: quality, traffic, seconds."""
-    table = Table(
-        title="training rounds: means over agents, times in seconds",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
+    title = "\ntraining rounds: means over agents, times in seconds"
+    table = Table(title=title, title_justify="left", **_PLAIN)
     for heading in ("round", "loss", "accuracy", "up", "down", "train", "encrypt", "aggregate", "decrypt"):
         table.add_column(heading, justify="right", no_wrap=True)
     for figures in rounds:
@@ -156,7 +155,7 @@ def _progress(current: pb.RoundSummary) -> str:
 
 
 def _members_table(federation: pb.Federation) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(**_PLAIN)
     for heading in ("agent", "rank", "encrypts", "examples", "stage", "progress", "seen"):
         table.add_column(heading, no_wrap=True)
     for member in federation.members:
