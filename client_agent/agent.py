@@ -20,7 +20,7 @@ from client_agent.work import Identity, Work
 from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
-from shelora.transport.channel import Credentials
+from shelora.transport.enrolment import keep_renewed, renewal_at
 from shelora.v1 import coordinator_pb2 as pb
 
 HEARTBEAT_S: Final = 5.0
@@ -70,12 +70,10 @@ class Agent:
         self,
         config: AgentConfig,
         *,
-        credentials: Credentials | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         retry_s: float = RETRY_S,
     ) -> None:
         self._config = config
-        self._credentials = credentials
         self._heartbeat_s = heartbeat_s
         self._retry_s = retry_s
         self._stopping = asyncio.Event()
@@ -87,21 +85,21 @@ class Agent:
     async def run(self) -> Outcome:
         """Follows the federation to its end.
 
-        Raises: DomainError if something must be changed first: configuration, data, model, credential.
+        Raises: DomainError if something must be changed first: configuration, data, model, identity.
         """
         async with contextlib.AsyncExitStack() as stack:
             state = AgentState(self._config.state_dir)
             stack.callback(state.close)
             worker = Worker()
             stack.push_async_callback(worker.close)
-            session = Session(self._config, self._credentials)
+            credentials = self._config.credentials()
+            session = Session(self._config, credentials)
             stack.push_async_callback(session.close)
-            replicas = Replicas(
-                self._config.aggregation,
-                credentials=self._credentials,
-                allow_plaintext=self._config.allow_plaintext,
-            )
+            replicas = Replicas(self._config.aggregation, credentials)
             stack.push_async_callback(replicas.close)
+            obtain = renewal_at(self._config.key_authority, credentials)
+            renewing = asyncio.create_task(keep_renewed(self._config.identity, obtain))
+            stack.push_async_callback(_cancelled, renewing)
             following = asyncio.create_task(self._follow(state, worker, session, replicas))
             return await self._until_stopped(following)
 

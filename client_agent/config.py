@@ -20,8 +20,12 @@ from pydantic import (
 from shelora.configuration import StrictModel, explain, invalid, read_yaml
 from shelora.errors import DomainError
 from shelora.transport.address import HostPort
+from shelora.transport.identity import Identity, Role
+from shelora.transport.tls import IdentityFolder, TlsCredentials
 
 ENV_PREFIX: Final = "SHELORA_AGENT__"
+IDENTITY: Final = "identity"
+"""Folder in `state_dir` for key and certificate."""
 _SUFFIXES: Final = (".jsonl", ".csv", ".parquet")
 _FOLDER: Final = "folder"
 """Key of the validation context: the folder that relative paths start from."""
@@ -111,12 +115,9 @@ class AgentConfig(StrictModel):
     """Addresses of aggregation replicas, host:port. Any of them serves any call; the next is tried if one fails."""
     key_authority: Address
     """Address of the key authority, host:port."""
-    credential_file: AbsolutePath
-    """File that holds the bearer credential for the key authority. Readable by this user only (mode 0600)."""
     state_dir: AbsolutePath
-    """Folder for state that survives a restart, and for the trained adapter. Mode 0700. One agent a folder."""
-    allow_plaintext: bool = False
-    """Whether to talk to other machines without TLS. Only where something else protects the network."""
+    """Folder for this client's key and certificate (`client-agent enroll` puts them there), for state that survives a
+    restart, and for the trained adapter. Mode 0700. One agent a folder."""
     model: ModelConfig
     """The base model."""
     data: DataConfig
@@ -149,23 +150,25 @@ class AgentConfig(StrictModel):
             raise invalid(f"{path} is not a valid configuration:\n{explain(error, cls)}") from None
         return config.with_local_model(folder)
 
-    def credential(self) -> str:
-        """The bearer credential.
+    @property
+    def identity(self) -> IdentityFolder:
+        """Where this client's key and certificate lie."""
+        return IdentityFolder(self.state_dir / IDENTITY)
 
-        Raises: DomainError CONFIGURATION_INVALID if the file cannot be read, is empty or is open to other users.
+    def credentials(self) -> TlsCredentials:
+        """What this client shows.
+
+        Raises: DomainError CONFIGURATION_INVALID if it has not enrolled, its certificate has expired, or it is of
+        another client or federation than this configuration.
         """
-        try:
-            mode = self.credential_file.stat().st_mode
-            value = self.credential_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
+        credentials = TlsCredentials(self.identity)
+        enrolled = credentials.held.facts.identity
+        if enrolled != Identity(Role.CLIENT, self.federation, self.client_id):
             raise invalid(
-                f"credential_file: {self.credential_file} cannot be read: {error.strerror}"
-            ) from error
-        if mode & 0o077:
-            raise invalid(f"credential_file: others can read {self.credential_file}; run chmod 600 on it")
-        if not value:
-            raise invalid(f"credential_file: {self.credential_file} is empty")
-        return value
+                f"the identity in {self.state_dir / IDENTITY} is that of {enrolled}, but the configuration is for "
+                f"client {self.client_id} of federation {self.federation}: change it, or enrol again"
+            )
+        return credentials
 
     def with_local_model(self, folder: Path) -> Self:
         """The same with `model.path` made absolute if it exists in `folder`; otherwise it is a name on the hub."""

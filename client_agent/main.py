@@ -12,18 +12,21 @@ import typer
 from rich.console import Console
 
 from client_agent.agent import Agent, Outcome, step_back
-from client_agent.config import AgentConfig
+from client_agent.config import IDENTITY, AgentConfig
 from client_agent.inspection import guessed_training, inspect, report
 from client_agent.session import Session
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.telemetry.logs import configure_logs
 from shelora.telemetry.metrics import start_metrics_server
+from shelora.transport.enrolment import enroll as enrolled
 
 EXIT_FAILED: Final = 1
 """The federation failed, or something broke; the log says what."""
+ENROL_RETRY_S: Final = 10.0
+"""Seconds to try to reach the authority for: a person waits."""
 EXIT_REFUSED: Final = 2
-"""Configuration, data, model or credential are refused. Starting the agent again does not help."""
+"""Configuration, data, model, token or identity are refused. Starting the agent again does not help."""
 
 _REFUSED: Final = frozenset(
     {
@@ -32,15 +35,22 @@ _REFUSED: Final = frozenset(
         Reason.MODEL_INVALID,
         Reason.MODEL_MISMATCH,
         Reason.UNAUTHENTICATED,
+        Reason.PERMISSION_DENIED,
+        Reason.CERTIFICATE_EXPIRED,
+        Reason.SERVER_UNTRUSTED,
+        Reason.TOKEN_REFUSED,
+        Reason.CLIENT_EXISTS,
     }
 )
 _HELP = """
 Trains a shared model on data that stays on this machine.
 
 The agent joins a federation, trains LoRA factors on its examples, encrypts what it sends, and applies what comes
-back. Only the agents can decrypt; no server can. Start with `check`, which sends nothing:
+back. Only the agents can decrypt; no server can. First exchange the operator's token for a certificate, which the
+agent then renews by itself; `check` reads everything and sends nothing:
 
 \b
+    client-agent enroll --token shelora-token-... --authority keys.example.org:7099 --state-dir state
     client-agent check --config agent.yaml
     client-agent run --config agent.yaml
 
@@ -70,9 +80,28 @@ def run(config: ConfigFile) -> None:
     load it with peft.PeftModel.from_pretrained.
 
     Exit codes: 0 the federation finished, or the agent was told to stop; 1 the federation failed, or something broke;
-    2 configuration, data, model or credential are refused.
+    2 configuration, data, model or identity are refused.
     """
     _exit_with(lambda: _run(AgentConfig.load(config)))
+
+
+@app.command()
+def enroll(
+    *,
+    token: Annotated[
+        str, typer.Option(envvar="SHELORA_TOKEN", help="Join token from the operator; good for one use.")
+    ],
+    authority: Annotated[str, typer.Option(help="Enrolment address of the key authority, host:port.")],
+    state_dir: Annotated[Path, typer.Option(help="state_dir of the agent's configuration.")],
+    client: Annotated[str, typer.Option(help="Name to take, if the token leaves it open.")] = "",
+) -> None:
+    """Makes this client's key on this machine and exchanges the token for a certificate. Once.
+
+    The key never leaves STATE_DIR. The authority is held against the token's pin before the token is sent.
+
+    Exit codes: 0 enrolled; 2 the token, the name or the authority is refused; 1 the authority cannot be reached.
+    """
+    _exit_with(lambda: _enroll(token, authority, state_dir, client))
 
 
 @app.command()
@@ -101,6 +130,19 @@ def check(
     )
 
 
+def _enroll(token: str, authority: str, state_dir: Path, client: str) -> int:
+    held = asyncio.run(
+        enrolled(token, authority, state_dir / IDENTITY, client_id=client, retry_s=ENROL_RETRY_S)
+    )
+    facts = held.facts
+    Console().print(
+        f"enrolled as {facts.identity}; the certificate in {state_dir / IDENTITY} is valid until "
+        f"{facts.expires:%Y-%m-%d %H:%M} UTC, and the running agent renews it",
+        highlight=False,
+    )
+    return 0
+
+
 def _run(config: AgentConfig) -> int:
     configure_logs("client-agent", config.log.level, json=config.log.json_lines)
     structlog.contextvars.bind_contextvars(client_id=config.client_id, federation=config.federation)
@@ -122,7 +164,8 @@ async def _followed(config: AgentConfig) -> Outcome:
 
 
 def _check(config: AgentConfig, *, offline: bool, causal_lm: bool, targets: list[str]) -> int:
-    config.credential()
+    if not offline:
+        config.credentials()
     if offline:
         training, protection = guessed_training(config, targets, causal_lm=causal_lm), ProtectionSpec()
     else:
@@ -132,7 +175,7 @@ def _check(config: AgentConfig, *, offline: bool, causal_lm: bool, targets: list
 
 
 async def _asked(config: AgentConfig) -> tuple[TrainingSpec, ProtectionSpec]:
-    session = Session(config)
+    session = Session(config, config.credentials())
     try:
         spec = await session.specification()
     except DomainError as error:

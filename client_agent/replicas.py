@@ -6,8 +6,9 @@ from typing import Final, TypeAlias, TypeVar
 import grpc
 import structlog
 
-from shelora.transport.channel import Credentials, is_transient, open_channel, retrying
+from shelora.transport.channel import is_transient, open_channel, retrying
 from shelora.transport.status import error_from_rpc
+from shelora.transport.tls import Credentials
 from shelora.v1 import aggregation_pb2_grpc as pb_grpc
 
 _T = TypeVar("_T")
@@ -24,18 +25,10 @@ SLOWEST_BYTES_S: Final = 8_000
 class Replicas:
     """Channels to all replicas, one of them current."""
 
-    def __init__(
-        self,
-        addresses: Sequence[str],
-        *,
-        credentials: Credentials | None = None,
-        allow_plaintext: bool = False,
-    ) -> None:
+    def __init__(self, addresses: Sequence[str], credentials: Credentials | None) -> None:
+        """Takes the client's identity; None only in tests."""
         self._addresses = tuple(addresses)
-        self._channels = [
-            open_channel(address, credentials=credentials, allow_plaintext=allow_plaintext)
-            for address in addresses
-        ]
+        self._channels = [open_channel(address, credentials) for address in addresses]
         self._current = 0
 
     async def close(self) -> None:
@@ -53,7 +46,7 @@ class Replicas:
                 with attempt:
                     return await self._once(operation)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+            raise error_from_rpc(error, self._addresses[self._current]) from error
         raise AssertionError("retrying ends with a result or an error")
 
     async def _once(self, operation: Callable[[AggregationStub], Awaitable[_T]]) -> _T:

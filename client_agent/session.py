@@ -17,9 +17,10 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix
 from shelora.messages import matrix_to_proto, tensor_to_proto
-from shelora.transport.channel import Credentials, call, is_transient, open_channel
+from shelora.transport.channel import call, is_transient, open_channel
 from shelora.transport.pieces import Digest, collect, cut
 from shelora.transport.status import error_from_rpc
+from shelora.transport.tls import Credentials
 from shelora.v1 import common_pb2, key_authority_pb2, key_authority_pb2_grpc
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import coordinator_pb2_grpc as pb_grpc
@@ -38,13 +39,11 @@ _log = structlog.get_logger(__name__)
 class Session:
     """Calls in the name of one client of one federation. Errors are DomainErrors."""
 
-    def __init__(self, config: AgentConfig, credentials: Credentials | None = None) -> None:
+    def __init__(self, config: AgentConfig, credentials: Credentials | None) -> None:
+        """Takes the client's identity; None only in tests."""
         self._config = config
-        plain = config.allow_plaintext
-        self._coordinator_channel = open_channel(
-            config.coordinator, credentials=credentials, allow_plaintext=plain
-        )
-        self._key_channel = open_channel(config.key_authority, credentials=credentials, allow_plaintext=plain)
+        self._coordinator_channel = open_channel(config.coordinator, credentials)
+        self._key_channel = open_channel(config.key_authority, credentials)
         self._coordinator: pb_grpc.CoordinatorAsyncStub = pb_grpc.CoordinatorStub(self._coordinator_channel)
         self._keys: key_authority_pb2_grpc.KeyAuthorityAsyncStub = key_authority_pb2_grpc.KeyAuthorityStub(
             self._key_channel
@@ -88,7 +87,7 @@ class Session:
                     yield assignment
             except grpc.aio.AioRpcError as error:
                 if not is_transient(error):
-                    raise error_from_rpc(error) from error
+                    raise error_from_rpc(error, self._config.coordinator) from error
                 _log.info("watch_broken", code=error.code().name)
             await wait()
 
@@ -103,14 +102,11 @@ class Session:
         await call(self._coordinator.Heartbeat, request, timeout_s=5, retry_s=0)
 
     async def secrets(self, epoch: int) -> EpochSecrets:
-        """The secrets of an epoch. Raises: UNAUTHENTICATED, FEDERATION_UNKNOWN, SECRET_UNAVAILABLE."""
+        """The secrets of an epoch. Raises: PERMISSION_DENIED, FEDERATION_UNKNOWN, SECRET_UNAVAILABLE."""
         request = key_authority_pb2.GetEpochSecretsRequest(
             federation_id=self._config.federation, epoch=epoch, client_id=self._config.client_id
         )
-        metadata = (("authorization", f"Bearer {self._config.credential()}"),)
-        return EpochSecrets.from_proto(
-            epoch, await call(self._keys.GetEpochSecrets, request, metadata=metadata)
-        )
+        return EpochSecrets.from_proto(epoch, await call(self._keys.GetEpochSecrets, request))
 
     async def commit(self, spool: Spool, upload_s: float) -> int:
         """Commits an uploaded update; returns how many are committed.
@@ -156,7 +152,7 @@ class Session:
         try:
             await self._coordinator.PublishPlan(parts(), timeout=STREAM_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+            raise error_from_rpc(error, self._config.coordinator) from error
 
     async def fetch_plan(self, number: int, digest: Digest) -> bytes:
         """A sealed plan. Raises: PLAN_UNKNOWN, DIGEST_MISMATCH, TRANSFER_*."""
@@ -170,7 +166,7 @@ class Session:
         try:
             return await collect(pieces(), digest, MAX_PLAN_BYTES)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+            raise error_from_rpc(error, self._config.coordinator) from error
 
     async def reject_plan(self, number: int, digest: Digest, why: str) -> None:
         """Says that a plan does not match the votes. Raises: PLAN_UNKNOWN if it was replaced already."""
@@ -232,6 +228,9 @@ _FATAL: Final = frozenset(
         Reason.MODEL_INVALID,
         Reason.MODEL_MISMATCH,
         Reason.UNAUTHENTICATED,
+        Reason.PERMISSION_DENIED,
+        Reason.CERTIFICATE_EXPIRED,
+        Reason.SERVER_UNTRUSTED,
         Reason.FEDERATION_CLOSED,
         Reason.INVALID_ARGUMENT,
     }

@@ -12,7 +12,7 @@ from shelora.lora.layout import Layout
 from shelora.messages import layout_to_proto
 from shelora.rounds import RoundKind
 from shelora.transport.channel import RETRY_S, TIMEOUT_S, retrying
-from shelora.transport.status import error_from_rpc
+from shelora.transport.status import distrusts, error_from_rpc
 from shelora.v1 import aggregation_pb2 as pb
 from shelora.v1 import common_pb2
 from shelora.v1.aggregation_pb2_grpc import AggregationStub
@@ -84,7 +84,13 @@ class AggregationPool:
         """The response of some replica. Every attempt goes to the next one."""
 
         async def attempt() -> _Response:
-            return await method(next(self._stubs))(request, timeout=timeout_s)
+            chosen = method(next(self._stubs))
+            try:
+                return await chosen(request, timeout=timeout_s)
+            except grpc.aio.AioRpcError as error:
+                if distrusts(error):
+                    raise error_from_rpc(error, getattr(chosen, "address", "")) from error
+                raise
 
         try:
             return await retrying(retry_s=self._retry_s)(attempt)

@@ -3,6 +3,7 @@
 import secrets
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Any
 
 import grpc
@@ -20,6 +21,8 @@ from services.shell import flags
 from services.shell.process import run_process
 from services.shell.server import serve
 from shelora.transport.channel import open_channel
+from shelora.transport.enrolment import keep_renewed, renewal_at
+from shelora.transport.tls import IdentityFolder, TlsCredentials
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,10 +34,8 @@ def main(
     aggregation_addresses: Annotated[
         list[str] | None, typer.Option(help="Aggregation replica, host:port; repeat for more.")
     ] = None,
-    key_authority_address: Annotated[str | None, typer.Option(help="Key authority, host:port.")] = None,
-    allow_plaintext_calls: Annotated[
-        bool | None, typer.Option("--allow-plaintext-calls", help="Call other machines in plaintext.")
-    ] = None,
+    identity: flags.IdentityFolder = None,
+    key_authority_address: flags.KeyAuthorityAddress = None,
     lease_s: Annotated[float | None, typer.Option(help="Seconds until a dead replica is replaced.")] = None,
     tick_s: Annotated[float | None, typer.Option(help="Seconds between two looks at a federation.")] = None,
     alive_s: Annotated[
@@ -46,7 +47,6 @@ def main(
     shutdown_grace_s: flags.ShutdownGrace = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
-    allow_plaintext: flags.AllowPlaintext = None,
     ready_file: flags.ReadyFile = None,
 ) -> None:
     """Runs federations: members, rounds, plans. Settings: SHELORA_COORDINATOR_* and flags."""
@@ -56,13 +56,13 @@ def main(
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serves until the process is told to stop."""
+    folder = IdentityFolder(settings.identity)
+    credentials = TlsCredentials(folder)
     client = connect(
         settings.redis_url.get_secret_value(), settings.redis_connections, settings.redis_timeout_s
     )
     addresses = (*settings.aggregation_addresses, settings.key_authority_address)
-    *aggregation, authority = [
-        open_channel(address, allow_plaintext=settings.allow_plaintext_calls) for address in addresses
-    ]
+    *aggregation, authority = [open_channel(address, credentials) for address in addresses]
     changes = Changes(client)
     handlers, driver = compose(settings, client, changes, aggregation, authority)
     servicer = CoordinatorServicer(handlers)
@@ -70,9 +70,14 @@ async def run(settings: CoordinatorSettings) -> None:
         settings,
         service_names=[SERVICE_NAME],
         register=lambda server: register(servicer, server),
-        background=[changes.run, driver.run],
+        background=[
+            changes.run,
+            driver.run,
+            partial(keep_renewed, folder, renewal_at(settings.key_authority_address, credentials)),
+        ],
         on_drain=[changes.close],
         on_stop=[*(channel.close for channel in (*aggregation, authority)), client.aclose],
+        credentials=credentials,
     )
 
 

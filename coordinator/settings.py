@@ -7,10 +7,10 @@ from pydantic import Field, SecretStr, Strict
 from pydantic_settings import SettingsConfigDict
 
 from coordinator.driver import DriverPolicy
-from services.shell.settings import ServerSettings
+from services.shell.settings import MemberSettings
 
 
-class CoordinatorSettings(ServerSettings):
+class CoordinatorSettings(MemberSettings):
     """From `SHELORA_COORDINATOR_*`, overridden by flags."""
 
     model_config = SettingsConfigDict(env_prefix="SHELORA_COORDINATOR_")
@@ -26,12 +26,6 @@ class CoordinatorSettings(ServerSettings):
 
     aggregation_addresses: Annotated[tuple[str, ...], Field(min_length=1), Strict(strict=False)]
     """Aggregation replicas, `host:port` each; a JSON list in the environment. One load-balanced name will do."""
-
-    key_authority_address: str
-    """The key authority, `host:port`."""
-
-    allow_plaintext_calls: bool = False
-    """Call other machines in plaintext. Only where something else protects the network."""
 
     retention_days: Annotated[int, Field(ge=8, le=365)] = 30
     """Days that a federation's state is kept after its last change; more than the longest deadline, a week."""

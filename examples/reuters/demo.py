@@ -97,6 +97,7 @@ def run(protection: Protection, folder: Path, started: float) -> None:
     console.print("examples: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     with LocalCluster(folder / "cluster", fixed_ports=False, workers=2) as cluster:
         agents = [start_agent(cluster, profile, folder, model) for profile in AGENTS]
+        console.print(f"{len(agents)} agents enrolled with a token each; {cluster.trust}", highlight=False)
         federation = asyncio.run(follow(cluster, agents, spec))
     finish(federation, spec, folder, time.monotonic() - started)
 
@@ -127,8 +128,9 @@ def write_data(source: Path, folder: Path) -> Mapping[str, int]:
 
 
 def start_agent(cluster: LocalCluster, profile: AgentProfile, folder: Path, model: Path) -> Process:
-    """Writes the agent's configuration and starts its daemon."""
+    """Enrols the agent, writes its configuration and starts its daemon."""
     home = folder / "agents" / profile.name
+    asyncio.run(cluster.enrol_client("reuters", profile.name, home / "state"))
     config = home / "agent.yaml"
     config.write_text(yaml.safe_dump(agent_config(cluster.addresses, profile, model), sort_keys=False))
     return cluster.spawn(profile.name, "client_agent.main", ["run", "--config", str(config)], {})
@@ -142,7 +144,6 @@ def agent_config(addresses: Addresses, profile: AgentProfile, model: Path) -> di
         "coordinator": addresses.coordinator,
         "aggregation": list(addresses.aggregation),
         "key_authority": addresses.key_authority,
-        "credential_file": addresses.credential_file,
         "state_dir": "state",
         "model": {"path": str(model.absolute()), "device": "cpu"},
         "data": {"train": "train.jsonl", "test": "test.jsonl"},
@@ -155,7 +156,7 @@ def agent_config(addresses: Addresses, profile: AgentProfile, model: Path) -> di
 
 async def follow(cluster: LocalCluster, agents: Sequence[Process], spec: FederationSpec) -> pb.Federation:
     """Creates and starts the federation and shows it until every agent has reported its last evaluation."""
-    async with operator(cluster.addresses.coordinator) as connection:
+    async with operator(cluster.addresses.coordinator, cluster.credentials) as connection:
         await connection.create(spec.to_proto())
         federation = await connection.start(spec.name)
         with Live(federation_view(federation), console=console, refresh_per_second=2) as live:

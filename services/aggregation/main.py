@@ -1,6 +1,7 @@
 """The process `shelora-aggregation`: puts the service together and runs it."""
 
 import secrets
+from functools import partial
 from typing import Annotated
 
 import grpc
@@ -15,6 +16,8 @@ from services.aggregation.workers import WorkerPool
 from services.shell import flags
 from services.shell.process import run_process
 from services.shell.server import serve
+from shelora.transport.enrolment import keep_renewed, renewal_at
+from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import aggregation_pb2_grpc
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -28,6 +31,8 @@ def main(
     ] = None,
     redis_connections: Annotated[int | None, typer.Option(help="Most connections to it.")] = None,
     redis_timeout_s: Annotated[float | None, typer.Option(help="Seconds a command may take.")] = None,
+    identity: flags.IdentityFolder = None,
+    key_authority_address: flags.KeyAuthorityAddress = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; the CPUs by default.")] = None,
     worker_threads: Annotated[int | None, typer.Option(help="Threads of linear algebra in each.")] = None,
     worker_queue: Annotated[int | None, typer.Option(help="Shards that may wait for a worker.")] = None,
@@ -43,7 +48,6 @@ def main(
     shutdown_grace_s: flags.ShutdownGrace = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
-    allow_plaintext: flags.AllowPlaintext = None,
     ready_file: flags.ReadyFile = None,
 ) -> None:
     """Stores the shards of updates, aggregates them, serves results. Settings: SHELORA_AGGREGATION_* and flags."""
@@ -53,6 +57,8 @@ def main(
 
 async def run(settings: AggregationSettings) -> None:
     """Serves until the process is told to stop."""
+    folder = IdentityFolder(settings.identity)
+    credentials = TlsCredentials(folder)
     store = connect(
         settings.redis_url.get_secret_value(),
         connections=settings.redis_connections,
@@ -65,7 +71,14 @@ async def run(settings: AggregationSettings) -> None:
     def register(server: grpc.aio.Server) -> None:
         aggregation_pb2_grpc.add_AggregationServicer_to_server(servicer, server)
 
-    await serve(settings, service_names=[SERVICE_NAME], register=register, on_stop=[pool.close, store.close])
+    await serve(
+        settings,
+        service_names=[SERVICE_NAME],
+        register=register,
+        background=[partial(keep_renewed, folder, renewal_at(settings.key_authority_address, credentials))],
+        on_stop=[pool.close, store.close],
+        credentials=credentials,
+    )
 
 
 def build_servicer(

@@ -8,7 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from services.aggregation.uploads import UploadLimits
 from services.aggregation.workers import PoolLimits
-from services.shell.settings import ServerSettings
+from services.shell.settings import MemberSettings
 
 
 def usable_cpus() -> int:
@@ -16,7 +16,7 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class AggregationSettings(ServerSettings):
+class AggregationSettings(MemberSettings):
     """What the aggregation service needs, from SHELORA_AGGREGATION_* and flags."""
 
     model_config = SettingsConfigDict(env_prefix="SHELORA_AGGREGATION_")

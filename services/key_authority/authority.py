@@ -6,7 +6,6 @@ from typing import Final
 
 import structlog
 
-from services.key_authority.credential import AgentCredential
 from services.key_authority.epochs import EpochId, EpochSecrets
 from services.key_authority.vault import Vault
 from shelora.ckks.parameters import CkksParameters, profile
@@ -24,13 +23,11 @@ class Authority:
 
     Args:
         vault: Where keys are kept.
-        credential: What an agent must show.
         allow_insecure: Accept CKKS profiles below 128-bit security, for tests.
     """
 
-    def __init__(self, vault: Vault, credential: AgentCredential, *, allow_insecure: bool = False) -> None:
+    def __init__(self, vault: Vault, *, allow_insecure: bool = False) -> None:
         self._vault = vault
-        self._credential = credential
         self._allow_insecure = allow_insecure
 
     async def open_epoch(self, epoch_id: EpochId, parameters: str) -> bytes:
@@ -43,20 +40,17 @@ class Authority:
         _log.info("epoch_opened", **_fields(epoch_id, opened))
         return opened.key_id
 
-    async def release(
-        self, epoch_id: EpochId, client_id: str, authorization: str | bytes | None
-    ) -> EpochSecrets:
-        """The secrets of an epoch, for an agent with the credential. Every release is counted and logged.
+    async def release(self, epoch_id: EpochId, client_id: str) -> EpochSecrets:
+        """The secrets of an epoch, for a client of its federation. Every release is counted and logged.
 
         Args:
             epoch_id: The epoch.
-            client_id: What the agent calls itself; 1 to 64 characters of [A-Za-z0-9._-]. For the log, not checked.
-            authorization: The agent's `authorization` metadata.
+            client_id: The agent, 1 to 64 characters of [A-Za-z0-9._-], for the log. That its certificate names it and
+                the federation is checked before (`services.shell.guard`).
 
-        Raises: DomainError UNAUTHENTICATED, INVALID_ARGUMENT, FEDERATION_UNKNOWN if the epoch was not opened;
+        Raises: DomainError INVALID_ARGUMENT, FEDERATION_UNKNOWN if the epoch was not opened;
         SECRET_UNAVAILABLE, STORE_UNAVAILABLE as `Vault.read`.
         """
-        self._credential.require(authorization)
         if not _CLIENT_ID.fullmatch(client_id):
             raise DomainError(
                 Reason.INVALID_ARGUMENT, "client_id must be 1 to 64 characters of [A-Za-z0-9._-]"

@@ -1,5 +1,7 @@
 """The key authority's process: its command line and its composition."""
 
+import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -7,30 +9,36 @@ from typing import Annotated
 import typer
 
 from services.key_authority.authority import Authority
-from services.key_authority.credential import AgentCredential
-from services.key_authority.servicer import SERVICE_NAME, register
+from services.key_authority.ca import Issuer, RootFile
+from services.key_authority.enrolment import Enrolments
+from services.key_authority.register import Grant, Register
+from services.key_authority.servicer import SERVICE_NAMES, register
 from services.key_authority.settings import KeyAuthoritySettings
 from services.key_authority.vault import Vault
 from services.shell import flags
 from services.shell.process import run_process
-from services.shell.server import serve
+from services.shell.server import Listener, serve
+from shelora.errors import DomainError, Reason
+from shelora.transport.enrolment import certify, keep_renewed
+from shelora.transport.identity import Identity, Role, checked_names
+from shelora.transport.tls import IdentityFolder, TlsCredentials, write_private
 
 _HELP = """
-Makes the keys of each epoch of a federation, keeps them, and gives them to agents that show the credential.
+Makes the keys of each epoch of a federation, keeps them, and gives them to the federation's clients. It is also
+the certificate authority: everyone else enrols here and shows its certificate in every connection.
 
 It never decrypts and never sees an update. Run it apart from the coordinator and the aggregation, which must not
 read its folder: whoever has these keys can decrypt every update of the epoch.
 
-First make the credential, and give the same file to every agent:
+\b
+    shelora-key-authority --listen 10.0.0.2:7102 --enrolment-listen 10.0.0.2:7099 \\
+        --name keys.example.org --data-dir keys --operator-token-file operator.token
+
+Then enrol yourself with the token in that file, and issue tokens for everyone else:
 
 \b
-    (umask 077; openssl rand -hex 32 > agent.credential)
-
-Then:
-
-\b
-    shelora-key-authority --listen 127.0.0.1:7001 \\
-        --data-dir keys --agent-credential-file agent.credential
+    shelora enroll --token-file operator.token --authority keys.example.org:7099 --identity operator
+    shelora token create --role aggregation --name agg.example.org
 
 Every option can also be set in the environment: --data-dir as SHELORA_KEY_AUTHORITY_DATA_DIR, and so on.
 
@@ -46,15 +54,25 @@ def main(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of the keys, made if missing. Back it up.")
     ] = None,
-    agent_credential_file: Annotated[
-        Path | None, typer.Option(help="File with the agents' credential, readable by this user alone.")
+    enrolment_listen: Annotated[
+        str | None,
+        typer.Option(help="Address to enrol at; asks callers for no certificate.", metavar="HOST:PORT"),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--name", help="DNS name or address that others reach it at; repeat for more."),
+    ] = None,
+    certificate_lifetime_s: Annotated[
+        int | None, typer.Option(help="Seconds that certificates are valid; a day by default.")
+    ] = None,
+    operator_token_file: Annotated[
+        Path | None, typer.Option(help="Leaves a token in this file at every start, to enrol an operator.")
     ] = None,
     allow_insecure_parameters: Annotated[
         bool | None,
         typer.Option("--allow-insecure-parameters", help="Accept toy parameters. For tests only."),
     ] = None,
     listen: flags.Listen = None,
-    allow_plaintext: flags.AllowPlaintext = None,
     metrics_host: flags.MetricsHost = None,
     metrics_port: flags.MetricsPort = None,
     log_level: flags.LogLevel = None,
@@ -65,10 +83,12 @@ def main(
     load = partial(
         KeyAuthoritySettings.load,
         data_dir=data_dir,
-        agent_credential_file=agent_credential_file,
+        enrolment_listen=enrolment_listen,
+        names=names or None,
+        certificate_lifetime_s=certificate_lifetime_s,
+        operator_token_file=operator_token_file,
         allow_insecure_parameters=allow_insecure_parameters,
         listen=listen,
-        allow_plaintext=allow_plaintext,
         metrics_host=metrics_host,
         metrics_port=metrics_port,
         log_level=log_level,
@@ -82,12 +102,47 @@ def main(
 async def run(settings: KeyAuthoritySettings) -> None:
     """Composes the key authority and serves until it is told to stop.
 
-    Raises: DomainError CONFIGURATION_INVALID if the credential, the folder or the address is refused.
+    Raises: DomainError CONFIGURATION_INVALID if the folder, a name or an address is refused.
     """
-    credential = AgentCredential.from_file(settings.agent_credential_file)
-    vault = Vault(settings.data_dir / "epochs")
-    authority = Authority(vault, credential, allow_insecure=settings.allow_insecure_parameters)
-    await serve(settings, service_names=[SERVICE_NAME], register=partial(register, authority))
+    authority = Authority(
+        Vault(settings.data_dir / "epochs"), allow_insecure=settings.allow_insecure_parameters
+    )
+    lifetime = timedelta(seconds=settings.certificate_lifetime_s)
+    issuer = Issuer(RootFile(settings.data_dir / "authority").load_or_create(), lifetime)
+    enrolments = Enrolments(Register(settings.data_dir / "register.sqlite"), issuer, _now_ms)
+    own = IdentityFolder(settings.data_dir / "identity")
+    obtain = partial(_own_certificate, issuer, checked_names(Role.KEY_AUTHORITY, settings.names))
+    await certify(own, issuer.root.certificate, obtain)
+    await _leave_operator_token(enrolments, settings.operator_token_file)
+    await serve(
+        settings,
+        service_names=SERVICE_NAMES,
+        register=partial(register, authority, enrolments),
+        background=[partial(keep_renewed, own, obtain)],
+        credentials=TlsCredentials(own),
+        enrolment=Listener(settings.enrolment_listen, TlsCredentials(own, anonymous_clients=True)),
+    )
+
+
+async def _own_certificate(issuer: Issuer, names: tuple[str, ...], request: bytes) -> bytes:
+    return issuer.issue(request, Identity(Role.KEY_AUTHORITY), names)
+
+
+async def _leave_operator_token(enrolments: Enrolments, path: Path | None) -> None:
+    """A token for whoever may read the file; in its place only once it is whole."""
+    if path is None:
+        return
+    token, _ = await enrolments.create_token(Grant(Role.OPERATOR))
+    try:
+        write_private(path, token.encoded.encode() + b"\n")
+    except OSError as error:
+        raise DomainError(
+            Reason.CONFIGURATION_INVALID, f"operator_token_file: {path} cannot be written: {error.strerror}"
+        ) from error
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 if __name__ == "__main__":

@@ -5,12 +5,18 @@ from typing import Any, Final
 import grpc
 
 from services.key_authority.authority import Authority
+from services.key_authority.enrolment import Enrolments
 from services.key_authority.epochs import EpochId
+from services.key_authority.register import Grant
+from services.shell.guard import certificate_of
+from shelora.errors import DomainError, Reason
+from shelora.transport.identity import Role
 from shelora.transport.status import translated
+from shelora.v1 import enrolment_pb2, enrolment_pb2_grpc
 from shelora.v1 import key_authority_pb2 as pb
 from shelora.v1 import key_authority_pb2_grpc as pb_grpc
 
-SERVICE_NAME: Final = "shelora.v1.KeyAuthority"
+SERVICE_NAMES: Final = ("shelora.v1.KeyAuthority", "shelora.v1.Enrolment")
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -31,7 +37,7 @@ class KeyAuthorityServicer(pb_grpc.KeyAuthorityServicer):
     ) -> pb.GetEpochSecretsResponse:
         async with translated(context):
             epoch_id = EpochId(request.federation_id, request.epoch)
-            secrets = await self._authority.release(epoch_id, request.client_id, _authorization(context))
+            secrets = await self._authority.release(epoch_id, request.client_id)
             return pb.GetEpochSecretsResponse(
                 parameters=secrets.parameters,
                 ckks_secret_key=secrets.ckks_secret_key,
@@ -40,12 +46,46 @@ class KeyAuthorityServicer(pb_grpc.KeyAuthorityServicer):
             )
 
 
-def _authorization(context: _Context) -> str | bytes | None:
-    """The first `authorization` metadata of the call, None if there is none."""
-    metadata = context.invocation_metadata() or ()
-    return next((value for key, value in metadata if key == "authorization"), None)
+class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
+    """Serves shelora.v1.Enrolment; enrolment.proto says what each call does."""
+
+    def __init__(self, enrolments: Enrolments) -> None:
+        self._enrolments = enrolments
+
+    async def CreateToken(
+        self, request: enrolment_pb2.CreateTokenRequest, context: _Context
+    ) -> enrolment_pb2.CreateTokenResponse:
+        async with translated(context):
+            token, expires_ms = await self._enrolments.create_token(_grant(request), request.expires_in_s)
+            return enrolment_pb2.CreateTokenResponse(token=token.encoded, expires_unix_ms=expires_ms)
+
+    async def Enroll(
+        self, request: enrolment_pb2.EnrollRequest, context: _Context
+    ) -> enrolment_pb2.EnrollResponse:
+        async with translated(context):
+            certificate = await self._enrolments.enroll(
+                request.token, request.signing_request, request.client_id
+            )
+            return enrolment_pb2.EnrollResponse(certificate=certificate, authority=self._enrolments.authority)
+
+    async def Renew(
+        self, request: enrolment_pb2.RenewRequest, context: _Context
+    ) -> enrolment_pb2.RenewResponse:
+        async with translated(context):
+            holder = certificate_of(context)
+            if holder is None:
+                raise DomainError(Reason.UNAUTHENTICATED, "renewal needs a client certificate")
+            certificate = self._enrolments.renew(request.signing_request, holder)
+            return enrolment_pb2.RenewResponse(certificate=certificate)
 
 
-def register(authority: Authority, server: grpc.aio.Server) -> None:
-    """Adds the key authority to a server that has not started."""
+def _grant(request: enrolment_pb2.CreateTokenRequest) -> Grant:
+    if request.role not in set(Role):
+        raise DomainError(Reason.INVALID_ARGUMENT, f"role must be one of {', '.join(Role)}")
+    return Grant(Role(request.role), request.federation_id, request.client_id, tuple(request.names))
+
+
+def register(authority: Authority, enrolments: Enrolments, server: grpc.aio.Server) -> None:
+    """Adds the key authority's services to a server that has not started."""
     pb_grpc.add_KeyAuthorityServicer_to_server(KeyAuthorityServicer(authority), server)
+    enrolment_pb2_grpc.add_EnrolmentServicer_to_server(EnrolmentServicer(enrolments), server)

@@ -12,11 +12,12 @@ Listen = Annotated[
     str | None,
     typer.Option(help="Address to serve gRPC on. Port 0 picks a free one.", metavar="HOST:PORT"),
 ]
-AllowPlaintext = Annotated[
-    bool | None,
-    typer.Option(
-        "--allow-plaintext", help="Serve plaintext beyond this machine; on a protected network only."
-    ),
+IdentityFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder of this process's key and certificate, filled by `shelora enroll`."),
+]
+KeyAuthorityAddress = Annotated[
+    str | None, typer.Option(help="Key authority, host:port.", metavar="HOST:PORT")
 ]
 MetricsHost = Annotated[
     str | None, typer.Option(help="Address to serve Prometheus metrics on.", metavar="HOST")

@@ -17,12 +17,14 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.shell.guard import Guard
 from services.shell.observation import RpcObserver
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import start_metrics_server
-from shelora.transport.address import HostPort, check_bind
-from shelora.transport.channel import SERVER_OPTIONS, Credentials
+from shelora.transport.address import HostPort, check_plaintext
+from shelora.transport.channel import SERVER_OPTIONS
+from shelora.transport.tls import Credentials
 
 Register = Callable[[grpc.aio.Server], None]
 """Adds the servicers to a server that has not started."""
@@ -32,6 +34,17 @@ Background = Callable[[], Coroutine[Any, Any, None]]
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A port to serve on."""
+
+    listen: str
+    """`host:port`; port 0 picks a free one."""
+
+    credentials: Credentials | None
+    """What secures its connections."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,9 @@ class Ready:
 
     pid: int
     """The serving process."""
+
+    enrolment_address: str = ""
+    """Where callers without a certificate are served, on the key authority alone; else empty."""
 
     @classmethod
     def read(cls, path: Path) -> "Ready | None":
@@ -64,7 +80,8 @@ async def serve(
     background: Sequence[Background] = (),
     on_drain: Sequence[Callable[[], None]] = (),
     on_stop: Sequence[Callable[[], Awaitable[None]]] = (),
-    credentials: Credentials | None = None,
+    credentials: Credentials,
+    enrolment: Listener | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, or until background work crashes; then drains.
 
@@ -78,7 +95,8 @@ async def serve(
         background: Work beside the calls. A crash stops the process.
         on_drain: Told that the drain begins, so that calls without an end (streams of events) end themselves.
         on_stop: Closes what the servicers used, in this order, after the last call.
-        credentials: What secures the connections; None for plaintext, refused beyond this machine by default.
+        credentials: This server's identity, and whose callers it accepts.
+        enrolment: Another port, for callers without a certificate.
 
     Raises:
         DomainError: CONFIGURATION_INVALID if it may not or cannot listen where the settings say.
@@ -90,10 +108,11 @@ async def serve(
             stack.push_async_callback(close)
         metrics_port = stack.enter_context(_metrics(settings))
         tasks = await stack.enter_async_context(_background(background))
-        address = await stack.enter_async_context(
-            _listening(settings, service_names, register, on_drain, credentials)
+        ports = [Listener(settings.listen, credentials), *([enrolment] if enrolment else [])]
+        addresses = await stack.enter_async_context(
+            _listening(settings, service_names, register, on_drain, ports)
         )
-        ready = Ready(address, metrics_port, os.getpid())
+        ready = Ready(addresses[0], metrics_port, os.getpid(), *addresses[1:])
         stack.enter_context(_announced(settings.ready_file, ready))
         _log.info("serving", **asdict(ready))
         await _until(stop, tasks)
@@ -102,15 +121,22 @@ async def serve(
 
 @asynccontextmanager
 async def running_server(
-    service_names: Sequence[str], register: Register, settings: ServerSettings | None = None
+    service_names: Sequence[str],
+    register: Register,
+    settings: ServerSettings | None = None,
+    *,
+    credentials: Credentials | None = None,
 ) -> AsyncIterator[str]:
     """For tests: the same server in this process, on a free port, without signals, metrics or ready file.
+
+    Without credentials it speaks plaintext, on this machine only, and admits everyone to everything.
 
     Yields: Its address, `127.0.0.1:port`.
     """
     settings = settings or ServerSettings(listen="127.0.0.1:0", shutdown_grace_s=0.0)
-    async with _listening(settings, service_names, register, (), None) as address:
-        yield address
+    ports = [Listener(settings.listen, credentials)]
+    async with _listening(settings, service_names, register, (), ports) as addresses:
+        yield addresses[0]
 
 
 @asynccontextmanager
@@ -119,22 +145,23 @@ async def _listening(
     service_names: Sequence[str],
     register: Register,
     on_drain: Sequence[Callable[[], None]],
-    credentials: Credentials | None,
-) -> AsyncIterator[str]:
-    """A started server; drains on exit. Yields its address."""
-    server = grpc.aio.server(interceptors=[RpcObserver(service_names)], options=SERVER_OPTIONS)
+    ports: Sequence[Listener],
+) -> AsyncIterator[list[str]]:
+    """A started server; drains on exit. Yields the addresses of its ports."""
+    guard = [] if any(port.credentials is None for port in ports) else [Guard()]
+    server = grpc.aio.server(interceptors=[RpcObserver(service_names), *guard], options=SERVER_OPTIONS)
     register(server)
     reflection.enable_server_reflection(
         (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    address = _bind(server, settings, credentials)
+    addresses = [_bind(server, port) for port in ports]
     await server.start()
     for name in service_names:
         await health_servicer.set(name, _SERVING)
     try:
-        yield address
+        yield addresses
     finally:
         await health_servicer.enter_graceful_shutdown()
         for announce in on_drain:
@@ -142,21 +169,22 @@ async def _listening(
         await server.stop(settings.shutdown_grace_s)
 
 
-def _bind(server: grpc.aio.Server, settings: ServerSettings, credentials: Credentials | None) -> str:
-    """Binds the address of the settings. Returns the address that clients on this machine use."""
-    if credentials is None:
-        check_bind(settings.listen, allow_plaintext=settings.allow_plaintext)
+def _bind(server: grpc.aio.Server, port: Listener) -> str:
+    """Binds a port. Returns the address that clients on this machine use."""
+    target = HostPort.parse(port.listen)
+    if port.credentials is None:
+        check_plaintext(port.listen)
     try:
-        port = (
-            server.add_insecure_port(settings.listen)
-            if credentials is None
-            else server.add_secure_port(settings.listen, credentials.server_credentials())
+        number = (
+            server.add_insecure_port(port.listen)
+            if port.credentials is None
+            else server.add_secure_port(port.listen, port.credentials.server_credentials())
         )
     except RuntimeError as error:
         raise DomainError(
-            Reason.CONFIGURATION_INVALID, f"cannot listen on {settings.listen}: is the port in use?"
+            Reason.CONFIGURATION_INVALID, f"cannot listen on {port.listen}: is the port in use?"
         ) from error
-    return str(HostPort(_reachable(HostPort.parse(settings.listen).host), port))
+    return str(HostPort(_reachable(target.host), number))
 
 
 def _reachable(host: str) -> str:
@@ -184,7 +212,10 @@ def _metrics(settings: ServerSettings) -> Iterator[int]:
 @asynccontextmanager
 async def _background(work: Sequence[Background]) -> AsyncIterator[Sequence[asyncio.Task[None]]]:
     """Runs background work; cancels it on exit and waits for it."""
-    tasks = [asyncio.create_task(start(), name=getattr(start, "__name__", "background")) for start in work]
+    tasks = [
+        asyncio.create_task(start(), name=getattr(getattr(start, "func", start), "__name__", "background"))
+        for start in work
+    ]
     try:
         yield tasks
     finally:

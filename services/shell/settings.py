@@ -24,9 +24,6 @@ class ServerSettings(BaseSettings):
     listen: str = "127.0.0.1:0"
     """Address to serve gRPC on, `host:port`. Port 0 picks a free one, see `ready_file`."""
 
-    allow_plaintext: bool = False
-    """Serve plaintext on an address that other machines reach. Only on a protected network."""
-
     metrics_host: str = "127.0.0.1"
     """Address to serve Prometheus metrics on; `0.0.0.0` where the scraper is on another machine."""
 
@@ -66,3 +63,13 @@ class ServerSettings(BaseSettings):
             for name in [".".join(map(str, problem["loc"]))]
         ]
         return "; ".join(lines)
+
+
+class MemberSettings(ServerSettings):
+    """What every server needs that the key authority certifies."""
+
+    identity: Path
+    """Folder of this process's key and certificate; `shelora enroll` fills it."""
+
+    key_authority_address: str
+    """The key authority, `host:port`; it renews the certificate."""

@@ -3,9 +3,9 @@
 The same programs and settings as under compose or Kubernetes; only the addresses differ.
 """
 
+import asyncio
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -20,10 +20,15 @@ from typing import Final, Self
 
 import redis
 
+from shelora.cli.members import CLIENT_IDENTITY, Members
+from shelora.cli.operator import own_credentials
 from shelora.errors import DomainError, Reason
+from shelora.transport.identity import Role
+from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
 
 KEY_AUTHORITY_PORT: Final = 7102
 COORDINATOR_PORT: Final = 7101
+ENROLMENT_PORT: Final = 7099
 AGGREGATION_PORT: Final = 7103
 REDIS_PORT: Final = 7100
 START_TIMEOUT_S: Final = 60.0
@@ -43,8 +48,10 @@ class Addresses:
     key_authority: str
     aggregation: tuple[str, ...]
     redis_url: str
-    credential_file: str
-    """File with the agents' credential for the key authority."""
+    enrolment: str
+    """Where tokens are exchanged for certificates."""
+    operator_identity: str
+    """Folder of the operator's key and certificate."""
     metrics: Mapping[str, str]
     """Prometheus address by process."""
 
@@ -112,7 +119,7 @@ class LocalCluster:
     def __init__(
         self, folder: Path, *, fixed_ports: bool, aggregation_replicas: int = 1, workers: int | None = None
     ) -> None:
-        """Names the folder for data, logs and addresses; `fixed_ports` serves on the documented ports 7100 to 7103."""
+        """Names the folder for data, logs and addresses; `fixed_ports` serves on the documented ports 7099 to 7103."""
         self._folder = folder.absolute()
         self._fixed = fixed_ports
         self._replicas = aggregation_replicas
@@ -151,15 +158,13 @@ class LocalCluster:
             (self._folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         for stale in (self._folder / "ready").iterdir():
             stale.unlink()
-        credential = self._credential()
         redis_url = self._start_redis()
-        key_authority = self._serve(
-            "key-authority",
-            "services.key_authority.main",
-            KEY_AUTHORITY_PORT,
-            {"DATA_DIR": str(self._folder / "key-authority"), "AGENT_CREDENTIAL_FILE": str(credential)},
+        key_authority, enrolment = self._start_key_authority()
+        self._members = Members(self._folder / "identities", key_authority, enrolment)
+        asyncio.run(self._members.enrol_operator(self._operator_token.read_text()))
+        aggregation = tuple(
+            self._start_aggregation(redis_url, key_authority, replica) for replica in range(self._replicas)
         )
-        aggregation = tuple(self._start_aggregation(redis_url, replica) for replica in range(self._replicas))
         coordinator = self._serve(
             "coordinator",
             "coordinator.main",
@@ -168,42 +173,80 @@ class LocalCluster:
                 "REDIS_URL": redis_url,
                 "KEY_AUTHORITY_ADDRESS": key_authority,
                 "AGGREGATION_ADDRESSES": json.dumps(aggregation),
+                "IDENTITY": self._enrolled("coordinator", Role.COORDINATOR),
             },
         )
+        identity = str(self._members.operator)
         addresses = Addresses(
-            coordinator, key_authority, aggregation, redis_url, str(credential), self._metrics
+            coordinator, key_authority, aggregation, redis_url, enrolment, identity, self._metrics
         )
         self._announce(addresses)
         return addresses
+
+    @property
+    def credentials(self) -> TlsCredentials:
+        """The operator's."""
+        return TlsCredentials(IdentityFolder(self._members.operator))
+
+    async def enrol_client(self, federation: str, client: str, state_dir: Path) -> Held:
+        """Enrols a client as its operator and its owner would: a token for it, exchanged in its state folder."""
+        return await self._members.enrol_client(federation, client, state_dir / CLIENT_IDENTITY)
+
+    @property
+    def trust(self) -> str:
+        """What protects the connections, in one line."""
+        expires = self.credentials.held.facts.expires
+        return (
+            "every connection uses mutual TLS 1.3; the certificates expire "
+            f"{expires:%Y-%m-%d %H:%M} UTC and are renewed before"
+        )
+
+    def renew_operator(self) -> None:
+        """Renews the operator's certificate if it is time."""
+        asyncio.run(own_credentials(self._members.operator, self.addresses.key_authority))
+
+    @property
+    def _operator_token(self) -> Path:
+        return self._folder / "key-authority" / "operator.token"
+
+    def _start_key_authority(self) -> tuple[str, str]:
+        """Its address, and that for enrolment."""
+        settings = {
+            "DATA_DIR": str(self._folder / "key-authority"),
+            "ENROLMENT_LISTEN": f"127.0.0.1:{ENROLMENT_PORT if self._fixed else 0}",
+            "OPERATOR_TOKEN_FILE": str(self._operator_token),
+        }
+        address = self._serve("key-authority", "services.key_authority.main", KEY_AUTHORITY_PORT, settings)
+        return address, str(json.loads(self._ready("key-authority").read_text())["enrolment_address"])
 
     def _announce(self, addresses: Addresses) -> None:
         path = self._folder / "cluster.json"
         path.write_text(json.dumps(asdict(addresses), indent=2))
         self._stack.callback(path.unlink, missing_ok=True)
 
-    def _credential(self) -> Path:
-        """The agents' credential for the key authority; kept from run to run."""
-        path = self._folder / "agent-credential"
-        if not path.exists():
-            path.touch(mode=0o600)
-            path.write_text(secrets.token_hex(32))
-        return path
+    def _start_aggregation(self, redis_url: str, key_authority: str, replica: int) -> str:
+        name = f"aggregation-{replica}" if self._replicas > 1 else "aggregation"
+        settings = {
+            "REDIS_URL": redis_url,
+            "KEY_AUTHORITY_ADDRESS": key_authority,
+            "IDENTITY": self._enrolled(name, Role.AGGREGATION),
+            **({} if self._workers is None else {"WORKERS": str(self._workers)}),
+        }
+        port = AGGREGATION_PORT + replica
+        return self._serve(name, "services.aggregation.main", port, settings, prefix="AGGREGATION")
 
-    def _start_aggregation(self, redis_url: str, replica: int) -> str:
-        workers = {} if self._workers is None else {"WORKERS": str(self._workers)}
-        return self._serve(
-            f"aggregation-{replica}" if self._replicas > 1 else "aggregation",
-            "services.aggregation.main",
-            AGGREGATION_PORT + replica,
-            {"REDIS_URL": redis_url, **workers},
-            prefix="AGGREGATION",
-        )
+    def _enrolled(self, name: str, role: Role) -> str:
+        """Folder of a server's identity."""
+        return str(asyncio.run(self._members.enrol_server(name, role)))
+
+    def _ready(self, name: str) -> Path:
+        return self._folder / "ready" / f"{name}.json"
 
     def _serve(
         self, name: str, module: str, port: int, settings: Mapping[str, str], prefix: str | None = None
     ) -> str:
         """Starts a server and waits until it serves. Returns its address."""
-        ready = self._folder / "ready" / f"{name}.json"
+        ready = self._ready(name)
         settings = {
             "LISTEN": f"127.0.0.1:{port if self._fixed else 0}",
             "READY_FILE": str(ready),

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -15,10 +17,12 @@ from rich.live import Live
 from rich.table import Table
 
 from shelora.cli.cluster import Addresses, LocalCluster
-from shelora.cli.operator import Operator, operator
+from shelora.cli.operator import RETRY_S, Operator, create_token, operator, own_credentials
 from shelora.cli.render import federation_view, federations_table
-from shelora.errors import DomainError
+from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.transport.enrolment import enroll as enrolled
+from shelora.transport.identity import Role
 from shelora.v1 import coordinator_pb2 as pb
 
 DEFAULT_FOLDER = Path("runs/local")
@@ -32,6 +36,8 @@ app = typer.Typer(
 )
 federation_app = typer.Typer(help="Create, start and watch federations.", no_args_is_help=True)
 app.add_typer(federation_app, name="federation")
+token_app = typer.Typer(help="Issue join tokens.", no_args_is_help=True)
+app.add_typer(token_app, name="token")
 console = Console()
 
 CoordinatorOption = Annotated[
@@ -42,10 +48,21 @@ CoordinatorOption = Annotated[
         help="Coordinator's address, host:port. By default that of the local cluster in runs/local.",
     ),
 ]
-PlaintextOption = Annotated[
-    bool,
+IdentityOption = Annotated[
+    Path | None,
     typer.Option(
-        "--allow-plaintext", help="Talk to another machine without TLS, on a protected network only."
+        "--identity",
+        envvar="SHELORA_IDENTITY",
+        help="Folder of the operator's key and certificate. By default that of the local cluster.",
+    ),
+]
+KeyAuthorityOption = Annotated[
+    str | None,
+    typer.Option(
+        "--key-authority",
+        envvar="SHELORA_KEY_AUTHORITY",
+        help="Key authority's address, host:port; it also renews the operator's certificate. By default that of "
+        "the local cluster, unless --identity is given.",
     ),
 ]
 NameArgument = Annotated[str, typer.Argument(help="Name of the federation.")]
@@ -60,7 +77,7 @@ def up(
     ] = None,
     *,
     any_ports: Annotated[
-        bool, typer.Option("--any-ports", help="Use free ports in place of 7100 to 7103.")
+        bool, typer.Option("--any-ports", help="Use free ports in place of 7099 to 7103.")
     ] = False,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C: Valkey, key authority, coordinator, aggregation.
@@ -73,14 +90,19 @@ def up(
         )
         with console.status("starting"), cluster:
             console.print(_addresses_table(cluster.addresses, folder))
+            console.print(cluster.trust, highlight=False)
             console.print("Ctrl-C stops the cluster; its state stays in the folder.")
             _until_interrupted(cluster)
 
 
 @app.command()
-def status(coordinator: CoordinatorOption = None, *, allow_plaintext: PlaintextOption = False) -> None:
+def status(
+    coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
+) -> None:
     """Show all federations."""
-    federations = _ask(lambda o: o.list(), coordinator, allow_plaintext=allow_plaintext)
+    federations = _ask(lambda o: o.list(), Target.of(coordinator, identity, key_authority))
     console.print(
         federations_table(federations) if federations else "no federations: `shelora federation create`"
     )
@@ -90,9 +112,10 @@ def status(coordinator: CoordinatorOption = None, *, allow_plaintext: PlaintextO
 def create(
     specification: Annotated[Path, typer.Argument(help="YAML file, see examples/reuters/federation.yaml.")],
     coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
     *,
     start_now: Annotated[bool, typer.Option("--start", help="Start it too.")] = False,
-    allow_plaintext: PlaintextOption = False,
 ) -> None:
     """Create a federation from a YAML file. Repeating it changes nothing."""
 
@@ -102,26 +125,29 @@ def create(
 
     with _reported():
         spec = FederationSpec.from_yaml(specification)
-    console.print(federation_view(_ask(work, coordinator, allow_plaintext=allow_plaintext)))
+    console.print(federation_view(_ask(work, Target.of(coordinator, identity, key_authority))))
 
 
 @federation_app.command()
 def start(
-    name: NameArgument, coordinator: CoordinatorOption = None, *, allow_plaintext: PlaintextOption = False
+    name: NameArgument,
+    coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
 ) -> None:
     """Let a federation begin as soon as enough agents have joined."""
-    console.print(
-        federation_view(_ask(lambda o: o.start(name), coordinator, allow_plaintext=allow_plaintext))
-    )
+    target = Target.of(coordinator, identity, key_authority)
+    console.print(federation_view(_ask(lambda o: o.start(name), target)))
 
 
 @federation_app.command()
 def show(
     name: NameArgument,
     coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
     *,
     watch: Annotated[bool, typer.Option("--watch", help="Keep showing it until it ends.")] = False,
-    allow_plaintext: PlaintextOption = False,
 ) -> None:
     """Show a federation: its agents, what they do, its rounds."""
 
@@ -136,7 +162,62 @@ def show(
                 live.update(federation_view(federation))
         return federation
 
-    console.print(federation_view(_ask(follow, coordinator, allow_plaintext=allow_plaintext)))
+    console.print(federation_view(_ask(follow, Target.of(coordinator, identity, key_authority))))
+
+
+@token_app.command("create")
+def token_create(
+    federation: Annotated[str, typer.Option(help="Federation of the client.")] = "",
+    client: Annotated[
+        str, typer.Option(help="Name of the client. Without it, the client names itself, anew.")
+    ] = "",
+    role: Annotated[Role, typer.Option(help="client, coordinator, aggregation or operator.")] = Role.CLIENT,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="DNS name or address a server is reached at; repeat for more."),
+    ] = None,
+    expires_in: Annotated[
+        float, typer.Option(min=0.01, max=720, metavar="HOURS", help="Hours the token may be used.")
+    ] = 24.0,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
+) -> None:
+    """Issue a token that makes one newcomer a member, once. Prints the token alone on standard output."""
+
+    async def work(target: Target) -> str:
+        credentials = await own_credentials(target.identity, target.key_authority)
+        created = await create_token(
+            target.require_key_authority(),
+            credentials,
+            role,
+            federation=federation,
+            client=client,
+            names=tuple(name or ()),
+            expires_in=timedelta(hours=expires_in),
+        )
+        return created.token
+
+    with _reported():
+        print(asyncio.run(work(Target.of(None, identity, key_authority))))  # noqa: T201 - for pipes, never wrapped
+
+
+@app.command()
+def enroll(
+    *,
+    authority: Annotated[str, typer.Option(help="Enrolment address of the key authority, host:port.")],
+    identity: Annotated[Path, typer.Option(help="Folder for the key and the certificate.")],
+    token: Annotated[str | None, typer.Option(envvar="SHELORA_TOKEN", help="Join token.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File that holds it instead.")] = None,
+) -> None:
+    """Exchange a token for a certificate, for an operator or a server. Agents use `client-agent enroll`."""
+    with _reported():
+        held = asyncio.run(enrolled(_token(token, token_file), authority, identity, retry_s=RETRY_S))
+    facts = held.facts
+    console.print(
+        f"enrolled as {facts.identity}; the certificate in {identity} is valid until "
+        f"{facts.expires:%Y-%m-%d %H:%M} UTC",
+        highlight=False,
+    )
 
 
 @contextmanager
@@ -164,14 +245,50 @@ def _reported() -> Iterator[None]:
         sys.exit(1)
 
 
-def _ask(
-    work: Callable[[Operator], Coroutine[Any, Any, _Result]], address: str | None, *, allow_plaintext: bool
-) -> _Result:
-    """Runs operator calls against a coordinator, by default that of the local cluster."""
+@dataclass(frozen=True)
+class Target:
+    """Where the operator's calls go, and who makes them: what was given, the rest from the local cluster."""
+
+    coordinator: str
+    identity: Path
+    key_authority: str | None
+
+    @classmethod
+    def of(cls, coordinator: str | None, identity: Path | None, key_authority: str | None) -> "Target":
+        """Raises no error of its own: exits as `_reported` does if the local cluster is needed and does not run."""
+        if identity is not None and (coordinator or key_authority):
+            return cls(coordinator or "", identity, key_authority)
+        with _reported():
+            local = Addresses.read(DEFAULT_FOLDER)
+        own = identity or Path(local.operator_identity)
+        return cls(coordinator or local.coordinator, own, key_authority or local.key_authority)
+
+    def require_key_authority(self) -> str:
+        """Raises CONFIGURATION_INVALID if it is not known."""
+        if self.key_authority is None:
+            raise DomainError(Reason.CONFIGURATION_INVALID, "give --key-authority host:port")
+        return self.key_authority
+
+
+def _token(token: str | None, file: Path | None) -> str:
+    if token is not None:
+        return token
+    if file is None:
+        raise DomainError(Reason.CONFIGURATION_INVALID, "give --token or --token-file")
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise DomainError(
+            Reason.CONFIGURATION_INVALID, f"token_file: {file} cannot be read: {error.strerror}"
+        ) from error
+
+
+def _ask(work: Callable[[Operator], Coroutine[Any, Any, _Result]], target: Target) -> _Result:
+    """Runs operator calls against a coordinator."""
 
     async def connected() -> _Result:
-        target = address or Addresses.read(DEFAULT_FOLDER).coordinator
-        async with operator(target, allow_plaintext=allow_plaintext) as connection:
+        credentials = await own_credentials(target.identity, target.key_authority)
+        async with operator(target.coordinator, credentials) as connection:
             return await work(connection)
 
     with _reported():
@@ -188,7 +305,8 @@ def _addresses_table(addresses: Addresses, folder: Path) -> Table:
         name = f"aggregation-{replica}" if len(addresses.aggregation) > 1 else "aggregation"
         table.add_row(name, address, metrics.get(name, ""))
     table.add_row("redis", addresses.redis_url, "")
-    table.add_row("agents' credential", addresses.credential_file, "")
+    table.add_row("enrolment", addresses.enrolment, "")
+    table.add_row("operator's identity", addresses.operator_identity, "")
     return table
 
 
@@ -196,6 +314,7 @@ def _until_interrupted(cluster: LocalCluster) -> None:
     try:
         while True:
             cluster.require_alive()
+            cluster.renew_operator()
             time.sleep(REFRESH_S)
     except KeyboardInterrupt:
         console.print("stopping")

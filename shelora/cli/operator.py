@@ -1,17 +1,25 @@
-"""What an operator asks of a coordinator."""
+"""What an operator asks of a coordinator and of the key authority."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
+from shelora.transport.certificates import utc_now
 from shelora.transport.channel import call, open_channel
+from shelora.transport.enrolment import renew, renewal_at
+from shelora.transport.identity import Role
+from shelora.transport.tls import Credentials, IdentityFolder, TlsCredentials
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.v1 import enrolment_pb2
 from shelora.v1.coordinator_pb2_grpc import CoordinatorStub
+from shelora.v1.enrolment_pb2_grpc import EnrolmentStub
 
 if TYPE_CHECKING:  # the asynchronous stub is a type only; at run time the channel decides
     from shelora.v1.coordinator_pb2_grpc import CoordinatorAsyncStub
 
-RETRY_S = 10.0
+RETRY_S: Final = 10.0
 """A person waits: shorter than between servers."""
 
 
@@ -43,7 +51,44 @@ class Operator:
 
 
 @asynccontextmanager
-async def operator(address: str, *, allow_plaintext: bool = False) -> AsyncIterator[Operator]:
+async def operator(address: str, credentials: Credentials) -> AsyncIterator[Operator]:
     """An operator connected to the coordinator at `host:port`."""
-    async with open_channel(address, allow_plaintext=allow_plaintext) as channel:
+    async with open_channel(address, credentials) as channel:
         yield Operator(CoordinatorStub(channel))
+
+
+async def create_token(
+    key_authority: str,
+    credentials: Credentials,
+    role: Role,
+    *,
+    federation: str = "",
+    client: str = "",
+    names: tuple[str, ...] = (),
+    expires_in: timedelta = timedelta(),
+) -> enrolment_pb2.CreateTokenResponse:
+    """A join token of the key authority at `host:port`; enrolment.proto explains the fields.
+
+    Raises: DomainError INVALID_ARGUMENT, naming the field, and what `call` raises.
+    """
+    request = enrolment_pb2.CreateTokenRequest(
+        role=role,
+        federation_id=federation,
+        client_id=client,
+        names=names,
+        expires_in_s=int(expires_in.total_seconds()),
+    )
+    async with open_channel(key_authority, credentials) as channel:
+        return await call(EnrolmentStub(channel).CreateToken, request, retry_s=RETRY_S)
+
+
+async def own_credentials(identity: Path, key_authority: str | None) -> TlsCredentials:
+    """The operator's credentials, renewed first if it is time and the key authority is known.
+
+    Raises: DomainError CONFIGURATION_INVALID if there is no valid identity in the folder.
+    """
+    folder = IdentityFolder(identity)
+    credentials = TlsCredentials(folder)
+    if key_authority and credentials.held.facts.renewal_due <= utc_now():
+        await renew(folder, renewal_at(key_authority, credentials))
+    return credentials

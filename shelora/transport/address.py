@@ -1,4 +1,4 @@
-"""Addresses, and where plaintext may go: nowhere but this machine unless someone says so."""
+"""Addresses, and where plaintext may go: nowhere but this machine."""
 
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -51,27 +51,13 @@ def is_local(address: str) -> bool:
         return False
 
 
-def check_dial(address: str, *, allow_plaintext: bool) -> None:
-    """Refuses plaintext to another machine.
+def check_plaintext(address: str) -> None:
+    """Refuses plaintext beyond this machine. Only tests use any: every process of the system speaks TLS.
 
-    Raises: DomainError CONFIGURATION_INVALID, with the remedy.
+    Raises: DomainError CONFIGURATION_INVALID.
     """
-    if not allow_plaintext and not is_local(address):
-        raise _plaintext_refused(f"calling {address}")
-
-
-def check_bind(address: str, *, allow_plaintext: bool) -> None:
-    """Refuses to serve plaintext to other machines.
-
-    Raises: DomainError CONFIGURATION_INVALID, with the remedy.
-    """
-    if not allow_plaintext and not is_local(address):
-        raise _plaintext_refused(f"listening on {address}")
-
-
-def _plaintext_refused(action: str) -> DomainError:
-    return DomainError(
-        Reason.CONFIGURATION_INVALID,
-        f"{action} in plaintext would expose secrets and updates to the network: use a loopback address, "
-        "or set allow_plaintext if something else protects this network",
-    )
+    if not is_local(address):
+        raise DomainError(
+            Reason.CONFIGURATION_INVALID,
+            f"plaintext at {address} would expose secrets and updates to the network: give an identity",
+        )

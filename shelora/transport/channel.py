@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 import tenacity
 
 from shelora.errors import DomainError
-from shelora.transport.address import check_dial, is_local
-from shelora.transport.status import STATUS_BY_REASON, error_from_rpc
+from shelora.transport.address import HostPort, check_plaintext, is_local
+from shelora.transport.renewing import RenewingChannel
+from shelora.transport.status import STATUS_BY_REASON, distrusts, error_from_rpc
+from shelora.transport.tls import Credentials
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -69,40 +71,41 @@ SERVER_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     *_KEEPALIVE_OPTIONS,
     # Accept the keepalive probes of our own channels, which the default would answer with "too many pings".
     ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 3),
+    # A connection shows the certificate it began with. Ending it after a while holds long streams to expiry, too.
+    ("grpc.max_connection_age_ms", 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 600_000),
     # A second process on the same port is a mistake; the default would share the port between both.
     ("grpc.so_reuseport", 0),
 )
 """Options of every server, the counterpart of those that `open_channel` sets."""
 
 
-class Credentials(Protocol):
-    """What secures a connection, on both sides. None in its place means plaintext."""
-
-    def channel_credentials(self) -> grpc.ChannelCredentials:
-        """For a client: whom it trusts and who it is."""
-
-    def server_credentials(self) -> grpc.ServerCredentials:
-        """For a server: who it is and whom it accepts."""
-
-
-def open_channel(
-    address: str, *, credentials: Credentials | None = None, allow_plaintext: bool = False
-) -> grpc.aio.Channel:
+def open_channel(address: str, credentials: Credentials | None = None) -> grpc.aio.Channel:
     """A channel to `address` (`host:port`); it connects when first used and reconnects by itself.
 
-    Close it, or use it as an async context manager.
+    Close it, or use it as an async context manager. Renewed credentials are used from the next call on.
 
-    Raises: DomainError CONFIGURATION_INVALID if the address is malformed, or if it would be
-    plaintext to another machine and `allow_plaintext` is not set.
+    Args:
+        address: Whom to call; the server's certificate must be for this name or address.
+        credentials: Both sides' identities. None is for tests: plaintext, on this machine only.
+
+    Raises: DomainError CONFIGURATION_INVALID if the address is malformed, or would be plaintext to another machine.
     """
-    if credentials is not None:
-        return grpc.aio.secure_channel(address, credentials.channel_credentials(), options=_options(address))
-    check_dial(address, allow_plaintext=allow_plaintext)
-    return grpc.aio.insecure_channel(address, options=_options(address))
+    if credentials is None:
+        check_plaintext(address)
+        return grpc.aio.insecure_channel(address, options=_options(address))
+    HostPort.parse(address)
+    return RenewingChannel(
+        address,
+        credentials.generation,
+        lambda: grpc.aio.secure_channel(
+            address, credentials.channel_credentials(), options=_options(address)
+        ),
+    )
 
 
 def _options(address: str) -> Sequence[tuple[str, Any]]:
-    # http_proxy must not take traffic off this machine that was allowed in plaintext because it stays on it.
+    # http_proxy must not take traffic off this machine that can stay on it.
     return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if is_local(address) else 1))
 
 
@@ -110,7 +113,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed later: by the status of an RPC, or by the reason of a DomainError."""
     if isinstance(error, DomainError):
         return STATUS_BY_REASON[error.reason] in _TRANSIENT
-    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _TRANSIENT
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _TRANSIENT and not distrusts(error)
 
 
 def retrying(
@@ -164,7 +167,7 @@ async def call(
     try:
         return await retrying(retry_s=retry_s)(_attempt, method, request, timeout_s, tuple(metadata))
     except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
+        raise error_from_rpc(error, getattr(method, "address", "")) from error
 
 
 async def _attempt(

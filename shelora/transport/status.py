@@ -30,7 +30,13 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         # Requests
         Reason.INVALID_ARGUMENT: _Code.INVALID_ARGUMENT,
         Reason.UNAUTHENTICATED: _Code.UNAUTHENTICATED,
+        Reason.PERMISSION_DENIED: _Code.PERMISSION_DENIED,
         Reason.INTERNAL: _Code.INTERNAL,
+        # Identities
+        Reason.CERTIFICATE_EXPIRED: _Code.UNAUTHENTICATED,
+        Reason.CLIENT_EXISTS: _Code.ALREADY_EXISTS,
+        Reason.SERVER_UNTRUSTED: _Code.FAILED_PRECONDITION,
+        Reason.TOKEN_REFUSED: _Code.UNAUTHENTICATED,
         # Federations, members, plans
         Reason.FEDERATION_UNKNOWN: _Code.NOT_FOUND,
         Reason.FEDERATION_EXISTS: _Code.ALREADY_EXISTS,
@@ -95,6 +101,18 @@ _REASON_BY_BARE_STATUS: Final[Mapping[grpc.StatusCode, Reason]] = MappingProxyTy
 )
 """Reasons for failures that gRPC itself reports: no server, no answer in time, no room."""
 
+_WRONG_NAME: Final = "Hostname Verification Check failed"
+"""How gRPC says that a certificate does not name the host that was called."""
+
+_WRONG_SIGNER: Final = (
+    "certificate signature failure",
+    "unable to get local issuer certificate",
+    "self signed certificate",
+    "self-signed certificate",
+    "unsupported certificate purpose",
+)
+"""How it says that a certificate is of another authority, or its holder no server."""
+
 
 @asynccontextmanager
 async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
@@ -119,11 +137,15 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], reason: Reason, me
     await context.abort(STATUS_BY_REASON[reason], details, ((REASON_METADATA, reason.value),))
 
 
-def error_from_rpc(error: grpc.RpcError) -> DomainError:
+def error_from_rpc(error: grpc.RpcError, address: str = "") -> DomainError:
     """The DomainError that the server raised, or the nearest one for a failure of gRPC itself.
 
     Without a (known) reason, a failure that may pass becomes STORE_UNAVAILABLE, any other INTERNAL; then the
-    message starts with the name of the status.
+    message starts with the name of the status. A server that is not who it should be becomes SERVER_UNTRUSTED.
+
+    Args:
+        error: What gRPC raised.
+        address: Who was called, `host:port`, for the message about a server that is someone else.
     """
     if not isinstance(error, grpc.aio.AioRpcError):
         return DomainError(Reason.INTERNAL, "the RPC failed without a status")
@@ -131,8 +153,31 @@ def error_from_rpc(error: grpc.RpcError) -> DomainError:
     reason = _reason_of(error)
     if reason is not None:
         return DomainError(reason, details)
+    if distrusts(error):
+        return DomainError(Reason.SERVER_UNTRUSTED, _why_distrusted(details, address))
     fallback = _REASON_BY_BARE_STATUS.get(error.code(), Reason.INTERNAL)
     return DomainError(fallback, f"{error.code().name}: {details}")
+
+
+def distrusts(error: grpc.aio.AioRpcError) -> bool:
+    """Whether this side refused the server's certificate for a reason that does not pass by itself."""
+    details = error.details() or ""
+    return error.code() is _Code.UNAVAILABLE and any(
+        sign in details for sign in (_WRONG_NAME, *_WRONG_SIGNER)
+    )
+
+
+def _why_distrusted(details: str, address: str) -> str:
+    host = address.rpartition(":")[0] or "the name that was called"
+    if _WRONG_NAME in details:
+        return (
+            f"the server at {address or 'this address'} is not {host}: expected a certificate that names {host}. "
+            "Call it by a name in its certificate, or enrol it with this name (shelora token create --name)"
+        )
+    return (
+        f"the certificate of the server at {address or 'this address'} is not of the authority that signed ours: "
+        f"expected {host} in this cluster"
+    )
 
 
 def _reason_of(error: grpc.aio.AioRpcError) -> Reason | None:

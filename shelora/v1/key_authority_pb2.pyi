@@ -72,11 +72,11 @@ class GetEpochSecretsRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
-    """Federation of the agent."""
+    """Federation of the agent, the one its certificate names."""
     epoch: _builtins.int
     """Epoch of the keys."""
     client_id: _builtins.str
-    """Name of the agent, for the release log."""
+    """Name of the agent, the one its certificate names."""
     def __init__(
         self,
         *,

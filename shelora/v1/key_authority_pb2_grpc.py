@@ -53,7 +53,7 @@ class KeyAuthorityServicer:
 
     def OpenEpoch(self, request, context):
         """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
-        Called by the coordinator when a federation starts. Idempotent by (federation, epoch).
+        For the coordinator only, when a federation starts. Idempotent by (federation, epoch).
         Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -62,7 +62,7 @@ class KeyAuthorityServicer:
 
     def GetEpochSecrets(self, request, context):
         """Releases the secrets of an epoch to an agent. Read only, may be repeated.
-        Fails with UNAUTHENTICATED without the agent credential and FEDERATION_UNKNOWN for an epoch that was not opened.
+        For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

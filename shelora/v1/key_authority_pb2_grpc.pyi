@@ -35,12 +35,12 @@ class KeyAuthorityStub:
     def __new__(cls, channel: _aio.Channel) -> KeyAuthorityAsyncStub: ...
     OpenEpoch: _grpc.UnaryUnaryMultiCallable[_key_authority_pb2.OpenEpochRequest, _key_authority_pb2.OpenEpochResponse]
     """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
-    Called by the coordinator when a federation starts. Idempotent by (federation, epoch).
+    For the coordinator only, when a federation starts. Idempotent by (federation, epoch).
     Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call.
     """
     GetEpochSecrets: _grpc.UnaryUnaryMultiCallable[_key_authority_pb2.GetEpochSecretsRequest, _key_authority_pb2.GetEpochSecretsResponse]
     """Releases the secrets of an epoch to an agent. Read only, may be repeated.
-    Fails with UNAUTHENTICATED without the agent credential and FEDERATION_UNKNOWN for an epoch that was not opened.
+    For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened.
     """
 
 @_typing.type_check_only
@@ -50,12 +50,12 @@ class KeyAuthorityAsyncStub(KeyAuthorityStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenEpoch: _aio.UnaryUnaryMultiCallable[_key_authority_pb2.OpenEpochRequest, _key_authority_pb2.OpenEpochResponse]  # type: ignore[assignment]
     """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
-    Called by the coordinator when a federation starts. Idempotent by (federation, epoch).
+    For the coordinator only, when a federation starts. Idempotent by (federation, epoch).
     Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call.
     """
     GetEpochSecrets: _aio.UnaryUnaryMultiCallable[_key_authority_pb2.GetEpochSecretsRequest, _key_authority_pb2.GetEpochSecretsResponse]  # type: ignore[assignment]
     """Releases the secrets of an epoch to an agent. Read only, may be repeated.
-    Fails with UNAUTHENTICATED without the agent credential and FEDERATION_UNKNOWN for an epoch that was not opened.
+    For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened.
     """
 
 class KeyAuthorityServicer(metaclass=_abc_1.ABCMeta):
@@ -68,7 +68,7 @@ class KeyAuthorityServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_key_authority_pb2.OpenEpochResponse, _abc.Awaitable[_key_authority_pb2.OpenEpochResponse]]:
         """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
-        Called by the coordinator when a federation starts. Idempotent by (federation, epoch).
+        For the coordinator only, when a federation starts. Idempotent by (federation, epoch).
         Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call.
         """
 
@@ -79,7 +79,7 @@ class KeyAuthorityServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_key_authority_pb2.GetEpochSecretsResponse, _abc.Awaitable[_key_authority_pb2.GetEpochSecretsResponse]]:
         """Releases the secrets of an epoch to an agent. Read only, may be repeated.
-        Fails with UNAUTHENTICATED without the agent credential and FEDERATION_UNKNOWN for an epoch that was not opened.
+        For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened.
         """
 
 def add_KeyAuthorityServicer_to_server(servicer: KeyAuthorityServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -107,10 +107,22 @@ def specification(mode: str = "selective", **round_fields: int) -> FederationSpe
     )
 
 
-def start_agent(
+async def start_agent(
     cluster: LocalCluster, agent: Agent, addresses: Addresses, model: Path, folder: Path
 ) -> Process:
-    """Writes data and configuration and starts the daemon."""
+    """Enrols the agent, writes data and configuration and starts the daemon."""
+    await enrol(cluster, agent, folder)
+    return spawn_agent(cluster, agent, addresses, model, folder)
+
+
+async def enrol(cluster: LocalCluster, agent: Agent, folder: Path) -> None:
+    await cluster.enrol_client("weather", agent.name, folder / agent.name / "state")
+
+
+def spawn_agent(
+    cluster: LocalCluster, agent: Agent, addresses: Addresses, model: Path, folder: Path
+) -> Process:
+    """Writes data and configuration of an enrolled agent and starts the daemon."""
     return cluster.spawn(
         agent.name,
         "client_agent.main",
@@ -121,7 +133,7 @@ def start_agent(
 
 def configure(agent: Agent, addresses: Addresses, model: Path, folder: Path) -> Path:
     home = folder / agent.name
-    home.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", 64), ("test", 20)):
         write_examples(home / f"{part}{agent.suffix}", count, seed=f"{agent.name}/{part}")
     config = {
@@ -130,7 +142,6 @@ def configure(agent: Agent, addresses: Addresses, model: Path, folder: Path) -> 
         "coordinator": addresses.coordinator,
         "aggregation": list(addresses.aggregation),
         "key_authority": addresses.key_authority,
-        "credential_file": addresses.credential_file,
         "state_dir": "state",
         "model": {"path": str(model), "device": "cpu"},
         "data": {"train": f"train{agent.suffix}", "test": f"test{agent.suffix}"},

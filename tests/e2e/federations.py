@@ -13,7 +13,7 @@ POLL_S = 0.2
 
 
 async def start(cluster: LocalCluster, spec: FederationSpec) -> None:
-    async with operator(cluster.addresses.coordinator) as connection:
+    async with operator(cluster.addresses.coordinator, cluster.credentials) as connection:
         await connection.create(spec.to_proto())
         await connection.start(spec.name)
 
@@ -22,7 +22,10 @@ async def wait_until_over(
     cluster: LocalCluster, spec: FederationSpec, agents: Sequence[Process]
 ) -> pb.Federation:
     """The federation once it has ended and its agents have exited; fails with the log of whoever died."""
-    async with asyncio.timeout(TIMEOUT_S), operator(cluster.addresses.coordinator) as connection:
+    async with (
+        asyncio.timeout(TIMEOUT_S),
+        operator(cluster.addresses.coordinator, cluster.credentials) as connection,
+    ):
         while True:
             federation = await connection.get(spec.name)
             over = federation.phase not in {pb.PHASE_CREATED, pb.PHASE_RUNNING}

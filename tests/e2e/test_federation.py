@@ -18,8 +18,8 @@ from shelora.cli.cluster import LocalCluster
 from shelora.cli.render import round_figures, training_rounds
 from shelora.v1 import coordinator_pb2 as pb
 from tests.e2e import federations
-from tests.e2e.agents import AGENTS, LABELS, specification, start_agent
-from tests.e2e.recorder import recording
+from tests.e2e.agents import AGENTS, LABELS, enrol, spawn_agent, specification, start_agent
+from tests.e2e.recorder import Recorder, inside_tls, recording
 
 WINDOW = 12
 """Bytes of a secret that count as found: 2^-96 by chance."""
@@ -29,19 +29,29 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
     cluster: LocalCluster, model: Path, tmp_path: Path
 ):
     spec, real = specification(), cluster.addresses
-    async with recording(real.coordinator, real.key_authority, *real.aggregation) as recorders:
-        coordinator, key_authority, *aggregation = recorders
+    for agent in AGENTS:
+        await enrol(cluster, agent, tmp_path)
+    clients = [tmp_path / agent.name / "state" / "identity" for agent in AGENTS]
+    servers = {
+        real.coordinator: tmp_path / "cluster" / "identities" / "coordinator",
+        real.aggregation[0]: tmp_path / "cluster" / "identities" / "aggregation",
+        real.key_authority: tmp_path / "cluster" / "key-authority" / "identity",
+    }
+    inside = [inside_tls(target, folder, clients) for target, folder in servers.items()]
+    async with (
+        recording(*inside) as (coordinator, aggregation, key_authority),
+        recording(*(Recorder(recorder.address) for recorder in inside)) as wire,
+    ):
+        addresses = [recorder.address for recorder in wire]
         proxied = replace(
-            real,
-            coordinator=coordinator.address,
-            key_authority=key_authority.address,
-            aggregation=tuple(recorder.address for recorder in aggregation),
+            real, coordinator=addresses[0], aggregation=(addresses[1],), key_authority=addresses[2]
         )
-        agents = [start_agent(cluster, agent, proxied, model, tmp_path) for agent in AGENTS]
+        agents = [spawn_agent(cluster, agent, proxied, model, tmp_path) for agent in AGENTS]
         await federations.start(cluster, spec)
         federation = await federations.wait_until_over(cluster, spec, agents)
-        seen = b"".join(recorder.recorded() for recorder in (coordinator, *aggregation))
+        seen = coordinator.recorded() + aggregation.recorded()
         released = key_authority.recorded()
+        captured = b"".join(recorder.recorded() for recorder in wire)
 
     assert federation.phase == pb.PHASE_FINISHED, federation.failure
     assert [agent.popen.returncode for agent in agents] == [0, 0, 0]
@@ -53,6 +63,10 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
     logged = b"".join(path.read_bytes() for path in (folder / "logs").glob("*.log"))
     assert len(stored) > 100_000, "the append-only file was not recorded"
     assert len(seen) > 100_000, "the traffic was not recorded"
+    assert len(captured) > len(seen), "the packets were not captured"
+    for word in (b"weather", b"clinic", b"shelora"):
+        assert word in seen + released
+        assert word not in captured, "a packet capture shows who talks about what"
     for name, secret in _secrets(cluster).items():
         assert any(window in released for window in _windows(secret)), (
             f"the search does not find {name} where it is"
@@ -66,13 +80,13 @@ async def test_an_unprotected_federation_runs_without_keys(
     cluster: LocalCluster, model: Path, tmp_path: Path
 ):
     spec = specification(mode="none")
-    agents = [start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
+    agents = [await start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
     await federations.start(cluster, spec)
     federation = await federations.wait_until_over(cluster, spec, agents)
 
     assert federation.phase == pb.PHASE_FINISHED, federation.failure
     assert all(r.kind == pb.ROUND_KIND_TRAIN for r in federation.history)
-    assert not list((tmp_path / "cluster" / "key-authority").glob("*.keys"))
+    assert not list((tmp_path / "cluster" / "key-authority" / "epochs").glob("*.keys"))
     _assert_adapters_agree_and_load(tmp_path, model)
 
 
@@ -80,7 +94,7 @@ async def test_a_finished_federation_leaves_only_keys_that_expire(
     cluster: LocalCluster, model: Path, tmp_path: Path
 ):
     spec = specification(rounds=1)
-    agents = [start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
+    agents = [await start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
     await federations.start(cluster, spec)
     await federations.wait_until_over(cluster, spec, agents)
 
@@ -123,7 +137,7 @@ def _products(adapter: Path) -> dict[str, np.ndarray]:
 
 def _secrets(cluster: LocalCluster) -> dict[str, bytes]:
     """The epoch's secrets as the key authority keeps them."""
-    vault = Vault(Path(cluster.addresses.credential_file).parent / "key-authority")
+    vault = Vault(Path(cluster.addresses.operator_identity).parents[1] / "key-authority" / "epochs")
     epoch = vault.read(EpochId("weather", 1))
     return {"the CKKS secret key": epoch.ckks_secret_key, "the obfuscation secret": epoch.obfuscation_secret}
 

@@ -1,0 +1,212 @@
+"""The certificate authority: one root, made at the first start, that signs short-lived certificates."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from shelora.errors import DomainError, Reason
+from shelora.transport.certificates import (
+    BACKDATED,
+    PrivateKey,
+    key_from_pem,
+    key_to_pem,
+    new_key,
+    requested_key,
+    same_key,
+    utc_now,
+)
+from shelora.transport.identity import SERVERS, Identity
+
+ROOT_LIFETIME: Final = timedelta(days=3650)
+DEFAULT_LIFETIME: Final = timedelta(hours=24)
+
+_PEM: Final = serialization.Encoding.PEM
+_DER: Final = serialization.Encoding.DER
+_OTHERS: Final = 0o077
+_FILE: Final = "authority.pem"
+
+
+@dataclass(frozen=True)
+class Root:
+    """The authority's key and certificate. The `repr` shows no secret."""
+
+    key: PrivateKey = field(repr=False)
+    certificate: bytes
+    """PEM."""
+
+    @property
+    def pin(self) -> bytes:
+        """SHA-256 of the certificate in DER, 32 bytes: what tokens carry."""
+        return hashlib.sha256(self.der).digest()
+
+    @property
+    def der(self) -> bytes:
+        return x509.load_pem_x509_certificate(self.certificate).public_bytes(_DER)
+
+
+class RootFile:
+    """Keeps the root on disk: one file of mode 0600, key and certificate in PEM, written once, whole or not at all.
+
+    The one place that knows the form of the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / _FILE
+
+    def load_or_create(self) -> Root:
+        """The root. Of concurrent processes one makes it.
+
+        Raises: DomainError CONFIGURATION_INVALID if the file cannot be used; it is left as it is.
+        """
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self._path.exists():
+                self._create(_new_root())
+            return self._read()
+        except OSError as error:
+            raise _unusable(f"the certificate authority cannot use {self._path}: {error.strerror}") from error
+
+    def _create(self, root: Root) -> None:
+        draft = self._path.with_name(f".{_FILE}.{secrets.token_hex(8)}.draft")
+        try:
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(key_to_pem(root.key) + root.certificate)
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(draft, self._path)  # unlike a rename, fails if another process was first
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _read(self) -> Root:
+        if self._path.stat().st_mode & _OTHERS:
+            raise _unusable(f"others can read {self._path}; run: chmod 600 {self._path}")
+        content = self._path.read_bytes()
+        try:
+            root = Root(key_from_pem(content), x509.load_pem_x509_certificate(content).public_bytes(_PEM))
+            matches = same_key(root.key, root.certificate)
+        except ValueError:
+            matches = False
+        if not matches:
+            raise _unusable(f"{self._path} is damaged and was left as it is; restore it from a backup")
+        return root
+
+
+class Issuer:
+    """Signs certificates.
+
+    Args:
+        root: Signs them.
+        lifetime: How long they are valid from now on.
+        clock: The time.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        lifetime: timedelta = DEFAULT_LIFETIME,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self.root = root
+        self._lifetime = lifetime
+        self._clock = clock
+        self._parent = x509.load_pem_x509_certificate(root.certificate)
+
+    def issue(self, request: bytes, identity: Identity, names: tuple[str, ...] = ()) -> bytes:
+        """A certificate for the key of a signing request, in DER.
+
+        Args:
+            request: PKCS #10 in DER; nothing but its key is taken from it.
+            identity: Whom the certificate names.
+            names: DNS names and addresses of a server, as `checked_names` returns them.
+
+        Raises: DomainError INVALID_ARGUMENT if the request is malformed or not signed by its key.
+        """
+        key, now = requested_key(request), self._clock()
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.role.value)]))
+            .issuer_name(self._parent.subject)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - BACKDATED)
+            .not_valid_after(now + self._lifetime)
+        )
+        for extension, critical in _extensions(key, self._parent, identity, names):
+            builder = builder.add_extension(extension, critical)
+        return builder.sign(self.root.key, hashes.SHA256()).public_bytes(_DER)
+
+
+def _extensions(
+    key: ec.EllipticCurvePublicKey, parent: x509.Certificate, identity: Identity, names: tuple[str, ...]
+) -> list[tuple[x509.ExtensionType, bool]]:
+    purposes = [ExtendedKeyUsageOID.CLIENT_AUTH]
+    if identity.role in SERVERS:  # nobody else can pose as a server
+        purposes.append(ExtendedKeyUsageOID.SERVER_AUTH)
+    signer = parent.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    alternatives = [x509.UniformResourceIdentifier(identity.uri), *map(_general_name, names)]
+    return [
+        (x509.BasicConstraints(ca=False, path_length=None), True),
+        (_usage(signs_certificates=False), True),
+        (x509.ExtendedKeyUsage(purposes), False),
+        (x509.SubjectAlternativeName(alternatives), False),
+        (x509.SubjectKeyIdentifier.from_public_key(key), False),
+        (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signer), False),
+    ]
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _new_root() -> Root:
+    key, now = new_key(), utc_now()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"shelora authority {secrets.token_hex(4)}")])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATED)
+        .not_valid_after(now + ROOT_LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    return Root(key, builder.sign(key, hashes.SHA256()).public_bytes(_PEM))
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _unusable(message: str) -> DomainError:
+    return DomainError(Reason.CONFIGURATION_INVALID, message)

@@ -1,0 +1,122 @@
+"""The rules of enrolment: who gets a token, and who a certificate for it."""
+
+import asyncio
+import hashlib
+import re
+import secrets
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+from cryptography.hazmat.primitives import serialization
+
+from services.key_authority.ca import Issuer
+from services.key_authority.register import Grant, Register
+from shelora.errors import DomainError, Reason
+from shelora.telemetry.metrics import counter
+from shelora.transport.certificates import Certificate, requested_key
+from shelora.transport.enrolment import SECRET_BYTES, Token
+from shelora.transport.identity import Identity, Role, checked_names
+
+CERTIFICATES_ISSUED: Final = counter(
+    "certificates_issued_total",
+    "Certificates signed, by the holder's role and why.",
+    {"role": [role.value for role in Role], "why": ["enrolment", "renewal"]},
+)
+
+DEFAULT_EXPIRY_S: Final = 24 * 3600
+MAX_EXPIRY_S: Final = 30 * 24 * 3600
+_FEDERATION_ID: Final = re.compile(r"[a-z0-9-]{1,64}")
+_log = structlog.get_logger(__name__)
+
+
+class Enrolments:
+    """Issues tokens and certificates.
+
+    Args:
+        register: Keeps tokens and names.
+        issuer: Signs.
+        clock_ms: Unix milliseconds.
+        entropy: Random bytes, for the tokens' secrets.
+    """
+
+    def __init__(
+        self,
+        register: Register,
+        issuer: Issuer,
+        clock_ms: Callable[[], int],
+        entropy: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        self._register = register
+        self._issuer = issuer
+        self._clock_ms = clock_ms
+        self._entropy = entropy
+
+    @property
+    def authority(self) -> bytes:
+        """The authority's certificate in DER."""
+        return self._issuer.root.der
+
+    async def create_token(self, grant: Grant, expires_in_s: int = 0) -> tuple[Token, int]:
+        """A new token and when it expires, Unix milliseconds. `expires_in_s` 0 is a day.
+
+        Raises: DomainError INVALID_ARGUMENT, naming the field.
+        """
+        checked = _checked(grant)
+        if not 0 <= expires_in_s <= MAX_EXPIRY_S:
+            raise DomainError(Reason.INVALID_ARGUMENT, f"expires_in_s must be 0 to {MAX_EXPIRY_S}")
+        token, now_ms = Token(self._issuer.root.pin, self._entropy(SECRET_BYTES)), self._clock_ms()
+        expires_ms = now_ms + (expires_in_s or DEFAULT_EXPIRY_S) * 1000
+        await asyncio.to_thread(self._register.add, token.secret, checked, now_ms, expires_ms)
+        _log.info(
+            "token_created",
+            role=checked.role,
+            federation_id=checked.federation_id,
+            client_id=checked.client_id,
+            names=list(checked.names),
+            expires_unix_ms=expires_ms,
+        )
+        return token, expires_ms
+
+    async def enroll(self, token_text: str, request: bytes, client_id: str) -> bytes:
+        """The certificate that a token is good for, in DER.
+
+        Raises: DomainError TOKEN_REFUSED, CLIENT_EXISTS, INVALID_ARGUMENT, STORE_UNAVAILABLE.
+        """
+        token = Token.parse(token_text)
+        fingerprint = _fingerprint(request)  # a malformed request does not cost the token
+        identity, names = await asyncio.to_thread(
+            self._register.redeem, token.secret, fingerprint, client_id, self._clock_ms()
+        )
+        return self._issued(request, identity, names, "enrolment")
+
+    def renew(self, request: bytes, holder: Certificate) -> bytes:
+        """Another certificate for the holder of a valid one, in DER. Raises: DomainError INVALID_ARGUMENT."""
+        return self._issued(request, holder.identity, holder.names, "renewal")
+
+    def _issued(self, request: bytes, identity: Identity, names: tuple[str, ...], why: str) -> bytes:
+        certificate = self._issuer.issue(request, identity, names)
+        CERTIFICATES_ISSUED.labels(identity.role, why).inc()
+        _log.info("certificate_issued", identity=identity.uri, names=list(names), why=why)
+        return certificate
+
+
+def _checked(grant: Grant) -> Grant:
+    if grant.role is Role.KEY_AUTHORITY:
+        raise DomainError(Reason.INVALID_ARGUMENT, "role: the key authority certifies itself")
+    if grant.role is Role.CLIENT and not grant.client_id:
+        if not _FEDERATION_ID.fullmatch(grant.federation_id):
+            raise DomainError(
+                Reason.INVALID_ARGUMENT, "federation_id must be 1 to 64 characters of [a-z0-9-]"
+            )
+    else:
+        Identity(grant.role, grant.federation_id, grant.client_id)  # raises, naming the field
+    return Grant(grant.role, grant.federation_id, grant.client_id, checked_names(grant.role, grant.names))
+
+
+def _fingerprint(request: bytes) -> bytes:
+    """SHA-256 of the requested public key."""
+    key = requested_key(request).public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(key).digest()

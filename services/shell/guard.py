@@ -1,0 +1,142 @@
+"""Admits a call only if its caller's certificate allows it. On every RPC of every server, before the servicer."""
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from datetime import datetime
+from typing import Any, Final, TypeAlias
+
+import grpc
+import structlog
+
+from shelora.errors import DomainError, Reason
+from shelora.telemetry.metrics import counter
+from shelora.transport.certificates import Certificate, read_certificate, utc_now
+from shelora.transport.permissions import check_role, check_scope
+from shelora.transport.status import translated
+
+_REASONS: Final = [
+    reason.value for reason in (Reason.UNAUTHENTICATED, Reason.CERTIFICATE_EXPIRED, Reason.PERMISSION_DENIED)
+]
+DENIALS: Final = counter("rpc_denied_total", "RPCs refused for who called.", {"reason": _REASONS})
+TLS_VERSION: Final = b"TLSv1.3"
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_MaybeHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
+_log = structlog.get_logger(__name__)
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Interceptor: `shelora.transport.permissions`, enforced. Takes the clock certificates are held against."""
+
+    def __init__(self, clock: Callable[[], datetime] = utc_now) -> None:
+        self._clock = clock
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_MaybeHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _MaybeHandler:
+        """Wraps every handler; an unknown method (None) passes to its UNIMPLEMENTED."""
+        handler = await continuation(handler_call_details)
+        return (
+            None
+            if handler is None
+            else _wrapped(handler, _Admission(handler_call_details.method, self._clock))
+        )
+
+
+def certificate_of(context: _Context) -> Certificate | None:
+    """The caller's certificate as TLS verified it; None if it showed none."""
+    shown = list((context.auth_context() or {}).get("x509_pem_cert", ()))
+    return read_certificate(shown[0]) if shown else None
+
+
+class _Admission:
+    """The checks of one method."""
+
+    def __init__(self, method: str, clock: Callable[[], datetime]) -> None:
+        self._method = method
+        self._clock = clock
+
+    def caller(self, context: _Context) -> Certificate | None:
+        """Who calls, if it may. Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, PERMISSION_DENIED."""
+        if list((context.auth_context() or {}).get("ssl_tls_version", ())) != [TLS_VERSION]:
+            raise DomainError(Reason.UNAUTHENTICATED, "the connection is not TLS 1.3")
+        try:
+            certificate = certificate_of(context)
+        except DomainError as error:
+            raise DomainError(Reason.UNAUTHENTICATED, error.message) from error
+        if certificate is not None and certificate.expires <= self._clock():
+            raise DomainError(
+                Reason.CERTIFICATE_EXPIRED,
+                f"the certificate of {certificate.identity} expired at {certificate.expires:%Y-%m-%d %H:%M:%S} UTC",
+            )
+        check_role(self._method, certificate.identity if certificate else None)
+        return certificate
+
+    def request(self, request: Any, caller: Certificate | None) -> Any:  # noqa: ANN401 - any message
+        """The request, if the caller may make it. Raises: DomainError PERMISSION_DENIED."""
+        check_scope(request, caller.identity if caller else None)
+        return request
+
+    async def requests(self, requests: AsyncIterator[Any], caller: Certificate | None) -> AsyncIterator[Any]:
+        """A stream of requests, each checked as it arrives."""
+        async for request in requests:
+            try:
+                yield self.request(request, caller)
+            except DomainError as error:
+                self.denied(error)
+                raise
+
+    def denied(self, error: DomainError) -> None:
+        """Counts and logs a refusal."""
+        if error.reason in _REASONS:
+            DENIALS.labels(error.reason).inc()
+            _log.warning("rpc_denied", method=self._method, reason=error.reason, why=error.message)
+
+
+def _wrapped(handler: Any, admission: _Admission) -> _Handler:  # noqa: ANN401 - one type, four shapes
+    """`handler` behind the admission, of the same shape (unary or stream on either side)."""
+    sides = (handler.request_streaming, handler.response_streaming)
+    shape = "_".join("stream" if streaming else "unary" for streaming in sides)
+    admit = _answering_stream if handler.response_streaming else _answering_once
+    wrap = getattr(grpc, f"{shape}_rpc_method_handler")
+    wrapped: _Handler = wrap(
+        admit(getattr(handler, shape), admission, streaming=handler.request_streaming),
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return wrapped
+
+
+async def _admitted(admission: _Admission, request: Any, context: _Context, *, streaming: bool) -> Any:  # noqa: ANN401 - any message
+    """The request (or requests) for the servicer; ends the RPC if they are not admitted."""
+    async with translated(context):
+        try:
+            caller = admission.caller(context)
+            return admission.requests(request, caller) if streaming else admission.request(request, caller)
+        except DomainError as error:
+            admission.denied(error)
+            raise
+
+
+def _answering_once(behavior: Any, admission: _Admission, *, streaming: bool) -> Any:  # noqa: ANN401 - a handler of gRPC
+    async def guarded(request: Any, context: _Context) -> Any:  # noqa: ANN401 - any message
+        return await behavior(await _admitted(admission, request, context, streaming=streaming), context)
+
+    return guarded
+
+
+def _answering_stream(behavior: Any, admission: _Admission, *, streaming: bool) -> Any:  # noqa: ANN401 - a handler of gRPC
+    if not inspect.isasyncgenfunction(behavior):  # it writes to the context itself
+        return _answering_once(behavior, admission, streaming=streaming)
+
+    async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
+        admitted = await _admitted(admission, request, context, streaming=streaming)
+        async with aclosing(behavior(admitted, context)) as responses:
+            async for response in responses:
+                yield response
+
+    return guarded
