@@ -1,8 +1,8 @@
 """Admits a call only if its caller's certificate allows it. On every RPC of every server, before the servicer."""
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
@@ -12,6 +12,7 @@ import structlog
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import counter
 from shelora.transport.certificates import Certificate, read_certificate, utc_now
+from shelora.transport.identity import Identity
 from shelora.transport.permissions import check_role, check_scope
 from shelora.transport.status import translated
 
@@ -60,8 +61,29 @@ class _Admission:
         self._method = method
         self._clock = clock
 
-    def caller(self, context: _Context) -> Certificate | None:
-        """Who calls, if it may. Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, PERMISSION_DENIED."""
+    def admitted(self, request: Any, context: _Context, *, streaming: bool) -> Any:  # noqa: ANN401 - any message
+        """The request, or the stream of them, for the servicer.
+
+        Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, PERMISSION_DENIED; counted and logged.
+        """
+        with self._denials_counted():
+            certificate = self._caller(context)
+            identity = certificate.identity if certificate else None
+            check_role(self._method, identity)
+            if streaming:
+                return self._requests(request, identity)
+            check_scope(request, identity)
+            return request
+
+    async def _requests(self, requests: AsyncIterator[Any], identity: Identity | None) -> AsyncIterator[Any]:
+        """Each request of a stream, checked as it arrives."""
+        async for request in requests:
+            with self._denials_counted():
+                check_scope(request, identity)
+            yield request
+
+    def _caller(self, context: _Context) -> Certificate | None:
+        """The caller's certificate; None if the port asks for none."""
         if list((context.auth_context() or {}).get("ssl_tls_version", ())) != [TLS_VERSION]:
             raise DomainError(Reason.UNAUTHENTICATED, "the connection is not TLS 1.3")
         try:
@@ -71,30 +93,19 @@ class _Admission:
         if certificate is not None and certificate.expires <= self._clock():
             raise DomainError(
                 Reason.CERTIFICATE_EXPIRED,
-                f"the certificate of {certificate.identity} expired at {certificate.expires:%Y-%m-%d %H:%M:%S} UTC",
+                f"the certificate of {certificate.identity} expired at "
+                f"{certificate.expires:%Y-%m-%d %H:%M:%S} UTC",
             )
-        check_role(self._method, certificate.identity if certificate else None)
         return certificate
 
-    def request(self, request: Any, caller: Certificate | None) -> Any:  # noqa: ANN401 - any message
-        """The request, if the caller may make it. Raises: DomainError PERMISSION_DENIED."""
-        check_scope(request, caller.identity if caller else None)
-        return request
-
-    async def requests(self, requests: AsyncIterator[Any], caller: Certificate | None) -> AsyncIterator[Any]:
-        """A stream of requests, each checked as it arrives."""
-        async for request in requests:
-            try:
-                yield self.request(request, caller)
-            except DomainError as error:
-                self.denied(error)
-                raise
-
-    def denied(self, error: DomainError) -> None:
-        """Counts and logs a refusal."""
-        if error.reason in _REASONS:
+    @contextmanager
+    def _denials_counted(self) -> Iterator[None]:
+        try:
+            yield
+        except DomainError as error:
             DENIALS.labels(error.reason).inc()
             _log.warning("rpc_denied", method=self._method, reason=error.reason, why=error.message)
+            raise
 
 
 def _wrapped(handler: Any, admission: _Admission) -> _Handler:  # noqa: ANN401 - one type, four shapes
@@ -111,20 +122,10 @@ def _wrapped(handler: Any, admission: _Admission) -> _Handler:  # noqa: ANN401 -
     return wrapped
 
 
-async def _admitted(admission: _Admission, request: Any, context: _Context, *, streaming: bool) -> Any:  # noqa: ANN401 - any message
-    """The request (or requests) for the servicer; ends the RPC if they are not admitted."""
-    async with translated(context):
-        try:
-            caller = admission.caller(context)
-            return admission.requests(request, caller) if streaming else admission.request(request, caller)
-        except DomainError as error:
-            admission.denied(error)
-            raise
-
-
 def _answering_once(behavior: Any, admission: _Admission, *, streaming: bool) -> Any:  # noqa: ANN401 - a handler of gRPC
     async def guarded(request: Any, context: _Context) -> Any:  # noqa: ANN401 - any message
-        return await behavior(await _admitted(admission, request, context, streaming=streaming), context)
+        async with translated(context):
+            return await behavior(admission.admitted(request, context, streaming=streaming), context)
 
     return guarded
 
@@ -134,9 +135,10 @@ def _answering_stream(behavior: Any, admission: _Admission, *, streaming: bool) 
         return _answering_once(behavior, admission, streaming=streaming)
 
     async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
-        admitted = await _admitted(admission, request, context, streaming=streaming)
-        async with aclosing(behavior(admitted, context)) as responses:
-            async for response in responses:
-                yield response
+        async with translated(context):
+            admitted = admission.admitted(request, context, streaming=streaming)
+            async with aclosing(behavior(admitted, context)) as responses:
+                async for response in responses:
+                    yield response
 
     return guarded

@@ -51,7 +51,6 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/shelora.v1.Enrolment/Enroll": ANYONE,
         "/shelora.v1.Enrolment/Renew": ANYONE - {Role.KEY_AUTHORITY},
         "/grpc.health.v1.Health/Check": ANYONE,
-        "/grpc.health.v1.Health/List": ANYONE,
         "/grpc.health.v1.Health/Watch": ANYONE,
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _OPERATOR,
     }

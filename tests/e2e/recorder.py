@@ -51,7 +51,11 @@ class Recorder:
         except OSError:
             writer.close()
             return
-        await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+        try:
+            await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+        finally:
+            for end in (writer, far_writer):
+                end.transport.abort()
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream = bytearray()
@@ -61,7 +65,7 @@ class Recorder:
                 stream += data
                 writer.write(data)
                 await writer.drain()
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             pass
         finally:
             writer.close()

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -20,8 +22,11 @@ from shelora.transport.channel import open_channel
 from shelora.transport.pieces import cut
 from shelora.v1 import aggregation_pb2 as pb
 from shelora.v1 import aggregation_pb2_grpc
+from tests.identities import AGGREGATION, COORDINATOR, TestAuthority, client
 from tests.integration.aggregation.cohort import Cohort, large_layout
-from tests.integration.aggregation.service import Caller, announcement, refusal
+from tests.integration.aggregation.service import ROUND, Caller, announcement, refusal
+
+CLIENTS = [f"client-{number}" for number in range(4)]
 
 LONG_COLUMNS = 6_000
 """Encrypted columns of a shard that takes a worker a second or more, so that it can be met in the middle."""
@@ -45,18 +50,48 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.01)
 
 
+class Secured(Caller):
+    """Calls as the coordinator and as the clients, each with its own certificate."""
+
+    def __init__(self, stubs: dict[str, Any], address: str) -> None:
+        coordinator, first = stubs["coordinator"], stubs["client-0"]
+        served = {name: getattr(coordinator, name) for name in ("OpenRound", "AggregateShard", "CloseRound")}
+        super().__init__(
+            SimpleNamespace(**served, PutShard=first.PutShard, GetResult=first.GetResult), address
+        )
+        self._stubs = stubs
+
+    async def put_all(self, cohort: Cohort) -> None:
+        for name in cohort.clients:
+            sending = Caller(self._stubs[name], self.address)
+            for shard in range(len(cohort.layout.shards)):
+                await sending.put(cohort.layout, name, shard, cohort.shard_bytes(name, shard))
+
+
+@asynccontextmanager
+async def secured(authority: TestAuthority, address: str) -> AsyncIterator[Secured]:
+    identities = {"coordinator": COORDINATOR, **{n: client(n, ROUND) for n in CLIENTS}}
+    async with AsyncExitStack() as stack:
+        stubs = {}
+        for name, identity in identities.items():
+            channel = await stack.enter_async_context(open_channel(address, authority.credentials(identity)))
+            stubs[name] = aggregation_pb2_grpc.AggregationStub(channel)
+        yield Secured(stubs, address)
+
+
 @asynccontextmanager
 async def service(redis_url: str, folder: Path, workers: int = 1) -> AsyncIterator[Service]:
-    ready_file = folder / "ready.json"
+    ready_file, authority = folder / "ready.json", TestAuthority(folder / "authority")
     command = [sys.executable, "-m", "services.aggregation.main", "--redis-url", redis_url]
     command += ["--workers", str(workers), "--ready-file", str(ready_file)]
+    command += ["--identity", str(authority.enrolled(AGGREGATION)), "--key-authority-address", "127.0.0.1:1"]
     with subprocess.Popen(command) as process:  # noqa: ASYNC220 - it only starts one
         try:
             await until(lambda: Ready.read(ready_file) or process.poll() is not None)
             ready = Ready.read(ready_file)
             assert ready is not None
-            async with open_channel(ready.address) as channel:
-                yield Service(process, Caller(aggregation_pb2_grpc.AggregationStub(channel), ready.address))
+            async with secured(authority, ready.address) as caller:
+                yield Service(process, caller)
         finally:
             process.kill()
 

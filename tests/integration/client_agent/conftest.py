@@ -14,7 +14,7 @@ from transformers import BertModel
 
 from client_agent.agent import Agent
 from client_agent.config import AgentConfig
-from shelora.cli.cluster import Addresses, LocalCluster
+from shelora.cli.cluster import LocalCluster
 from shelora.federation import FederationSpec
 from shelora.transport.channel import open_channel
 from shelora.v1 import coordinator_pb2 as pb
@@ -23,9 +23,9 @@ from tests.unit.client_agent.tiny import BAD, GOOD, LABELS, bert_config, save_mo
 
 
 @pytest.fixture(scope="session")
-def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     with LocalCluster(tmp_path_factory.mktemp("cluster"), fixed_ports=False, workers=1) as running:
-        yield running.addresses
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ class Federation:
 
     spec: FederationSpec
     coordinator: Any
-    addresses: Addresses
+    cluster: LocalCluster
     folder: Path
     model: Path
 
@@ -51,19 +51,20 @@ class Federation:
     async def now(self) -> pb.Federation:
         return await self.coordinator.GetFederation(pb.GetFederationRequest(federation_id=self.spec.name))
 
-    def agent(self, name: str, *, rank: int = 4, budget: float = 1.0, **changes: Any) -> Agent:
+    async def agent(self, name: str, *, rank: int = 4, budget: float = 1.0, **changes: Any) -> Agent:
         home = self.folder / name
         home.mkdir(exist_ok=True)
+        if not (home / "state" / "identity").exists():
+            await self.cluster.enrol_client(self.spec.name, name, home / "state")
         rows = [{"text": f"the movie was {w}", "label": LABELS[w in GOOD]} for w in GOOD + BAD]
         for part in ("train", "test"):
             (home / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         values = {
             "federation": self.spec.name,
             "client_id": name,
-            "coordinator": self.addresses.coordinator,
-            "aggregation": list(self.addresses.aggregation),
-            "key_authority": self.addresses.key_authority,
-            "credential_file": self.addresses.credential_file,
+            "coordinator": self.cluster.addresses.coordinator,
+            "aggregation": list(self.cluster.addresses.aggregation),
+            "key_authority": self.cluster.addresses.key_authority,
             "state_dir": "state",
             "model": {"path": str(self.model), "device": "cpu"},
             "data": {"train": "train.jsonl", "test": "test.jsonl"},
@@ -83,9 +84,9 @@ class Federation:
 
 @pytest.fixture
 async def make_federation(
-    addresses: Addresses, bert_folder: Path, tmp_path: Path
+    cluster: LocalCluster, bert_folder: Path, tmp_path: Path
 ) -> AsyncIterator[Callable[..., Federation]]:
-    async with open_channel(addresses.coordinator) as channel:
+    async with open_channel(cluster.addresses.coordinator, cluster.credentials) as channel:
 
         def make(
             name: str, *, mode: str = "selective", local_steps: int = 30, **round_fields: int
@@ -107,6 +108,6 @@ async def make_federation(
                     "protection": {"mode": mode},
                 }
             )
-            return Federation(spec, pb_grpc.CoordinatorStub(channel), addresses, tmp_path, bert_folder)
+            return Federation(spec, pb_grpc.CoordinatorStub(channel), cluster, tmp_path, bert_folder)
 
         yield make

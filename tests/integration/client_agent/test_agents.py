@@ -39,9 +39,9 @@ async def test_agents_of_different_ranks_and_budgets_finish_a_federation_and_agr
     federation = make_federation("mixed", clients=3)
     await federation.start()
     agents = [
-        federation.agent("one", rank=2),
-        federation.agent("two", rank=8),
-        federation.agent("three", rank=8, budget=0.25),
+        await federation.agent("one", rank=2),
+        await federation.agent("two", rank=8),
+        await federation.agent("three", rank=8, budget=0.25),
     ]
     assert await outcomes(*agents) == [Outcome.FINISHED] * 3
     record = await federation.now()
@@ -61,7 +61,7 @@ async def test_an_agent_stopped_after_training_uploads_without_training_again(
     await federation.start()
     trained: list[int] = []
     real_train, real_commit = Learner._train, Session.commit
-    first = federation.agent("one")
+    first = await federation.agent("one")
 
     def counting_train(self: Learner, number: int, activity: Any) -> Any:
         trained.append(number)
@@ -75,13 +75,13 @@ async def test_an_agent_stopped_after_training_uploads_without_training_again(
 
     monkeypatch.setattr(Learner, "_train", counting_train)
     monkeypatch.setattr(Session, "commit", stopping_commit)
-    other = asyncio.create_task(federation.agent("two").run())
+    other = asyncio.create_task((await federation.agent("two")).run())
     assert await first.run() is Outcome.STOPPED
     assert len(trained) >= 1
     monkeypatch.setattr(Session, "commit", real_commit)
     await federation.until(lambda f: f.current.kind == pb.ROUND_KIND_TRAIN and f.current.update_count == 1)
     before = len(trained)
-    again = federation.agent("one")
+    again = await federation.agent("one")
     assert await again.run() is Outcome.FINISHED
     assert await other is Outcome.FINISHED
     assert len(trained) == before == 2
@@ -92,7 +92,7 @@ async def test_an_agent_stopped_while_training_leaves_soon_and_can_come_back(
 ) -> None:
     federation = make_federation("interrupted", rounds=1, local_steps=10)
     await federation.start()
-    first = federation.agent("one")
+    first = await federation.agent("one")
     real_train = Learner._train
     stopped: list[bool] = []
 
@@ -104,10 +104,10 @@ async def test_an_agent_stopped_while_training_leaves_soon_and_can_come_back(
         return real_train(self, number, activity)
 
     monkeypatch.setattr(Learner, "_train", stopping_train)
-    other = asyncio.create_task(federation.agent("two").run())
+    other = asyncio.create_task((await federation.agent("two")).run())
     assert await first.run() is Outcome.STOPPED
     assert stopped == [True]
-    assert await federation.agent("one").run() is Outcome.FINISHED
+    assert await (await federation.agent("one")).run() is Outcome.FINISHED
     assert await other is Outcome.FINISHED
 
 
@@ -132,7 +132,9 @@ async def test_an_abandoned_round_is_taken_up_again_without_training_twice(
 
     monkeypatch.setattr(Learner, "_train", counting_train)
     monkeypatch.setattr(Session, "commit", hanging_commit)
-    assert await outcomes(federation.agent("one"), federation.agent("two")) == [Outcome.FINISHED] * 2
+    assert (
+        await outcomes(await federation.agent("one"), await federation.agent("two")) == [Outcome.FINISHED] * 2
+    )
     attempts = [
         (r.attempt, r.state) for r in (await federation.now()).history if r.kind == pb.ROUND_KIND_TRAIN
     ]
@@ -156,7 +158,7 @@ async def test_a_plan_that_the_votes_do_not_bear_out_is_rejected_and_another_lea
         return real_make_plan(scores, matrices, tiers)
 
     monkeypatch.setattr(work, "make_plan", crooked_first)
-    agents = [federation.agent("one", budget=0.5), federation.agent("two", budget=0.5)]
+    agents = [await federation.agent("one", budget=0.5), await federation.agent("two", budget=0.5)]
     assert await outcomes(*agents) == [Outcome.FINISHED] * 2
     assert len(made) == 2
 
@@ -170,12 +172,14 @@ async def test_without_protection_no_key_is_fetched(
     monkeypatch.setattr(Session, "secrets", refused)
     federation = make_federation("open", mode="none", rounds=1)
     await federation.start()
-    assert await outcomes(federation.agent("one"), federation.agent("two")) == [Outcome.FINISHED] * 2
+    assert (
+        await outcomes(await federation.agent("one"), await federation.agent("two")) == [Outcome.FINISHED] * 2
+    )
 
 
 async def test_an_agent_waits_for_a_federation_that_does_not_exist_yet(make_federation: Make) -> None:
     federation = make_federation("late", rounds=1)
-    running = asyncio.create_task(outcomes(federation.agent("one"), federation.agent("two")))
+    running = asyncio.create_task(outcomes(await federation.agent("one"), await federation.agent("two")))
     await asyncio.sleep(0)
     await federation.start()
     assert await running == [Outcome.FINISHED] * 2
@@ -184,21 +188,23 @@ async def test_an_agent_waits_for_a_federation_that_does_not_exist_yet(make_fede
 async def test_an_agent_restarted_after_the_end_still_gets_the_adapter(make_federation: Make) -> None:
     federation = make_federation("over", rounds=1)
     await federation.start()
-    await outcomes(federation.agent("one"), federation.agent("two"))
+    await outcomes(await federation.agent("one"), await federation.agent("two"))
     adapter = federation.folder / "one" / "state" / "adapter" / "adapter_model.safetensors"
     before = adapter.read_bytes()
     for file in adapter.parent.iterdir():
         file.unlink()
-    assert await federation.agent("one").run() is Outcome.FINISHED
+    assert await (await federation.agent("one")).run() is Outcome.FINISHED
     assert adapter.read_bytes() == before
 
 
 async def test_another_model_is_refused_at_once(make_federation: Make, tmp_path: Path) -> None:
     federation = make_federation("strict", rounds=1)
     await federation.start()
-    one = asyncio.create_task(federation.agent("one").run())
+    one = asyncio.create_task((await federation.agent("one")).run())
     await federation.until(lambda f: len(f.members) == 1)
-    other = federation.agent("two", model={"path": str(_larger_model(tmp_path / "larger")), "device": "cpu"})
+    other = await federation.agent(
+        "two", model={"path": str(_larger_model(tmp_path / "larger")), "device": "cpu"}
+    )
     with pytest.raises(DomainError) as caught:
         await other.run()
     assert caught.value.reason is Reason.MODEL_MISMATCH
@@ -207,19 +213,15 @@ async def test_another_model_is_refused_at_once(make_federation: Make, tmp_path:
         await one
 
 
-async def test_a_wrong_credential_ends_the_agent(make_federation: Make, tmp_path: Path) -> None:
-    wrong = tmp_path / "wrong"
-    wrong.write_text("0" * 32)
-    wrong.chmod(0o600)
+async def test_a_client_of_another_federation_is_refused_at_once(make_federation: Make) -> None:
     federation = make_federation("locked", rounds=1)
     await federation.start()
-    two = asyncio.create_task(federation.agent("two").run())
-    with pytest.raises(DomainError) as caught:
-        await federation.agent("one", credential_file=str(wrong)).run()
-    assert caught.value.reason is Reason.UNAUTHENTICATED
-    two.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await two
+    agent = await federation.agent("one")
+    home = federation.folder / "one"
+    await federation.cluster.enrol_client("elsewhere", "one", home / "state")
+    with pytest.raises(DomainError, match="that of client one of federation elsewhere") as caught:
+        await agent.run()
+    assert caught.value.reason is Reason.CONFIGURATION_INVALID
 
 
 def _larger_model(folder: Path) -> Path:
@@ -232,7 +234,7 @@ def _larger_model(folder: Path) -> Path:
 async def test_a_process_told_to_terminate_ends_in_order(make_federation: Make) -> None:
     federation = make_federation("signalled")
     await federation.start()
-    federation.agent("one")
+    await federation.agent("one")
     config = federation.folder / "one" / "agent.yaml"
     process = await asyncio.create_subprocess_exec(
         sys.executable,

@@ -6,9 +6,9 @@ import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from services.key_authority.credential import AgentCredential
 
 from services.key_authority.authority import KEY_RELEASES, Authority
-from services.key_authority.credential import AgentCredential
 from services.key_authority.servicer import SERVICE_NAME, register
 from services.key_authority.vault import Vault
 from services.shell.server import running_server

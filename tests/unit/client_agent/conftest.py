@@ -11,6 +11,8 @@ from client_agent.data import Examples
 from client_agent.encoding import Encoder
 from client_agent.model import AdaptedModel
 from shelora.obfuscation import Obfuscation
+from shelora.transport.tls import IdentityFolder
+from tests.identities import TestAuthority, client
 from tests.unit.client_agent.tiny import BAD, GOOD, LABELS, bert_config, classifier, save_model
 
 
@@ -72,12 +74,12 @@ def encoder(model: AdaptedModel) -> Encoder:
 
 @pytest.fixture
 def agent_folder(tmp_path: Path, bert_folder: Path, examples: Examples) -> Path:
-    """A folder with agent.yaml, its credential and its data; addresses are of nobody."""
+    """A folder with agent.yaml, its identity and its data; addresses are of nobody."""
     rows = [{"text": t, "label": LABELS[y]} for t, y in zip(examples.texts, examples.labels, strict=True)]
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "credential").write_text("ab" * 16)
-    (tmp_path / "credential").chmod(0o600)
+    held = TestAuthority(tmp_path).held(client("one", "films"))
+    IdentityFolder(tmp_path / "state" / "identity").write(held)
     (tmp_path / "agent.yaml").write_text(
         f"""
 federation: films
@@ -85,7 +87,6 @@ client_id: one
 coordinator: 127.0.0.1:1
 aggregation: ["127.0.0.1:2"]
 key_authority: 127.0.0.1:3
-credential_file: credential
 state_dir: state
 model: {{path: {bert_folder}, device: cpu}}
 data: {{train: train.jsonl, test: test.jsonl}}

@@ -6,6 +6,7 @@ import yaml
 import client_agent
 from client_agent.config import AgentConfig
 from shelora.errors import DomainError, Reason
+from tests.identities import client
 
 SAMPLE = Path(client_agent.__file__).parent / "sample.yaml"
 
@@ -98,12 +99,28 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
         AgentConfig.load(tmp_path / "none.yaml", {})
 
 
-def test_a_credential_that_others_can_read_is_refused(agent_folder: Path) -> None:
+def test_an_identity_that_others_can_read_is_refused(agent_folder: Path) -> None:
     config = AgentConfig.load(agent_folder / "agent.yaml", {})
-    assert config.credential() == "ab" * 16
-    config.credential_file.chmod(0o644)
+    assert config.credentials().held.facts.identity == client("one", "films")
+    config.identity.path.chmod(0o644)
     with pytest.raises(DomainError, match="chmod 600"):
-        config.credential()
+        config.credentials()
+
+
+def test_an_agent_that_has_not_enrolled_is_told_how(tmp_path: Path) -> None:
+    config = AgentConfig.load(SAMPLE, {"SHELORA_AGENT__STATE_DIR": str(tmp_path)})
+    with pytest.raises(DomainError, match="enrol first, with a token") as caught:
+        config.credentials()
+    assert caught.value.reason is Reason.CONFIGURATION_INVALID
+
+
+@pytest.mark.parametrize(("field", "value"), [("CLIENT_ID", "two"), ("FEDERATION", "songs")])
+def test_the_identity_of_another_client_or_federation_is_refused(
+    agent_folder: Path, field: str, value: str
+) -> None:
+    config = AgentConfig.load(agent_folder / "agent.yaml", {f"SHELORA_AGENT__{field}": value})
+    with pytest.raises(DomainError, match="that of client one of federation films"):
+        config.credentials()
 
 
 def test_a_model_name_that_is_no_folder_is_left_for_the_hub(tmp_path: Path) -> None:

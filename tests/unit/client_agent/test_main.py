@@ -38,7 +38,7 @@ def test_a_refused_configuration_ends_with_its_own_code_and_one_message(
         app(["run", "--config", str(tmp_path / "agent.yaml")], standalone_mode=False)
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    assert "budget: 2.0 is refused" in error
+    assert "budget = 2.0: " in error
     assert "Traceback" not in error
 
 

@@ -16,6 +16,7 @@ from shelora.transport.channel import open_channel
 from shelora.transport.status import translated
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import coordinator_pb2_grpc as pb_grpc
+from tests.identities import COORDINATOR, TestAuthority, client
 
 SERVICE = "shelora.v1.Coordinator"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -60,11 +61,11 @@ class Town(pb_grpc.CoordinatorServicer):
 class Process:
     """A `serve` running in a task."""
 
-    def __init__(self, tmp_path, town, **options):
+    def __init__(self, tmp_path, town, identity, **options):
         self.path = tmp_path / "ready.json"
         settings = ServerSettings(ready_file=self.path, metrics_port=-1, shutdown_grace_s=30.0)
         self.task = asyncio.create_task(
-            serve(settings, service_names=[SERVICE], register=town.register, **options)
+            serve(settings, service_names=[SERVICE], register=town.register, credentials=identity, **options)
         )
 
     async def ready(self):
@@ -82,6 +83,26 @@ class Process:
 @pytest.fixture
 def town():
     return Town()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return TestAuthority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def identity(authority):
+    return authority.credentials(COORDINATOR)
+
+
+@pytest.fixture
+def caller(authority):
+    return authority.credentials(client("a", "fed"))
+
+
+def mine(**fields):
+    """A heartbeat of the caller."""
+    return pb.HeartbeatRequest(federation_id="fed", client_id="a", **fields)
 
 
 def counted(method, status):
@@ -152,34 +173,35 @@ async def test_every_method_has_its_series_before_the_first_call(town):
     assert {method.name for method in pb.DESCRIPTOR.services_by_name["Coordinator"].methods} <= series
 
 
-async def test_the_drain_lets_calls_in_progress_finish_and_refuses_new_ones(town, tmp_path):
-    process = Process(tmp_path, town)
+async def test_the_drain_lets_calls_in_progress_finish_and_refuses_new_ones(town, tmp_path, identity, caller):
+    process = Process(tmp_path, town, identity)
     ready = await process.ready()
     assert ready.pid == os.getpid()
     assert ready.metrics_port == -1
-    async with open_channel(ready.address) as channel:
+    async with open_channel(ready.address, caller) as channel:
         stub = pb_grpc.CoordinatorStub(channel)
         health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
         assert (await health.read()).status == SERVING
-        waiting = stub.Heartbeat(pb.HeartbeatRequest(stage="wait"))
+        waiting = stub.Heartbeat(mine(stage="wait"))
         await town.entered.wait()
         os.kill(os.getpid(), signal.SIGTERM)
         assert (await health.read()).status == NOT_SERVING
         os.kill(os.getpid(), signal.SIGTERM)  # a second signal does not cut the drain short
         health.cancel()
         assert Ready.read(process.path) is None
-        while await stub.Heartbeat(pb.HeartbeatRequest()).code() is grpc.StatusCode.OK:
+        while await stub.Heartbeat(mine()).code() is grpc.StatusCode.OK:
             pass
         town.released.set()
         await waiting
         await process.task
 
 
-async def test_endless_streams_end_themselves_when_told_of_the_drain(town, tmp_path):
-    process = Process(tmp_path, town, on_drain=[town.draining.set])
+async def test_endless_streams_end_themselves_when_told_of_the_drain(town, tmp_path, identity, caller):
+    process = Process(tmp_path, town, identity, on_drain=[town.draining.set])
     ready = await process.ready()
-    async with open_channel(ready.address) as channel:
-        watch = pb_grpc.CoordinatorStub(channel).Watch(pb.WatchRequest())
+    async with open_channel(ready.address, caller) as channel:
+        request = pb.WatchRequest(federation_id="fed", client_id="a")
+        watch = pb_grpc.CoordinatorStub(channel).Watch(request)
         assert (await watch.read()).assignment_id == "first"
         os.kill(os.getpid(), signal.SIGTERM)
         assert (await watch.read()).assignment_id == "last"
@@ -187,7 +209,7 @@ async def test_endless_streams_end_themselves_when_told_of_the_drain(town, tmp_p
         await process.task
 
 
-async def test_background_work_is_cancelled_before_resources_are_closed(town, tmp_path):
+async def test_background_work_is_cancelled_before_resources_are_closed(town, tmp_path, identity):
     events = []
 
     async def tick():
@@ -200,20 +222,24 @@ async def test_background_work_is_cancelled_before_resources_are_closed(town, tm
         events.append(name)
 
     process = Process(
-        tmp_path, town, background=[tick], on_stop=[lambda: close("workers"), lambda: close("store")]
+        tmp_path,
+        town,
+        identity,
+        background=[tick],
+        on_stop=[lambda: close("workers"), lambda: close("store")],
     )
     await process.ready()
     await process.stopped()
     assert events == ["background ended", "workers", "store"]
 
 
-async def test_background_work_that_returns_stops_nothing(town, tmp_path):
+async def test_background_work_that_returns_stops_nothing(town, tmp_path, identity):
     returned = asyncio.Event()
 
     async def once():
         returned.set()
 
-    process = Process(tmp_path, town, background=[once])
+    process = Process(tmp_path, town, identity, background=[once])
     await process.ready()
     await returned.wait()
     await asyncio.sleep(0)
@@ -221,7 +247,7 @@ async def test_background_work_that_returns_stops_nothing(town, tmp_path):
     await process.stopped()
 
 
-async def test_a_crash_of_background_work_stops_the_server_and_is_raised(town, tmp_path):
+async def test_a_crash_of_background_work_stops_the_server_and_is_raised(town, tmp_path, identity):
     begin = asyncio.Event()
     closed = []
 
@@ -232,7 +258,7 @@ async def test_a_crash_of_background_work_stops_the_server_and_is_raised(town, t
     async def close():
         closed.append(True)
 
-    process = Process(tmp_path, town, background=[crash], on_stop=[close])
+    process = Process(tmp_path, town, identity, background=[crash], on_stop=[close])
     await process.ready()
     begin.set()
     with pytest.raises(ZeroDivisionError):
@@ -241,8 +267,8 @@ async def test_a_crash_of_background_work_stops_the_server_and_is_raised(town, t
     assert Ready.read(process.path) is None
 
 
-async def test_a_ready_file_of_a_successor_is_left_alone(town, tmp_path):
-    process = Process(tmp_path, town)
+async def test_a_ready_file_of_a_successor_is_left_alone(town, tmp_path, identity):
+    process = Process(tmp_path, town, identity)
     await process.ready()
     successor = b'{"address": "127.0.0.1:1", "metrics_port": 1, "pid": 1}'
     process.path.write_bytes(successor)
@@ -252,23 +278,25 @@ async def test_a_ready_file_of_a_successor_is_left_alone(town, tmp_path):
 
 async def test_a_server_open_to_the_network_in_plaintext_is_refused(town):
     settings = ServerSettings(listen="0.0.0.0:0", metrics_port=-1)
-    with pytest.raises(DomainError, match="allow_plaintext"):
-        await serve(settings, service_names=[SERVICE], register=town.register)
+    with pytest.raises(DomainError, match="give an identity"):
+        async with running_server([SERVICE], town.register, settings):
+            pass
 
 
-async def test_a_wildcard_address_is_announced_as_loopback(town):
-    settings = ServerSettings(listen="0.0.0.0:0", allow_plaintext=True, shutdown_grace_s=0.0)
-    async with running_server([SERVICE], town.register, settings) as address:
+async def test_a_wildcard_address_is_announced_as_loopback(town, identity):
+    settings = ServerSettings(listen="0.0.0.0:0", shutdown_grace_s=0.0)
+    async with running_server([SERVICE], town.register, settings, credentials=identity) as address:
         assert address.startswith("127.0.0.1:")
 
 
-async def test_a_port_in_use_is_a_refused_configuration(town):
+async def test_a_port_in_use_is_a_refused_configuration(town, identity):
     async with running_server([SERVICE], town.register) as address:
         with pytest.raises(DomainError, match="in use") as caught:
             await serve(
                 ServerSettings(listen=address, metrics_port=-1),
                 service_names=[SERVICE],
                 register=town.register,
+                credentials=identity,
             )
     assert caught.value.reason is Reason.CONFIGURATION_INVALID
 

@@ -41,7 +41,6 @@ def test_nothing_is_served_beyond_this_machine_by_default():
     settings = BakerySettings(flour_kg=1.0)
     assert settings.listen.startswith("127.0.0.1:")
     assert settings.metrics_host == "127.0.0.1"
-    assert not settings.allow_plaintext
 
 
 def test_a_missing_value_is_named_with_its_variable():

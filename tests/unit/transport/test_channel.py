@@ -5,7 +5,7 @@ import pytest
 
 from services.shell.server import running_server
 from shelora.errors import DomainError, Reason
-from shelora.transport.address import HostPort, check_bind, is_local
+from shelora.transport.address import HostPort, check_plaintext, is_local
 from shelora.transport.channel import call, is_transient, open_channel, retrying
 from shelora.transport.status import MAX_DETAILS, translated
 from shelora.v1 import key_authority_pb2 as pb
@@ -55,32 +55,16 @@ def serving(servicer):
 @pytest.mark.parametrize("address", LOCAL)
 async def test_plaintext_on_this_machine_is_allowed(address):
     assert is_local(address)
-    check_bind(address, allow_plaintext=False)
+    check_plaintext(address)
     await open_channel(address).close()
 
 
 @pytest.mark.parametrize("address", REMOTE)
-async def test_plaintext_beyond_this_machine_is_refused_with_the_remedy(address):
-    for action in (lambda: open_channel(address), lambda: check_bind(address, allow_plaintext=False)):
-        with pytest.raises(DomainError, match="allow_plaintext") as caught:
+async def test_plaintext_beyond_this_machine_is_refused(address):
+    for action in (lambda: open_channel(address), lambda: check_plaintext(address)):
+        with pytest.raises(DomainError, match="give an identity") as caught:
             action()
         assert caught.value.reason is Reason.CONFIGURATION_INVALID
-
-
-async def test_plaintext_beyond_this_machine_is_possible_when_asked_for():
-    check_bind("0.0.0.0:1", allow_plaintext=True)
-    await open_channel("10.0.0.1:1", allow_plaintext=True).close()
-
-
-async def test_credentials_need_no_permission_for_plaintext():
-    class Tls:
-        def channel_credentials(self):
-            return grpc.ssl_channel_credentials()
-
-        def server_credentials(self):
-            raise NotImplementedError
-
-    await open_channel("example.org:1", credentials=Tls()).close()
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:x", "host:70000", "host:-1", "host:¹"])
