@@ -1,16 +1,14 @@
 """What an agent shows to be given secrets."""
 
 import hmac
-import os
 import re
 from pathlib import Path
 from typing import Final
 
+from services.key_authority.files import read_secret
 from shelora.errors import DomainError, Reason
 
 _HEX: Final = re.compile(r"[0-9a-f]{32,256}")
-_OTHERS: Final = 0o077
-_READ_LIMIT_BYTES: Final = 4096
 
 
 class AgentCredential:
@@ -36,20 +34,7 @@ class AgentCredential:
         Raises: DomainError CONFIGURATION_INVALID if it cannot be read, is open to other users, or holds something
         else; the message says what to run.
         """
-        try:
-            with path.open("rb") as file:
-                mode = os.fstat(file.fileno()).st_mode
-                content = file.read(_READ_LIMIT_BYTES)
-        except OSError as error:
-            raise DomainError(
-                Reason.CONFIGURATION_INVALID, f"the agent credential {path} cannot be read: {error.strerror}"
-            ) from error
-        if mode & _OTHERS:
-            raise DomainError(
-                Reason.CONFIGURATION_INVALID,
-                f"the agent credential is open to other users; run: chmod 600 {path}",
-            )
-        return cls(content.decode("ascii", errors="replace").strip())
+        return cls(read_secret(path, "agent credential"))
 
     def require(self, authorization: str | bytes | None) -> None:
         """Accepts `Bearer <hex>`, compared in constant time.
