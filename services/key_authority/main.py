@@ -4,13 +4,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 
+from services.key_authority import commands
 from services.key_authority.authority import Authority
 from services.key_authority.credential import AgentCredential
+from services.key_authority.custody import open_custody
 from services.key_authority.servicer import SERVICE_NAME, register
 from services.key_authority.settings import KeyAuthoritySettings
-from services.key_authority.vault import Vault
 from services.shell import flags
 from services.shell.process import run_process
 from services.shell.server import serve
@@ -21,7 +23,12 @@ Makes the keys of each epoch of a federation, keeps them, and gives them to agen
 It never decrypts and never sees an update. Run it apart from the coordinator and the aggregation, which must not
 read its folder: whoever has these keys can decrypt every update of the epoch.
 
-First make the credential, and give the same file to every agent:
+First make the key that seals the folder, and keep a copy of it apart from the folder's backups:
+
+\b
+    shelora-key-authority make-sealing-key sealing.key
+
+Then make the credential, and give the same file to every agent:
 
 \b
     (umask 077; openssl rand -hex 32 > agent.credential)
@@ -30,21 +37,28 @@ Then:
 
 \b
     shelora-key-authority --listen 127.0.0.1:7001 \\
-        --data-dir keys --agent-credential-file agent.credential
+        --data-dir keys --sealing-key-file sealing.key \\
+        --agent-credential-file agent.credential
 
 Every option can also be set in the environment: --data-dir as SHELORA_KEY_AUTHORITY_DATA_DIR, and so on.
 
 Exit codes: 0 after SIGTERM or SIGINT, 2 if the configuration is refused, 1 for any other failure.
 """
 
+_log = structlog.get_logger(__name__)
+
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode=None)
 
 
-@app.command(help=_HELP)
+@app.callback(help=_HELP, invoke_without_command=True)
 def main(
+    context: typer.Context,
     *,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of the keys, made if missing. Back it up.")
+    ] = None,
+    sealing_key_file: Annotated[
+        Path | None, typer.Option(help="File with the sealing key, readable by this user alone.")
     ] = None,
     agent_credential_file: Annotated[
         Path | None, typer.Option(help="File with the agents' credential, readable by this user alone.")
@@ -62,9 +76,12 @@ def main(
     shutdown_grace_s: flags.ShutdownGrace = None,
     ready_file: flags.ReadyFile = None,
 ) -> None:
+    if context.invoked_subcommand is not None:
+        return
     load = partial(
         KeyAuthoritySettings.load,
         data_dir=data_dir,
+        sealing_key_file=sealing_key_file,
         agent_credential_file=agent_credential_file,
         allow_insecure_parameters=allow_insecure_parameters,
         listen=listen,
@@ -82,13 +99,18 @@ def main(
 async def run(settings: KeyAuthoritySettings) -> None:
     """Composes the key authority and serves until it is told to stop.
 
-    Raises: DomainError CONFIGURATION_INVALID if the credential, the folder or the address is refused.
+    Raises: DomainError CONFIGURATION_INVALID if the credential, the sealing key, the folder or the address is refused.
     """
     credential = AgentCredential.from_file(settings.agent_credential_file)
-    vault = Vault(settings.data_dir / "epochs")
-    authority = Authority(vault, credential, allow_insecure=settings.allow_insecure_parameters)
-    await serve(settings, service_names=[SERVICE_NAME], register=partial(register, authority))
+    with open_custody(settings.data_dir, settings.read_sealing_key()) as custody:
+        _log.info("custody_opened", vault_id=custody.identity, audit_head=custody.audit.head)
+        authority = Authority(
+            custody.vault, custody.audit, credential, allow_insecure=settings.allow_insecure_parameters
+        )
+        await serve(settings, service_names=[SERVICE_NAME], register=partial(register, authority))
 
+
+commands.add_to(app)
 
 if __name__ == "__main__":
     app()

@@ -143,13 +143,17 @@ class LocalCluster:
             (self._folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         for stale in (self._folder / "ready").iterdir():
             stale.unlink()
-        credential = self._credential()
+        credential = self._kept_secret("agent-credential")
         redis_url = self._start_redis()
         key_authority = self._serve(
             "key-authority",
             "services.key_authority.main",
             KEY_AUTHORITY_PORT,
-            {"DATA_DIR": str(self._folder / "key-authority"), "AGENT_CREDENTIAL_FILE": str(credential)},
+            {
+                "DATA_DIR": str(self._folder / "key-authority"),
+                "SEALING_KEY_FILE": str(self._kept_secret("sealing-key")),
+                "AGENT_CREDENTIAL_FILE": str(credential),
+            },
         )
         aggregation = tuple(self._start_aggregation(redis_url, replica) for replica in range(self._replicas))
         coordinator = self._serve(
@@ -173,12 +177,16 @@ class LocalCluster:
         path.write_text(json.dumps(asdict(addresses), indent=2))
         self._stack.callback(path.unlink, missing_ok=True)
 
-    def _credential(self) -> Path:
-        """The agents' credential for the key authority; kept from run to run."""
-        path = self._folder / "agent-credential"
+    def _kept_secret(self, name: str) -> Path:
+        """File with 32 random bytes in hexadecimal, kept from run to run: whole before it has its name."""
+        path = self._folder / name
         if not path.exists():
-            path.touch(mode=0o600)
-            path.write_text(secrets.token_hex(32))
+            draft = path.with_name(f".{name}.draft")
+            with open(draft, "w", opener=_private) as file:
+                file.write(secrets.token_hex(32))
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
         return path
 
     def _start_aggregation(self, redis_url: str, replica: int) -> str:
@@ -237,6 +245,10 @@ def _redis_command(folder: Path, port: int) -> list[str]:
         str(get_binary_path()),
         *(str(word) for name, value in options.items() for word in (f"--{name}", value)),
     ]
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _free_port() -> int:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from shelora.cli.audit import audit_app
 from shelora.cli.cluster import Addresses, LocalCluster
 from shelora.cli.operator import Operator, operator
 from shelora.cli.render import federation_view, federations_table
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 federation_app = typer.Typer(help="Create, start and watch federations.", no_args_is_help=True)
 app.add_typer(federation_app, name="federation")
+app.add_typer(audit_app, name="audit")
 console = Console()
 
 CoordinatorOption = Annotated[

@@ -33,7 +33,7 @@ async def started(*flags, **environment):
 
 
 @asynccontextmanager
-async def process(tmp_path, credential_file):
+async def process(tmp_path, credential_file, sealing_key_file):
     """A running key authority. Yields it and what its ready file says; kills it if the test has not stopped it."""
     ready_file = tmp_path / "ready.json"
     running = await started(
@@ -42,6 +42,7 @@ async def process(tmp_path, credential_file):
         "--log-level=DEBUG",
         "--log-json",
         SHELORA_KEY_AUTHORITY_AGENT_CREDENTIAL_FILE=str(credential_file),
+        SHELORA_KEY_AUTHORITY_SEALING_KEY_FILE=str(sealing_key_file),
         SHELORA_KEY_AUTHORITY_READY_FILE=str(ready_file),
     )
     try:
@@ -74,9 +75,9 @@ def spellings(secret):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_process_serves_then_drains_and_leaves_no_secret_in_logs_or_metrics(
-    tmp_path, credential_file, credential, number
+    tmp_path, credential_file, sealing_key_file, credential, number
 ):
-    async with process(tmp_path, credential_file) as (running, ready):
+    async with process(tmp_path, credential_file, sealing_key_file) as (running, ready):
         assert ready.pid == running.pid
         secrets = await secrets_from(ready.address, credential)
         metrics = await asyncio.to_thread(scraped, ready.metrics_port)
@@ -94,16 +95,28 @@ async def test_the_process_serves_then_drains_and_leaves_no_secret_in_logs_or_me
     assert {record["process"] for record in records} == {"key-authority"}
     assert "shelora_key_releases_total 1.0" in metrics
     assert not (tmp_path / "ready.json").exists()
-    for secret in (secrets.ckks_secret_key[38:], secrets.obfuscation_secret, bytes.fromhex(credential)):
+    sealing_key = bytes.fromhex(sealing_key_file.read_text())
+    folder = [path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    assert len(folder) == 4
+    for secret in (
+        secrets.ckks_secret_key[38:],
+        secrets.obfuscation_secret,
+        bytes.fromhex(credential),
+        sealing_key,
+    ):
+        assert not any(secret[:12] in content for content in folder)
         for spelling in spellings(secret):
             assert spelling not in stderr.decode()
             assert spelling not in metrics
+            assert not any(spelling.encode() in content for content in folder)
 
 
-async def test_a_restarted_process_releases_the_same_secrets(tmp_path, credential_file, credential):
+async def test_a_restarted_process_releases_the_same_secrets(
+    tmp_path, credential_file, sealing_key_file, credential
+):
     released = []
     for end in (signal.SIGKILL, signal.SIGTERM):
-        async with process(tmp_path, credential_file) as (running, ready):
+        async with process(tmp_path, credential_file, sealing_key_file) as (running, ready):
             released.append(await secrets_from(ready.address, credential))
             running.send_signal(end)
             await running.wait()
@@ -131,12 +144,16 @@ async def test_a_refused_configuration_is_one_line_with_the_remedy_and_exit_code
         (["--log-level", "loud"], "SHELORA_KEY_AUTHORITY_LOG_LEVEL"),
     ],
 )
-def test_what_is_wrong_with_the_configuration_is_said(tmp_path, credential_file, capfd, flags, complaint):
+def test_what_is_wrong_with_the_configuration_is_said(
+    tmp_path, credential_file, sealing_key_file, flags, complaint
+):
     given = [
         "--data-dir",
         tmp_path / "data",
         "--agent-credential-file",
         credential_file,
+        "--sealing-key-file",
+        sealing_key_file,
         "--metrics-port",
         "-1",
     ]
@@ -149,5 +166,10 @@ def test_what_is_wrong_with_the_configuration_is_said(tmp_path, credential_file,
 def test_the_help_teaches_how_to_start():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for lesson in ("openssl rand -hex 32", "--agent-credential-file", "SHELORA_KEY_AUTHORITY_DATA_DIR"):
+    for lesson in (
+        "make-sealing-key",
+        "openssl rand -hex 32",
+        "--agent-credential-file",
+        "SHELORA_KEY_AUTHORITY_DATA_DIR",
+    ):
         assert lesson in result.stdout

@@ -9,8 +9,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.key_authority.authority import KEY_RELEASES, Authority
 from services.key_authority.credential import AgentCredential
+from services.key_authority.custody import open_custody
 from services.key_authority.servicer import SERVICE_NAME, register
-from services.key_authority.vault import Vault
 from services.shell.server import running_server
 from shelora.ckks.parameters import INSECURE_TOY, STANDARD
 from shelora.ckks.secret import SecretKey
@@ -25,8 +25,14 @@ GET = pb.GetEpochSecretsRequest(federation_id="clinic", epoch=1, client_id="Ward
 
 
 @pytest.fixture
-async def channel(tmp_path, credential):
-    authority = Authority(Vault(tmp_path / "epochs"), AgentCredential(credential))
+def custody(tmp_path, sealing_key):
+    with open_custody(tmp_path / "data", sealing_key) as custody:
+        yield custody
+
+
+@pytest.fixture
+async def channel(custody, credential):
+    authority = Authority(custody.vault, custody.audit, AgentCredential(credential))
     async with (
         running_server([SERVICE_NAME], partial(register, authority)) as address,
         open_channel(address) as channel,
@@ -137,7 +143,7 @@ async def test_an_invalid_request_for_secrets_is_refused(stub, shown, fields):
     assert await refusal(stub.GetEpochSecrets, changed(GET, **fields), shown) is Reason.INVALID_ARGUMENT
 
 
-async def test_every_release_is_counted_and_logged_without_the_secret(stub, shown):
+async def test_every_release_is_counted_and_logged_without_the_secret(stub, shown, custody):
     await call(stub.OpenEpoch, OPEN)
     before = KEY_RELEASES._value.get()
     with structlog.testing.capture_logs() as logs:
@@ -152,6 +158,7 @@ async def test_every_release_is_counted_and_logged_without_the_secret(stub, show
         "client_id": "Ward.7_a-b",
         "parameters": STANDARD.name,
         "key_id": released.key_id.hex(),
+        "audit_head": custody.audit.head,
     }
 
 
