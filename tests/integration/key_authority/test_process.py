@@ -33,7 +33,7 @@ async def started(*flags, **environment):
 
 
 @asynccontextmanager
-async def process(tmp_path, credential_file, sealing_key_file):
+async def process(tmp_path, credential_file, sealing_key_file, **environment):
     """A running key authority. Yields it and what its ready file says; kills it if the test has not stopped it."""
     ready_file = tmp_path / "ready.json"
     running = await started(
@@ -42,7 +42,8 @@ async def process(tmp_path, credential_file, sealing_key_file):
         "--log-level=DEBUG",
         "--log-json",
         SHELORA_KEY_AUTHORITY_AGENT_CREDENTIAL_FILE=str(credential_file),
-        SHELORA_KEY_AUTHORITY_SEALING_KEY_FILE=str(sealing_key_file),
+        **({"SHELORA_KEY_AUTHORITY_SEALING_KEY_FILE": str(sealing_key_file)} if sealing_key_file else {}),
+        **environment,
         SHELORA_KEY_AUTHORITY_READY_FILE=str(ready_file),
     )
     try:
@@ -133,6 +134,79 @@ async def test_a_refused_configuration_is_one_line_with_the_remedy_and_exit_code
     assert stderr.decode().splitlines() == [
         f"key-authority: the agent credential is open to other users; run: chmod 600 {credential_file}"
     ]
+
+
+async def refused(*flags, **environment):
+    """What a start with these flags says; it must end with exit code 2 and one line."""
+    running = await started(*flags, **environment)
+    stdout, stderr = await running.communicate()
+    assert (running.returncode, stdout) == (2, b"")
+    (line,) = stderr.decode().splitlines()
+    return line
+
+
+async def test_a_start_without_with_two_or_with_a_wrong_sealing_key_is_refused(
+    tmp_path, credential_file, sealing_key_file, credential
+):
+    async with process(tmp_path, credential_file, sealing_key_file) as (_, ready):
+        await secrets_from(ready.address, credential)
+    before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    flags = ["--data-dir", tmp_path / "data", "--agent-credential-file", credential_file]
+    assert "no sealing key is given: make one with `shelora-key-authority make-sealing-key" in await refused(
+        *flags
+    )
+    wrong = {"SHELORA_KEY_AUTHORITY_SEALING_KEY": "ab" * 32}
+    line = await refused(*flags, **wrong)
+    assert "wrong sealing key" in line
+    assert "ab" * 32 not in line
+    file = ["--sealing-key-file", sealing_key_file]
+    assert "two sealing keys are given" in await refused(*flags, *file, **wrong)
+    assert "64 lower-case hexadecimal" in await refused(*flags, SHELORA_KEY_AUTHORITY_SEALING_KEY="")
+    sealing_key_file.chmod(0o640)
+    assert f"chmod 600 {sealing_key_file}" in await refused(*flags, *file)
+    inside = tmp_path / "data" / "sealing.key"
+    assert "lies in the folder it seals" in await refused(*flags, "--sealing-key-file", inside)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+async def test_the_sealing_key_may_come_from_the_environment(
+    tmp_path, credential_file, sealing_key_file, credential
+):
+    async with process(tmp_path, credential_file, sealing_key_file) as (_, ready):
+        first = await secrets_from(ready.address, credential)
+    (tmp_path / "ready.json").unlink(missing_ok=True)
+    hexadecimal = sealing_key_file.read_text().strip()
+    async with process(tmp_path, credential_file, None, SHELORA_KEY_AUTHORITY_SEALING_KEY=hexadecimal) as (
+        _,
+        ready,
+    ):
+        assert await secrets_from(ready.address, credential) == first
+
+
+async def test_a_second_process_on_the_same_folder_is_refused(tmp_path, credential_file, sealing_key_file):
+    async with process(tmp_path, credential_file, sealing_key_file):
+        line = await refused(
+            *("--data-dir", tmp_path / "data"),
+            *("--agent-credential-file", credential_file),
+            *("--sealing-key-file", sealing_key_file),
+        )
+    assert f"another process uses {tmp_path / 'data'}" in line
+
+
+async def test_a_damaged_audit_log_is_refused_with_the_broken_record_and_the_remedy(
+    tmp_path, credential_file, sealing_key_file, credential
+):
+    async with process(tmp_path, credential_file, sealing_key_file) as (_, ready):
+        await secrets_from(ready.address, credential)
+    log = tmp_path / "data" / "audit.log"
+    log.write_bytes(log.read_bytes().replace(b"ward-7", b"ward-8"))
+    line = await refused(
+        *("--data-dir", tmp_path / "data"),
+        *("--agent-credential-file", credential_file),
+        *("--sealing-key-file", sealing_key_file),
+    )
+    assert "record 2 (line 3) was changed" in line
+    assert "replace-audit-log" in line
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 import asyncio
+import errno
+import os
 from functools import partial
 
 import grpc
@@ -12,6 +14,7 @@ from services.key_authority.credential import AgentCredential
 from services.key_authority.custody import open_custody
 from services.key_authority.servicer import SERVICE_NAME, register
 from services.shell.server import running_server
+from shelora.audit import verified
 from shelora.ckks.parameters import INSECURE_TOY, STANDARD
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
@@ -160,6 +163,62 @@ async def test_every_release_is_counted_and_logged_without_the_secret(stub, show
         "key_id": released.key_id.hex(),
         "audit_head": custody.audit.head,
     }
+
+
+def written_down(tmp_path):
+    with (tmp_path / "data" / "audit.log").open("rb") as file:
+        return list(verified(file))
+
+
+async def test_openings_releases_and_refusals_are_written_down(stub, shown, tmp_path):
+    opened = await call(stub.OpenEpoch, OPEN)
+    await call(stub.GetEpochSecrets, GET, metadata=shown)
+    await refusal(stub.GetEpochSecrets, changed(GET, epoch=2), shown)
+    await refusal(stub.GetEpochSecrets, GET)
+    await refusal(stub.GetEpochSecrets, changed(GET, client_id="no name"), shown)
+    records = [record.model_dump(exclude_none=True) for record in written_down(tmp_path)[1:]]
+    clinic = {"federation_id": "clinic", "epoch": 1}
+    keyed = clinic | {"key_id": opened.key_id.hex()}
+    expected = [
+        keyed | {"event": "epoch_opened"},
+        keyed | {"event": "secrets_released", "client_id": "Ward.7_a-b"},
+        clinic
+        | {"event": "release_refused", "client_id": "Ward.7_a-b", "reason": "FEDERATION_UNKNOWN", "epoch": 2},
+        clinic | {"event": "release_refused", "client_id": "Ward.7_a-b", "reason": "UNAUTHENTICATED"},
+        clinic | {"event": "release_refused", "reason": "INVALID_ARGUMENT"},
+    ]
+    assert [
+        {name: record.get(name) for name in wanted} for record, wanted in zip(records, expected, strict=True)
+    ] == (expected)
+    assert "client_id" not in records[-1]
+
+
+async def test_nothing_is_released_that_cannot_be_written_down(stub, shown, tmp_path, monkeypatch):
+    await call(stub.OpenEpoch, OPEN)
+    released, before = KEY_RELEASES._value.get(), written_down(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetEpochSecrets(GET, metadata=shown)
+        assert error_from_rpc(caught.value).reason is Reason.STORE_UNAVAILABLE
+        assert await refusal(stub.GetEpochSecrets, GET) is Reason.UNAUTHENTICATED, (
+            "a refusal keeps its reason"
+        )
+    assert KEY_RELEASES._value.get() == released
+    assert written_down(tmp_path) == before
+    await call(stub.GetEpochSecrets, GET, metadata=shown)
+
+
+async def test_the_next_epoch_opens_while_the_one_before_is_still_released(stub, shown):
+    first = await call(stub.OpenEpoch, OPEN)
+    second = await call(stub.OpenEpoch, changed(OPEN, epoch=2))
+    assert first.key_id != second.key_id
+    assert (await call(stub.GetEpochSecrets, GET, metadata=shown)).key_id == first.key_id
+    assert (await call(stub.GetEpochSecrets, changed(GET, epoch=2), metadata=shown)).key_id == second.key_id
 
 
 async def test_the_server_says_that_it_serves_and_what(channel):
