@@ -145,7 +145,7 @@ def _checked(line: bytes, sequence: int, head: AuditRecord | None) -> AuditRecor
         record = AuditRecord.model_validate_json(line)
     except ValidationError:
         raise AuditBrokenError(sequence, "is not a record") from None
-    if record.line() != line or record.hash != record.computed_hash():
+    if not _is_canonical(line) or record.hash != _hash_without(record.hash, line):
         raise AuditBrokenError(sequence, "was changed: its hash is not that of its content")
     if record.sequence != sequence or record.previous != (NOTHING_BEFORE if head is None else head.hash):
         raise AuditBrokenError(
@@ -154,6 +154,17 @@ def _checked(line: bytes, sequence: int, head: AuditRecord | None) -> AuditRecor
     if (record.event is AuditEvent.LOG_STARTED) != (head is None):
         raise AuditBrokenError(sequence, f"is out of place: {record.event}")
     return record
+
+
+def _is_canonical(line: bytes) -> bool:
+    """Whether this is the one way to write the record: no other bytes say the same."""
+    fields = json.loads(line)
+    return None not in fields.values() and _canonical(fields) + b"\n" == line
+
+
+def _hash_without(claimed: str, line: bytes) -> str:
+    """SHA-256 of a canonical line without its field `hash` and its line feed."""
+    return hashlib.sha256(line[:-1].replace(b'"hash":"%s",' % claimed.encode(), b"", 1)).hexdigest()
 
 
 def _canonical(fields: dict[str, object]) -> bytes:

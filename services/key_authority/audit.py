@@ -55,9 +55,9 @@ class AuditLog:
         self._lock = threading.Lock()
         self._refusals = _Budget(REFUSALS_PER_MINUTE, monotonic)
         self._opened: set[EpochId] = set()
-        self._length = 0
         self._write_failed = False
         torn = self._read(identity)
+        self._length = path.stat().st_size - torn
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         if torn:
             self._append(AuditEntry(event=AuditEvent.TAIL_REPAIRED, count=torn))
@@ -152,7 +152,6 @@ class AuditLog:
         if record.event is AuditEvent.EPOCH_OPENED and record.federation_id and record.epoch:
             self._opened.add(EpochId(record.federation_id, record.epoch))
         self._head = record
-        self._length += len(record.line())
 
     def _ensure_opened(self, epoch_id: EpochId, key_id: bytes) -> None:
         """A crash may have come between making an epoch and writing it down; then it is written down now."""

@@ -63,9 +63,10 @@ def reseal(
 
 
 def check_data(data_dir: DataDir, sealing_key_file: KeyFile) -> None:
-    """Check that everything in a data folder or a backup of it can be read. Changes nothing.
+    """Check a data folder or a backup of it.
 
-    May be run while a key authority serves from the folder.
+    Opens every sealed file and checks the audit log. Changes nothing. May be run while a key authority serves from the
+    folder.
     """
     with _reported():
         vault = custody.read_vault(data_dir, sealing_key_beside(data_dir, sealing_key_file))
@@ -78,9 +79,9 @@ def check_data(data_dir: DataDir, sealing_key_file: KeyFile) -> None:
 
 
 def replace_audit_log(data_dir: DataDir, sealing_key_file: KeyFile) -> None:
-    """Set an audit log aside that is damaged or lost, and start a new one that says so.
+    """Set a damaged or lost audit log aside.
 
-    The old one is kept beside it, under its SHA-256, which the first record of the new one names.
+    A new one is started, whose first record names the SHA-256 of the old one. The old one is kept beside it.
     """
     with _reported():
         aside = custody.replace_audit_log(data_dir, sealing_key_beside(data_dir, sealing_key_file))

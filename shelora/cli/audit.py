@@ -15,6 +15,8 @@ from shelora.audit import LOG_NAME, AuditRecord, verified
 from shelora.errors import DomainError, Reason
 
 SHOWN: Final = 50
+SHORT: Final = 8
+"""Digits of an identifier in the table; the file has all of them."""
 _PLAIN: Final[dict[str, Any]] = {"box": None, "padding": (0, 1, 0, 0), "header_style": "bold"}
 
 audit_app = typer.Typer(help="Check and show the log of who was given keys.", no_args_is_help=True)
@@ -63,12 +65,14 @@ def records_table(records: deque[AuditRecord]) -> Table:
     """One line a record."""
     table = Table(**_PLAIN)
     table.add_column("record", justify="right", no_wrap=True)
-    for heading in ("time (UTC)", "event", "federation", "epoch", "client", "detail"):
+    for heading in ("time (UTC)", "event"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("federation", "epoch", "client", "detail"):
         table.add_column(heading, overflow="fold")
     for record in records:
         table.add_row(
             str(record.sequence),
-            record.time.removesuffix("Z").replace("T", " "),
+            record.time[: len("2026-01-01T00:00:00")].replace("T", " "),
             record.event.replace("_", " "),
             record.federation_id or "",
             "" if record.epoch is None else str(record.epoch),
@@ -79,15 +83,11 @@ def records_table(records: deque[AuditRecord]) -> Table:
 
 
 def _detail(record: AuditRecord) -> str:
-    """What only some events have."""
-    known = {
-        "vault": record.vault,
-        "key": record.key_id,
-        "reason": record.reason,
-        "count": record.count,
-        "follows": record.follows,
-    }
-    return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+    """What only some events have; identifiers by their first digits."""
+    identifiers = {"vault": record.vault, "key": record.key_id, "follows": record.follows}
+    parts = [f"{name} {value[:SHORT]}…" for name, value in identifiers.items() if value is not None]
+    parts += [str(value) for value in (record.reason, record.count) if value is not None]
+    return ", ".join(parts)
 
 
 def _read_to_end(path: Path, wanted: str | None) -> tuple[AuditRecord, bool]:
