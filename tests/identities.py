@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from services.key_authority.ca import DEFAULT_LIFETIME, Issuer, RootFile
+from services.key_authority.sealer import Sealer, SealingKey
 from shelora.transport.certificates import der_to_pem, new_key, signing_request
 from shelora.transport.identity import SERVERS, Identity, Role
 from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
@@ -11,6 +12,8 @@ from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
 LOCAL = ("localhost", "127.0.0.1")
 OPERATOR, COORDINATOR = Identity(Role.OPERATOR), Identity(Role.COORDINATOR)
 AGGREGATION, KEY_AUTHORITY = Identity(Role.AGGREGATION), Identity(Role.KEY_AUTHORITY)
+
+SEALER = Sealer(SealingKey(bytes(range(32))))
 
 
 class TestAuthority:
@@ -20,7 +23,7 @@ class TestAuthority:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.root = RootFile(folder / "root").load_or_create()
+        self.root = RootFile(folder / "root", SEALER, "5e" * 16).load_or_create()
 
     def held(
         self,

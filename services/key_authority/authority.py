@@ -2,10 +2,13 @@
 
 import asyncio
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 import structlog
 
+from services.key_authority.audit import AuditLog
 from services.key_authority.epochs import EpochId, EpochSecrets
 from services.key_authority.vault import Vault
 from shelora.ckks.parameters import CkksParameters, profile
@@ -13,6 +16,7 @@ from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import counter
 
 KEY_RELEASES: Final = counter("key_releases_total", "Times the secrets of an epoch were given to an agent.")
+KEY_REFUSALS: Final = counter("key_refusals_total", "Times an agent was refused the secrets of an epoch.")
 
 _CLIENT_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _log = structlog.get_logger(__name__)
@@ -23,42 +27,63 @@ class Authority:
 
     Args:
         vault: Where keys are kept.
+        audit: Where openings, releases and refusals are written down before they are answered.
         allow_insecure: Accept CKKS profiles below 128-bit security, for tests.
     """
 
-    def __init__(self, vault: Vault, *, allow_insecure: bool = False) -> None:
+    def __init__(self, vault: Vault, audit: AuditLog, *, allow_insecure: bool = False) -> None:
         self._vault = vault
+        self._audit = audit
         self._allow_insecure = allow_insecure
 
     async def open_epoch(self, epoch_id: EpochId, parameters: str) -> bytes:
         """Makes the keys of an epoch or finds them made. Returns the public key id, 16 bytes.
 
         Raises: DomainError INVALID_ARGUMENT if the profile is unknown, insecure, or not that of the first call;
-        SECRET_UNAVAILABLE, STORE_UNAVAILABLE as `Vault.open_epoch`.
+        SECRET_UNAVAILABLE, STORE_UNAVAILABLE as `Vault.open_epoch`; STORE_UNAVAILABLE if it cannot be written down.
         """
         opened = await asyncio.to_thread(self._vault.open_epoch, epoch_id, self._accepted(parameters))
-        _log.info("epoch_opened", **_fields(epoch_id, opened))
+        await asyncio.to_thread(self._audit.epoch_opened, epoch_id, opened.key_id)
+        _log.info("epoch_opened", audit_head=self._audit.head, **_fields(epoch_id, opened))
         return opened.key_id
 
     async def release(self, epoch_id: EpochId, client_id: str) -> EpochSecrets:
-        """The secrets of an epoch, for a client of its federation. Every release is counted and logged.
+        """The secrets of an epoch, for a client of its federation. Every release is written down first.
 
         Args:
             epoch_id: The epoch.
-            client_id: The agent, 1 to 64 characters of [A-Za-z0-9._-], for the log. That its certificate names it and
-                the federation is checked before (`services.shell.guard`).
+            client_id: The agent, 1 to 64 characters of [A-Za-z0-9._-], for logs and audit. That its certificate
+                names it and the federation is checked before (`services.shell.guard`).
 
         Raises: DomainError INVALID_ARGUMENT, FEDERATION_UNKNOWN if the epoch was not opened;
-        SECRET_UNAVAILABLE, STORE_UNAVAILABLE as `Vault.read`.
+        SECRET_UNAVAILABLE, STORE_UNAVAILABLE as `Vault.read`; STORE_UNAVAILABLE if it cannot be written down.
         """
-        if not _CLIENT_ID.fullmatch(client_id):
-            raise DomainError(
-                Reason.INVALID_ARGUMENT, "client_id must be 1 to 64 characters of [A-Za-z0-9._-]"
-            )
-        secrets = await asyncio.to_thread(self._vault.read, epoch_id)
+        async with self._refusals_written_down(epoch_id, client_id):
+            if not _CLIENT_ID.fullmatch(client_id):
+                raise DomainError(
+                    Reason.INVALID_ARGUMENT, "client_id must be 1 to 64 characters of [A-Za-z0-9._-]"
+                )
+            secrets = await asyncio.to_thread(self._vault.read, epoch_id)
+        await asyncio.to_thread(self._audit.secrets_released, epoch_id, client_id, secrets.key_id)
         KEY_RELEASES.inc()
-        _log.info("key_released", client_id=client_id, **_fields(epoch_id, secrets))
+        _log.info(
+            "key_released", client_id=client_id, audit_head=self._audit.head, **_fields(epoch_id, secrets)
+        )
         return secrets
+
+    @asynccontextmanager
+    async def _refusals_written_down(self, epoch_id: EpochId, client_id: str) -> AsyncIterator[None]:
+        """A refusal stays one, with its own reason, even if it cannot be written down."""
+        try:
+            yield
+        except DomainError as refusal:
+            KEY_REFUSALS.inc()
+            name = client_id if _CLIENT_ID.fullmatch(client_id) else None
+            try:
+                await asyncio.to_thread(self._audit.release_refused, epoch_id, name, refusal.reason)
+            except DomainError as failure:
+                _log.error("refusal_not_written_down", cause=failure.message)
+            raise
 
     def _accepted(self, name: str) -> CkksParameters:
         parameters = profile(name)

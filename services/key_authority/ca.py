@@ -1,10 +1,8 @@
 """The certificate authority: one root, made at the first start, that signs short-lived certificates."""
 
 import hashlib
-import os
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from ipaddress import ip_address
@@ -16,6 +14,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from services.key_authority import files
+from services.key_authority.sealer import Binding, SealBrokenError, Sealer
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import (
     BACKDATED,
@@ -34,8 +34,7 @@ DEFAULT_LIFETIME: Final = timedelta(hours=24)
 
 _PEM: Final = serialization.Encoding.PEM
 _DER: Final = serialization.Encoding.DER
-_OTHERS: Final = 0o077
-_FILE: Final = "authority.pem"
+_FILE: Final = "root.sealed"
 
 
 @dataclass(frozen=True)
@@ -57,53 +56,54 @@ class Root:
 
 
 class RootFile:
-    """Keeps the root on disk: one file of mode 0600, key and certificate in PEM, written once, whole or not at all.
+    """Keeps the root on disk: one sealed file, key and certificate in PEM, written once, whole or not at all.
 
     The one place that knows the form of the file.
+
+    Args:
+        folder: Made with mode 0700 if it is missing.
+        sealer: Seals the file.
+        vault: Identity of the vault; the root of another vault does not open.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sealer: Sealer, vault: str) -> None:
         self._folder = folder
         self._path = folder / _FILE
+        self._sealer = sealer
+        self._binding = Binding("certificate authority", vault)
 
     def load_or_create(self) -> Root:
         """The root. Of concurrent processes one makes it.
 
         Raises: DomainError CONFIGURATION_INVALID if the file cannot be used; it is left as it is.
         """
+        files.private_folder(self._folder)
+        root = self.load()
+        if root is None:
+            self._create(_new_root())
+            root = self._read()  # of several writers the first won
+        return root
+
+    def load(self) -> Root | None:
+        """The root, None if there is none yet. Raises: as `load_or_create`."""
+        return self._read() if self._path.exists() else None
+
+    def _create(self, root: Root) -> None:
+        blob = self._sealer.seal(self._binding, key_to_pem(root.key) + root.certificate)
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not self._path.exists():
-                self._create(_new_root())
-            return self._read()
+            files.create(self._path, blob)
         except OSError as error:
             raise _unusable(f"the certificate authority cannot use {self._path}: {error.strerror}") from error
 
-    def _create(self, root: Root) -> None:
-        draft = self._path.with_name(f".{_FILE}.{secrets.token_hex(8)}.draft")
-        try:
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(key_to_pem(root.key) + root.certificate)
-                file.flush()
-                os.fsync(file.fileno())
-            with suppress(FileExistsError):
-                os.link(draft, self._path)  # unlike a rename, fails if another process was first
-        finally:
-            draft.unlink(missing_ok=True)
-
     def _read(self) -> Root:
-        if self._path.stat().st_mode & _OTHERS:
-            raise _unusable(f"others can read {self._path}; run: chmod 600 {self._path}")
-        content = self._path.read_bytes()
         try:
-            root = Root(key_from_pem(content), x509.load_pem_x509_certificate(content).public_bytes(_PEM))
-            matches = same_key(root.key, root.certificate)
-        except ValueError:
-            matches = False
-        if not matches:
-            raise _unusable(f"{self._path} is damaged and was left as it is; restore it from a backup")
-        return root
+            return _parsed(self._sealer.open(self._binding, self._path.read_bytes()))
+        except OSError as error:
+            raise _unusable(f"the certificate authority cannot use {self._path}: {error.strerror}") from error
+        except DomainError as error:
+            raise _unusable(
+                f"{self._path} is {error.message}; it was left as it is, restore it from a backup"
+            ) from None
 
 
 class Issuer:
@@ -174,6 +174,18 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.IPAddress(ip_address(name))
     except ValueError:
         return x509.DNSName(name)
+
+
+def _parsed(content: bytes) -> Root:
+    """Raises: SealBrokenError if it is no root; only a mistake of ours can have sealed such a thing."""
+    try:
+        root = Root(key_from_pem(content), x509.load_pem_x509_certificate(content).public_bytes(_PEM))
+        matches = same_key(root.key, root.certificate)
+    except ValueError:
+        matches = False
+    if not matches:
+        raise SealBrokenError("damaged: it holds no key with its certificate")
+    return root
 
 
 def _new_root() -> Root:

@@ -1,6 +1,5 @@
-"""What the key authority keeps of an epoch, and the one form it has on disk."""
+"""What the key authority keeps of an epoch, and the one form it has below its seal."""
 
-import hashlib
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Final, Literal
@@ -59,7 +58,10 @@ class EpochSecrets:
 
 
 class _Record(BaseModel):
-    """The body of a file, as JSON with bytes in hexadecimal. A new format gets a new number and its own class."""
+    """What is sealed: JSON with bytes in hexadecimal. The seal says of which epoch it is and that nothing was changed.
+
+    A new format gets a new number and its own class.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -71,8 +73,6 @@ class _Record(BaseModel):
     )
 
     format: Literal[1]
-    federation_id: str
-    epoch: int
     parameters: Annotated[str, Field(min_length=1)]
     key_id: Annotated[bytes, Field(min_length=KEY_ID_BYTES, max_length=KEY_ID_BYTES)]
     ckks_secret_key: Annotated[bytes, Field(min_length=1, repr=False)]
@@ -81,46 +81,25 @@ class _Record(BaseModel):
     ]
 
 
-def to_file(epoch_id: EpochId, secrets: EpochSecrets) -> bytes:
-    """The content of the epoch's file: the SHA-256 of the body in hexadecimal, a line feed, the body."""
+def to_bytes(secrets: EpochSecrets) -> bytes:
+    """What is sealed of an epoch."""
     record = _Record(
         format=1,
-        federation_id=epoch_id.federation_id,
-        epoch=epoch_id.epoch,
         parameters=secrets.parameters,
         key_id=secrets.key_id,
         ckks_secret_key=secrets.ckks_secret_key,
         obfuscation_secret=secrets.obfuscation_secret,
     )
-    body = record.model_dump_json().encode()
-    return _checksum(body) + b"\n" + body
+    return record.model_dump_json().encode()
 
 
-def from_file(epoch_id: EpochId, content: bytes) -> EpochSecrets:
-    """Reads what `to_file` wrote for this epoch.
+def from_bytes(content: bytes) -> EpochSecrets:
+    """Reads what `to_bytes` made.
 
-    Raises: DomainError SECRET_UNAVAILABLE if anything is missing, changed, or of another epoch.
+    Raises: DomainError SECRET_UNAVAILABLE if it is of a newer format.
     """
-    checksum, _, body = content.partition(b"\n")
-    if checksum != _checksum(body):
-        raise _damaged(epoch_id)
     try:
-        record = _Record.model_validate_json(body)
-    except ValidationError:
-        raise _damaged(epoch_id) from None  # the cause would carry the secrets
-    if (record.federation_id, record.epoch) != (epoch_id.federation_id, epoch_id.epoch):
-        raise _damaged(epoch_id)
+        record = _Record.model_validate_json(content)
+    except ValidationError:  # the cause would carry the secrets
+        raise DomainError(Reason.SECRET_UNAVAILABLE, "of a format which this version does not read") from None
     return EpochSecrets(record.parameters, record.key_id, record.ckks_secret_key, record.obfuscation_secret)
-
-
-def _checksum(body: bytes) -> bytes:
-    """Finds accidents. It is no protection against someone who can write to the folder."""
-    return hashlib.sha256(body).hexdigest().encode("ascii")
-
-
-def _damaged(epoch_id: EpochId) -> DomainError:
-    return DomainError(
-        Reason.SECRET_UNAVAILABLE,
-        f"the stored keys of {epoch_id} are damaged and were left as they are; "
-        "restore their file from a backup, or open a new epoch",
-    )

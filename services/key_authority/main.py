@@ -6,15 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 
+from services.key_authority import commands
 from services.key_authority.authority import Authority
-from services.key_authority.ca import Issuer, RootFile
+from services.key_authority.ca import Issuer
+from services.key_authority.custody import Custody, open_custody
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Grant, Register
 from services.key_authority.servicer import SERVICE_NAMES, register
 from services.key_authority.settings import KeyAuthoritySettings
-from services.key_authority.vault import Vault
 from services.shell import flags
 from services.shell.process import run_process
 from services.shell.server import Listener, serve
@@ -30,9 +32,17 @@ the certificate authority: everyone else enrols here and shows its certificate i
 It never decrypts and never sees an update. Run it apart from the coordinator and the aggregation, which must not
 read its folder: whoever has these keys can decrypt every update of the epoch.
 
+First make the key that seals the folder, and keep a copy of it apart from the folder's backups:
+
+\b
+    shelora-key-authority make-sealing-key sealing.key
+
+Then:
+
 \b
     shelora-key-authority --listen 10.0.0.2:7102 --enrolment-listen 10.0.0.2:7099 \\
-        --name keys.example.org --data-dir keys --operator-token-file operator.token
+        --name keys.example.org --data-dir keys --sealing-key-file sealing.key \\
+        --operator-token-file operator.token
 
 Then enrol yourself with the token in that file, and issue tokens for everyone else:
 
@@ -45,14 +55,20 @@ Every option can also be set in the environment: --data-dir as SHELORA_KEY_AUTHO
 Exit codes: 0 after SIGTERM or SIGINT, 2 if the configuration is refused, 1 for any other failure.
 """
 
+_log = structlog.get_logger(__name__)
+
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode=None)
 
 
-@app.command(help=_HELP)
+@app.callback(help=_HELP, invoke_without_command=True)
 def main(
+    context: typer.Context,
     *,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of the keys, made if missing. Back it up.")
+    ] = None,
+    sealing_key_file: Annotated[
+        Path | None, typer.Option(help="File with the sealing key, readable by this user alone.")
     ] = None,
     enrolment_listen: Annotated[
         str | None,
@@ -80,9 +96,12 @@ def main(
     shutdown_grace_s: flags.ShutdownGrace = None,
     ready_file: flags.ReadyFile = None,
 ) -> None:
+    if context.invoked_subcommand is not None:
+        return
     load = partial(
         KeyAuthoritySettings.load,
         data_dir=data_dir,
+        sealing_key_file=sealing_key_file,
         enrolment_listen=enrolment_listen,
         names=names or None,
         certificate_lifetime_s=certificate_lifetime_s,
@@ -102,13 +121,18 @@ def main(
 async def run(settings: KeyAuthoritySettings) -> None:
     """Composes the key authority and serves until it is told to stop.
 
-    Raises: DomainError CONFIGURATION_INVALID if the folder, a name or an address is refused.
+    Raises: DomainError CONFIGURATION_INVALID if the sealing key, the folder, a name or an address is refused.
     """
-    authority = Authority(
-        Vault(settings.data_dir / "epochs"), allow_insecure=settings.allow_insecure_parameters
-    )
+    with open_custody(settings.data_dir, settings.read_sealing_key()) as custody:
+        _log.info("custody_opened", vault_id=custody.identity, audit_head=custody.audit.head)
+        await _serve(settings, custody)
+
+
+async def _serve(settings: KeyAuthoritySettings, custody: Custody) -> None:
+    insecure = settings.allow_insecure_parameters
+    authority = Authority(custody.vault, custody.audit, allow_insecure=insecure)
     lifetime = timedelta(seconds=settings.certificate_lifetime_s)
-    issuer = Issuer(RootFile(settings.data_dir / "authority").load_or_create(), lifetime)
+    issuer = Issuer(custody.root.load_or_create(), lifetime)
     enrolments = Enrolments(Register(settings.data_dir / "register.sqlite"), issuer, _now_ms)
     own = IdentityFolder(settings.data_dir / "identity")
     obtain = partial(_own_certificate, issuer, checked_names(Role.KEY_AUTHORITY, settings.names))
@@ -144,6 +168,8 @@ async def _leave_operator_token(enrolments: Enrolments, path: Path | None) -> No
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
+
+commands.add_to(app)
 
 if __name__ == "__main__":
     app()

@@ -1,68 +1,54 @@
-"""Keys of epochs on disk. Written once, never rewritten, lost by no restart.
+"""Keys of epochs on disk, sealed. Written once, never rewritten, lost by no restart."""
 
-The folder is closed to other users; contents are not encrypted, so whoever reads the disk or a backup has the keys.
-"""
-
-import os
+import re
 import secrets
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from services.key_authority import files
 from services.key_authority.epochs import (
     OBFUSCATION_SECRET_BYTES,
     EpochId,
     EpochSecrets,
-    from_file,
-    to_file,
+    from_bytes,
+    to_bytes,
 )
+from services.key_authority.sealer import Binding, Sealer
 from shelora.ckks.parameters import CkksParameters
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
 
-_OTHERS: Final = 0o077
-"""Permission bits of group and world."""
-
-_ABANDONED_AFTER_S: Final = 3600.0
-"""Age at which a draft is surely not being written any more: writing one takes milliseconds."""
+_FILE_NAME: Final = re.compile(r"(?P<federation_id>[a-z0-9-]+)\.(?P<epoch>[1-9][0-9]*)\.sealed")
 
 
 class Vault:
-    """A folder with one file an epoch. Threads and processes may share the folder.
+    """A folder with one sealed file an epoch. Threads and processes may share the folder.
 
     Args:
         folder: Made with mode 0700 if it is missing.
+        sealer: Seals every file.
+        identity: Names the vault; a file of another vault does not open.
 
     Raises: DomainError CONFIGURATION_INVALID if the folder cannot be used or is open to other users.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sealer: Sealer, identity: str) -> None:
+        files.private_folder(folder)
         self._folder = folder
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            mode = folder.stat().st_mode
-            _remove_abandoned_drafts(folder)
-        except OSError as error:
-            raise DomainError(
-                Reason.CONFIGURATION_INVALID, f"the vault cannot use {folder}: {error.strerror}"
-            ) from error
-        if mode & _OTHERS:
-            raise DomainError(
-                Reason.CONFIGURATION_INVALID,
-                f"the vault's folder is open to other users; run: chmod 700 {folder}",
-            )
+        self._sealer = sealer
+        self._identity = identity
 
     def open_epoch(self, epoch_id: EpochId, parameters: CkksParameters) -> EpochSecrets:
         """The keys of an epoch, made now if there are none. Idempotent; of concurrent calls one makes them.
 
+        Earlier epochs stay as they are: who has not moved on yet can still be given their keys.
+
         Raises: DomainError INVALID_ARGUMENT if the epoch has keys of another profile, SECRET_UNAVAILABLE if its file
-        is damaged, STORE_UNAVAILABLE if the disk fails.
+        does not open, STORE_UNAVAILABLE if the disk fails.
         """
         found = self._find(epoch_id)
         if found is None:
-            self._create(epoch_id, to_file(epoch_id, _generate(parameters)))
+            self._create(epoch_id, _generate(parameters))
             found = self.read(
                 epoch_id
             )  # of several writers the first won, so this may not be what was made here
@@ -75,7 +61,7 @@ class Vault:
     def read(self, epoch_id: EpochId) -> EpochSecrets:
         """The keys of an epoch.
 
-        Raises: DomainError FEDERATION_UNKNOWN if it was not opened, SECRET_UNAVAILABLE if its file is damaged,
+        Raises: DomainError FEDERATION_UNKNOWN if it was not opened, SECRET_UNAVAILABLE if its file does not open,
         STORE_UNAVAILABLE if the disk fails.
         """
         found = self._find(epoch_id)
@@ -83,29 +69,34 @@ class Vault:
             raise DomainError(Reason.FEDERATION_UNKNOWN, f"{epoch_id} was not opened")
         return found
 
+    def epochs(self) -> list[EpochId]:
+        """All epochs that were opened, by federation and number. Raises: DomainError STORE_UNAVAILABLE."""
+        with files.disk_failures_named():
+            found = [_FILE_NAME.fullmatch(path.name) for path in self._folder.iterdir()]
+        ids = [EpochId(match["federation_id"], int(match["epoch"])) for match in found if match]
+        return sorted(ids, key=lambda epoch_id: (epoch_id.federation_id, epoch_id.epoch))
+
     def _find(self, epoch_id: EpochId) -> EpochSecrets | None:
         try:
-            with _disk_failures_named():
-                content = self._path(epoch_id).read_bytes()
+            with files.disk_failures_named():
+                blob = self._path(epoch_id).read_bytes()
         except FileNotFoundError:
             return None
-        return from_file(epoch_id, content)
+        try:
+            return from_bytes(self._sealer.open(self._binding(epoch_id), blob))
+        except DomainError as error:
+            raise _unreadable(epoch_id, error) from None
 
-    def _create(self, epoch_id: EpochId, content: bytes) -> None:
-        """Makes the epoch's file, whole or not at all and durably; leaves one that exists."""
-        path = self._path(epoch_id)
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.draft")
-        with _disk_failures_named():
-            try:
-                _write_durably(draft, content)
-                with suppress(FileExistsError):
-                    os.link(draft, path)  # unlike a rename, fails if another writer was first
-            finally:
-                draft.unlink(missing_ok=True)
-            _sync_folder(self._folder)
+    def _create(self, epoch_id: EpochId, made: EpochSecrets) -> None:
+        blob = self._sealer.seal(self._binding(epoch_id), to_bytes(made))
+        with files.disk_failures_named():
+            files.create(self._path(epoch_id), blob)
+
+    def _binding(self, epoch_id: EpochId) -> Binding:
+        return Binding("epoch secrets", self._identity, epoch_id.federation_id, epoch_id.epoch)
 
     def _path(self, epoch_id: EpochId) -> Path:
-        return self._folder / f"{epoch_id.federation_id}.{epoch_id.epoch}.keys"
+        return self._folder / f"{epoch_id.federation_id}.{epoch_id.epoch}.sealed"
 
 
 def _generate(parameters: CkksParameters) -> EpochSecrets:
@@ -118,38 +109,9 @@ def _generate(parameters: CkksParameters) -> EpochSecrets:
     )
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a new name in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_abandoned_drafts(folder: Path) -> None:
-    """Removes keys that a crash left half made; nobody was given them."""
-    for draft in folder.glob(".*.draft"):
-        with suppress(FileNotFoundError):
-            if time.time() - draft.stat().st_mtime > _ABANDONED_AFTER_S:
-                draft.unlink()
-
-
-@contextmanager
-def _disk_failures_named() -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise DomainError(
-            Reason.STORE_UNAVAILABLE, f"the key authority's disk failed: {error.strerror}"
-        ) from error
+def _unreadable(epoch_id: EpochId, error: DomainError) -> DomainError:
+    return DomainError(
+        error.reason,
+        f"the stored keys of {epoch_id} cannot be read and were left as they are ({error.message}); "
+        "restore their file from a backup, or open a new epoch",
+    )

@@ -6,6 +6,7 @@ The same programs and settings as under compose or Kubernetes; only the addresse
 import asyncio
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -207,12 +208,13 @@ class LocalCluster:
 
     @property
     def _operator_token(self) -> Path:
-        return self._folder / "key-authority" / "operator.token"
+        return self._folder / "operator.token"
 
     def _start_key_authority(self) -> tuple[str, str]:
         """Its address, and that for enrolment."""
         settings = {
             "DATA_DIR": str(self._folder / "key-authority"),
+            "SEALING_KEY_FILE": str(self._kept_secret("sealing-key")),
             "ENROLMENT_LISTEN": f"127.0.0.1:{ENROLMENT_PORT if self._fixed else 0}",
             "OPERATOR_TOKEN_FILE": str(self._operator_token),
         }
@@ -234,6 +236,18 @@ class LocalCluster:
         }
         port = AGGREGATION_PORT + replica
         return self._serve(name, "services.aggregation.main", port, settings, prefix="AGGREGATION")
+
+    def _kept_secret(self, name: str) -> Path:
+        """File with 32 random bytes in hexadecimal, kept from run to run: whole before it has its name."""
+        path = self._folder / name
+        if not path.exists():
+            draft = path.with_name(f".{name}.draft")
+            with open(draft, "w", opener=_private) as file:
+                file.write(secrets.token_hex(32))
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        return path
 
     def _enrolled(self, name: str, role: Role) -> str:
         """Folder of a server's identity."""
@@ -288,6 +302,10 @@ def _redis_command(folder: Path, port: int) -> list[str]:
         str(get_binary_path()),
         *(str(word) for name, value in options.items() for word in (f"--{name}", value)),
     ]
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _free_port() -> int:

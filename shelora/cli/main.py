@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from shelora.cli.audit import audit_app
 from shelora.cli.cluster import Addresses, LocalCluster
 from shelora.cli.operator import RETRY_S, Operator, create_token, operator, own_credentials
 from shelora.cli.render import federation_view, federations_table
@@ -38,6 +39,7 @@ federation_app = typer.Typer(help="Create, start and watch federations.", no_arg
 app.add_typer(federation_app, name="federation")
 token_app = typer.Typer(help="Issue join tokens.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
+app.add_typer(audit_app, name="audit")
 console = Console()
 
 CoordinatorOption = Annotated[

@@ -82,6 +82,8 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.CONFIGURATION_INVALID: _Code.FAILED_PRECONDITION,
         Reason.DATA_INVALID: _Code.FAILED_PRECONDITION,
         Reason.MODEL_INVALID: _Code.FAILED_PRECONDITION,
+        # Key authority
+        Reason.AUDIT_BROKEN: _Code.DATA_LOSS,
         # Resources: both pass, so callers try again
         Reason.STORE_UNAVAILABLE: _Code.UNAVAILABLE,
         Reason.WORKER_FAILED: _Code.UNAVAILABLE,

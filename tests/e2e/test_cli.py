@@ -43,8 +43,14 @@ def addresses(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "local" / "cluster.json").read_text())
 
 
-def shelora(*arguments: str, coordinator: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SHELORA_COORDINATOR": coordinator, "COLUMNS": "160"}
+def shelora(*arguments: str, at: dict) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "SHELORA_COORDINATOR": at["coordinator"],
+        "SHELORA_KEY_AUTHORITY": at["key_authority"],
+        "SHELORA_IDENTITY": at["operator_identity"],
+        "COLUMNS": "160",
+    }
     return subprocess.run(
         [*SHELORA, *arguments],
         cwd=REPOSITORY,
@@ -79,29 +85,51 @@ def test_up_fails_with_the_log_of_a_server_that_dies(running_up, tmp_path):
 
 
 def test_a_federation_is_created_started_shown_and_listed(running_up, tmp_path):
-    coordinator = addresses(tmp_path)["coordinator"]
-    created = shelora("federation", "create", "examples/reuters/federation.yaml", coordinator=coordinator)
+    at = addresses(tmp_path)
+    created = shelora("federation", "create", "examples/reuters/federation.yaml", at=at)
     assert created.returncode == 0, created.stderr
     assert "created" in created.stdout
-    again = shelora("federation", "create", "examples/reuters/federation.yaml", coordinator=coordinator)
+    again = shelora("federation", "create", "examples/reuters/federation.yaml", at=at)
     assert again.returncode == 0
-    started = shelora("federation", "start", "reuters", coordinator=coordinator)
+    started = shelora("federation", "start", "reuters", at=at)
     assert "running" in started.stdout
-    assert "waiting for 4 agents" in shelora("federation", "show", "reuters", coordinator=coordinator).stdout
-    assert "reuters" in shelora("status", coordinator=coordinator).stdout
+    assert "waiting for 4 agents" in shelora("federation", "show", "reuters", at=at).stdout
+    assert "reuters" in shelora("status", at=at).stdout
 
 
 def test_mistakes_are_answered_with_the_reason(running_up, tmp_path):
-    coordinator = addresses(tmp_path)["coordinator"]
-    unknown = shelora("federation", "show", "nothing-there", coordinator=coordinator)
+    at = addresses(tmp_path)
+    unknown = shelora("federation", "show", "nothing-there", at=at)
     assert unknown.returncode == 1
     assert "FEDERATION_UNKNOWN" in unknown.stderr
     wrong = tmp_path / "wrong.yaml"
     text = (REPOSITORY / "examples/reuters/federation.yaml").read_text()
     wrong.write_text(text.replace("min_updates: 3", "min_updates: 1"))
-    refused = shelora("federation", "create", str(wrong), coordinator=coordinator)
+    refused = shelora("federation", "create", str(wrong), at=at)
     assert refused.returncode == 1
     assert "round.min_updates" in refused.stderr
-    remote = shelora("status", "--coordinator", "192.0.2.1:7101", coordinator=coordinator)
-    assert remote.returncode == 1
-    assert "CONFIGURATION_INVALID" in remote.stderr
+    nobody = shelora("status", "--identity", str(tmp_path / "absent"), at=at)
+    assert nobody.returncode == 1
+    assert "CONFIGURATION_INVALID" in nobody.stderr
+    assert "enrol first" in nobody.stderr
+
+
+def test_a_token_makes_another_operator_and_only_once(running_up, tmp_path):
+    at = addresses(tmp_path)
+    token = shelora("token", "create", "--role", "operator", at=at)
+    assert token.returncode == 0, token.stderr
+    folder = tmp_path / "second"
+    enrol = ["enroll", "--authority", at["enrolment"], "--token", token.stdout.strip(), "--identity"]
+    enrolled = shelora(*enrol, str(folder), at=at)
+    assert enrolled.returncode == 0, enrolled.stderr
+    assert "enrolled as" in enrolled.stdout
+    assert shelora("status", "--identity", str(folder), at=at).returncode == 0
+    again = shelora(*enrol, str(tmp_path / "third"), at=at)
+    assert again.returncode == 1
+    assert "TOKEN_REFUSED" in again.stderr
+
+
+def test_the_audit_log_of_the_local_cluster_is_verified(running_up, tmp_path):
+    verified = shelora("audit", "verify", str(tmp_path / "local" / "key-authority"), at=addresses(tmp_path))
+    assert verified.returncode == 0, verified.stderr
+    assert "none changed" in verified.stdout

@@ -12,8 +12,9 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
+from services.key_authority.custody import read_vault
 from services.key_authority.epochs import EpochId
-from services.key_authority.vault import Vault
+from services.key_authority.sealer import SealingKey
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.render import round_figures, training_rounds
 from shelora.v1 import coordinator_pb2 as pb
@@ -61,6 +62,7 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
     folder = tmp_path / "cluster"
     stored = b"".join(path.read_bytes() for path in (folder / "redis").rglob("*") if path.is_file())
     logged = b"".join(path.read_bytes() for path in (folder / "logs").glob("*.log"))
+    sealed = b"".join(path.read_bytes() for path in (folder / "key-authority").rglob("*") if path.is_file())
     assert len(stored) > 100_000, "the append-only file was not recorded"
     assert len(seen) > 100_000, "the traffic was not recorded"
     assert len(captured) > len(seen), "the packets were not captured"
@@ -71,7 +73,7 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
         assert any(window in released for window in _windows(secret)), (
             f"the search does not find {name} where it is"
         )
-        for place, content in (("traffic", seen), ("store", stored), ("logs", logged)):
+        for place, content in (("traffic", seen), ("store", stored), ("logs", logged), ("vault", sealed)):
             found = [window for window in _windows(secret) if window in content]
             assert not found, f"{name} appears in the {place}"
 
@@ -86,7 +88,7 @@ async def test_an_unprotected_federation_runs_without_keys(
 
     assert federation.phase == pb.PHASE_FINISHED, federation.failure
     assert all(r.kind == pb.ROUND_KIND_TRAIN for r in federation.history)
-    assert not list((tmp_path / "cluster" / "key-authority" / "epochs").glob("*.keys"))
+    assert not list((tmp_path / "cluster" / "key-authority").glob("epochs/*"))
     _assert_adapters_agree_and_load(tmp_path, model)
 
 
@@ -137,7 +139,8 @@ def _products(adapter: Path) -> dict[str, np.ndarray]:
 
 def _secrets(cluster: LocalCluster) -> dict[str, bytes]:
     """The epoch's secrets as the key authority keeps them."""
-    vault = Vault(Path(cluster.addresses.operator_identity).parents[1] / "key-authority" / "epochs")
+    folder = Path(cluster.addresses.operator_identity).parents[1]
+    vault = read_vault(folder / "key-authority", SealingKey.from_file(folder / "sealing-key"))
     epoch = vault.read(EpochId("weather", 1))
     return {"the CKKS secret key": epoch.ckks_secret_key, "the obfuscation secret": epoch.obfuscation_secret}
 

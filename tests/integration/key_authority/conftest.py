@@ -1,10 +1,13 @@
+import secrets
 import time
 
 import pytest
 
 from services.key_authority.ca import Issuer
+from services.key_authority.custody import open_custody
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Register
+from services.key_authority.sealer import SealingKey
 from tests.identities import TestAuthority
 
 
@@ -31,3 +34,22 @@ def clock():
 @pytest.fixture
 def enrolments(tmp_path, authority, clock):
     return Enrolments(Register(tmp_path / "register.sqlite"), Issuer(authority.root), clock)
+
+
+@pytest.fixture
+def sealing_key_file(tmp_path):
+    path = tmp_path / "sealing.key"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32) + "\n")
+    return path
+
+
+@pytest.fixture
+def sealing_key(sealing_key_file):
+    return SealingKey.from_file(sealing_key_file)
+
+
+@pytest.fixture
+def custody(tmp_path, sealing_key):
+    with open_custody(tmp_path / "data", sealing_key) as custody:
+        yield custody

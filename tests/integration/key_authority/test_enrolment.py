@@ -19,8 +19,8 @@ from services.key_authority.authority import Authority
 from services.key_authority.ca import Issuer, RootFile
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Grant, Register
+from services.key_authority.sealer import Sealer, SealingKey
 from services.key_authority.servicer import SERVICE_NAMES, register
-from services.key_authority.vault import Vault
 from services.shell.server import running_server
 from shelora.cli.operator import create_token
 from shelora.errors import DomainError, Reason
@@ -30,24 +30,33 @@ from shelora.transport.enrolment import Token, certify, enroll, keep_renewed, pr
 from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import enrolment_pb2, enrolment_pb2_grpc
-from tests.identities import AGGREGATION, COORDINATOR, KEY_AUTHORITY, LOCAL, OPERATOR, TestAuthority, client
+from tests.identities import (
+    AGGREGATION,
+    COORDINATOR,
+    KEY_AUTHORITY,
+    LOCAL,
+    OPERATOR,
+    SEALER,
+    TestAuthority,
+    client,
+)
 
 CLIENT = Grant(Role.CLIENT, "clinic", "ward-7")
 
 
 @asynccontextmanager
-async def serving(tmp_path, authority, enrolments, *, anonymous=True, identity=None, names=None):
+async def serving(custody, authority, enrolments, *, anonymous=True, identity=None, names=None):
     """The key authority's services; `anonymous` is the enrolment port, the other admits certificates."""
     folder = authority.enrolled(identity or KEY_AUTHORITY, f"server-{anonymous}", names=names)
     credentials = TlsCredentials(IdentityFolder(folder), anonymous_clients=anonymous)
-    add = partial(register, Authority(Vault(tmp_path / "epochs")), enrolments)
+    add = partial(register, Authority(custody.vault, custody.audit), enrolments)
     async with running_server(SERVICE_NAMES, add, credentials=credentials) as address:
         yield address
 
 
 @pytest.fixture
-async def address(tmp_path, authority, enrolments):
-    async with serving(tmp_path, authority, enrolments) as served:
+async def address(custody, authority, enrolments):
+    async with serving(custody, authority, enrolments) as served:
         yield served
 
 
@@ -120,19 +129,29 @@ async def test_tokens_survive_a_restart_and_are_stored_as_hashes_alone(
     assert error.reason is Reason.TOKEN_REFUSED
 
 
-async def test_the_root_survives_a_restart_and_a_damaged_one_is_left_as_it_is(tmp_path):
-    first = RootFile(tmp_path / "ca").load_or_create()
-    assert RootFile(tmp_path / "ca").load_or_create().certificate == first.certificate
-    path = tmp_path / "ca" / "authority.pem"
+def test_the_root_survives_a_restart_and_a_damaged_or_foreign_one_is_left_as_it_is(tmp_path):
+    root_file = partial(RootFile, tmp_path / "ca", SEALER)
+    assert root_file("5e" * 16).load() is None
+    first = root_file("5e" * 16).load_or_create()
+    assert root_file("5e" * 16).load_or_create().certificate == first.certificate
+    (path,) = (tmp_path / "ca").iterdir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    damaged = path.read_bytes()[:100]
-    path.write_bytes(damaged)
-    with pytest.raises(DomainError, match="damaged and was left as it is"):
-        RootFile(tmp_path / "ca").load_or_create()
-    assert path.read_bytes() == damaged
-    path.chmod(0o640)
-    with pytest.raises(DomainError, match="chmod 600"):
-        RootFile(tmp_path / "ca").load_or_create()
+    whole = path.read_bytes()
+    assert b"PRIVATE" not in whole
+    assert first.certificate.splitlines()[1] not in whole
+    with pytest.raises(DomainError, match="another epoch, federation, vault or kind"):
+        root_file("af" * 16).load_or_create()
+    with pytest.raises(DomainError, match="sealed under the sealing key"):
+        RootFile(tmp_path / "ca", Sealer(SealingKey(bytes(32))), "5e" * 16).load_or_create()
+    for damaged in (whole[:100], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(DomainError, match=r"damaged.* left as it is") as caught:
+            root_file("5e" * 16).load_or_create()
+        assert caught.value.reason is Reason.CONFIGURATION_INVALID
+        assert path.read_bytes() == damaged
+    (tmp_path / "ca").chmod(0o750)
+    with pytest.raises(DomainError, match="chmod 700"):
+        root_file("5e" * 16).load_or_create()
 
 
 async def test_a_name_that_is_taken_needs_a_token_for_that_name(enrolments):
@@ -275,8 +294,8 @@ async def test_what_is_no_token_is_refused_without_being_shown(tmp_path, text):
     assert len(text) < 10 or text not in error.message
 
 
-async def test_a_wrong_name_is_said_with_the_name_that_was_expected(tmp_path, authority, enrolments):
-    async with serving(tmp_path, authority, enrolments, names=("keys.example.org",)) as address:
+async def test_a_wrong_name_is_said_with_the_name_that_was_expected(tmp_path, custody, authority, enrolments):
+    async with serving(custody, authority, enrolments, names=("keys.example.org",)) as address:
         token, _ = await enrolments.create_token(CLIENT)
         error = await refusal(enroll(token.encoded, address, tmp_path / "mine"))
     assert error.reason is Reason.SERVER_UNTRUSTED
@@ -284,8 +303,8 @@ async def test_a_wrong_name_is_said_with_the_name_that_was_expected(tmp_path, au
     assert address in error.message
 
 
-async def test_a_client_cannot_pose_as_a_server(tmp_path, authority, enrolments):
-    async with serving(tmp_path, authority, enrolments, identity=client(), names=LOCAL) as address:
+async def test_a_client_cannot_pose_as_a_server(tmp_path, custody, authority, enrolments):
+    async with serving(custody, authority, enrolments, identity=client(), names=LOCAL) as address:
         token, _ = await enrolments.create_token(CLIENT)
         error = await refusal(enroll(token.encoded, address, tmp_path / "mine"))
     assert error.reason is Reason.SERVER_UNTRUSTED
@@ -308,8 +327,8 @@ async def test_connections_are_tls_1_3(address):
     assert len(await asyncio.to_thread(presented_chain, address)) == 2
 
 
-async def test_a_certificate_is_renewed_with_a_new_key_and_the_same_names(tmp_path, authority, enrolments):
-    async with serving(tmp_path, authority, enrolments, anonymous=False) as address:
+async def test_a_certificate_is_renewed_with_a_new_key_and_the_same_names(custody, authority, enrolments):
+    async with serving(custody, authority, enrolments, anonymous=False) as address:
         for identity in (client(), AGGREGATION, OPERATOR):
             folder = IdentityFolder(authority.enrolled(identity))
             before = folder.read()
@@ -321,8 +340,8 @@ async def test_a_certificate_is_renewed_with_a_new_key_and_the_same_names(tmp_pa
             assert credentials.generation() == 1
 
 
-async def test_an_operator_issues_tokens_and_a_client_does_not(tmp_path, authority, enrolments):
-    async with serving(tmp_path, authority, enrolments, anonymous=False) as address:
+async def test_an_operator_issues_tokens_and_a_client_does_not(custody, authority, enrolments):
+    async with serving(custody, authority, enrolments, anonymous=False) as address:
         created = await create_token(
             address, authority.credentials(OPERATOR), Role.CLIENT, federation="clinic", client="ward-7"
         )
@@ -331,7 +350,7 @@ async def test_an_operator_issues_tokens_and_a_client_does_not(tmp_path, authori
         assert (await refusal(asked)).reason is Reason.PERMISSION_DENIED
 
 
-async def test_calls_go_on_while_both_sides_renew_their_certificates(tmp_path, authority, clock):
+async def test_calls_go_on_while_both_sides_renew_their_certificates(tmp_path, custody, authority, clock):
     """Certificates of three seconds, renewed by themselves; unary calls and a stream never fail for twice that."""
     lifetime = timedelta(seconds=3)
     enrolments = Enrolments(Register(tmp_path / "register.sqlite"), Issuer(authority.root, lifetime), clock)
@@ -342,7 +361,7 @@ async def test_calls_go_on_while_both_sides_renew_their_certificates(tmp_path, a
     async def own_certificate(request):
         return issuer.issue(request, KEY_AUTHORITY, LOCAL)
 
-    add = partial(register, Authority(Vault(tmp_path / "epochs")), enrolments)
+    add = partial(register, Authority(custody.vault, custody.audit), enrolments)
     async with running_server(SERVICE_NAMES, add, credentials=TlsCredentials(own)) as address:
         credentials = TlsCredentials(mine)
         renewing = [
@@ -385,7 +404,7 @@ def test_an_identity_says_what_is_wrong_with_it(tmp_path, authority):
         folder.read()
     day = timedelta(days=1)
     folder.write(authority.held(client(), lifetime=day, ago=2 * day))
-    with pytest.raises(DomainError, match="expired at .* enrol again"):
+    with pytest.raises(DomainError, match=r"expired at .* enrol again"):
         TlsCredentials(folder)
     one, two = authority.held(client()), authority.held(client())
     folder.path.write_bytes(key_to_pem(one.key) + two.chain)

@@ -1,17 +1,19 @@
 import asyncio
+import errno
+import os
 from functools import partial
+from types import SimpleNamespace
 
 import grpc
 import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from services.key_authority.credential import AgentCredential
 
 from services.key_authority.authority import KEY_RELEASES, Authority
-from services.key_authority.servicer import SERVICE_NAME, register
-from services.key_authority.vault import Vault
+from services.key_authority.servicer import SERVICE_NAMES, register
 from services.shell.server import running_server
+from shelora.audit import verified
 from shelora.ckks.parameters import INSECURE_TOY, STANDARD
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
@@ -19,35 +21,46 @@ from shelora.transport.channel import call, open_channel
 from shelora.transport.status import error_from_rpc
 from shelora.v1 import key_authority_pb2 as pb
 from shelora.v1 import key_authority_pb2_grpc as pb_grpc
+from tests.identities import AGGREGATION, COORDINATOR, KEY_AUTHORITY, OPERATOR, client
 
 OPEN = pb.OpenEpochRequest(federation_id="clinic", epoch=1, parameters=STANDARD.name)
 GET = pb.GetEpochSecretsRequest(federation_id="clinic", epoch=1, client_id="Ward.7_a-b")
 
 
 @pytest.fixture
-async def channel(tmp_path, credential):
-    authority = Authority(Vault(tmp_path / "epochs"), AgentCredential(credential))
+async def address(custody, enrolments, authority):
+    add = partial(register, Authority(custody.vault, custody.audit), enrolments)
+    credentials = authority.credentials(KEY_AUTHORITY)
+    async with running_server(SERVICE_NAMES, add, credentials=credentials) as served:
+        yield served
+
+
+@pytest.fixture
+async def stub(address, authority):
+    """The service as the coordinator and a client call it, each with its certificate."""
+    ward = client("Ward.7_a-b")
     async with (
-        running_server([SERVICE_NAME], partial(register, authority)) as address,
-        open_channel(address) as channel,
+        open_channel(address, authority.credentials(COORDINATOR)) as coordinator,
+        open_channel(address, authority.credentials(ward)) as agent,
     ):
-        yield channel
+        yield SimpleNamespace(
+            OpenEpoch=pb_grpc.KeyAuthorityStub(coordinator).OpenEpoch,
+            GetEpochSecrets=pb_grpc.KeyAuthorityStub(agent).GetEpochSecrets,
+            channel=agent,
+        )
 
 
 @pytest.fixture
-def stub(channel):
-    return pb_grpc.KeyAuthorityStub(channel)
+async def plain(custody, enrolments):
+    """The service without its guard, which refuses some of what the authority would refuse too."""
+    add = partial(register, Authority(custody.vault, custody.audit), enrolments)
+    async with running_server(SERVICE_NAMES, add) as address, open_channel(address) as channel:
+        yield pb_grpc.KeyAuthorityStub(channel)
 
 
-@pytest.fixture
-def shown(credential):
-    """Metadata of an agent that has the credential."""
-    return [("authorization", f"Bearer {credential}")]
-
-
-async def refusal(method, request, metadata=()):
+async def refusal(method, request):
     with pytest.raises(DomainError) as caught:
-        await call(method, request, metadata=metadata)
+        await call(method, request)
     return caught.value.reason
 
 
@@ -59,14 +72,14 @@ def changed(message, **fields):
     return other
 
 
-async def test_an_agent_with_the_credential_gets_the_secrets_of_an_open_epoch(stub, shown):
+async def test_a_client_gets_the_secrets_of_an_open_epoch(stub):
     opened = await call(stub.OpenEpoch, OPEN)
-    released = await call(stub.GetEpochSecrets, GET, metadata=shown)
+    released = await call(stub.GetEpochSecrets, GET)
     assert released.parameters == STANDARD.name
     assert released.key_id == opened.key_id
     assert SecretKey.from_bytes(STANDARD, released.ckks_secret_key).key_id == opened.key_id
     assert len(released.obfuscation_secret) == 32
-    assert await call(stub.GetEpochSecrets, GET, metadata=shown) == released
+    assert await call(stub.GetEpochSecrets, GET) == released
 
 
 async def test_opening_an_epoch_again_or_at_once_finds_the_same_keys(stub):
@@ -75,37 +88,28 @@ async def test_opening_an_epoch_again_or_at_once_finds_the_same_keys(stub):
 
 
 @pytest.mark.parametrize(
-    "show",
-    [
-        lambda _: [],
-        lambda _: [("authorization", "")],
-        lambda _: [("authorization", "Bearer ")],
-        lambda hexadecimal: [("authorization", hexadecimal)],
-        lambda hexadecimal: [("authorization", f"Bearer {hexadecimal[:-1]}")],
-        lambda hexadecimal: [("authorization", f"Bearer {hexadecimal}0")],
-        lambda hexadecimal: [("authorization", f"Basic {hexadecimal}")],
-        lambda hexadecimal: [("authorization", f"Bearer {'0' * len(hexadecimal)}")],
-        lambda hexadecimal: [("authorization-bin", f"Bearer {hexadecimal}".encode())],
-    ],
+    "identity",
+    [client(federation="bank"), client(name="ward-8"), OPERATOR, COORDINATOR, AGGREGATION, KEY_AUTHORITY],
+    ids=str,
 )
-async def test_without_the_credential_nothing_is_released(stub, credential, show):
+async def test_to_anybody_but_the_client_itself_nothing_is_released_and_no_epoch_shown(
+    stub, address, authority, identity
+):
     await call(stub.OpenEpoch, OPEN)
     released = KEY_RELEASES._value.get()
-    assert await refusal(stub.GetEpochSecrets, GET, show(credential)) is Reason.UNAUTHENTICATED
+    answers = set()
+    async with open_channel(address, authority.credentials(identity)) as channel:
+        for epoch in (1, 2):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await pb_grpc.KeyAuthorityStub(channel).GetEpochSecrets(changed(GET, epoch=epoch))
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+            answers.add(error_from_rpc(caught.value).message)
+    assert len(answers) == 1, "it tells which epochs exist"
     assert KEY_RELEASES._value.get() == released
 
 
-async def test_a_caller_without_the_credential_cannot_tell_which_epochs_exist(stub):
-    await call(stub.OpenEpoch, OPEN)
-    for epoch in (1, 2):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.GetEpochSecrets(changed(GET, epoch=epoch))
-        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-        assert error_from_rpc(caught.value).message == "the agent credential is missing or wrong"
-
-
-async def test_an_epoch_that_was_not_opened_is_unknown(stub, shown):
-    assert await refusal(stub.GetEpochSecrets, GET, shown) is Reason.FEDERATION_UNKNOWN
+async def test_an_epoch_that_was_not_opened_is_unknown(stub):
+    assert await refusal(stub.GetEpochSecrets, GET) is Reason.FEDERATION_UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -132,16 +136,16 @@ async def test_another_profile_for_an_open_epoch_is_refused(stub):
 @pytest.mark.parametrize(
     "fields", [{"client_id": ""}, {"client_id": "a b"}, {"client_id": "a" * 65}, {"epoch": 0}]
 )
-async def test_an_invalid_request_for_secrets_is_refused(stub, shown, fields):
-    await call(stub.OpenEpoch, OPEN)
-    assert await refusal(stub.GetEpochSecrets, changed(GET, **fields), shown) is Reason.INVALID_ARGUMENT
+async def test_an_invalid_request_for_secrets_is_refused(plain, fields):
+    await call(plain.OpenEpoch, OPEN)
+    assert await refusal(plain.GetEpochSecrets, changed(GET, **fields)) is Reason.INVALID_ARGUMENT
 
 
-async def test_every_release_is_counted_and_logged_without_the_secret(stub, shown):
+async def test_every_release_is_counted_and_logged_without_the_secret(stub, custody):
     await call(stub.OpenEpoch, OPEN)
     before = KEY_RELEASES._value.get()
     with structlog.testing.capture_logs() as logs:
-        released = await call(stub.GetEpochSecrets, GET, metadata=shown)
+        released = await call(stub.GetEpochSecrets, GET)
     assert KEY_RELEASES._value.get() == before + 1
     (record,) = [record for record in logs if record["event"] == "key_released"]
     assert record == {
@@ -152,49 +156,76 @@ async def test_every_release_is_counted_and_logged_without_the_secret(stub, show
         "client_id": "Ward.7_a-b",
         "parameters": STANDARD.name,
         "key_id": released.key_id.hex(),
+        "audit_head": custody.audit.head,
     }
 
 
-async def test_the_server_says_that_it_serves_and_what(channel):
-    check = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
-    health = await health_pb2_grpc.HealthStub(channel).Check(check)
+def written_down(tmp_path):
+    with (tmp_path / "data" / "audit.log").open("rb") as file:
+        return list(verified(file))
+
+
+async def test_openings_releases_and_refusals_are_written_down(plain, tmp_path):
+    opened = await call(plain.OpenEpoch, OPEN)
+    await call(plain.GetEpochSecrets, GET)
+    await refusal(plain.GetEpochSecrets, changed(GET, epoch=2))
+    await refusal(plain.GetEpochSecrets, changed(GET, client_id="no name"))
+    records = [record.model_dump(exclude_none=True) for record in written_down(tmp_path)[1:]]
+    clinic = {"federation_id": "clinic", "epoch": 1}
+    keyed = clinic | {"key_id": opened.key_id.hex()}
+    expected = [
+        keyed | {"event": "epoch_opened"},
+        keyed | {"event": "secrets_released", "client_id": "Ward.7_a-b"},
+        clinic
+        | {"event": "release_refused", "client_id": "Ward.7_a-b", "reason": "FEDERATION_UNKNOWN", "epoch": 2},
+        clinic | {"event": "release_refused", "reason": "INVALID_ARGUMENT"},
+    ]
+    assert [
+        {name: record.get(name) for name in wanted} for record, wanted in zip(records, expected, strict=True)
+    ] == (expected)
+    assert "client_id" not in records[-1]
+
+
+async def test_nothing_is_released_that_cannot_be_written_down(stub, tmp_path, monkeypatch):
+    await call(stub.OpenEpoch, OPEN)
+    released, before = KEY_RELEASES._value.get(), written_down(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetEpochSecrets(GET)
+        assert error_from_rpc(caught.value).reason is Reason.STORE_UNAVAILABLE
+        unopened = await refusal(stub.GetEpochSecrets, changed(GET, epoch=2))
+        assert unopened is Reason.FEDERATION_UNKNOWN, "a refusal keeps its reason"
+    assert KEY_RELEASES._value.get() == released
+    assert written_down(tmp_path) == before
+    await call(stub.GetEpochSecrets, GET)
+
+
+async def test_the_next_epoch_opens_while_the_one_before_is_still_released(stub):
+    first = await call(stub.OpenEpoch, OPEN)
+    second = await call(stub.OpenEpoch, changed(OPEN, epoch=2))
+    assert first.key_id != second.key_id
+    assert (await call(stub.GetEpochSecrets, GET)).key_id == first.key_id
+    assert (await call(stub.GetEpochSecrets, changed(GET, epoch=2))).key_id == second.key_id
+
+
+async def test_the_server_says_that_it_serves_and_what(stub):
+    check = health_pb2.HealthCheckRequest(service=SERVICE_NAMES[0])
+    health = await health_pb2_grpc.HealthStub(stub.channel).Check(check)
     assert health.status == health_pb2.HealthCheckResponse.SERVING
-    reflected = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+    reflected = reflection_pb2_grpc.ServerReflectionStub(stub.channel).ServerReflectionInfo(
         iter([reflection_pb2.ServerReflectionRequest(list_services="")])
     )
     names = [
         service.name async for response in reflected for service in response.list_services_response.service
     ]
-    assert SERVICE_NAME in names
+    assert set(SERVICE_NAMES) <= set(names)
 
 
 def test_no_method_of_the_service_decrypts():
     methods = pb.DESCRIPTOR.services_by_name["KeyAuthority"].methods
     assert [method.name for method in methods] == ["OpenEpoch", "GetEpochSecrets"]
-
-
-def test_a_credential_file_is_read_and_its_repr_shows_nothing(credential_file, credential):
-    read = AgentCredential.from_file(credential_file)
-    read.require(f"Bearer {credential}")
-    assert credential not in repr(read)
-
-
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])
-def test_a_credential_file_open_to_other_users_is_refused_with_the_remedy(credential_file, mode):
-    credential_file.chmod(mode)
-    with pytest.raises(DomainError, match=f"chmod 600 {credential_file}") as caught:
-        AgentCredential.from_file(credential_file)
-    assert caught.value.reason is Reason.CONFIGURATION_INVALID
-
-
-@pytest.mark.parametrize("content", ["", "short", "AB" * 32, "g" * 64, "ab" * 16 + " " + "ab" * 16, "ä" * 64])
-def test_a_credential_that_is_not_hexadecimal_is_refused_with_the_remedy(credential_file, content):
-    credential_file.write_text(content)
-    with pytest.raises(DomainError, match="openssl rand -hex 32") as caught:
-        AgentCredential.from_file(credential_file)
-    assert not content or content not in caught.value.message
-
-
-def test_a_missing_credential_file_is_refused(tmp_path):
-    with pytest.raises(DomainError, match="No such file"):
-        AgentCredential.from_file(tmp_path / "absent")

@@ -1,0 +1,266 @@
+"""Writes the audit log: nothing is released that is not on disk in it first."""
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Self
+
+import structlog
+
+from services.key_authority import files
+from services.key_authority.epochs import EpochId
+from shelora.audit import AuditBrokenError, AuditEntry, AuditEvent, AuditRecord, AuditTornError, verified
+from shelora.errors import DomainError, Reason
+
+REFUSALS_PER_MINUTE: Final = 30
+"""Refusals that get a record of their own; the others are counted. Nobody may fill the disk by being refused."""
+
+_MINUTE_S: Final = 60.0
+_log = structlog.get_logger(__name__)
+
+Clock = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    """The time of a record."""
+    return datetime.now(UTC)
+
+
+class AuditLog:
+    """The one writer of a log. Threads may share it; a lock on the data folder keeps other processes out.
+
+    Args:
+        path: The log, made by `start`.
+        identity: Of the vault. A log of another vault is refused.
+        clock: Time of records.
+        monotonic: Seconds, to count refusals a minute.
+
+    Raises: DomainError CONFIGURATION_INVALID, with the remedy, if the log is missing or does not hold.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: str,
+        clock: Clock = utc_now,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path = path
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._refusals = _Budget(REFUSALS_PER_MINUTE, monotonic)
+        self._opened: set[EpochId] = set()
+        self._write_failed = False
+        torn = self._read(identity)
+        self._length = path.stat().st_size - torn
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        if torn:
+            self._append(AuditEntry(event=AuditEvent.TAIL_REPAIRED, count=torn))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def head(self) -> str:
+        """Hash of the last record. Noted elsewhere, it proves later that nothing before it was changed."""
+        return self._head.hash
+
+    def epoch_opened(self, epoch_id: EpochId, key_id: bytes) -> None:
+        """Writes down that an epoch was opened, once. Raises: DomainError STORE_UNAVAILABLE."""
+        with self._lock:
+            self._ensure_opened(epoch_id, key_id)
+
+    def secrets_released(self, epoch_id: EpochId, client_id: str, key_id: bytes) -> None:
+        """Writes down a release, durably, before it is answered. Raises: DomainError STORE_UNAVAILABLE."""
+        with self._lock:
+            self._ensure_opened(epoch_id, key_id)
+            self._append(
+                AuditEntry(
+                    event=AuditEvent.SECRETS_RELEASED,
+                    federation_id=epoch_id.federation_id,
+                    epoch=epoch_id.epoch,
+                    client_id=client_id,
+                    key_id=key_id.hex(),
+                )
+            )
+
+    def release_refused(self, epoch_id: EpochId, client_id: str | None, reason: Reason) -> None:
+        """Writes down a refusal, or counts it if there are too many. Raises: DomainError STORE_UNAVAILABLE.
+
+        Args:
+            epoch_id: What was asked for.
+            client_id: What the caller called itself; None if it is no valid name.
+            reason: Why it was refused.
+        """
+        with self._lock:
+            if not self._refusals.spend():
+                return
+            self._append(
+                AuditEntry(
+                    event=AuditEvent.RELEASE_REFUSED,
+                    federation_id=epoch_id.federation_id,
+                    epoch=epoch_id.epoch,
+                    client_id=client_id,
+                    reason=reason.value,
+                )
+            )
+
+    def resealed(self, key_id: bytes) -> None:
+        """Writes down that the sealing key was changed. Raises: DomainError STORE_UNAVAILABLE."""
+        with self._lock:
+            self._append(AuditEntry(event=AuditEvent.RESEALED, key_id=key_id.hex()))
+
+    def close(self) -> None:
+        """Writes down what is only counted yet, and closes the file. May be repeated."""
+        with self._lock:
+            if self._descriptor < 0:
+                return
+            try:
+                with suppress(DomainError):  # the disk has failed; there is nobody left to tell but the log
+                    self._append_unlisted()
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+    def _read(self, identity: str) -> int:
+        """Checks the whole log and finds its head. Returns how many bytes of a torn last line follow it."""
+        try:
+            with self._path.open("rb") as file:
+                for record in verified(file):
+                    self._accept(record, identity)
+        except AuditTornError as torn:
+            if torn.sequence > 0:
+                return torn.count
+            raise _unusable(self._path, torn.message) from None
+        except AuditBrokenError as error:
+            raise _unusable(self._path, error.message) from None
+        except OSError as error:
+            raise _unusable(self._path, f"it cannot be read: {error.strerror}") from error
+        return 0
+
+    def _accept(self, record: AuditRecord, identity: str) -> None:
+        if record.event is AuditEvent.LOG_STARTED and record.vault != identity:
+            raise AuditBrokenError(record.sequence, f"is of another vault, {record.vault}")
+        if record.event is AuditEvent.EPOCH_OPENED and record.federation_id and record.epoch:
+            self._opened.add(EpochId(record.federation_id, record.epoch))
+        self._head = record
+
+    def _ensure_opened(self, epoch_id: EpochId, key_id: bytes) -> None:
+        """A crash may have come between making an epoch and writing it down; then it is written down now."""
+        if epoch_id in self._opened:
+            return
+        self._append(
+            AuditEntry(
+                event=AuditEvent.EPOCH_OPENED,
+                federation_id=epoch_id.federation_id,
+                epoch=epoch_id.epoch,
+                key_id=key_id.hex(),
+            )
+        )
+        self._opened.add(epoch_id)
+
+    def _append(self, entry: AuditEntry) -> None:
+        self._append_unlisted()
+        self._write(entry)
+
+    def _append_unlisted(self) -> None:
+        if self._refusals.overspent:
+            self._write(AuditEntry(event=AuditEvent.REFUSALS_NOT_LISTED, count=self._refusals.overspent))
+            self._refusals.overspent = 0
+
+    def _write(self, entry: AuditEntry) -> None:
+        """Appends one record and waits until it is on disk.
+
+        It is written over the torn tail of a crash, if there is one, which has no line feed, and the file is cut behind
+        it: at every moment the file is a sound log, perhaps with a torn tail.
+        """
+        record = AuditRecord.after(self._head, entry, self._clock())
+        line = record.line()
+        with files.disk_failures_named():
+            self._require_open()
+            self._undo_failed_write()
+            self._write_failed = True
+            _write_at(self._descriptor, line, self._length)
+            os.ftruncate(self._descriptor, self._length + len(line))
+            os.fsync(self._descriptor)
+            self._write_failed = False
+        self._head = record
+        self._length += len(line)
+
+    def _undo_failed_write(self) -> None:
+        """Cuts off what a failed write left. Nobody was answered for it, and it may hold a line feed."""
+        if self._write_failed:
+            os.ftruncate(self._descriptor, self._length)
+            os.fsync(self._descriptor)
+
+    def _require_open(self) -> None:
+        if self._descriptor < 0:
+            raise DomainError(Reason.STORE_UNAVAILABLE, "the key authority is stopping")
+
+
+def start_log(path: Path, identity: str, clock: Clock = utc_now) -> None:
+    """Makes a log of one record, in place of the one that is there, if any. Raises: OSError."""
+    _start(path, AuditEntry(event=AuditEvent.LOG_STARTED, vault=identity), clock)
+
+
+def succeed_log(path: Path, identity: str, clock: Clock = utc_now) -> Path:
+    """Sets a log aside that does not hold and starts a new one, which names the SHA-256 of the old one.
+
+    Returns: Where the old one lies now.
+
+    Raises: OSError.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    aside = path.with_name(f"{path.name}.{digest[:16]}")
+    with suppress(FileExistsError):  # an earlier attempt was interrupted here
+        aside.hardlink_to(path)
+    _start(path, AuditEntry(event=AuditEvent.LOG_STARTED, vault=identity, follows=digest), clock)
+    return aside
+
+
+def _start(path: Path, entry: AuditEntry, clock: Clock) -> None:
+    files.replace(path, AuditRecord.after(None, entry, clock()).line())
+
+
+class _Budget:
+    """So many a minute. What goes beyond is counted in `overspent`."""
+
+    def __init__(self, per_minute: int, monotonic: Callable[[], float]) -> None:
+        self._per_minute = per_minute
+        self._monotonic = monotonic
+        self._minute_began = monotonic()
+        self._spent = 0
+        self.overspent = 0
+
+    def spend(self) -> bool:
+        now = self._monotonic()
+        if now - self._minute_began >= _MINUTE_S:
+            self._minute_began, self._spent = now, 0
+        if self._spent >= self._per_minute:
+            self.overspent += 1
+            return False
+        self._spent += 1
+        return True
+
+
+def _write_at(descriptor: int, content: bytes, offset: int) -> None:
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written
+
+
+def _unusable(path: Path, why: str) -> DomainError:
+    return DomainError(
+        Reason.CONFIGURATION_INVALID,
+        f"the audit log {path} does not hold: {why}. Keep a copy of it and find out what happened. Then restore it "
+        "from a backup, or set it aside and start a new one with: shelora-key-authority replace-audit-log",
+    )
