@@ -20,7 +20,7 @@ from services.shell.process import run_process
 from services.shell.server import Listener, serve
 from shelora.errors import DomainError, Reason
 from shelora.transport.enrolment import certify, keep_renewed
-from shelora.transport.identity import Identity, Role, checked_names
+from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import IdentityFolder, TlsCredentials, write_private
 
 _HELP = """
@@ -111,7 +111,7 @@ async def run(settings: KeyAuthoritySettings) -> None:
     issuer = Issuer(RootFile(settings.data_dir / "authority").load_or_create(), lifetime)
     enrolments = Enrolments(Register(settings.data_dir / "register.sqlite"), issuer, _now_ms)
     own = IdentityFolder(settings.data_dir / "identity")
-    obtain = partial(_own_certificate, issuer, checked_names(Role.KEY_AUTHORITY, settings.names))
+    obtain = partial(_own_certificate, issuer, settings.names)
     await certify(own, issuer.root.certificate, obtain)
     await _leave_operator_token(enrolments, settings.operator_token_file)
     await serve(

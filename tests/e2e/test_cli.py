@@ -43,8 +43,14 @@ def addresses(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "local" / "cluster.json").read_text())
 
 
-def shelora(*arguments: str, coordinator: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SHELORA_COORDINATOR": coordinator, "COLUMNS": "160"}
+def shelora(*arguments: str, cluster: dict) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "SHELORA_COORDINATOR": cluster["coordinator"],
+        "SHELORA_KEY_AUTHORITY": cluster["key_authority"],
+        "SHELORA_IDENTITY": cluster["operator_identity"],
+        "COLUMNS": "160",
+    }
     return subprocess.run(
         [*SHELORA, *arguments],
         cwd=REPOSITORY,
@@ -79,29 +85,52 @@ def test_up_fails_with_the_log_of_a_server_that_dies(running_up, tmp_path):
 
 
 def test_a_federation_is_created_started_shown_and_listed(running_up, tmp_path):
-    coordinator = addresses(tmp_path)["coordinator"]
-    created = shelora("federation", "create", "examples/reuters/federation.yaml", coordinator=coordinator)
+    cluster = addresses(tmp_path)
+    created = shelora("federation", "create", "examples/reuters/federation.yaml", cluster=cluster)
     assert created.returncode == 0, created.stderr
     assert "created" in created.stdout
-    again = shelora("federation", "create", "examples/reuters/federation.yaml", coordinator=coordinator)
+    again = shelora("federation", "create", "examples/reuters/federation.yaml", cluster=cluster)
     assert again.returncode == 0
-    started = shelora("federation", "start", "reuters", coordinator=coordinator)
+    started = shelora("federation", "start", "reuters", cluster=cluster)
     assert "running" in started.stdout
-    assert "waiting for 4 agents" in shelora("federation", "show", "reuters", coordinator=coordinator).stdout
-    assert "reuters" in shelora("status", coordinator=coordinator).stdout
+    assert "waiting for 4 agents" in shelora("federation", "show", "reuters", cluster=cluster).stdout
+    assert "reuters" in shelora("status", cluster=cluster).stdout
 
 
 def test_mistakes_are_answered_with_the_reason(running_up, tmp_path):
-    coordinator = addresses(tmp_path)["coordinator"]
-    unknown = shelora("federation", "show", "nothing-there", coordinator=coordinator)
+    cluster = addresses(tmp_path)
+    unknown = shelora("federation", "show", "nothing-there", cluster=cluster)
     assert unknown.returncode == 1
     assert "FEDERATION_UNKNOWN" in unknown.stderr
     wrong = tmp_path / "wrong.yaml"
     text = (REPOSITORY / "examples/reuters/federation.yaml").read_text()
     wrong.write_text(text.replace("min_updates: 3", "min_updates: 1"))
-    refused = shelora("federation", "create", str(wrong), coordinator=coordinator)
+    refused = shelora("federation", "create", str(wrong), cluster=cluster)
     assert refused.returncode == 1
     assert "round.min_updates" in refused.stderr
-    remote = shelora("status", "--coordinator", "192.0.2.1:7101", coordinator=coordinator)
-    assert remote.returncode == 1
-    assert "CONFIGURATION_INVALID" in remote.stderr
+    (tmp_path / "nobody").mkdir()
+    nobody = shelora("status", "--identity", str(tmp_path / "nobody"), cluster=cluster)
+    assert nobody.returncode == 1
+    assert "enrol first" in nobody.stderr
+
+
+def test_a_token_makes_an_agent_a_member_once(running_up, tmp_path):
+    cluster = addresses(tmp_path)
+    created = shelora("token", "create", "--federation", "reuters", "--client", "desk", cluster=cluster)
+    assert created.returncode == 0, created.stderr
+    token = created.stdout.strip()
+    assert token.startswith("shelora-token-")
+    enrol = [sys.executable, "-m", "client_agent.main", "enroll", "--authority", cluster["enrolment"]]
+    enrol += ["--token", token, "--state-dir", str(tmp_path / "state")]
+    first, second = (
+        subprocess.run(enrol, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+        for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert "enrolled as client desk of federation reuters" in " ".join(first.stdout.split())
+    assert (tmp_path / "state" / "identity" / "identity.pem").stat().st_mode & 0o777 == 0o600
+    assert second.returncode == 2
+    assert "TOKEN_REFUSED" in second.stderr
+    nonsense = shelora("token", "create", "--role", "coordinator", cluster=cluster)
+    assert nonsense.returncode == 1
+    assert "names must be" in nonsense.stderr
