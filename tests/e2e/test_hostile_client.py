@@ -20,6 +20,7 @@ from shelora.messages import encode_update, layout_from_proto, matrix_to_proto, 
 from shelora.transport.channel import call, open_channel
 from shelora.transport.pieces import Digest, cut
 from shelora.transport.status import error_from_rpc
+from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import aggregation_pb2, common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1.aggregation_pb2_grpc import AggregationStub
@@ -39,8 +40,8 @@ async def test_rubbish_is_refused_by_name_and_the_federation_finishes_without_it
 ):
     spec = specification(rounds=1, clients=4, min_updates=2, deadline_s=ROUND_S)
     await federations.start(cluster, spec)
-    hostile = asyncio.create_task(_take_part(cluster, model))
-    agents = [start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
+    hostile = asyncio.create_task(_take_part(cluster, model, tmp_path / NAME))
+    agents = [await start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
     federation = await federations.wait_until_over(cluster, spec, agents)
     refused = await hostile
 
@@ -64,10 +65,15 @@ _EXPECTED = [
 ]
 
 
-async def _take_part(cluster: LocalCluster, model: Path) -> list[list[Reason]]:
+async def _take_part(cluster: LocalCluster, model: Path, folder: Path) -> list[list[Reason]]:
     """Joins, and answers the vote and the round with rubbish. Returns the reasons it was given, by round."""
     addresses = cluster.addresses
-    async with open_channel(addresses.coordinator) as channel, open_channel(addresses.aggregation[0]) as far:
+    await cluster.enrol_client("weather", NAME, folder)
+    mine = TlsCredentials(IdentityFolder(folder / "identity"))
+    async with (
+        open_channel(addresses.coordinator, mine) as channel,
+        open_channel(addresses.aggregation[0], mine) as far,
+    ):
         coordinator, aggregation = CoordinatorStub(channel), AggregationStub(far)
         await call(coordinator.Join, _join(model))
         reasons = []
