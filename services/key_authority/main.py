@@ -22,7 +22,7 @@ from services.shell.process import run_process
 from services.shell.server import Listener, serve
 from shelora.errors import DomainError, Reason
 from shelora.transport.enrolment import certify, keep_renewed
-from shelora.transport.identity import Identity, Role, checked_names
+from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import IdentityFolder, TlsCredentials, write_private
 
 _HELP = """
@@ -135,7 +135,7 @@ async def _serve(settings: KeyAuthoritySettings, custody: Custody) -> None:
     issuer = Issuer(custody.root.load_or_create(), lifetime)
     enrolments = Enrolments(Register(settings.data_dir / "register.sqlite"), issuer, _now_ms)
     own = IdentityFolder(settings.data_dir / "identity")
-    obtain = partial(_own_certificate, issuer, checked_names(Role.KEY_AUTHORITY, settings.names))
+    obtain = partial(_own_certificate, issuer, settings.names)
     await certify(own, issuer.root.certificate, obtain)
     await _leave_operator_token(enrolments, settings.operator_token_file)
     await serve(

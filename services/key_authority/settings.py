@@ -3,12 +3,20 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr, Strict
+from pydantic import AfterValidator, Field, SecretStr, Strict
 from pydantic_settings import SettingsConfigDict
 
 from services.key_authority.sealer import SealingKey
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
+from shelora.transport.identity import Role, checked_names
+
+
+def _server_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return checked_names(Role.KEY_AUTHORITY, names)
+    except DomainError as error:
+        raise ValueError(error.message) from error
 
 
 class KeyAuthoritySettings(ServerSettings):
@@ -29,7 +37,7 @@ class KeyAuthoritySettings(ServerSettings):
     enrolment_listen: str = "127.0.0.1:0"
     """Address to exchange tokens for certificates on, `host:port`. The one port that asks for no certificate."""
 
-    names: Annotated[tuple[str, ...], Field(min_length=1), Strict(strict=False)] = (
+    names: Annotated[tuple[str, ...], AfterValidator(_server_names), Strict(strict=False)] = (
         "localhost",
         "127.0.0.1",
         "::1",

@@ -24,6 +24,7 @@ import redis
 from shelora.cli.members import CLIENT_IDENTITY, Members
 from shelora.cli.operator import own_credentials
 from shelora.errors import DomainError, Reason
+from shelora.transport.certificates import utc_now
 from shelora.transport.identity import Role
 from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
 
@@ -204,7 +205,8 @@ class LocalCluster:
 
     def renew_operator(self) -> None:
         """Renews the operator's certificate if it is time."""
-        asyncio.run(own_credentials(self._members.operator, self.addresses.key_authority))
+        if self.credentials.held.facts.renewal_due <= utc_now():
+            asyncio.run(own_credentials(self._members.operator, self.addresses.key_authority))
 
     @property
     def _operator_token(self) -> Path:

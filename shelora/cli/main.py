@@ -91,10 +91,7 @@ def up(
             folder, fixed_ports=not any_ports, aggregation_replicas=aggregation_replicas, workers=workers
         )
         with console.status("starting"), cluster:
-            console.print(_addresses_table(cluster.addresses, folder))
-            console.print(cluster.trust, highlight=False)
-            console.print("Ctrl-C stops the cluster; its state stays in the folder.")
-            _until_interrupted(cluster)
+            _until_interrupted(cluster, folder)
 
 
 @app.command()
@@ -312,8 +309,11 @@ def _addresses_table(addresses: Addresses, folder: Path) -> Table:
     return table
 
 
-def _until_interrupted(cluster: LocalCluster) -> None:
+def _until_interrupted(cluster: LocalCluster, folder: Path) -> None:
     try:
+        console.print(_addresses_table(cluster.addresses, folder))
+        console.print(cluster.trust, highlight=False)
+        console.print("Ctrl-C stops the cluster; its state stays in the folder.")
         while True:
             cluster.require_alive()
             cluster.renew_operator()

@@ -53,6 +53,8 @@ class Recorder:
             return
         try:
             await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+        except asyncio.CancelledError:
+            pass  # the end of the recording, which is no error of this connection
         finally:
             for end in (writer, far_writer):
                 end.transport.abort()
@@ -71,13 +73,20 @@ class Recorder:
             writer.close()
 
 
-def inside_tls(target: str, server: Path, clients: Sequence[Path]) -> Recorder:
+def inside_tls(
+    target: str,
+    server: Path,
+    clients: Sequence[Path],
+    at_most: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED,
+) -> Recorder:
     """A recorder of what is said inside TLS: only the keys of the server and of all its clients make it possible.
 
-    It shows callers the server's certificate, and the server the certificate of the very client that called.
+    It shows callers the server's certificate, and the server the certificate of the very client that called,
+    over TLS of at most the given version.
     """
     contexts = {
-        _uri(IdentityFolder(folder).read().facts.identity.uri): _calling(folder) for folder in clients
+        _uri(IdentityFolder(folder).read().facts.identity.uri): _calling(folder, at_most)
+        for folder in clients
     }
     accepting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     accepting.load_cert_chain(server / IDENTITY_FILE)
@@ -95,8 +104,9 @@ def _uri(value: str) -> tuple[str, str]:
     return ("URI", value)
 
 
-def _calling(client: Path) -> ssl.SSLContext:
+def _calling(client: Path, at_most: ssl.TLSVersion) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.maximum_version = at_most
     context.load_cert_chain(client / IDENTITY_FILE)
     context.load_verify_locations(client / IDENTITY_FILE)
     context.set_alpn_protocols(["h2"])

@@ -129,6 +129,28 @@ def test_a_token_makes_another_operator_and_only_once(running_up, tmp_path):
     assert "TOKEN_REFUSED" in again.stderr
 
 
+def test_a_token_makes_an_agent_a_member_once(running_up, tmp_path):
+    at = addresses(tmp_path)
+    created = shelora("token", "create", "--federation", "reuters", "--client", "desk", at=at)
+    assert created.returncode == 0, created.stderr
+    token = created.stdout.strip()
+    assert token.startswith("shelora-token-")
+    enrol = [sys.executable, "-m", "client_agent.main", "enroll", "--authority", at["enrolment"]]
+    enrol += ["--token", token, "--state-dir", str(tmp_path / "state")]
+    first, second = (
+        subprocess.run(enrol, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+        for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert "enrolled as client desk of federation reuters" in " ".join(first.stdout.split())
+    assert (tmp_path / "state" / "identity" / "identity.pem").stat().st_mode & 0o777 == 0o600
+    assert second.returncode == 2
+    assert "TOKEN_REFUSED" in second.stderr
+    nonsense = shelora("token", "create", "--role", "coordinator", at=at)
+    assert nonsense.returncode == 1
+    assert "names must be" in nonsense.stderr
+
+
 def test_the_audit_log_of_the_local_cluster_is_verified(running_up, tmp_path):
     verified = shelora("audit", "verify", str(tmp_path / "local" / "key-authority"), at=addresses(tmp_path))
     assert verified.returncode == 0, verified.stderr

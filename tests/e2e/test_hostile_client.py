@@ -13,7 +13,6 @@ from client_agent.model import AdaptedModel, choose_device
 from shelora.ckks.secret import Encryptor, SecretKey
 from shelora.ckks.wire import HEADER_BYTES, encode_block
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.members import CLIENT_IDENTITY
 from shelora.errors import Reason
 from shelora.lora.layout import Layout
 from shelora.lora.shards import UpdateShardContent
@@ -41,9 +40,7 @@ async def test_rubbish_is_refused_by_name_and_the_federation_finishes_without_it
 ):
     spec = specification(rounds=1, clients=4, min_updates=2, deadline_s=ROUND_S)
     await federations.start(cluster, spec)
-    await cluster.enrol_client("weather", NAME, tmp_path / NAME)
-    mine = TlsCredentials(IdentityFolder(tmp_path / NAME / CLIENT_IDENTITY))
-    hostile = asyncio.create_task(_take_part(cluster, mine, model))
+    hostile = asyncio.create_task(_take_part(cluster, model, tmp_path / NAME))
     agents = [await start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
     federation = await federations.wait_until_over(cluster, spec, agents)
     refused = await hostile
@@ -68,9 +65,11 @@ _EXPECTED = [
 ]
 
 
-async def _take_part(cluster: LocalCluster, mine: TlsCredentials, model: Path) -> list[list[Reason]]:
+async def _take_part(cluster: LocalCluster, model: Path, folder: Path) -> list[list[Reason]]:
     """Joins, and answers the vote and the round with rubbish. Returns the reasons it was given, by round."""
     addresses = cluster.addresses
+    await cluster.enrol_client("weather", NAME, folder)
+    mine = TlsCredentials(IdentityFolder(folder / "identity"))
     async with (
         open_channel(addresses.coordinator, mine) as channel,
         open_channel(addresses.aggregation[0], mine) as far,

@@ -1,6 +1,7 @@
 """Every RPC x every role x every state of a certificate, against real servers that speak TLS."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -30,6 +31,7 @@ from shelora.v1 import (
     enrolment_pb2_grpc,
     key_authority_pb2_grpc,
 )
+from tests.e2e.recorder import inside_tls
 from tests.identities import AGGREGATION, COORDINATOR, KEY_AUTHORITY, OPERATOR, TestAuthority, client
 
 OURS = ("Coordinator", "Aggregation", "KeyAuthority", "Enrolment")
@@ -310,6 +312,18 @@ async def test_a_later_message_of_a_stream_cannot_change_whose_it_is(
     assert error_from_rpc(caught.value).reason is Reason.PERMISSION_DENIED
     assert [request.header.client_id for request in received] == ["ward-7"]
     assert DENIALS.labels(Reason.PERMISSION_DENIED.value)._value.get() == before + 1
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_valid_certificate_over_an_older_tls_is_refused(
+    authority: TestAuthority, address: str, version: ssl.TLSVersion
+) -> None:
+    mine, server = authority.enrolled(client()), authority.folder / "server"
+    between = inside_tls(address, server, [mine], version)
+    async with between.running(), open_channel(between.address, authority.credentials(client())) as channel:
+        path = "/shelora.v1.Coordinator/Heartbeat"
+        got = await outcome(channel, path, request_for(path, client()))
+    assert got == (ADMITTED if version is ssl.TLSVersion.TLSv1_3 else Reason.UNAUTHENTICATED.value)
 
 
 class _Fixed:

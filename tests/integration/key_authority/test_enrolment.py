@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import ssl
 import stat
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -26,7 +25,7 @@ from shelora.cli.operator import create_token
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import key_to_pem, new_key, read_certificate, signing_request, utc_now
 from shelora.transport.channel import call, open_channel
-from shelora.transport.enrolment import Token, certify, enroll, keep_renewed, presented_chain, renewal_at
+from shelora.transport.enrolment import Token, certify, enroll, keep_renewed, renewal_at
 from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import enrolment_pb2, enrolment_pb2_grpc
@@ -308,23 +307,6 @@ async def test_a_client_cannot_pose_as_a_server(tmp_path, custody, authority, en
         token, _ = await enrolments.create_token(CLIENT)
         error = await refusal(enroll(token.encoded, address, tmp_path / "mine"))
     assert error.reason is Reason.SERVER_UNTRUSTED
-
-
-async def test_connections_are_tls_1_3(address):
-    def version(**limits):
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.set_alpn_protocols(["h2"])
-        for name, value in limits.items():
-            setattr(context, name, value)
-        host, _, port = address.rpartition(":")
-        import socket  # noqa: PLC0415
-
-        with socket.create_connection((host, int(port))) as raw, context.wrap_socket(raw) as secured:
-            return secured.version()
-
-    assert await asyncio.to_thread(version) == "TLSv1.3"
-    assert len(await asyncio.to_thread(presented_chain, address)) == 2
 
 
 async def test_a_certificate_is_renewed_with_a_new_key_and_the_same_names(custody, authority, enrolments):

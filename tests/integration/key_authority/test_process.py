@@ -124,6 +124,10 @@ async def test_the_process_serves_then_drains_and_leaves_no_secret_in_logs_or_me
     assert not any(pem in content for content in [*folder, stderr]), "the root's key is in the clear"
     token = Token.parse((tmp_path / "operator.token").read_text().strip())
     assert token.encoded not in stderr.decode()
+    members = [path.read_bytes() for path in (tmp_path / "members").rglob("identity.pem")]
+    assert len(members) == 3
+    for line in (line for content in members for line in content.splitlines() if len(line) > 40):
+        assert line not in stderr
     for secret in (
         secrets.ckks_secret_key[38:],
         secrets.obfuscation_secret,
@@ -256,7 +260,7 @@ async def test_a_damaged_audit_log_is_refused_with_the_broken_record_and_the_rem
     [
         ([], "SHELORA_KEY_AUTHORITY_DATA_DIR"),
         (["--certificate-lifetime-s", "1"], "SHELORA_KEY_AUTHORITY_CERTIFICATE_LIFETIME_S"),
-        (["--name", "no spaces"], "no spaces"),
+        (["--name", "not a name"], "neither a DNS name nor an IP address"),
         (["--listen", "nowhere"], "host:port"),
         (["--log-level", "loud"], "SHELORA_KEY_AUTHORITY_LOG_LEVEL"),
     ],
