@@ -1,4 +1,4 @@
-"""What agents derive from the obfuscation secret: column orders, initial factors, the key that seals plans.
+"""What agents derive from the obfuscation secret: column orders, initial factors, keys and labels of plans.
 
 Columns travel in a secret order, the same for all agents and unknown to every server, and LoRA starts from a secret
 A. Without them the clear part of an update gives training text away even when nearly all columns are encrypted
@@ -48,6 +48,22 @@ class Obfuscation:
         if len(shape) < 2:
             return np.zeros(shape, dtype=np.float32)
         return self._uniform("initial-tensor", name, shape, 1 / math.sqrt(math.prod(shape[1:])))
+
+    def labels(self, vote: str, matrix: str, columns: int) -> NDArray[np.int64]:
+        """Secret labels of a matrix's columns in one vote: entry k is the true index of the column labelled k."""
+        name = f"{len(vote)}:{vote}/{matrix}"  # the length keeps two pairs of names apart
+        return np.argsort(self._words("ballot-label", name, columns), kind="stable")
+
+    def increasing(self, vote: str, levels: int) -> NDArray[np.uint64]:
+        """A random strictly increasing function of 0 to levels - 1, at most 2^31 levels, for one vote.
+
+        The sum of positive draws. Their logarithms are uniform, 0 to 31 bits: sums of draws of one size would come
+        close to a straight line, and show the distances of scores beside their order.
+        """
+        words = self._words("ballot-value", vote, levels)
+        bits = words & np.uint64(31)
+        steps = (np.uint64(1) << bits) | ((words >> np.uint64(32)) & ((np.uint64(1) << bits) - np.uint64(1)))
+        return np.cumsum(steps, dtype=np.uint64)
 
     def plan_key(self) -> bytes:
         """AES-256 key under which agents exchange plans."""

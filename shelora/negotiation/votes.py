@@ -38,8 +38,23 @@ def vote_layout(matrices: Sequence[Matrix], parameters: str, key_id: bytes) -> L
     )
 
 
-def cast_votes(matrices: Sequence[Matrix], scores: Mapping[str, Float64]) -> dict[str, Float32]:
-    """Normalizes scores [in_features] a matrix to a vote: non-negative, of sum one before the bound is applied.
+def cast_votes(
+    matrices: Sequence[Matrix], scores: Mapping[str, Float64], share: float = 1.0
+) -> dict[str, Float32]:
+    """A vote from scores [in_features] a matrix: non-negative, of sum `share` before the bound is applied.
+
+    Args: share: The vote's weight over the largest weight a vote may have, in (0, 1].
+    Raises: SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE (negative scores), naming the matrix.
+    """
+    bound = np.float32(vote_bound(matrices))
+    return {
+        name: np.minimum((share * values).astype(np.float32), bound)
+        for name, values in normalized(matrices, scores).items()
+    }
+
+
+def normalized(matrices: Sequence[Matrix], scores: Mapping[str, Float64]) -> dict[str, Float64]:
+    """Scores of sum one over all matrices; all equal if all are zero.
 
     Raises: SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE (negative scores), naming the matrix.
     """
@@ -48,9 +63,8 @@ def cast_votes(matrices: Sequence[Matrix], scores: Mapping[str, Float64]) -> dic
     total = sum(float(scores[m.name].sum()) for m in matrices)
     if total == 0:
         even = 1 / sum(m.in_features for m in matrices)
-        return {m.name: np.full(m.in_features, even, dtype=np.float32) for m in matrices}
-    bound = np.float32(vote_bound(matrices))
-    return {m.name: np.minimum((scores[m.name] / total).astype(np.float32), bound) for m in matrices}
+        return {m.name: np.full(m.in_features, even) for m in matrices}
+    return {m.name: scores[m.name] / total for m in matrices}
 
 
 def summed_scores(matrices: Sequence[Matrix], tensors: Mapping[str, Float32]) -> dict[str, Float64]:
