@@ -75,8 +75,10 @@ class Ranking:
         tiers_end = _HEADER.size + 8 * tier_count
         if version != _FORMAT or len(content) != tiers_end + 4 * column_count:
             raise refused("its format is unknown")
-        tiers = np.frombuffer(content[_HEADER.size : tiers_end], dtype="<f8")
-        return cls(tuple(tiers.tolist()), np.frombuffer(content[tiers_end:], dtype="<u4").astype(np.uint32))
+        tiers = tuple(np.frombuffer(content[_HEADER.size : tiers_end], dtype="<f8").tolist())
+        if not all(low < high <= 1 for low, high in zip((0.0, *tiers), tiers, strict=False)):
+            raise refused("its budgets are not increasing shares")
+        return cls(tiers, np.frombuffer(content[tiers_end:], dtype="<u4").astype(np.uint32))
 
 
 def tier_ends(tiers: Sequence[float], total: int) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import redis
 from peft import PeftModel
 from safetensors.numpy import load_file
@@ -16,6 +17,7 @@ from services.key_authority.epochs import EpochId
 from services.key_authority.vault import Vault
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.render import round_figures, training_rounds
+from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 from tests.e2e import federations
 from tests.e2e.agents import AGENTS, LABELS, specification, start_agent
@@ -25,10 +27,23 @@ WINDOW = 12
 """Bytes of a secret that count as found: 2^-96 by chance."""
 
 
+REPLANNING = {"replan_every_rounds": 1, "replan_below_overlap": 0.5}
+FLOOR = {"coverage_floor": 0.9, "max_vote_weight": 16.0}
+
+
+@pytest.mark.parametrize(
+    ("spec", "votes"),
+    [
+        (specification(), 1),
+        (specification(protection={"negotiation": "sealed", **FLOOR}, **REPLANNING), 2),
+        (specification(protection={"negotiation": "ope", **FLOOR}, **REPLANNING), 2),
+    ],
+    ids=["sealed", "sealed and replanned", "ope and replanned"],
+)
 async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_secret(
-    cluster: LocalCluster, model: Path, tmp_path: Path
+    cluster: LocalCluster, model: Path, tmp_path: Path, spec: FederationSpec, votes: int
 ):
-    spec, real = specification(), cluster.addresses
+    real = cluster.addresses
     async with recording(real.coordinator, real.key_authority, *real.aggregation) as recorders:
         coordinator, key_authority, *aggregation = recorders
         proxied = replace(
@@ -46,6 +61,10 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
     assert federation.phase == pb.PHASE_FINISHED, federation.failure
     assert [agent.popen.returncode for agent in agents] == [0, 0, 0]
     _assert_rounds_are_complete(federation)
+    assert [r.kind for r in federation.history].count(pb.ROUND_KIND_VOTE) == votes
+    for summary in training_rounds(federation):
+        reported = [update.overlap for update in summary.updates if update.HasField("overlap")]
+        assert reported == [1.0] * (len(AGENTS) if spec.round.replan_below_overlap else 0)
     _assert_adapters_agree_and_load(tmp_path, model)
 
     folder = tmp_path / "cluster"
