@@ -32,7 +32,7 @@ class Plan(Ranking):
 def make_plan(scores: Mapping[str, Float64], matrices: Sequence[Matrix], tiers: Sequence[float]) -> Plan:
     """Ranks the summed scores; ties go to the column that comes first."""
     ranking = np.argsort(-joined_scores(scores, matrices), kind="stable")
-    return Plan(tuple(tiers), ranking[: tier_ends(tiers, len(ranking))[-1]].astype(np.uint32))
+    return Plan(tuple(tiers), ranking[: max(tier_ends(tiers, len(ranking)), default=0)].astype(np.uint32))
 
 
 def check_plan(

@@ -5,6 +5,7 @@ The numbers are true columns in a plan (`shelora.negotiation.plan`) and secret l
 how many columns of each matrix lie in each tier.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix
 
 _FORMAT = 1
+_ROUNDED_DOWN = 1 - 2.0**-50
+"""So that 0.07 of 100 columns, 7.000000000000001 in float64, are 7 and not 8."""
 _HEADER = struct.Struct("<HHI")
 """Format, number of tiers, number of columns; little-endian."""
 
@@ -83,7 +86,7 @@ class Ranking:
 
 def tier_ends(tiers: Sequence[float], total: int) -> list[int]:
     """Columns that each budget encrypts: its share of all columns, rounded up."""
-    return [min(total, int(np.ceil(tier * total))) for tier in tiers]
+    return [min(total, math.ceil(tier * total * _ROUNDED_DOWN)) for tier in tiers]
 
 
 def total_columns(matrices: Sequence[Matrix]) -> int:

@@ -27,7 +27,7 @@ WINDOW = 12
 """Bytes of a secret that count as found: 2^-96 by chance."""
 
 
-REPLANNING = {"replan_every_rounds": 1, "replan_below_overlap": 0.5}
+REPLANNING = {"rounds": 3, "replan_every_rounds": 1, "replan_below_overlap": 0.5}
 FLOOR = {"coverage_floor": 0.9, "max_vote_weight": 16.0}
 
 
@@ -35,8 +35,8 @@ FLOOR = {"coverage_floor": 0.9, "max_vote_weight": 16.0}
     ("spec", "votes"),
     [
         (specification(), 1),
-        (specification(protection={"negotiation": "sealed", **FLOOR}, **REPLANNING), 2),
-        (specification(protection={"negotiation": "ope", **FLOOR}, **REPLANNING), 2),
+        (specification(protection={"negotiation": "sealed", **FLOOR}, **REPLANNING), 3),
+        (specification(protection={"negotiation": "ope", **FLOOR}, **REPLANNING), 3),
     ],
     ids=["sealed", "sealed and replanned", "ope and replanned"],
 )
@@ -110,7 +110,7 @@ async def test_a_finished_federation_leaves_only_keys_that_expire(
 
 def _assert_rounds_are_complete(federation: pb.Federation) -> None:
     rounds = training_rounds(federation)
-    assert [r.number for r in rounds] == [1, 2]
+    assert [r.number for r in rounds] == list(range(1, federation.spec.round.rounds + 1))
     for summary in rounds:
         assert summary.update_count == len(AGENTS)
         assert len(summary.evaluations) == len(AGENTS)
