@@ -44,6 +44,7 @@ _OVER: Final = frozenset(
         Reason.PLAN_REFUSED,
         Reason.PLAN_UNKNOWN,
         Reason.NOT_LEADER,
+        Reason.BALLOT_REFUSED,
         Reason.RESULT_UNKNOWN,
     }
 )
@@ -119,7 +120,11 @@ class Agent:
         learner = await worker.run(Learner, self._config, spec.training, state)
         _log.info("model_ready", matrices=len(learner.model.matrices), examples=len(learner.examples))
         identity = Identity(
-            self._config.federation, self._config.client_id, self._config.budget, spec.protection
+            self._config.federation,
+            self._config.client_id,
+            self._config.budget,
+            spec.protection,
+            reports_drift=spec.round.replan_below_overlap > 0,
         )
         work = Work(identity, session=session, replicas=replicas, state=state, learner=learner, worker=worker)
         follower = _Follower(session, work, learner, self._retry_s)

@@ -122,17 +122,46 @@ class Session:
             shards=[digest_to_proto(digest) for digest in spool.shards],
             rank=note.rank,
             scaling=note.scaling,
-            report=pb.UpdateReport(
-                client_id=self._config.client_id,
-                example_count=note.example_count,
-                train_loss=note.train_loss,
-                train_s=note.train_s,
-                encrypt_s=note.encrypt_s,
-                upload_s=upload_s,
-                upload_bytes=spool.total_bytes,
-            ),
+            report=self._report(spool, upload_s),
         )
         return (await call(self._coordinator.CommitUpdate, request)).update_count
+
+    async def cast_ballot(self, spool: Spool) -> int:
+        """Casts a ballot, the one shard of its spool; returns how many are cast.
+
+        Raises: ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, BALLOT_REFUSED, UPDATE_REWRITTEN.
+        """
+        header = pb.CastBallotHeader(
+            federation_id=self._config.federation,
+            round_id=spool.note.round_id,
+            client_id=self._config.client_id,
+            digest=digest_to_proto(spool.shards[0]),
+            report=self._report(spool, 0.0),
+        )
+
+        async def parts() -> AsyncIterator[pb.CastBallotRequest]:
+            yield pb.CastBallotRequest(header=header)
+            for piece in cut(spool.read(0)):
+                yield pb.CastBallotRequest(piece=piece)
+
+        try:
+            response = await self._coordinator.CastBallot(parts(), timeout=STREAM_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return response.ballot_count
+
+    def _report(self, spool: Spool, upload_s: float) -> pb.UpdateReport:
+        note = spool.note
+        return pb.UpdateReport(
+            client_id=self._config.client_id,
+            example_count=note.example_count,
+            train_loss=note.train_loss,
+            train_s=note.train_s,
+            encrypt_s=note.encrypt_s,
+            upload_s=upload_s,
+            upload_bytes=spool.total_bytes,
+            overlap=note.overlap,
+        )
 
     async def publish_plan(self, number: int, sealed: bytes, matrices: tuple[Matrix, ...]) -> None:
         """Publishes a sealed plan and its column counts. Raises: NOT_LEADER, ROUND_UNKNOWN, INVALID_ARGUMENT."""
@@ -155,7 +184,7 @@ class Session:
             raise error_from_rpc(error, self._config.coordinator) from error
 
     async def fetch_plan(self, number: int, digest: Digest) -> bytes:
-        """A sealed plan. Raises: PLAN_UNKNOWN, DIGEST_MISMATCH, TRANSFER_*."""
+        """A sealed plan, or a ranked list. Raises: PLAN_UNKNOWN, DIGEST_MISMATCH, TRANSFER_*."""
         request = pb.GetPlanRequest(federation_id=self._config.federation, plan_number=number)
         stream = self._coordinator.GetPlan(request, timeout=STREAM_TIMEOUT_S)
 

@@ -2,6 +2,7 @@
 
     applied.safetensors     weights after the last result that was applied
     trained.safetensors     weights after the last training, until a result is applied
+    standing.json           how the newest plan serves this client, and the weight of its next vote
     spool/<round>/          serialized shards of the update being uploaded; complete once its manifest is there
     inbox/<round>/          shards of the result being downloaded
     adapter/                the trained adapter, after the federation has finished
@@ -30,6 +31,7 @@ from shelora.transport.pieces import Digest
 
 _FORMAT: Final = 1
 _MANIFEST: Final = "manifest.json"
+_STANDING: Final = "standing.json"
 _HASH_BLOCK: Final = 1 << 20
 
 
@@ -46,6 +48,20 @@ class UpdateNote:
     train_loss: float
     train_s: float
     encrypt_s: float
+    overlap: float | None = None
+    """What is reported of drift; None if the federation does not ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the newest plan serves this client."""
+
+    vote_round_id: str = ""
+    """Vote behind that plan; "" before the first."""
+    weight: float = 1.0
+    """Weight of this client's next vote."""
+    fresh_overlap: float = 1.0
+    """Share of its top columns that the plan protected when it was new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +147,24 @@ class AgentState:
     def trained(self) -> tuple[dict[str, str], Weights] | None:
         """The last trained weights and their key; None if there are none, or none that can be read."""
         return _load_weights(self._folder / "trained.safetensors")
+
+    def save_standing(self, standing: Standing) -> None:
+        """Keeps how the newest plan serves this client."""
+        write_atomically(
+            self._folder / _STANDING, json.dumps({"format": _FORMAT, **asdict(standing)}).encode()
+        )
+
+    def standing(self) -> Standing:
+        """As last kept; that of a new client if nothing is, or nothing that can be read."""
+        try:
+            fields = json.loads((self._folder / _STANDING).read_bytes())
+            if fields.pop("format") != _FORMAT:
+                return Standing()
+            return Standing(
+                str(fields["vote_round_id"]), float(fields["weight"]), float(fields["fresh_overlap"])
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return Standing()
 
     def begin_spool(self, round_id: str) -> SpoolWriter:
         """An empty spool; every other one is deleted."""

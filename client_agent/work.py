@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import structlog
 
@@ -21,6 +22,7 @@ from client_agent.protection import (
 )
 from client_agent.replicas import Replicas
 from client_agent.session import Session, digest_from_proto
+from client_agent.standing import assess, stake_of
 from client_agent.state import AgentState, Inbox, Spool, UpdateNote
 from client_agent.uploads import upload
 from client_agent.worker import Worker
@@ -30,10 +32,16 @@ from shelora.lora.layout import Layout
 from shelora.lora.restore import Restored, restore
 from shelora.lora.shards import Float64, ResultShardContent
 from shelora.messages import layout_from_proto, matrix_from_proto
-from shelora.negotiation.plan import Plan, check_plan, make_plan, open_plan, plan_context, seal_plan
-from shelora.negotiation.votes import cast_votes, summed_scores
+from shelora.negotiation.ope import Ope
+from shelora.negotiation.plan import Plan, check_plan, open_plan, plan_context, seal_plan
+from shelora.negotiation.ranking import Ranking, total_columns
+from shelora.negotiation.sealed import Sealed
+from shelora.negotiation.votes import summed_scores
 from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
+
+_PlanKey: TypeAlias = tuple[bytes, str]
+"""SHA-256 of a plan as it was published, and its vote: under another vote the same labels are other columns."""
 
 _log = structlog.get_logger(__name__)
 
@@ -47,6 +55,8 @@ class Identity:
     budget: float
     """Share of columns it encrypts, 0 to 1."""
     protection: ProtectionSpec
+    reports_drift: bool = False
+    """Whether the federation asks how far top columns have moved from the plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +88,28 @@ class Work:
         self._learner = learner
         self._worker = worker
         self._secrets: dict[int, EpochSecrets] = {}
-        self._plans: dict[bytes, Plan] = {}
-        """Opened plans by the SHA-256 of their sealed form."""
-        self._checked: set[bytes] = set()
+        self._plans: dict[_PlanKey, Plan] = {}
+        """Opened plans."""
+        self._checked: set[_PlanKey] = set()
         """Plans that agree with the summed votes."""
         self._reported: set[str] = set()
         """Rounds whose result was evaluated."""
 
     async def vote(self, vote: pb.Vote, activity: Activity) -> None:
-        """Scores the columns and commits the encrypted votes."""
+        """Scores the columns and commits the encrypted votes, or casts a ballot."""
         layout = layout_from_proto(vote.round.layout)
         spool = await self._worker.run(self._state.spool, vote.round.round_id, layout.digest)
         if spool is None:
             check_vote_layout(layout, self._learner.model, self._me.protection)
             secrets = await self.secrets(vote.round.epoch)
             spool = await self._worker.run(self._spool_vote, vote.round.round_id, layout, secrets, activity)
-        await self._send(spool, activity)
+        if self._by_ballots:
+            count = await self._session.cast_ballot(spool)
+            _log.info(
+                "ballot_cast", round=spool.note.round_id, bytes_sent=spool.total_bytes, ballot_count=count
+            )
+        else:
+            await self._send(spool, activity)
 
     async def make_plan(self, task: pb.MakePlan, epoch: int, activity: Activity) -> None:
         """Ranks the summed votes and publishes the sealed plan."""
@@ -102,7 +118,7 @@ class Work:
             raise DomainError(Reason.LAYOUT_MISMATCH, "the plan is asked for matrices of another model")
         secrets = await self.secrets(epoch)
         scores = await self._summed_votes(task.votes, secrets, activity)
-        plan = make_plan(scores, matrices, tuple(task.tiers))
+        plan = Sealed(matrices).plan(scores, tuple(task.tiers))
         context = plan_context(self._me.federation_id, task.plan_number)
         sealed = seal_plan(plan, secrets.obfuscation.plan_key(), context)
         await self._session.publish_plan(task.plan_number, sealed, plan.matrices_with_counts(matrices))
@@ -117,7 +133,7 @@ class Work:
             plan = await self._checked_plan(train, layout, secrets, activity)
             check_train_layout(layout, self._learner.model, self._me.protection, plan, self._me.budget)
             await self._begin_from(train, secrets, activity)
-            spool = await self._worker.run(self._spool_update, train.round, layout, plan, secrets, activity)
+            spool = await self._worker.run(self._spool_update, train, layout, plan, secrets, activity)
         await self._send(spool, activity)
 
     async def finish(self, finish: pb.Finish, epoch: int, activity: Activity) -> None:
@@ -207,10 +223,9 @@ class Work:
         digest = digest_from_proto(reference.digest)
         try:
             plan = await self._opened_plan(reference, secrets)
-            if digest.sha256 not in self._checked:
-                scores = await self._summed_votes(reference.votes, secrets, activity)
-                check_plan(plan, scores, self._learner.model.matrices, layout.tiers)
-                self._checked.add(digest.sha256)
+            if _key(reference) not in self._checked:
+                await self._check_plan(plan, reference, layout, secrets, activity)
+                self._checked.add(_key(reference))
         except DomainError as error:
             if error.reason is Reason.PLAN_REFUSED:
                 await self._session.reject_plan(reference.plan_number, digest, error.message)
@@ -218,12 +233,42 @@ class Work:
         return plan
 
     async def _opened_plan(self, reference: pb.PlanRef, secrets: EpochSecrets) -> Plan:
-        digest = digest_from_proto(reference.digest)
-        if digest.sha256 not in self._plans:
-            sealed = await self._session.fetch_plan(reference.plan_number, digest)
-            context = plan_context(self._me.federation_id, reference.plan_number)
-            self._plans[digest.sha256] = open_plan(sealed, secrets.obfuscation.plan_key(), context)
-        return self._plans[digest.sha256]
+        key = _key(reference)
+        if key not in self._plans:
+            content = await self._session.fetch_plan(
+                reference.plan_number, digest_from_proto(reference.digest)
+            )
+            self._plans[key] = self._open(content, reference, secrets)
+        return self._plans[key]
+
+    def _open(self, content: bytes, reference: pb.PlanRef, secrets: EpochSecrets) -> Plan:
+        """Raises: PLAN_REFUSED."""
+        if self._by_ballots:
+            ranking = Ranking.decode(content)
+            return self._ope(reference.vote_round_id, secrets).plan(ranking, ranking.tiers)
+        context = plan_context(self._me.federation_id, reference.plan_number)
+        return open_plan(content, secrets.obfuscation.plan_key(), context)
+
+    async def _check_plan(
+        self, plan: Plan, reference: pb.PlanRef, layout: Layout, secrets: EpochSecrets, activity: Activity
+    ) -> None:
+        """Checks a plan against what agents can see of the votes: their sums, or under "ope" nothing.
+
+        Raises: PLAN_REFUSED.
+        """
+        matrices = self._learner.model.matrices
+        if self._by_ballots:
+            plan.require_fit(total_columns(matrices), layout.tiers)
+        else:
+            scores = await self._summed_votes(reference.votes, secrets, activity)
+            check_plan(plan, scores, matrices, layout.tiers)
+
+    @property
+    def _by_ballots(self) -> bool:
+        return self._me.protection.negotiation == "ope"
+
+    def _ope(self, vote_round_id: str, secrets: EpochSecrets) -> Ope:
+        return Ope(self._learner.model.matrices, secrets.obfuscation, vote_round_id)
 
     async def _summed_votes(
         self, reference: common_pb2.ResultRef, secrets: EpochSecrets, activity: Activity
@@ -246,23 +291,29 @@ class Work:
         self._learner.resume(secrets)
         watch = Stopwatch()
         scores = self._learner.score(activity)
-        votes = cast_votes(self._learner.model.matrices, scores)
-        # Weight 1: each client has one vote, however many examples it holds.
+        stake = stake_of(self._state.standing(), self._me.protection, self._me.budget)
+        # Aggregation weight 1: votes count alike, however many examples their clients hold.
         note = UpdateNote(round_id, layout.digest, 1, 1.0, 1, 0.0, watch.seconds, 0.0)
+        if self._by_ballots:
+            writer = self._state.begin_spool(round_id)
+            writer.add(self._ope(round_id, secrets).cast(scores, stake).encode())
+            return writer.finish(note)
+        votes = Sealed(self._learner.model.matrices).cast(scores, stake)
         return self._spooled(layout, Weights({}, votes), note, None, secrets, activity)
 
     def _spool_update(
         self,
-        round_: pb.RoundRef,
+        train: pb.Train,
         layout: Layout,
         plan: Plan | None,
         secrets: EpochSecrets,
         activity: Activity,
     ) -> Spool:
-        trained = self._learner.train(round_.number, activity)
+        overlap = self._assessed(plan, train.plan.vote_round_id, activity) if plan else None
+        trained = self._learner.train(train.round.number, activity)
         model = self._learner.model
         note = UpdateNote(
-            round_id=round_.round_id,
+            round_id=train.round.round_id,
             layout_digest=layout.digest,
             rank=model.rank,
             scaling=model.scaling,
@@ -270,8 +321,23 @@ class Work:
             train_loss=trained.loss,
             train_s=trained.seconds,
             encrypt_s=0.0,
+            overlap=overlap,
         )
         return self._spooled(layout, trained.weights, note, plan, secrets, activity)
+
+    def _assessed(self, plan: Plan, vote_round_id: str, activity: Activity) -> float | None:
+        """Takes a new plan into account for the next vote; what is reported of drift."""
+        return assess(
+            self._state,
+            self._learner,
+            plan,
+            vote_round_id,
+            floor=self._me.protection.coverage_floor,
+            largest=self._me.protection.largest_vote,
+            budget=self._me.budget,
+            reports_drift=self._me.reports_drift,
+            activity=activity,
+        )
 
     def _spooled(
         self,
@@ -298,6 +364,10 @@ class Work:
     ) -> None:
         restored = _restored(result, inbox, plan, secrets, activity)
         self._learner.apply(result.round_id, restored, secrets.obfuscation)
+
+
+def _key(reference: pb.PlanRef) -> _PlanKey:
+    return reference.digest.sha256, reference.vote_round_id
 
 
 def _restored(

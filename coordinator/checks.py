@@ -109,12 +109,27 @@ def update(request: pb.CommitUpdateRequest) -> Update:
     )
 
 
+def ballot(header: pb.CastBallotHeader) -> Update:
+    """The update that stands for a ballot: its digest in place of shards, one vote a client."""
+    require(header.report.client_id in {"", header.client_id}, "report.client_id must be the client")
+    require(header.report.example_count == 1, "report.example_count must be 1 in a vote")
+    return Update(
+        client_id=client_id(header.client_id),
+        layout_digest="",
+        shards=(digest(header.digest, "digest"),),
+        rank=1,
+        scaling=1.0,
+        report=report(header.report),
+    )
+
+
 def report(message: pb.UpdateReport) -> Report:
     """What an update says of itself."""
     require(1 <= message.example_count <= MAX_EXAMPLES, f"report.example_count must be 1 to {MAX_EXAMPLES}")
     require(math.isfinite(message.train_loss), "report.train_loss must be finite")
     for name in ("train_s", "encrypt_s", "upload_s"):
         _duration(getattr(message, name), f"report.{name}")
+    require(0 <= message.overlap <= 1, "report.overlap must be 0 to 1")
     return Report(
         example_count=message.example_count,
         train_loss=message.train_loss,
@@ -122,6 +137,7 @@ def report(message: pb.UpdateReport) -> Report:
         encrypt_s=message.encrypt_s,
         upload_s=message.upload_s,
         upload_bytes=message.upload_bytes,
+        overlap=message.overlap if message.HasField("overlap") else None,
     )
 
 

@@ -41,6 +41,8 @@ class View:
     """Updates committed to the round."""
     voters: Sequence[str]
     """Who committed to the round, in order; only read when it has ended."""
+    overlap: float | None = None
+    """Mean overlap with the plan that its updates report; only read when it has ended."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,10 @@ def _needs_vote(view: View) -> bool:
     federation = view.federation
     if not (federation.selective and transitions.budgets(view.members)):
         return False
-    every = federation.spec.round.replan_every_rounds
-    due = every > 0 and federation.trained - federation.planned_at >= every
-    return federation.plan is None or due
+    rules = federation.spec.round
+    due = 0 < rules.replan_every_rounds <= federation.trained - federation.planned_at
+    drifted = federation.overlap is not None and federation.overlap < rules.replan_below_overlap
+    return federation.plan is None or due or drifted
 
 
 def _negotiate(view: View, negotiation: Negotiation, now_ms: int) -> Decision:
@@ -174,7 +177,9 @@ def _within_round(view: View, ticket: Ticket, now_ms: int) -> Decision:
             else _create(view, ticket)
         )
     if record.round.ended:
-        after = transitions.settled(federation, record, view.voters, view.members, now_ms)
+        after = transitions.settled(
+            federation, record, view.voters, view.members, now_ms, overlap=view.overlap
+        )
         return WriteFederation("settle_round", after)
     if stale:
         return abandon(record, Reason.PLAN_REFUSED, now_ms)
@@ -251,6 +256,13 @@ def abandon(record: RoundRecord, reason: Reason, now_ms: int) -> WriteRound:
         "abandon_round",
         record.model_copy(update={"round": record.round.advance(Event.ABANDON, now_ms, reason)}),
     )
+
+
+def mean_overlap(commits: Sequence[Commit]) -> float | None:
+    """Mean of the overlaps that updates report; None if none does."""
+    reported = [commit.update.report.overlap for commit in commits]
+    known = [overlap for overlap in reported if overlap is not None]
+    return sum(known) / len(known) if known else None
 
 
 def contributors(record: RoundRecord, commits: Sequence[Commit]) -> list[Commit]:

@@ -6,7 +6,7 @@ was overtaken is forgotten. All RPCs a step makes are idempotent.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -14,6 +14,7 @@ import structlog
 
 from coordinator import transitions
 from coordinator.aggregation import AggregationPool, contributions, lacks
+from coordinator.ballots import is_of, opened_ballot, ranked_list, takes_ballots
 from coordinator.changes import Changes
 from coordinator.decisions import (
     Aggregate,
@@ -30,11 +31,13 @@ from coordinator.decisions import (
     abandon,
     contributors,
     decide,
+    mean_overlap,
 )
 from coordinator.metrics import MEMBERS, ROUNDS_TOTAL, STAGE_SECONDS
 from coordinator.records import (
     Commit,
     FederationRecord,
+    Garbage,
     LayoutRecord,
     Phase,
     RoundRecord,
@@ -43,6 +46,8 @@ from coordinator.records import (
 )
 from coordinator.store import Store, Versioned
 from shelora.errors import DomainError, Reason
+from shelora.negotiation.ballots import Tally
+from shelora.negotiation.ranking import total_columns
 from shelora.rounds import Event, RoundState
 from shelora.transport.channel import is_transient
 
@@ -208,7 +213,8 @@ class Driver:
         count = await self._store.commit_count(federation, round_.sequence) if round_ and collecting else 0
         ended = round_ is not None and round_.round.ended
         commits = await self._store.commits(federation, round_.sequence) if round_ and ended else []
-        return View(federation, round_, members, alive, count, [c.update.client_id for c in commits])
+        voters = [commit.update.client_id for commit in commits]
+        return View(federation, round_, members, alive, count, voters, mean_overlap(commits))
 
     def _is_alive(self, seen: Sighting, now_ms: int) -> bool:
         return now_ms - seen.at_ms <= 1000 * self._policy.alive_s
@@ -242,7 +248,7 @@ class Driver:
                 await self._write_round("create_round", federation.record, record, 0)
             case Sweep(garbage):
                 for item in garbage:
-                    await self._aggregation.close_round(item.round_id, results=item.results)
+                    await self._close_round(federation.record, item)
                 swept = transitions.swept(federation.record, garbage)
                 await self._write_federation("sweep_garbage", swept, federation.revision)
             case _:
@@ -294,11 +300,19 @@ class Driver:
             return
         await self._write_federation("open_keys", transitions.with_key(record, key_id), federation.revision)
 
+    async def _close_round(self, federation: FederationRecord, garbage: Garbage) -> None:
+        """Has everything of an ended round deleted, wherever it lies."""
+        sequence = federation.sequence_of(garbage.round_id)
+        if federation.ballots and sequence is not None:
+            await self._store.drop_ballots(federation, sequence)
+        await self._aggregation.close_round(garbage.round_id, results=garbage.results)
+
     async def _open_round(self, federation: FederationRecord, record: RoundRecord) -> WriteRound:
-        layout = await self._store.layout(federation.federation_id, record.layout_digest)
-        rules = federation.spec.round
-        ttl_s = rules.deadline_s * (1 + rules.max_attempts) + self._policy.result_ttl_s
-        await self._aggregation.open_round(record.round.round_id, layout.layout(), min(ttl_s, MAX_TTL_S))
+        if not takes_ballots(federation, record):
+            layout = await self._store.layout(federation.federation_id, record.layout_digest)
+            rules = federation.spec.round
+            ttl_s = rules.deadline_s * (1 + rules.max_attempts) + self._policy.result_ttl_s
+            await self._aggregation.open_round(record.round.round_id, layout.layout(), min(ttl_s, MAX_TTL_S))
         opened = record.round.advance(Event.OPEN, self._clock_ms())
         return WriteRound("open_round", record.model_copy(update={"round": opened}))
 
@@ -307,6 +321,8 @@ class Driver:
         commits = contributors(record, await self._store.commits(federation, record.sequence))
         if len(commits) < record.round.min_updates:
             return abandon(record, Reason.SHARD_MISSING, self._clock_ms())
+        if takes_ballots(federation, record):
+            return await self._rank(federation, record, commits)
         try:
             shards = await self._aggregate_shards(federation, record, commits)
         except DomainError as error:
@@ -314,6 +330,26 @@ class Driver:
                 raise
             return await self._drop(record, commits)
         return self._published(record, len(commits), [shards[i] for i in range(record.shard_count)])
+
+    async def _rank(
+        self, federation: FederationRecord, record: RoundRecord, commits: list[Commit]
+    ) -> WriteRound:
+        """Ranks the ballots of a vote; leads to its publication."""
+        tiers = transitions.budgets(await self._store.members(federation.federation_id))
+        tally, missing = Tally(total_columns(federation.matrices)), []
+        for update in (commit.update for commit in commits):
+            data = await self._store.ballot(federation, record.sequence, update.client_id)
+            if data is None or not is_of(data, update):  # lost, or replaced while it was being committed
+                missing.append(update.client_id)
+            else:
+                tally.add(await asyncio.to_thread(opened_ballot, data, federation))
+        if missing:
+            return _without(record, missing)
+        ranked, encoded = await asyncio.to_thread(ranked_list, tally, federation, tiers)
+        if ranked is not None:
+            await self._store.put_plan(federation.federation_id, ranked.digest.sha256, encoded)
+        record = record.model_copy(update={"ranked": ranked})
+        return self._published(record, len(commits), [])
 
     async def _aggregate_shards(
         self, federation: FederationRecord, record: RoundRecord, commits: list[Commit]
@@ -341,9 +377,7 @@ class Driver:
         ]
         if not missing:
             return abandon(record, Reason.SHARD_MISSING, self._clock_ms())
-        _log.warning("contributors_dropped", round_id=round_id, client_ids=missing)
-        dropped = (*record.dropped, *missing)
-        return WriteRound("drop_contributor", record.model_copy(update={"dropped": dropped}))
+        return _without(record, missing)
 
     def _published(
         self, record: RoundRecord, contributor_count: int, shards: list[ShardResult]
@@ -372,6 +406,13 @@ class Driver:
                 name, round_id=record.round.round_id, state=record.round.state, reason=record.round.reason
             )
             _measure(record)
+
+
+def _without(record: RoundRecord, missing: Sequence[str]) -> WriteRound:
+    """Leaves clients out of a round's aggregate."""
+    _log.warning("contributors_dropped", round_id=record.round.round_id, client_ids=missing)
+    dropped = (*record.dropped, *missing)
+    return WriteRound("drop_contributor", record.model_copy(update={"dropped": dropped}))
 
 
 def _measure(record: RoundRecord) -> None:

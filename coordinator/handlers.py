@@ -1,15 +1,16 @@
 """The use cases behind the RPCs: who may do what, in which order, on which records."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
 from coordinator import checks, transitions
 from coordinator.aggregation import AggregationPool, lacks
 from coordinator.assignments import Assignment, assignment_for
+from coordinator.ballots import most_bytes, opened_ballot, takes_ballots
 from coordinator.changes import Changes
 from coordinator.metrics import UPDATES_TOTAL
 from coordinator.records import (
@@ -153,17 +154,7 @@ class Handlers:
         Raises: ROUND_UNKNOWN, UPDATE_REWRITTEN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, LAYOUT_MISMATCH,
         INVALID_ARGUMENT, SHARD_MISSING.
         """
-        try:
-            outcome, count = await self._commit(federation_id, round_id, update)
-        except DomainError:
-            UPDATES_TOTAL.labels("refused").inc()
-            raise
-        UPDATES_TOTAL.labels(_OUTCOMES[outcome]).inc()
-        if outcome is CommitOutcome.REWRITTEN:
-            raise _rewritten()
-        if outcome is CommitOutcome.NOT_COLLECTING:
-            raise _not_collecting()
-        return count
+        return await _counted(self._commit(federation_id, round_id, update))
 
     async def _commit(self, federation_id: str, round_id: str, update: Update) -> tuple[CommitOutcome, int]:
         federation = (await self.store.federation(federation_id)).record
@@ -176,9 +167,50 @@ class Handlers:
             await self._check_update(federation, record, update)
         return await self.store.commit(federation, record.sequence, update)
 
+    async def cast_ballot(
+        self, federation_id: str, round_id: str, update: Update, pieces: AsyncIterator[bytes]
+    ) -> int:
+        """Counts a ballot once. `update` stands for it. Returns the count of the first receipt.
+
+        Raises: ROUND_UNKNOWN, UPDATE_REWRITTEN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, INVALID_ARGUMENT,
+        BALLOT_REFUSED, DIGEST_MISMATCH, TRANSFER_*.
+        """
+        return await _counted(self._cast(federation_id, round_id, update, pieces))
+
+    async def _cast(
+        self, federation_id: str, round_id: str, update: Update, pieces: AsyncIterator[bytes]
+    ) -> tuple[CommitOutcome, int]:
+        federation = (await self.store.federation(federation_id)).record
+        await self._touch(federation_id, update.client_id)
+        record = await self._round(federation, round_id)
+        update = update.model_copy(update={"layout_digest": record.layout_digest})
+        if await self.store.commit_of(federation, record.sequence, update.client_id) is None:
+            ballot = await self._ballot(federation, record, update, pieces)
+            await self.store.put_ballot(federation, record.sequence, update.client_id, ballot)
+        return await self.store.commit(federation, record.sequence, update)
+
+    async def _ballot(
+        self,
+        federation: FederationRecord,
+        record: RoundRecord,
+        update: Update,
+        pieces: AsyncIterator[bytes],
+    ) -> bytes:
+        """The checked ballot of a member of the cohort of a collecting vote."""
+        checks.require(takes_ballots(federation, record), "this round takes no ballots")
+        if record.round.state is not RoundState.COLLECTING:
+            raise _not_collecting()
+        _require_in_cohort(record, update.client_id)
+        (announced,) = update.shards
+        digest = Digest(bytes.fromhex(announced.sha256), announced.total_bytes)
+        data = await collect(pieces, digest, most_bytes(federation))
+        member = (await self.store.members(federation.federation_id)).get(update.client_id)
+        opened_ballot(data, federation, member.budget if member else 0.0)
+        return data
+
     async def _check_update(self, federation: FederationRecord, record: RoundRecord, update: Update) -> None:
-        if update.client_id not in record.round.cohort:
-            raise DomainError(Reason.NOT_IN_COHORT, "this client was not asked for an update in this round")
+        checks.require(not takes_ballots(federation, record), "this vote takes ballots: call CastBallot")
+        _require_in_cohort(record, update.client_id)
         if update.layout_digest != record.layout_digest:
             raise DomainError(Reason.LAYOUT_MISMATCH, "the update was made for another layout")
         checks.require(
@@ -264,6 +296,26 @@ class Handlers:
         seen = last or Sighting(stage="", progress=0.0, at_ms=0)
         now_ms = self.clock_ms()
         await self.store.see(federation_id, client_id, seen.model_copy(update={"at_ms": now_ms}))
+
+
+async def _counted(commit: Coroutine[Any, Any, tuple[CommitOutcome, int]]) -> int:
+    """The update count of a commit's receipt, measured. Raises UPDATE_REWRITTEN, ROUND_NOT_COLLECTING."""
+    try:
+        outcome, count = await commit
+    except DomainError:
+        UPDATES_TOTAL.labels("refused").inc()
+        raise
+    UPDATES_TOTAL.labels(_OUTCOMES[outcome]).inc()
+    if outcome is CommitOutcome.REWRITTEN:
+        raise _rewritten()
+    if outcome is CommitOutcome.NOT_COLLECTING:
+        raise _not_collecting()
+    return count
+
+
+def _require_in_cohort(record: RoundRecord, client_id: str) -> None:
+    if client_id not in record.round.cohort:
+        raise DomainError(Reason.NOT_IN_COHORT, "this client was not asked for an update in this round")
 
 
 def _rewritten() -> DomainError:

@@ -51,6 +51,10 @@ class Keys:
         """Hash from client to "ordinal manifest-digest Update"."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:commits"
 
+    def ballots(self, federation_id: str, instance: str, sequence: int) -> str:
+        """Hash from client to its encoded ballot, until the vote is over."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:ballots"
+
     def shards(self, federation_id: str, instance: str, sequence: int, generation: int) -> str:
         """Hash from shard index to ShardResult; another generation for another set of contributors."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:shards:{generation}"

@@ -51,7 +51,7 @@ class StoredDigest(Record):
 
 
 class Negotiation(Record):
-    """A plan being made: a vote was published, a leader ranks the sums."""
+    """A plan being made: a vote was published, a leader ranks the sums. Under "ope" the plan is there at once."""
 
     votes_sequence: int
     """Sequence of the vote."""
@@ -126,6 +126,9 @@ class FederationRecord(Record):
     """Attempt that the next round is."""
     trained: int = 0
     """Training rounds published."""
+    overlap: float | None = None
+    """Mean of what the newest training round's updates said of their overlap with the plan; None if they said nothing,
+    or there was a vote since."""
     planned_at: int = 0
     """Training rounds that had been published at the last vote."""
     plan_count: int = 0
@@ -148,6 +151,16 @@ class FederationRecord(Record):
     @property
     def selective(self) -> bool:
         return self.spec.protection.mode == "selective"
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The model's matrices; none before the first client joined."""
+        return self.model.matrices if self.model else ()
+
+    @property
+    def ballots(self) -> bool:
+        """Whether votes are ballots that the coordinator ranks."""
+        return self.spec.protection.negotiation == "ope"
 
     def round_id(self, sequence: int) -> str:
         """Identifier of a round, unique for all federations and attempts."""
@@ -189,6 +202,16 @@ class ShardResult(Record):
     cpu_s: float
 
 
+class RankedList(Record):
+    """What the coordinator made of a vote's ballots."""
+
+    digest: StoredDigest
+    tiers: tuple[float, ...]
+    """Budgets of the members when it was made, strictly increasing."""
+    tier_columns: tuple[tuple[int, ...], ...]
+    """Protected columns by matrix and tier."""
+
+
 class RoundRecord(Record):
     """A round with what the coordinator needs to run and to publish it."""
 
@@ -206,7 +229,9 @@ class RoundRecord(Record):
     contributor_count: int = 0
     """Updates in the result."""
     results: tuple[StoredDigest, ...] = ()
-    """By shard index, once published."""
+    """By shard index, once published; empty for a vote by ballots."""
+    ranked: RankedList | None = None
+    """Of a published vote by ballots; None if no member affords encryption."""
     aggregate_cpu_s: float = 0.0
     aggregate_wall_s: float = 0.0
 
@@ -238,6 +263,8 @@ class Report(Record):
     encrypt_s: float
     upload_s: float
     upload_bytes: int
+    overlap: float | None = None
+    """Share of its top columns that the plan protects, relative to when the plan was new."""
 
 
 class Update(Record):

@@ -123,10 +123,12 @@ class Renderer:
     async def _plan(self, federation: FederationRecord, plan: Plan | None) -> pb.PlanRef | None:
         if plan is None:
             return None
+        sequence = plan.negotiation.votes_sequence
         return pb.PlanRef(
             plan_number=plan.number,
             digest=digest_to_proto(plan.digest),
-            votes=await self._result(federation, plan.negotiation.votes_sequence),
+            votes=None if federation.ballots else await self._result(federation, sequence),
+            vote_round_id=federation.round_id(sequence),
         )
 
     async def _result(self, federation: FederationRecord, sequence: int) -> common_pb2.ResultRef:

@@ -84,6 +84,18 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             count = await self._handlers.commit(request.federation_id, request.round_id, update)
             return pb.CommitUpdateResponse(update_count=count)
 
+    async def CastBallot(
+        self, request_iterator: AsyncIterator[pb.CastBallotRequest], context: _Context
+    ) -> pb.CastBallotResponse:
+        async with translated(context):
+            first = await anext(request_iterator, pb.CastBallotRequest())
+            checks.require(first.HasField("header"), "the first message must be the header")
+            header = first.header
+            count = await self._handlers.cast_ballot(
+                header.federation_id, header.round_id, checks.ballot(header), _pieces(request_iterator)
+            )
+            return pb.CastBallotResponse(ballot_count=count)
+
     async def PublishPlan(
         self, request_iterator: AsyncIterator[pb.PublishPlanRequest], context: _Context
     ) -> pb.PublishPlanResponse:
@@ -131,7 +143,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         return await self._render.federation(record, self._handlers.clock_ms())
 
 
-async def _pieces(requests: AsyncIterator[pb.PublishPlanRequest]) -> AsyncIterator[bytes]:
+async def _pieces(
+    requests: AsyncIterator[pb.PublishPlanRequest] | AsyncIterator[pb.CastBallotRequest],
+) -> AsyncIterator[bytes]:
     """The pieces after the header."""
     async for request in requests:
         if request.HasField("header"):

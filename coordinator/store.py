@@ -108,6 +108,17 @@ class Store(Protocol):
     async def commit_count(self, federation: FederationRecord, sequence: int) -> int:
         """Number of committed updates."""
 
+    async def put_ballot(
+        self, federation: FederationRecord, sequence: int, client_id: str, ballot: bytes
+    ) -> None:
+        """Keeps a client's ballot; before it is committed a repeat replaces it."""
+
+    async def ballot(self, federation: FederationRecord, sequence: int, client_id: str) -> bytes | None:
+        """A client's ballot; None if there is none (any more)."""
+
+    async def drop_ballots(self, federation: FederationRecord, sequence: int) -> None:
+        """Deletes all ballots of a vote."""
+
     async def put_member(self, federation_id: str, member: Member) -> None:
         """Adds or replaces a member."""
 
@@ -324,6 +335,26 @@ class RedisStore:
     async def commit_count(self, federation: FederationRecord, sequence: int) -> int:
         key = self._keys.commits(federation.federation_id, federation.instance, sequence)
         return int(await self._redis.hlen(key))
+
+    @_available
+    async def put_ballot(
+        self, federation: FederationRecord, sequence: int, client_id: str, ballot: bytes
+    ) -> None:
+        key = self._keys.ballots(federation.federation_id, federation.instance, sequence)
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.hset(key, client_id, ballot)
+            pipeline.pexpire(key, self._retention_ms)
+            await pipeline.execute()
+
+    @_available
+    async def ballot(self, federation: FederationRecord, sequence: int, client_id: str) -> bytes | None:
+        key = self._keys.ballots(federation.federation_id, federation.instance, sequence)
+        found = await self._redis.hget(key, client_id)
+        return None if found is None else bytes(found)
+
+    @_available
+    async def drop_ballots(self, federation: FederationRecord, sequence: int) -> None:
+        await self._redis.unlink(self._keys.ballots(federation.federation_id, federation.instance, sequence))
 
     @_available
     async def put_member(self, federation_id: str, member: Member) -> None:

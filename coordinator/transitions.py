@@ -125,17 +125,21 @@ def settled(
     voters: Sequence[str],
     members: Mapping[str, Member],
     now_ms: int,
+    overlap: float | None = None,
 ) -> FederationRecord:
     """Takes the outcome of an ended round into the federation.
 
-    Args: voters: who committed, in order; for a published vote the candidates to lead. members: by client.
+    Args: voters: who committed, in order; for a published vote the candidates to lead. members: by client. overlap:
+    mean overlap with the plan that updates report.
     """
     if ended.round.state is RoundState.ABANDONED:
         after = _after_abandonment(record, ended)
+    elif ended.round.kind is RoundKind.VOTE and record.ballots:
+        after = _after_ballots(record, ended, now_ms)
     elif ended.round.kind is RoundKind.VOTE:
         after = _after_vote(record, ended, voters, members, now_ms)
     else:
-        after = _after_training(record, ended)
+        after = edit(_after_training(record, ended), overlap=overlap)
     return edit(after, ticket=None, garbage=_garbage(record, after, ended))
 
 
@@ -170,8 +174,30 @@ def _after_vote(
         record,
         attempt=1,
         planned_at=record.trained,
+        overlap=None,
         negotiation=negotiation if tiers else None,
     )
+
+
+def _after_ballots(record: FederationRecord, ended: RoundRecord, now_ms: int) -> FederationRecord:
+    """Puts the ranked list in force: no agent makes the plan, and no other can if members reject it."""
+    after = edit(record, attempt=1, planned_at=record.trained, overlap=None)
+    ranked = ended.ranked
+    if ranked is None:
+        return after
+    number = record.plan_count + 1
+    negotiation = Negotiation(
+        votes_sequence=ended.sequence,
+        votes_layout=ended.layout_digest,
+        tiers=ranked.tiers,
+        candidates=(),
+        deadline_ms=now_ms,
+        plan_number=number,
+    )
+    plan = Plan(
+        number=number, digest=ranked.digest, negotiation=negotiation, tier_columns=ranked.tier_columns
+    )
+    return edit(after, plan=plan, plan_count=number)
 
 
 def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationRecord:

@@ -105,6 +105,10 @@ class RoundSpec(Spec):
     replan_every_rounds: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Training rounds after which the plan is negotiated anew, 0 for never: sensitivities drift slowly."""
 
+    replan_below_overlap: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of their top columns under the plan, relative to when it was new, below which agents negotiate anew; 0 for
+    never. Agents score their columns every round for it and report the share in steps of 5 %."""
+
     @model_validator(mode="after")
     def _enough_clients(self) -> Self:
         if self.clients < self.min_updates:
@@ -125,14 +129,30 @@ class ProtectionSpec(Spec):
     parameters: str = STANDARD.name
     """CKKS profile by name; the default is 128-bit secure and the smallest on the wire."""
 
-    negotiation: Literal["sealed"] = "sealed"
-    """How clients agree on columns: `sealed` adds up encrypted votes."""
+    negotiation: Literal["sealed", "ope"] = "sealed"
+    """How clients agree on columns: `sealed` adds up encrypted votes; `ope`, the paper's way, shows the coordinator
+    the order of scores under secret labels."""
 
     tensor_bound: Annotated[float, Field(gt=0, le=1e6)] = 4.0
     """Largest absolute value in an encrypted tensor; precision is lost in proportion to it."""
 
     max_directions: Annotated[int, Field(ge=1, le=4096)] = 256
     """Most directions in an aggregate. The sum of all ranks is lossless; beyond, the result says what it left out."""
+
+    common_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Under `ope`, the weight of what most clients name against what any client finds most sensitive."""
+
+    coverage_floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of what a client could cover at its budget below which its next vote gains weight; 0 for never. It
+    guarantees coverage of a score, not privacy: see docs/negotiation.md."""
+
+    max_vote_weight: Annotated[float, Field(ge=1, le=64)] = 8.0
+    """Most votes one client may come to have under a `coverage_floor`; sealed votes lose precision in proportion."""
+
+    @property
+    def largest_vote(self) -> float:
+        """Most votes that one client has."""
+        return self.max_vote_weight if self.coverage_floor else 1.0
 
     @field_validator("parameters")
     @classmethod
@@ -157,6 +177,17 @@ class FederationSpec(Spec):
 
     protection: ProtectionSpec = ProtectionSpec()
     """What is encrypted."""
+
+    @model_validator(mode="after")
+    def _floor_has_another_vote(self) -> Self:
+        rules = self.round
+        if self.protection.coverage_floor and not (rules.replan_every_rounds or rules.replan_below_overlap):
+            raise PydanticCustomError(
+                "coverage_floor",
+                "protection.coverage_floor acts on the next vote, and there is none: set round.replan_every_rounds "
+                "or round.replan_below_overlap",
+            )
+        return self
 
     @classmethod
     def from_yaml(cls, path: Path) -> Self:

@@ -1,4 +1,4 @@
-"""What agents derive from the obfuscation secret: column orders, initial factors, the key that seals plans.
+"""What agents derive from the obfuscation secret: column orders, initial factors, keys and labels of plans.
 
 Columns travel in a secret order, the same for all agents and unknown to every server, and LoRA starts from a secret
 A. Without them the clear part of an update gives training text away even when nearly all columns are encrypted
@@ -49,14 +49,38 @@ class Obfuscation:
             return np.zeros(shape, dtype=np.float32)
         return self._uniform("initial-tensor", name, shape, 1 / math.sqrt(math.prod(shape[1:])))
 
+    def labels(self, vote: str, matrix: str, columns: int) -> NDArray[np.int64]:
+        """Secret labels of a matrix's columns in one vote: entry k is the true index of the column labelled k."""
+        name = f"{len(vote)}:{vote}/{matrix}"  # the length keeps two pairs of names apart
+        return np.argsort(self._words("ballot-label", name, columns), kind="stable")
+
+    def increasing(self, vote: str, levels: int) -> NDArray[np.uint64]:
+        """A random strictly increasing function of 0 to levels - 1, at most 2^32 levels, for one vote; below 2^63.
+
+        A range of 2^62 is halved again and again, each time at a random point of it. Sums of independent draws would
+        be simpler, but close to a straight line: they show the distances of scores beside their order.
+        """
+        depth = max(1, (levels - 1).bit_length())
+        cuts = self._unit("ballot-value", vote, 2**depth)
+        shares = np.ones(1)
+        for level in range(depth):
+            left = shares * cuts[2**level : 2 ** (level + 1)]
+            shares = np.stack([left, shares - left], axis=1).reshape(-1)
+        steps = (shares[:levels] * 2.0**62).astype(np.uint64) + np.uint64(1)
+        return np.cumsum(steps, dtype=np.uint64)
+
     def plan_key(self) -> bytes:
         """AES-256 key under which agents exchange plans."""
         return self._derive("plan-key", "")
 
     def _uniform(self, purpose: str, name: str, shape: tuple[int, ...], bound: float) -> NDArray[np.float32]:
-        words = self._words(purpose, name, math.prod(shape))
-        unit = (words >> np.uint64(11)).astype(np.float64) * _UNIT
+        unit = self._unit(purpose, name, math.prod(shape))
         return ((2 * unit - 1) * bound).astype(np.float32).reshape(shape)
+
+    def _unit(self, purpose: str, name: str, count: int) -> NDArray[np.float64]:
+        """Numbers in [0, 1), of 53 bits."""
+        unit: NDArray[np.float64] = (self._words(purpose, name, count) >> np.uint64(11)).astype(np.float64)
+        return unit * _UNIT
 
     def _words(self, purpose: str, name: str, count: int) -> NDArray[np.uint64]:
         """`count` 64-bit words of the key stream of (epoch, purpose, name)."""

@@ -15,7 +15,7 @@ from shelora.lora.shards import Float32, Float64
 
 VOTE_BOUND = 256.0
 """Largest vote for one column, in multiples of an even vote. Columns beyond are at the top of any plan all the same;
-the bound keeps the ciphertext noise below 10^-3 of an even vote."""
+the bound keeps the ciphertext noise below 10^-3 of an even vote of the largest weight."""
 
 
 def vote_bound(matrices: Sequence[Matrix]) -> float:
@@ -38,8 +38,23 @@ def vote_layout(matrices: Sequence[Matrix], parameters: str, key_id: bytes) -> L
     )
 
 
-def cast_votes(matrices: Sequence[Matrix], scores: Mapping[str, Float64]) -> dict[str, Float32]:
-    """Normalizes scores [in_features] a matrix to a vote: non-negative, of sum one before the bound is applied.
+def cast_votes(
+    matrices: Sequence[Matrix], scores: Mapping[str, Float64], share: float = 1.0
+) -> dict[str, Float32]:
+    """A vote from scores [in_features] a matrix: non-negative, of sum `share` before the bound is applied.
+
+    Args: share: The vote's weight over the largest weight a vote may have, in (0, 1].
+    Raises: SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE (negative scores), naming the matrix.
+    """
+    bound = np.float32(vote_bound(matrices))
+    return {
+        name: np.minimum((share * values).astype(np.float32), bound)
+        for name, values in normalized(matrices, scores).items()
+    }
+
+
+def normalized(matrices: Sequence[Matrix], scores: Mapping[str, Float64]) -> dict[str, Float64]:
+    """Scores of sum one over all matrices; all equal if all are zero.
 
     Raises: SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE (negative scores), naming the matrix.
     """
@@ -48,11 +63,10 @@ def cast_votes(matrices: Sequence[Matrix], scores: Mapping[str, Float64]) -> dic
     largest = max(float(scores[m.name].max()) for m in matrices)
     if largest == 0:
         even = 1 / sum(m.in_features for m in matrices)
-        return {m.name: np.full(m.in_features, even, dtype=np.float32) for m in matrices}
+        return {m.name: np.full(m.in_features, even) for m in matrices}
     relative = {m.name: scores[m.name] / largest for m in matrices}  # so that no sum overflows
     total = sum(float(r.sum()) for r in relative.values())
-    bound = np.float32(vote_bound(matrices))
-    return {name: np.minimum((r / total).astype(np.float32), bound) for name, r in relative.items()}
+    return {name: r / total for name, r in relative.items()}
 
 
 def summed_scores(matrices: Sequence[Matrix], tensors: Mapping[str, Float32]) -> dict[str, Float64]:

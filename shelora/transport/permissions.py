@@ -35,6 +35,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/shelora.v1.Coordinator/Watch": _CLIENT,
         "/shelora.v1.Coordinator/Heartbeat": _CLIENT,
         "/shelora.v1.Coordinator/CommitUpdate": _CLIENT,
+        "/shelora.v1.Coordinator/CastBallot": _CLIENT,
         "/shelora.v1.Coordinator/PublishPlan": _CLIENT,
         "/shelora.v1.Coordinator/GetPlan": _CLIENT,
         "/shelora.v1.Coordinator/RejectPlan": _CLIENT,

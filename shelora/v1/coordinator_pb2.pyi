@@ -181,6 +181,7 @@ class RoundSpec(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
     REPLAN_EVERY_ROUNDS_FIELD_NUMBER: _builtins.int
+    REPLAN_BELOW_OVERLAP_FIELD_NUMBER: _builtins.int
     rounds: _builtins.int
     """Training rounds, 1 to 10000."""
     clients: _builtins.int
@@ -193,6 +194,10 @@ class RoundSpec(_message.Message):
     """Attempts at a round before the federation fails, from 1."""
     replan_every_rounds: _builtins.int
     """Training rounds after which the plan is negotiated anew; 0 for never."""
+    replan_below_overlap: _builtins.float
+    """Mean of the overlaps that agents report (UpdateReport.overlap) below which the plan is negotiated anew, 0 to 1;
+    0 for never, and agents measure none.
+    """
     def __init__(
         self,
         *,
@@ -202,10 +207,11 @@ class RoundSpec(_message.Message):
         deadline_s: _builtins.int = ...,
         max_attempts: _builtins.int = ...,
         replan_every_rounds: _builtins.int = ...,
+        replan_below_overlap: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "deadline_s", b"deadline_s", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "deadline_s", b"deadline_s", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -222,16 +228,25 @@ class ProtectionSpec(_message.Message):
     NEGOTIATION_FIELD_NUMBER: _builtins.int
     TENSOR_BOUND_FIELD_NUMBER: _builtins.int
     MAX_DIRECTIONS_FIELD_NUMBER: _builtins.int
+    COMMON_WEIGHT_FIELD_NUMBER: _builtins.int
+    COVERAGE_FLOOR_FIELD_NUMBER: _builtins.int
+    MAX_VOTE_WEIGHT_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
     """"selective" (encrypt each client's budget of columns, all tensors) or "none"."""
     parameters: _builtins.str
     """CKKS profile by name."""
     negotiation: _builtins.str
-    """Negotiation protocol: "sealed"."""
+    """Negotiation protocol: "sealed" (encrypted votes, agents rank) or "ope" (ballots, the coordinator ranks)."""
     tensor_bound: _builtins.float
     """Largest absolute value in an encrypted tensor."""
     max_directions: _builtins.int
     """Largest number of directions in an aggregate."""
+    common_weight: _builtins.float
+    """Weight of the Common list when "ope" merges it with the Sensitivity list, 0 to 1."""
+    coverage_floor: _builtins.float
+    """Share of the sensitivity a client could cover at its budget below which its vote gains weight, 0 to 1; 0 for never."""
+    max_vote_weight: _builtins.float
+    """Most votes that one client may come to have, 1 to 64. Without a coverage_floor every client has one."""
     def __init__(
         self,
         *,
@@ -240,10 +255,13 @@ class ProtectionSpec(_message.Message):
         negotiation: _builtins.str = ...,
         tensor_bound: _builtins.float = ...,
         max_directions: _builtins.int = ...,
+        common_weight: _builtins.float = ...,
+        coverage_floor: _builtins.float = ...,
+        max_vote_weight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_directions", b"max_directions", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -414,6 +432,7 @@ class UpdateReport(_message.Message):
     ENCRYPT_S_FIELD_NUMBER: _builtins.int
     UPLOAD_S_FIELD_NUMBER: _builtins.int
     UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     example_count: _builtins.int
     """Examples seen in training this round, the aggregation weight, 1 to 10^9."""
@@ -425,6 +444,10 @@ class UpdateReport(_message.Message):
     upload_s: _builtins.float
     upload_bytes: _builtins.int
     """Bytes of the shards of this update, resent ones not counted twice."""
+    overlap: _builtins.float
+    """How many of the client's present top columns the plan protects, relative to when the plan was new, 0 to 1, in
+    steps of 0.05. Unset if the federation does not ask or nothing is planned.
+    """
     def __init__(
         self,
         *,
@@ -435,12 +458,15 @@ class UpdateReport(_message.Message):
         encrypt_s: _builtins.float = ...,
         upload_s: _builtins.float = ...,
         upload_bytes: _builtins.int = ...,
+        overlap: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_overlap", b"_overlap", "overlap", b"overlap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "encrypt_s", b"encrypt_s", "example_count", b"example_count", "train_loss", b"train_loss", "train_s", b"train_s", "upload_bytes", b"upload_bytes", "upload_s", b"upload_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_overlap", b"_overlap", "client_id", b"client_id", "encrypt_s", b"encrypt_s", "example_count", b"example_count", "overlap", b"overlap", "train_loss", b"train_loss", "train_s", b"train_s", "upload_bytes", b"upload_bytes", "upload_s", b"upload_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__overlap: _TypeAlias = _typing.Literal["overlap"]  # noqa: Y015
+    _WhichOneofArgType__overlap: _TypeAlias = _typing.Literal["_overlap", b"_overlap"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__overlap) -> _WhichOneofReturnType__overlap | None: ...
 
 Global___UpdateReport: _TypeAlias = UpdateReport  # noqa: Y015
 
@@ -776,15 +802,18 @@ class PlanRef(_message.Message):
     PLAN_NUMBER_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     VOTES_FIELD_NUMBER: _builtins.int
+    VOTE_ROUND_ID_FIELD_NUMBER: _builtins.int
     plan_number: _builtins.int
     """Number of the plan in its federation, from 1."""
+    vote_round_id: _builtins.str
+    """Round in which the votes for it were cast; under "ope" it keys the labels."""
     @_builtins.property
     def digest(self) -> _common_pb2.ShardDigest:
-        """SHA-256 and size of the sealed plan."""
+        """SHA-256 and size of the sealed plan, or of the ranked list of labels."""
 
     @_builtins.property
     def votes(self) -> _common_pb2.ResultRef:
-        """The summed votes it was made from, for checking it."""
+        """The summed votes it was made from, for checking it. Unset under "ope"."""
 
     def __init__(
         self,
@@ -792,10 +821,11 @@ class PlanRef(_message.Message):
         plan_number: _builtins.int = ...,
         digest: _common_pb2.ShardDigest | None = ...,
         votes: _common_pb2.ResultRef | None = ...,
+        vote_round_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "votes", b"votes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "plan_number", b"plan_number", "votes", b"votes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "plan_number", b"plan_number", "vote_round_id", b"vote_round_id", "votes", b"votes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -871,7 +901,7 @@ Global___Wait: _TypeAlias = Wait  # noqa: Y015
 
 @_typing.final
 class Vote(_message.Message):
-    """Score the columns, encrypt the scores, commit them."""
+    """Score the columns; encrypt the scores and commit them, or under "ope" cast a ballot."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1133,6 +1163,91 @@ class CommitUpdateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommitUpdateResponse: _TypeAlias = CommitUpdateResponse  # noqa: Y015
+
+@_typing.final
+class CastBallotRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
+    piece: _builtins.bytes
+    """Further bytes of the ballot, in order, at most 256 KiB a message."""
+    @_builtins.property
+    def header(self) -> Global___CastBallotHeader:
+        """First message of the stream."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___CastBallotHeader | None = ...,
+        piece: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "part", b"part", "piece", b"piece"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "part", b"part", "piece", b"piece"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "piece"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___CastBallotRequest: _TypeAlias = CastBallotRequest  # noqa: Y015
+
+@_typing.final
+class CastBallotHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    round_id: _builtins.str
+    client_id: _builtins.str
+    @_builtins.property
+    def digest(self) -> _common_pb2.ShardDigest:
+        """Digest of the ballot (docs/negotiation.md, "Ballots")."""
+
+    @_builtins.property
+    def report(self) -> Global___UpdateReport:
+        """What the vote says of itself; example_count is 1: each client has one ballot."""
+
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+        digest: _common_pb2.ShardDigest | None = ...,
+        report: Global___UpdateReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "digest", b"digest", "federation_id", b"federation_id", "report", b"report", "round_id", b"round_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CastBallotHeader: _TypeAlias = CastBallotHeader  # noqa: Y015
+
+@_typing.final
+class CastBallotResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BALLOT_COUNT_FIELD_NUMBER: _builtins.int
+    ballot_count: _builtins.int
+    """Ballots cast so far, this one included."""
+    def __init__(
+        self,
+        *,
+        ballot_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ballot_count", b"ballot_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CastBallotResponse: _TypeAlias = CastBallotResponse  # noqa: Y015
 
 @_typing.final
 class PublishPlanRequest(_message.Message):

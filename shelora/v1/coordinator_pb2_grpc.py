@@ -75,6 +75,11 @@ class CoordinatorStub:
                 request_serializer=shelora_dot_v1_dot_coordinator__pb2.CommitUpdateRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_coordinator__pb2.CommitUpdateResponse.FromString,
                 _registered_method=True)
+        self.CastBallot = channel.stream_unary(
+                '/shelora.v1.Coordinator/CastBallot',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.CastBallotRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.CastBallotResponse.FromString,
+                _registered_method=True)
         self.PublishPlan = channel.stream_unary(
                 '/shelora.v1.Coordinator/PublishPlan',
                 request_serializer=shelora_dot_v1_dot_coordinator__pb2.PublishPlanRequest.SerializeToString,
@@ -164,6 +169,16 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CastBallot(self, request_iterator, context):
+        """Casts a client's ballot in a vote under negotiation "ope". First message: header. Counted exactly once.
+        Idempotent by digest: the same ballot returns the first receipt, also after the vote moved on; another ballot
+        fails with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, DIGEST_MISMATCH,
+        TRANSFER_TOO_LARGE, BALLOT_REFUSED (labels, values, more columns than the budget allows).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PublishPlan(self, request_iterator, context):
         """Publishes the plan that the leader made from the summed votes, sealed for agents. First message: header.
         Idempotent by digest. Fails with NOT_LEADER, ROUND_UNKNOWN, DIGEST_MISMATCH, INVALID_ARGUMENT (counts).
@@ -173,7 +188,7 @@ class CoordinatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetPlan(self, request, context):
-        """Streams the sealed plan. Read only. Fails with PLAN_UNKNOWN.
+        """Streams the plan: sealed for agents, or under "ope" the ranked list of labels. Read only. Fails with PLAN_UNKNOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -236,6 +251,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.CommitUpdate,
                     request_deserializer=shelora_dot_v1_dot_coordinator__pb2.CommitUpdateRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_coordinator__pb2.CommitUpdateResponse.SerializeToString,
+            ),
+            'CastBallot': grpc.stream_unary_rpc_method_handler(
+                    servicer.CastBallot,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.CastBallotRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.CastBallotResponse.SerializeToString,
             ),
             'PublishPlan': grpc.stream_unary_rpc_method_handler(
                     servicer.PublishPlan,
@@ -475,6 +495,33 @@ class Coordinator:
             '/shelora.v1.Coordinator/CommitUpdate',
             shelora_dot_v1_dot_coordinator__pb2.CommitUpdateRequest.SerializeToString,
             shelora_dot_v1_dot_coordinator__pb2.CommitUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CastBallot(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/shelora.v1.Coordinator/CastBallot',
+            shelora_dot_v1_dot_coordinator__pb2.CastBallotRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.CastBallotResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,12 +61,18 @@ class CoordinatorStub:
     Idempotent: the same manifest returns the first receipt, also after the round moved on; another manifest fails
     with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING.
     """
+    CastBallot: _grpc.StreamUnaryMultiCallable[_coordinator_pb2.CastBallotRequest, _coordinator_pb2.CastBallotResponse]
+    """Casts a client's ballot in a vote under negotiation "ope". First message: header. Counted exactly once.
+    Idempotent by digest: the same ballot returns the first receipt, also after the vote moved on; another ballot
+    fails with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, DIGEST_MISMATCH,
+    TRANSFER_TOO_LARGE, BALLOT_REFUSED (labels, values, more columns than the budget allows).
+    """
     PublishPlan: _grpc.StreamUnaryMultiCallable[_coordinator_pb2.PublishPlanRequest, _coordinator_pb2.PublishPlanResponse]
     """Publishes the plan that the leader made from the summed votes, sealed for agents. First message: header.
     Idempotent by digest. Fails with NOT_LEADER, ROUND_UNKNOWN, DIGEST_MISMATCH, INVALID_ARGUMENT (counts).
     """
     GetPlan: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.GetPlanRequest, _coordinator_pb2.GetPlanResponse]
-    """Streams the sealed plan. Read only. Fails with PLAN_UNKNOWN."""
+    """Streams the plan: sealed for agents, or under "ope" the ranked list of labels. Read only. Fails with PLAN_UNKNOWN."""
     RejectPlan: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RejectPlanRequest, _coordinator_pb2.RejectPlanResponse]
     """Says that a plan does not match the votes. The coordinator discards it and names another leader.
     Idempotent. Fails with PLAN_UNKNOWN if the plan was replaced already.
@@ -107,12 +113,18 @@ class CoordinatorAsyncStub(CoordinatorStub):
     Idempotent: the same manifest returns the first receipt, also after the round moved on; another manifest fails
     with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING.
     """
+    CastBallot: _aio.StreamUnaryMultiCallable[_coordinator_pb2.CastBallotRequest, _coordinator_pb2.CastBallotResponse]  # type: ignore[assignment]
+    """Casts a client's ballot in a vote under negotiation "ope". First message: header. Counted exactly once.
+    Idempotent by digest: the same ballot returns the first receipt, also after the vote moved on; another ballot
+    fails with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, DIGEST_MISMATCH,
+    TRANSFER_TOO_LARGE, BALLOT_REFUSED (labels, values, more columns than the budget allows).
+    """
     PublishPlan: _aio.StreamUnaryMultiCallable[_coordinator_pb2.PublishPlanRequest, _coordinator_pb2.PublishPlanResponse]  # type: ignore[assignment]
     """Publishes the plan that the leader made from the summed votes, sealed for agents. First message: header.
     Idempotent by digest. Fails with NOT_LEADER, ROUND_UNKNOWN, DIGEST_MISMATCH, INVALID_ARGUMENT (counts).
     """
     GetPlan: _aio.UnaryStreamMultiCallable[_coordinator_pb2.GetPlanRequest, _coordinator_pb2.GetPlanResponse]  # type: ignore[assignment]
-    """Streams the sealed plan. Read only. Fails with PLAN_UNKNOWN."""
+    """Streams the plan: sealed for agents, or under "ope" the ranked list of labels. Read only. Fails with PLAN_UNKNOWN."""
     RejectPlan: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RejectPlanRequest, _coordinator_pb2.RejectPlanResponse]  # type: ignore[assignment]
     """Says that a plan does not match the votes. The coordinator discards it and names another leader.
     Idempotent. Fails with PLAN_UNKNOWN if the plan was replaced already.
@@ -200,6 +212,18 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def CastBallot(
+        self,
+        request_iterator: _MaybeAsyncIterator[_coordinator_pb2.CastBallotRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.CastBallotResponse, _abc.Awaitable[_coordinator_pb2.CastBallotResponse]]:
+        """Casts a client's ballot in a vote under negotiation "ope". First message: header. Counted exactly once.
+        Idempotent by digest: the same ballot returns the first receipt, also after the vote moved on; another ballot
+        fails with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, DIGEST_MISMATCH,
+        TRANSFER_TOO_LARGE, BALLOT_REFUSED (labels, values, more columns than the budget allows).
+        """
+
+    @_abc_1.abstractmethod
     def PublishPlan(
         self,
         request_iterator: _MaybeAsyncIterator[_coordinator_pb2.PublishPlanRequest],
@@ -215,7 +239,7 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.GetPlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_coordinator_pb2.GetPlanResponse], _abc.AsyncIterator[_coordinator_pb2.GetPlanResponse]]:
-        """Streams the sealed plan. Read only. Fails with PLAN_UNKNOWN."""
+        """Streams the plan: sealed for agents, or under "ope" the ranked list of labels. Read only. Fails with PLAN_UNKNOWN."""
 
     @_abc_1.abstractmethod
     def RejectPlan(

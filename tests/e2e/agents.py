@@ -3,8 +3,10 @@
 import csv
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -88,7 +90,9 @@ def _shuffled(rng: random.Random, words: list[str]) -> list[str]:
     return rng.sample(words, len(words))
 
 
-def specification(mode: str = "selective", **round_fields: int) -> FederationSpec:
+def specification(
+    mode: str = "selective", protection: Mapping[str, Any] | None = None, **round_fields: float
+) -> FederationSpec:
     return FederationSpec.model_validate(
         {
             "name": "weather",
@@ -103,7 +107,7 @@ def specification(mode: str = "selective", **round_fields: int) -> FederationSpe
                 "evaluation_examples": 20,
             },
             "round": {"rounds": 2, "clients": 3, "min_updates": 2, "deadline_s": 120, **round_fields},
-            "protection": {"mode": mode},
+            "protection": {"mode": mode, **(protection or {})},
         }
     )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import redis
 from peft import PeftModel
 from safetensors.numpy import load_file
@@ -17,6 +18,7 @@ from services.key_authority.epochs import EpochId
 from services.key_authority.sealer import SealingKey
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.render import round_figures, training_rounds
+from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 from tests.e2e import federations
 from tests.e2e.agents import AGENTS, LABELS, enrol, spawn_agent, specification, start_agent
@@ -26,10 +28,23 @@ WINDOW = 12
 """Bytes of a secret that count as found: 2^-96 by chance."""
 
 
+REPLANNING = {"rounds": 3, "replan_every_rounds": 1, "replan_below_overlap": 0.5}
+FLOOR = {"coverage_floor": 0.9, "max_vote_weight": 16.0}
+
+
+@pytest.mark.parametrize(
+    ("spec", "votes"),
+    [
+        (specification(), 1),
+        (specification(protection={"negotiation": "sealed", **FLOOR}, **REPLANNING), 3),
+        (specification(protection={"negotiation": "ope", **FLOOR}, **REPLANNING), 3),
+    ],
+    ids=["sealed", "sealed and replanned", "ope and replanned"],
+)
 async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_secret(
-    cluster: LocalCluster, model: Path, tmp_path: Path
+    cluster: LocalCluster, model: Path, tmp_path: Path, spec: FederationSpec, votes: int
 ):
-    spec, real = specification(), cluster.addresses
+    real = cluster.addresses
     for agent in AGENTS:
         await enrol(cluster, agent, tmp_path)
     clients = [tmp_path / agent.name / "state" / "identity" for agent in AGENTS]
@@ -57,6 +72,10 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
     assert federation.phase == pb.PHASE_FINISHED, federation.failure
     assert [agent.popen.returncode for agent in agents] == [0, 0, 0]
     _assert_rounds_are_complete(federation)
+    assert [r.kind for r in federation.history].count(pb.ROUND_KIND_VOTE) == votes
+    for summary in training_rounds(federation):
+        reported = [update.overlap for update in summary.updates if update.HasField("overlap")]
+        assert reported == [1.0] * (len(AGENTS) if spec.round.replan_below_overlap else 0)
     _assert_adapters_agree_and_load(tmp_path, model)
 
     folder = tmp_path / "cluster"
@@ -107,7 +126,7 @@ async def test_a_finished_federation_leaves_only_keys_that_expire(
 
 def _assert_rounds_are_complete(federation: pb.Federation) -> None:
     rounds = training_rounds(federation)
-    assert [r.number for r in rounds] == [1, 2]
+    assert [r.number for r in rounds] == list(range(1, federation.spec.round.rounds + 1))
     for summary in rounds:
         assert summary.update_count == len(AGENTS)
         assert len(summary.evaluations) == len(AGENTS)

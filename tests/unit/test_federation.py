@@ -72,7 +72,17 @@ def test_every_field_of_the_wire_has_a_field_here_and_back():
             {"parameters": "insecure-toy"},
             "protection.parameters = 'insecure-toy': use one of large",
         ),
-        ("protection", {"negotiation": "ope"}, "protection.negotiation = 'ope': use 'sealed'"),
+        ("protection", {"negotiation": "open"}, "protection.negotiation = 'open': use 'sealed' or 'ope'"),
+        (
+            "protection",
+            {"max_vote_weight": 65},
+            "protection.max_vote_weight = 65: use less than or equal to 64",
+        ),
+        (
+            "protection",
+            {"coverage_floor": 0.5},
+            "set round.replan_every_rounds or round.replan_below_overlap",
+        ),
         ("protection", {"tensor_bound": -1.0}, "protection.tensor_bound = -1.0"),
     ],
 )

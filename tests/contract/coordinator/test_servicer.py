@@ -312,3 +312,31 @@ async def test_an_ended_federation_takes_no_more_clients(stub, fed):
         await stub.Join(join("late"))
     async with refused(Reason.FEDERATION_CLOSED):
         await stub.StartFederation(pb.StartFederationRequest(federation_id="fed"))
+
+
+async def test_a_ballot_is_cast_over_the_wire_and_a_stream_without_header_is_refused(stub, fed):
+    await stub.CreateFederation(pb.CreateFederationRequest(spec=spec(negotiation="ope").to_proto()))
+    for client in "abc":
+        await stub.Join(join(client))
+    await stub.StartFederation(pb.StartFederationRequest(federation_id="fed"))
+    await fed.settle()
+    data, round_id = fed.ballot("a"), (await fed.assignment("a")).vote.round.round_id
+
+    def parts(with_header=True):
+        digest = Digest.of(data)
+        announced = common_pb2.ShardDigest(sha256=digest.sha256, total_bytes=digest.total_bytes)
+        if with_header:
+            header = pb.CastBallotHeader(
+                federation_id="fed",
+                round_id=round_id,
+                client_id="a",
+                digest=announced,
+                report=pb.UpdateReport(example_count=1),
+            )
+            yield pb.CastBallotRequest(header=header)
+        for piece in cut(data):
+            yield pb.CastBallotRequest(piece=piece)
+
+    assert (await stub.CastBallot(parts())).ballot_count == 1
+    async with refused(Reason.INVALID_ARGUMENT, "the first message must be the header"):
+        await stub.CastBallot(parts(with_header=False))

@@ -1,10 +1,13 @@
 """A coordinator on a real store with fakes around it, driven step by step under a clock that tests move."""
 
 import itertools
+import math
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from coordinator import checks
 from coordinator.aggregation import AggregationPool
@@ -18,6 +21,7 @@ from coordinator.render import Renderer
 from coordinator.store import RedisStore, Store, connect
 from shelora.federation import FederationSpec
 from shelora.messages import layout_from_proto, matrix_from_proto
+from shelora.negotiation.ballots import Ballot
 from shelora.transport.channel import open_channel
 from shelora.transport.pieces import Digest, cut
 from shelora.v1 import common_pb2
@@ -28,10 +32,11 @@ MATRICES = [
     common_pb2.Matrix(name="layer.0.query", out_features=8, in_features=12),
     common_pb2.Matrix(name="layer.0.value", out_features=8, in_features=12),
 ]
+COLUMNS = 24
 TENSORS = [common_pb2.Tensor(name="classifier.bias", shape=[3])]
 
 
-def spec(protection: str = "selective", **rules: int) -> FederationSpec:
+def spec(protection: str = "selective", negotiation: str = "sealed", **rules: float) -> FederationSpec:
     return FederationSpec.model_validate(
         {
             "name": "fed",
@@ -44,7 +49,7 @@ def spec(protection: str = "selective", **rules: int) -> FederationSpec:
                 "max_attempts": 2,
                 **rules,
             },
-            "protection": {"mode": protection},
+            "protection": {"mode": protection, "negotiation": negotiation},
         }
     )
 
@@ -63,6 +68,8 @@ class World:
     silent: set[str] = field(default_factory=set)
     """Members that neither beat nor act."""
     budgets: dict[str, float] = field(default_factory=dict)
+    overlaps: dict[str, float] = field(default_factory=dict)
+    """What members report of their overlap with the plan; nothing by default."""
 
     def __post_init__(self) -> None:
         instances = itertools.count(1)
@@ -126,6 +133,8 @@ class World:
 
     async def do(self, client: str, assignment: pb.Assignment) -> None:
         match assignment.WhichOneof("work"):
+            case "vote" if (await self.federation()).ballots:
+                await self.cast(client, assignment.vote.round)
             case "vote":
                 await self.commit(client, assignment.vote.round)
             case "train":
@@ -135,9 +144,26 @@ class World:
 
     async def commit(self, client: str, round_: pb.RoundRef, content: str = "", examples: int = 10) -> int:
         digests = self.aggregation.put(round_.round_id, client, len(round_.layout.shards), content)
-        return await self.handlers.commit(
-            "fed", round_.round_id, self.update(client, round_, digests, examples)
+        report = pb.UpdateReport(
+            client_id=client, example_count=examples, train_loss=1.5, overlap=self.overlaps.get(client)
         )
+        return await self.handlers.commit(
+            "fed", round_.round_id, self.update(client, round_, digests, report=report)
+        )
+
+    def ballot(self, client: str) -> bytes:
+        """What a client votes for: all columns, the one that its name counts to first."""
+        values = np.arange(COLUMNS, 0, -1, dtype=np.uint64)
+        values[ord(client[0]) - ord("a")] = 1000
+        count = math.ceil(self.budgets.get(client, 1.0) * COLUMNS)
+        return Ballot(np.arange(COLUMNS, dtype=np.uint32)[:count], values[:count]).encode()
+
+    async def cast(self, client: str, round_: pb.RoundRef, data: bytes | None = None) -> int:
+        data = self.ballot(client) if data is None else data
+        header = pb.CastBallotHeader(
+            client_id=client, digest=_announced(data), report=pb.UpdateReport(example_count=1)
+        )
+        return await self.handlers.cast_ballot("fed", round_.round_id, checks.ballot(header), _pieces(data))
 
     def update(self, client, round_, digests, examples=10, **changes):
         fields = {
@@ -171,6 +197,11 @@ class World:
             await self.act()
             self.now_ms += 1000
         raise AssertionError(f"no end in {turns} turns: {await self.federation()}")
+
+
+def _announced(data: bytes) -> common_pb2.ShardDigest:
+    digest = Digest.of(data)
+    return common_pb2.ShardDigest(sha256=digest.sha256, total_bytes=digest.total_bytes)
 
 
 async def _pieces(data: bytes) -> AsyncIterator[bytes]:
