@@ -155,3 +155,15 @@ def test_evaluation_takes_the_federations_number_of_examples_and_all_at_the_end(
     assert some is not None
     assert everything is not None
     assert (some.count, everything.count) == (7, 20)
+
+
+def test_scoring_before_training_changes_nothing_of_it(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner()
+    learner.start(SECRETS)
+    plain = learner.train(1, Activity())
+    again = make_learner(STATE_DIR="another")
+    again.start(SECRETS)
+    again.score(Activity())
+    scored = again.train(1, Activity())
+    assert scored.loss == plain.loss
+    assert equal(scored.weights, plain.weights)
