@@ -5,21 +5,21 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import structlog
 import typer
 from rich.console import Console
 
-from client_agent.agent import Agent, Outcome, step_back
 from client_agent.config import IDENTITY, AgentConfig
-from client_agent.inspection import guessed_training, inspect, report
-from client_agent.session import Session
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.telemetry.logs import configure_logs
 from shelora.telemetry.metrics import start_metrics_server
 from shelora.transport.enrolment import enroll as enrolled
+
+if TYPE_CHECKING:
+    from client_agent.agent import Outcome
 
 EXIT_FAILED: Final = 1
 """The federation failed, or something broke; the log says what."""
@@ -144,6 +144,8 @@ def _enroll(token: str, authority: str, state_dir: Path, client: str) -> int:
 
 
 def _run(config: AgentConfig) -> int:
+    from client_agent.agent import Outcome, step_back  # noqa: PLC0415 - enrolling must not wait for torch
+
     configure_logs("client-agent", config.log.level, json=config.log.json_lines)
     structlog.contextvars.bind_contextvars(client_id=config.client_id, federation=config.federation)
     step_back(config.resources.nice)
@@ -155,7 +157,9 @@ def _run(config: AgentConfig) -> int:
     return EXIT_FAILED if outcome is Outcome.HALTED else 0
 
 
-async def _followed(config: AgentConfig) -> Outcome:
+async def _followed(config: AgentConfig) -> "Outcome":
+    from client_agent.agent import Agent  # noqa: PLC0415 - as above
+
     agent = Agent(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -164,6 +168,8 @@ async def _followed(config: AgentConfig) -> Outcome:
 
 
 def _check(config: AgentConfig, *, offline: bool, causal_lm: bool, targets: list[str]) -> int:
+    from client_agent.inspection import guessed_training, inspect, report  # noqa: PLC0415 - as above
+
     if not offline:
         config.credentials()
     if offline:
@@ -175,6 +181,8 @@ def _check(config: AgentConfig, *, offline: bool, causal_lm: bool, targets: list
 
 
 async def _asked(config: AgentConfig) -> tuple[TrainingSpec, ProtectionSpec]:
+    from client_agent.session import Session  # noqa: PLC0415 - as above
+
     session = Session(config, config.credentials())
     try:
         spec = await session.specification()
