@@ -3,16 +3,16 @@
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from bench.ours import REPETITIONS, EncryptAll, Ours
+from bench.ours import EncryptAll, Ours
 from bench.published import Published
-from bench.workload import Workload
+from bench.workload import Costs, Workload
 
 MEGABYTE = 1e6
 
@@ -56,10 +56,10 @@ class Run:
         """The figures that have targets."""
         published, ours = self.published, self.ours
         return {
-            "encrypt_cpu_ratio": published.encrypt_cpu_s / ours.encryption.cpu_s,
-            "aggregate_cpu_ratio": published.aggregate_cpu_s / ours.aggregation.cpu_s,
-            "upload_bytes_ratio": published.upload_bytes_per_client / ours.upload_bytes,
-            "download_bytes_ratio": published.download_bytes_per_client / ours.download_bytes,
+            "encrypt_cpu_ratio": published.encrypt_cpu_s / ours.encryption.usual.cpu_s,
+            "aggregate_cpu_ratio": published.aggregate_cpu_s / ours.aggregation.usual.cpu_s,
+            "upload_bytes_ratio": published.upload_bytes / ours.upload_bytes,
+            "download_bytes_ratio": published.download_bytes / ours.download_bytes,
             "max_abs_error": ours.max_abs_error,
             "encrypt_all_s": self.everything.encryption.wall_s,
             "encrypt_all_upload_bytes": float(self.everything.upload_bytes),
@@ -84,15 +84,11 @@ class Run:
                 "encrypt_cpu_s": published.encrypt_cpu_s,
                 "multiply_cpu_s": published.multiply_cpu_s,
                 "aggregate_cpu_s": published.aggregate_cpu_s,
-                "upload_bytes": published.upload_bytes_per_client,
-                "download_bytes": published.download_bytes_per_client,
-                "max_abs_error": published.max_abs_error,
-                "measured": asdict(published),
+                "upload_bytes": published.upload_bytes,
+                "download_bytes": published.download_bytes,
+                **_raw(published),
             },
-            "ours": {
-                **asdict(self.ours),
-                "encrypted_aggregation_cpu_s": self.ours.encrypted_aggregation_cpu_s,
-            },
+            "ours": {"encrypted_aggregation_cpu_s": self.ours.encrypted_aggregation_cpu_s, **_raw(self.ours)},
             "encrypt_all": asdict(self.everything),
             "versions": {name: version(name) for name in ("numpy", "tenseal")}
             | {"python": platform.python_version()},
@@ -120,13 +116,13 @@ class Run:
                 "encryption, all clients",
                 "encrypt_cpu_ratio",
                 _seconds(published.encrypt_cpu_s),
-                _seconds(ours.encryption.cpu_s),
+                _seconds(ours.encryption.usual.cpu_s),
             ),
             self._compared(
                 "aggregation",
                 "aggregate_cpu_ratio",
                 _seconds(published.aggregate_cpu_s),
-                _seconds(ours.aggregation.cpu_s),
+                _seconds(ours.aggregation.usual.cpu_s),
             ),
             (
                 "  of it encrypted",
@@ -138,14 +134,14 @@ class Run:
             self._compared(
                 "ciphertexts up, a client",
                 "upload_bytes_ratio",
-                _bytes(published.upload_bytes_per_client),
+                _bytes(published.upload_bytes),
                 _bytes(ours.upload_bytes),
             ),
             ("  clear part up", "", _bytes(ours.upload_clear_bytes), "", ""),
             self._compared(
                 "ciphertexts down",
                 "download_bytes_ratio",
-                _bytes(published.download_bytes_per_client),
+                _bytes(published.download_bytes),
                 _bytes(ours.download_bytes),
             ),
             ("  clear part down", "", _bytes(ours.download_clear_bytes), "", ""),
@@ -184,28 +180,45 @@ class Run:
         published, ours, workload = self.published, self.ours, self.workload
         products = workload.matrices * workload.columns * workload.clients
         vectors = published.vectors * workload.clients
+        costs = {
+            name: _seconds(getattr(ours, name).usual.cpu_s)
+            for name in ("validation", "protection", "restoration")
+        }
         return [
             (
-                f"Scaled up: of the published way, {published.encrypted_vectors} of {vectors} encryptions and "
-                f"{published.product_count} of {products} products were measured."
+                f"Scaled up: of the published way, {len(published.encryption.runs)} of {vectors} encryptions and "
+                f"{len(published.products.runs)} of {products} products were measured."
             ),
-            f"Not scaled up: our way ran all {workload.matrices} matrices; times are medians of {REPETITIONS}.",
+            (
+                f"Not scaled up: our way ran all {workload.matrices} matrices, {len(ours.aggregation.runs)} times, "
+                "by turns with the published way. Of everything repeated the median counts."
+            ),
             (
                 "Aggregation is, published: loading, products, sums, saving, B A of the clear columns. "
                 "Ours: bytes of shards to bytes of results, with QR and the products of the clear columns."
             ),
             (
-                "The published way's encrypted part is its products and sums; ours is what aggregation costs beyond "
-                "a round with nothing encrypted."
+                "The published way's encrypted part is its products and sums; ours is what aggregation costs "
+                "beyond a round with nothing encrypted."
             ),
             "The published result is ΔW; ours is Q and M with Q M = ΔW. Both send B and the clear columns up.",
             (
-                f"Ours in {ours.shards} shards, {ours.chunks} ciphertexts a row of A. Not compared: "
-                f"validation of all updates {_seconds(ours.validation.cpu_s)}, their protection in all "
-                f"{_seconds(ours.protection.cpu_s)}, restoration by one client {_seconds(ours.restoration.cpu_s)}."
+                f"Ours in {ours.shards} shards, {ours.chunks} ciphertexts a row of A. Not compared: validation of all "
+                f"updates {costs['validation']}, their protection in all {costs['protection']}, restoration by one "
+                f"client {costs['restoration']}."
             ),
             f"Largest entry of ΔW: {ours.largest_entry:.1e}. The published error is that of its sample.",
         ]
+
+
+def _raw(record: Published | Ours) -> dict[str, Any]:
+    """The fields of a record that are figures."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {
+        name: value.summary() if isinstance(value, Costs) else value
+        for name, value in values.items()
+        if isinstance(value, Costs | int | float)
+    }
 
 
 def _seconds(value: float) -> str:

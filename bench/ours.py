@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
-from bench.workload import Cost, Workload
+from bench.workload import Cost, Costs, Workload
 from shelora.ckks.parameters import STANDARD
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.ckks.wire import SeededBlock, encode_block
@@ -14,11 +15,9 @@ from shelora.lora.layout import Layout, Matrix, build_layout
 from shelora.lora.protect import protect
 from shelora.lora.restore import Restored, restore
 from shelora.lora.shards import FactoredUpdate, Float64
-from shelora.messages import decode_result, encode_update, validate_update
+from shelora.messages import decode_result, decode_update, encode_update, validate_update
 from shelora.obfuscation import SECRET_BYTES, Obfuscation
 
-REPETITIONS = 3
-"""Of everything that takes less than a second; the median counts."""
 ERROR_ROWS = 400
 """Rows of ΔW compared at a time: they stay in the processor's cache."""
 
@@ -30,17 +29,17 @@ class Ours:
     chunks: int = 0
     """Ciphertexts a row of the whole round."""
     shards: int = 0
-    encryption: Cost = field(default_factory=Cost)
+    encryption: Costs = field(default_factory=Costs)
     """Values to ciphertext bytes, all clients."""
-    protection: Cost = field(default_factory=Cost)
+    protection: Costs = field(default_factory=Costs)
     """Column order, normalization, encryption and serialization, all clients."""
-    validation: Cost = field(default_factory=Cost)
+    validation: Costs = field(default_factory=Costs)
     """What the server checks of arriving shards, all clients."""
-    aggregation: Cost = field(default_factory=Cost)
+    aggregation: Costs = field(default_factory=Costs)
     """Shard bytes to result bytes: QR, clear products, encrypted products."""
-    clear_aggregation: Cost = field(default_factory=Cost)
+    clear_aggregation: Costs = field(default_factory=Costs)
     """The same round with nothing encrypted."""
-    restoration: Cost = field(default_factory=Cost)
+    restoration: Costs = field(default_factory=Costs)
     """Result bytes to Q and M, one client."""
     upload_bytes: int = 0
     """Ciphertext bytes, one client."""
@@ -55,7 +54,7 @@ class Ours:
     @property
     def encrypted_aggregation_cpu_s(self) -> float:
         """What encryption adds to aggregation."""
-        return self.aggregation.cpu_s - self.clear_aggregation.cpu_s
+        return self.aggregation.usual.cpu_s - self.clear_aggregation.usual.cpu_s
 
 
 @dataclass
@@ -81,7 +80,7 @@ class MeasuredEncryptor:
         return block
 
 
-class _Round:
+class Round:
     """The layout, the key and the secret column orders of one round."""
 
     def __init__(self, workload: Workload, key: SecretKey, budget: float) -> None:
@@ -114,91 +113,81 @@ class _Round:
         """The updates of all clients."""
         return [self.protected(client, encryption, protection) for client in range(self.workload.clients)]
 
-    def aggregated(self, updates: list[list[bytes]], aggregation: Cost) -> list[bytes]:
+    def aggregated(self, updates: list[list[bytes]]) -> list[bytes]:
+        """The result shards."""
         count = self.workload.clients
         contributions = [Contribution(str(i), 1 / count, self.workload.scaling) for i in range(count)]
-        with aggregation.measured():
-            return [
-                aggregate_shard(self.layout, shard, contributions, lambda client: updates[int(client)][shard])  # noqa: B023
-                for shard in range(len(self.layout.shards))
-            ]
+        return [
+            aggregate_shard(self.layout, index, contributions, partial(_load, updates, index))
+            for index in range(len(self.layout.shards))
+        ]
 
-    def restored(self, results: list[bytes], restoration: Cost) -> Restored:
-        with restoration.measured():
-            contents = (decode_result(self.layout, i, data) for i, data in enumerate(results))
-            return restore(self.layout, contents, self.orders, Decryptor(self.key))
-
-
-def measure(workload: Workload, step: Callable[[], None]) -> Ours:
-    """Runs the round; `step` is called after each repetition and each matrix that was compared."""
-    found = Ours()
-    key = SecretKey.generate(STANDARD)
-    protected = _Round(workload, key, workload.columns / workload.features)
-    found.shards = len(protected.layout.shards)
-    found.chunks = sum(map(protected.layout.chunk_count, protected.layout.shards))
-    updates = _protect(protected, found, step)
-    _check(protected.layout, updates, found)
-    found.aggregation, results = _aggregate(protected, updates, step)
-    del updates
-    for shard, data in enumerate(results):
-        ciphertexts = len(decode_result(protected.layout, shard, data).ciphertexts)
-        found.download_bytes += ciphertexts
-        found.download_clear_bytes += len(data) - ciphertexts
-    restored = protected.restored(results, found.restoration)
-    for name in workload.names:
-        _compare(workload, name, restored.matrices.pop(name), found)
-        step()
-    clear = _Round(workload, key, 0.0)
-    found.clear_aggregation, _ = _aggregate(clear, clear.all_protected(Cost(), Cost()), step)
-    return found
+    def restored(self, results: list[bytes]) -> Restored:
+        """What a client decrypts."""
+        contents = (decode_result(self.layout, index, data) for index, data in enumerate(results))
+        return restore(self.layout, contents, self.orders, Decryptor(self.key))
 
 
-def steps(workload: Workload) -> int:
-    """How often `measure` calls its `step`."""
-    return 3 * REPETITIONS + workload.matrices
+def _load(updates: list[list[bytes]], shard: int, client: str) -> bytes:
+    return updates[int(client)][shard]
 
 
-def _protect(shards: _Round, found: Ours, step: Callable[[], None]) -> list[list[bytes]]:
-    encryption, protection = [], []
-    for _ in range(REPETITIONS):
-        encryption.append(Cost())
-        protection.append(Cost())
-        updates = shards.all_protected(encryption[-1], protection[-1])
-        step()
-    found.encryption, found.protection = Cost.median(encryption), Cost.median(protection)
-    return updates
+class Measurement:
+    """Runs the round again and again, and once compares its result with float64."""
 
+    def __init__(self, workload: Workload) -> None:
+        key = SecretKey.generate(STANDARD)
+        self._workload = workload
+        self._protected = Round(workload, key, workload.columns / workload.features)
+        self._clear = Round(workload, key, 0.0)
+        self._clear_updates = self._clear.all_protected(Cost(), Cost())
+        shards = self._protected.layout.shards
+        self.found = Ours(sum(map(self._protected.layout.chunk_count, shards)), len(shards))
+        self._results: list[bytes] = []
 
-def _aggregate(
-    shards: _Round, updates: list[list[bytes]], step: Callable[[], None]
-) -> tuple[Cost, list[bytes]]:
-    costs = []
-    for _ in range(REPETITIONS):
-        costs.append(Cost())
-        results = shards.aggregated(updates, costs[-1])
-        step()
-    return Cost.median(costs), results
+    def part(self) -> None:
+        """The whole round once, protected, and once with nothing encrypted."""
+        self.found.encryption.runs.append(Cost())
+        self.found.protection.runs.append(Cost())
+        updates = self._protected.all_protected(
+            self.found.encryption.runs[-1], self.found.protection.runs[-1]
+        )
+        with self.found.validation.measured():
+            for shards in updates:
+                for index, data in enumerate(shards):
+                    validate_update(self._protected.layout, index, data)
+        with self.found.aggregation.measured():
+            self._results = self._protected.aggregated(updates)
+        with self.found.clear_aggregation.measured():
+            self._clear.aggregated(self._clear_updates)
+        layout = self._protected.layout
+        uploads = [decode_update(layout, index, data).ciphertexts for index, data in enumerate(updates[0])]
+        self.found.upload_bytes = sum(map(len, uploads))
+        self.found.upload_clear_bytes = sum(map(len, updates[0])) - self.found.upload_bytes
+
+    def compare(self, step: Callable[[], None]) -> None:
+        """Restores the last result and compares every entry of every ΔW; `step` is called after each matrix."""
+        layout = self._protected.layout
+        downloads = [
+            decode_result(layout, index, data).ciphertexts for index, data in enumerate(self._results)
+        ]
+        self.found.download_bytes = sum(map(len, downloads))
+        self.found.download_clear_bytes = sum(map(len, self._results)) - self.found.download_bytes
+        with self.found.restoration.measured():
+            restored = self._protected.restored(self._results)
+        for name in self._workload.names:
+            _compare(self._workload, name, restored.matrices.pop(name), self.found)
+            step()
 
 
 def measure_everything_encrypted(workload: Workload) -> EncryptAll:
     """One client that encrypts all columns of A."""
     found = EncryptAll()
-    key = SecretKey.generate(STANDARD)
-    shards = _Round(workload, key, 1.0)
+    shards = Round(workload, SecretKey.generate(STANDARD), 1.0)
     updates = shards.protected(0, found.encryption, found.protection)
-    for shard, data in enumerate(updates):
-        found.upload_bytes += len(validate_update(shards.layout, shard, data).ciphertexts)
+    for index, data in enumerate(updates):
+        found.upload_bytes += len(validate_update(shards.layout, index, data).ciphertexts)
     return found
-
-
-def _check(layout: Layout, updates: list[list[bytes]], found: Ours) -> None:
-    for client, shards in enumerate(updates):
-        for shard, data in enumerate(shards):
-            with found.validation.measured():
-                ciphertexts = len(validate_update(layout, shard, data).ciphertexts)
-            if client == 0:
-                found.upload_bytes += ciphertexts
-                found.upload_clear_bytes += len(data) - ciphertexts
 
 
 def _compare(workload: Workload, name: str, update: FactoredUpdate, found: Ours) -> None:

@@ -5,23 +5,22 @@ with Galois keys; a client packs four columns of A (rank 8, so 32 values) in a c
 column of B A under encryption by `CKKSVector.mm`, with B in the rows of that column and zero in those of the other
 three, and sums over clients. The result is one ciphertext of `features` values a column.
 
-A product takes a fifth of a second, so some are measured and the others are taken to cost the same.
+A product takes a fifth of a second, so some are measured and all are taken to cost their median.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any, TypeAlias
 
 import numpy as np
 import tenseal as ts
 
-from bench.workload import Cost, Workload
-from shelora.lora.shards import Float32, LoraFactors
+from bench.workload import Costs, Workload
+from shelora.lora.shards import Float32, Float64
 
 PACKED_COLUMNS = 4
 """Columns of A in one ciphertext."""
-ENCRYPTED_MATRICES = 8
-"""Matrices whose encryption is measured, for one client."""
 
 Vector: TypeAlias = Any
 """A CKKSVector; TenSEAL has no types."""
@@ -29,23 +28,18 @@ Vector: TypeAlias = Any
 
 @dataclass
 class Published:
-    """What was measured, and of how much."""
+    """What was measured; each cost is that of one vector, one product or one column."""
 
     workload: Workload
-    encryption: Cost = field(default_factory=Cost)
-    encrypted_vectors: int = 0
-    upload_bytes: int = 0
-    """Of the encrypted vectors."""
-    loading: Cost = field(default_factory=Cost)
-    loaded_vectors: int = 0
-    products: Cost = field(default_factory=Cost)
-    product_count: int = 0
-    saving: Cost = field(default_factory=Cost)
-    saved_columns: int = 0
-    download_bytes: int = 0
-    """Of the saved columns."""
-    clear: Cost = field(default_factory=Cost)
+    encryption: Costs = field(default_factory=Costs)
+    loading: Costs = field(default_factory=Costs)
+    products: Costs = field(default_factory=Costs)
+    """A product and its addition to the sum."""
+    saving: Costs = field(default_factory=Costs)
+    clear: Costs = field(default_factory=Costs)
     """Sum over clients of B A of the clear columns of one matrix."""
+    vector_bytes: list[int] = field(default_factory=list)
+    column_bytes: list[int] = field(default_factory=list)
     max_abs_error: float = 0.0
 
     @property
@@ -54,47 +48,91 @@ class Published:
         return self.workload.matrices * -(-self.workload.columns // PACKED_COLUMNS)
 
     @property
+    def columns(self) -> int:
+        """Encrypted columns of the whole round."""
+        return self.workload.matrices * self.workload.columns
+
+    @property
     def encrypt_cpu_s(self) -> float:
         """All clients, whole round."""
-        return self.encryption.cpu_s / self.encrypted_vectors * self.vectors * self.workload.clients
+        return self.encryption.usual.cpu_s * self.vectors * self.workload.clients
 
     @property
     def multiply_cpu_s(self) -> float:
         """Products and sums alone, whole round."""
-        total = self.workload.matrices * self.workload.columns * self.workload.clients
-        return self.products.cpu_s / self.product_count * total
+        return self.products.usual.cpu_s * self.columns * self.workload.clients
 
     @property
     def aggregate_cpu_s(self) -> float:
         """From the clients' bytes to the result's bytes, clear columns included, whole round."""
-        loading = self.loading.cpu_s / self.loaded_vectors * self.vectors * self.workload.clients
-        saving = self.saving.cpu_s / self.saved_columns * self.workload.matrices * self.workload.columns
-        return loading + self.multiply_cpu_s + saving + self.clear.cpu_s * self.workload.matrices
+        loading = self.loading.usual.cpu_s * self.vectors * self.workload.clients
+        clear = self.clear.usual.cpu_s * self.workload.matrices
+        return loading + self.multiply_cpu_s + self.saving.usual.cpu_s * self.columns + clear
 
     @property
-    def upload_bytes_per_client(self) -> float:
-        return self.upload_bytes / self.encrypted_vectors * self.vectors
+    def upload_bytes(self) -> float:
+        """Ciphertexts of one client, whole round."""
+        return mean(self.vector_bytes) * self.vectors
 
     @property
-    def download_bytes_per_client(self) -> float:
-        return self.download_bytes / self.saved_columns * self.workload.matrices * self.workload.columns
+    def download_bytes(self) -> float:
+        """Ciphertexts of the result, whole round."""
+        return mean(self.column_bytes) * self.columns
 
 
-def measure(workload: Workload, sample: int, step: Callable[[], None]) -> Published:
-    """Measures encryption of some matrices and `sample` products; `step` is called after each product."""
-    context = _context()
-    found = Published(workload)
-    for name in workload.names[:ENCRYPTED_MATRICES]:
-        _encrypt(context, workload.factors(0, name).A, found)
-    name = workload.names[0]
-    clients = [workload.factors(client, name) for client in range(workload.clients)]
-    columns = range(max(1, min(sample // workload.clients, workload.columns)))
-    for first in range(0, len(columns), PACKED_COLUMNS):
-        packed = [_load(context, f.A, first, found) for f in clients]
-        for column in columns[first : first + PACKED_COLUMNS]:
-            _aggregate_column(clients, packed, column, found, step)
-    _clear_columns(clients, found)
-    return found
+class Measurement:
+    """Measures the published way part by part, so that the machine is the same for both ways."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.found = Published(workload)
+        self._context = _context()
+        self._clients = [workload.factors(client, workload.names[0]) for client in range(workload.clients)]
+
+    def part(self, index: int, columns: int, step: Callable[[], None]) -> None:
+        """Encrypts one matrix and aggregates some columns of it; `step` is called after each product."""
+        workload = self.found.workload
+        self._encrypt(workload.factors(0, workload.names[index % workload.matrices]).A)
+        for first in range(0, columns, PACKED_COLUMNS):
+            packed = [self._load(client.A, first) for client in self._clients]
+            for column in range(first, min(first + PACKED_COLUMNS, columns)):
+                self._aggregate(packed, column, step)
+        self._clear_columns()
+
+    def _encrypt(self, A: Float32) -> None:
+        for first in range(0, self.found.workload.columns, PACKED_COLUMNS):
+            values = _packed(A, first)
+            with self.found.encryption.measured():
+                data = ts.ckks_vector(self._context, values).serialize()
+            self.found.vector_bytes.append(len(data))
+
+    def _load(self, A: Float32, first: int) -> Vector:
+        data = ts.ckks_vector(self._context, _packed(A, first)).serialize()
+        with self.found.loading.measured():
+            return ts.ckks_vector_from(self._context, data)
+
+    def _aggregate(self, packed: list[Vector], column: int, step: Callable[[], None]) -> None:
+        total: Vector = None
+        expected = np.zeros(self.found.workload.features)
+        for client, vector in zip(self._clients, packed, strict=True):
+            B = self.found.workload.scaling / len(packed) * client.B.astype(np.float64)
+            expected += B @ client.A[:, column].astype(np.float64)
+            block = _column_block(B, column % PACKED_COLUMNS, vector.size())
+            with self.found.products.measured():
+                product = vector.mm(block)
+                total = product if total is None else total + product
+            step()
+        with self.found.saving.measured():
+            data = total.serialize()
+        self.found.column_bytes.append(len(data))
+        error = float(np.abs(np.array(total.decrypt()) - expected).max())
+        self.found.max_abs_error = max(self.found.max_abs_error, error)
+
+    def _clear_columns(self) -> None:
+        features, columns = self.found.workload.features, self.found.workload.columns
+        with self.found.clear.measured():
+            total = np.zeros((features, features - columns), np.float32)
+            for client in self._clients:
+                total += client.B @ client.A[:, columns:]
 
 
 def _context() -> ts.Context:
@@ -110,59 +148,9 @@ def _packed(A: Float32, first: int) -> list[float]:
     return values
 
 
-def _encrypt(context: ts.Context, A: Float32, found: Published) -> None:
-    for first in range(0, found.workload.columns, PACKED_COLUMNS):
-        values = _packed(A, first)
-        with found.encryption.measured():
-            data = ts.ckks_vector(context, values).serialize()
-        found.encrypted_vectors += 1
-        found.upload_bytes += len(data)
-
-
-def _load(context: ts.Context, A: Float32, first: int, found: Published) -> Vector:
-    data = ts.ckks_vector(context, _packed(A, first)).serialize()
-    with found.loading.measured():
-        vector = ts.ckks_vector_from(context, data)
-    found.loaded_vectors += 1
-    return vector
-
-
-def _aggregate_column(
-    clients: list[LoraFactors], packed: list[Vector], column: int, found: Published, step: Callable[[], None]
-) -> None:
-    total: Vector = None
-    expected = np.zeros(found.workload.features)
-    for client, vector in zip(clients, packed, strict=True):
-        B = found.workload.scaling / len(clients) * client.B.astype(np.float64)
-        expected += B @ client.A[:, column].astype(np.float64)
-        block = _column_block(B, column % PACKED_COLUMNS, vector.size())
-        with found.products.measured():
-            product = vector.mm(block)
-            total = product if total is None else total + product
-        found.product_count += 1
-        step()
-    with found.saving.measured():
-        data = total.serialize()
-    found.saved_columns += 1
-    found.download_bytes += len(data)
-    error = np.abs(np.array(total.decrypt()) - expected).max()
-    found.max_abs_error = max(found.max_abs_error, float(error))
-
-
-def _column_block(
-    B: np.ndarray[tuple[int, ...], np.dtype[np.float64]], place: int, size: int
-) -> list[list[float]]:
+def _column_block(B: Float64, place: int, size: int) -> list[list[float]]:
     """Bᵀ in the rows of one of the packed columns, zero in those of the others."""
     block = np.zeros((size, B.shape[0]))
     block[place * B.shape[1] : (place + 1) * B.shape[1]] = B.T
     rows: list[list[float]] = block.tolist()
     return rows
-
-
-def _clear_columns(clients: list[LoraFactors], found: Published) -> None:
-    with found.clear.measured():
-        total = np.zeros(
-            (found.workload.features, found.workload.features - found.workload.columns), np.float32
-        )
-        for client in clients:
-            total += client.B @ client.A[:, found.workload.columns :]

@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -61,7 +60,26 @@ class Cost:
             self.cpu_s += time.process_time() - cpu
             self.wall_s += time.perf_counter() - wall
 
-    @classmethod
-    def median(cls, costs: Sequence["Cost"]) -> "Cost":
-        """The usual cost of something that was repeated: other processes disturb a run, and never help it."""
-        return cls(median(cost.cpu_s for cost in costs), median(cost.wall_s for cost in costs))
+
+@dataclass
+class Costs:
+    """The costs of one thing done several times."""
+
+    runs: list[Cost] = field(default_factory=list)
+
+    @property
+    def usual(self) -> Cost:
+        """The median run: what counts, on both sides."""
+        return sorted(self.runs, key=lambda cost: cost.cpu_s)[len(self.runs) // 2]
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measures one more run."""
+        self.runs.append(Cost())
+        with self.runs[-1].measured():
+            yield
+
+    def summary(self) -> dict[str, float]:
+        """Number of runs, the median and the least of their CPU seconds."""
+        seconds = [cost.cpu_s for cost in self.runs]
+        return {"count": len(seconds), "cpu_s": self.usual.cpu_s, "least_cpu_s": min(seconds)}

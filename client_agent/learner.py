@@ -157,7 +157,7 @@ class Learner:
         run = TrainingRun(
             steps=self._spec.local_steps,
             batch_size=self._spec.batch_size,
-            learning_rate=self._spec.learning_rate,
+            learning_rate=self._spec.learning_rate * self._spec.learning_rate_decay ** (number - 1),
             seed=seed_of(self._client_id, number, "training"),
         )
         report = _reporter(activity, Stage.TRAINING)

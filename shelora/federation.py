@@ -59,6 +59,10 @@ class TrainingSpec(Spec):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
     """AdamW learning rate; LoRA takes about ten times that of full fine-tuning."""
 
+    learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate from one round to the next. Uneven data makes clients drift apart; smaller steps in
+    later rounds let their average settle."""
+
     max_tokens: Annotated[int, Field(ge=1, le=131_072)] = 128
     """Tokens an example is cut to; time and memory of a step grow with it."""
 

@@ -26,7 +26,7 @@ from examples.reuters.assets import MINILM, REUTERS, fetch
 from examples.reuters.report import plot_rounds, summarize
 from examples.reuters.split import LABELS, dirichlet_split, read_tab, write_jsonl
 from shelora.cli.cluster import Addresses, LocalCluster, Process
-from shelora.cli.main import terminated_as_interrupt
+from shelora.cli.main import interruptible
 from shelora.cli.operator import Operator, operator
 from shelora.cli.render import federation_view, round_figures, rounds_table, size, training_rounds
 from shelora.errors import DomainError, Reason
@@ -76,7 +76,7 @@ def main(
     """Run a federation of four agents on Reuters R8 with all-MiniLM-L6-v2."""
     started = time.monotonic()
     try:
-        with terminated_as_interrupt():
+        with interruptible():
             run(protection, folder, started)
     except DomainError as error:
         console.print(f"[red]the demo failed: {error.reason}[/red]\n{error.message}", highlight=False)

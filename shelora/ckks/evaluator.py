@@ -6,10 +6,12 @@
 Slots are runs ("segments", one per LoRA matrix) that share a weight. Two slots travel as one complex number, and
 a real weight keeps them apart; so a segment starts at an even slot. Where a chunk holds one segment only, or equal
 weights, the product is by a scalar (exact but for one rounding of the weight); elsewhere by an encoded vector.
-Depth is one, there is no rescaling and no key switching (DESIGN.md section 3).
+Where segments are whole blocks of slots, sums are exact matrix products in numpy (exact.py), residue by residue the
+ones that SEAL gives elsewhere. Depth is one, there is no rescaling and no key switching (DESIGN.md section 3).
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -18,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from tenseal import sealapi
 
+from shelora.ckks.exact import ExactSum, SmallRing, largest_degree, small_ring
 from shelora.ckks.packing import UInt64Array
 from shelora.ckks.parameters import SUM_LIMIT, CkksParameters
 from shelora.ckks.seal import Native, SealContext, seal_context
-from shelora.ckks.wire import BlockReader, BlockShape, FullBlock, FullCiphertext, SeededBlock
+from shelora.ckks.wire import BlockReader, BlockShape, FullBlock, SeededBlock
 from shelora.errors import DomainError, Reason
 
 __all__ = ["SUM_LIMIT", "Accumulator", "Evaluator", "FloatArray", "pad_to_chunks"]
@@ -33,12 +36,28 @@ _SLACK: Final = 1e-6
 """Room for rounding in a caller's own normalisation; far inside the parameters' room for noise."""
 
 
+_ROWS_AT_A_TIME: Final = 64
+"""Ciphertexts of a streamed block that are expanded together: 2 MiB at the standard profile."""
+
+
 @dataclass(frozen=True, eq=False)
 class _ChunkRun:
-    """The segments that meet one chunk, in slot order, and how many of its pairs of slots each fills."""
+    """The segments that meet one chunk, in slot order, and how many of its pairs of slots each fills.
+
+    The last one has the slots that are left over: they hold zero, so that their weight does not matter.
+    """
 
     segments: IntArray
     pairs: IntArray
+    ring: SmallRing | None
+    """Where the weights live if they are constant over blocks of slots."""
+
+    def blocks(self, weights: FloatArray) -> FloatArray:
+        """Weights [rows, rows_in, all segments] by blocks of this chunk [rows, rows_in, blocks]."""
+        assert self.ring is not None
+        count = self.ring.degree // 2
+        size = self.ring.parameters.slots // 2 // count
+        return np.repeat(weights[:, :, self.segments], self.pairs // size, axis=2)
 
 
 class Evaluator:
@@ -76,11 +95,12 @@ class Accumulator:
         self._context = seal_context(parameters)
         self._evaluator = sealapi.Evaluator(self._context.native)
         self._segments = np.asarray(segments, dtype=np.intp)
-        self._runs = _chunk_runs(self._segments, parameters.slots)
+        self._runs = _chunk_runs(self._segments, parameters)
         self.shape = BlockShape(parameters, key_id, rows, len(self._runs), seeded=False)
         self.total_slots = int(self._segments.sum())
         self._sums: dict[tuple[int, int], Native] = {}  # (row, chunk) -> native ciphertext
         self._product = sealapi.Ciphertext()
+        self._exact: dict[int, ExactSum] = {}  # by chunk
         self._weight_sum = np.zeros((rows, len(segments)))
         self._clear = np.zeros((rows, self.total_slots))
         self._spent = False
@@ -94,8 +114,8 @@ class Accumulator:
         """Adds sum_j weights[t, j, segment] * block[j] to every row t.
 
         Args:
-            block: fresh ciphertexts [rows_in, chunks_in] of this key; a `BlockReader` is streamed, one
-                ciphertext in memory at a time.
+            block: fresh ciphertexts [rows_in, chunks_in] of this key; a `BlockReader` is streamed, a few
+                ciphertexts in memory at a time.
             weights: [rows, rows_in, segments], finite. Over all calls, sum |weights| + |clear| stays within
                 1/2 for every row and slot.
             chunk_indices: chunk of the accumulator for each chunk of the block, strictly increasing; by
@@ -110,6 +130,9 @@ class Accumulator:
         self._spent = True
         self._weight_sum += np.abs(weights).sum(axis=1)
         for position, chunk in enumerate(targets):
+            if self._runs[chunk].ring is not None:
+                self._add_exact(block, position, chunk, weights)
+                continue
             for row in range(block.shape.rows):
                 self._add_products(block, row, position, chunk, weights[:, row])
         self._spent = False
@@ -134,13 +157,29 @@ class Accumulator:
         self._require_open()
         self._spent = True
         shape, degree = self.shape, self.shape.parameters.poly_degree
-        c0 = np.empty((shape.rows, shape.chunks, degree), dtype=np.uint64)
-        c1 = np.empty_like(c0)
+        sums = np.zeros((shape.rows, shape.chunks, 2, degree), dtype=np.uint64)
+        for chunk in tuple(self._exact):
+            sums[:, chunk] = self._exact.pop(chunk).result()
+        for position in tuple(self._sums):
+            sums[position] = self._context.read_full(self._sums.pop(position))
+        c0 = sums[:, :, 0]
         for row, clear in enumerate(self._padded_clear()):
             for chunk, values in enumerate(clear):
-                position = self._finished(self._sums.pop((row, chunk), None), values)
-                c0[row, chunk], c1[row, chunk] = position
-        return FullBlock(shape, c0, c1)
+                c0[row, chunk] += _clear_residues(self._context, values)
+        return FullBlock(shape, c0 % np.uint64(shape.parameters.modulus), sums[:, :, 1])
+
+    def _add_exact(
+        self, block: SeededBlock | BlockReader, position: int, chunk: int, weights: FloatArray
+    ) -> None:
+        """Adds one chunk of a block; weights: [rows, rows_in, segments]."""
+        blocks, ring = self._runs[chunk].blocks(weights), self._runs[chunk].ring
+        assert ring is not None
+        total = self._exact.setdefault(chunk, ExactSum(ring, self.shape.rows))
+        used = np.flatnonzero(blocks.any(axis=(0, 2)))
+        for first in range(0, len(used), _ROWS_AT_A_TIME):
+            rows = used[first : first + _ROWS_AT_A_TIME]
+            expanded = [self._context.expand(block.seeded_ciphertext(int(row), position)) for row in rows]
+            total.add(blocks[:, rows], np.array(expanded))
 
     def _add_products(
         self, block: SeededBlock | BlockReader, row: int, position: int, chunk: int, weights: FloatArray
@@ -170,26 +209,13 @@ class Accumulator:
 
     def _plaintexts(self, weights: FloatArray, run: _ChunkRun) -> list[Native | None]:
         """Encoded weights [rows, segments of the chunk]; None where they round to zero (SEAL refuses the product)."""
-        equal = (weights == weights[:, :1]).all(axis=1)
-        vectors = weights if equal.all() else np.repeat(weights, run.pairs, axis=1)
-        return [self._plaintext(*line) for line in zip(vectors, equal, strict=True)]
+        return [self._plaintext(vector) for vector in np.repeat(weights, run.pairs, axis=1)]
 
-    def _plaintext(self, factors: FloatArray, equal: np.bool) -> Native | None:
-        scale = self.shape.parameters.weight_scale
-        if not equal:
-            plaintext = self._context.encode_factors(factors, scale)
-        elif factors[0]:
-            plaintext = self._context.encode_scalar(float(factors[0]), scale)
-        else:
+    def _plaintext(self, factors: FloatArray) -> Native | None:
+        if not factors.any():
             return None
+        plaintext = self._context.encode_factors(factors, self.shape.parameters.weight_scale)
         return None if plaintext.is_zero() else plaintext
-
-    def _finished(self, native: Native | None, clear: FloatArray) -> FullCiphertext:
-        residues = _clear_residues(self._context, clear)
-        if native is None:
-            return FullCiphertext(residues, np.zeros_like(residues))
-        total = self._context.read_full(native)
-        return FullCiphertext((total.c0 + residues) % np.uint64(self.shape.parameters.modulus), total.c1)
 
     def _padded_clear(self) -> FloatArray:
         slots = self.shape.parameters.slots
@@ -229,18 +255,27 @@ def pad_to_chunks(values: FloatArray, chunks: int, slots: int) -> FloatArray:
     return padded.reshape(values.shape[0], chunks, slots)
 
 
-def _chunk_runs(segments: IntArray, slots: int) -> list[_ChunkRun]:
-    """The non-empty segments of each chunk of `slots` slots."""
+def _chunk_runs(segments: IntArray, parameters: CkksParameters) -> list[_ChunkRun]:
+    """The non-empty segments of each chunk."""
     ends = np.cumsum(segments)
     starts = ends - segments
     total = int(ends[-1]) if len(ends) else 0
-    return [_chunk_run(starts, ends, first, first + slots) for first in range(0, total, slots)]
+    return [_chunk_run(starts, ends, first, parameters) for first in range(0, total, parameters.slots)]
 
 
-def _chunk_run(starts: IntArray, ends: IntArray, first: int, last: int) -> _ChunkRun:
-    lengths = np.minimum(ends, last) - np.maximum(starts, first)
+def _chunk_run(starts: IntArray, ends: IntArray, first: int, parameters: CkksParameters) -> _ChunkRun:
+    lengths = np.minimum(ends, first + parameters.slots) - np.maximum(starts, first)
     inside = np.flatnonzero(lengths > 0)
-    return _ChunkRun(inside, (lengths[inside] + 1) // 2)
+    pairs = lengths[inside] // 2
+    pairs[-1] = parameters.slots // 2 - pairs[:-1].sum()
+    return _ChunkRun(inside, pairs, _ring(pairs, parameters))
+
+
+def _ring(pairs: IntArray, parameters: CkksParameters) -> SmallRing | None:
+    """The smallest ring whose blocks no boundary between segments cuts; None if SEAL does as well."""
+    size = math.gcd(parameters.slots // 2, *np.cumsum(pairs)[:-1].tolist())
+    degree = parameters.slots // size
+    return small_ring(parameters, degree) if degree <= largest_degree(parameters) else None
 
 
 def _clear_residues(context: SealContext, values: FloatArray) -> UInt64Array:

@@ -61,6 +61,7 @@ class SealContext:
         self.encoder = sealapi.CKKSEncoder(self.native)
         self._parms_id = struct.pack("<4Q", *self.native.first_parms_id())
         self._version = _library_version()
+        self._order = reversed_bits(parameters.poly_degree // 2)
         self._polynomial_bytes = parameters.poly_degree * _WORD.itemsize
         self._check_layout()
 
@@ -77,6 +78,10 @@ class SealContext:
         polynomials = ciphertext.c0.tobytes() + ciphertext.c1.tobytes()
         return self.load(sealapi.Ciphertext(), members + self._array(polynomials))
 
+    def expand(self, ciphertext: SeededCiphertext) -> FullCiphertext:
+        """Both polynomials of a fresh ciphertext."""
+        return self._read_full(self.load_seeded(ciphertext), self.parameters.scale)
+
     def read_seeded(self, native: Native) -> SeededCiphertext:
         """c0 and seed of what `Encryptor.encrypt_symmetric(plaintext)` returned."""
         size = self._polynomial_bytes
@@ -91,8 +96,11 @@ class SealContext:
 
     def read_full(self, native: Native) -> FullCiphertext:
         """Both polynomials of a ciphertext at the product scale."""
+        return self._read_full(native, self.parameters.product_scale)
+
+    def _read_full(self, native: Native, scale: float) -> FullCiphertext:
         size = self._polynomial_bytes
-        prefix = self._ciphertext_members(self.parameters.product_scale) + self._array_header(2 * size)
+        prefix = self._ciphertext_members(scale) + self._array_header(2 * size)
         body = self.save(native)
         _require_layout(body.startswith(prefix) and len(body) == len(prefix) + 2 * size)
         return FullCiphertext(self._residues(body, len(prefix)), self._residues(body, len(prefix) + size))
@@ -110,15 +118,15 @@ class SealContext:
         return self._residues(body, len(prefix))
 
     def encode(self, values: FloatArray, scale: float) -> Native:
-        """A plaintext of an even number of values, at most N: two to a complex slot of SEAL."""
+        """A plaintext of N values: two to a complex slot of SEAL, slots in bit-reversed order (exact.py)."""
         plaintext = sealapi.Plaintext()
-        self.encoder.encode(values.view(np.complex128).tolist(), scale, plaintext)
+        self.encoder.encode(values.view(np.complex128)[self._order].tolist(), scale, plaintext)
         return plaintext
 
     def encode_factors(self, factors: FloatArray, scale: float) -> Native:
-        """A plaintext of at most N / 2 real factors: a product by it scales both values of each pair."""
+        """A plaintext of N / 2 real factors: a product by it scales both values of each pair."""
         plaintext = sealapi.Plaintext()
-        self.encoder.encode(factors.tolist(), scale, plaintext)
+        self.encoder.encode(factors[self._order].tolist(), scale, plaintext)
         return plaintext
 
     def encode_scalar(self, value: float, scale: float) -> Native:
@@ -130,7 +138,7 @@ class SealContext:
     def decode(self, plaintext: Native) -> FloatArray:
         """Values [N] of a plaintext."""
         pairs: npt.NDArray[np.complex128] = np.array(self.encoder.decode_complex(plaintext))
-        return pairs.view(np.float64)
+        return pairs[self._order].view(np.float64)
 
     def from_ntt(self, residues: UInt64Array) -> UInt64Array:
         """Coefficients [N] of a polynomial given in NTT order."""
@@ -191,6 +199,14 @@ class SealContext:
         ramp = np.arange(self.parameters.poly_degree, dtype=_WORD)
         found = self.read_full(self.load_full(FullCiphertext(ramp, ramp[::-1])))
         _require_layout(bool((found.c0 == ramp).all() and (found.c1 == ramp[::-1]).all()))
+
+
+def reversed_bits(count: int) -> npt.NDArray[np.intp]:
+    """The numbers below `count`, a power of two, with their bits in reverse: a permutation that is its own inverse."""
+    order = np.zeros(1, dtype=np.intp)
+    while len(order) < count:
+        order = np.concatenate([2 * order, 2 * order + 1])
+    return order
 
 
 @lru_cache(maxsize=8)

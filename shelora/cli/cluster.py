@@ -91,10 +91,14 @@ class Process:
             Reason.INTERNAL, "\n".join([f"{self.name} {what}; the end of {self.log}:", *lines])
         )
 
-    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
-        """SIGTERM, then SIGKILL of its whole session after the timeout."""
+    def terminate(self) -> None:
+        """SIGTERM, unless it has ended."""
         if self.popen.poll() is None:
             self.popen.terminate()
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """SIGTERM, then SIGKILL of its whole session after the timeout."""
+        self.terminate()
         try:
             self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -115,18 +119,22 @@ class LocalCluster:
         self._workers = workers
         self._stack = ExitStack()
         self._metrics: dict[str, str] = {}
+        self._server_count = 0
         self.processes: list[Process] = []
 
     def __enter__(self) -> Self:
         with ExitStack() as starting:
             starting.callback(self._stack.close)
             self.addresses = self._start()
+            self._server_count = len(self.processes)
             starting.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for process in self.processes[self._server_count :]:
+            process.terminate()  # agents end side by side, before the servers that they would miss
         self._stack.close()
 
     def require_alive(self) -> None:

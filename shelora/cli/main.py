@@ -69,7 +69,7 @@ def up(
 
     State survives: a cluster started again in the same folder goes on where it stopped.
     """
-    with _reported(), terminated_as_interrupt():
+    with _reported(), interruptible():
         cluster = LocalCluster(
             folder, fixed_ports=not any_ports, aggregation_replicas=aggregation_replicas, workers=workers
         )
@@ -142,17 +142,18 @@ def show(
 
 
 @contextmanager
-def terminated_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM end the program as Ctrl-C does: with everything stopped in order."""
+def interruptible() -> Iterator[None]:
+    """Makes SIGTERM, and SIGINT even where a shell has it ignored, raise KeyboardInterrupt: all is stopped in order."""
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

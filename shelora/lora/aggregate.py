@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shelora.ckks.evaluator import SUM_LIMIT, Accumulator, Evaluator
 from shelora.ckks.wire import BlockReader, encode_block
@@ -82,11 +83,13 @@ class _Cohort:
 class _Rows:
     """What is known of one matrix before M is accumulated."""
 
-    Q: Float64
-    R: Float64 | None
-    """Coordinates of all clients side by side; None if they are too many to keep."""
+    Q: Float32
     exponents: tuple[int, ...]
     energy_left_out: float = 0.0
+    R: Float64 | None = None
+    """Coordinates of all clients side by side, or None if they are too many to keep."""
+    basis: Float64 | None = None
+    """Q before it was rounded, if coordinates are to be found by it."""
 
     @property
     def scale(self) -> Float64:
@@ -95,9 +98,10 @@ class _Rows:
 
     def coordinates(self, contribution: Contribution, B: Float32, first: int) -> Float64:
         """R_i [q, rank] of a client whose columns of R start at `first`."""
-        if self.R is None:
-            return coordinates(self.Q, contribution.block(B))
-        return self.R[:, first : first + B.shape[1]]
+        if self.R is not None:
+            return self.R[:, first : first + B.shape[1]]
+        assert self.basis is not None
+        return coordinates(self.basis, contribution.block(B))
 
 
 def _aggregate_matrices(cohort: _Cohort) -> ResultShardContent:
@@ -116,12 +120,12 @@ def _aggregate_matrices(cohort: _Cohort) -> ResultShardContent:
         if slots is not None:
             slots.add(content, [r.scale * R_i for r, R_i in zip(rows, R, strict=True)])
         first += content.rank
+    clear.reverse()  # so that each M is let go as it is rounded
     return ResultShardContent(
         shard=cohort.index,
         contributor_count=len(cohort.contributions),
         matrices=tuple(
-            MatrixAggregate(r.Q.astype(np.float32), M.astype(np.float32), r.exponents, r.energy_left_out)
-            for r, M in zip(rows, clear, strict=True)
+            MatrixAggregate(r.Q, clear.pop().astype(np.float32), r.exponents, r.energy_left_out) for r in rows
         ),
         clear_tensors=(),
         ciphertexts=slots.finish() if slots is not None else b"",
@@ -133,9 +137,15 @@ def _rows(cohort: _Cohort, count: int) -> list[_Rows]:
     for blocks in cohort.blocks():
         for sketch, block in zip(sketches, blocks, strict=True):
             sketch.add(block)
-    found = [sketch.directions() for sketch in sketches]
-    exact = [_used_rows(Q, R, np.abs(R).sum(axis=1)) for Q, R in found if R is not None]
-    return exact if len(exact) == count else _cut_rows(cohort, [Q for Q, _ in found])
+    if not sketches[0].exact:  # all see the same ranks
+        return _cut_rows(cohort, [sketch.directions()[0] for sketch in sketches])
+    return [_exact_rows(*sketch.directions()) for sketch in sketches]
+
+
+def _exact_rows(basis: Float64, R: Float64 | None) -> _Rows:
+    assert R is not None
+    used, exponents = _used(np.abs(R).sum(axis=1))
+    return _Rows(_columns(basis, used).astype(np.float32), exponents, R=R[used])
 
 
 def _cut_rows(cohort: _Cohort, bases: list[Float64]) -> list[_Rows]:
@@ -151,19 +161,23 @@ def _cut_rows(cohort: _Cohort, bases: list[Float64]) -> list[_Rows]:
             total[item] += (block**2).sum()
     left_out = np.where(total > 0, np.maximum(0, 1 - kept / np.where(total > 0, total, 1)), 0)
     left_out[left_out < NEGLIGIBLE] = 0
-    return [
-        _used_rows(basis, None, norm, float(energy))
-        for basis, norm, energy in zip(bases, norms, left_out, strict=True)
-    ]
+    return [_cut_row(*parts) for parts in zip(bases, norms, left_out.tolist(), strict=True)]
 
 
-def _used_rows(basis: Float64, R: Float64 | None, norms: Float64, energy_left_out: float = 0.0) -> _Rows:
-    """Drops directions no update uses and chooses the exponent of every row from its norm in R."""
-    used = norms > NEGLIGIBLE * norms.max(initial=0)
-    exponents = tuple(math.floor(math.log2(SUM_LIMIT / norm)) for norm in norms[used])
-    if used.all():
-        return _Rows(basis, R, exponents, energy_left_out)
-    return _Rows(basis[:, used], None if R is None else R[used], exponents, energy_left_out)
+def _cut_row(basis: Float64, norms: Float64, energy_left_out: float) -> _Rows:
+    used, exponents = _used(norms)
+    kept = _columns(basis, used)
+    return _Rows(kept.astype(np.float32), exponents, energy_left_out, basis=kept)
+
+
+def _columns(basis: Float64, used: NDArray[np.intp]) -> Float64:
+    return basis if len(used) == basis.shape[1] else np.ascontiguousarray(basis[:, used])
+
+
+def _used(norms: Float64) -> tuple[NDArray[np.intp], tuple[int, ...]]:
+    """Rows of R that some update uses, and the exponent of each from its norm."""
+    used = np.flatnonzero(norms > NEGLIGIBLE * norms.max(initial=0))
+    return used, tuple(math.floor(math.log2(SUM_LIMIT / norm)) for norm in norms[used])
 
 
 class _EncryptedSlots:

@@ -39,18 +39,25 @@ class DirectionSketch:
             self._width = self._blocks[0].shape[1]
             self._merged = True
 
+    @property
+    def exact(self) -> bool:
+        """Whether all columns seen are within the limit."""
+        return self._width <= self._limit and not self._merged
+
     def directions(self) -> tuple[Float64, Float64 | None]:
         """Q [out, q], q at most the limit, the number of columns seen and out; and their coordinates.
 
         Coordinates R [q, columns seen] with Q R all columns seen, in their order; None if they passed the limit.
+        Empties the sketch.
         """
         if not self._blocks:
             raise ValueError("no block was added")
         columns = np.hstack(self._blocks)
+        self._blocks = []
         if self._width > self._limit:
             return canonical_basis(_leading(columns, self._limit))[0], None
         Q, R = canonical_basis(columns)
-        return Q, None if self._merged else R
+        return Q, R if self.exact else None
 
 
 def _leading(columns: Float64, limit: int) -> Float64:

@@ -1,7 +1,8 @@
 """A client's update, shard by shard: column order, row normalization, encryption of the client's tiers.
 
 Rows of A are scaled by powers of two to a largest magnitude in [1/2, 1) and the columns of B take the factor up:
-B A is unchanged to the bit, nothing needs clipping, and every row uses the full precision of the ciphertext.
+B A is unchanged to the bit (but for entries 2^100 times smaller than their row's largest, which float32 may lose),
+nothing needs clipping, and every row uses the full precision of the ciphertext.
 """
 
 from collections.abc import Iterator, Mapping

@@ -5,6 +5,7 @@ summed score are optimal for every k at once. The leader ranks and publishes the
 alone derive; every agent checks it against the summed votes before it trains by it.
 """
 
+import math
 import secrets
 import struct
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ _FORMAT = 1
 _HEADER = struct.Struct("<HHI")
 """Format, number of tiers, number of columns; little-endian."""
 _NONCE_BYTES = 12
+_ROUNDED_DOWN = 1 - 2.0**-50
+"""So that 0.07 of 100 columns, 7.000000000000001 in float64, are 7 and not 8."""
 COVERAGE_TOLERANCE = 1e-9
 """Share of all sensitivity by which a plan may miss the optimum: ties and last-bit differences between machines."""
 
@@ -64,13 +67,13 @@ class Plan:
 
 def tier_ends(tiers: Sequence[float], total: int) -> list[int]:
     """Columns that each budget encrypts: its share of all columns, rounded up."""
-    return [min(total, int(np.ceil(tier * total))) for tier in tiers]
+    return [min(total, math.ceil(tier * total * _ROUNDED_DOWN)) for tier in tiers]
 
 
 def make_plan(scores: Mapping[str, Float64], matrices: Sequence[Matrix], tiers: Sequence[float]) -> Plan:
     """Ranks the summed scores; ties go to the column that comes first."""
     ranking = np.argsort(-_joined(scores, matrices), kind="stable")
-    return Plan(tuple(tiers), ranking[: tier_ends(tiers, len(ranking))[-1]].astype(np.uint32))
+    return Plan(tuple(tiers), ranking[: max(tier_ends(tiers, len(ranking)), default=0)].astype(np.uint32))
 
 
 def check_plan(
@@ -80,7 +83,7 @@ def check_plan(
     joined = _joined(scores, matrices)
     ends = tier_ends(tiers, len(joined))
     columns = plan.columns
-    if plan.tiers != tuple(tiers) or len(columns) != ends[-1]:
+    if plan.tiers != tuple(tiers) or len(columns) != max(ends, default=0):
         raise _refused("it was made for other budgets")
     if columns.max(initial=0) >= len(joined) or len(np.unique(columns)) != len(columns):
         raise _refused("it names a column twice or one that does not exist")

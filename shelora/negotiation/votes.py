@@ -15,7 +15,7 @@ from shelora.lora.shards import Float32, Float64
 
 VOTE_BOUND = 256.0
 """Largest vote for one column, in multiples of an even vote. Columns beyond are at the top of any plan all the same;
-the bound keeps the ciphertext noise below 10^-4 of an even vote."""
+the bound keeps the ciphertext noise below 10^-3 of an even vote."""
 
 
 def vote_bound(matrices: Sequence[Matrix]) -> float:
@@ -45,12 +45,14 @@ def cast_votes(matrices: Sequence[Matrix], scores: Mapping[str, Float64]) -> dic
     """
     for matrix in matrices:
         _check_scores(matrix, scores.get(matrix.name))
-    total = sum(float(scores[m.name].sum()) for m in matrices)
-    if total == 0:
+    largest = max(float(scores[m.name].max()) for m in matrices)
+    if largest == 0:
         even = 1 / sum(m.in_features for m in matrices)
         return {m.name: np.full(m.in_features, even, dtype=np.float32) for m in matrices}
+    relative = {m.name: scores[m.name] / largest for m in matrices}  # so that no sum overflows
+    total = sum(float(r.sum()) for r in relative.values())
     bound = np.float32(vote_bound(matrices))
-    return {m.name: np.minimum((scores[m.name] / total).astype(np.float32), bound) for m in matrices}
+    return {name: np.minimum((r / total).astype(np.float32), bound) for name, r in relative.items()}
 
 
 def summed_scores(matrices: Sequence[Matrix], tensors: Mapping[str, Float32]) -> dict[str, Float64]:

@@ -119,6 +119,7 @@ class TrainingSpec(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     CALIBRATION_EXAMPLES_FIELD_NUMBER: _builtins.int
     EVALUATION_EXAMPLES_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_DECAY_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Base model every agent must have, for error messages and the adapter's metadata."""
     task: _builtins.str
@@ -135,6 +136,8 @@ class TrainingSpec(_message.Message):
     """Examples the sensitivity scores are measured on, 1 to 100000."""
     evaluation_examples: _builtins.int
     """Test examples an agent evaluates on after each round; 0 for none. After the last round: all."""
+    learning_rate_decay: _builtins.float
+    """Factor on the learning rate from one round to the next, greater than 0, at most 1."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Class names in order of their index; empty for causal-lm."""
@@ -156,10 +159,11 @@ class TrainingSpec(_message.Message):
         max_tokens: _builtins.int = ...,
         calibration_examples: _builtins.int = ...,
         evaluation_examples: _builtins.int = ...,
+        learning_rate_decay: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "labels", b"labels", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "max_tokens", b"max_tokens", "target_modules", b"target_modules", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "max_tokens", b"max_tokens", "target_modules", b"target_modules", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,6 +61,7 @@ def save_tiny_bert(folder: Path) -> Path:
         max_position_embeddings=64,
         num_labels=len(WORDS["cold"]) + len(WORDS["warm"]),
     )
+    torch.set_num_threads(1)  # two threads on busy cores wait for each other
     torch.manual_seed(0)
     pretrained = BertForSequenceClassification(config)
     _teach_words(pretrained, fast)

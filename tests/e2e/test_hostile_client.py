@@ -1,0 +1,192 @@
+"""A member that sends only rubbish: every piece is refused by name, and the federation finishes without it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+
+from client_agent.checkpoint import load_checkpoint
+from client_agent.config import LoraSettings
+from client_agent.model import AdaptedModel, choose_device
+from shelora.ckks.secret import Encryptor, SecretKey
+from shelora.ckks.wire import HEADER_BYTES, encode_block
+from shelora.cli.cluster import LocalCluster
+from shelora.errors import Reason
+from shelora.lora.layout import Layout
+from shelora.lora.shards import UpdateShardContent
+from shelora.messages import encode_update, layout_from_proto, matrix_to_proto, tensor_to_proto
+from shelora.transport.channel import call, open_channel
+from shelora.transport.pieces import Digest, cut
+from shelora.transport.status import error_from_rpc
+from shelora.v1 import aggregation_pb2, common_pb2
+from shelora.v1 import coordinator_pb2 as pb
+from shelora.v1.aggregation_pb2_grpc import AggregationStub
+from shelora.v1.coordinator_pb2_grpc import CoordinatorStub
+from tests.e2e import federations
+from tests.e2e.agents import AGENTS, LABELS, specification, start_agent
+
+NAME = "hostile"
+SCALE_BITS, KEY_ID = slice(12, 16), slice(56, 72)
+"""Fields of a ciphertext block's header."""
+ROUND_S = 20
+"""What a round waits for the member that never sends an update."""
+
+
+async def test_rubbish_is_refused_by_name_and_the_federation_finishes_without_it(
+    cluster: LocalCluster, model: Path, tmp_path: Path
+):
+    spec = specification(rounds=1, clients=4, min_updates=2, deadline_s=ROUND_S)
+    await federations.start(cluster, spec)
+    hostile = asyncio.create_task(_take_part(cluster, model))
+    agents = [start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
+    federation = await federations.wait_until_over(cluster, spec, agents)
+    refused = await hostile
+
+    assert federation.phase == pb.PHASE_FINISHED, federation.failure
+    assert [agent.popen.returncode for agent in agents] == [0, 0, 0]
+    assert [r.state for r in federation.history] == [pb.ROUND_STATE_PUBLISHED] * 2
+    for summary in federation.history:
+        assert summary.cohort_count == 4
+        assert NAME not in {update.client_id for update in summary.updates}
+    assert refused == [_EXPECTED, _EXPECTED], "in the vote and in training"
+
+
+_EXPECTED = [
+    Reason.SHARD_MALFORMED,
+    Reason.CIPHERTEXT_TRUNCATED,
+    Reason.CIPHERTEXT_FOREIGN_KEY,
+    Reason.CIPHERTEXT_WRONG_SCALE,
+    Reason.CIPHERTEXT_COEFFICIENT_RANGE,
+    Reason.TRANSFER_TOO_LARGE,
+    Reason.SHARD_MISSING,
+]
+
+
+async def _take_part(cluster: LocalCluster, model: Path) -> list[list[Reason]]:
+    """Joins, and answers the vote and the round with rubbish. Returns the reasons it was given, by round."""
+    addresses = cluster.addresses
+    async with open_channel(addresses.coordinator) as channel, open_channel(addresses.aggregation[0]) as far:
+        coordinator, aggregation = CoordinatorStub(channel), AggregationStub(far)
+        await call(coordinator.Join, _join(model))
+        reasons = []
+        async for assignment in coordinator.Watch(pb.WatchRequest(federation_id="weather", client_id=NAME)):
+            work = assignment.WhichOneof("work")
+            if work in {"vote", "train"}:
+                reasons.append(await _answer(coordinator, aggregation, getattr(assignment, work).round))
+            if work == "train":
+                return reasons
+        raise AssertionError("the federation ended before it trained")
+
+
+async def _answer(
+    coordinator: CoordinatorStub, aggregation: AggregationStub, round_: pb.RoundRef
+) -> list[Reason]:
+    layout = layout_from_proto(round_.layout)
+    index = next(i for i, shard in enumerate(layout.shards) if shard.tensors)
+    reasons = [
+        await _refusal(_put(aggregation, round_.round_id, layout, index, content))
+        for content in _rubbish(layout, index)
+    ]
+    reasons.append(await _refusal(_put(aggregation, round_.round_id, layout, index, b"x", announced=2**40)))
+    reasons.append(await _refusal(_commit(coordinator, round_.round_id, layout)))
+    return reasons
+
+
+def _rubbish(layout: Layout, index: int) -> Iterator[bytes]:
+    """Serialized shards, each wrong in one way."""
+    rows = np.zeros((1, layout.slot_count(layout.shards[index])))
+    foreign = encode_block(Encryptor(SecretKey.generate(layout.ckks)).encrypt(rows))
+    own = _replaced(foreign, KEY_ID, layout.key_id)
+    yield b"\xff" * 1000
+    yield _shard(layout, index, own[:-1])
+    yield _shard(layout, index, foreign)
+    yield _shard(layout, index, _replaced(own, SCALE_BITS, (99).to_bytes(4, "little")))
+    yield _shard(layout, index, own[:HEADER_BYTES] + b"\xff" * (len(own) - HEADER_BYTES))
+
+
+def _replaced(block: bytes, field: slice, value: bytes) -> bytes:
+    return block[: field.start] + value + block[field.stop :]
+
+
+def _shard(layout: Layout, index: int, ciphertexts: bytes) -> bytes:
+    content = UpdateShardContent(
+        shard=index,
+        rank=1,
+        encrypted_tiers=len(layout.tiers),
+        matrices=(),
+        clear_tensors=(),
+        ciphertexts=ciphertexts,
+    )
+    return encode_update(layout, content)
+
+
+async def _put(
+    aggregation: AggregationStub,
+    round_id: str,
+    layout: Layout,
+    index: int,
+    data: bytes,
+    announced: int | None = None,
+) -> None:
+    digest = Digest.of(data)
+    header = aggregation_pb2.PutShardHeader(
+        round_id=round_id,
+        client_id=NAME,
+        shard=index,
+        digest=common_pb2.ShardDigest(sha256=digest.sha256, total_bytes=announced or digest.total_bytes),
+        layout_digest=layout.digest,
+    )
+
+    async def parts() -> AsyncIterator[aggregation_pb2.PutShardRequest]:
+        yield aggregation_pb2.PutShardRequest(header=header)
+        for piece in cut(data):
+            yield aggregation_pb2.PutShardRequest(piece=piece)
+
+    await aggregation.PutShard(parts(), timeout=30)
+
+
+async def _commit(coordinator: CoordinatorStub, round_id: str, layout: Layout) -> None:
+    """Claims shards that were never stored."""
+    shards = [common_pb2.ShardDigest(sha256=bytes(32), total_bytes=1) for _ in layout.shards]
+    request = pb.CommitUpdateRequest(
+        federation_id="weather",
+        round_id=round_id,
+        client_id=NAME,
+        layout_digest=layout.digest,
+        shards=shards,
+        rank=1,
+        scaling=1.0,
+        report=pb.UpdateReport(client_id=NAME, example_count=1),
+    )
+    await coordinator.CommitUpdate(request, timeout=30)
+
+
+async def _refusal(attempt: Awaitable[None]) -> Reason:
+    try:
+        await attempt
+    except grpc.aio.AioRpcError as error:
+        return error_from_rpc(error).reason
+    raise AssertionError("it was accepted")
+
+
+def _join(folder: Path) -> pb.JoinRequest:
+    """What an honest agent with this model says."""
+    model = AdaptedModel(
+        load_checkpoint(str(folder), "sequence-classification", LABELS),
+        task="sequence-classification",
+        target_modules=("query", "value"),
+        lora=LoraSettings(rank=2),
+        device=choose_device("cpu"),
+    )
+    return pb.JoinRequest(
+        federation_id="weather",
+        client_id=NAME,
+        rank=2,
+        budget=1.0,
+        example_count=100,
+        matrices=[matrix_to_proto(m) for m in model.matrices],
+        tensors=[tensor_to_proto(t) for t in model.tensors],
+        protocol_version=1,
+    )
