@@ -91,7 +91,7 @@ async def test_an_unprotected_federation_runs_without_keys(
 
     assert federation.phase == pb.PHASE_FINISHED, federation.failure
     assert all(r.kind == pb.ROUND_KIND_TRAIN for r in federation.history)
-    assert not list((tmp_path / "cluster" / "key-authority").glob("*.keys"))
+    assert not list((tmp_path / "cluster" / "key-authority").rglob("*.keys"))
     _assert_adapters_agree_and_load(tmp_path, model)
 
 
@@ -143,7 +143,7 @@ def _products(adapter: Path) -> dict[str, np.ndarray]:
 
 def _secrets(cluster: LocalCluster) -> dict[str, bytes]:
     """The epoch's secrets as the key authority keeps them."""
-    vault = Vault(Path(cluster.addresses.credential_file).parent / "key-authority")
+    vault = Vault(Path(cluster.addresses.credential_file).parent / "key-authority" / "epochs")
     epoch = vault.read(EpochId("weather", 1))
     return {"the CKKS secret key": epoch.ckks_secret_key, "the obfuscation secret": epoch.obfuscation_secret}
 
