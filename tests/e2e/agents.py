@@ -99,9 +99,9 @@ def specification(
             "training": {
                 "base_model": "tiny-bert",
                 "labels": LABELS,
-                "local_steps": 24,
-                "batch_size": 8,
-                "learning_rate": 0.02,
+                "local_steps": 40,
+                "batch_size": 32,
+                "learning_rate": 0.01,
                 "max_tokens": 16,
                 "calibration_examples": 16,
                 "evaluation_examples": 20,
