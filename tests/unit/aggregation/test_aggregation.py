@@ -88,6 +88,14 @@ def test_a_worker_leaves_when_its_input_ends():
     assert left.wait(10)
 
 
+@pytest.fixture
+def member(monkeypatch):
+    """What every server that is a member needs."""
+    monkeypatch.setenv("SHELORA_AGGREGATION_IDENTITY", "identity")
+    monkeypatch.setenv("SHELORA_AGGREGATION_KEY_AUTHORITY_ADDRESS", "127.0.0.1:7102")
+
+
+@pytest.mark.usefixtures("member")
 def test_settings_come_from_the_environment_and_flags_win(monkeypatch):
     monkeypatch.setenv("SHELORA_AGGREGATION_WORKERS", "3")
     monkeypatch.setenv("SHELORA_AGGREGATION_JOB_TIMEOUT_S", "5")
@@ -99,6 +107,7 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch):
     assert settings.worker_environment["SHELORA_AGGREGATION_REDIS_URL"] == "redis://:hunter2@host:1/0"
 
 
+@pytest.mark.usefixtures("member")
 def test_a_flag_gives_the_redis_url():
     settings = AggregationSettings.load(redis_url="redis://host:1/0")
     assert settings.redis_url.get_secret_value() == "redis://host:1/0"
