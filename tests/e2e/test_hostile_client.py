@@ -31,6 +31,7 @@ from tests.e2e.agents import AGENTS, LABELS, specification, start_agent
 NAME = "hostile"
 SCALE_BITS, KEY_ID = slice(12, 16), slice(56, 72)
 """Fields of a ciphertext block's header."""
+HEARTBEAT_S = 5
 ROUND_S = 20
 """What a round waits for the member that never sends an update."""
 
@@ -76,14 +77,31 @@ async def _take_part(cluster: LocalCluster, model: Path, folder: Path) -> list[l
     ):
         coordinator, aggregation = CoordinatorStub(channel), AggregationStub(far)
         await call(coordinator.Join, _join(model))
-        reasons = []
-        async for assignment in coordinator.Watch(pb.WatchRequest(federation_id="weather", client_id=NAME)):
-            work = assignment.WhichOneof("work")
-            if work in {"vote", "train"}:
-                reasons.append(await _answer(coordinator, aggregation, getattr(assignment, work).round))
-            if work == "train":
-                return reasons
-        raise AssertionError("the federation ended before it trained")
+        alive = asyncio.create_task(_stay_alive(coordinator))
+        try:
+            return await _answers(coordinator, aggregation)
+        finally:
+            alive.cancel()
+
+
+async def _stay_alive(coordinator: CoordinatorStub) -> None:
+    """Heartbeats, so that the next cohort counts on it too."""
+    while True:
+        await call(
+            coordinator.Heartbeat, pb.HeartbeatRequest(federation_id="weather", client_id=NAME, stage="idle")
+        )
+        await asyncio.sleep(HEARTBEAT_S)
+
+
+async def _answers(coordinator: CoordinatorStub, aggregation: AggregationStub) -> list[list[Reason]]:
+    reasons = []
+    async for assignment in coordinator.Watch(pb.WatchRequest(federation_id="weather", client_id=NAME)):
+        work = assignment.WhichOneof("work")
+        if work in {"vote", "train"}:
+            reasons.append(await _answer(coordinator, aggregation, getattr(assignment, work).round))
+        if work == "train":
+            return reasons
+    raise AssertionError("the federation ended before it trained")
 
 
 async def _answer(

@@ -9,11 +9,11 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import BertModel
 
-from client_agent import work
 from client_agent.agent import Agent, Outcome
 from client_agent.learner import Learner
 from client_agent.session import Session
 from shelora.errors import DomainError, Reason
+from shelora.negotiation import sealed
 from shelora.v1 import coordinator_pb2 as pb
 from tests.unit.client_agent.tiny import bert_config, save_model
 
@@ -148,7 +148,7 @@ async def test_a_plan_that_the_votes_do_not_bear_out_is_rejected_and_another_lea
 ) -> None:
     federation = make_federation("crooked", rounds=1)
     await federation.start()
-    real_make_plan = work.make_plan
+    real_make_plan = sealed.make_plan
     made: list[int] = []
 
     def crooked_first(scores: Any, matrices: Any, tiers: Any) -> Any:
@@ -157,7 +157,7 @@ async def test_a_plan_that_the_votes_do_not_bear_out_is_rejected_and_another_lea
             scores = {name: -value for name, value in scores.items()}
         return real_make_plan(scores, matrices, tiers)
 
-    monkeypatch.setattr(work, "make_plan", crooked_first)
+    monkeypatch.setattr(sealed, "make_plan", crooked_first)
     agents = [await federation.agent("one", budget=0.5), await federation.agent("two", budget=0.5)]
     assert await outcomes(*agents) == [Outcome.FINISHED] * 2
     assert len(made) == 2
