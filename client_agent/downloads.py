@@ -11,8 +11,8 @@ from client_agent.replicas import AggregationStub, Replicas, transfer_timeout_s
 from client_agent.session import digest_from_proto
 from client_agent.state import AgentState, Inbox
 from shelora.errors import DomainError, Reason
+from shelora.lora.aggregate import MIN_CONTRIBUTORS
 from shelora.lora.layout import Layout
-from shelora.lora.restore import MIN_CONTRIBUTORS
 from shelora.lora.shards import ResultShardContent
 from shelora.messages import decode_result, layout_from_proto
 from shelora.transport.pieces import Digest

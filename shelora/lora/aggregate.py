@@ -26,6 +26,7 @@ from shelora.messages import encode_result, parse_update, update_block_shape
 TENSOR_HEADROOM = SUM_LIMIT
 """Slots of averaged tensors hold the average times this over the tensor's bound."""
 MIN_CONTRIBUTORS = 2
+"""An aggregate of one update is that update: it is neither made nor decrypted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,10 @@ from numpy.typing import NDArray
 
 from shelora.ckks.wire import FullBlock, decode_block
 from shelora.errors import DomainError, Reason
-from shelora.lora.aggregate import TENSOR_HEADROOM
+from shelora.lora.aggregate import MIN_CONTRIBUTORS, TENSOR_HEADROOM
 from shelora.lora.layout import Layout
 from shelora.lora.shards import FactoredUpdate, Float32, Float64, ResultShardContent
 from shelora.messages import result_block_shape
-
-MIN_CONTRIBUTORS = 2
-"""An aggregate of one update is that update: it is not decrypted."""
 
 
 class Decrypts(Protocol):
