@@ -17,7 +17,7 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix
 from shelora.messages import matrix_to_proto, tensor_to_proto
-from shelora.transport.channel import call, is_transient, open_channel
+from shelora.transport.channel import call, call_with_stream, is_transient, open_channel
 from shelora.transport.pieces import Digest, collect, cut
 from shelora.transport.status import error_from_rpc
 from shelora.transport.tls import Credentials
@@ -144,10 +144,7 @@ class Session:
             for piece in cut(spool.read(0)):
                 yield pb.CastBallotRequest(piece=piece)
 
-        try:
-            response = await self._coordinator.CastBallot(parts(), timeout=STREAM_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        response = await call_with_stream(self._coordinator.CastBallot, parts, timeout_s=STREAM_TIMEOUT_S)
         return response.ballot_count
 
     def _report(self, spool: Spool, upload_s: float) -> pb.UpdateReport:
@@ -178,10 +175,7 @@ class Session:
             for piece in cut(sealed):
                 yield pb.PublishPlanRequest(piece=piece)
 
-        try:
-            await self._coordinator.PublishPlan(parts(), timeout=STREAM_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self._config.coordinator) from error
+        await call_with_stream(self._coordinator.PublishPlan, parts, timeout_s=STREAM_TIMEOUT_S)
 
     async def fetch_plan(self, number: int, digest: Digest) -> bytes:
         """A sealed plan, or a ranked list. Raises: PLAN_UNKNOWN, DIGEST_MISMATCH, TRANSFER_*."""

@@ -1,7 +1,7 @@
 """Channels to servers, and calls that survive a server's restart."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -10,7 +10,7 @@ import tenacity
 from shelora.errors import DomainError
 from shelora.transport.address import HostPort, check_plaintext, is_local
 from shelora.transport.renewing import RenewingChannel
-from shelora.transport.status import STATUS_BY_REASON, distrusts, error_from_rpc
+from shelora.transport.status import STATUS_BY_REASON, distrusts, error_from_rpc, lost_status
 from shelora.transport.tls import Credentials
 
 _Request = TypeVar("_Request")
@@ -113,7 +113,9 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed later: by the status of an RPC, or by the reason of a DomainError."""
     if isinstance(error, DomainError):
         return STATUS_BY_REASON[error.reason] in _TRANSIENT
-    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _TRANSIENT and not distrusts(error)
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return False
+    return lost_status(error) or (error.code() in _TRANSIENT and not distrusts(error))
 
 
 def retrying(
@@ -177,3 +179,30 @@ async def _attempt(
     metadata: tuple[tuple[str, str | bytes], ...],
 ) -> _Response:
     return await method(request, timeout=timeout_s, metadata=metadata)
+
+
+async def call_with_stream(
+    method: grpc.aio.StreamUnaryMultiCallable[_Request, _Response],
+    requests: Callable[[], AsyncIterator[_Request] | Iterator[_Request]],
+    *,
+    timeout_s: float = TIMEOUT_S,
+    retry_s: float = RETRY_S,
+) -> _Response:
+    """As `call`, for an idempotent RPC that takes a stream.
+
+    Args:
+        method: Method of an asynchronous stub.
+        requests: Begins the stream anew in every attempt.
+        timeout_s: Deadline of one attempt.
+        retry_s: No attempt starts later than this after the first. 0 for a single attempt.
+
+    Raises: as `call`.
+    """
+
+    async def attempt() -> _Response:
+        return await method(requests(), timeout=timeout_s)
+
+    try:
+        return await retrying(retry_s=retry_s)(attempt)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error, getattr(method, "address", "")) from error

@@ -104,6 +104,9 @@ _REASON_BY_BARE_STATUS: Final[Mapping[grpc.StatusCode, Reason]] = MappingProxyTy
 )
 """Reasons for failures that gRPC itself reports: no server, no answer in time, no room."""
 
+_FAILED_WRITE: Final = "SendMessageOperation"
+"""How grpc.aio says that a message of a stream could not be sent."""
+
 _WRONG_NAME: Final = "Hostname Verification Check failed"
 """How gRPC says that a certificate does not name the host that was called."""
 
@@ -158,8 +161,22 @@ def error_from_rpc(error: grpc.RpcError, address: str = "") -> DomainError:
         return DomainError(reason, details)
     if distrusts(error):
         return DomainError(Reason.SERVER_UNTRUSTED, _why_distrusted(details, address))
+    if lost_status(error):
+        return DomainError(Reason.STORE_UNAVAILABLE, "the server ended the call; why did not arrive")
     fallback = _REASON_BY_BARE_STATUS.get(error.code(), Reason.INTERNAL)
     return DomainError(fallback, f"{error.code().name}: {details}")
+
+
+def lost_status(error: grpc.aio.AioRpcError) -> bool:
+    """Whether grpc.aio overwrote the server's status, so that only another attempt can tell it.
+
+    It does so when a server refuses a stream while the client still writes it (grpc/grpc#36066).
+    """
+    return (
+        error.code() is _Code.INTERNAL
+        and _reason_of(error) is None
+        and _FAILED_WRITE in (error.debug_error_string() or "")
+    )
 
 
 def distrusts(error: grpc.aio.AioRpcError) -> bool:

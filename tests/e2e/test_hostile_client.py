@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
 
-import grpc
 import numpy as np
 
 from client_agent.checkpoint import load_checkpoint
@@ -13,13 +12,12 @@ from client_agent.model import AdaptedModel, choose_device
 from shelora.ckks.secret import Encryptor, SecretKey
 from shelora.ckks.wire import HEADER_BYTES, encode_block
 from shelora.cli.cluster import LocalCluster
-from shelora.errors import Reason
+from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
 from shelora.lora.shards import UpdateShardContent
 from shelora.messages import encode_update, layout_from_proto, matrix_to_proto, tensor_to_proto
-from shelora.transport.channel import call, open_channel
+from shelora.transport.channel import call, call_with_stream, open_channel
 from shelora.transport.pieces import Digest, cut
-from shelora.transport.status import error_from_rpc
 from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import aggregation_pb2, common_pb2
 from shelora.v1 import coordinator_pb2 as pb
@@ -168,7 +166,7 @@ async def _put(
         for piece in cut(data):
             yield aggregation_pb2.PutShardRequest(piece=piece)
 
-    await aggregation.PutShard(parts(), timeout=30)
+    await call_with_stream(aggregation.PutShard, parts, timeout_s=30)
 
 
 async def _commit(coordinator: CoordinatorStub, round_id: str, layout: Layout) -> None:
@@ -184,14 +182,14 @@ async def _commit(coordinator: CoordinatorStub, round_id: str, layout: Layout) -
         scaling=1.0,
         report=pb.UpdateReport(client_id=NAME, example_count=1),
     )
-    await coordinator.CommitUpdate(request, timeout=30)
+    await call(coordinator.CommitUpdate, request, timeout=30)
 
 
 async def _refusal(attempt: Awaitable[None]) -> Reason:
     try:
         await attempt
-    except grpc.aio.AioRpcError as error:
-        return error_from_rpc(error).reason
+    except DomainError as error:
+        return error.reason
     raise AssertionError("it was accepted")
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from services.shell.server import running_server
-from shelora.errors import Reason
-from shelora.transport.channel import open_channel
+from shelora.errors import DomainError, Reason
+from shelora.transport.channel import call_with_stream, open_channel
 from shelora.transport.pieces import Digest, cut
 from shelora.transport.status import error_from_rpc
 from shelora.v1 import common_pb2
@@ -34,9 +34,9 @@ async def stub(fed):
 
 @asynccontextmanager
 async def refused(reason: Reason, words: str = ""):
-    with pytest.raises(grpc.aio.AioRpcError) as failed:
+    with pytest.raises((grpc.aio.AioRpcError, DomainError)) as failed:
         yield
-    error = error_from_rpc(failed.value)
+    error = failed.value if isinstance(failed.value, DomainError) else error_from_rpc(failed.value)
     assert error.reason is reason
     assert words in error.message
 
@@ -269,10 +269,10 @@ async def test_a_plan_goes_through_in_pieces_and_only_from_the_leader(stub, fed)
         matrix.tier_columns.append(3)
     sealed = bytes(range(256)) * 4096
     async with refused(Reason.NOT_LEADER):
-        await stub.PublishPlan(iter(messages("b", 1, sealed, work.matrices)))
+        await call_with_stream(stub.PublishPlan, lambda: iter(messages("b", 1, sealed, work.matrices)))
     truncated = messages("a", 1, sealed, work.matrices)[:-1]
     async with refused(Reason.TRANSFER_TRUNCATED):
-        await stub.PublishPlan(iter(truncated))
+        await call_with_stream(stub.PublishPlan, lambda: iter(truncated))
     async with refused(Reason.PLAN_UNKNOWN):
         await stub.GetPlan(pb.GetPlanRequest(federation_id="fed", plan_number=1)).read()
     for _ in range(2):
@@ -339,4 +339,4 @@ async def test_a_ballot_is_cast_over_the_wire_and_a_stream_without_header_is_ref
 
     assert (await stub.CastBallot(parts())).ballot_count == 1
     async with refused(Reason.INVALID_ARGUMENT, "the first message must be the header"):
-        await stub.CastBallot(parts(with_header=False))
+        await call_with_stream(stub.CastBallot, lambda: parts(with_header=False))

@@ -1,7 +1,7 @@
 """Replicas of the service in this process, and what their callers do."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,10 +13,10 @@ from services.aggregation.store import connect, connect_worker
 from services.aggregation.uploads import UploadLimits, Uploads
 from services.aggregation.worker import answer
 from services.shell.server import running_server
-from shelora.errors import Reason
+from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
 from shelora.messages import layout_to_proto
-from shelora.transport.channel import open_channel
+from shelora.transport.channel import call_with_stream, open_channel
 from shelora.transport.pieces import Digest, cut
 from shelora.transport.status import error_from_rpc
 from shelora.v1 import aggregation_pb2 as pb
@@ -56,7 +56,11 @@ class Caller:
         self, layout: Layout, client: str, index: int, data: bytes, *, offset: int = 0, **header: Any
     ) -> pb.PutShardResponse:
         first = announcement(layout, client, index, data, offset=offset, **header)
-        return await self.stub.PutShard(stream(first, cut(data, offset)))
+        return await self.send(lambda: stream(first, cut(data, offset)))
+
+    async def send(self, requests: Callable[[], Iterator[pb.PutShardRequest]]) -> pb.PutShardResponse:
+        """Calls PutShard as an agent does."""
+        return await call_with_stream(self.stub.PutShard, requests)
 
     async def put_all(self, cohort: Any) -> None:
         for client in cohort.clients:
@@ -122,6 +126,8 @@ async def refusal(call: Any) -> Reason:
         await call
     except grpc.aio.AioRpcError as error:
         return error_from_rpc(error).reason
+    except DomainError as error:
+        return error.reason
     raise AssertionError("the call was not refused")
 
 

@@ -173,7 +173,7 @@ async def test_of_two_uploads_of_different_content_the_later_wins_and_the_earlie
             yield pb.PutShardRequest(piece=piece)
 
     await caller.open(wide.layout)
-    earlier = asyncio.ensure_future(refusal(caller.stub.PutShard(in_two_parts())))
+    earlier = asyncio.ensure_future(refusal(caller.send(in_two_parts)))
     await eventually(lambda: at_least(caller, 4 * PIECE_BYTES))
     await caller.put(wide.layout, "client-0", 0, theirs)
     go_on.set()
@@ -348,13 +348,13 @@ async def test_a_header_without_an_identifier_is_refused(caller, cohort, keys, f
 
 async def test_a_stream_without_a_header_is_refused(caller, cohort):
     assert (
-        await refusal(caller.stub.PutShard(iter([pb.PutShardRequest(piece=b"x")]))) is Reason.INVALID_ARGUMENT
+        await refusal(caller.send(lambda: iter([pb.PutShardRequest(piece=b"x")]))) is Reason.INVALID_ARGUMENT
     )
-    assert await refusal(caller.stub.PutShard(iter([]))) is Reason.INVALID_ARGUMENT
+    assert await refusal(caller.send(lambda: iter([]))) is Reason.INVALID_ARGUMENT
 
 
 async def test_a_second_header_is_refused(caller, cohort, keys):
     header = announcement(cohort.layout, CLIENT, 1, cohort.shard_bytes(CLIENT, 1))
     await caller.open(cohort.layout)
-    assert await refusal(caller.stub.PutShard(iter([header, header]))) is Reason.INVALID_ARGUMENT
+    assert await refusal(caller.send(lambda: iter([header, header]))) is Reason.INVALID_ARGUMENT
     assert keys.besides_the_round() == set()

@@ -6,8 +6,9 @@ import pytest
 from services.shell.server import running_server
 from shelora.errors import DomainError, Reason
 from shelora.transport.address import HostPort, check_plaintext, is_local
-from shelora.transport.channel import call, is_transient, open_channel, retrying
+from shelora.transport.channel import call, call_with_stream, is_transient, open_channel, retrying
 from shelora.transport.status import MAX_DETAILS, translated
+from shelora.v1 import aggregation_pb2, aggregation_pb2_grpc
 from shelora.v1 import key_authority_pb2 as pb
 from shelora.v1 import key_authority_pb2_grpc as pb_grpc
 
@@ -123,6 +124,30 @@ async def test_a_server_that_is_not_there_is_reported_as_unavailable():
         with pytest.raises(DomainError) as caught:
             await call(pb_grpc.KeyAuthorityStub(channel).OpenEpoch, pb.OpenEpochRequest(), retry_s=0)
     assert caught.value.reason is Reason.STORE_UNAVAILABLE
+
+
+class Refusing(aggregation_pb2_grpc.AggregationServicer):
+    """Refuses a stream whose pieces it does not read."""
+
+    async def PutShard(self, request_iterator, context):
+        await anext(request_iterator)
+        async with translated(context):
+            raise DomainError(Reason.TRANSFER_OFFSET, "no")
+
+
+async def test_why_a_stream_is_refused_arrives_though_the_client_still_sends():
+    """grpc.aio overwrites one status in twenty with INTERNAL here (grpc/grpc#36066)."""
+    pieces = [aggregation_pb2.PutShardRequest(piece=bytes(200_000))] * 40
+    register = aggregation_pb2_grpc.add_AggregationServicer_to_server
+    async with (
+        running_server(["shelora.v1.Aggregation"], lambda server: register(Refusing(), server)) as address,
+        open_channel(address) as channel,
+    ):
+        stub = aggregation_pb2_grpc.AggregationStub(channel)
+        for _ in range(200):
+            with pytest.raises(DomainError) as caught:
+                await call_with_stream(stub.PutShard, lambda: iter(pieces))
+            assert caught.value.reason is Reason.TRANSFER_OFFSET
 
 
 async def test_metadata_travels_with_the_call():
