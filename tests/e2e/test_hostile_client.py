@@ -182,7 +182,7 @@ async def _commit(coordinator: CoordinatorStub, round_id: str, layout: Layout) -
         scaling=1.0,
         report=pb.UpdateReport(client_id=NAME, example_count=1),
     )
-    await call(coordinator.CommitUpdate, request, timeout=30)
+    await call(coordinator.CommitUpdate, request, timeout_s=30)
 
 
 async def _refusal(attempt: Awaitable[None]) -> Reason:
