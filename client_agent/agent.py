@@ -6,12 +6,12 @@ import logging
 import os
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import structlog
 
 from client_agent.config import AgentConfig
-from client_agent.learner import Learner
+from client_agent.learning import LocalLearner
 from client_agent.progress import Activity, Progress, Stopped
 from client_agent.replicas import Replicas
 from client_agent.session import Session, is_fatal
@@ -19,9 +19,13 @@ from client_agent.state import AgentState
 from client_agent.work import Identity, Work
 from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
-from shelora.federation import FederationSpec
+from shelora.federation import FederationSpec, TrainingSpec
+from shelora.transport.channel import OpenChannel, open_channel
 from shelora.transport.enrolment import keep_renewed, renewal_at
 from shelora.v1 import coordinator_pb2 as pb
+
+Learn: TypeAlias = Callable[[AgentConfig, TrainingSpec, AgentState], LocalLearner]
+"""Reads the data and loads the model: `client_agent.learner.Learner`, or a stand-in."""
 
 HEARTBEAT_S: Final = 5.0
 """Seconds between two heartbeats."""
@@ -65,16 +69,31 @@ class Outcome(StrEnum):
 
 
 class Agent:
-    """One client of one federation, from joining to the end."""
+    """One client of one federation, from joining to the end.
+
+    Args:
+        config: What it is told.
+        learn: Makes the learner; called in the worker.
+        worker: Where blocking work is done; an agent of its own process has one to itself.
+        connect: Opens its connections.
+        heartbeat_s: Seconds between two heartbeats.
+        retry_s: Seconds before a failed assignment is tried again, at first.
+    """
 
     def __init__(
         self,
         config: AgentConfig,
+        learn: Learn,
         *,
+        worker: Worker | None = None,
+        connect: OpenChannel = open_channel,
         heartbeat_s: float = HEARTBEAT_S,
         retry_s: float = RETRY_S,
     ) -> None:
         self._config = config
+        self._learn = learn
+        self._worker = worker
+        self._connect = connect
         self._heartbeat_s = heartbeat_s
         self._retry_s = retry_s
         self._stopping = asyncio.Event()
@@ -91,12 +110,13 @@ class Agent:
         async with contextlib.AsyncExitStack() as stack:
             state = AgentState(self._config.state_dir)
             stack.callback(state.close)
-            worker = Worker()
-            stack.push_async_callback(worker.close)
+            worker = self._worker or Worker()
+            if self._worker is None:
+                stack.push_async_callback(worker.close)
             credentials = self._config.credentials()
-            session = Session(self._config, credentials)
+            session = Session(self._config, credentials, self._connect)
             stack.push_async_callback(session.close)
-            replicas = Replicas(self._config.aggregation, credentials)
+            replicas = Replicas(self._config.aggregation, credentials, self._connect)
             stack.push_async_callback(replicas.close)
             obtain = renewal_at(self._config.key_authority, credentials)
             renewing = asyncio.create_task(keep_renewed(self._config.identity, obtain))
@@ -117,7 +137,7 @@ class Agent:
         self, state: AgentState, worker: Worker, session: Session, replicas: Replicas
     ) -> Outcome:
         spec = await self._specification(session)
-        learner = await worker.run(Learner, self._config, spec.training, state)
+        learner = await worker.run(self._learn, self._config, spec.training, state)
         _log.info("model_ready", matrices=len(learner.model.matrices), examples=len(learner.examples))
         identity = Identity(
             self._config.federation,
@@ -155,7 +175,7 @@ class Agent:
 class _Follower:
     """Turns the stream of assignments into work."""
 
-    def __init__(self, session: Session, work: Work, learner: Learner, retry_s: float) -> None:
+    def __init__(self, session: Session, work: Work, learner: LocalLearner, retry_s: float) -> None:
         self._session = session
         self._work = work
         self._learner = learner

@@ -1,7 +1,6 @@
 """Evaluation on this client's test examples."""
 
 import time
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -9,22 +8,11 @@ from torch.nn import functional
 
 from client_agent.data import Examples
 from client_agent.encoding import Encoder
+from client_agent.learning import Evaluation
 from client_agent.model import AdaptedModel
 from client_agent.training import Report
 
 BATCH_EXAMPLES: Final = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What evaluation measured."""
-
-    count: int
-    """Predictions: examples, or next tokens for causal-lm."""
-    correct: int
-    loss: float
-    """Mean over the predictions."""
-    seconds: float
 
 
 def evaluate(model: AdaptedModel, encoder: Encoder, examples: Examples, report: Report) -> Evaluation:

@@ -1,7 +1,6 @@
 """Everything an agent computes with its model and data. Synchronous; the agent runs it in its one worker thread."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -12,10 +11,11 @@ from client_agent.config import AgentConfig
 from client_agent.data import Examples, read_examples
 from client_agent.drawing import sample, seed_of
 from client_agent.encoding import Encoder
-from client_agent.evaluation import Evaluation, evaluate
+from client_agent.evaluation import evaluate
 from client_agent.keys import EpochSecrets
+from client_agent.learning import Evaluation, Trained, Weights
 from client_agent.metrics import TRAINING_STEPS, timed
-from client_agent.model import AdaptedModel, Weights, choose_device
+from client_agent.model import AdaptedModel, choose_device
 from client_agent.progress import Activity, Stage
 from client_agent.scoring import sensitivity_scores
 from client_agent.state import AgentState
@@ -29,16 +29,6 @@ from shelora.obfuscation import Obfuscation
 _log = structlog.get_logger(__name__)
 _INITIAL: Final = "initial/"
 """The state in which every agent starts is named by this and the epoch's key, others by the round they result from."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Trained:
-    """The outcome of local training."""
-
-    weights: Weights
-    loss: float
-    """Mean over the steps."""
-    seconds: float
 
 
 class Learner:

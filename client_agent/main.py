@@ -159,8 +159,9 @@ def _run(config: AgentConfig) -> int:
 
 async def _followed(config: AgentConfig) -> "Outcome":
     from client_agent.agent import Agent  # noqa: PLC0415 - as above
+    from client_agent.learner import Learner  # noqa: PLC0415 - as above
 
-    agent = Agent(config)
+    agent = Agent(config, Learner)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)

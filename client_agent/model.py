@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from torch import nn
 from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Checkpoint, invalid, quiet, under
 from client_agent.config import LoraSettings
 from client_agent.encoding import Batch
+from client_agent.learning import Weights
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.shards import Float32, Float64, LoraFactors
 
@@ -35,14 +35,6 @@ class InitialValues(Protocol):
 
     def initial_tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Values of that shape."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Weights:
-    """Everything trainable: factors by matrix name, tensors by tensor name."""
-
-    factors: Mapping[str, LoraFactors]
-    tensors: Mapping[str, Float32]
 
 
 class AdaptedModel:

@@ -8,8 +8,8 @@ import structlog
 from numpy.typing import NDArray
 
 from client_agent.keys import EpochSecrets
+from client_agent.learning import LocalModel, Weights
 from client_agent.metrics import timed
-from client_agent.model import AdaptedModel, Weights
 from client_agent.progress import Activity, Stage
 from client_agent.state import AgentState, Spool, UpdateNote
 from shelora.errors import DomainError, Reason
@@ -23,13 +23,13 @@ from shelora.negotiation.votes import vote_layout
 _log = structlog.get_logger(__name__)
 
 
-def check_vote_layout(layout: Layout, model: AdaptedModel, protection: ProtectionSpec) -> None:
+def check_vote_layout(layout: Layout, model: LocalModel, protection: ProtectionSpec) -> None:
     """Raises: DomainError LAYOUT_MISMATCH unless the layout is that of this model's encrypted votes."""
     expected = vote_layout(model.matrices, protection.parameters, layout.key_id)
     _expect(layout.digest == expected.digest, "it is not that of this model's encrypted votes")
 
 
-def check_model(layout: Layout, model: AdaptedModel) -> None:
+def check_model(layout: Layout, model: LocalModel) -> None:
     """Raises: DomainError LAYOUT_MISMATCH unless matrices and tensors are the model's."""
     _expect(
         tuple(replace(m, tier_columns=()) for m in layout.matrices) == model.matrices, "it has other matrices"
@@ -39,7 +39,7 @@ def check_model(layout: Layout, model: AdaptedModel) -> None:
 
 
 def check_train_layout(
-    layout: Layout, model: AdaptedModel, protection: ProtectionSpec, plan: Plan | None, budget: float
+    layout: Layout, model: LocalModel, protection: ProtectionSpec, plan: Plan | None, budget: float
 ) -> None:
     """Refuses a layout that is of another model, or that protects less than the federation promised.
 

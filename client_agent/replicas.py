@@ -6,7 +6,7 @@ from typing import Final, TypeAlias, TypeVar
 import grpc
 import structlog
 
-from shelora.transport.channel import is_transient, open_channel, retrying
+from shelora.transport.channel import OpenChannel, is_transient, open_channel, retrying
 from shelora.transport.status import error_from_rpc
 from shelora.transport.tls import Credentials
 from shelora.v1 import aggregation_pb2_grpc as pb_grpc
@@ -25,10 +25,12 @@ SLOWEST_BYTES_S: Final = 8_000
 class Replicas:
     """Channels to all replicas, one of them current."""
 
-    def __init__(self, addresses: Sequence[str], credentials: Credentials | None) -> None:
+    def __init__(
+        self, addresses: Sequence[str], credentials: Credentials | None, connect: OpenChannel = open_channel
+    ) -> None:
         """Takes the client's identity; None only in tests."""
         self._addresses = tuple(addresses)
-        self._channels = [open_channel(address, credentials) for address in addresses]
+        self._channels = [connect(address, credentials) for address in addresses]
         self._current = 0
 
     async def close(self) -> None:

@@ -10,14 +10,14 @@ import structlog
 
 from client_agent.config import AgentConfig
 from client_agent.keys import EpochSecrets
-from client_agent.model import AdaptedModel
+from client_agent.learning import LocalModel
 from client_agent.progress import Progress
 from client_agent.state import Spool
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix
 from shelora.messages import matrix_to_proto, tensor_to_proto
-from shelora.transport.channel import call, call_with_stream, is_transient, open_channel
+from shelora.transport.channel import OpenChannel, call, call_with_stream, is_transient, open_channel
 from shelora.transport.pieces import Digest, collect, cut
 from shelora.transport.status import error_from_rpc
 from shelora.transport.tls import Credentials
@@ -39,11 +39,13 @@ _log = structlog.get_logger(__name__)
 class Session:
     """Calls in the name of one client of one federation. Errors are DomainErrors."""
 
-    def __init__(self, config: AgentConfig, credentials: Credentials | None) -> None:
+    def __init__(
+        self, config: AgentConfig, credentials: Credentials | None, connect: OpenChannel = open_channel
+    ) -> None:
         """Takes the client's identity; None only in tests."""
         self._config = config
-        self._coordinator_channel = open_channel(config.coordinator, credentials)
-        self._key_channel = open_channel(config.key_authority, credentials)
+        self._coordinator_channel = connect(config.coordinator, credentials)
+        self._key_channel = connect(config.key_authority, credentials)
         self._coordinator: pb_grpc.CoordinatorAsyncStub = pb_grpc.CoordinatorStub(self._coordinator_channel)
         self._keys: key_authority_pb2_grpc.KeyAuthorityAsyncStub = key_authority_pb2_grpc.KeyAuthorityStub(
             self._key_channel
@@ -60,7 +62,7 @@ class Session:
         federation = await call(self._coordinator.GetFederation, request)
         return FederationSpec.from_proto(federation.spec)
 
-    async def join(self, model: AdaptedModel, example_count: int) -> int:
+    async def join(self, model: LocalModel, example_count: int) -> int:
         """Makes this client a member. Returns the epoch of its keys. Raises: MODEL_MISMATCH, FEDERATION_CLOSED."""
         request = pb.JoinRequest(
             federation_id=self._config.federation,

@@ -5,7 +5,7 @@ The coverage and the weight stay here; only the weight's effect on an encrypted 
 
 import structlog
 
-from client_agent.learner import Learner
+from client_agent.learning import LocalLearner
 from client_agent.progress import Activity
 from client_agent.state import AgentState, Standing
 from shelora.federation import ProtectionSpec
@@ -24,7 +24,7 @@ def stake_of(standing: Standing, protection: ProtectionSpec, budget: float) -> S
 
 def assess(
     state: AgentState,
-    learner: Learner,
+    learner: LocalLearner,
     plan: Plan,
     vote_round_id: str,
     *,

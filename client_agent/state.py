@@ -24,7 +24,7 @@ from typing import Any, Final
 import safetensors
 import safetensors.numpy
 
-from client_agent.model import Weights
+from client_agent.learning import Weights
 from shelora.errors import DomainError, Reason
 from shelora.lora.shards import Float32, LoraFactors
 from shelora.transport.pieces import Digest

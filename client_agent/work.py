@@ -9,9 +9,8 @@ import structlog
 
 from client_agent.downloads import Result, download
 from client_agent.keys import EpochSecrets
-from client_agent.learner import Learner
+from client_agent.learning import LocalLearner, Weights
 from client_agent.metrics import ROUNDS, Stopwatch, timed
-from client_agent.model import Weights
 from client_agent.progress import Activity, Stage
 from client_agent.protection import (
     check_model,
@@ -78,7 +77,7 @@ class Work:
         session: Session,
         replicas: Replicas,
         state: AgentState,
-        learner: Learner,
+        learner: LocalLearner,
         worker: Worker,
     ) -> None:
         self._me = identity

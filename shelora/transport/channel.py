@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 import tenacity
@@ -15,6 +15,9 @@ from shelora.transport.tls import Credentials
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
+
+OpenChannel: TypeAlias = Callable[[str, Credentials | None], grpc.aio.Channel]
+"""`open_channel`, or what stands in for it."""
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 """Largest message in either direction. Bulk travels in pieces of 256 KiB; the largest single messages are a

@@ -10,7 +10,8 @@ from client_agent.checkpoint import SEQUENCE_CLASSIFICATION, load_checkpoint, qu
 from client_agent.config import LoraSettings
 from client_agent.data import Examples
 from client_agent.encoding import Encoder
-from client_agent.model import AdaptedModel, Weights
+from client_agent.learning import Weights
+from client_agent.model import AdaptedModel
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.shards import LoraFactors

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client_agent.model import Weights
+from client_agent.learning import Weights
 from client_agent.state import AgentState, UpdateNote, write_atomically
 from shelora.errors import DomainError, Reason
 from shelora.lora.shards import LoraFactors

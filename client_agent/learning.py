@@ -1,0 +1,98 @@
+"""What the agent asks of the part that learns: the port between the protocol, which needs no torch, and training."""
+
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass
+from typing import Protocol
+
+from client_agent.keys import EpochSecrets
+from client_agent.progress import Activity
+from shelora.lora.layout import Matrix, Tensor
+from shelora.lora.restore import Restored
+from shelora.lora.shards import Float32, Float64, LoraFactors
+from shelora.obfuscation import Obfuscation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """Everything trainable: factors by matrix name, tensors by tensor name."""
+
+    factors: Mapping[str, LoraFactors]
+    tensors: Mapping[str, Float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """The outcome of local training."""
+
+    weights: Weights
+    loss: float
+    """Mean over the steps."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What evaluation measured."""
+
+    count: int
+    """Predictions: examples, or next tokens for causal-lm."""
+    correct: int
+    loss: float
+    """Mean over the predictions."""
+    seconds: float
+
+
+class LocalModel(Protocol):
+    """The shapes that a client brings to a federation."""
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the factors."""
+
+    @property
+    def scaling(self) -> float:
+        """The s of ΔW = s B A."""
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The adapted matrices."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors trained whole."""
+
+
+class LocalLearner(Protocol):
+    """Model, data and the state they are in: `client_agent.learner.Learner`, or a stand-in. Not thread-safe."""
+
+    @property
+    def model(self) -> LocalModel:
+        """What is trained."""
+
+    @property
+    def examples(self) -> Sized:
+        """The training examples."""
+
+    def holds(self, round_id: str) -> bool:
+        """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
+
+    def start(self, secrets: EpochSecrets) -> None:
+        """Makes the initial state current."""
+
+    def resume(self, secrets: EpochSecrets) -> None:
+        """Makes the last applied result current; the initial state if there is none."""
+
+    def apply(self, round_id: str, restored: Restored, obfuscation: Obfuscation) -> None:
+        """Makes the result of a round current, cut to this client's rank, and keeps it."""
+
+    def train(self, number: int, activity: Activity) -> Trained:
+        """Trains for a round from the current state, which does not change. Raises: Stopped, DomainError."""
+
+    def score(self, activity: Activity) -> dict[str, Float64]:
+        """Sensitivity of the columns by matrix. Raises: Stopped."""
+
+    def evaluate(self, activity: Activity, *, everything: bool = False) -> Evaluation | None:
+        """Evaluates the current state; None if nothing is to be evaluated. Raises: Stopped."""
+
+    def save_adapter(self) -> None:
+        """Writes the current state as an adapter for users."""
