@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from services.key_authority.ca import DEFAULT_LIFETIME, Issuer, RootFile
+from services.key_authority.ca import DEFAULT_LIFETIME, Issuer, Root, RootFile
 from services.key_authority.sealer import Sealer, SealingKey
 from shelora.transport.certificates import der_to_pem, new_key, signing_request
 from shelora.transport.identity import SERVERS, Identity, Role
@@ -14,16 +14,17 @@ OPERATOR, COORDINATOR = Identity(Role.OPERATOR), Identity(Role.COORDINATOR)
 AGGREGATION, KEY_AUTHORITY = Identity(Role.AGGREGATION), Identity(Role.KEY_AUTHORITY)
 
 SEALER = Sealer(SealingKey(bytes(range(32))))
+VAULT = "5e" * 16
 
 
 class TestAuthority:
-    """Certifies whom it is told to."""
+    """Certifies whom it is told to, with a root of its own or one that is given."""
 
     __test__ = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, root: Root | None = None) -> None:
         self.folder = folder
-        self.root = RootFile(folder / "root", SEALER, "5e" * 16).load_or_create()
+        self.root = root or RootFile(folder / "root", SEALER, VAULT).load_or_create()
 
     def held(
         self,

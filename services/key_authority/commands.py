@@ -71,12 +71,14 @@ def check_data(data_dir: DataDir, sealing_key_file: KeyFile) -> None:
     with _reported():
         key = sealing_key_beside(data_dir, sealing_key_file)
         vault, root = custody.read_vault(data_dir, key), custody.read_root(data_dir, key)
+        register = custody.read_register(data_dir, key)
         for epoch_id in vault.epochs():
             kept = vault.read(epoch_id)
             typer.echo(f"{epoch_id}: profile {kept.parameters}, key {kept.key_id.hex()}")
         with files.disk_failures_named(), (data_dir / LOG_NAME).open("rb") as file:
             (head,) = deque(verified(file), maxlen=1)
     typer.echo(f"certificate authority: {root.pin.hex() if root else 'none was made yet'}")
+    typer.echo(f"register: {register.tokens} tokens, {register.clients} clients")
     typer.echo(f"audit log: {head.sequence + 1} records, head {head.hash}")
 
 

@@ -5,8 +5,7 @@ vault.sealed    fixes which sealing key belongs to the folder; holds the vault's
 audit.log       every opening of an epoch, every release, every refusal
 epochs/         one sealed file an epoch
 authority/      the certificate authority's root, sealed
-
-The certificate authority keeps two more things there: `register.sqlite`, which holds no secret, and `identity/`.
+register.sealed tokens and enrolled clients
 """
 
 import fcntl
@@ -21,6 +20,7 @@ from typing import Final
 from services.key_authority import files
 from services.key_authority.audit import AuditLog, start_log, succeed_log
 from services.key_authority.ca import Root, RootFile
+from services.key_authority.register import Register
 from services.key_authority.sealer import (
     Binding,
     SealBrokenError,
@@ -49,6 +49,7 @@ class Custody:
 
     vault: Vault
     root: RootFile
+    register: Register
     audit: AuditLog
 
 
@@ -66,9 +67,9 @@ def open_custody(folder: Path, key: SealingKey) -> Iterator[Custody]:
             _first_start(folder, sealer)
         identity = _identity(folder, sealer)
         _require_one_key(folder, sealer)
-        vault = Vault(folder / "epochs", sealer, identity)
+        vault, register = Vault(folder / "epochs", sealer, identity), _register(folder, sealer, identity)
         with AuditLog(folder / LOG_NAME, identity) as audit:
-            yield Custody(identity, vault, _root_file(folder, sealer, identity), audit)
+            yield Custody(identity, vault, _root_file(folder, sealer, identity), register, audit)
 
 
 def read_vault(folder: Path, key: SealingKey) -> Vault:
@@ -80,6 +81,11 @@ def read_vault(folder: Path, key: SealingKey) -> Vault:
 def read_root(folder: Path, key: SealingKey) -> Root | None:
     """The certificate authority's root in such a folder, None if there is none yet. Raises: as `open_custody`."""
     return _root_file(folder, *_opened(folder, key)).load()
+
+
+def read_register(folder: Path, key: SealingKey) -> Register:
+    """The register of such a folder, as it is now; not to be changed. Raises: as `open_custody`."""
+    return _register(folder, *_opened(folder, key))
 
 
 def reseal(folder: Path, old: SealingKey, new: SealingKey) -> int:
@@ -126,6 +132,10 @@ def _opened(folder: Path, key: SealingKey) -> tuple[Sealer, str]:
 
 def _root_file(folder: Path, sealer: Sealer, identity: str) -> RootFile:
     return RootFile(folder / "authority", sealer, identity)
+
+
+def _register(folder: Path, sealer: Sealer, identity: str) -> Register:
+    return Register(folder / "register.sealed", sealer, identity)
 
 
 def _first_start(folder: Path, sealer: Sealer) -> None:

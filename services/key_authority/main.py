@@ -14,7 +14,7 @@ from services.key_authority.authority import Authority
 from services.key_authority.ca import Issuer
 from services.key_authority.custody import Custody, open_custody
 from services.key_authority.enrolment import Enrolments
-from services.key_authority.register import Grant, Register
+from services.key_authority.register import Grant
 from services.key_authority.servicer import SERVICE_NAMES, register
 from services.key_authority.settings import KeyAuthoritySettings
 from services.shell import flags
@@ -23,7 +23,7 @@ from services.shell.server import Listener, serve
 from shelora.errors import DomainError, Reason
 from shelora.transport.enrolment import certify, keep_renewed
 from shelora.transport.identity import Identity, Role
-from shelora.transport.tls import IdentityFolder, TlsCredentials, write_private
+from shelora.transport.tls import IdentityInMemory, TlsCredentials, write_private
 
 _HELP = """
 Makes the keys of each epoch of a federation, keeps them, and gives them to the federation's clients. It is also
@@ -133,8 +133,8 @@ async def _serve(settings: KeyAuthoritySettings, custody: Custody) -> None:
     authority = Authority(custody.vault, custody.audit, allow_insecure=insecure)
     lifetime = timedelta(seconds=settings.certificate_lifetime_s)
     issuer = Issuer(custody.root.load_or_create(), lifetime)
-    enrolments = Enrolments(Register(settings.data_dir / "register.sqlite"), issuer, _now_ms)
-    own = IdentityFolder(settings.data_dir / "identity")
+    enrolments = Enrolments(custody.register, issuer, _now_ms)
+    own = IdentityInMemory()
     obtain = partial(_own_certificate, issuer, settings.names)
     await certify(own, issuer.root.certificate, obtain)
     await _leave_operator_token(enrolments, settings.operator_token_file)

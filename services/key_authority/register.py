@@ -1,42 +1,27 @@
-"""Tokens and enrolled clients, in one SQLite file: a token is consumed in the same transaction that takes the name.
+"""Tokens and enrolled clients, in one sealed file: a token is consumed in the same write that takes the name.
 
-Tokens are stored as their SHA-256: whoever reads the file cannot enrol with it.
+The file is authentic as a whole: who has not the sealing key can enter no token and free no name, only put back what
+was there before. Tokens are kept as their SHA-256: whoever opens the file cannot enrol with it.
 """
 
 import hashlib
-import json
-import os
-import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final, Literal, NamedTuple, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from services.key_authority import files
+from services.key_authority.sealer import Binding, SealBrokenError, Sealer
 from shelora.errors import DomainError, Reason
 from shelora.transport.identity import Identity, Role
 
-BUSY_TIMEOUT_S: Final = 10.0
+_Result = TypeVar("_Result")
+
 _KEPT_MS: Final = 24 * 3600 * 1000
 """How long an expired token is remembered, so that a repeat is answered as before."""
-
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS tokens (
-    hash BLOB PRIMARY KEY,
-    role TEXT NOT NULL,
-    federation_id TEXT NOT NULL,
-    client_id TEXT NOT NULL,
-    names TEXT NOT NULL,
-    expires_ms INTEGER NOT NULL,
-    used_by BLOB,
-    used_as TEXT
-) STRICT;
-CREATE TABLE IF NOT EXISTS clients (
-    federation_id TEXT NOT NULL,
-    client_id TEXT NOT NULL,
-    PRIMARY KEY (federation_id, client_id)
-) STRICT;
-"""
 
 
 @dataclass(frozen=True)
@@ -51,35 +36,95 @@ class Grant:
     """Names and addresses of a server."""
 
 
-class Register:
-    """The file. Threads and processes may share it; it is made with mode 0600.
+class Redeemed(NamedTuple):
+    """What a token was good for."""
 
-    Raises: DomainError CONFIGURATION_INVALID if it cannot be used.
+    identity: Identity
+    """Whom to certify."""
+    names: tuple[str, ...]
+    """Names and addresses of a server."""
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", ser_json_bytes="hex", val_json_bytes="hex"
+    )
+
+
+class _Token(_Stored):
+    grant: Grant
+    expires_ms: int
+    used_by: Annotated[bytes, Field(min_length=32, max_length=32)] | None = None
+    """SHA-256 of the public key that it was consumed for."""
+    used_as: str = ""
+    """URI of the identity that it made."""
+
+
+class _Content(_Stored):
+    """What is sealed, as JSON. A new format gets a new number and its own class."""
+
+    format: Literal[1] = 1
+    tokens: dict[str, _Token] = {}
+    """By the SHA-256 of their secret, in hexadecimal."""
+    clients: frozenset[tuple[str, str]] = frozenset()
+    """Federation and name of every client that was enrolled."""
+
+    def with_token(self, digest: str, token: _Token, now_ms: int) -> "_Content":
+        """With a token more, and without those that expired long ago."""
+        kept = {key: old for key, old in self.tokens.items() if old.expires_ms >= now_ms - _KEPT_MS}
+        return self.model_copy(update={"tokens": {**kept, digest: token}})
+
+    def with_client(self, identity: Identity, *, replace: bool) -> "_Content":
+        """With a client more. A name is taken anew only by the operator's will: else a token would make impostors.
+
+        Raises: DomainError CLIENT_EXISTS.
+        """
+        name = (identity.federation_id, identity.client_id)
+        if name in self.clients and not replace:
+            raise DomainError(
+                Reason.CLIENT_EXISTS,
+                "the federation has a client of this name: choose another, or ask for a token for it",
+            )
+        return self.model_copy(update={"clients": self.clients | {name}})
+
+
+class Register:
+    """The one user of the file. Threads may share it; a lock on the data folder keeps other processes out.
+
+    Args:
+        path: The file; while it is missing, there is no token and no client.
+        sealer: Seals it.
+        vault: Identity of the vault; the register of another vault does not open.
+
+    Raises: DomainError CONFIGURATION_INVALID, with the remedy, if the file does not open; it is left as it is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sealer: Sealer, vault: str) -> None:
         self._path = path
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            with self._transaction() as database:
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    database.execute(statement)
-        except (OSError, DomainError) as error:
-            raise DomainError(
-                Reason.CONFIGURATION_INVALID, f"the register of tokens cannot use {path}: {error}"
-            ) from error
+        self._sealer = sealer
+        self._binding = Binding("register of tokens and clients", vault)
+        self._lock = threading.Lock()
+        self._content = self._read()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are kept, those that were used or have expired lately included."""
+        return len(self._content.tokens)
+
+    @property
+    def clients(self) -> int:
+        """How many client names are taken."""
+        return len(self._content.clients)
 
     def add(self, secret: bytes, grant: Grant, now_ms: int, expires_ms: int) -> None:
-        """Keeps a new token's hash, and forgets tokens that expired long ago."""
-        row = (_hash(secret), grant.role, grant.federation_id, grant.client_id, json.dumps(grant.names))
-        with self._transaction() as database:
-            database.execute("DELETE FROM tokens WHERE expires_ms < ?", (now_ms - _KEPT_MS,))
-            database.execute("INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, NULL, NULL)", (*row, expires_ms))
+        """Keeps a new token's hash, and forgets tokens that expired long ago.
 
-    def redeem(
-        self, secret: bytes, key_hash: bytes, client_id: str, now_ms: int
-    ) -> tuple[Identity, tuple[str, ...]]:
+        Raises: DomainError STORE_UNAVAILABLE.
+        """
+        token = _Token(grant=grant, expires_ms=expires_ms)
+        self._change(lambda content: (content.with_token(_digest(secret), token, now_ms), None))
+
+    def redeem(self, secret: bytes, key_hash: bytes, client_id: str, now_ms: int) -> Redeemed:
         """Consumes a token for a key; the same key may ask again while the token lives.
 
         Args:
@@ -88,72 +133,84 @@ class Register:
             client_id: The name a client asks for; empty if the token names it.
             now_ms: Unix milliseconds.
 
-        Returns: Whom to certify, and its names.
-
         Raises: DomainError TOKEN_REFUSED if it is unknown, expired or used for another key; CLIENT_EXISTS;
-        INVALID_ARGUMENT if the name is malformed, missing, or another than the token's.
+        INVALID_ARGUMENT if the name is malformed, missing, or another than the token's; STORE_UNAVAILABLE.
         """
-        with self._transaction() as database:
-            row = database.execute("SELECT * FROM tokens WHERE hash = ?", (_hash(secret),)).fetchone()
-            if row is None or row["expires_ms"] <= now_ms or row["used_by"] not in {None, key_hash}:
-                raise DomainError(
-                    Reason.TOKEN_REFUSED,
-                    "the token is unknown, has expired or was used: ask the operator for another "
-                    "(shelora token create)",
-                )
-            names = tuple(json.loads(row["names"]))
-            if row["used_by"] is not None:
-                return Identity.from_uri(row["used_as"]), names
-            identity = _named(row, client_id)
-            _take_name(database, identity, replace=bool(row["client_id"]))
-            database.execute(
-                "UPDATE tokens SET used_by = ?, used_as = ? WHERE hash = ?",
-                (key_hash, identity.uri, row["hash"]),
-            )
-            return identity, names
+        return self._change(lambda content: _redeem(content, _digest(secret), key_hash, client_id, now_ms))
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, alone, durable once it has returned; nothing happened if it raised."""
+    def _change(self, change: Callable[[_Content], tuple[_Content, _Result]]) -> _Result:
+        """One change, alone, durable once it has returned; nothing happened if it raised."""
+        with self._lock:
+            content, result = change(self._content)
+            if content is not self._content:
+                self._write(content)
+                self._content = content
+            return result
+
+    def _write(self, content: _Content) -> None:
+        blob = self._sealer.seal(self._binding, content.model_dump_json().encode())
         try:
-            with closing(
-                sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-            ) as database:
-                database.row_factory = sqlite3.Row
-                database.execute("PRAGMA synchronous = FULL")
-                database.execute("BEGIN IMMEDIATE")
-                yield database
-                database.execute("COMMIT")  # closing without it rolls back
-        except sqlite3.Error as error:
+            files.replace(self._path, blob)
+        except OSError as error:
             raise DomainError(
-                Reason.STORE_UNAVAILABLE, f"the key authority's register failed: {error}"
+                Reason.STORE_UNAVAILABLE, f"the key authority's register failed: {error.strerror}"
             ) from error
 
+    def _read(self) -> _Content:
+        try:
+            return _parsed(self._sealer.open(self._binding, self._path.read_bytes()))
+        except FileNotFoundError:
+            return _Content()
+        except OSError as error:
+            raise _unusable(f"{self._path} cannot be read: {error.strerror}") from error
+        except DomainError as error:
+            raise _unusable(
+                f"{self._path} is {error.message}; it was left as it is. Restore it from a backup, or delete it, "
+                "which voids all tokens and frees all client names"
+            ) from None
 
-def _named(row: sqlite3.Row, client_id: str) -> Identity:
-    """Whom a token makes of a newcomer that asks for that name."""
-    role, fixed = Role(row["role"]), str(row["client_id"])
-    if role is not Role.CLIENT:
-        return Identity(role)
-    if fixed and client_id not in {"", fixed}:
-        raise DomainError(Reason.INVALID_ARGUMENT, "client_id: the token is for a client of another name")
-    if not fixed and not client_id:
-        raise DomainError(Reason.INVALID_ARGUMENT, "client_id: the token names no client, so give a name")
-    return Identity(role, row["federation_id"], fixed or client_id)
 
-
-def _take_name(database: sqlite3.Connection, identity: Identity, *, replace: bool) -> None:
-    """Enters a client. A name is taken anew only by the operator's will: otherwise a token would make impostors."""
-    if identity.role is not Role.CLIENT:
-        return
-    name = (identity.federation_id, identity.client_id)
-    taken = database.execute("INSERT OR IGNORE INTO clients VALUES (?, ?)", name).rowcount == 0
-    if taken and not replace:
+def _redeem(
+    content: _Content, digest: str, key_hash: bytes, client_id: str, now_ms: int
+) -> tuple[_Content, Redeemed]:
+    token = content.tokens.get(digest)
+    if token is None or token.expires_ms <= now_ms or token.used_by not in {None, key_hash}:
         raise DomainError(
-            Reason.CLIENT_EXISTS,
-            "the federation has a client of this name: choose another, or ask for a token for it",
+            Reason.TOKEN_REFUSED,
+            "the token is unknown, has expired or was used: ask the operator for another (shelora token create)",
         )
+    if token.used_by is not None:
+        return content, Redeemed(Identity.from_uri(token.used_as), token.grant.names)
+    identity = _named(token.grant, client_id)
+    if identity.role is Role.CLIENT:
+        content = content.with_client(identity, replace=bool(token.grant.client_id))
+    used = token.model_copy(update={"used_by": key_hash, "used_as": identity.uri})
+    tokens = {**content.tokens, digest: used}
+    return content.model_copy(update={"tokens": tokens}), Redeemed(identity, token.grant.names)
 
 
-def _hash(secret: bytes) -> bytes:
-    return hashlib.sha256(secret).digest()
+def _named(grant: Grant, client_id: str) -> Identity:
+    """Whom a token makes of a newcomer that asks for that name."""
+    if grant.role is not Role.CLIENT:
+        return Identity(grant.role)
+    if grant.client_id and client_id not in {"", grant.client_id}:
+        raise DomainError(Reason.INVALID_ARGUMENT, "client_id: the token is for a client of another name")
+    if not grant.client_id and not client_id:
+        raise DomainError(Reason.INVALID_ARGUMENT, "client_id: the token names no client, so give a name")
+    return Identity(Role.CLIENT, grant.federation_id, grant.client_id or client_id)
+
+
+def _parsed(content: bytes) -> _Content:
+    """Raises: SealBrokenError if it is of a newer format."""
+    try:
+        return _Content.model_validate_json(content)
+    except ValidationError:
+        raise SealBrokenError("of a format which this version does not read") from None
+
+
+def _digest(secret: bytes) -> str:
+    return hashlib.sha256(secret).hexdigest()
+
+
+def _unusable(message: str) -> DomainError:
+    return DomainError(Reason.CONFIGURATION_INVALID, message)

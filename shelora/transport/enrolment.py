@@ -32,7 +32,7 @@ from shelora.transport.certificates import (
     utc_now,
 )
 from shelora.transport.channel import RETRY_S, call, open_channel
-from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
+from shelora.transport.tls import Held, IdentityFolder, IdentityKeeper, TlsCredentials
 from shelora.v1 import enrolment_pb2 as pb
 from shelora.v1.enrolment_pb2_grpc import EnrolmentStub
 
@@ -154,35 +154,35 @@ def presented_chain(address: str) -> list[bytes]:
         ) from error
 
 
-async def certify(folder: IdentityFolder, authority: bytes, obtain: Obtain) -> Held:
-    """Puts an identity of a new key into `folder`. `authority`: the certificate that signs it, PEM."""
+async def certify(keeper: IdentityKeeper, authority: bytes, obtain: Obtain) -> Held:
+    """Gives `keeper` an identity of a new key. `authority`: the certificate that signs it, PEM."""
     key = new_key()
     held = _held(key, await obtain(signing_request(key)), authority)
-    folder.write(held)
+    keeper.write(held)
     return held
 
 
-async def renew(folder: IdentityFolder, obtain: Obtain) -> Held:
-    """Replaces the identity in `folder` by one of a new key, for the same holder."""
-    held = await certify(folder, folder.read().authority, obtain)
+async def renew(keeper: IdentityKeeper, obtain: Obtain) -> Held:
+    """Replaces the identity by one of a new key, for the same holder."""
+    held = await certify(keeper, keeper.read().authority, obtain)
     _log.info("certificate_renewed", identity=held.facts.identity.uri, expires=held.facts.expires.isoformat())
     return held
 
 
-async def keep_renewed(folder: IdentityFolder, obtain: Obtain) -> None:
+async def keep_renewed(keeper: IdentityKeeper, obtain: Obtain) -> None:
     """Renews the identity after two thirds of its life, again and again. Never returns.
 
     A failure is logged and tried again soon: a third of the life is left for the authority to come back.
     """
     wait_s = 1.0
     while True:
-        due = folder.read().facts.renewal_due
+        due = keeper.read().facts.renewal_due
         if (remaining_s := (due - utc_now()).total_seconds()) > 0:
             # In slices, because a laptop that slept must notice that time has passed.
             await asyncio.sleep(min(remaining_s, _LONGEST_RETRY_S))
             continue
         try:
-            await renew(folder, obtain)
+            await renew(keeper, obtain)
             wait_s = 1.0
         except DomainError as error:
             _log.warning("renewal_failed", reason=error.reason, why=error.message)

@@ -1,7 +1,8 @@
-"""A process's own identity on disk, and the TLS credentials made from it: TLS 1.3, both sides show a certificate.
+"""A process's own identity, and the TLS credentials made from it: TLS 1.3, both sides show a certificate.
 
-The identity is one file, so key and certificate are always those of one another: private key, certificate and the
-authority's certificate in PEM, mode 0600, replaced atomically. Whoever holds `TlsCredentials` follows the file.
+On disk the identity is one file, so key and certificate are always those of one another: private key, certificate and
+the authority's certificate in PEM, mode 0600, replaced atomically. Whoever holds `TlsCredentials` follows the file.
+Who can certify itself keeps its identity in memory.
 """
 
 import os
@@ -63,6 +64,46 @@ class Held:
         return self.certificate + self.authority
 
 
+class IdentityKeeper(Protocol):
+    """Where an identity is kept."""
+
+    def write(self, held: Held) -> None:
+        """Replaces the identity."""
+
+    def read(self) -> Held:
+        """The identity. Raises: DomainError CONFIGURATION_INVALID if there is none that can be used."""
+
+    def read_valid(self) -> Held:
+        """The identity; raises CONFIGURATION_INVALID also if its certificate has expired."""
+
+    def stamp(self) -> object | None:
+        """Something that changes whenever the identity was replaced; None if it is gone."""
+
+
+class IdentityInMemory:
+    """An identity that no disk holds. It ends with the process, which must be able to get another."""
+
+    def __init__(self) -> None:
+        self._held: Held | None = None
+
+    def write(self, held: Held) -> None:
+        self._held = held
+
+    def read(self) -> Held:
+        if self._held is None:
+            raise _unusable("this process has no identity yet")
+        return self._held
+
+    def read_valid(self) -> Held:
+        held = self.read()
+        if held.facts.expires <= utc_now():
+            raise _unusable("the certificate of this process has expired")
+        return held
+
+    def stamp(self) -> object | None:
+        return self._held and self._held.certificate
+
+
 class IdentityFolder:
     """The folder of an identity; made with mode 0700."""
 
@@ -109,6 +150,13 @@ class IdentityFolder:
             )
         return held
 
+    def stamp(self) -> object | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns  # a replaced file has another inode
+
     def _parsed(self, content: bytes) -> Held:
         try:
             key = key_from_pem(content)
@@ -125,21 +173,21 @@ class IdentityFolder:
 
 
 class TlsCredentials:
-    """Credentials that follow an identity folder: a renewed certificate is used from the next handshake on.
+    """Credentials that follow an identity: a renewed certificate is used from the next handshake on.
 
     Args:
-        folder: Where the identity lies.
+        keeper: Where the identity is kept.
         anonymous_clients: As a server, ask callers for no certificate. For the enrolment port alone.
 
     Raises: DomainError CONFIGURATION_INVALID as `IdentityFolder.read_valid`.
     """
 
-    def __init__(self, folder: IdentityFolder, *, anonymous_clients: bool = False) -> None:
-        self._folder = folder
+    def __init__(self, keeper: IdentityKeeper, *, anonymous_clients: bool = False) -> None:
+        self._keeper = keeper
         self._anonymous = anonymous_clients
         self._lock = threading.Lock()  # gRPC asks for the server's configuration from threads of its own
-        self._held = folder.read_valid()
-        self._stamp = self._stamp_now()
+        self._stamp = keeper.stamp()
+        self._held = keeper.read_valid()
         self._generation = 0
 
     @property
@@ -149,10 +197,10 @@ class TlsCredentials:
         return self._held
 
     def generation(self) -> int:
-        """Grows whenever the file was replaced."""
+        """Grows whenever the identity was replaced. One that is gone stays in use: what is in memory still holds."""
         with self._lock:
-            if (stamp := self._stamp_now()) != self._stamp:
-                self._held, self._stamp = self._folder.read(), stamp
+            if (stamp := self._keeper.stamp()) not in {None, self._stamp}:
+                self._held, self._stamp = self._keeper.read(), stamp
                 self._generation += 1
             return self._generation
 
@@ -183,14 +231,6 @@ class TlsCredentials:
         return grpc.ssl_server_certificate_configuration(
             [(key_to_pem(held.key), held.chain)], root_certificates=held.authority
         )
-
-    def _stamp_now(self) -> tuple[int, int]:
-        """Changes with the file: a replaced file has another inode."""
-        try:
-            status = self._folder.path.stat()
-        except OSError:
-            return self._stamp  # gone for a moment or for good: what is in memory still holds
-        return status.st_ino, status.st_mtime_ns
 
 
 def write_private(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
-from services.key_authority.custody import read_vault
+from services.key_authority.custody import read_root, read_vault
 from services.key_authority.epochs import EpochId
 from services.key_authority.sealer import SealingKey
 from shelora.cli.cluster import LocalCluster
@@ -23,6 +23,7 @@ from shelora.v1 import coordinator_pb2 as pb
 from tests.e2e import federations
 from tests.e2e.agents import AGENTS, LABELS, enrol, spawn_agent, specification, start_agent
 from tests.e2e.recorder import Recorder, inside_tls, recording
+from tests.identities import KEY_AUTHORITY, TestAuthority
 
 WINDOW = 12
 """Bytes of a secret that count as found: 2^-96 by chance."""
@@ -51,7 +52,7 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
     servers = {
         real.coordinator: tmp_path / "cluster" / "identities" / "coordinator",
         real.aggregation[0]: tmp_path / "cluster" / "identities" / "aggregation",
-        real.key_authority: tmp_path / "cluster" / "key-authority" / "identity",
+        real.key_authority: _posing_as_key_authority(tmp_path / "cluster"),
     }
     inside = [inside_tls(target, folder, clients) for target, folder in servers.items()]
     async with (
@@ -155,6 +156,12 @@ def _products(adapter: Path) -> dict[str, np.ndarray]:
     weights = load_file(adapter / "adapter_model.safetensors")
     down = {name: value for name, value in weights.items() if "lora_A" in name}
     return {name: scaling * weights[name.replace("lora_A", "lora_B")] @ value for name, value in down.items()}
+
+
+def _posing_as_key_authority(cluster: Path) -> Path:
+    """A folder with an identity of the key authority, which only the root signs: it keeps its own in memory."""
+    root = read_root(cluster / "key-authority", SealingKey.from_file(cluster / "sealing-key"))
+    return TestAuthority(cluster / "posing", root).enrolled(KEY_AUTHORITY)
 
 
 def _secrets(cluster: LocalCluster) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ from services.key_authority.custody import open_custody
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Register
 from services.key_authority.sealer import SealingKey
-from tests.identities import TestAuthority
+from tests.identities import SEALER, VAULT, TestAuthority
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def clock():
 
 @pytest.fixture
 def enrolments(tmp_path, authority, clock):
-    return Enrolments(Register(tmp_path / "register.sqlite"), Issuer(authority.root), clock)
+    return Enrolments(Register(tmp_path / "register.sealed", SEALER, VAULT), Issuer(authority.root), clock)
 
 
 @pytest.fixture

@@ -103,6 +103,7 @@ def test_a_backup_is_checked_by_one_command_that_changes_nothing(
     assert result.exit_code == 0
     assert f"certificate authority: {read_root(backup, sealing_key).pin.hex()}" in result.stdout
     assert "epoch 1 of federation clinic: profile" in result.stdout
+    assert "register: 0 tokens, 0 clients" in result.stdout
     assert f"audit log: 5 records, head {head(log)}" in result.stdout
     assert before == {path: path.read_bytes() for path in backup.rglob("*") if path.is_file()}
     root = backup / "authority" / "root.sealed"

@@ -11,6 +11,7 @@ from services.key_authority.epochs import EpochId
 from services.key_authority.sealer import SealingKey
 from shelora.audit import AuditEvent, verified
 from shelora.ckks.parameters import INSECURE_TOY
+from shelora.errors import DomainError
 
 KEY = SealingKey(bytes(range(32)))
 NEW_KEY = SealingKey(bytes(range(1, 33)))
@@ -20,8 +21,10 @@ import itertools, os, signal, sys, traceback
 from pathlib import Path
 from services.key_authority.custody import open_custody, reseal
 from services.key_authority.epochs import EpochId
+from services.key_authority.register import Grant
 from services.key_authority.sealer import SealingKey
 from shelora.ckks.parameters import INSECURE_TOY
+from shelora.transport.identity import Role
 
 old, new = SealingKey(bytes(range(32))), SealingKey(bytes(range(1, 33)))
 
@@ -32,6 +35,13 @@ def work(folder, epochs):
             opened = custody.vault.open_epoch(epoch_id, INSECURE_TOY)
             custody.audit.secrets_released(epoch_id, "ward-7", opened.key_id)
             print(epoch, opened.key_id.hex(), flush=True)
+
+def admit(folder, tokens):
+    with open_custody(folder, old) as custody:
+        for number in range(tokens):
+            custody.register.add(bytes([number]) * 32, Grant(Role.CLIENT, "clinic", f"ward-{number}"), 0, 10)
+            custody.register.redeem(bytes([number]) * 32, b"k" * 32, "", 0)
+            print(number, "admitted", flush=True)
 
 def die_in_call(number):
     left = itertools.count(number, -1)
@@ -130,6 +140,19 @@ def test_death_in_any_system_call_of_resealing_is_made_good_by_repeating_it(tmp_
         assert len(answered) == 2
         assert_sound(folder, answered, NEW_KEY)
     assert len(used) > 10
+
+
+def test_death_in_any_system_call_of_enrolling_serves_every_token_to_one_key(tmp_path):
+    done = run("in_every_call(root, lambda _: None, lambda f: admit(f, 2), lambda _: None)", tmp_path)
+    assert done.returncode == 0, done.stderr
+    used = folders(tmp_path)
+    for folder, answered in used:
+        with open_custody(folder, KEY) as custody:
+            for number in answered:
+                with pytest.raises(DomainError, match="was used"):
+                    custody.register.redeem(bytes([int(number)]) * 32, b"i" * 32, "", 0)
+    assert len(used) > 15
+    assert {len(answered) for _, answered in used} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -18,7 +18,7 @@ from services.key_authority.authority import Authority
 from services.key_authority.ca import Issuer, RootFile
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Grant, Register
-from services.key_authority.sealer import Sealer, SealingKey
+from services.key_authority.sealer import Binding, Sealer, SealingKey
 from services.key_authority.servicer import SERVICE_NAMES, register
 from services.shell.server import running_server
 from shelora.cli.operator import create_token
@@ -27,7 +27,7 @@ from shelora.transport.certificates import key_to_pem, new_key, read_certificate
 from shelora.transport.channel import call, open_channel
 from shelora.transport.enrolment import Token, certify, enroll, keep_renewed, renewal_at
 from shelora.transport.identity import Identity, Role
-from shelora.transport.tls import IdentityFolder, TlsCredentials
+from shelora.transport.tls import IdentityFolder, IdentityInMemory, TlsCredentials
 from shelora.v1 import enrolment_pb2, enrolment_pb2_grpc
 from tests.identities import (
     AGGREGATION,
@@ -36,6 +36,7 @@ from tests.identities import (
     LOCAL,
     OPERATOR,
     SEALER,
+    VAULT,
     TestAuthority,
     client,
 )
@@ -118,11 +119,12 @@ async def test_tokens_survive_a_restart_and_are_stored_as_hashes_alone(
     token, _ = await enrolments.create_token(CLIENT)
     used, _ = await enrolments.create_token(Grant(Role.OPERATOR))
     await enrolments.enroll(used.encoded, signing_request(new_key()), "")
-    content = (tmp_path / "register.sqlite").read_bytes()
-    assert token.secret not in content
-    assert hashlib.sha256(token.secret).digest() in content
-    assert stat.S_IMODE((tmp_path / "register.sqlite").stat().st_mode) == 0o600
-    restarted = Enrolments(Register(tmp_path / "register.sqlite"), Issuer(authority.root), clock)
+    path = tmp_path / "register.sealed"
+    content = SEALER.open(Binding("register of tokens and clients", VAULT), path.read_bytes())
+    assert token.secret.hex().encode() not in content
+    assert hashlib.sha256(token.secret).hexdigest().encode() in content
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    restarted = Enrolments(Register(path, SEALER, VAULT), Issuer(authority.root), clock)
     assert await restarted.enroll(token.encoded, signing_request(new_key()), "")
     error = await refusal(restarted.enroll(used.encoded, signing_request(new_key()), ""))
     assert error.reason is Reason.TOKEN_REFUSED
@@ -130,9 +132,9 @@ async def test_tokens_survive_a_restart_and_are_stored_as_hashes_alone(
 
 def test_the_root_survives_a_restart_and_a_damaged_or_foreign_one_is_left_as_it_is(tmp_path):
     root_file = partial(RootFile, tmp_path / "ca", SEALER)
-    assert root_file("5e" * 16).load() is None
-    first = root_file("5e" * 16).load_or_create()
-    assert root_file("5e" * 16).load_or_create().certificate == first.certificate
+    assert root_file(VAULT).load() is None
+    first = root_file(VAULT).load_or_create()
+    assert root_file(VAULT).load_or_create().certificate == first.certificate
     (path,) = (tmp_path / "ca").iterdir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     whole = path.read_bytes()
@@ -141,16 +143,16 @@ def test_the_root_survives_a_restart_and_a_damaged_or_foreign_one_is_left_as_it_
     with pytest.raises(DomainError, match="another epoch, federation, vault or kind"):
         root_file("af" * 16).load_or_create()
     with pytest.raises(DomainError, match="sealed under the sealing key"):
-        RootFile(tmp_path / "ca", Sealer(SealingKey(bytes(32))), "5e" * 16).load_or_create()
+        RootFile(tmp_path / "ca", Sealer(SealingKey(bytes(32))), VAULT).load_or_create()
     for damaged in (whole[:100], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
         path.write_bytes(damaged)
         with pytest.raises(DomainError, match=r"damaged.* left as it is") as caught:
-            root_file("5e" * 16).load_or_create()
+            root_file(VAULT).load_or_create()
         assert caught.value.reason is Reason.CONFIGURATION_INVALID
         assert path.read_bytes() == damaged
     (tmp_path / "ca").chmod(0o750)
     with pytest.raises(DomainError, match="chmod 700"):
-        root_file("5e" * 16).load_or_create()
+        root_file(VAULT).load_or_create()
 
 
 async def test_a_name_that_is_taken_needs_a_token_for_that_name(enrolments):
@@ -335,8 +337,11 @@ async def test_an_operator_issues_tokens_and_a_client_does_not(custody, authorit
 async def test_calls_go_on_while_both_sides_renew_their_certificates(tmp_path, custody, authority, clock):
     """Certificates of three seconds, renewed by themselves; unary calls and a stream never fail for twice that."""
     lifetime = timedelta(seconds=3)
-    enrolments = Enrolments(Register(tmp_path / "register.sqlite"), Issuer(authority.root, lifetime), clock)
-    own = IdentityFolder(authority.enrolled(KEY_AUTHORITY, lifetime=lifetime))
+    enrolments = Enrolments(
+        Register(tmp_path / "register.sealed", SEALER, VAULT), Issuer(authority.root, lifetime), clock
+    )
+    own = IdentityInMemory()
+    own.write(authority.held(KEY_AUTHORITY, lifetime=lifetime))
     mine = IdentityFolder(authority.enrolled(client(), lifetime=lifetime))
     issuer = Issuer(authority.root, lifetime)
 
@@ -378,6 +383,22 @@ async def test_logs_name_who_was_certified_and_hold_neither_token_nor_certificat
         assert secret not in text
     assert "secret" not in repr(token)
     assert "key" not in repr(held).split("certificate")[0]
+
+
+def test_an_identity_in_memory_is_none_at_first_and_expires(authority):
+    kept = IdentityInMemory()
+    assert kept.stamp() is None
+    with pytest.raises(DomainError, match="no identity yet"):
+        kept.read()
+    day = timedelta(days=1)
+    kept.write(authority.held(client(), lifetime=day, ago=2 * day))
+    with pytest.raises(DomainError, match="expired"):
+        TlsCredentials(kept)
+    kept.write(authority.held(client()))
+    credentials = TlsCredentials(kept)
+    kept.write(authority.held(client()))
+    assert credentials.generation() == 1
+    assert credentials.held is kept.read()
 
 
 def test_an_identity_says_what_is_wrong_with_it(tmp_path, authority):

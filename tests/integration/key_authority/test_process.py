@@ -118,7 +118,8 @@ async def test_the_process_serves_then_drains_and_leaves_no_secret_in_logs_or_me
     assert not (tmp_path / "ready.json").exists()
     sealing_key = bytes.fromhex(sealing_key_file.read_text())
     folder = [path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()]
-    assert len(folder) == 7
+    assert len(folder) == 6
+    assert not any(b"PRIVATE" in content or b"CERTIFICATE" in content for content in folder)
     root = read_root(tmp_path / "data", SealingKey(sealing_key))
     pem = key_to_pem(root.key).splitlines()[2]
     assert not any(pem in content for content in [*folder, stderr]), "the root's key is in the clear"
