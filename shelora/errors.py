@@ -70,6 +70,7 @@ class Reason(StrEnum):
     # Key authority
     AUDIT_BROKEN = "AUDIT_BROKEN"
     # Resources
+    RATE_LIMITED = "RATE_LIMITED"
     STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
     WORKER_FAILED = "WORKER_FAILED"
 
@@ -84,3 +85,11 @@ class DomainError(Exception):
 
     def __repr__(self) -> str:
         return f"DomainError({self.reason}, {self.message!r})"
+
+
+class RateLimitedError(DomainError):
+    """RATE_LIMITED: the caller asked too much. The same call may succeed after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(Reason.RATE_LIMITED, message)
+        self.retry_after_s = retry_after_s

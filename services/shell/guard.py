@@ -1,18 +1,19 @@
-"""Admits a call only if its caller's certificate allows it. On every RPC of every server, before the servicer."""
+"""Admits a call if its caller's certificate and rate allow it. On every RPC of every server, before the servicer."""
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
 import grpc
 import structlog
 
+from services.shell.rates import Caller, Rates
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import counter
 from shelora.transport.certificates import Certificate, read_certificate, utc_now
-from shelora.transport.identity import Identity
+from shelora.transport.identity import SERVERS, Identity
 from shelora.transport.permissions import check_role, check_scope
 from shelora.transport.status import translated
 
@@ -29,9 +30,13 @@ _log = structlog.get_logger(__name__)
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Interceptor: `shelora.transport.permissions`, enforced. Takes the clock certificates are held against."""
+    """Interceptor: `shelora.transport.permissions` and rates, enforced. Servers may ask one another as they like.
 
-    def __init__(self, clock: Callable[[], datetime] = utc_now) -> None:
+    Args: rates: of this server. clock: what certificates are held against.
+    """
+
+    def __init__(self, rates: Rates, clock: Callable[[], datetime] = utc_now) -> None:
+        self._rates = rates
         self._clock = clock
 
     async def intercept_service(
@@ -44,7 +49,7 @@ class Guard(grpc.aio.ServerInterceptor):
         return (
             None
             if handler is None
-            else _wrapped(handler, _Admission(handler_call_details.method, self._clock))
+            else _wrapped(handler, _Admission(handler_call_details.method, self._rates, self._clock))
         )
 
 
@@ -57,29 +62,41 @@ def certificate_of(context: _Context) -> Certificate | None:
 class _Admission:
     """The checks of one method."""
 
-    def __init__(self, method: str, clock: Callable[[], datetime]) -> None:
+    def __init__(self, method: str, rates: Rates, clock: Callable[[], datetime]) -> None:
         self._method = method
+        self._rates = rates
         self._clock = clock
 
-    def admitted(self, request: Any, context: _Context, *, streaming: bool) -> Any:  # noqa: ANN401 - any message
-        """The request, or the stream of them, for the servicer.
+    @contextmanager
+    def admitted(self, request: Any, context: _Context, *, streaming: bool) -> Iterator[Any]:  # noqa: ANN401 - any message
+        """The request, or the stream of them, for the servicer while it serves.
 
-        Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, PERMISSION_DENIED; counted and logged.
+        Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, PERMISSION_DENIED, counted and logged; RATE_LIMITED.
         """
         with self._denials_counted():
             certificate = self._caller(context)
             identity = certificate.identity if certificate else None
             check_role(self._method, identity)
-            if streaming:
-                return self._requests(request, identity)
-            check_scope(request, identity)
-            return request
+            if not streaming:
+                check_scope(request, identity)
+        with self._rated(identity, context) as caller:
+            yield self._requests(request, identity, caller) if streaming else request
 
-    async def _requests(self, requests: AsyncIterator[Any], identity: Identity | None) -> AsyncIterator[Any]:
-        """Each request of a stream, checked as it arrives."""
+    def _rated(self, identity: Identity | None, context: _Context) -> AbstractContextManager[Caller | None]:
+        """Counts the call of a client, or of a host that shows no certificate. Raises RATE_LIMITED."""
+        if identity is None:
+            return self._rates.call(context.peer().rpartition(":")[0])
+        return nullcontext() if identity.role in SERVERS else self._rates.call(identity.uri)
+
+    async def _requests(
+        self, requests: AsyncIterator[Any], identity: Identity | None, caller: Caller | None
+    ) -> AsyncIterator[Any]:
+        """Each request of a stream, checked as it arrives, and no faster than its caller may send."""
         async for request in requests:
             with self._denials_counted():
                 check_scope(request, identity)
+            if caller is not None:
+                await self._rates.receive(caller, request.ByteSize())
             yield request
 
     def _caller(self, context: _Context) -> Certificate | None:
@@ -125,7 +142,8 @@ def _wrapped(handler: Any, admission: _Admission) -> _Handler:  # noqa: ANN401 -
 def _answering_once(behavior: Any, admission: _Admission, *, streaming: bool) -> Any:  # noqa: ANN401 - a handler of gRPC
     async def guarded(request: Any, context: _Context) -> Any:  # noqa: ANN401 - any message
         async with translated(context):
-            return await behavior(admission.admitted(request, context, streaming=streaming), context)
+            with admission.admitted(request, context, streaming=streaming) as admitted:
+                return await behavior(admitted, context)
 
     return guarded
 
@@ -136,9 +154,9 @@ def _answering_stream(behavior: Any, admission: _Admission, *, streaming: bool) 
 
     async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
         async with translated(context):
-            admitted = admission.admitted(request, context, streaming=streaming)
-            async with aclosing(behavior(admitted, context)) as responses:
-                async for response in responses:
-                    yield response
+            with admission.admitted(request, context, streaming=streaming) as admitted:
+                async with aclosing(behavior(admitted, context)) as responses:
+                    async for response in responses:
+                        yield response
 
     return guarded

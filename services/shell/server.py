@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.shell.guard import Guard
 from services.shell.observation import RpcObserver
+from services.shell.rates import Rates
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import start_metrics_server
@@ -148,7 +149,7 @@ async def _listening(
     ports: Sequence[Listener],
 ) -> AsyncIterator[list[str]]:
     """A started server; drains on exit. Yields the addresses of its ports."""
-    guard = [] if any(port.credentials is None for port in ports) else [Guard()]
+    guard = [] if any(port.credentials is None for port in ports) else [Guard(Rates(settings.rate_limits))]
     server = grpc.aio.server(interceptors=[RpcObserver(service_names), *guard], options=SERVER_OPTIONS)
     register(server)
     reflection.enable_server_reflection(

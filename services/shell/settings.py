@@ -1,12 +1,17 @@
 """Settings of a server process: from its environment, overridden by its flags."""
 
+from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from services.shell.rates import RateLimits
 from shelora.errors import DomainError, Reason
+
+BURST_S: Final = 10
+"""Seconds of its rates that a client may use up at once."""
 
 
 class ServerSettings(BaseSettings):
@@ -39,9 +44,31 @@ class ServerSettings(BaseSettings):
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 20.0
     """Seconds that calls in progress may take to finish after SIGTERM; Kubernetes sends SIGKILL after 30."""
 
+    calls_per_s: Annotated[float, Field(ge=0)] = 100.0
+    """Calls a second that one client may make in the long run, 0 for any number; ten seconds' worth may come at once.
+    An agent makes one in five seconds, and two a shard while it sends or fetches."""
+
+    concurrent_calls: Annotated[int, Field(ge=0)] = 32
+    """Calls of one client in progress, streams included, 0 for any number. An agent has three."""
+
+    upload_bytes_per_s: Annotated[float, Field(ge=0)] = 128.0 * 2**20
+    """Bytes a second that one client may send in the long run, 0 for any number: a gigabit line. Ten seconds' worth may
+    come at once; then it is read no faster."""
+
     ready_file: Path | None = None
     """File that says, while serving, where: `{"address": "host:port", "metrics_port": n, "pid": n}`.
     metrics_port is -1 if no metrics are served."""
+
+    @property
+    def rate_limits(self) -> RateLimits:
+        """What one client may ask."""
+        return RateLimits(
+            calls_s=self.calls_per_s,
+            calls_burst=ceil(BURST_S * self.calls_per_s),
+            concurrent=self.concurrent_calls,
+            bytes_s=self.upload_bytes_per_s,
+            bytes_burst=ceil(BURST_S * self.upload_bytes_per_s),
+        )
 
     @classmethod
     def load(cls, **flags: Any) -> Self:  # noqa: ANN401 - the fields' own types check the values

@@ -10,7 +10,13 @@ import tenacity
 from shelora.errors import DomainError
 from shelora.transport.address import HostPort, check_plaintext, is_local
 from shelora.transport.renewing import RenewingChannel
-from shelora.transport.status import STATUS_BY_REASON, distrusts, error_from_rpc, lost_status
+from shelora.transport.status import (
+    STATUS_BY_REASON,
+    distrusts,
+    error_from_rpc,
+    lost_status,
+    retry_after_s,
+)
 from shelora.transport.tls import Credentials
 
 _Request = TypeVar("_Request")
@@ -34,6 +40,9 @@ RETRY_S: Final = 60.0
 
 _FIRST_WAIT_S: Final = 0.1
 _LONGEST_WAIT_S: Final = 5.0
+
+_LONGEST_RETRY_AFTER_S: Final = 30.0
+"""Longest that a server can make its callers wait."""
 
 _TRANSIENT: Final = frozenset(
     {
@@ -133,7 +142,8 @@ def retrying(
             with attempt:
                 response = await stub.Call(request)
 
-    Only transient errors (`is_transient`) are retried; the last error is raised as it is.
+    Only transient errors (`is_transient`) are retried; the last error is raised as it is. A server that says when to
+    come again is obeyed.
 
     Args:
         retry_s: No attempt starts later than this after the first. 0 for a single attempt.
@@ -143,11 +153,20 @@ def retrying(
     stop = tenacity.stop_before_delay(retry_s)
     return tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S),
+        wait=_wait_s,
         stop=stop if attempts is None else stop | tenacity.stop_after_attempt(attempts),
         reraise=True,
         sleep=sleep,
     )
+
+
+_random_wait = tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S)
+
+
+def _wait_s(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next attempt: random, and what the server asks for besides, up to a bound."""
+    error = state.outcome.exception() if state.outcome else None
+    return min(retry_after_s(error), _LONGEST_RETRY_AFTER_S) + _random_wait(state)
 
 
 async def call(

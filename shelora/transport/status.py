@@ -1,9 +1,10 @@
 """The one table from reasons to gRPC status codes, and both directions of the translation.
 
 The code of a reason decides whether callers try again (`shelora.transport.channel.is_transient`): only
-reasons that pass by themselves map to UNAVAILABLE.
+reasons that pass by themselves map to UNAVAILABLE or RESOURCE_EXHAUSTED.
 """
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
@@ -12,10 +13,13 @@ from typing import Any, Final
 import grpc
 import structlog
 
-from shelora.errors import DomainError, Reason
+from shelora.errors import DomainError, RateLimitedError, Reason
 
 REASON_METADATA: Final = "shelora-reason"
 """Key of the trailing metadata that carries the reason."""
+
+RETRY_AFTER_METADATA: Final = "shelora-retry-after-ms"
+"""Key of the trailing metadata that says after how many milliseconds a call that came too soon may come again."""
 
 INTERNAL_MESSAGE: Final = "internal error"
 
@@ -85,7 +89,8 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.MODEL_INVALID: _Code.FAILED_PRECONDITION,
         # Key authority
         Reason.AUDIT_BROKEN: _Code.DATA_LOSS,
-        # Resources: both pass, so callers try again
+        # Resources: all pass, so callers try again
+        Reason.RATE_LIMITED: _Code.RESOURCE_EXHAUSTED,
         Reason.STORE_UNAVAILABLE: _Code.UNAVAILABLE,
         Reason.WORKER_FAILED: _Code.UNAVAILABLE,
     }
@@ -130,7 +135,8 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
     try:
         yield
     except DomainError as error:
-        await _abort(context, error.reason, error.message)
+        retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else None
+        await _abort(context, error.reason, error.message, retry_after_s)
     except grpc.aio.AbortError:
         raise
     except Exception:  # noqa: BLE001 - the boundary of the process: whatever it is, the caller must not see it
@@ -138,9 +144,25 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         await _abort(context, Reason.INTERNAL, INTERNAL_MESSAGE)
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], reason: Reason, message: str) -> None:
-    details = message[:MAX_DETAILS]
-    await context.abort(STATUS_BY_REASON[reason], details, ((REASON_METADATA, reason.value),))
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any],
+    reason: Reason,
+    message: str,
+    retry_after_s: float | None = None,
+) -> None:
+    metadata = [(REASON_METADATA, reason.value)]
+    if retry_after_s is not None:
+        metadata.append((RETRY_AFTER_METADATA, str(math.ceil(1000 * retry_after_s))))
+    await context.abort(STATUS_BY_REASON[reason], message[:MAX_DETAILS], tuple(metadata))
+
+
+def retry_after_s(error: BaseException | None) -> float:
+    """Seconds that the server asks to wait before the next attempt; 0 if it asks for none."""
+    metadata = error.trailing_metadata() or () if isinstance(error, grpc.aio.AioRpcError) else ()
+    for key, value in metadata:
+        if key == RETRY_AFTER_METADATA and str(value).isdecimal():
+            return int(value) / 1000
+    return 0.0
 
 
 def error_from_rpc(error: grpc.RpcError, address: str = "") -> DomainError:

@@ -7,7 +7,7 @@ from services.shell.server import running_server
 from shelora.errors import DomainError, Reason
 from shelora.transport.address import HostPort, check_plaintext, is_local
 from shelora.transport.channel import call, call_with_stream, is_transient, open_channel, retrying
-from shelora.transport.status import MAX_DETAILS, translated
+from shelora.transport.status import MAX_DETAILS, RETRY_AFTER_METADATA, translated
 from shelora.v1 import aggregation_pb2, aggregation_pb2_grpc
 from shelora.v1 import key_authority_pb2 as pb
 from shelora.v1 import key_authority_pb2_grpc as pb_grpc
@@ -176,6 +176,22 @@ async def test_retrying_gives_up_after_its_attempts_with_the_last_error():
 
 async def test_retrying_makes_a_single_attempt_without_time_for_more():
     assert await attempts_made(retry_s=0, sleep=no_sleep) == 1
+
+
+async def test_what_the_server_asks_to_wait_comes_on_top_up_to_a_bound():
+    for asked_ms, least, most in ((1500, 1.5, 1.6), (10**9, 30.0, 30.1)):
+        waits = []
+
+        async def record(seconds, waits=waits):
+            waits.append(seconds)
+
+        trailing = grpc.aio.Metadata((RETRY_AFTER_METADATA, str(asked_ms)))
+        error = grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), trailing, "")
+        with pytest.raises(grpc.aio.AioRpcError):  # noqa: PT012 - the loop is the thing under test
+            async for attempt in retrying(attempts=2, retry_s=1e9, sleep=record):
+                with attempt:
+                    raise error
+        assert least <= waits[0] <= most
 
 
 async def test_waits_between_attempts_are_random_and_grow_to_a_bound():

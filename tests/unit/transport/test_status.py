@@ -4,9 +4,16 @@ import grpc
 import pytest
 import structlog
 
-from shelora.errors import DomainError, Reason
+from shelora.errors import DomainError, RateLimitedError, Reason
 from shelora.transport.channel import is_transient
-from shelora.transport.status import REASON_METADATA, STATUS_BY_REASON, error_from_rpc, translated
+from shelora.transport.status import (
+    REASON_METADATA,
+    RETRY_AFTER_METADATA,
+    STATUS_BY_REASON,
+    error_from_rpc,
+    retry_after_s,
+    translated,
+)
 
 
 class RecordingContext:
@@ -40,7 +47,7 @@ def test_every_reason_has_a_status_and_none_of_them_is_ok():
 
 def test_only_reasons_that_pass_by_themselves_are_tried_again():
     transient = {reason for reason in Reason if is_transient(DomainError(reason, ""))}
-    assert transient == {Reason.STORE_UNAVAILABLE, Reason.WORKER_FAILED}
+    assert transient == {Reason.STORE_UNAVAILABLE, Reason.WORKER_FAILED, Reason.RATE_LIMITED}
 
 
 @pytest.mark.parametrize("reason", Reason)
@@ -48,6 +55,14 @@ async def test_a_domain_error_survives_the_wire(reason):
     code, details, metadata = await abort_of(DomainError(reason, "why, in words"))
     received = error_from_rpc(rpc_error(code, details, metadata[REASON_METADATA]))
     assert (received.reason, received.message) == (reason, "why, in words")
+
+
+async def test_when_to_come_again_survives_the_wire():
+    code, details, metadata = await abort_of(RateLimitedError("too many", 1.2341))
+    assert metadata == {REASON_METADATA: "RATE_LIMITED", RETRY_AFTER_METADATA: "1235"}
+    trailing = grpc.aio.Metadata(*metadata.items())
+    assert retry_after_s(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)) == 1.235
+    assert retry_after_s(rpc_error(code)) == retry_after_s(ValueError()) == retry_after_s(None) == 0
 
 
 async def test_an_unexpected_error_is_logged_and_leaks_nothing():
