@@ -3,7 +3,7 @@
 import secrets
 import time
 from datetime import timedelta
-from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import grpc
@@ -18,11 +18,10 @@ from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import RedisClient, RedisStore, connect
 from services.shell import flags
+from services.shell.membership import join
 from services.shell.process import run_process
 from services.shell.server import serve
 from shelora.transport.channel import open_channel
-from shelora.transport.enrolment import keep_renewed, renewal_at
-from shelora.transport.tls import IdentityFolder, TlsCredentials
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,11 +30,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     listen: flags.Listen = None,
     redis_url: Annotated[str | None, typer.Option(help="Redis that holds federations and rounds.")] = None,
+    redis_password_file: Annotated[Path | None, typer.Option(help="File with its password.")] = None,
     aggregation_addresses: Annotated[
         list[str] | None, typer.Option(help="Aggregation replica, host:port; repeat for more.")
     ] = None,
     identity: flags.IdentityFolder = None,
     key_authority_address: flags.KeyAuthorityAddress = None,
+    workload_key_file: flags.WorkloadKeyFile = None,
+    enrolment_address: flags.EnrolmentAddress = None,
     lease_s: Annotated[float | None, typer.Option(help="Seconds until a dead replica is replaced.")] = None,
     tick_s: Annotated[float | None, typer.Option(help="Seconds between two looks at a federation.")] = None,
     alive_s: Annotated[
@@ -44,6 +46,7 @@ def main(
     aggregate_concurrency: Annotated[int | None, typer.Option(help="Shards aggregated at once.")] = None,
     metrics_host: flags.MetricsHost = None,
     metrics_port: flags.MetricsPort = None,
+    health_listen: flags.HealthListen = None,
     shutdown_grace_s: flags.ShutdownGrace = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
@@ -56,13 +59,10 @@ def main(
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serves until the process is told to stop."""
-    folder = IdentityFolder(settings.identity)
-    credentials = TlsCredentials(folder)
-    client = connect(
-        settings.redis_url.get_secret_value(), settings.redis_connections, settings.redis_timeout_s
-    )
+    membership = await join(settings)
+    client = connect(settings.redis, settings.redis_connections, settings.redis_timeout_s)
     addresses = (*settings.aggregation_addresses, settings.key_authority_address)
-    *aggregation, authority = [open_channel(address, credentials) for address in addresses]
+    *aggregation, authority = [open_channel(address, membership.credentials) for address in addresses]
     changes = Changes(client)
     handlers, driver = compose(settings, client, changes, aggregation, authority)
     servicer = CoordinatorServicer(handlers)
@@ -73,11 +73,11 @@ async def run(settings: CoordinatorSettings) -> None:
         background=[
             changes.run,
             driver.run,
-            partial(keep_renewed, folder, renewal_at(settings.key_authority_address, credentials)),
+            membership.keep_renewed,
         ],
         on_drain=[changes.close],
         on_stop=[*(channel.close for channel in (*aggregation, authority)), client.aclose],
-        credentials=credentials,
+        credentials=membership.credentials,
     )
 
 

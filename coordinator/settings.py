@@ -1,13 +1,14 @@
 """Settings of the coordinator."""
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, SecretStr, Strict
 from pydantic_settings import SettingsConfigDict
 
 from coordinator.driver import DriverPolicy
-from services.shell.settings import MemberSettings
+from services.shell.settings import MemberSettings, with_password
 
 
 class CoordinatorSettings(MemberSettings):
@@ -17,6 +18,9 @@ class CoordinatorSettings(MemberSettings):
 
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     """Redis that holds federations and rounds; it may hold a password. Use `maxmemory-policy noeviction`."""
+
+    redis_password_file: Path | None = None
+    """File with the password of Redis, to keep it out of the URL."""
 
     redis_connections: Annotated[int, Field(ge=4, le=4096)] = 64
     """Most connections to Redis of this replica."""
@@ -56,6 +60,11 @@ class CoordinatorSettings(MemberSettings):
 
     result_ttl_days: Annotated[int, Field(ge=1, le=29)] = 7
     """Days that aggregation keeps a result that nothing replaced, beyond the deadlines of the next round's attempts."""
+
+    @property
+    def redis(self) -> str:
+        """The URL, password included. Raises: as `with_password`."""
+        return with_password(self.redis_url, self.redis_password_file)
 
     @property
     def retention(self) -> timedelta:

@@ -1,7 +1,7 @@
 """The process `shelora-aggregation`: puts the service together and runs it."""
 
 import secrets
-from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import grpc
@@ -14,10 +14,9 @@ from services.aggregation.store import RedisShardStore, connect
 from services.aggregation.uploads import Uploads
 from services.aggregation.workers import WorkerPool
 from services.shell import flags
+from services.shell.membership import join
 from services.shell.process import run_process
 from services.shell.server import serve
-from shelora.transport.enrolment import keep_renewed, renewal_at
-from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import aggregation_pb2_grpc
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -31,8 +30,11 @@ def main(
     ] = None,
     redis_connections: Annotated[int | None, typer.Option(help="Most connections to it.")] = None,
     redis_timeout_s: Annotated[float | None, typer.Option(help="Seconds a command may take.")] = None,
+    redis_password_file: Annotated[Path | None, typer.Option(help="File with its password.")] = None,
     identity: flags.IdentityFolder = None,
     key_authority_address: flags.KeyAuthorityAddress = None,
+    workload_key_file: flags.WorkloadKeyFile = None,
+    enrolment_address: flags.EnrolmentAddress = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; the CPUs by default.")] = None,
     worker_threads: Annotated[int | None, typer.Option(help="Threads of linear algebra in each.")] = None,
     worker_queue: Annotated[int | None, typer.Option(help="Shards that may wait for a worker.")] = None,
@@ -45,6 +47,7 @@ def main(
     max_shard_bytes: Annotated[int | None, typer.Option(help="Largest shard of a layout.")] = None,
     metrics_host: flags.MetricsHost = None,
     metrics_port: flags.MetricsPort = None,
+    health_listen: flags.HealthListen = None,
     shutdown_grace_s: flags.ShutdownGrace = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
@@ -57,10 +60,9 @@ def main(
 
 async def run(settings: AggregationSettings) -> None:
     """Serves until the process is told to stop."""
-    folder = IdentityFolder(settings.identity)
-    credentials = TlsCredentials(folder)
+    membership = await join(settings)
     store = connect(
-        settings.redis_url.get_secret_value(),
+        settings.redis,
         connections=settings.redis_connections,
         timeout_s=settings.redis_timeout_s,
     )
@@ -75,9 +77,9 @@ async def run(settings: AggregationSettings) -> None:
         settings,
         service_names=[SERVICE_NAME],
         register=register,
-        background=[partial(keep_renewed, folder, renewal_at(settings.key_authority_address, credentials))],
+        background=[membership.keep_renewed],
         on_stop=[pool.close, store.close],
-        credentials=credentials,
+        credentials=membership.credentials,
     )
 
 

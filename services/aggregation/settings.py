@@ -1,6 +1,7 @@
 """Settings of the aggregation service."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, SecretStr
@@ -8,7 +9,7 @@ from pydantic_settings import SettingsConfigDict
 
 from services.aggregation.uploads import UploadLimits
 from services.aggregation.workers import PoolLimits
-from services.shell.settings import MemberSettings
+from services.shell.settings import MemberSettings, with_password
 
 
 def usable_cpus() -> int:
@@ -23,6 +24,9 @@ class AggregationSettings(MemberSettings):
 
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     """Redis that holds rounds, shards and results; it may hold a password. Use `maxmemory-policy noeviction`."""
+
+    redis_password_file: Path | None = None
+    """File with the password of Redis, to keep it out of the URL."""
 
     redis_connections: Annotated[int, Field(ge=1, le=4096)] = 64
     """Most connections to Redis of this replica; workers have one each besides."""
@@ -55,6 +59,11 @@ class AggregationSettings(MemberSettings):
     """Largest shard of a layout. Redis holds at most 512 MiB in one string."""
 
     @property
+    def redis(self) -> str:
+        """The URL, password included. Raises: as `with_password`."""
+        return with_password(self.redis_url, self.redis_password_file)
+
+    @property
     def upload_limits(self) -> UploadLimits:
         """What uploads may take."""
         return UploadLimits(self.max_concurrent_uploads, self.max_concurrent_checks, self.upload_idle_s)
@@ -68,7 +77,7 @@ class AggregationSettings(MemberSettings):
     def worker_environment(self) -> dict[str, str]:
         """What a worker process finds in its environment (`worker`)."""
         return {
-            "SHELORA_AGGREGATION_REDIS_URL": self.redis_url.get_secret_value(),
+            "SHELORA_AGGREGATION_REDIS_URL": self.redis,
             "SHELORA_AGGREGATION_REDIS_TIMEOUT_S": str(self.redis_timeout_s),
             "SHELORA_AGGREGATION_LOG_LEVEL": self.log_level,
             "SHELORA_AGGREGATION_LOG_JSON": "true" if self.log_json else "false",

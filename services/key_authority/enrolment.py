@@ -2,9 +2,11 @@
 
 import asyncio
 import hashlib
+import hmac
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -17,17 +19,28 @@ from shelora.telemetry.metrics import counter
 from shelora.transport.certificates import Certificate, requested_key
 from shelora.transport.enrolment import SECRET_BYTES, Token
 from shelora.transport.identity import Identity, Role, checked_names
+from shelora.transport.workload import WorkloadKey
 
 CERTIFICATES_ISSUED: Final = counter(
     "certificates_issued_total",
     "Certificates signed, by the holder's role and why.",
-    {"role": [role.value for role in Role], "why": ["enrolment", "renewal"]},
+    {"role": [role.value for role in Role], "why": ["enrolment", "renewal", "workload"]},
 )
 
 DEFAULT_EXPIRY_S: Final = 24 * 3600
 MAX_EXPIRY_S: Final = 30 * 24 * 3600
 _FEDERATION_ID: Final = re.compile(r"[a-z0-9-]{1,64}")
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Servers of one kind, which come and go and share a key."""
+
+    key: WorkloadKey
+    role: Role
+    names: tuple[str, ...]
+    """Names and addresses that they are reached at, as `checked_names` returns them."""
 
 
 class Enrolments:
@@ -38,6 +51,7 @@ class Enrolments:
         issuer: Signs.
         clock_ms: Unix milliseconds.
         entropy: Random bytes, for the tokens' secrets.
+        workloads: Whose servers are certified for proving to hold their key.
     """
 
     def __init__(
@@ -46,11 +60,13 @@ class Enrolments:
         issuer: Issuer,
         clock_ms: Callable[[], int],
         entropy: Callable[[int], bytes] = secrets.token_bytes,
+        workloads: Sequence[Workload] = (),
     ) -> None:
         self._register = register
         self._issuer = issuer
         self._clock_ms = clock_ms
         self._entropy = entropy
+        self._workloads = tuple(workloads)
 
     @property
     def authority(self) -> bytes:
@@ -89,6 +105,20 @@ class Enrolments:
             self._register.redeem, token.secret, fingerprint, client_id, self._clock_ms()
         )
         return self._issued(request, identity, names, "enrolment")
+
+    def enroll_server(self, request: bytes, proof: bytes) -> tuple[bytes, bytes]:
+        """The certificate, in DER, of a server that holds a workload's key, and the proof that it is from here.
+
+        Raises: DomainError TOKEN_REFUSED, INVALID_ARGUMENT.
+        """
+        for workload in self._workloads:
+            if hmac.compare_digest(proof, workload.key.request_proof(self.authority, request)):
+                certificate = self._issued(request, Identity(workload.role), workload.names, "workload")
+                return certificate, workload.key.answer_proof(self.authority, certificate)
+        raise DomainError(
+            Reason.TOKEN_REFUSED,
+            "no workload key of this authority makes that proof: give server and authority the same key",
+        )
 
     def renew(self, request: bytes, holder: Certificate) -> bytes:
         """Another certificate for the holder of a valid one, in DER. Raises: DomainError INVALID_ARGUMENT."""

@@ -91,6 +91,7 @@ def main(
     listen: flags.Listen = None,
     metrics_host: flags.MetricsHost = None,
     metrics_port: flags.MetricsPort = None,
+    health_listen: flags.HealthListen = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
     shutdown_grace_s: flags.ShutdownGrace = None,
@@ -110,6 +111,7 @@ def main(
         listen=listen,
         metrics_host=metrics_host,
         metrics_port=metrics_port,
+        health_listen=health_listen,
         log_level=log_level,
         log_json=log_json,
         shutdown_grace_s=shutdown_grace_s,
@@ -133,7 +135,8 @@ async def _serve(settings: KeyAuthoritySettings, custody: Custody) -> None:
     authority = Authority(custody.vault, custody.audit, allow_insecure=insecure)
     lifetime = timedelta(seconds=settings.certificate_lifetime_s)
     issuer = Issuer(custody.root.load_or_create(), lifetime)
-    enrolments = Enrolments(custody.register, issuer, _now_ms)
+    workloads = [workload.read() for workload in settings.workloads]
+    enrolments = Enrolments(custody.register, issuer, _now_ms, workloads=workloads)
     own = IdentityInMemory()
     obtain = partial(_own_certificate, issuer, settings.names)
     await certify(own, issuer.root.certificate, obtain)

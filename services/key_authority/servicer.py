@@ -68,6 +68,13 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
             )
             return enrolment_pb2.EnrollResponse(certificate=certificate, authority=self._enrolments.authority)
 
+    async def EnrollServer(
+        self, request: enrolment_pb2.EnrollServerRequest, context: _Context
+    ) -> enrolment_pb2.EnrollServerResponse:
+        async with translated(context):
+            certificate, proof = self._enrolments.enroll_server(request.signing_request, request.proof)
+            return enrolment_pb2.EnrollServerResponse(certificate=certificate, proof=proof)
+
     async def Renew(
         self, request: enrolment_pb2.RenewRequest, context: _Context
     ) -> enrolment_pb2.RenewResponse:

@@ -1,15 +1,18 @@
 """Settings of the key authority."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Strict, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from services.key_authority.enrolment import Workload
+from services.key_authority.files import read_secret
 from services.key_authority.sealer import SealingKey
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.transport.identity import Role, checked_names
+from shelora.transport.workload import WorkloadKey
 
 
 def _server_names(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -17,6 +20,28 @@ def _server_names(names: tuple[str, ...]) -> tuple[str, ...]:
         return checked_names(Role.KEY_AUTHORITY, names)
     except DomainError as error:
         raise ValueError(error.message) from error
+
+
+class WorkloadSettings(BaseModel):
+    """Servers of one kind that enrol by themselves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    role: Literal[Role.COORDINATOR, Role.AGGREGATION]
+    key_file: Path
+    """File with their workload key. No other user may read it."""
+    names: tuple[str, ...]
+    """DNS names and addresses that they are reached at."""
+
+    @model_validator(mode="after")
+    def _names_checked(self) -> Self:
+        _server_names(self.names)
+        return self
+
+    def read(self) -> Workload:
+        """With the key. Raises: DomainError CONFIGURATION_INVALID."""
+        key = WorkloadKey.from_hex(read_secret(self.key_file, "workload key"))
+        return Workload(key, self.role, checked_names(self.role, self.names))
 
 
 class KeyAuthoritySettings(ServerSettings):
@@ -50,6 +75,10 @@ class KeyAuthoritySettings(ServerSettings):
     operator_token_file: Path | None = None
     """File to leave a join token for an operator in, mode 0600, anew at every start. This is how the first operator
     enrols; without it, only operators make operators."""
+
+    workloads: Annotated[tuple[WorkloadSettings, ...], Strict(strict=False)] = ()
+    """Servers that enrol by themselves, with a key they share with the authority; a JSON list in the environment, of
+    `{"role": "aggregation", "key_file": "/path", "names": ["aggregation.example.org"]}`."""
 
     allow_insecure_parameters: bool = False
     """Accept CKKS profiles below 128-bit security. For tests only."""

@@ -19,11 +19,22 @@ IdentityFolder = Annotated[
 KeyAuthorityAddress = Annotated[
     str | None, typer.Option(help="Key authority, host:port.", metavar="HOST:PORT")
 ]
+WorkloadKeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File with a key shared with the key authority, to enrol with unattended."),
+]
+EnrolmentAddress = Annotated[
+    str | None, typer.Option(help="Where the key authority enrols, host:port.", metavar="HOST:PORT")
+]
 MetricsHost = Annotated[
     str | None, typer.Option(help="Address to serve Prometheus metrics on.", metavar="HOST")
 ]
 MetricsPort = Annotated[
     int | None, typer.Option(help="Port of the metrics. 0 picks a free one, -1 turns them off.")
+]
+HealthListen = Annotated[
+    str | None,
+    typer.Option(help="Address to answer health checks on without TLS, for probes.", metavar="HOST:PORT"),
 ]
 LogLevel = Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")]
 LogJson = Annotated[bool | None, typer.Option("--log-json", help="Log one JSON object a line.")]

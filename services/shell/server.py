@@ -33,6 +33,7 @@ Register = Callable[[grpc.aio.Server], None]
 Background = Callable[[], Coroutine[Any, Any, None]]
 """Work beside the calls, until it is cancelled at the end of the drain. Returning early is fine."""
 
+_PROBES_AT_ONCE = 16
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _log = structlog.get_logger(__name__)
 
@@ -158,34 +159,55 @@ async def _listening(
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     addresses = [_bind(server, port) for port in ports]
+    async with _probed(settings.health_listen, health_servicer):
+        await server.start()
+        for name in service_names:
+            await health_servicer.set(name, _SERVING)
+        try:
+            yield addresses
+        finally:
+            await health_servicer.enter_graceful_shutdown()
+            for announce in on_drain:
+                announce()
+            await server.stop(settings.shutdown_grace_s)
+
+
+@asynccontextmanager
+async def _probed(listen: str | None, health_servicer: health.aio.HealthServicer) -> AsyncIterator[None]:
+    """Answers health checks, and nothing else, to whoever asks."""
+    if listen is None:
+        yield
+        return
+    server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=_PROBES_AT_ONCE)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    _bound(listen, lambda: server.add_insecure_port(listen))
     await server.start()
-    for name in service_names:
-        await health_servicer.set(name, _SERVING)
     try:
-        yield addresses
+        yield
     finally:
-        await health_servicer.enter_graceful_shutdown()
-        for announce in on_drain:
-            announce()
-        await server.stop(settings.shutdown_grace_s)
+        await server.stop(None)
 
 
 def _bind(server: grpc.aio.Server, port: Listener) -> str:
     """Binds a port. Returns the address that clients on this machine use."""
     target = HostPort.parse(port.listen)
-    if port.credentials is None:
+    if (credentials := port.credentials) is None:
         check_plaintext(port.listen)
+        number = _bound(port.listen, lambda: server.add_insecure_port(port.listen))
+    else:
+        secured = credentials.server_credentials()
+        number = _bound(port.listen, lambda: server.add_secure_port(port.listen, secured))
+    return str(HostPort(_reachable(target.host), number))
+
+
+def _bound(listen: str, bind: Callable[[], int]) -> int:
+    """The port that was bound. Raises: DomainError CONFIGURATION_INVALID."""
     try:
-        number = (
-            server.add_insecure_port(port.listen)
-            if port.credentials is None
-            else server.add_secure_port(port.listen, port.credentials.server_credentials())
-        )
+        return bind()
     except RuntimeError as error:
         raise DomainError(
-            Reason.CONFIGURATION_INVALID, f"cannot listen on {port.listen}: is the port in use?"
+            Reason.CONFIGURATION_INVALID, f"cannot listen on {listen}: is the port in use?"
         ) from error
-    return str(HostPort(_reachable(target.host), number))
 
 
 def _reachable(host: str) -> str:

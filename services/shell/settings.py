@@ -3,8 +3,9 @@
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import quote, urlsplit
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.shell.rates import RateLimits
@@ -34,6 +35,10 @@ class ServerSettings(BaseSettings):
 
     metrics_port: Annotated[int, Field(ge=-1, le=65535)] = 0
     """Port to serve Prometheus metrics on. 0 picks a free one, -1 serves none."""
+
+    health_listen: str | None = None
+    """Address to answer gRPC health checks on without TLS, `host:port`, for probes that show no certificate, as a
+    kubelet's. It says whether the server serves, and nothing else."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is logged."""
@@ -92,6 +97,30 @@ class ServerSettings(BaseSettings):
         return "; ".join(lines)
 
 
+def with_password(url: SecretStr, file: Path | None) -> str:
+    """A Redis URL with the password that a file holds, if one is given.
+
+    Raises: DomainError CONFIGURATION_INVALID if the file cannot be read, or the URL has a password already.
+    """
+    plain = url.get_secret_value()
+    if file is None:
+        return plain
+    parts = urlsplit(plain)
+    if parts.password is not None:
+        raise DomainError(
+            Reason.CONFIGURATION_INVALID,
+            "redis_url has a password already: leave it out, or redis_password_file",
+        )
+    try:
+        password = file.read_text().rstrip("\r\n")
+    except OSError as error:
+        raise DomainError(
+            Reason.CONFIGURATION_INVALID, f"redis_password_file: {file} cannot be read: {error.strerror}"
+        ) from error
+    address = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{address}").geturl()
+
+
 class MemberSettings(ServerSettings):
     """What every server needs that the key authority certifies."""
 
@@ -100,3 +129,25 @@ class MemberSettings(ServerSettings):
 
     key_authority_address: str
     """The key authority, `host:port`; it renews the certificate."""
+
+    workload_key_file: Path | None = None
+    """File with a key that servers of this kind share with the key authority, 64 hexadecimal digits. With it the server
+    enrols by itself, at start and instead of renewing; `identity` is where it keeps what it gets."""
+
+    enrolment_address: str | None = None
+    """Where the key authority enrols, `host:port`; needed with `workload_key_file`."""
+
+    @property
+    def workload(self) -> tuple[Path, str] | None:
+        """File of the workload's key and address to enrol at; None for a server that was enrolled by hand.
+
+        Raises: DomainError CONFIGURATION_INVALID if one is given without the other.
+        """
+        if self.workload_key_file is None and self.enrolment_address is None:
+            return None
+        if self.workload_key_file is None or self.enrolment_address is None:
+            raise DomainError(
+                Reason.CONFIGURATION_INVALID,
+                "give workload_key_file and enrolment_address together, or neither and enrol with `shelora enroll`",
+            )
+        return self.workload_key_file, self.enrolment_address

@@ -27,12 +27,14 @@ from shelora.transport.certificates import (
     PrivateKey,
     der_to_pem,
     new_key,
+    pem_to_der,
     same_key,
     signing_request,
     utc_now,
 )
-from shelora.transport.channel import RETRY_S, call, open_channel
+from shelora.transport.channel import RETRY_S, call, open_channel, retrying
 from shelora.transport.tls import Held, IdentityFolder, IdentityKeeper, TlsCredentials
+from shelora.transport.workload import WorkloadKey
 from shelora.v1 import enrolment_pb2 as pb
 from shelora.v1.enrolment_pb2_grpc import EnrolmentStub
 
@@ -152,6 +154,46 @@ def presented_chain(address: str) -> list[bytes]:
         raise DomainError(
             Reason.STORE_UNAVAILABLE, f"no TLS connection to the authority at {address}: {error}"
         ) from error
+
+
+async def enroll_server(
+    key: WorkloadKey, address: str, folder: IdentityFolder, *, retry_s: float = RETRY_S
+) -> Held:
+    """Puts the identity into `folder` that a workload key is good for.
+
+    Args:
+        key: Shared with the authority; it is not sent.
+        address: The key authority's enrolment port, host:port.
+        folder: Gets the identity; an identity that is there is replaced.
+        retry_s: Seconds during which a failure that may pass is tried again.
+
+    Raises: DomainError TOKEN_REFUSED if the authority knows no such key, SERVER_UNTRUSTED if it is not the one that
+    shares it, STORE_UNAVAILABLE if it cannot be reached.
+    """
+
+    async def attempt() -> Held:
+        authority = der_to_pem((await asyncio.to_thread(presented_chain, address))[-1])
+        return await certify(folder, authority, certified_by(key, address, authority))
+
+    return await retrying(retry_s=retry_s)(attempt)
+
+
+def certified_by(key: WorkloadKey, address: str, authority: bytes) -> Obtain:
+    """Certification by a key that the authority (PEM) at `address` shares; it is believed once it has proved that."""
+    seen = pem_to_der(authority)
+
+    async def obtain(request: bytes) -> bytes:
+        asked = pb.EnrollServerRequest(signing_request=request, proof=key.request_proof(seen, request))
+        async with open_channel(address, _Pinned(authority)) as channel:
+            response = await call(EnrolmentStub(channel).EnrollServer, asked, retry_s=0)
+        if not hmac.compare_digest(response.proof, key.answer_proof(seen, response.certificate)):
+            raise DomainError(
+                Reason.SERVER_UNTRUSTED,
+                f"the authority at {address} did not prove that it holds the workload key",
+            )
+        return response.certificate
+
+    return obtain
 
 
 async def certify(keeper: IdentityKeeper, authority: bytes, obtain: Obtain) -> Held:

@@ -18,8 +18,10 @@ from shelora.transport.identity import Identity, Role
 ANYONE: Final = frozenset(Role)
 """Whoever has a valid certificate of this authority."""
 
-NO_CERTIFICATE_NEEDED: Final = frozenset({"/shelora.v1.Enrolment/Enroll"})
-"""What a stranger may call: exchange a token."""
+NO_CERTIFICATE_NEEDED: Final = frozenset(
+    {"/shelora.v1.Enrolment/Enroll", "/shelora.v1.Enrolment/EnrollServer"}
+)
+"""What a stranger may call: exchange a token, or prove to hold a workload key."""
 
 _OPERATOR: Final = frozenset({Role.OPERATOR})
 _COORDINATOR: Final = frozenset({Role.COORDINATOR})
@@ -50,6 +52,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/shelora.v1.KeyAuthority/GetEpochSecrets": _CLIENT,
         "/shelora.v1.Enrolment/CreateToken": _OPERATOR,
         "/shelora.v1.Enrolment/Enroll": ANYONE,
+        "/shelora.v1.Enrolment/EnrollServer": ANYONE,
         "/shelora.v1.Enrolment/Renew": ANYONE - {Role.KEY_AUTHORITY},
         "/grpc.health.v1.Health/Check": ANYONE,
         "/grpc.health.v1.Health/Watch": ANYONE,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashelora/v1/enrolment.proto\x12\nshelora.v1\"q\n\x12\x43reateTokenRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x15\n\rfederation_id\x18\x02 \x01(\t\x12\x11\n\tclient_id\x18\x03 \x01(\t\x12\r\n\x05names\x18\x04 \x03(\t\x12\x14\n\x0c\x65xpires_in_s\x18\x05 \x01(\r\"=\n\x13\x43reateTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x17\n\x0f\x65xpires_unix_ms\x18\x02 \x01(\x03\"J\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x17\n\x0fsigning_request\x18\x02 \x01(\x0c\x12\x11\n\tclient_id\x18\x03 \x01(\t\"8\n\x0e\x45nrollResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\"\'\n\x0cRenewRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"$\n\rRenewResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x32\xda\x01\n\tEnrolment\x12N\n\x0b\x43reateToken\x12\x1e.shelora.v1.CreateTokenRequest\x1a\x1f.shelora.v1.CreateTokenResponse\x12?\n\x06\x45nroll\x12\x19.shelora.v1.EnrollRequest\x1a\x1a.shelora.v1.EnrollResponse\x12<\n\x05Renew\x12\x18.shelora.v1.RenewRequest\x1a\x19.shelora.v1.RenewResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashelora/v1/enrolment.proto\x12\nshelora.v1\"q\n\x12\x43reateTokenRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x15\n\rfederation_id\x18\x02 \x01(\t\x12\x11\n\tclient_id\x18\x03 \x01(\t\x12\r\n\x05names\x18\x04 \x03(\t\x12\x14\n\x0c\x65xpires_in_s\x18\x05 \x01(\r\"=\n\x13\x43reateTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x17\n\x0f\x65xpires_unix_ms\x18\x02 \x01(\x03\"J\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x17\n\x0fsigning_request\x18\x02 \x01(\x0c\x12\x11\n\tclient_id\x18\x03 \x01(\t\"8\n\x0e\x45nrollResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\"=\n\x13\x45nrollServerRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\":\n\x14\x45nrollServerResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\'\n\x0cRenewRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"$\n\rRenewResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x32\xad\x02\n\tEnrolment\x12N\n\x0b\x43reateToken\x12\x1e.shelora.v1.CreateTokenRequest\x1a\x1f.shelora.v1.CreateTokenResponse\x12?\n\x06\x45nroll\x12\x19.shelora.v1.EnrollRequest\x1a\x1a.shelora.v1.EnrollResponse\x12Q\n\x0c\x45nrollServer\x12\x1f.shelora.v1.EnrollServerRequest\x1a .shelora.v1.EnrollServerResponse\x12<\n\x05Renew\x12\x18.shelora.v1.RenewRequest\x1a\x19.shelora.v1.RenewResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,10 +39,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLLREQUEST']._serialized_end=294
   _globals['_ENROLLRESPONSE']._serialized_start=296
   _globals['_ENROLLRESPONSE']._serialized_end=352
-  _globals['_RENEWREQUEST']._serialized_start=354
-  _globals['_RENEWREQUEST']._serialized_end=393
-  _globals['_RENEWRESPONSE']._serialized_start=395
-  _globals['_RENEWRESPONSE']._serialized_end=431
-  _globals['_ENROLMENT']._serialized_start=434
-  _globals['_ENROLMENT']._serialized_end=652
+  _globals['_ENROLLSERVERREQUEST']._serialized_start=354
+  _globals['_ENROLLSERVERREQUEST']._serialized_end=415
+  _globals['_ENROLLSERVERRESPONSE']._serialized_start=417
+  _globals['_ENROLLSERVERRESPONSE']._serialized_end=475
+  _globals['_RENEWREQUEST']._serialized_start=477
+  _globals['_RENEWREQUEST']._serialized_end=516
+  _globals['_RENEWRESPONSE']._serialized_start=518
+  _globals['_RENEWRESPONSE']._serialized_end=554
+  _globals['_ENROLMENT']._serialized_start=557
+  _globals['_ENROLMENT']._serialized_end=858
 # @@protoc_insertion_point(module_scope)

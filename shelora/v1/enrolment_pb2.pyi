@@ -137,6 +137,58 @@ class EnrollResponse(_message.Message):
 Global___EnrollResponse: _TypeAlias = EnrollResponse  # noqa: Y015
 
 @_typing.final
+class EnrollServerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNING_REQUEST_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    signing_request: _builtins.bytes
+    """Signing request (PKCS #10, DER) for a key on P-256. Only its key counts."""
+    proof: _builtins.bytes
+    """HMAC-SHA-256 under the workload key over "shelora workload request", the SHA-256 of the authority's certificate as
+    the caller saw it, and the SHA-256 of the signing request.
+    """
+    def __init__(
+        self,
+        *,
+        signing_request: _builtins.bytes = ...,
+        proof: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof", "signing_request", b"signing_request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnrollServerRequest: _TypeAlias = EnrollServerRequest  # noqa: Y015
+
+@_typing.final
+class EnrollServerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    certificate: _builtins.bytes
+    """Certificate of the key (X.509, DER)."""
+    proof: _builtins.bytes
+    """HMAC-SHA-256 under the workload key over "shelora workload answer", the SHA-256 of the authority's certificate, and
+    the SHA-256 of the certificate above.
+    """
+    def __init__(
+        self,
+        *,
+        certificate: _builtins.bytes = ...,
+        proof: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnrollServerResponse: _TypeAlias = EnrollServerResponse  # noqa: Y015
+
+@_typing.final
 class RenewRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -45,6 +45,11 @@ class EnrolmentStub:
                 request_serializer=shelora_dot_v1_dot_enrolment__pb2.EnrollRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_enrolment__pb2.EnrollResponse.FromString,
                 _registered_method=True)
+        self.EnrollServer = channel.unary_unary(
+                '/shelora.v1.Enrolment/EnrollServer',
+                request_serializer=shelora_dot_v1_dot_enrolment__pb2.EnrollServerRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_enrolment__pb2.EnrollServerResponse.FromString,
+                _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/shelora.v1.Enrolment/Renew',
                 request_serializer=shelora_dot_v1_dot_enrolment__pb2.RenewRequest.SerializeToString,
@@ -75,6 +80,17 @@ class EnrolmentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EnrollServer(self, request, context):
+        """Certifies a server that proves to hold a workload key, one that the authority was configured with: role and names
+        are the key's. May be repeated, so that one key serves all replicas and every renewal. Needs no client certificate:
+        neither proof is of use to anyone else, and the caller believes nothing before it has checked the answer's.
+        Fails with TOKEN_REFUSED if no key of the authority makes that proof, INVALID_ARGUMENT if the signing request is
+        malformed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Renew(self, request, context):
         """Issues another certificate to the identity that calls, with the same names. May be repeated.
         Fails with UNAUTHENTICATED without a valid certificate, INVALID_ARGUMENT if the signing request is malformed.
@@ -95,6 +111,11 @@ def add_EnrolmentServicer_to_server(servicer, server):
                     servicer.Enroll,
                     request_deserializer=shelora_dot_v1_dot_enrolment__pb2.EnrollRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_enrolment__pb2.EnrollResponse.SerializeToString,
+            ),
+            'EnrollServer': grpc.unary_unary_rpc_method_handler(
+                    servicer.EnrollServer,
+                    request_deserializer=shelora_dot_v1_dot_enrolment__pb2.EnrollServerRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_enrolment__pb2.EnrollServerResponse.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
@@ -157,6 +178,33 @@ class Enrolment:
             '/shelora.v1.Enrolment/Enroll',
             shelora_dot_v1_dot_enrolment__pb2.EnrollRequest.SerializeToString,
             shelora_dot_v1_dot_enrolment__pb2.EnrollResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EnrollServer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Enrolment/EnrollServer',
+            shelora_dot_v1_dot_enrolment__pb2.EnrollServerRequest.SerializeToString,
+            shelora_dot_v1_dot_enrolment__pb2.EnrollServerResponse.FromString,
             options,
             channel_credentials,
             insecure,

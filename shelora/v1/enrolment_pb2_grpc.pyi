@@ -44,6 +44,13 @@ class EnrolmentStub:
     Fails with TOKEN_REFUSED if the token is unknown, expired or used for another key, CLIENT_EXISTS if the
     name is taken and the token does not name it, INVALID_ARGUMENT if the signing request or the name is malformed.
     """
+    EnrollServer: _grpc.UnaryUnaryMultiCallable[_enrolment_pb2.EnrollServerRequest, _enrolment_pb2.EnrollServerResponse]
+    """Certifies a server that proves to hold a workload key, one that the authority was configured with: role and names
+    are the key's. May be repeated, so that one key serves all replicas and every renewal. Needs no client certificate:
+    neither proof is of use to anyone else, and the caller believes nothing before it has checked the answer's.
+    Fails with TOKEN_REFUSED if no key of the authority makes that proof, INVALID_ARGUMENT if the signing request is
+    malformed.
+    """
     Renew: _grpc.UnaryUnaryMultiCallable[_enrolment_pb2.RenewRequest, _enrolment_pb2.RenewResponse]
     """Issues another certificate to the identity that calls, with the same names. May be repeated.
     Fails with UNAUTHENTICATED without a valid certificate, INVALID_ARGUMENT if the signing request is malformed.
@@ -64,6 +71,13 @@ class EnrolmentAsyncStub(EnrolmentStub):
     Idempotent for the caller: the same token with the same key returns the first certificate while the token lives.
     Fails with TOKEN_REFUSED if the token is unknown, expired or used for another key, CLIENT_EXISTS if the
     name is taken and the token does not name it, INVALID_ARGUMENT if the signing request or the name is malformed.
+    """
+    EnrollServer: _aio.UnaryUnaryMultiCallable[_enrolment_pb2.EnrollServerRequest, _enrolment_pb2.EnrollServerResponse]  # type: ignore[assignment]
+    """Certifies a server that proves to hold a workload key, one that the authority was configured with: role and names
+    are the key's. May be repeated, so that one key serves all replicas and every renewal. Needs no client certificate:
+    neither proof is of use to anyone else, and the caller believes nothing before it has checked the answer's.
+    Fails with TOKEN_REFUSED if no key of the authority makes that proof, INVALID_ARGUMENT if the signing request is
+    malformed.
     """
     Renew: _aio.UnaryUnaryMultiCallable[_enrolment_pb2.RenewRequest, _enrolment_pb2.RenewResponse]  # type: ignore[assignment]
     """Issues another certificate to the identity that calls, with the same names. May be repeated.
@@ -94,6 +108,19 @@ class EnrolmentServicer(metaclass=_abc_1.ABCMeta):
         Idempotent for the caller: the same token with the same key returns the first certificate while the token lives.
         Fails with TOKEN_REFUSED if the token is unknown, expired or used for another key, CLIENT_EXISTS if the
         name is taken and the token does not name it, INVALID_ARGUMENT if the signing request or the name is malformed.
+        """
+
+    @_abc_1.abstractmethod
+    def EnrollServer(
+        self,
+        request: _enrolment_pb2.EnrollServerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_enrolment_pb2.EnrollServerResponse, _abc.Awaitable[_enrolment_pb2.EnrollServerResponse]]:
+        """Certifies a server that proves to hold a workload key, one that the authority was configured with: role and names
+        are the key's. May be repeated, so that one key serves all replicas and every renewal. Needs no client certificate:
+        neither proof is of use to anyone else, and the caller believes nothing before it has checked the answer's.
+        Fails with TOKEN_REFUSED if no key of the authority makes that proof, INVALID_ARGUMENT if the signing request is
+        malformed.
         """
 
     @_abc_1.abstractmethod

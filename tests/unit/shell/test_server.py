@@ -1,6 +1,7 @@
 import asyncio
 import os
 import signal
+from contextlib import AsyncExitStack
 
 import grpc
 import pytest
@@ -287,6 +288,36 @@ async def test_a_wildcard_address_is_announced_as_loopback(town, identity):
     settings = ServerSettings(listen="0.0.0.0:0", shutdown_grace_s=0.0)
     async with running_server([SERVICE], town.register, settings, credentials=identity) as address:
         assert address.startswith("127.0.0.1:")
+
+
+async def test_probes_learn_without_a_certificate_whether_it_serves_and_nothing_else(
+    town, tmp_path, identity, caller
+):
+    probes = f"unix:{tmp_path}/probes"
+    settings = ServerSettings(listen="127.0.0.1:0", health_listen=probes, shutdown_grace_s=30.0)
+    async with AsyncExitStack() as draining:
+        running = running_server([SERVICE], town.register, settings, credentials=identity)
+        address = await draining.enter_async_context(running)
+        async with open_channel(probes) as channel, open_channel(address, caller) as secured:
+            assert await health_of(channel, SERVICE) == SERVING
+            for call in (
+                pb_grpc.CoordinatorStub(channel).Heartbeat(mine()),
+                reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(())).read(),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            waiting = asyncio.ensure_future(pb_grpc.CoordinatorStub(secured).Heartbeat(mine(stage="wait")))
+            await town.entered.wait()
+            drained = asyncio.create_task(draining.aclose())
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+            while (await watch.read()).status == SERVING:
+                pass
+            watch.cancel()
+            assert await health_of(channel, "") == NOT_SERVING
+            town.released.set()
+            await waiting
+            await drained
 
 
 async def test_a_port_in_use_is_a_refused_configuration(town, identity):

@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic_settings import SettingsConfigDict
+from redis.asyncio.connection import parse_url
 
-from services.shell.settings import ServerSettings
+from services.shell.settings import ServerSettings, with_password
 from shelora.errors import DomainError, Reason
 
 
@@ -64,3 +65,27 @@ def test_settings_cannot_be_changed():
     settings = BakerySettings(flour_kg=1.0)
     with pytest.raises(ValidationError):
         settings.flour_kg = 2.0
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://host:6379/0", "redis://:p%40%2F%3A%20%25@host:6379/0"),
+        (
+            "rediss://user@host:6380/1?ssl_ca_certs=/ca.pem",
+            "rediss://user:p%40%2F%3A%20%25@host:6380/1?ssl_ca_certs=/ca.pem",
+        ),
+    ],
+)
+def test_a_password_file_completes_the_url_whatever_it_holds(tmp_path, url, expected):
+    (tmp_path / "password").write_text("p@/: %\n")
+    assert with_password(SecretStr(url), tmp_path / "password") == expected
+    assert with_password(SecretStr(url), None) == url
+    assert parse_url(expected)["password"] == "p@/: %"
+
+
+def test_two_passwords_or_an_unreadable_one_are_refused(tmp_path):
+    for url, problem in (("redis://:x@host/0", "already"), ("redis://host/0", "cannot be read")):
+        with pytest.raises(DomainError, match=problem) as caught:
+            with_password(SecretStr(url), tmp_path / "none")
+        assert caught.value.reason is Reason.CONFIGURATION_INVALID
