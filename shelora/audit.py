@@ -41,6 +41,8 @@ class AuditEvent(StrEnum):
     """Written before the secrets are answered; a caller that hung up may not have received them."""
     RELEASE_REFUSED = "release_refused"
     """`client_id` is what the caller called itself, proven or not."""
+    CALL_DENIED = "call_denied"
+    """A call of `method` was refused for the caller's certificate, which names `role` and, of a client, the rest."""
     REFUSALS_NOT_LISTED = "refusals_not_listed"
     """`count` refusals since the last record came too fast to have one each."""
     TAIL_REPAIRED = "tail_repaired"
@@ -63,7 +65,11 @@ class AuditEntry(BaseModel):
     key_id: _Hex128 | None = None
     """Public identifier: of the epoch's CKKS key, or of a sealing key."""
     reason: Annotated[str, Field(pattern=r"^[A-Z_]{1,64}$")] | None = None
-    """Why a release was refused, from `shelora.errors.Reason`."""
+    """Why a release or a call was refused, from `shelora.errors.Reason`."""
+    role: Annotated[str, Field(pattern=r"^[a-z-]{1,32}$")] | None = None
+    """The caller's, from `shelora.transport.identity.Role`."""
+    method: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./]{1,200}$")] | None = None
+    """`/service/method`."""
     count: _Count | None = None
     follows: _Hash | None = None
     """SHA-256 of the whole log that this one takes the place of."""

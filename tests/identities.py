@@ -3,6 +3,8 @@
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
+
 from services.key_authority.ca import DEFAULT_LIFETIME, Issuer, Root, RootFile
 from services.key_authority.sealer import Sealer, SealingKey
 from shelora.transport.certificates import der_to_pem, new_key, signing_request
@@ -53,3 +55,16 @@ class TestAuthority:
 
 def client(name: str = "ward-7", federation: str = "clinic") -> Identity:
     return Identity(Role.CLIENT, federation, name)
+
+
+class Stranger:
+    """Credentials that trust the authority and show nothing."""
+
+    def __init__(self, authority: TestAuthority) -> None:
+        self._authority = authority
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self._authority.root.certificate)
+
+    def generation(self) -> int:
+        return 0

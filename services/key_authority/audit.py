@@ -16,9 +16,11 @@ from services.key_authority import files
 from services.key_authority.epochs import EpochId
 from shelora.audit import AuditBrokenError, AuditEntry, AuditEvent, AuditRecord, AuditTornError, verified
 from shelora.errors import DomainError, Reason
+from shelora.transport.identity import Identity
 
 REFUSALS_PER_MINUTE: Final = 30
-"""Refusals that get a record of their own; the others are counted. Nobody may fill the disk by being refused."""
+"""Refusals, of releases and of calls each, that get a record of their own; the others are counted. Nobody may fill the
+disk by being refused."""
 
 _MINUTE_S: Final = 60.0
 _log = structlog.get_logger(__name__)
@@ -54,6 +56,7 @@ class AuditLog:
         self._clock = clock
         self._lock = threading.Lock()
         self._refusals = _Budget(REFUSALS_PER_MINUTE, monotonic)
+        self._denials = _Budget(REFUSALS_PER_MINUTE, monotonic)
         self._opened: set[EpochId] = set()
         self._write_failed = False
         torn = self._read(identity)
@@ -109,6 +112,25 @@ class AuditLog:
                     federation_id=epoch_id.federation_id,
                     epoch=epoch_id.epoch,
                     client_id=client_id,
+                    reason=reason.value,
+                )
+            )
+
+    def call_denied(self, method: str, caller: Identity, reason: Reason) -> None:
+        """Writes down a call that was refused for the caller's certificate, or counts it if there are too many.
+
+        Raises: DomainError STORE_UNAVAILABLE.
+        """
+        with self._lock:
+            if not self._denials.spend():
+                return
+            self._append(
+                AuditEntry(
+                    event=AuditEvent.CALL_DENIED,
+                    federation_id=caller.federation_id or None,
+                    client_id=caller.client_id or None,
+                    role=caller.role.value,
+                    method=method,
                     reason=reason.value,
                 )
             )
@@ -172,9 +194,11 @@ class AuditLog:
         self._write(entry)
 
     def _append_unlisted(self) -> None:
-        if self._refusals.overspent:
-            self._write(AuditEntry(event=AuditEvent.REFUSALS_NOT_LISTED, count=self._refusals.overspent))
-            self._refusals.overspent = 0
+        budgets = (self._refusals, self._denials)
+        if count := sum(budget.overspent for budget in budgets):
+            self._write(AuditEntry(event=AuditEvent.REFUSALS_NOT_LISTED, count=count))
+            for budget in budgets:
+                budget.overspent = 0
 
     def _write(self, entry: AuditEntry) -> None:
         """Appends one record and waits until it is on disk.

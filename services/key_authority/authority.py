@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -11,6 +11,7 @@ import structlog
 from services.key_authority.audit import AuditLog
 from services.key_authority.epochs import EpochId, EpochSecrets
 from services.key_authority.vault import Vault
+from services.shell.guard import Denial
 from shelora.ckks.parameters import CkksParameters, profile
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import counter
@@ -71,19 +72,30 @@ class Authority:
         )
         return secrets
 
+    async def denied(self, denial: Denial) -> None:
+        """Writes down a call that the guard refused to the holder of a certificate.
+
+        Strangers, who have none, are logged and counted by the guard alone: they could fill the disk. Never raises.
+        """
+        if denial.caller is not None:
+            await self._write_down(self._audit.call_denied, denial.method, denial.caller, denial.reason)
+
     @asynccontextmanager
     async def _refusals_written_down(self, epoch_id: EpochId, client_id: str) -> AsyncIterator[None]:
-        """A refusal stays one, with its own reason, even if it cannot be written down."""
         try:
             yield
         except DomainError as refusal:
             KEY_REFUSALS.inc()
             name = client_id if _CLIENT_ID.fullmatch(client_id) else None
-            try:
-                await asyncio.to_thread(self._audit.release_refused, epoch_id, name, refusal.reason)
-            except DomainError as failure:
-                _log.error("refusal_not_written_down", cause=failure.message)
+            await self._write_down(self._audit.release_refused, epoch_id, name, refusal.reason)
             raise
+
+    async def _write_down(self, write: Callable[..., None], *arguments: object) -> None:
+        """A refusal stays one, with its own reason, even if it cannot be written down."""
+        try:
+            await asyncio.to_thread(write, *arguments)
+        except DomainError as failure:
+            _log.error("refusal_not_written_down", cause=failure.message)
 
     def _accepted(self, name: str) -> CkksParameters:
         parameters = profile(name)

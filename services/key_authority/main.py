@@ -148,6 +148,7 @@ async def _serve(settings: KeyAuthoritySettings, custody: Custody) -> None:
         background=[partial(keep_renewed, own, obtain)],
         credentials=TlsCredentials(own),
         enrolment=Listener(settings.enrolment_listen, TlsCredentials(own, anonymous_clients=True)),
+        on_denied=authority.denied,
     )
 
 

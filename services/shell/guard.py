@@ -1,8 +1,9 @@
 """Admits a call if its caller's certificate and rate allow it. On every RPC of every server, before the servicer."""
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
@@ -29,14 +30,38 @@ _MaybeHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 _log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class Denial:
+    """A call that was refused for who called."""
+
+    method: str
+    """`/service/method`."""
+
+    caller: Identity | None
+    """Whom the caller's certificate names, valid or not; None if it showed none of this system."""
+
+    reason: Reason
+
+
+OnDenied = Callable[[Denial], Awaitable[None]]
+"""Told of a refusal before it is answered; must not raise."""
+
+
+async def untold(denial: Denial) -> None:
+    """For servers that keep no record of refusals beyond metrics and logs."""
+
+
 class Guard(grpc.aio.ServerInterceptor):
     """Interceptor: `shelora.transport.permissions` and rates, enforced. Servers may ask one another as they like.
 
-    Args: rates: of this server. clock: what certificates are held against.
+    Args: rates: of this server. on_denied: told of every refusal. clock: what certificates are held against.
     """
 
-    def __init__(self, rates: Rates, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(
+        self, rates: Rates, on_denied: OnDenied = untold, clock: Callable[[], datetime] = utc_now
+    ) -> None:
         self._rates = rates
+        self._on_denied = on_denied
         self._clock = clock
 
     async def intercept_service(
@@ -46,11 +71,10 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> _MaybeHandler:
         """Wraps every handler; an unknown method (None) passes to its UNIMPLEMENTED."""
         handler = await continuation(handler_call_details)
-        return (
-            None
-            if handler is None
-            else _wrapped(handler, _Admission(handler_call_details.method, self._rates, self._clock))
-        )
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        return _wrapped(handler, _Admission(method, self._rates, self._on_denied, self._clock))
 
 
 def certificate_of(context: _Context) -> Certificate | None:
@@ -62,25 +86,26 @@ def certificate_of(context: _Context) -> Certificate | None:
 class _Admission:
     """The checks of one method."""
 
-    def __init__(self, method: str, rates: Rates, clock: Callable[[], datetime]) -> None:
+    def __init__(self, method: str, rates: Rates, on_denied: OnDenied, clock: Callable[[], datetime]) -> None:
         self._method = method
         self._rates = rates
+        self._on_denied = on_denied
         self._clock = clock
 
-    @contextmanager
-    def admitted(self, request: Any, context: _Context, *, streaming: bool) -> Iterator[Any]:  # noqa: ANN401 - any message
+    @asynccontextmanager
+    async def admitted(self, request: Any, context: _Context, *, streaming: bool) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
         """The request, or the stream of them, for the servicer while it serves.
 
-        Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, PERMISSION_DENIED, counted and logged; RATE_LIMITED.
+        Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, PERMISSION_DENIED, counted, logged and told; RATE_LIMITED.
         """
-        with self._denials_counted():
+        async with self._denials_told(context):
             certificate = self._caller(context)
             identity = certificate.identity if certificate else None
             check_role(self._method, identity)
             if not streaming:
                 check_scope(request, identity)
         with self._rated(identity, context) as caller:
-            yield self._requests(request, identity, caller) if streaming else request
+            yield self._requests(request, identity, caller, context) if streaming else request
 
     def _rated(self, identity: Identity | None, context: _Context) -> AbstractContextManager[Caller | None]:
         """Counts the call of a client, or of a host that shows no certificate. Raises RATE_LIMITED."""
@@ -89,11 +114,15 @@ class _Admission:
         return nullcontext() if identity.role in SERVERS else self._rates.call(identity.uri)
 
     async def _requests(
-        self, requests: AsyncIterator[Any], identity: Identity | None, caller: Caller | None
+        self,
+        requests: AsyncIterator[Any],
+        identity: Identity | None,
+        caller: Caller | None,
+        context: _Context,
     ) -> AsyncIterator[Any]:
         """Each request of a stream, checked as it arrives, and no faster than its caller may send."""
         async for request in requests:
-            with self._denials_counted():
+            async with self._denials_told(context):
                 check_scope(request, identity)
             if caller is not None:
                 await self._rates.receive(caller, request.ByteSize())
@@ -115,14 +144,23 @@ class _Admission:
             )
         return certificate
 
-    @contextmanager
-    def _denials_counted(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def _denials_told(self, context: _Context) -> AsyncIterator[None]:
         try:
             yield
         except DomainError as error:
             DENIALS.labels(error.reason).inc()
             _log.warning("rpc_denied", method=self._method, reason=error.reason, why=error.message)
+            await self._on_denied(Denial(self._method, _claimed(context), error.reason))
             raise
+
+
+def _claimed(context: _Context) -> Identity | None:
+    try:
+        certificate = certificate_of(context)
+    except DomainError:
+        return None
+    return certificate.identity if certificate else None
 
 
 def _wrapped(handler: Any, admission: _Admission) -> _Handler:  # noqa: ANN401 - one type, four shapes
@@ -141,9 +179,11 @@ def _wrapped(handler: Any, admission: _Admission) -> _Handler:  # noqa: ANN401 -
 
 def _answering_once(behavior: Any, admission: _Admission, *, streaming: bool) -> Any:  # noqa: ANN401 - a handler of gRPC
     async def guarded(request: Any, context: _Context) -> Any:  # noqa: ANN401 - any message
-        async with translated(context):
-            with admission.admitted(request, context, streaming=streaming) as admitted:
-                return await behavior(admitted, context)
+        async with (
+            translated(context),
+            admission.admitted(request, context, streaming=streaming) as admitted,
+        ):
+            return await behavior(admitted, context)
 
     return guarded
 
@@ -153,10 +193,12 @@ def _answering_stream(behavior: Any, admission: _Admission, *, streaming: bool) 
         return _answering_once(behavior, admission, streaming=streaming)
 
     async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
-        async with translated(context):
-            with admission.admitted(request, context, streaming=streaming) as admitted:
-                async with aclosing(behavior(admitted, context)) as responses:
-                    async for response in responses:
-                        yield response
+        async with (
+            translated(context),
+            admission.admitted(request, context, streaming=streaming) as admitted,
+            aclosing(behavior(admitted, context)) as responses,
+        ):
+            async for response in responses:
+                yield response
 
     return guarded

@@ -17,7 +17,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.shell.guard import Guard
+from services.shell.guard import Guard, OnDenied, untold
 from services.shell.observation import RpcObserver
 from services.shell.rates import Rates
 from services.shell.settings import ServerSettings
@@ -84,6 +84,7 @@ async def serve(
     on_stop: Sequence[Callable[[], Awaitable[None]]] = (),
     credentials: Credentials,
     enrolment: Listener | None = None,
+    on_denied: OnDenied = untold,
 ) -> None:
     """Serves until SIGTERM or SIGINT, or until background work crashes; then drains.
 
@@ -99,6 +100,7 @@ async def serve(
         on_stop: Closes what the servicers used, in this order, after the last call.
         credentials: This server's identity, and whose callers it accepts.
         enrolment: Another port, for callers without a certificate.
+        on_denied: Told of every call that is refused for who called.
 
     Raises:
         DomainError: CONFIGURATION_INVALID if it may not or cannot listen where the settings say.
@@ -112,7 +114,7 @@ async def serve(
         tasks = await stack.enter_async_context(_background(background))
         ports = [Listener(settings.listen, credentials), *([enrolment] if enrolment else [])]
         addresses = await stack.enter_async_context(
-            _listening(settings, service_names, register, on_drain, ports)
+            _listening(settings, service_names, register, on_drain, ports, on_denied)
         )
         ready = Ready(addresses[0], metrics_port, os.getpid(), *addresses[1:])
         stack.enter_context(_announced(settings.ready_file, ready))
@@ -128,6 +130,7 @@ async def running_server(
     settings: ServerSettings | None = None,
     *,
     credentials: Credentials | None = None,
+    on_denied: OnDenied = untold,
 ) -> AsyncIterator[str]:
     """For tests: the same server in this process, on a free port, without signals, metrics or ready file.
 
@@ -137,7 +140,7 @@ async def running_server(
     """
     settings = settings or ServerSettings(listen="127.0.0.1:0", shutdown_grace_s=0.0)
     ports = [Listener(settings.listen, credentials)]
-    async with _listening(settings, service_names, register, (), ports) as addresses:
+    async with _listening(settings, service_names, register, (), ports, on_denied) as addresses:
         yield addresses[0]
 
 
@@ -148,9 +151,14 @@ async def _listening(
     register: Register,
     on_drain: Sequence[Callable[[], None]],
     ports: Sequence[Listener],
+    on_denied: OnDenied,
 ) -> AsyncIterator[list[str]]:
     """A started server; drains on exit. Yields the addresses of its ports."""
-    guard = [] if any(port.credentials is None for port in ports) else [Guard(Rates(settings.rate_limits))]
+    guard = (
+        []
+        if any(port.credentials is None for port in ports)
+        else [Guard(Rates(settings.rate_limits), on_denied)]
+    )
     server = grpc.aio.server(interceptors=[RpcObserver(service_names), *guard], options=SERVER_OPTIONS)
     register(server)
     reflection.enable_server_reflection(

@@ -86,7 +86,8 @@ def _detail(record: AuditRecord) -> str:
     """What only some events have; identifiers by their first digits."""
     identifiers = {"vault": record.vault, "key": record.key_id, "follows": record.follows}
     parts = [f"{name} {value[:SHORT]}…" for name, value in identifiers.items() if value is not None]
-    parts += [str(value) for value in (record.reason, record.count) if value is not None]
+    method = record.method and record.method.rpartition("/")[2]
+    parts += [str(value) for value in (method, record.role, record.reason, record.count) if value is not None]
     return ", ".join(parts)
 
 

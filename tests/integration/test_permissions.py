@@ -32,7 +32,15 @@ from shelora.v1 import (
     key_authority_pb2_grpc,
 )
 from tests.e2e.recorder import inside_tls
-from tests.identities import AGGREGATION, COORDINATOR, KEY_AUTHORITY, OPERATOR, TestAuthority, client
+from tests.identities import (
+    AGGREGATION,
+    COORDINATOR,
+    KEY_AUTHORITY,
+    OPERATOR,
+    Stranger,
+    TestAuthority,
+    client,
+)
 
 OURS = ("Coordinator", "Aggregation", "KeyAuthority", "Enrolment")
 SERVICES = (
@@ -218,7 +226,7 @@ async def test_every_rpc_refuses_a_certificate_that_expired_on_an_open_connectio
 async def test_every_rpc_refuses_a_caller_without_a_certificate(
     authority: TestAuthority, address: str
 ) -> None:
-    async with open_channel(address, _Anonymous(authority)) as channel:
+    async with open_channel(address, Stranger(authority)) as channel:
         for path in served_methods():
             assert await outcome(channel, path, request_for(path, client())) == Reason.STORE_UNAVAILABLE.value
 
@@ -227,7 +235,7 @@ async def test_on_the_enrolment_port_a_stranger_may_enrol_and_nothing_else(autho
     open_port = TlsCredentials(IdentityFolder(authority.enrolled(KEY_AUTHORITY)), anonymous_clients=True)
     async with (
         running_server([f"shelora.v1.{name}" for name in OURS], register, credentials=open_port) as address,
-        open_channel(address, _Anonymous(authority)) as channel,
+        open_channel(address, Stranger(authority)) as channel,
     ):
         for path in served_methods():
             expected = ADMITTED if path in NO_CERTIFICATE_NEEDED else Reason.UNAUTHENTICATED.value
@@ -336,19 +344,6 @@ class _Fixed:
         return grpc.ssl_channel_credentials(
             self._held.authority, key_to_pem(self._held.key), self._held.certificate
         )
-
-    def generation(self) -> int:
-        return 0
-
-
-class _Anonymous:
-    """Trusts the authority and shows nothing."""
-
-    def __init__(self, authority: TestAuthority) -> None:
-        self._authority = authority
-
-    def channel_credentials(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(self._authority.root.certificate)
 
     def generation(self) -> int:
         return 0

@@ -10,6 +10,7 @@ from services.key_authority.audit import REFUSALS_PER_MINUTE, AuditLog, start_lo
 from services.key_authority.epochs import EpochId
 from shelora.audit import AuditEvent, verified
 from shelora.errors import DomainError, Reason
+from tests.identities import OPERATOR, client
 
 IDENTITY = "5e" * 16
 EPOCH = EpochId("clinic", 1)
@@ -226,6 +227,27 @@ def test_refusals_beyond_the_limit_are_counted_not_listed(path):
     assert [r.event for r in seen].count(AuditEvent.RELEASE_REFUSED) == REFUSALS_PER_MINUTE + 1
     assert [r.count for r in seen if r.event is AuditEvent.REFUSALS_NOT_LISTED] == [5, 3]
     assert (seen[-1].client_id, seen[-1].reason) == ("stranger", "INVALID_ARGUMENT")
+
+
+def test_a_denied_call_is_listed_with_whom_the_certificate_names_and_leaves_releases_their_own_limit(path):
+    method = "/shelora.v1.KeyAuthority/GetEpochSecrets"
+    with opened(path, monotonic=Time()) as log:
+        log.call_denied(method, OPERATOR, Reason.PERMISSION_DENIED)
+        for _ in range(REFUSALS_PER_MINUTE + 3):
+            log.call_denied(method, client(), Reason.CERTIFICATE_EXPIRED)
+        log.release_refused(EPOCH, "ward-7", Reason.FEDERATION_UNKNOWN)
+    denied = [r for r in records(path) if r.event is AuditEvent.CALL_DENIED]
+    assert len(denied) == REFUSALS_PER_MINUTE
+    named = [(r.role, r.federation_id, r.client_id, r.reason) for r in denied[:2]]
+    assert named == [
+        ("operator", None, None, "PERMISSION_DENIED"),
+        ("client", "clinic", "ward-7", "CERTIFICATE_EXPIRED"),
+    ]
+    assert {r.method for r in denied} == {method}
+    assert [(r.event, r.count) for r in records(path)][-2:] == [
+        (AuditEvent.REFUSALS_NOT_LISTED, 4),
+        (AuditEvent.RELEASE_REFUSED, None),
+    ]
 
 
 def test_what_was_only_counted_is_written_down_at_the_end(path):

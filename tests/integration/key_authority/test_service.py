@@ -13,15 +13,16 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from services.key_authority.authority import KEY_RELEASES, Authority
 from services.key_authority.servicer import SERVICE_NAMES, register
 from services.shell.server import running_server
-from shelora.audit import verified
+from shelora.audit import AuditEvent, verified
 from shelora.ckks.parameters import INSECURE_TOY, STANDARD
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
 from shelora.transport.channel import call, open_channel
 from shelora.transport.status import error_from_rpc
+from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import key_authority_pb2 as pb
 from shelora.v1 import key_authority_pb2_grpc as pb_grpc
-from tests.identities import AGGREGATION, COORDINATOR, KEY_AUTHORITY, OPERATOR, client
+from tests.identities import AGGREGATION, COORDINATOR, KEY_AUTHORITY, OPERATOR, Stranger, client
 
 OPEN = pb.OpenEpochRequest(federation_id="clinic", epoch=1, parameters=STANDARD.name)
 GET = pb.GetEpochSecretsRequest(federation_id="clinic", epoch=1, client_id="Ward.7_a-b")
@@ -29,9 +30,10 @@ GET = pb.GetEpochSecretsRequest(federation_id="clinic", epoch=1, client_id="Ward
 
 @pytest.fixture
 async def address(custody, enrolments, authority):
-    add = partial(register, Authority(custody.vault, custody.audit), enrolments)
+    keys = Authority(custody.vault, custody.audit)
+    add = partial(register, keys, enrolments)
     credentials = authority.credentials(KEY_AUTHORITY)
-    async with running_server(SERVICE_NAMES, add, credentials=credentials) as served:
+    async with running_server(SERVICE_NAMES, add, credentials=credentials, on_denied=keys.denied) as served:
         yield served
 
 
@@ -105,6 +107,53 @@ async def test_to_anybody_but_the_client_itself_nothing_is_released_and_no_epoch
             answers.add(error_from_rpc(caught.value).message)
     assert len(answers) == 1, "it tells which epochs exist"
     assert KEY_RELEASES._value.get() == released
+
+
+def denied(tmp_path):
+    with (tmp_path / "data" / "audit.log").open("rb") as file:
+        return [record for record in verified(file) if record.event is AuditEvent.CALL_DENIED]
+
+
+async def test_a_call_refused_for_its_certificate_is_in_the_audit_log_before_it_is_answered(
+    tmp_path, address, authority
+):
+    async with open_channel(address, authority.credentials(client(name="ward-8"))) as channel:
+        stub = pb_grpc.KeyAuthorityStub(channel)
+        assert await refusal(stub.GetEpochSecrets, GET) is Reason.PERMISSION_DENIED
+        assert await refusal(stub.OpenEpoch, OPEN) is Reason.PERMISSION_DENIED
+        seen = [(r.method.rpartition("/")[2], r.role, r.federation_id, r.client_id) for r in denied(tmp_path)]
+    assert seen == [
+        ("GetEpochSecrets", "client", "clinic", "ward-8"),
+        ("OpenEpoch", "client", "clinic", "ward-8"),
+    ]
+    assert {record.reason for record in denied(tmp_path)} == {"PERMISSION_DENIED"}
+
+
+async def test_a_call_that_is_refused_stays_so_if_it_cannot_be_written_down(address, authority, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    operator = authority.credentials(OPERATOR)
+    monkeypatch.setattr(os, "fsync", full)
+    with structlog.testing.capture_logs() as logs:
+        async with open_channel(address, operator) as channel:
+            assert (
+                await refusal(pb_grpc.KeyAuthorityStub(channel).OpenEpoch, OPEN) is Reason.PERMISSION_DENIED
+            )
+    assert "refusal_not_written_down" in {record["event"] for record in logs}
+
+
+async def test_a_stranger_cannot_fill_the_audit_log(tmp_path, custody, enrolments, authority):
+    keys = Authority(custody.vault, custody.audit)
+    add = partial(register, keys, enrolments)
+    folder = IdentityFolder(authority.enrolled(KEY_AUTHORITY))
+    port = TlsCredentials(folder, anonymous_clients=True)
+    async with (
+        running_server(SERVICE_NAMES, add, credentials=port, on_denied=keys.denied) as open_address,
+        open_channel(open_address, Stranger(authority)) as channel,
+    ):
+        assert await refusal(pb_grpc.KeyAuthorityStub(channel).OpenEpoch, OPEN) is Reason.UNAUTHENTICATED
+    assert denied(tmp_path) == []
 
 
 async def test_an_epoch_that_was_not_opened_is_unknown(stub):
