@@ -96,7 +96,8 @@ class _Admission:
     async def admitted(self, request: Any, context: _Context, *, streaming: bool) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
         """The request, or the stream of them, for the servicer while it serves.
 
-        Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, PERMISSION_DENIED, counted, logged and told; RATE_LIMITED.
+        Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, PERMISSION_DENIED, counted, logged and told;
+        RATE_LIMITED.
         """
         async with self._denials_told(context):
             certificate = self._caller(context)
