@@ -1,13 +1,14 @@
 # Every target sets itself up: a virtual environment with pinned packages in .venv. Needs Python 3.11 and make.
 PYTHON ?= python3.11
 PROTECTION ?= selective
+SECONDS ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := shelora coordinator client_agent services bench examples tools tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix bench up protos verify-protos unit clean
+.PHONY: help setup demo test check fix bench fuzz up protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -42,6 +43,11 @@ fix: $(INSTALLED)  ## Format and repair what the linter can
 
 bench: $(INSTALLED)  ## Compare our protection path with the published way
 	$(BIN)/python -m bench
+
+fuzz: $(INSTALLED)  ## Fuzz every decoder of binary messages for SECONDS each (60)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
 	$(BIN)/shelora up

@@ -14,6 +14,7 @@ and files 0600: weights are the client's own. Secrets are never written.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ _FORMAT: Final = 1
 _MANIFEST: Final = "manifest.json"
 _STANDING: Final = "standing.json"
 _HASH_BLOCK: Final = 1 << 20
+_UNREADABLE: Final = (OSError, ValueError, TypeError, RecursionError)
+"""What reading a damaged file may raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +163,13 @@ class AgentState:
             fields = json.loads((self._folder / _STANDING).read_bytes())
             if fields.pop("format") != _FORMAT:
                 return Standing()
-            return Standing(
+            standing = Standing(
                 str(fields["vote_round_id"]), float(fields["weight"]), float(fields["fresh_overlap"])
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (*_UNREADABLE, KeyError, AttributeError):
             return Standing()
+        sound = 1 <= standing.weight < math.inf and 0 <= standing.fresh_overlap < math.inf  # NaN is neither
+        return standing if sound else Standing()
 
     def begin_spool(self, round_id: str) -> SpoolWriter:
         """An empty spool; every other one is deleted."""
@@ -290,7 +295,7 @@ def _read_spool(folder: Path) -> Spool | None:
         note = {**manifest["note"], "layout_digest": bytes.fromhex(manifest["note"]["layout_digest"])}
         shards = tuple(Digest(bytes.fromhex(s["sha256"]), s["total_bytes"]) for s in manifest["shards"])
         return Spool(folder, UpdateNote(**note), shards)
-    except (OSError, ValueError, KeyError, TypeError, DomainError):
+    except (*_UNREADABLE, KeyError, DomainError):
         return None
 
 
@@ -306,13 +311,13 @@ def _load_weights(path: Path) -> tuple[dict[str, str], Weights] | None:
         with safetensors.safe_open(path, framework="numpy") as file:
             key = dict(file.metadata() or {})
             arrays: dict[str, Float32] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
-    except (OSError, safetensors.SafetensorError):
+        factors = {
+            name.removeprefix("A/"): LoraFactors(B=arrays[f"B/{name.removeprefix('A/')}"], A=A)
+            for name, A in arrays.items()
+            if name.startswith("A/")
+        }
+    except (*_UNREADABLE, KeyError, safetensors.SafetensorError):
         return None
-    factors = {
-        name.removeprefix("A/"): LoraFactors(B=arrays[f"B/{name.removeprefix('A/')}"], A=A)
-        for name, A in arrays.items()
-        if name.startswith("A/")
-    }
     tensors = {n.removeprefix("tensor/"): v for n, v in arrays.items() if n.startswith("tensor/")}
     return key, Weights(factors, tensors)
 

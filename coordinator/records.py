@@ -9,8 +9,9 @@ import json
 from enum import StrEnum
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Layout, Matrix, Shard, Tensor
 from shelora.rounds import Round, RoundKind
@@ -23,6 +24,19 @@ class Record(BaseModel):
 
     format: Literal[1] = 1
     """Version of the stored form."""
+
+    @classmethod
+    def read(cls, data: bytes | str) -> Self:
+        """Reads what `model_dump_json` wrote.
+
+        Raises: STORE_UNAVAILABLE if it is damaged or of another format: the release that wrote it reads it.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except (ValidationError, DomainError) as error:
+            raise DomainError(
+                Reason.STORE_UNAVAILABLE, f"the store holds a {cls.__name__} that this release does not read"
+            ) from error
 
 
 class Phase(StrEnum):

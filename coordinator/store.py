@@ -285,7 +285,7 @@ class RedisStore:
         for sequence in sequences:
             pipeline.hget(self._round_key(federation, sequence), "data")
         found = await pipeline.execute()
-        return [RoundRecord.model_validate_json(data) for data in found if data is not None]
+        return [RoundRecord.read(data) for data in found if data is not None]
 
     @_available
     async def write_round(
@@ -365,7 +365,7 @@ class RedisStore:
     @_available
     async def members(self, federation_id: str) -> dict[str, Member]:
         fields = await self._hash(self._keys.members(federation_id))
-        return {name.decode(): Member.model_validate_json(data) for name, data in sorted(fields.items())}
+        return {name.decode(): Member.read(data) for name, data in sorted(fields.items())}
 
     @_available
     async def is_member(self, federation_id: str, client_id: str) -> bool:
@@ -382,7 +382,7 @@ class RedisStore:
             return {}
         keys = [self._keys.sighting(federation_id, client_id) for client_id in client_ids]
         found = zip(client_ids, await self._redis.mget(keys), strict=True)
-        return {name: Sighting.model_validate_json(data) for name, data in found if data is not None}
+        return {name: Sighting.read(data) for name, data in found if data is not None}
 
     @_available
     async def put_layout(self, federation_id: str, layout: LayoutRecord, digest: str) -> None:
@@ -394,7 +394,7 @@ class RedisStore:
         data = await self._redis.get(self._keys.layout(federation_id, digest))
         if data is None:
             raise DomainError(Reason.ROUND_UNKNOWN, "the layout of the round has expired")
-        return LayoutRecord.model_validate_json(data)
+        return LayoutRecord.read(data)
 
     @_available
     async def put_shard(
@@ -405,7 +405,7 @@ class RedisStore:
     @_available
     async def shards(self, federation: FederationRecord, record: RoundRecord) -> dict[int, ShardResult]:
         fields = await self._hash(self._shards_key(federation, record))
-        return {int(index): ShardResult.model_validate_json(data) for index, data in fields.items()}
+        return {int(index): ShardResult.read(data) for index, data in fields.items()}
 
     @_available
     async def put_evaluation(
@@ -418,7 +418,7 @@ class RedisStore:
     async def evaluations(self, federation: FederationRecord, sequence: int) -> list[Evaluation]:
         key = self._keys.evaluations(federation.federation_id, federation.instance, sequence)
         fields = await self._hash(key)
-        return [Evaluation.model_validate_json(data) for _, data in sorted(fields.items())]
+        return [Evaluation.read(data) for _, data in sorted(fields.items())]
 
     @_available
     async def put_plan(self, federation_id: str, sha256: str, sealed: bytes) -> None:
@@ -459,7 +459,7 @@ class RedisStore:
         revision, data = await self._redis.hmget(key, ["revision", "data"])
         if revision is None or data is None:
             return None
-        return Versioned(model.model_validate_json(data), int(revision))
+        return Versioned(model.read(data), int(revision))
 
     async def _write(
         self, name: str, federation_id: str, keys: Sequence[str], record: Record, state: str, revision: int
@@ -506,7 +506,7 @@ class RedisStore:
 
 def _commit_from(data: bytes) -> Commit:
     ordinal, _, update = data.split(b" ", 2)
-    return Commit(ordinal=int(ordinal), update=Update.model_validate_json(update))
+    return Commit(ordinal=int(ordinal), update=Update.read(update))
 
 
 def _ms(duration: timedelta) -> int:

@@ -1,6 +1,7 @@
 """Configuration files: strict models, YAML, and errors that name the field, its value and the remedy."""
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -33,7 +34,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise invalid(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # PyYAML lets int() and date() speak for themselves
         raise invalid(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise invalid(f"{path} must hold fields such as 'name: value'")
@@ -73,8 +78,15 @@ def _shown(problem: ErrorDetails) -> str:
     """` = value`, cut short; nothing for an absent field or a problem of several fields."""
     if problem["type"] == "missing" or isinstance(problem["input"], Mapping | BaseModel):
         return ""
-    text = repr(problem["input"])
+    text = _bounded().repr(problem["input"])
     return f" = {text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + '...'}"
+
+
+def _bounded() -> reprlib.Repr:
+    """Shows the beginning alone: some lines of YAML, whose anchors repeat one another, can stand for gigabytes."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 2 * MAX_SHOWN_CHARACTERS, 2 * MAX_SHOWN_CHARACTERS
+    return short
 
 
 def _remedy(problem: ErrorDetails, owner: type[BaseModel], path: Sequence[int | str]) -> str:

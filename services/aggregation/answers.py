@@ -1,7 +1,7 @@
 """What a worker process says on its standard output: one JSON line when it is ready, then one for each job."""
 
 import json
-from typing import Final
+from typing import Any, Final
 
 from services.aggregation.records import StoredResult
 from shelora.errors import DomainError, Reason
@@ -22,11 +22,20 @@ def refused_line(error: DomainError) -> bytes:
 
 
 def read_answer(line: bytes) -> StoredResult:
-    """The result in an answer. Raises the DomainError in it."""
-    form = json.loads(line)
+    """The result in an answer. Raises the DomainError in it, WORKER_FAILED if it is no answer."""
+    try:
+        answer = _parsed(json.loads(line))
+    except (ValueError, KeyError, TypeError, RecursionError, DomainError) as error:
+        raise DomainError(Reason.WORKER_FAILED, "the worker's answer cannot be read") from error
+    if isinstance(answer, DomainError):
+        raise answer
+    return answer
+
+
+def _parsed(form: dict[str, Any]) -> StoredResult | DomainError:
     if "reason" in form:
-        raise DomainError(Reason(form["reason"]), form["message"])
-    return StoredResult(Digest(bytes.fromhex(form["sha256"]), form["total_bytes"]), form["cpu_s"])
+        return DomainError(Reason(form["reason"]), str(form["message"]))
+    return StoredResult(Digest(bytes.fromhex(form["sha256"]), int(form["total_bytes"])), float(form["cpu_s"]))
 
 
 def _line(form: dict[str, str | int | float]) -> bytes:

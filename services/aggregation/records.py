@@ -134,7 +134,10 @@ class AggregationRequest:
 
     @classmethod
     def from_line(cls, line: bytes) -> "AggregationRequest":
-        """Reads what `to_line` wrote."""
-        form = json.loads(line)
-        parts = (CommittedContribution(c, bytes.fromhex(s), w, a) for c, s, w, a in form["contributions"])
-        return cls(form["round_id"], form["shard"], tuple(parts))
+        """Reads what `to_line` wrote. Raises: INVALID_ARGUMENT, TOO_FEW_CONTRIBUTORS."""
+        try:
+            form = json.loads(line)
+            parts = (CommittedContribution(c, bytes.fromhex(s), w, a) for c, s, w, a in form["contributions"])
+            return cls(form["round_id"], int(form["shard"]), tuple(parts))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise invalid("not a request to aggregate") from error

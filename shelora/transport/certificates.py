@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -38,7 +39,10 @@ def key_to_pem(key: PrivateKey) -> bytes:
 
 def key_from_pem(pem: bytes) -> PrivateKey:
     """Reads what `key_to_pem` wrote. Raises: ValueError for anything else."""
-    key = serialization.load_pem_private_key(pem, None)
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except (TypeError, UnsupportedAlgorithm) as error:  # encrypted, or of a kind that OpenSSL does not know
+        raise ValueError("not a key that can be read") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ValueError("not a key on an elliptic curve")  # noqa: TRY004 - malformed content, not a wrong call
     return key
@@ -94,10 +98,15 @@ def read_certificate(pem: bytes) -> Certificate:
     Raises: DomainError INVALID_ARGUMENT if it is none of this system.
     """
     try:
-        parsed = x509.load_pem_x509_certificate(pem)
-        names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        return _facts(x509.load_pem_x509_certificate(pem))
+    except DomainError:
+        raise
+    except Exception as error:  # the parser raises several kinds for malformed certificates
         raise DomainError(Reason.INVALID_ARGUMENT, "the certificate names nobody") from error
+
+
+def _facts(parsed: x509.Certificate) -> Certificate:
+    names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1:
         raise DomainError(Reason.INVALID_ARGUMENT, "the certificate does not name exactly one identity")
@@ -115,7 +124,7 @@ def der_to_pem(der: bytes) -> bytes:
     """A certificate in PEM. Raises: DomainError INVALID_ARGUMENT if it is none."""
     try:
         return x509.load_der_x509_certificate(der).public_bytes(_PEM)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise DomainError(Reason.INVALID_ARGUMENT, "not a certificate in DER") from error
 
 
@@ -125,8 +134,11 @@ def pem_to_der(pem: bytes) -> bytes:
 
 
 def same_key(key: PrivateKey, pem: bytes) -> bool:
-    """Whether a certificate is for that key."""
-    return x509.load_pem_x509_certificate(pem).public_key() == key.public_key()
+    """Whether a certificate is for that key. Raises: ValueError if it is no certificate."""
+    try:
+        return x509.load_pem_x509_certificate(pem).public_key() == key.public_key()
+    except UnsupportedAlgorithm:
+        return False
 
 
 def utc_now() -> datetime:

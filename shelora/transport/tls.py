@@ -165,9 +165,10 @@ class IdentityFolder:
                 for parsed in x509.load_pem_x509_certificates(content)
             )
             read_certificate(certificate)
-        except (ValueError, DomainError) as error:
+            matches = same_key(key, certificate)
+        except (ValueError, x509.InvalidVersion, DomainError) as error:
             raise _unusable(f"{self.path} is damaged: enrol again") from error
-        if not same_key(key, certificate):
+        if not matches:
             raise _unusable(f"{self.path} is damaged, its certificate is for another key: enrol again")
         return Held(key, certificate, authority)
 
