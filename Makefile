@@ -5,10 +5,11 @@ SECONDS ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := shelora coordinator client_agent services bench examples tools tests
+HELM := $(VENV)/.helm
+SOURCES := shelora coordinator client_agent services bench examples tools tests deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix bench fuzz up protos verify-protos unit clean
+.PHONY: help setup demo test test-helm check fix bench fuzz up protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -26,6 +27,14 @@ demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8 (PROTECTION
 
 test: $(INSTALLED)  ## Run every test
 	$(BIN)/python -m pytest
+
+test-helm: $(HELM)  ## Lint the Helm chart, render it with Helm's engine, validate and check every object
+	$(BIN)/python -m pytest deploy/helm/tests
+
+$(HELM): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints.txt --editable '.[helm]'
+	@touch $@
 
 check: $(INSTALLED) verify-protos  ## Format, lint, types, import contracts, stubs, unit tests
 	$(BIN)/ruff format --check $(SOURCES)
