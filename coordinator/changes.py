@@ -5,6 +5,7 @@ replica started late), so everyone who waits also looks again after a while.
 """
 
 import asyncio
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +28,6 @@ _log = structlog.get_logger(__name__)
 class Signal:
     """A subscriber's wake-up. Set at first, so that no change before the first look is missed."""
 
-    federation_id: str | None
-    client_id: str | None
     _event: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self) -> None:
@@ -43,11 +42,6 @@ class Signal:
             pass
         self._event.clear()
 
-    def concerns(self, federation_id: str, client_id: str) -> bool:
-        """Whether a change is this subscriber's; "" concerns every client."""
-        of_federation = self.federation_id in {None, federation_id}
-        return of_federation and (self.client_id is None or client_id in {"", self.client_id})
-
 
 class Changes:
     """Fans notifications out to the subscribers of this process."""
@@ -55,19 +49,28 @@ class Changes:
     def __init__(self, redis: RedisClient, keys: Keys | None = None) -> None:
         self._redis = redis
         self._keys = keys or Keys()
-        self._signals: set[Signal] = set()
+        self._signals: defaultdict[tuple[str | None, str | None], set[Signal]] = defaultdict(set)
+        """By federation and client; None is all of them."""
+        self._counts: Counter[str] = Counter()
+        self._wakings = 0
         self.closed = False
         """Set once the process drains; streams end then."""
 
     @contextmanager
     def subscribed(self, federation_id: str | None = None, client_id: str | None = None) -> Iterator[Signal]:
         """A signal for the changes of one federation (or all), of everyone or of what concerns one client."""
-        signal = Signal(federation_id, client_id)
-        self._signals.add(signal)
+        signal, concern = Signal(), (federation_id, client_id)
+        self._signals[concern].add(signal)
         try:
             yield signal
         finally:
-            self._signals.discard(signal)
+            self._signals[concern].discard(signal)
+            if not self._signals[concern]:
+                del self._signals[concern]
+
+    def version(self, federation_id: str) -> tuple[int, int]:
+        """Differs from every earlier one once something that concerns all clients of the federation has changed."""
+        return self._wakings, self._counts[federation_id]
 
     def close(self) -> None:
         """Tells every subscriber that the process drains."""
@@ -75,8 +78,9 @@ class Changes:
         self.wake_all()
 
     def wake_all(self) -> None:
-        for signal in self._signals:
-            signal.wake()
+        self._wakings += 1
+        for signals in self._signals.values():
+            _wake(signals)
 
     async def run(self) -> None:
         """Listens until cancelled; reconnects, and wakes everyone then, for what was missed."""
@@ -97,7 +101,17 @@ class Changes:
                     self._notify(message["channel"].decode(), message["data"].decode())
 
     def _notify(self, channel: str, client_id: str) -> None:
+        """Wakes whom a change concerns; "" for a client is every client."""
         federation_id = self._keys.federation_of_channel(channel)
-        for signal in self._signals:
-            if signal.concerns(federation_id, client_id):
-                signal.wake()
+        if client_id:
+            concerned = [(None, None), (federation_id, None), (federation_id, client_id)]
+        else:
+            self._counts[federation_id] += 1
+            concerned = [concern for concern in self._signals if concern[0] in {None, federation_id}]
+        for concern in concerned:
+            _wake(self._signals.get(concern, set()))
+
+
+def _wake(signals: set[Signal]) -> None:
+    for signal in signals:
+        signal.wake()

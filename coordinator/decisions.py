@@ -35,6 +35,7 @@ class View:
     round: RoundRecord | None
     """The round of the ticket, if it exists."""
     members: Mapping[str, Member]
+    """Need not be read while a round is in progress, nor before there are enough for the first."""
     alive: AbstractSet[str]
     """Members heard of lately."""
     update_count: int

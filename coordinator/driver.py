@@ -6,7 +6,8 @@ was overtaken is forgotten. All RPCs a step makes are idempotent.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -39,6 +40,7 @@ from coordinator.records import (
     FederationRecord,
     Garbage,
     LayoutRecord,
+    Member,
     Phase,
     RoundRecord,
     ShardResult,
@@ -51,6 +53,8 @@ from shelora.negotiation.ranking import total_columns
 from shelora.rounds import Event, RoundState
 from shelora.transport.channel import is_transient
 
+CENSUS_S: Final = 10.0
+"""Seconds after which members are counted again while a round is in progress, whose course does not depend on them."""
 MAX_TTL_S: Final = 30 * 86_400
 """Most that aggregation accepts."""
 
@@ -115,6 +119,8 @@ class Driver:
         self._driving: dict[str, asyncio.Task[None]] = {}
         self._finished: set[str] = set()
         self._member_counts: dict[str, tuple[int, int]] = {}
+        self._censuses: dict[str, int] = {}
+        """Unix milliseconds of the last look at all members, by federation."""
 
     async def run(self) -> None:
         """Looks for federations to drive until cancelled; gives every lease back then."""
@@ -203,18 +209,40 @@ class Driver:
         return decision
 
     async def _view(self, federation: FederationRecord, round_: RoundRecord | None) -> View:
-        federation_id = federation.federation_id
-        members = await self._store.members(federation_id)
-        sightings = await self._store.sightings(federation_id, list(members))
-        now_ms = self._clock_ms()
-        alive = {name for name, seen in sightings.items() if self._is_alive(seen, now_ms)}
-        self._count_members(federation_id, (len(alive), len(members) - len(alive)))
+        members, alive = await self._members(federation, round_)
         collecting = round_ is not None and round_.round.state is RoundState.COLLECTING
         count = await self._store.commit_count(federation, round_.sequence) if round_ and collecting else 0
         ended = round_ is not None and round_.round.ended
         commits = await self._store.commits(federation, round_.sequence) if round_ and ended else []
         voters = [commit.update.client_id for commit in commits]
         return View(federation, round_, members, alive, count, voters, mean_overlap(commits))
+
+    async def _members(
+        self, federation: FederationRecord, round_: RoundRecord | None
+    ) -> tuple[Mapping[str, Member], AbstractSet[str]]:
+        """The members, and those alive, where a decision needs them; else none, but now and then for the gauge.
+
+        A look at all members costs in proportion to them: it must not follow every commit of every one of them.
+        """
+        federation_id = federation.federation_id
+        if not (await self._decides_on_members(federation, round_) or self._is_census_due(federation_id)):
+            return {}, set()
+        members = await self._store.members(federation_id)
+        sightings = await self._store.sightings(federation_id, list(members))
+        now_ms = self._clock_ms()
+        alive = {name for name, seen in sightings.items() if self._is_alive(seen, now_ms)}
+        self._count_members(federation_id, (len(alive), len(members) - len(alive)))
+        self._censuses[federation_id] = now_ms
+        return members, alive
+
+    async def _decides_on_members(self, federation: FederationRecord, round_: RoundRecord | None) -> bool:
+        if round_ is not None:
+            return round_.round.ended
+        enough = federation.spec.round.clients
+        return bool(federation.sequence) or await self._store.member_count(federation.federation_id) >= enough
+
+    def _is_census_due(self, federation_id: str) -> bool:
+        return self._clock_ms() - self._censuses.get(federation_id, 0) >= 1000 * CENSUS_S
 
     def _is_alive(self, seen: Sighting, now_ms: int) -> bool:
         return now_ms - seen.at_ms <= 1000 * self._policy.alive_s
@@ -223,6 +251,7 @@ class Driver:
         """Sets the gauge to the sums over the driven federations."""
         if counts is None:
             self._member_counts.pop(federation_id, None)
+            self._censuses.pop(federation_id, None)
         else:
             self._member_counts[federation_id] = counts
         MEMBERS.labels("alive").set(sum(alive for alive, _ in self._member_counts.values()))

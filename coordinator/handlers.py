@@ -2,8 +2,8 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
 
 import structlog
 
@@ -22,6 +22,7 @@ from coordinator.records import (
     StoredDigest,
     Update,
 )
+from coordinator.sharing import Shared
 from coordinator.store import CommitOutcome, Store
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
@@ -40,6 +41,13 @@ _OUTCOMES: Final = {
     CommitOutcome.NOT_COLLECTING: "late",
 }
 
+WATCHED_FEDERATIONS: Final = 64
+"""Federations whose state is kept at hand for watching agents."""
+
+_Look: TypeAlias = tuple[FederationRecord, RoundRecord | None]
+_LookKey: TypeAlias = tuple[str, tuple[int, int], int]
+"""Federation, version of its state, time in units of `watch_poll_s`."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -54,6 +62,7 @@ class Handlers:
         clock_ms: Unix milliseconds.
         new_instance: Eight random hex digits.
         watch_poll_s: Longest time between two looks of a watching agent's stream.
+        looks: What watching agents see, read from the store once a change for all of them.
     """
 
     store: Store
@@ -62,6 +71,7 @@ class Handlers:
     clock_ms: Callable[[], int]
     new_instance: Callable[[], str]
     watch_poll_s: float = 5.0
+    looks: Shared[_LookKey, _Look] = field(default_factory=lambda: Shared(WATCHED_FEDERATIONS))
 
     async def create(self, spec: FederationSpec) -> FederationRecord:
         """Creates a federation, or finds it created. Raises FEDERATION_EXISTS for another specification."""
@@ -137,16 +147,22 @@ class Handlers:
                 await signal.wait(self.watch_poll_s)
 
     async def _assignment(self, federation_id: str, client_id: str) -> tuple[FederationRecord, Assignment]:
-        federation = (await self.store.federation(federation_id)).record
-        ticket = federation.ticket
-        found = await self.store.round(federation, ticket.sequence) if ticket else None
-        round_ = found.record if found else None
+        period = self.clock_ms() // int(1000 * self.watch_poll_s)  # also without a change they look again
+        key = (federation_id, self.changes.version(federation_id), period)
+        federation, round_ = await self.looks.get(key, lambda: self._look(federation_id))
         committed = (
             round_ is not None
             and round_.round.state is RoundState.COLLECTING
             and await self.store.commit_of(federation, round_.sequence, client_id) is not None
         )
         return federation, assignment_for(federation, round_, client_id, committed=committed)
+
+    async def _look(self, federation_id: str) -> _Look:
+        """A federation, and the round in progress if its record exists."""
+        federation = (await self.store.federation(federation_id)).record
+        ticket = federation.ticket
+        found = await self.store.round(federation, ticket.sequence) if ticket else None
+        return federation, found.record if found else None
 
     async def commit(self, federation_id: str, round_id: str, update: Update) -> int:
         """Counts an update once. Returns the update count of the first receipt.

@@ -15,6 +15,7 @@ from coordinator.records import (
     RoundRecord,
     Sighting,
 )
+from coordinator.sharing import Shared
 from coordinator.store import Store
 from shelora.errors import DomainError, Reason
 from shelora.messages import layout_to_proto, matrix_to_proto
@@ -23,6 +24,8 @@ from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 
 NEVER_SEEN_MS: Final = 2**63 - 1
+KEPT_ASSIGNMENTS: Final = 64
+"""Rendered assignments kept for the next agent: an identifier names the work by all that fixes it."""
 
 
 class Renderer:
@@ -30,6 +33,7 @@ class Renderer:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._assignments: Shared[str, pb.Assignment] = Shared(KEPT_ASSIGNMENTS)
 
     async def federation(self, record: FederationRecord, now_ms: int) -> pb.Federation:
         """Phase, members, current round, history: all that the command line shows."""
@@ -72,10 +76,14 @@ class Renderer:
         return summary_to_proto(record, commits, evaluations, len(record.results) or len(shards))
 
     async def assignment(self, federation: FederationRecord, assignment: Assignment) -> pb.Assignment:
-        """An assignment with the layouts and results it refers to.
+        """An assignment with the layouts and results it refers to. The same object for all who are assigned the same.
 
         Raises: ROUND_UNKNOWN, RESULT_UNKNOWN: what it refers to has expired.
         """
+        key = f"{federation.federation_id}/{assignment.assignment_id}"
+        return await self._assignments.get(key, lambda: self._assignment(federation, assignment))
+
+    async def _assignment(self, federation: FederationRecord, assignment: Assignment) -> pb.Assignment:
         message = pb.Assignment(assignment_id=assignment.assignment_id)
         match assignment.work:
             case Wait(why):

@@ -122,6 +122,9 @@ class Store(Protocol):
     async def put_member(self, federation_id: str, member: Member) -> None:
         """Adds or replaces a member."""
 
+    async def member_count(self, federation_id: str) -> int:
+        """Number of members."""
+
     async def members(self, federation_id: str) -> dict[str, Member]:
         """Members by client, sorted."""
 
@@ -360,7 +363,12 @@ class RedisStore:
     async def put_member(self, federation_id: str, member: Member) -> None:
         key = self._keys.members(federation_id)
         await self._put_field(key, member.client_id, member)
-        await self._redis.publish(self._keys.changes(federation_id), "")
+        # It concerns the driver: what the other members should do does not change.
+        await self._redis.publish(self._keys.changes(federation_id), member.client_id)
+
+    @_available
+    async def member_count(self, federation_id: str) -> int:
+        return int(await self._redis.hlen(self._keys.members(federation_id)))
 
     @_available
     async def members(self, federation_id: str) -> dict[str, Member]:

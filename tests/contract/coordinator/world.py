@@ -120,6 +120,7 @@ class World:
         raise AssertionError("the driver never comes to rest")
 
     async def assignment(self, client: str) -> pb.Assignment:
+        self.changes.wake_all()  # in place of the notifications, which only a running server listens to
         federation, assignment = await self.handlers._assignment("fed", client)
         return await Renderer(self.store).assignment(federation, assignment)
 

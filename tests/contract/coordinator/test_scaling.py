@@ -1,0 +1,67 @@
+"""What a call or a step costs must not depend on how many others there are."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from coordinator.store import RedisStore
+from tests.contract.coordinator.world import World, spec
+
+WATCHERS = [f"client-{index}" for index in range(20)]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Counts what is read of the store, by method."""
+    counts: Counter = Counter()
+
+    def counted(name):
+        method = getattr(RedisStore, name)
+
+        async def call(self, *args):
+            counts[name] += 1
+            return await method(self, *args)
+
+        return call
+
+    for name in ("federation", "round", "layout", "members", "sightings"):
+        monkeypatch.setattr(RedisStore, name, counted(name))
+    return counts
+
+
+async def test_a_change_is_read_once_for_all_who_watch(fed: World, reads: Counter):
+    await fed.begin(spec(), WATCHERS)
+    await fed.settle()
+    reads.clear()
+    fed.changes.wake_all()
+    looks = await asyncio.gather(*(fed.handlers._assignment("fed", client) for client in WATCHERS))
+    assert {look[1].assignment_id for look in looks} == {f"vote/{looks[0][0].round_id(1)}"}
+    assert (reads["federation"], reads["round"]) == (1, 1)
+    fed.changes.wake_all()
+    await fed.handlers._assignment("fed", WATCHERS[0])
+    assert (reads["federation"], reads["round"]) == (2, 2)
+
+
+async def test_a_commit_makes_the_driver_look_at_no_other_member(fed: World, reads: Counter):
+    await fed.begin(spec(), WATCHERS)
+    await fed.settle()
+    reads.clear()
+    for client in WATCHERS[:-1]:
+        await fed.do(client, await fed.assignment(client))
+        await fed.driver.step("fed")
+    assert reads["members"] == 0
+
+
+async def test_joining_makes_the_driver_look_at_no_member_until_there_are_enough(fed: World, reads: Counter):
+    await fed.handlers.create(spec(clients=len(WATCHERS)))
+    await fed.handlers.start("fed")
+    await fed.driver.step("fed")
+    reads.clear()
+    for client in WATCHERS[:-1]:
+        await fed.join(client)
+        await fed.driver.step("fed")
+    assert reads["members"] == 0
+    await fed.join(WATCHERS[-1])
+    await fed.driver.step("fed")
+    assert reads["members"] == 1
