@@ -22,8 +22,8 @@ from coordinator.records import (
     StoredDigest,
     Update,
 )
-from coordinator.sharing import Shared
 from coordinator.store import CommitOutcome, Store
+from services.shell.sharing import Shared
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix

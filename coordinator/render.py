@@ -15,8 +15,8 @@ from coordinator.records import (
     RoundRecord,
     Sighting,
 )
-from coordinator.sharing import Shared
 from coordinator.store import Store
+from services.shell.sharing import Shared
 from shelora.errors import DomainError, Reason
 from shelora.messages import layout_to_proto, matrix_to_proto
 from shelora.rounds import RoundState

@@ -8,6 +8,7 @@ import grpc
 import typer
 
 from services.aggregation.aggregations import Aggregations
+from services.aggregation.downloads import Downloads
 from services.aggregation.servicer import SERVICE_NAME, AggregationServicer
 from services.aggregation.settings import AggregationSettings
 from services.aggregation.store import RedisShardStore, connect
@@ -43,6 +44,7 @@ def main(
     ] = None,
     max_concurrent_uploads: Annotated[int | None, typer.Option(help="Uploads received at once.")] = None,
     max_concurrent_checks: Annotated[int | None, typer.Option(help="Shards checked at once.")] = None,
+    max_concurrent_downloads: Annotated[int | None, typer.Option(help="Downloads at once.")] = None,
     upload_idle_s: Annotated[float | None, typer.Option(help="Seconds an upload may be quiet.")] = None,
     max_shard_bytes: Annotated[int | None, typer.Option(help="Largest shard of a layout.")] = None,
     metrics_host: flags.MetricsHost = None,
@@ -88,7 +90,8 @@ def build_servicer(
 ) -> AggregationServicer:
     """The servicer over a store and a started pool."""
     uploads = Uploads(store, settings.upload_limits, lambda: secrets.token_hex(16))
-    return AggregationServicer(store, uploads, Aggregations(store, pool), settings.max_shard_bytes)
+    downloads = Downloads(store, settings.max_concurrent_downloads)
+    return AggregationServicer(store, uploads, downloads, Aggregations(store, pool), settings.max_shard_bytes)
 
 
 if __name__ == "__main__":

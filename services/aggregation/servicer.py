@@ -9,6 +9,7 @@ import structlog
 
 from services.aggregation import metrics
 from services.aggregation.aggregations import Aggregations
+from services.aggregation.downloads import Downloads
 from services.aggregation.records import (
     AggregationRequest,
     CommittedContribution,
@@ -19,11 +20,11 @@ from services.aggregation.records import (
 )
 from services.aggregation.store import ShardStore
 from services.aggregation.uploads import Announcement, Uploads
-from shelora.errors import DomainError, Reason
+from shelora.errors import DomainError
 from shelora.lora.layout import Layout
 from shelora.messages import layout_from_proto
 from shelora.telemetry.metrics import at_zero
-from shelora.transport.pieces import Digest, cut
+from shelora.transport.pieces import Digest
 from shelora.transport.status import translated
 from shelora.v1 import aggregation_pb2 as pb
 from shelora.v1 import aggregation_pb2_grpc, common_pb2
@@ -42,11 +43,17 @@ class AggregationServicer(aggregation_pb2_grpc.AggregationServicer):
     """Serves `shelora.v1.Aggregation`."""
 
     def __init__(
-        self, store: ShardStore, uploads: Uploads, aggregations: Aggregations, max_shard_bytes: int
+        self,
+        store: ShardStore,
+        uploads: Uploads,
+        downloads: Downloads,
+        aggregations: Aggregations,
+        max_shard_bytes: int,
     ) -> None:
         """Takes `max_shard_bytes`, the size of a shard above which a round is not opened."""
         self._store = store
         self._uploads = uploads
+        self._downloads = downloads
         self._aggregations = aggregations
         self._max_shard_bytes = max_shard_bytes
         at_zero(metrics.REFUSALS, {"method": _METHODS, "reason": metrics.REASONS})
@@ -88,16 +95,10 @@ class AggregationServicer(aggregation_pb2_grpc.AggregationServicer):
     ) -> AsyncIterator[pb.GetResultResponse]:
         async with _answering(context, "GetResult"):
             round_id = checked_id("round_id", request.round_id)
-            digest = await self._store.result_digest(round_id, request.shard)
-            if request.offset > digest.total_bytes:
-                raise DomainError(Reason.TRANSFER_OFFSET, f"the result has {digest.total_bytes} bytes")
-            async with aclosing(
-                self._store.result_bytes(round_id, request.shard, digest, request.offset)
-            ) as runs:
-                async for run in runs:
-                    for piece in cut(run):
-                        yield pb.GetResultResponse(piece=piece)
-                        metrics.SENT_BYTES.inc(len(piece))
+            async with aclosing(self._downloads.pieces(round_id, request.shard, request.offset)) as pieces:
+                async for piece in pieces:
+                    yield pb.GetResultResponse(piece=piece)
+                    metrics.SENT_BYTES.inc(len(piece))
 
     async def CloseRound(self, request: pb.CloseRoundRequest, context: _Context) -> pb.CloseRoundResponse:
         async with _answering(context, "CloseRound"):

@@ -52,6 +52,9 @@ class AggregationSettings(MemberSettings):
     max_concurrent_checks: Annotated[int, Field(ge=1)] = Field(default_factory=usable_cpus)
     """Shards checked at once: each is whole in memory, up to max_shard_bytes, and keeps a thread busy."""
 
+    max_concurrent_downloads: Annotated[int, Field(ge=1)] = 128
+    """Downloads of results at once, about 1 MiB each; others wait for their turn."""
+
     upload_idle_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds without a piece after which an upload loses its turn; what arrived stays and can be resumed."""
 

@@ -7,7 +7,7 @@ publishes results. Both answer STORE_UNAVAILABLE when Redis does not answer or h
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -32,6 +32,9 @@ FORMAT: Final = b"1"
 
 READ_BYTES: Final = 4 * 2**20
 """Bytes read in one command: Redis and the event loop serve others in between."""
+
+RESULT_RUN_BYTES: Final = 2**20
+"""Bytes of a result read in one command."""
 
 SOCKET_READ_BYTES: Final = 2**18
 """Bytes asked of a connection at once: four times the client's default, for half the time a shard takes to read."""
@@ -104,10 +107,8 @@ class ShardStore(Protocol):
     async def result_digest(self, round_id: str, shard: int) -> Digest:
         """Digest of the stored result of a shard. Raises RESULT_UNKNOWN."""
 
-    def result_bytes(
-        self, round_id: str, shard: int, digest: Digest, offset: int
-    ) -> AsyncGenerator[bytes, None]:
-        """The result from `offset` on, in runs of at most READ_BYTES. Raises RESULT_UNKNOWN if it is deleted."""
+    async def result_run(self, round_id: str, shard: int, digest: Digest, offset: int) -> bytes:
+        """At most RESULT_RUN_BYTES of a result, from `offset` on. Raises RESULT_UNKNOWN if it is deleted."""
 
     async def close_round(self, round_id: str, *, results: bool) -> None:
         """Deletes the updates of a round, and its results if asked. Later writes find the round unknown."""
@@ -253,16 +254,14 @@ class RedisShardStore:
             raise _result_unknown()
         return Digest(bytes.fromhex(record[0].decode()), int(record[1]))
 
-    async def result_bytes(
-        self, round_id: str, shard: int, digest: Digest, offset: int
-    ) -> AsyncGenerator[bytes, None]:
+    async def result_run(self, round_id: str, shard: int, digest: Digest, offset: int) -> bytes:
         key = RoundKeys(round_id).result_bytes(shard, digest.sha256)
+        end = min(offset + RESULT_RUN_BYTES, digest.total_bytes)
         with _available():
-            async for run in self._runs(key, offset, digest.total_bytes):
-                yield run
-                offset += len(run)
-        if offset < digest.total_bytes:
+            run = bytes(await self._command("GETRANGE", key, offset, end - 1))
+        if len(run) < end - offset:
             raise _result_unknown()
+        return run
 
     async def close_round(self, round_id: str, *, results: bool) -> None:
         keys = RoundKeys(round_id)

@@ -213,7 +213,7 @@ async def test_a_worker_refuses_bytes_that_are_not_those_committed(store, worker
 
 
 async def stored_bytes(store, digest: Digest, offset: int = 0) -> bytes:
-    return b"".join([run async for run in store.result_bytes(ROUND, 0, digest, offset)])
+    return await store.result_run(ROUND, 0, digest, offset)
 
 
 async def test_missing_names_the_first_client_without_the_committed_content(store, open_round):

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from services.aggregation.aggregations import Aggregations
+from services.aggregation.downloads import Downloads
 from services.aggregation.servicer import SERVICE_NAME, AggregationServicer
 from services.aggregation.store import connect, connect_worker
 from services.aggregation.uploads import UploadLimits, Uploads
@@ -110,7 +111,7 @@ async def replica(redis_url: str, pool: Any, idle_s: float = 30) -> AsyncIterato
     store = connect(redis_url, connections=8, timeout_s=10)
     numbers = iter(range(1000))
     uploads = Uploads(store, UploadLimits(8, 2, idle_s), lambda: f"{id(store):016x}{next(numbers):016x}")
-    servicer = AggregationServicer(store, uploads, Aggregations(store, pool), 64 * 2**20)
+    servicer = AggregationServicer(store, uploads, Downloads(store, 8), Aggregations(store, pool), 64 * 2**20)
 
     def register(server: grpc.aio.Server) -> None:
         aggregation_pb2_grpc.add_AggregationServicer_to_server(servicer, server)

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from coordinator.sharing import Shared
+from services.shell.sharing import Shared
 
 
 class Source:
