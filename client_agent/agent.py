@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias
 import structlog
 
 from client_agent.config import AgentConfig
+from client_agent.drawing import seed_of
 from client_agent.learning import LocalLearner
 from client_agent.progress import Activity, Progress, Stopped
 from client_agent.replicas import Replicas
@@ -116,7 +117,8 @@ class Agent:
             credentials = self._config.credentials()
             session = Session(self._config, credentials, self._connect)
             stack.push_async_callback(session.close)
-            replicas = Replicas(self._config.aggregation, credentials, self._connect)
+            first = seed_of(self._config.client_id, "replica")
+            replicas = Replicas(self._config.aggregation, credentials, self._connect, first)
             stack.push_async_callback(replicas.close)
             obtain = renewal_at(self._config.key_authority, credentials)
             renewing = asyncio.create_task(keep_renewed(self._config.identity, obtain))

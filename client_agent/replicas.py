@@ -23,15 +23,25 @@ SLOWEST_BYTES_S: Final = 8_000
 
 
 class Replicas:
-    """Channels to all replicas, one of them current."""
+    """Channels to all replicas, one of them current.
+
+    Args:
+        addresses: Of the replicas.
+        credentials: The client's identity; None only in tests.
+        connect: Opens the connections.
+        first: Any number that differs between clients, so that not all of them begin with the same replica.
+    """
 
     def __init__(
-        self, addresses: Sequence[str], credentials: Credentials | None, connect: OpenChannel = open_channel
+        self,
+        addresses: Sequence[str],
+        credentials: Credentials | None,
+        connect: OpenChannel = open_channel,
+        first: int = 0,
     ) -> None:
-        """Takes the client's identity; None only in tests."""
         self._addresses = tuple(addresses)
         self._channels = [connect(address, credentials) for address in addresses]
-        self._current = 0
+        self._current = first % len(self._channels)
 
     async def close(self) -> None:
         """Closes the connections."""
