@@ -58,7 +58,9 @@ class Session:
 
     async def specification(self) -> FederationSpec:
         """What the operator specified. Raises: FEDERATION_UNKNOWN, STORE_UNAVAILABLE."""
-        request = pb.GetFederationRequest(federation_id=self._config.federation)
+        request = pb.GetFederationRequest(
+            federation_id=self._config.federation, view=pb.FEDERATION_VIEW_SPECIFICATION
+        )
         federation = await call(self._coordinator.GetFederation, request)
         return FederationSpec.from_proto(federation.spec)
 

@@ -24,6 +24,9 @@ from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 
 NEVER_SEEN_MS: Final = 2**63 - 1
+HISTORY_BYTES: Final = 2**20
+"""Size at which a page of history is full. The round that fills it, members and the current round come on top: each
+about 100 bytes a client and report, so that a federation of 10 000 agents stays within a message."""
 KEPT_ASSIGNMENTS: Final = 64
 """Rendered assignments kept for the next agent: an identifier names the work by all that fixes it."""
 
@@ -35,23 +38,58 @@ class Renderer:
         self._store = store
         self._assignments: Shared[str, pb.Assignment] = Shared(KEPT_ASSIGNMENTS)
 
-    async def federation(self, record: FederationRecord, now_ms: int) -> pb.Federation:
-        """Phase, members, current round, history: all that the command line shows."""
-        federation_id = record.federation_id
-        members = await self._store.members(federation_id)
-        sightings = await self._store.sightings(federation_id, list(members))
-        current = record.ticket.sequence if record.ticket else 0
-        sequences = [sequence for sequence in range(1, record.sequence + 1) if sequence != current]
-        history = await self._store.rounds(record, sequences)
-        return pb.Federation(
-            federation_id=federation_id,
+    async def federation(
+        self,
+        record: FederationRecord,
+        now_ms: int,
+        view: pb.FederationView.ValueType = pb.FEDERATION_VIEW_UNSPECIFIED,
+        history_after: int = 0,
+    ) -> pb.Federation:
+        """A federation, as much of it as the view names; of its history a page."""
+        federation = pb.Federation(
+            federation_id=record.federation_id,
             spec=record.spec.to_proto(),
             phase=pb.Phase.Value(f"PHASE_{record.phase}"),
             failure=record.failure,
-            members=[member_to_proto(m, sightings.get(name), now_ms) for name, m in members.items()],
-            current=await self._current(record),
-            history=[await self._summary(record, ended) for ended in history],
+            member_count=await self._store.member_count(record.federation_id),
+            trained_rounds=record.trained,
         )
+        if view == pb.FEDERATION_VIEW_UNSPECIFIED:
+            federation.members.extend(await self._members(record, now_ms))
+            if (current := await self._current(record)) is not None:
+                federation.current.CopyFrom(current)
+        if view in {pb.FEDERATION_VIEW_UNSPECIFIED, pb.FEDERATION_VIEW_HISTORY}:
+            await self._add_history(federation, record, history_after)
+        return federation
+
+    async def listed(self, record: FederationRecord) -> pb.Federation:
+        """A federation in a line: counts, and the current round without reports."""
+        federation = await self.federation(record, 0, pb.FEDERATION_VIEW_SPECIFICATION)
+        if (current := await self._current(record)) is not None:
+            current.ClearField("updates")
+            current.ClearField("evaluations")
+            federation.current.CopyFrom(current)
+        return federation
+
+    async def _members(self, record: FederationRecord, now_ms: int) -> list[pb.Member]:
+        members = await self._store.members(record.federation_id)
+        sightings = await self._store.sightings(record.federation_id, list(members))
+        return [member_to_proto(m, sightings.get(name), now_ms) for name, m in members.items()]
+
+    async def _add_history(self, federation: pb.Federation, record: FederationRecord, after: int) -> None:
+        """Adds ended rounds until the page is full; one at least, however large it is."""
+        current = record.ticket.sequence if record.ticket else 0
+        room = HISTORY_BYTES
+        for sequence in range(after + 1, record.sequence + 1):
+            found = await self._store.round(record, sequence) if sequence != current else None
+            if found is None:
+                continue
+            if room <= 0:
+                federation.more_history = True
+                return
+            summary = await self._summary(record, found.record)
+            federation.history.append(summary)
+            room -= summary.ByteSize()
 
     async def _current(self, record: FederationRecord) -> pb.RoundSummary | None:
         ticket = record.ticket
@@ -66,6 +104,7 @@ class Renderer:
             number=ticket.number,
             attempt=ticket.attempt,
             state=pb.ROUND_STATE_SELECTING,
+            sequence=ticket.sequence,
         )
 
     async def _summary(self, federation: FederationRecord, record: RoundRecord) -> pb.RoundSummary:
@@ -189,6 +228,8 @@ def summary_to_proto(
         shard_count=record.shard_count,
         updates=[_report_to_proto(commit) for commit in commits],
         evaluations=[_evaluation_to_proto(evaluation) for evaluation in evaluations],
+        sequence=record.sequence,
+        upload_bytes=sum(commit.update.report.upload_bytes for commit in commits),
     )
 
 

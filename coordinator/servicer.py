@@ -38,7 +38,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     async def GetFederation(self, request: pb.GetFederationRequest, context: _Context) -> pb.Federation:
         async with translated(context):
             found = await self._handlers.store.federation(request.federation_id)
-            return await self._federation(found.record)
+            now_ms = self._handlers.clock_ms()
+            return await self._render.federation(found.record, now_ms, request.view, request.history_after)
 
     async def ListFederations(
         self,
@@ -47,7 +48,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     ) -> pb.ListFederationsResponse:
         async with translated(context):
             records = await self._handlers.federations()
-            return pb.ListFederationsResponse(federations=[await self._federation(r) for r in records])
+            return pb.ListFederationsResponse(federations=[await self._render.listed(r) for r in records])
 
     async def StartFederation(self, request: pb.StartFederationRequest, context: _Context) -> pb.Federation:
         async with translated(context):

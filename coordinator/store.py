@@ -86,9 +86,6 @@ class Store(Protocol):
     async def round(self, federation: FederationRecord, sequence: int) -> Versioned[RoundRecord] | None:
         """A round, or None if there is no record of it (any more)."""
 
-    async def rounds(self, federation: FederationRecord, sequences: Sequence[int]) -> list[RoundRecord]:
-        """Those of the rounds that have a record, in order."""
-
     async def write_round(
         self, name: str, federation: FederationRecord, record: RoundRecord, revision: int
     ) -> bool:
@@ -281,14 +278,6 @@ class RedisStore:
     @_available
     async def round(self, federation: FederationRecord, sequence: int) -> Versioned[RoundRecord] | None:
         return await self._read(self._round_key(federation, sequence), RoundRecord)
-
-    @_available
-    async def rounds(self, federation: FederationRecord, sequences: Sequence[int]) -> list[RoundRecord]:
-        pipeline = self._redis.pipeline(transaction=False)
-        for sequence in sequences:
-            pipeline.hget(self._round_key(federation, sequence), "data")
-        found = await pipeline.execute()
-        return [RoundRecord.read(data) for data in found if data is not None]
 
     @_available
     async def write_round(

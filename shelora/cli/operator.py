@@ -40,9 +40,16 @@ class Operator:
         return await call(self._stub.StartFederation, request, retry_s=RETRY_S)
 
     async def get(self, federation: str) -> pb.Federation:
-        """Reads a federation."""
+        """Reads a federation, its history page by page."""
         request = pb.GetFederationRequest(federation_id=federation)
-        return await call(self._stub.GetFederation, request, retry_s=RETRY_S)
+        found = page = await call(self._stub.GetFederation, request, retry_s=RETRY_S)
+        while page.more_history:
+            request.view = pb.FEDERATION_VIEW_HISTORY
+            request.history_after = page.history[-1].sequence
+            page = await call(self._stub.GetFederation, request, retry_s=RETRY_S)
+            found.history.extend(page.history)
+        found.more_history = False
+        return found
 
     async def list(self) -> list[pb.Federation]:
         """All federations by name."""

@@ -89,9 +89,9 @@ def federations_table(federations: Sequence[pb.Federation]) -> RenderableType:
     """One line a federation."""
     table = Table("federation", "phase", "agents", "rounds", "now")
     for federation in federations:
-        done = f"{len(training_rounds(federation))} of {federation.spec.round.rounds}"
+        done = f"{federation.trained_rounds} of {federation.spec.round.rounds}"
         name, phase = federation.federation_id, _PHASE.get(federation.phase, "unknown")
-        table.add_row(name, phase, str(len(federation.members)), done, _now(federation))
+        table.add_row(name, phase, str(federation.member_count), done, _now(federation))
     return table
 
 
@@ -136,9 +136,9 @@ def _headline(federation: pb.Federation) -> Text:
 def _now(federation: pb.Federation) -> str:
     """What is going on, in one line."""
     if federation.phase != pb.PHASE_RUNNING:
-        return "-" if federation.phase != pb.PHASE_CREATED else f"{len(federation.members)} agents joined"
+        return "-" if federation.phase != pb.PHASE_CREATED else f"{federation.member_count} agents joined"
     if not federation.HasField("current"):
-        return f"waiting for {federation.spec.round.clients} agents, {len(federation.members)} joined"
+        return f"waiting for {federation.spec.round.clients} agents, {federation.member_count} joined"
     current = federation.current
     name = "negotiation"
     if current.kind == pb.ROUND_KIND_TRAIN:
@@ -150,8 +150,7 @@ def _now(federation: pb.Federation) -> str:
 def _progress(current: pb.RoundSummary) -> str:
     if current.state == pb.ROUND_STATE_AGGREGATING:
         return f"{current.shards_done} of {current.shard_count} shards"
-    received = size(sum(u.upload_bytes for u in current.updates))
-    return f"{current.update_count} of {current.cohort_count} updates, {received}"
+    return f"{current.update_count} of {current.cohort_count} updates, {size(current.upload_bytes)}"
 
 
 def _members_table(federation: pb.Federation) -> Table:

@@ -103,6 +103,30 @@ ROUND_STATE_ABANDONED: RoundState.ValueType  # 5
 """Ended without a result; a new attempt follows if any is left."""
 Global___RoundState: _TypeAlias = RoundState  # noqa: Y015
 
+class _FederationView:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FederationViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FederationView.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FEDERATION_VIEW_UNSPECIFIED: _FederationView.ValueType  # 0
+    """Everything."""
+    FEDERATION_VIEW_SPECIFICATION: _FederationView.ValueType  # 1
+    """What does not grow with it: identifier, specification, phase, failure, counts."""
+    FEDERATION_VIEW_HISTORY: _FederationView.ValueType  # 2
+    """That, and the history."""
+
+class FederationView(_FederationView, metaclass=_FederationViewEnumTypeWrapper):
+    """How much of a federation to read."""
+
+FEDERATION_VIEW_UNSPECIFIED: FederationView.ValueType  # 0
+"""Everything."""
+FEDERATION_VIEW_SPECIFICATION: FederationView.ValueType  # 1
+"""What does not grow with it: identifier, specification, phase, failure, counts."""
+FEDERATION_VIEW_HISTORY: FederationView.ValueType  # 2
+"""That, and the history."""
+Global___FederationView: _TypeAlias = FederationView  # noqa: Y015
+
 @_typing.final
 class TrainingSpec(_message.Message):
     """What training agents agree on. The operator fixes it; rank, alpha and budget are each client's own."""
@@ -362,6 +386,8 @@ class RoundSummary(_message.Message):
     SHARD_COUNT_FIELD_NUMBER: _builtins.int
     UPDATES_FIELD_NUMBER: _builtins.int
     EVALUATIONS_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     kind: Global___RoundKind.ValueType
     number: _builtins.int
@@ -385,6 +411,10 @@ class RoundSummary(_message.Message):
     shards_done: _builtins.int
     """Shards aggregated so far and in all."""
     shard_count: _builtins.int
+    sequence: _builtins.int
+    """Number among all attempts of the federation, from 1."""
+    upload_bytes: _builtins.int
+    """Bytes of the committed updates."""
     @_builtins.property
     def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___UpdateReport]:
         """What each committed update said of itself."""
@@ -412,10 +442,12 @@ class RoundSummary(_message.Message):
         shard_count: _builtins.int = ...,
         updates: _abc.Iterable[Global___UpdateReport] | None = ...,
         evaluations: _abc.Iterable[Global___EvaluationReport] | None = ...,
+        sequence: _builtins.int = ...,
+        upload_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate_cpu_s", b"aggregate_cpu_s", "aggregate_wall_s", b"aggregate_wall_s", "attempt", b"attempt", "cohort_count", b"cohort_count", "ended_unix_ms", b"ended_unix_ms", "evaluations", b"evaluations", "kind", b"kind", "number", b"number", "opened_unix_ms", b"opened_unix_ms", "reason", b"reason", "round_id", b"round_id", "shard_count", b"shard_count", "shards_done", b"shards_done", "state", b"state", "update_count", b"update_count", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate_cpu_s", b"aggregate_cpu_s", "aggregate_wall_s", b"aggregate_wall_s", "attempt", b"attempt", "cohort_count", b"cohort_count", "ended_unix_ms", b"ended_unix_ms", "evaluations", b"evaluations", "kind", b"kind", "number", b"number", "opened_unix_ms", b"opened_unix_ms", "reason", b"reason", "round_id", b"round_id", "sequence", b"sequence", "shard_count", b"shard_count", "shards_done", b"shards_done", "state", b"state", "update_count", b"update_count", "updates", b"updates", "upload_bytes", b"upload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -526,10 +558,19 @@ class Federation(_message.Message):
     MEMBERS_FIELD_NUMBER: _builtins.int
     CURRENT_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
+    MORE_HISTORY_FIELD_NUMBER: _builtins.int
+    MEMBER_COUNT_FIELD_NUMBER: _builtins.int
+    TRAINED_ROUNDS_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     phase: Global___Phase.ValueType
     failure: _builtins.str
     """Why it failed, in words; "" otherwise."""
+    more_history: _builtins.bool
+    """Whether rounds follow that did not fit: ask again with history_after = the last round's sequence."""
+    member_count: _builtins.int
+    """Members."""
+    trained_rounds: _builtins.int
+    """Training rounds published."""
     @_builtins.property
     def spec(self) -> Global___FederationSpec: ...
     @_builtins.property
@@ -540,7 +581,7 @@ class Federation(_message.Message):
 
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundSummary]:
-        """Rounds that ended, oldest first."""
+        """Rounds that ended, oldest first: a page of about 1 MiB at most."""
 
     def __init__(
         self,
@@ -552,10 +593,13 @@ class Federation(_message.Message):
         members: _abc.Iterable[Global___Member] | None = ...,
         current: Global___RoundSummary | None = ...,
         history: _abc.Iterable[Global___RoundSummary] | None = ...,
+        more_history: _builtins.bool = ...,
+        member_count: _builtins.int = ...,
+        trained_rounds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "members", b"members", "phase", b"phase", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "phase", b"phase", "spec", b"spec", "trained_rounds", b"trained_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -586,15 +630,22 @@ class GetFederationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
+    HISTORY_AFTER_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
+    view: Global___FederationView.ValueType
+    history_after: _builtins.int
+    """The history begins after the round of this sequence; 0 for the oldest round."""
     def __init__(
         self,
         *,
         federation_id: _builtins.str = ...,
+        view: Global___FederationView.ValueType = ...,
+        history_after: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation_id", b"federation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation_id", b"federation_id", "history_after", b"history_after", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

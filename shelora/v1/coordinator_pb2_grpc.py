@@ -115,14 +115,15 @@ class CoordinatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetFederation(self, request, context):
-        """Reads a federation: phase, members, current round, history. Fails with FEDERATION_UNKNOWN.
+        """Reads a federation: phase, members, current round, and one page of its history; or as much of it as the view
+        names. Fails with FEDERATION_UNKNOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListFederations(self, request, context):
-        """Lists the federations by name. Read only.
+        """Lists the federations by name, each without members, reports and history. Read only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

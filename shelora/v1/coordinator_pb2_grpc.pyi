@@ -38,9 +38,11 @@ class CoordinatorStub:
     fails with FEDERATION_EXISTS. Fails with INVALID_ARGUMENT naming the field.
     """
     GetFederation: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetFederationRequest, _coordinator_pb2.Federation]
-    """Reads a federation: phase, members, current round, history. Fails with FEDERATION_UNKNOWN."""
+    """Reads a federation: phase, members, current round, and one page of its history; or as much of it as the view
+    names. Fails with FEDERATION_UNKNOWN.
+    """
     ListFederations: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ListFederationsRequest, _coordinator_pb2.ListFederationsResponse]
-    """Lists the federations by name. Read only."""
+    """Lists the federations by name, each without members, reports and history. Read only."""
     StartFederation: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.StartFederationRequest, _coordinator_pb2.Federation]
     """Lets a federation begin as soon as enough agents have joined. Idempotent. Fails with FEDERATION_UNKNOWN, or
     FEDERATION_CLOSED if it has finished or failed.
@@ -90,9 +92,11 @@ class CoordinatorAsyncStub(CoordinatorStub):
     fails with FEDERATION_EXISTS. Fails with INVALID_ARGUMENT naming the field.
     """
     GetFederation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetFederationRequest, _coordinator_pb2.Federation]  # type: ignore[assignment]
-    """Reads a federation: phase, members, current round, history. Fails with FEDERATION_UNKNOWN."""
+    """Reads a federation: phase, members, current round, and one page of its history; or as much of it as the view
+    names. Fails with FEDERATION_UNKNOWN.
+    """
     ListFederations: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ListFederationsRequest, _coordinator_pb2.ListFederationsResponse]  # type: ignore[assignment]
-    """Lists the federations by name. Read only."""
+    """Lists the federations by name, each without members, reports and history. Read only."""
     StartFederation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StartFederationRequest, _coordinator_pb2.Federation]  # type: ignore[assignment]
     """Lets a federation begin as soon as enough agents have joined. Idempotent. Fails with FEDERATION_UNKNOWN, or
     FEDERATION_CLOSED if it has finished or failed.
@@ -151,7 +155,9 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.GetFederationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.Federation, _abc.Awaitable[_coordinator_pb2.Federation]]:
-        """Reads a federation: phase, members, current round, history. Fails with FEDERATION_UNKNOWN."""
+        """Reads a federation: phase, members, current round, and one page of its history; or as much of it as the view
+        names. Fails with FEDERATION_UNKNOWN.
+        """
 
     @_abc_1.abstractmethod
     def ListFederations(
@@ -159,7 +165,7 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.ListFederationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.ListFederationsResponse, _abc.Awaitable[_coordinator_pb2.ListFederationsResponse]]:
-        """Lists the federations by name. Read only."""
+        """Lists the federations by name, each without members, reports and history. Read only."""
 
     @_abc_1.abstractmethod
     def StartFederation(

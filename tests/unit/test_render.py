@@ -47,6 +47,8 @@ def federation() -> pb.Federation:
         spec=spec,
         phase=pb.PHASE_RUNNING,
         members=[member],
+        member_count=1,
+        trained_rounds=1,
         history=[pb.RoundSummary(kind=pb.ROUND_KIND_VOTE, state=pb.ROUND_STATE_PUBLISHED), summary],
         current=current,
     )

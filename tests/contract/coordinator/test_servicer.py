@@ -6,8 +6,10 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
+from coordinator import render
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from services.shell.server import running_server
+from shelora.cli.operator import Operator
 from shelora.errors import DomainError, Reason
 from shelora.transport.channel import call_with_stream, open_channel
 from shelora.transport.pieces import Digest, cut
@@ -303,6 +305,37 @@ async def test_evaluations_are_shown_with_their_round(stub, fed):
     request.report.correct_count = 11
     async with refused(Reason.INVALID_ARGUMENT, "correct_count"):
         await stub.ReportEvaluation(request)
+
+
+async def test_history_comes_page_by_page_and_complete(stub, fed, monkeypatch):
+    monkeypatch.setattr(render, "HISTORY_BYTES", 1)
+    await fed.begin(spec("none", rounds=3))
+    await fed.play()
+    request = pb.GetFederationRequest(federation_id="fed")
+    page = await stub.GetFederation(request)
+    assert len(page.members) == 3
+    pages = [page]
+    while page.more_history:
+        request.view = pb.FEDERATION_VIEW_HISTORY
+        request.history_after = page.history[-1].sequence
+        page = await stub.GetFederation(request)
+        assert not page.members
+        pages.append(page)
+    assert [[summary.number for summary in page.history] for page in pages] == [[1], [2], [3]]
+    whole = await Operator(stub).get("fed")
+    assert [summary.number for summary in whole.history] == [1, 2, 3]
+    assert not whole.more_history
+
+
+async def test_what_an_agent_asks_for_and_a_list_do_not_grow_with_the_cohort(stub, fed):
+    await fed.begin(spec("none", rounds=2))
+    await fed.play()
+    request = pb.GetFederationRequest(federation_id="fed", view=pb.FEDERATION_VIEW_SPECIFICATION)
+    (listed,) = (await stub.ListFederations(pb.ListFederationsRequest())).federations
+    for found in (await stub.GetFederation(request), listed):
+        assert (len(found.members), len(found.history)) == (0, 0)
+        assert (found.member_count, found.trained_rounds) == (3, 2)
+        assert found.phase == pb.PHASE_FINISHED
 
 
 async def test_an_ended_federation_takes_no_more_clients(stub, fed):

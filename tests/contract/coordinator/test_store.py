@@ -91,8 +91,6 @@ async def test_a_round_comes_back_and_a_missing_one_is_none(store):
     assert found is not None
     assert (found.record, found.revision) == (a_round(), 1)
     assert await store.round(RECORD, 1) is None
-    assert await store.rounds(RECORD, [1, 2, 3]) == [a_round()]
-    assert await store.rounds(RECORD, []) == []
 
 
 async def test_a_repeated_commit_gets_the_first_receipt_also_after_the_close(store):
