@@ -2,14 +2,15 @@
 PYTHON ?= python3.11
 PROTECTION ?= selective
 SECONDS ?= 60
+AGENTS ?= 1000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 HELM := $(VENV)/.helm
-SOURCES := shelora coordinator client_agent services bench examples tools tests deploy
+SOURCES := shelora coordinator client_agent services bench examples load tools tests deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-helm check fix bench fuzz up protos verify-protos unit clean
+.PHONY: help setup demo test test-helm check fix bench fuzz load up protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -53,10 +54,15 @@ fix: $(INSTALLED)  ## Format and repair what the linter can
 bench: $(INSTALLED)  ## Compare our protection path with the published way
 	$(BIN)/python -m bench
 
+<<<<<<< HEAD
 fuzz: $(INSTALLED)  ## Fuzz every decoder of binary messages for SECONDS each (60)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint requirements/constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+=======
+load: $(INSTALLED)  ## Load a local cluster with simulated agents (AGENTS="100 300 1000" plots cost against their number)
+	$(BIN)/python -m load $(foreach number,$(AGENTS),--agents $(number))
+>>>>>>> b6d6745 (load: a driver with simulated agents, make load)
 
 up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
 	$(BIN)/shelora up
