@@ -54,15 +54,13 @@ fix: $(INSTALLED)  ## Format and repair what the linter can
 bench: $(INSTALLED)  ## Compare our protection path with the published way
 	$(BIN)/python -m bench
 
-<<<<<<< HEAD
 fuzz: $(INSTALLED)  ## Fuzz every decoder of binary messages for SECONDS each (60)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint requirements/constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
-=======
+
 load: $(INSTALLED)  ## Load a local cluster with simulated agents (AGENTS="100 300 1000" plots cost against their number)
 	$(BIN)/python -m load $(foreach number,$(AGENTS),--agents $(number))
->>>>>>> b6d6745 (load: a driver with simulated agents, make load)
 
 up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
 	$(BIN)/shelora up
