@@ -37,6 +37,7 @@ _REFUSED: Final = frozenset(
         Reason.UNAUTHENTICATED,
         Reason.PERMISSION_DENIED,
         Reason.CERTIFICATE_EXPIRED,
+        Reason.CERTIFICATE_REVOKED,
         Reason.SERVER_UNTRUSTED,
         Reason.TOKEN_REFUSED,
         Reason.CLIENT_EXISTS,

@@ -257,6 +257,7 @@ _FATAL: Final = frozenset(
         Reason.UNAUTHENTICATED,
         Reason.PERMISSION_DENIED,
         Reason.CERTIFICATE_EXPIRED,
+        Reason.CERTIFICATE_REVOKED,
         Reason.SERVER_UNTRUSTED,
         Reason.FEDERATION_CLOSED,
         Reason.INVALID_ARGUMENT,

@@ -3,6 +3,7 @@
 import secrets
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from coordinator.store import RedisClient, RedisStore, connect
 from services.shell import flags
 from services.shell.membership import join
 from services.shell.process import run_process
+from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
 from shelora.transport.channel import open_channel
 
@@ -36,6 +38,7 @@ def main(
     ] = None,
     identity: flags.IdentityFolder = None,
     key_authority_address: flags.KeyAuthorityAddress = None,
+    revocation_poll_s: flags.RevocationPoll = None,
     workload_key_file: flags.WorkloadKeyFile = None,
     enrolment_address: flags.EnrolmentAddress = None,
     lease_s: Annotated[float | None, typer.Option(help="Seconds until a dead replica is replaced.")] = None,
@@ -63,7 +66,7 @@ async def run(settings: CoordinatorSettings) -> None:
     client = connect(settings.redis, settings.redis_connections, settings.redis_timeout_s)
     addresses = (*settings.aggregation_addresses, settings.key_authority_address)
     *aggregation, authority = [open_channel(address, membership.credentials) for address in addresses]
-    changes = Changes(client)
+    changes, revocations = Changes(client), Revocations()
     handlers, driver = compose(settings, client, changes, aggregation, authority)
     servicer = CoordinatorServicer(handlers)
     await serve(
@@ -74,10 +77,12 @@ async def run(settings: CoordinatorSettings) -> None:
             changes.run,
             driver.run,
             membership.keep_renewed,
+            partial(follow, revocations, authority, settings.revocation_poll_s),
         ],
         on_drain=[changes.close],
         on_stop=[*(channel.close for channel in (*aggregation, authority)), client.aclose],
         credentials=membership.credentials,
+        revocations=revocations,
     )
 
 

@@ -47,6 +47,8 @@ class AuditEvent(StrEnum):
     """`count` refusals since the last record came too fast to have one each."""
     TAIL_REPAIRED = "tail_repaired"
     """A crash left `count` bytes of a record that nobody was answered for."""
+    CLIENT_REVOKED = "client_revoked"
+    """The client's certificates issued up to `until_ms` are refused."""
     RESEALED = "resealed"
     """Everything is now sealed under the sealing key `key_id`."""
 
@@ -71,6 +73,8 @@ class AuditEntry(BaseModel):
     method: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./]{1,200}$")] | None = None
     """`/service/method`."""
     count: _Count | None = None
+    until_ms: _Count | None = None
+    """Unix milliseconds."""
     follows: _Hash | None = None
     """SHA-256 of the whole log that this one takes the place of."""
 

@@ -1,6 +1,7 @@
 """The process `shelora-aggregation`: puts the service together and runs it."""
 
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,9 @@ from services.aggregation.workers import WorkerPool
 from services.shell import flags
 from services.shell.membership import join
 from services.shell.process import run_process
+from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
+from shelora.transport.channel import open_channel
 from shelora.v1 import aggregation_pb2_grpc
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -34,6 +37,7 @@ def main(
     redis_password_file: Annotated[Path | None, typer.Option(help="File with its password.")] = None,
     identity: flags.IdentityFolder = None,
     key_authority_address: flags.KeyAuthorityAddress = None,
+    revocation_poll_s: flags.RevocationPoll = None,
     workload_key_file: flags.WorkloadKeyFile = None,
     enrolment_address: flags.EnrolmentAddress = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; the CPUs by default.")] = None,
@@ -68,6 +72,8 @@ async def run(settings: AggregationSettings) -> None:
         connections=settings.redis_connections,
         timeout_s=settings.redis_timeout_s,
     )
+    authority = open_channel(settings.key_authority_address, membership.credentials)
+    revocations = Revocations()
     pool = WorkerPool(settings.pool_limits, settings.worker_environment)
     await pool.start()
     servicer = build_servicer(settings, store, pool)
@@ -79,9 +85,13 @@ async def run(settings: AggregationSettings) -> None:
         settings,
         service_names=[SERVICE_NAME],
         register=register,
-        background=[membership.keep_renewed],
-        on_stop=[pool.close, store.close],
+        background=[
+            membership.keep_renewed,
+            partial(follow, revocations, authority, settings.revocation_poll_s),
+        ],
+        on_stop=[authority.close, pool.close, store.close],
         credentials=membership.credentials,
+        revocations=revocations,
     )
 
 

@@ -16,7 +16,8 @@ from services.key_authority import files
 from services.key_authority.epochs import EpochId
 from shelora.audit import AuditBrokenError, AuditEntry, AuditEvent, AuditRecord, AuditTornError, verified
 from shelora.errors import DomainError, Reason
-from shelora.transport.identity import Identity
+from shelora.transport.identity import Identity, Role
+from shelora.transport.revocations import Revocation
 
 REFUSALS_PER_MINUTE: Final = 30
 """Refusals, of releases and of calls each, that get a record of their own; the others are counted. Nobody may fill the
@@ -58,6 +59,7 @@ class AuditLog:
         self._refusals = _Budget(REFUSALS_PER_MINUTE, monotonic)
         self._denials = _Budget(REFUSALS_PER_MINUTE, monotonic)
         self._opened: set[EpochId] = set()
+        self._revocations: set[Revocation] = set()
         self._write_failed = False
         torn = self._read(identity)
         self._length = path.stat().st_size - torn
@@ -135,6 +137,26 @@ class AuditLog:
                 )
             )
 
+    @property
+    def revocations(self) -> frozenset[Revocation]:
+        """All that were ever written down."""
+        return frozenset(self._revocations)
+
+    def client_revoked(self, revocation: Revocation) -> None:
+        """Writes down a revocation, once. Raises: DomainError STORE_UNAVAILABLE."""
+        with self._lock:
+            if revocation in self._revocations:
+                return
+            self._append(
+                AuditEntry(
+                    event=AuditEvent.CLIENT_REVOKED,
+                    federation_id=revocation.identity.federation_id,
+                    client_id=revocation.identity.client_id,
+                    until_ms=revocation.at_ms,
+                )
+            )
+            self._revocations.add(revocation)
+
     def resealed(self, key_id: bytes) -> None:
         """Writes down that the sealing key was changed. Raises: DomainError STORE_UNAVAILABLE."""
         with self._lock:
@@ -173,6 +195,9 @@ class AuditLog:
             raise AuditBrokenError(record.sequence, f"is of another vault, {record.vault}")
         if record.event is AuditEvent.EPOCH_OPENED and record.federation_id and record.epoch:
             self._opened.add(EpochId(record.federation_id, record.epoch))
+        if record.event is AuditEvent.CLIENT_REVOKED and record.federation_id and record.client_id:
+            holder = Identity(Role.CLIENT, record.federation_id, record.client_id)
+            self._revocations.add(Revocation(holder, record.until_ms or 0))
         self._head = record
 
     def _ensure_opened(self, epoch_id: EpochId, key_id: bytes) -> None:

@@ -12,9 +12,11 @@ from services.key_authority.audit import AuditLog
 from services.key_authority.epochs import EpochId, EpochSecrets
 from services.key_authority.vault import Vault
 from services.shell.guard import Denial
+from services.shell.revocations import Revocations
 from shelora.ckks.parameters import CkksParameters, profile
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import counter
+from shelora.transport.certificates import Certificate
 
 KEY_RELEASES: Final = counter("key_releases_total", "Times the secrets of an epoch were given to an agent.")
 KEY_REFUSALS: Final = counter("key_refusals_total", "Times an agent was refused the secrets of an epoch.")
@@ -29,12 +31,16 @@ class Authority:
     Args:
         vault: Where keys are kept.
         audit: Where openings, releases and refusals are written down before they are answered.
+        revocations: Whose certificates are revoked.
         allow_insecure: Accept CKKS profiles below 128-bit security, for tests.
     """
 
-    def __init__(self, vault: Vault, audit: AuditLog, *, allow_insecure: bool = False) -> None:
+    def __init__(
+        self, vault: Vault, audit: AuditLog, revocations: Revocations, *, allow_insecure: bool = False
+    ) -> None:
         self._vault = vault
         self._audit = audit
+        self._revocations = revocations
         self._allow_insecure = allow_insecure
 
     async def open_epoch(self, epoch_id: EpochId, parameters: str) -> bytes:
@@ -48,15 +54,19 @@ class Authority:
         _log.info("epoch_opened", audit_head=self._audit.head, **_fields(epoch_id, opened))
         return opened.key_id
 
-    async def release(self, epoch_id: EpochId, client_id: str) -> EpochSecrets:
+    async def release(
+        self, epoch_id: EpochId, client_id: str, holder: Certificate | None = None
+    ) -> EpochSecrets:
         """The secrets of an epoch, for a client of its federation. Every release is written down first.
 
         Args:
             epoch_id: The epoch.
             client_id: The agent, 1 to 64 characters of [A-Za-z0-9._-], for logs and audit. That its certificate
                 names it and the federation is checked before (`services.shell.guard`).
+            holder: Its certificate. That it is not revoked is checked again after the keys were read: an epoch that
+                was opened because of its revocation is never released to it, however the two calls raced.
 
-        Raises: DomainError INVALID_ARGUMENT, FEDERATION_UNKNOWN if the epoch was not opened;
+        Raises: DomainError INVALID_ARGUMENT, FEDERATION_UNKNOWN if the epoch was not opened, CERTIFICATE_REVOKED;
         SECRET_UNAVAILABLE, STORE_UNAVAILABLE as `Vault.read`; STORE_UNAVAILABLE if it cannot be written down.
         """
         async with self._refusals_written_down(epoch_id, client_id):
@@ -65,6 +75,8 @@ class Authority:
                     Reason.INVALID_ARGUMENT, "client_id must be 1 to 64 characters of [A-Za-z0-9._-]"
                 )
             secrets = await asyncio.to_thread(self._vault.read, epoch_id)
+            if holder is not None:
+                self._revocations.check(holder)
         await asyncio.to_thread(self._audit.secrets_released, epoch_id, client_id, secrets.key_id)
         KEY_RELEASES.inc()
         _log.info(

@@ -126,17 +126,20 @@ class Issuer:
         self._clock = clock
         self._parent = x509.load_pem_x509_certificate(root.certificate)
 
-    def issue(self, request: bytes, identity: Identity, names: tuple[str, ...] = ()) -> bytes:
+    def issue(
+        self, request: bytes, identity: Identity, names: tuple[str, ...] = (), issued: datetime | None = None
+    ) -> bytes:
         """A certificate for the key of a signing request, in DER.
 
         Args:
             request: PKCS #10 in DER; nothing but its key is taken from it.
             identity: Whom the certificate names.
             names: DNS names and addresses of a server, as `checked_names` returns them.
+            issued: What it says about when it was issued, on which its revocation depends; now by default.
 
         Raises: DomainError INVALID_ARGUMENT if the request is malformed or not signed by its key.
         """
-        key, now = requested_key(request), self._clock()
+        key, now = requested_key(request), issued or self._clock()
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.role.value)]))

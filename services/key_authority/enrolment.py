@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 import structlog
@@ -19,6 +20,7 @@ from shelora.telemetry.metrics import counter
 from shelora.transport.certificates import Certificate, requested_key
 from shelora.transport.enrolment import SECRET_BYTES, Token
 from shelora.transport.identity import Identity, Role, checked_names
+from shelora.transport.revocations import RevokedError, issued_ms
 from shelora.transport.workload import WorkloadKey
 
 CERTIFICATES_ISSUED: Final = counter(
@@ -101,10 +103,10 @@ class Enrolments:
         """
         token = Token.parse(token_text)
         fingerprint = _fingerprint(request)  # a malformed request does not cost the token
-        identity, names = await asyncio.to_thread(
+        redeemed = await asyncio.to_thread(
             self._register.redeem, token.secret, fingerprint, client_id, self._clock_ms()
         )
-        return self._issued(request, identity, names, "enrolment")
+        return self._issued(request, redeemed.identity, redeemed.names, "enrolment", redeemed.issued_ms)
 
     def enroll_server(self, request: bytes, proof: bytes) -> tuple[bytes, bytes]:
         """The certificate, in DER, of a server that holds a workload's key, and the proof that it is from here.
@@ -120,12 +122,30 @@ class Enrolments:
             "no workload key of this authority makes that proof: give server and authority the same key",
         )
 
-    def renew(self, request: bytes, holder: Certificate) -> bytes:
-        """Another certificate for the holder of a valid one, in DER. Raises: DomainError INVALID_ARGUMENT."""
-        return self._issued(request, holder.identity, holder.names, "renewal")
+    async def renew(self, request: bytes, holder: Certificate) -> bytes:
+        """Another certificate for the holder of a valid one, in DER.
 
-    def _issued(self, request: bytes, identity: Identity, names: tuple[str, ...], why: str) -> bytes:
-        certificate = self._issuer.issue(request, identity, names)
+        It counts as issued before the holder was looked up, so that a revocation in between is one of it, too.
+
+        Raises: DomainError CERTIFICATE_REVOKED, INVALID_ARGUMENT.
+        """
+        now_ms = self._clock_ms()
+        revoked_ms = await asyncio.to_thread(self._register.revoked_ms, holder.identity)
+        if issued_ms(holder) <= revoked_ms:
+            raise RevokedError(holder.identity)
+        issued = max(now_ms, issued_ms(holder))  # who was certified anew just now may be a second ahead
+        return self._issued(request, holder.identity, holder.names, "renewal", issued)
+
+    def _issued(
+        self,
+        request: bytes,
+        identity: Identity,
+        names: tuple[str, ...],
+        why: str,
+        now_ms: int | None = None,
+    ) -> bytes:
+        now_ms = self._clock_ms() if now_ms is None else now_ms
+        certificate = self._issuer.issue(request, identity, names, datetime.fromtimestamp(now_ms / 1000, UTC))
         CERTIFICATES_ISSUED.labels(identity.role, why).inc()
         _log.info("certificate_issued", identity=identity.uri, names=list(names), why=why)
         return certificate

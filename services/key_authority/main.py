@@ -15,10 +15,12 @@ from services.key_authority.ca import Issuer
 from services.key_authority.custody import Custody, open_custody
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Grant
+from services.key_authority.revoking import Revoker
 from services.key_authority.servicer import SERVICE_NAMES, register
 from services.key_authority.settings import KeyAuthoritySettings
 from services.shell import flags
 from services.shell.process import run_process
+from services.shell.revocations import Revocations
 from services.shell.server import Listener, serve
 from shelora.errors import DomainError, Reason
 from shelora.transport.enrolment import certify, keep_renewed
@@ -132,11 +134,14 @@ async def run(settings: KeyAuthoritySettings) -> None:
 
 async def _serve(settings: KeyAuthoritySettings, custody: Custody) -> None:
     insecure = settings.allow_insecure_parameters
-    authority = Authority(custody.vault, custody.audit, allow_insecure=insecure)
+    revocations = Revocations(known=True)
+    authority = Authority(custody.vault, custody.audit, revocations, allow_insecure=insecure)
     lifetime = timedelta(seconds=settings.certificate_lifetime_s)
     issuer = Issuer(custody.root.load_or_create(), lifetime)
     workloads = [workload.read() for workload in settings.workloads]
     enrolments = Enrolments(custody.register, issuer, _now_ms, workloads=workloads)
+    revoker = Revoker(custody.register, custody.audit, revocations, _now_ms)
+    await revoker.load()
     own = IdentityInMemory()
     obtain = partial(_own_certificate, issuer, settings.names)
     await certify(own, issuer.root.certificate, obtain)
@@ -144,9 +149,10 @@ async def _serve(settings: KeyAuthoritySettings, custody: Custody) -> None:
     await serve(
         settings,
         service_names=SERVICE_NAMES,
-        register=partial(register, authority, enrolments),
+        register=partial(register, authority, enrolments, revoker),
         background=[partial(keep_renewed, own, obtain)],
         credentials=TlsCredentials(own),
+        revocations=revocations,
         enrolment=Listener(settings.enrolment_listen, TlsCredentials(own, anonymous_clients=True)),
         on_denied=authority.denied,
     )

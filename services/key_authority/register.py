@@ -1,4 +1,5 @@
-"""Tokens and enrolled clients, in one sealed file: a token is consumed in the same write that takes the name.
+"""Tokens, enrolled clients and revocations, in one sealed file: a token is consumed in the same write that takes the
+name, and voided in the same write that revokes its holder.
 
 The file is authentic as a whole: who has not the sealing key can enter no token and free no name, only put back what
 was there before. Tokens are kept as their SHA-256: whoever opens the file cannot enrol with it.
@@ -6,7 +7,7 @@ was there before. Tokens are kept as their SHA-256: whoever opens the file canno
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple, TypeVar
@@ -17,6 +18,10 @@ from services.key_authority import files
 from services.key_authority.sealer import Binding, SealBrokenError, Sealer
 from shelora.errors import DomainError, Reason
 from shelora.transport.identity import Identity, Role
+from shelora.transport.revocations import Revocation, first_issue_after
+
+PAGE: Final = 1000
+"""Revocations listed at once."""
 
 _Result = TypeVar("_Result")
 
@@ -43,6 +48,16 @@ class Redeemed(NamedTuple):
     """Whom to certify."""
     names: tuple[str, ...]
     """Names and addresses of a server."""
+    issued_ms: int
+    """When the certificate counts as issued, Unix milliseconds: after the revocation of its predecessors, if any."""
+
+
+class Revoked(NamedTuple):
+    """A revocation in the register."""
+
+    revocation: Revocation
+    enrolled_again: bool
+    """Whether the client was certified anew since."""
 
 
 class _Stored(BaseModel):
@@ -60,6 +75,17 @@ class _Token(_Stored):
     """URI of the identity that it made."""
 
 
+class _Revoked(_Stored):
+    federation_id: str
+    client_id: str
+    at_ms: int
+    enrolled_again: bool
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.federation_id, self.client_id
+
+
 class _Content(_Stored):
     """What is sealed, as JSON. A new format gets a new number and its own class."""
 
@@ -68,6 +94,8 @@ class _Content(_Stored):
     """By the SHA-256 of their secret, in hexadecimal."""
     clients: frozenset[tuple[str, str]] = frozenset()
     """Federation and name of every client that was enrolled."""
+    revocations: tuple[_Revoked, ...] = ()
+    """In order of their times, of which no two are equal."""
 
     def with_token(self, digest: str, token: _Token, now_ms: int) -> "_Content":
         """With a token more, and without those that expired long ago."""
@@ -86,6 +114,25 @@ class _Content(_Stored):
                 "the federation has a client of this name: choose another, or ask for a token for it",
             )
         return self.model_copy(update={"clients": self.clients | {name}})
+
+    def without_tokens_of(self, identity: Identity) -> "_Content":
+        """Without the tokens that made this client or could make it anew."""
+        name = (identity.federation_id, identity.client_id)
+        kept = {
+            digest: token
+            for digest, token in self.tokens.items()
+            if token.used_as != identity.uri and (token.grant.federation_id, token.grant.client_id) != name
+        }
+        return self.model_copy(update={"tokens": kept})
+
+    def with_revocations(self, revoked: Iterable[_Revoked]) -> "_Content":
+        ordered = sorted([*self.revocations, *revoked], key=lambda entry: entry.at_ms)
+        return self.model_copy(update={"revocations": tuple(ordered)})
+
+    def revoked_ms(self, identity: Identity) -> int:
+        """The time up to which a client's certificates are revoked, Unix milliseconds; 0 for none."""
+        name = (identity.federation_id, identity.client_id)
+        return max((entry.at_ms for entry in self.revocations if entry.name == name), default=0)
 
 
 class Register:
@@ -138,6 +185,38 @@ class Register:
         """
         return self._change(lambda content: _redeem(content, _digest(secret), key_hash, client_id, now_ms))
 
+    def revoke(self, identity: Identity, clock_ms: Callable[[], int]) -> Revocation:
+        """Revokes what a client was certified so far, and voids its tokens. A repeat finds the first revocation.
+
+        The clock is read while nobody else has the register: who was looked up before counts as issued before.
+
+        Raises: DomainError CLIENT_UNKNOWN if no such client has enrolled; STORE_UNAVAILABLE.
+        """
+        return self._change(lambda content: _revoke(content, identity, clock_ms))
+
+    def revoked_ms(self, identity: Identity) -> int:
+        """The time up to which a client's certificates are revoked, Unix milliseconds; 0 for none."""
+        with self._lock:
+            return self._content.revoked_ms(identity)
+
+    def revocations(self, after_ms: int, limit: int = PAGE) -> list[Revoked]:
+        """Revocations later than `after_ms`, the oldest first, at most `limit`."""
+        with self._lock:
+            later = [entry for entry in self._content.revocations if entry.at_ms > after_ms][:limit]
+        return [
+            Revoked(Revocation(Identity(Role.CLIENT, *entry.name), entry.at_ms), entry.enrolled_again)
+            for entry in later
+        ]
+
+    def restore(self, revocations: Iterable[Revocation]) -> None:
+        """Enters revocations that were written down elsewhere and that this file does not hold (any more).
+
+        They count as enrolled again, so that another revocation of the same client is another one.
+
+        Raises: DomainError STORE_UNAVAILABLE.
+        """
+        self._change(lambda content: (_restored(content, revocations), None))
+
     def _change(self, change: Callable[[_Content], tuple[_Content, _Result]]) -> _Result:
         """One change, alone, durable once it has returned; nothing happened if it raised."""
         with self._lock:
@@ -180,13 +259,55 @@ def _redeem(
             "the token is unknown, has expired or was used: ask the operator for another (shelora token create)",
         )
     if token.used_by is not None:
-        return content, Redeemed(Identity.from_uri(token.used_as), token.grant.names)
+        return content, _redeemed(content, Identity.from_uri(token.used_as), token.grant, now_ms)
     identity = _named(token.grant, client_id)
     if identity.role is Role.CLIENT:
         content = content.with_client(identity, replace=bool(token.grant.client_id))
     used = token.model_copy(update={"used_by": key_hash, "used_as": identity.uri})
     tokens = {**content.tokens, digest: used}
-    return content.model_copy(update={"tokens": tokens}), Redeemed(identity, token.grant.names)
+    name = (identity.federation_id, identity.client_id)
+    revocations = tuple(
+        entry.model_copy(update={"enrolled_again": True}) if entry.name == name else entry
+        for entry in content.revocations
+    )
+    content = content.model_copy(update={"tokens": tokens, "revocations": revocations})
+    return content, _redeemed(content, identity, token.grant, now_ms)
+
+
+def _redeemed(content: _Content, identity: Identity, grant: Grant, now_ms: int) -> Redeemed:
+    revoked_ms = content.revoked_ms(identity)
+    return Redeemed(identity, grant.names, max(now_ms, first_issue_after(revoked_ms) if revoked_ms else 0))
+
+
+def _revoke(
+    content: _Content, identity: Identity, clock_ms: Callable[[], int]
+) -> tuple[_Content, Revocation]:
+    name = (identity.federation_id, identity.client_id)
+    if name not in content.clients:
+        raise DomainError(Reason.CLIENT_UNKNOWN, f"there is no {identity}: none of that name enrolled")
+    content = content.without_tokens_of(identity)
+    found = next((e for e in content.revocations if e.name == name and not e.enrolled_again), None)
+    if found is not None:
+        return content, Revocation(identity, found.at_ms)
+    newest = content.revocations[-1].at_ms if content.revocations else 0
+    at_ms = max(clock_ms(), newest + 1)
+    entry = _Revoked(federation_id=name[0], client_id=name[1], at_ms=at_ms, enrolled_again=False)
+    return content.with_revocations([entry]), Revocation(identity, at_ms)
+
+
+def _restored(content: _Content, revocations: Iterable[Revocation]) -> _Content:
+    known = {entry.at_ms for entry in content.revocations}
+    missing = [
+        _Revoked(
+            federation_id=r.identity.federation_id,
+            client_id=r.identity.client_id,
+            at_ms=r.at_ms,
+            enrolled_again=True,
+        )
+        for r in revocations
+        if r.at_ms not in known
+    ]
+    return content.with_revocations(missing) if missing else content
 
 
 def _named(grant: Grant, client_id: str) -> Identity:

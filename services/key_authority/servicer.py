@@ -8,9 +8,10 @@ from services.key_authority.authority import Authority
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.epochs import EpochId
 from services.key_authority.register import Grant
+from services.key_authority.revoking import Revoker
 from services.shell.guard import certificate_of
 from shelora.errors import DomainError, Reason
-from shelora.transport.identity import Role
+from shelora.transport.identity import Identity, Role
 from shelora.transport.status import translated
 from shelora.v1 import enrolment_pb2, enrolment_pb2_grpc
 from shelora.v1 import key_authority_pb2 as pb
@@ -37,7 +38,7 @@ class KeyAuthorityServicer(pb_grpc.KeyAuthorityServicer):
     ) -> pb.GetEpochSecretsResponse:
         async with translated(context):
             epoch_id = EpochId(request.federation_id, request.epoch)
-            secrets = await self._authority.release(epoch_id, request.client_id)
+            secrets = await self._authority.release(epoch_id, request.client_id, certificate_of(context))
             return pb.GetEpochSecretsResponse(
                 parameters=secrets.parameters,
                 ckks_secret_key=secrets.ckks_secret_key,
@@ -49,8 +50,9 @@ class KeyAuthorityServicer(pb_grpc.KeyAuthorityServicer):
 class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
     """Serves shelora.v1.Enrolment; enrolment.proto says what each call does."""
 
-    def __init__(self, enrolments: Enrolments) -> None:
+    def __init__(self, enrolments: Enrolments, revoker: Revoker) -> None:
         self._enrolments = enrolments
+        self._revoker = revoker
 
     async def CreateToken(
         self, request: enrolment_pb2.CreateTokenRequest, context: _Context
@@ -82,8 +84,27 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
             holder = certificate_of(context)
             if holder is None:
                 raise DomainError(Reason.UNAUTHENTICATED, "renewal needs a client certificate")
-            certificate = self._enrolments.renew(request.signing_request, holder)
+            certificate = await self._enrolments.renew(request.signing_request, holder)
             return enrolment_pb2.RenewResponse(certificate=certificate)
+
+    async def RevokeClient(
+        self, request: enrolment_pb2.RevokeClientRequest, context: _Context
+    ) -> enrolment_pb2.RevokeClientResponse:
+        async with translated(context):
+            holder = Identity(Role.CLIENT, request.federation_id, request.client_id)
+            revocation = await self._revoker.revoke(holder)
+            return enrolment_pb2.RevokeClientResponse(revocation=revocation.to_proto())
+
+    async def ListRevocations(
+        self, request: enrolment_pb2.ListRevocationsRequest, context: _Context
+    ) -> enrolment_pb2.ListRevocationsResponse:
+        async with translated(context):
+            found = await self._revoker.listed(request.after_unix_ms)
+            return enrolment_pb2.ListRevocationsResponse(
+                revocations=[
+                    entry.revocation.to_proto(enrolled_again=entry.enrolled_again) for entry in found
+                ]
+            )
 
 
 def _grant(request: enrolment_pb2.CreateTokenRequest) -> Grant:
@@ -92,7 +113,7 @@ def _grant(request: enrolment_pb2.CreateTokenRequest) -> Grant:
     return Grant(Role(request.role), request.federation_id, request.client_id, tuple(request.names))
 
 
-def register(authority: Authority, enrolments: Enrolments, server: grpc.aio.Server) -> None:
+def register(authority: Authority, enrolments: Enrolments, revoker: Revoker, server: grpc.aio.Server) -> None:
     """Adds the key authority's services to a server that has not started."""
     pb_grpc.add_KeyAuthorityServicer_to_server(KeyAuthorityServicer(authority), server)
-    enrolment_pb2_grpc.add_EnrolmentServicer_to_server(EnrolmentServicer(enrolments), server)
+    enrolment_pb2_grpc.add_EnrolmentServicer_to_server(EnrolmentServicer(enrolments, revoker), server)

@@ -26,6 +26,9 @@ WorkloadKeyFile = Annotated[
 EnrolmentAddress = Annotated[
     str | None, typer.Option(help="Where the key authority enrols, host:port.", metavar="HOST:PORT")
 ]
+RevocationPoll = Annotated[
+    float | None, typer.Option(help="Seconds between two questions for revoked certificates.")
+]
 MetricsHost = Annotated[
     str | None, typer.Option(help="Address to serve Prometheus metrics on.", metavar="HOST")
 ]

@@ -11,15 +11,24 @@ import grpc
 import structlog
 
 from services.shell.rates import Caller, Rates
+from services.shell.revocations import Revocations
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import counter
 from shelora.transport.certificates import Certificate, read_certificate, utc_now
 from shelora.transport.identity import SERVERS, Identity
 from shelora.transport.permissions import check_role, check_scope
+from shelora.transport.revocations import RevokedError
 from shelora.transport.status import translated
 
 _REASONS: Final = [
-    reason.value for reason in (Reason.UNAUTHENTICATED, Reason.CERTIFICATE_EXPIRED, Reason.PERMISSION_DENIED)
+    reason.value
+    for reason in (
+        Reason.UNAUTHENTICATED,
+        Reason.CERTIFICATE_EXPIRED,
+        Reason.CERTIFICATE_REVOKED,
+        Reason.PERMISSION_DENIED,
+        Reason.STORE_UNAVAILABLE,
+    )
 ]
 DENIALS: Final = counter("rpc_denied_total", "RPCs refused for who called.", {"reason": _REASONS})
 TLS_VERSION: Final = b"TLSv1.3"
@@ -54,13 +63,22 @@ async def untold(denial: Denial) -> None:
 class Guard(grpc.aio.ServerInterceptor):
     """Interceptor: `shelora.transport.permissions` and rates, enforced. Servers may ask one another as they like.
 
-    Args: rates: of this server. on_denied: told of every refusal. clock: what certificates are held against.
+    Args:
+        rates: Of this server.
+        revocations: What it knows of them.
+        on_denied: Told of every refusal.
+        clock: What certificates are held against.
     """
 
     def __init__(
-        self, rates: Rates, on_denied: OnDenied = untold, clock: Callable[[], datetime] = utc_now
+        self,
+        rates: Rates,
+        revocations: Revocations,
+        on_denied: OnDenied = untold,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._rates = rates
+        self._revocations = revocations
         self._on_denied = on_denied
         self._clock = clock
 
@@ -74,7 +92,8 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
-        return _wrapped(handler, _Admission(method, self._rates, self._on_denied, self._clock))
+        admission = _Admission(method, self._rates, self._revocations, self._on_denied, self._clock)
+        return _wrapped(handler, admission)
 
 
 def certificate_of(context: _Context) -> Certificate | None:
@@ -86,9 +105,17 @@ def certificate_of(context: _Context) -> Certificate | None:
 class _Admission:
     """The checks of one method."""
 
-    def __init__(self, method: str, rates: Rates, on_denied: OnDenied, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        method: str,
+        rates: Rates,
+        revocations: Revocations,
+        on_denied: OnDenied,
+        clock: Callable[[], datetime],
+    ) -> None:
         self._method = method
         self._rates = rates
+        self._revocations = revocations
         self._on_denied = on_denied
         self._clock = clock
 
@@ -96,8 +123,8 @@ class _Admission:
     async def admitted(self, request: Any, context: _Context, *, streaming: bool) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
         """The request, or the stream of them, for the servicer while it serves.
 
-        Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, PERMISSION_DENIED, counted, logged and told;
-        RATE_LIMITED.
+        Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, CERTIFICATE_REVOKED (also of a call under way),
+        PERMISSION_DENIED, STORE_UNAVAILABLE, counted, logged and told; RATE_LIMITED.
         """
         async with self._denials_told(context):
             certificate = self._caller(context)
@@ -105,8 +132,13 @@ class _Admission:
             check_role(self._method, identity)
             if not streaming:
                 check_scope(request, identity)
-        with self._rated(identity, context) as caller:
-            yield self._requests(request, identity, caller, context) if streaming else request
+        try:
+            with self._rated(identity, context) as caller:
+                async with self._revocations.until_revoked(certificate):
+                    yield self._requests(request, identity, caller, context) if streaming else request
+        except RevokedError as error:
+            await self._tell(error, context)
+            raise
 
     def _rated(self, identity: Identity | None, context: _Context) -> AbstractContextManager[Caller | None]:
         """Counts the call of a client, or of a host that shows no certificate. Raises RATE_LIMITED."""
@@ -143,6 +175,8 @@ class _Admission:
                 f"the certificate of {certificate.identity} expired at "
                 f"{certificate.expires:%Y-%m-%d %H:%M:%S} UTC",
             )
+        if certificate is not None:
+            self._revocations.check(certificate)
         return certificate
 
     @asynccontextmanager
@@ -150,10 +184,13 @@ class _Admission:
         try:
             yield
         except DomainError as error:
-            DENIALS.labels(error.reason).inc()
-            _log.warning("rpc_denied", method=self._method, reason=error.reason, why=error.message)
-            await self._on_denied(Denial(self._method, _claimed(context), error.reason))
+            await self._tell(error, context)
             raise
+
+    async def _tell(self, error: DomainError, context: _Context) -> None:
+        DENIALS.labels(error.reason).inc()
+        _log.warning("rpc_denied", method=self._method, reason=error.reason, why=error.message)
+        await self._on_denied(Denial(self._method, _claimed(context), error.reason))
 
 
 def _claimed(context: _Context) -> Identity | None:

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from services.shell.guard import Guard, OnDenied, untold
 from services.shell.observation import RpcObserver
 from services.shell.rates import Rates
+from services.shell.revocations import Revocations
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import start_metrics_server
@@ -83,6 +84,7 @@ async def serve(
     on_drain: Sequence[Callable[[], None]] = (),
     on_stop: Sequence[Callable[[], Awaitable[None]]] = (),
     credentials: Credentials,
+    revocations: Revocations,
     enrolment: Listener | None = None,
     on_denied: OnDenied = untold,
 ) -> None:
@@ -99,6 +101,7 @@ async def serve(
         on_drain: Told that the drain begins, so that calls without an end (streams of events) end themselves.
         on_stop: Closes what the servicers used, in this order, after the last call.
         credentials: This server's identity, and whose callers it accepts.
+        revocations: Which of these it refuses nevertheless; kept up to date by whoever made it.
         enrolment: Another port, for callers without a certificate.
         on_denied: Told of every call that is refused for who called.
 
@@ -114,7 +117,7 @@ async def serve(
         tasks = await stack.enter_async_context(_background(background))
         ports = [Listener(settings.listen, credentials), *([enrolment] if enrolment else [])]
         addresses = await stack.enter_async_context(
-            _listening(settings, service_names, register, on_drain, ports, on_denied)
+            _listening(settings, service_names, register, on_drain, ports, revocations, on_denied)
         )
         ready = Ready(addresses[0], metrics_port, os.getpid(), *addresses[1:])
         stack.enter_context(_announced(settings.ready_file, ready))
@@ -130,17 +133,20 @@ async def running_server(
     settings: ServerSettings | None = None,
     *,
     credentials: Credentials | None = None,
+    revocations: Revocations | None = None,
     on_denied: OnDenied = untold,
 ) -> AsyncIterator[str]:
     """For tests: the same server in this process, on a free port, without signals, metrics or ready file.
 
-    Without credentials it speaks plaintext, on this machine only, and admits everyone to everything.
+    Without credentials it speaks plaintext, on this machine only, and admits everyone to everything. Without
+    revocations nobody is revoked.
 
     Yields: Its address, `127.0.0.1:port`.
     """
     settings = settings or ServerSettings(listen="127.0.0.1:0", shutdown_grace_s=0.0)
     ports = [Listener(settings.listen, credentials)]
-    async with _listening(settings, service_names, register, (), ports, on_denied) as addresses:
+    revocations = revocations or Revocations(known=True)
+    async with _listening(settings, service_names, register, (), ports, revocations, on_denied) as addresses:
         yield addresses[0]
 
 
@@ -151,15 +157,13 @@ async def _listening(
     register: Register,
     on_drain: Sequence[Callable[[], None]],
     ports: Sequence[Listener],
+    revocations: Revocations,
     on_denied: OnDenied,
 ) -> AsyncIterator[list[str]]:
     """A started server; drains on exit. Yields the addresses of its ports."""
-    guard = (
-        []
-        if any(port.credentials is None for port in ports)
-        else [Guard(Rates(settings.rate_limits), on_denied)]
-    )
-    server = grpc.aio.server(interceptors=[RpcObserver(service_names), *guard], options=SERVER_OPTIONS)
+    guard = Guard(Rates(settings.rate_limits), revocations, on_denied)
+    guarded = [] if any(port.credentials is None for port in ports) else [guard]
+    server = grpc.aio.server(interceptors=[RpcObserver(service_names), *guarded], options=SERVER_OPTIONS)
     register(server)
     reflection.enable_server_reflection(
         (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server

@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.shell.rates import RateLimits
+from services.shell.revocations import POLL_S
 from shelora.errors import DomainError, Reason
 
 BURST_S: Final = 10
@@ -128,7 +129,10 @@ class MemberSettings(ServerSettings):
     """Folder of this process's key and certificate; `shelora enroll` fills it."""
 
     key_authority_address: str
-    """The key authority, `host:port`; it renews the certificate."""
+    """The key authority, `host:port`; it renews the certificate and says which ones are revoked."""
+
+    revocation_poll_s: Annotated[float, Field(ge=0.05, le=60)] = POLL_S
+    """Seconds between two questions for revoked certificates: how long a revoked client may still call this server."""
 
     workload_key_file: Path | None = None
     """File with a key that servers of this kind share with the key authority, 64 hexadecimal digits. With it the server

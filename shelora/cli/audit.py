@@ -4,6 +4,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final
 
@@ -88,6 +89,8 @@ def _detail(record: AuditRecord) -> str:
     parts = [f"{name} {value[:SHORT]}…" for name, value in identifiers.items() if value is not None]
     method = record.method and record.method.rpartition("/")[2]
     parts += [str(value) for value in (method, record.role, record.reason, record.count) if value is not None]
+    if record.until_ms is not None:
+        parts.append(f"up to {datetime.fromtimestamp(record.until_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}")
     return ", ".join(parts)
 
 

@@ -18,13 +18,22 @@ from rich.table import Table
 
 from shelora.cli.audit import audit_app
 from shelora.cli.cluster import Addresses, LocalCluster
-from shelora.cli.operator import RETRY_S, Operator, create_token, operator, own_credentials
-from shelora.cli.render import federation_view, federations_table
+from shelora.cli.operator import (
+    RETRY_S,
+    Operator,
+    create_token,
+    list_revocations,
+    operator,
+    own_credentials,
+    revoke_client,
+)
+from shelora.cli.render import federation_view, federations_table, revocations_table
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.transport.enrolment import enroll as enrolled
 from shelora.transport.identity import Role
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.v1 import enrolment_pb2
 
 DEFAULT_FOLDER = Path("runs/local")
 REFRESH_S = 1.0
@@ -198,6 +207,41 @@ def token_create(
 
     with _reported():
         print(asyncio.run(work(Target.of(None, identity, key_authority))))  # noqa: T201 - for pipes, never wrapped
+
+
+@app.command()
+def revoke(
+    federation: Annotated[str, typer.Argument(help="Name of the federation.")],
+    client: Annotated[str, typer.Argument(help="Name of the client.")],
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
+) -> None:
+    """Revoke a client's certificates: within seconds no server admits it any more.
+
+    Its running calls end, its update of the round in progress is not counted, and the federation goes on without it,
+    with new keys from the next round on. To let it in again, issue a token that names it and enrol it anew.
+    """
+
+    async def work(target: Target) -> None:
+        credentials = await own_credentials(target.identity, target.key_authority)
+        await revoke_client(target.require_key_authority(), credentials, federation, client)
+
+    with _reported():
+        asyncio.run(work(Target.of(None, identity, key_authority)))
+    console.print(f"revoked client {client} of federation {federation}", highlight=False)
+
+
+@app.command()
+def revocations(identity: IdentityOption = None, key_authority: KeyAuthorityOption = None) -> None:
+    """Show whose certificates were revoked, and when."""
+
+    async def work(target: Target) -> list[enrolment_pb2.Revocation]:
+        credentials = await own_credentials(target.identity, target.key_authority)
+        return await list_revocations(target.require_key_authority(), credentials)
+
+    with _reported():
+        found = asyncio.run(work(Target.of(None, identity, key_authority)))
+    console.print(revocations_table(found) if found else "no client was revoked")
 
 
 @app.command()

@@ -89,6 +89,29 @@ async def create_token(
         return await call(EnrolmentStub(channel).CreateToken, request, retry_s=RETRY_S)
 
 
+async def revoke_client(
+    key_authority: str, credentials: Credentials, federation: str, client: str
+) -> enrolment_pb2.Revocation:
+    """Revokes the certificates of a client. Raises: DomainError CLIENT_UNKNOWN, and what `call` raises."""
+    request = enrolment_pb2.RevokeClientRequest(federation_id=federation, client_id=client)
+    async with open_channel(key_authority, credentials) as channel:
+        return (await call(EnrolmentStub(channel).RevokeClient, request, retry_s=RETRY_S)).revocation
+
+
+async def list_revocations(key_authority: str, credentials: Credentials) -> list[enrolment_pb2.Revocation]:
+    """All revocations, the oldest first."""
+    revocations: list[enrolment_pb2.Revocation] = []
+    async with open_channel(key_authority, credentials) as channel:
+        stub = EnrolmentStub(channel)
+        while True:
+            after = revocations[-1].at_unix_ms if revocations else 0
+            request = enrolment_pb2.ListRevocationsRequest(after_unix_ms=after)
+            found = (await call(stub.ListRevocations, request, retry_s=RETRY_S)).revocations
+            if not found:
+                return revocations
+            revocations += found
+
+
 async def own_credentials(identity: Path, key_authority: str | None) -> TlsCredentials:
     """The operator's credentials, renewed first if it is time and the key authority is known.
 

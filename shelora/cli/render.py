@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from rich import box
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.v1 import enrolment_pb2
 
 _PLAIN: Final[dict[str, Any]] = {"box": None, "padding": (0, 1, 0, 0), "header_style": "bold"}
 """Tables without lines: all columns fit 80 characters."""
@@ -163,6 +165,16 @@ def _members_table(federation: pb.Federation) -> Table:
         bar = ProgressBar(total=1, completed=member.progress, width=10)
         row: list[RenderableType] = [member.client_id, str(member.rank), budget, str(member.example_count)]
         table.add_row(*row, member.stage or "-", bar if member.stage else "", seen)
+    return table
+
+
+def revocations_table(revocations: Iterable[enrolment_pb2.Revocation]) -> Table:
+    """One line a revocation."""
+    table = Table("federation", "client", "revoked (UTC)", "since then", **_PLAIN)
+    for revocation in revocations:
+        at = datetime.fromtimestamp(revocation.at_unix_ms / 1000, UTC)
+        since = "enrolled again" if revocation.enrolled_again else ""
+        table.add_row(revocation.federation_id, revocation.client_id, f"{at:%Y-%m-%d %H:%M:%S}", since)
     return table
 
 

@@ -25,6 +25,7 @@ NO_CERTIFICATE_NEEDED: Final = frozenset(
 
 _OPERATOR: Final = frozenset({Role.OPERATOR})
 _COORDINATOR: Final = frozenset({Role.COORDINATOR})
+_AGGREGATION: Final = frozenset({Role.AGGREGATION})
 _CLIENT: Final = frozenset({Role.CLIENT})
 
 PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
@@ -54,6 +55,8 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/shelora.v1.Enrolment/Enroll": ANYONE,
         "/shelora.v1.Enrolment/EnrollServer": ANYONE,
         "/shelora.v1.Enrolment/Renew": ANYONE - {Role.KEY_AUTHORITY},
+        "/shelora.v1.Enrolment/RevokeClient": _OPERATOR,
+        "/shelora.v1.Enrolment/ListRevocations": _OPERATOR | _COORDINATOR | _AGGREGATION,
         "/grpc.health.v1.Health/Check": ANYONE,
         "/grpc.health.v1.Health/Watch": ANYONE,
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _OPERATOR,

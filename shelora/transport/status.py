@@ -38,6 +38,7 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.INTERNAL: _Code.INTERNAL,
         # Identities
         Reason.CERTIFICATE_EXPIRED: _Code.UNAUTHENTICATED,
+        Reason.CERTIFICATE_REVOKED: _Code.UNAUTHENTICATED,
         Reason.CLIENT_EXISTS: _Code.ALREADY_EXISTS,
         Reason.SERVER_UNTRUSTED: _Code.FAILED_PRECONDITION,
         Reason.TOKEN_REFUSED: _Code.UNAUTHENTICATED,

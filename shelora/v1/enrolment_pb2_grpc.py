@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class EnrolmentStub:
-    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once.
+    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
+    memberships: an operator revokes a client's certificates, and every server learns it.
     """
 
     def __init__(self, channel):
@@ -55,10 +56,21 @@ class EnrolmentStub:
                 request_serializer=shelora_dot_v1_dot_enrolment__pb2.RenewRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_enrolment__pb2.RenewResponse.FromString,
                 _registered_method=True)
+        self.RevokeClient = channel.unary_unary(
+                '/shelora.v1.Enrolment/RevokeClient',
+                request_serializer=shelora_dot_v1_dot_enrolment__pb2.RevokeClientRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_enrolment__pb2.RevokeClientResponse.FromString,
+                _registered_method=True)
+        self.ListRevocations = channel.unary_unary(
+                '/shelora.v1.Enrolment/ListRevocations',
+                request_serializer=shelora_dot_v1_dot_enrolment__pb2.ListRevocationsRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_enrolment__pb2.ListRevocationsResponse.FromString,
+                _registered_method=True)
 
 
 class EnrolmentServicer:
-    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once.
+    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
+    memberships: an operator revokes a client's certificates, and every server learns it.
     """
 
     def CreateToken(self, request, context):
@@ -93,7 +105,26 @@ class EnrolmentServicer:
 
     def Renew(self, request, context):
         """Issues another certificate to the identity that calls, with the same names. May be repeated.
-        Fails with UNAUTHENTICATED without a valid certificate, INVALID_ARGUMENT if the signing request is malformed.
+        Fails with UNAUTHENTICATED without a valid certificate, CERTIFICATE_REVOKED with a revoked one, INVALID_ARGUMENT if
+        the signing request is malformed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeClient(self, request, context):
+        """Revokes every certificate that a client was issued so far, and voids the tokens it used or could use. For operators
+        only. Written down before it is answered. The name stays taken: a token that names the client enrols it anew.
+        Idempotent: until the client has enrolled again, a repeat returns the first revocation.
+        Fails with CLIENT_UNKNOWN if no client of that name has enrolled in the federation, INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRevocations(self, request, context):
+        """Lists revocations, oldest first, at most 1000: ask again after the last one until none is left. Read only.
+        For operators and servers; a server asks every few seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,6 +153,16 @@ def add_EnrolmentServicer_to_server(servicer, server):
                     request_deserializer=shelora_dot_v1_dot_enrolment__pb2.RenewRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_enrolment__pb2.RenewResponse.SerializeToString,
             ),
+            'RevokeClient': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeClient,
+                    request_deserializer=shelora_dot_v1_dot_enrolment__pb2.RevokeClientRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_enrolment__pb2.RevokeClientResponse.SerializeToString,
+            ),
+            'ListRevocations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRevocations,
+                    request_deserializer=shelora_dot_v1_dot_enrolment__pb2.ListRevocationsRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_enrolment__pb2.ListRevocationsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'shelora.v1.Enrolment', rpc_method_handlers)
@@ -131,7 +172,8 @@ def add_EnrolmentServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Enrolment:
-    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once.
+    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
+    memberships: an operator revokes a client's certificates, and every server learns it.
     """
 
     @staticmethod
@@ -232,6 +274,60 @@ class Enrolment:
             '/shelora.v1.Enrolment/Renew',
             shelora_dot_v1_dot_enrolment__pb2.RenewRequest.SerializeToString,
             shelora_dot_v1_dot_enrolment__pb2.RenewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeClient(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Enrolment/RevokeClient',
+            shelora_dot_v1_dot_enrolment__pb2.RevokeClientRequest.SerializeToString,
+            shelora_dot_v1_dot_enrolment__pb2.RevokeClientResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRevocations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Enrolment/ListRevocations',
+            shelora_dot_v1_dot_enrolment__pb2.ListRevocationsRequest.SerializeToString,
+            shelora_dot_v1_dot_enrolment__pb2.ListRevocationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EnrolmentStub:
-    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once."""
+    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
+    memberships: an operator revokes a client's certificates, and every server learns it.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -53,12 +55,25 @@ class EnrolmentStub:
     """
     Renew: _grpc.UnaryUnaryMultiCallable[_enrolment_pb2.RenewRequest, _enrolment_pb2.RenewResponse]
     """Issues another certificate to the identity that calls, with the same names. May be repeated.
-    Fails with UNAUTHENTICATED without a valid certificate, INVALID_ARGUMENT if the signing request is malformed.
+    Fails with UNAUTHENTICATED without a valid certificate, CERTIFICATE_REVOKED with a revoked one, INVALID_ARGUMENT if
+    the signing request is malformed.
+    """
+    RevokeClient: _grpc.UnaryUnaryMultiCallable[_enrolment_pb2.RevokeClientRequest, _enrolment_pb2.RevokeClientResponse]
+    """Revokes every certificate that a client was issued so far, and voids the tokens it used or could use. For operators
+    only. Written down before it is answered. The name stays taken: a token that names the client enrols it anew.
+    Idempotent: until the client has enrolled again, a repeat returns the first revocation.
+    Fails with CLIENT_UNKNOWN if no client of that name has enrolled in the federation, INVALID_ARGUMENT.
+    """
+    ListRevocations: _grpc.UnaryUnaryMultiCallable[_enrolment_pb2.ListRevocationsRequest, _enrolment_pb2.ListRevocationsResponse]
+    """Lists revocations, oldest first, at most 1000: ask again after the last one until none is left. Read only.
+    For operators and servers; a server asks every few seconds.
     """
 
 @_typing.type_check_only
 class EnrolmentAsyncStub(EnrolmentStub):
-    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once."""
+    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
+    memberships: an operator revokes a client's certificates, and every server learns it.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateToken: _aio.UnaryUnaryMultiCallable[_enrolment_pb2.CreateTokenRequest, _enrolment_pb2.CreateTokenResponse]  # type: ignore[assignment]
@@ -81,11 +96,24 @@ class EnrolmentAsyncStub(EnrolmentStub):
     """
     Renew: _aio.UnaryUnaryMultiCallable[_enrolment_pb2.RenewRequest, _enrolment_pb2.RenewResponse]  # type: ignore[assignment]
     """Issues another certificate to the identity that calls, with the same names. May be repeated.
-    Fails with UNAUTHENTICATED without a valid certificate, INVALID_ARGUMENT if the signing request is malformed.
+    Fails with UNAUTHENTICATED without a valid certificate, CERTIFICATE_REVOKED with a revoked one, INVALID_ARGUMENT if
+    the signing request is malformed.
+    """
+    RevokeClient: _aio.UnaryUnaryMultiCallable[_enrolment_pb2.RevokeClientRequest, _enrolment_pb2.RevokeClientResponse]  # type: ignore[assignment]
+    """Revokes every certificate that a client was issued so far, and voids the tokens it used or could use. For operators
+    only. Written down before it is answered. The name stays taken: a token that names the client enrols it anew.
+    Idempotent: until the client has enrolled again, a repeat returns the first revocation.
+    Fails with CLIENT_UNKNOWN if no client of that name has enrolled in the federation, INVALID_ARGUMENT.
+    """
+    ListRevocations: _aio.UnaryUnaryMultiCallable[_enrolment_pb2.ListRevocationsRequest, _enrolment_pb2.ListRevocationsResponse]  # type: ignore[assignment]
+    """Lists revocations, oldest first, at most 1000: ask again after the last one until none is left. Read only.
+    For operators and servers; a server asks every few seconds.
     """
 
 class EnrolmentServicer(metaclass=_abc_1.ABCMeta):
-    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once."""
+    """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
+    memberships: an operator revokes a client's certificates, and every server learns it.
+    """
 
     @_abc_1.abstractmethod
     def CreateToken(
@@ -130,7 +158,30 @@ class EnrolmentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_enrolment_pb2.RenewResponse, _abc.Awaitable[_enrolment_pb2.RenewResponse]]:
         """Issues another certificate to the identity that calls, with the same names. May be repeated.
-        Fails with UNAUTHENTICATED without a valid certificate, INVALID_ARGUMENT if the signing request is malformed.
+        Fails with UNAUTHENTICATED without a valid certificate, CERTIFICATE_REVOKED with a revoked one, INVALID_ARGUMENT if
+        the signing request is malformed.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokeClient(
+        self,
+        request: _enrolment_pb2.RevokeClientRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_enrolment_pb2.RevokeClientResponse, _abc.Awaitable[_enrolment_pb2.RevokeClientResponse]]:
+        """Revokes every certificate that a client was issued so far, and voids the tokens it used or could use. For operators
+        only. Written down before it is answered. The name stays taken: a token that names the client enrols it anew.
+        Idempotent: until the client has enrolled again, a repeat returns the first revocation.
+        Fails with CLIENT_UNKNOWN if no client of that name has enrolled in the federation, INVALID_ARGUMENT.
+        """
+
+    @_abc_1.abstractmethod
+    def ListRevocations(
+        self,
+        request: _enrolment_pb2.ListRevocationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_enrolment_pb2.ListRevocationsResponse, _abc.Awaitable[_enrolment_pb2.ListRevocationsResponse]]:
+        """Lists revocations, oldest first, at most 1000: ask again after the last one until none is left. Read only.
+        For operators and servers; a server asks every few seconds.
         """
 
 def add_EnrolmentServicer_to_server(servicer: EnrolmentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

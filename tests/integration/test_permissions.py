@@ -2,8 +2,8 @@
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import timedelta
 from itertools import product
 from types import SimpleNamespace
@@ -15,12 +15,14 @@ from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.shell.guard import DENIALS
+from services.shell.revocations import Revocations
 from services.shell.server import running_server
 from shelora.errors import Reason
 from shelora.transport.certificates import key_to_pem
 from shelora.transport.channel import open_channel
 from shelora.transport.identity import Identity, Role
 from shelora.transport.permissions import NO_CERTIFICATE_NEEDED, PERMISSIONS, scoped_fields
+from shelora.transport.revocations import Revocation, issued_ms
 from shelora.transport.status import error_from_rpc
 from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import aggregation_pb2 as aggregation
@@ -31,6 +33,7 @@ from shelora.v1 import (
     enrolment_pb2_grpc,
     key_authority_pb2_grpc,
 )
+from shelora.v1 import coordinator_pb2 as coordinator
 from tests.e2e.recorder import inside_tls
 from tests.identities import (
     AGGREGATION,
@@ -130,10 +133,17 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> TestAuthority:
 
 @pytest.fixture
 async def address(authority: TestAuthority) -> AsyncIterator[str]:
+    async with serving_everything(authority) as served:
+        yield served
+
+
+@asynccontextmanager
+async def serving_everything(
+    authority: TestAuthority, revocations: Revocations | None = None
+) -> AsyncIterator[str]:
     services = [f"shelora.v1.{name}" for name in OURS]
-    async with running_server(
-        services, register, credentials=authority.credentials(COORDINATOR, "server")
-    ) as served:
+    credentials = authority.credentials(COORDINATOR, "server")
+    async with running_server(services, register, credentials=credentials, revocations=revocations) as served:
         yield served
 
 
@@ -221,6 +231,120 @@ async def test_every_rpc_refuses_a_certificate_that_expired_on_an_open_connectio
         for (identity, channel), path in product(channels, served_methods()):
             got = await outcome(channel, path, request_for(path, identity))
             assert got == Reason.CERTIFICATE_EXPIRED.value, (str(identity), path)
+
+
+async def test_every_rpc_refuses_a_revoked_certificate_and_admits_one_that_was_issued_later(
+    authority: TestAuthority,
+) -> None:
+    revocations = Revocations(known=True)
+    async with serving_everything(authority, revocations) as address:
+        for identity in ROLES:
+            revoked, later = authority.held(identity, ago=timedelta(hours=1)), authority.held(identity)
+            async with (
+                open_channel(address, _Fixed(revoked)) as channel,
+                open_channel(address, _Fixed(later)) as renewed,
+            ):
+                await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+                revocations.learn([Revocation(identity, issued_ms(later.facts) - 1)])
+                for path in served_methods():
+                    got = await outcome(channel, path, request_for(path, identity))
+                    assert got == Reason.CERTIFICATE_REVOKED.value, (str(identity), path)
+                    got = await outcome(renewed, path, request_for(path, identity))
+                    assert got != Reason.CERTIFICATE_REVOKED.value, (str(identity), path)
+
+
+async def test_a_revocation_concerns_no_other_client_and_no_other_federation(
+    authority: TestAuthority,
+) -> None:
+    revocations = Revocations(known=True)
+    path = "/shelora.v1.Coordinator/Heartbeat"
+    async with serving_everything(authority, revocations) as address:
+        revocations.learn([Revocation(client(), issued_ms(authority.held(client()).facts) + 10_000)])
+        for other in (client("ward-8"), client(federation="bank")):
+            async with open_channel(address, authority.credentials(other)) as channel:
+                assert await outcome(channel, path, request_for(path, other)) == ADMITTED
+
+
+async def test_until_a_server_knows_who_is_revoked_it_admits_no_client(authority: TestAuthority) -> None:
+    revocations = Revocations()
+    path = "/grpc.health.v1.Health/Check"
+    async with serving_everything(authority, revocations) as address:
+        for identity in ROLES:
+            expected = Reason.STORE_UNAVAILABLE.value if identity.role is Role.CLIENT else ADMITTED
+            async with open_channel(address, authority.credentials(identity)) as channel:
+                assert await outcome(channel, path, request_for(path, identity)) == expected
+                revocations_complete = identity.role is Role.CLIENT
+                revocations.learn([], complete=revocations_complete)
+                if revocations_complete:
+                    assert await outcome(channel, path, request_for(path, identity)) == ADMITTED
+
+
+async def test_calls_in_progress_end_when_their_certificate_is_revoked(authority: TestAuthority) -> None:
+    """A stream of answers that nothing announces, a stream of requests that is quiet, and a call that takes long."""
+    revocations, ended = Revocations(known=True), []
+
+    @contextmanager
+    def noting(name: str) -> Iterator[None]:
+        try:
+            yield
+        except asyncio.CancelledError:
+            ended.append(name)
+            raise
+
+    class Quiet(coordinator_pb2_grpc.CoordinatorServicer):
+        async def Watch(self, _request: Any, _context: Any) -> AsyncIterator[coordinator.Assignment]:
+            yield coordinator.Assignment(assignment_id="first")
+            with noting("watch"):
+                await asyncio.Event().wait()
+
+        async def CastBallot(self, requests: Any, _context: Any) -> None:
+            with noting("ballot"):
+                async for _ in requests:
+                    arrived.set()
+
+        async def Join(self, _request: Any, _context: Any) -> None:
+            started.set()
+            with noting("join"):
+                await asyncio.Event().wait()
+
+    def add(server: grpc.aio.Server) -> None:
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(Quiet(), server)
+
+    async def quiet_ballot() -> AsyncIterator[coordinator.CastBallotRequest]:
+        header = coordinator.CastBallotHeader(
+            federation_id="clinic", client_id="ward-7", round_id="clinic.0.1"
+        )
+        yield coordinator.CastBallotRequest(header=header)
+        await asyncio.Event().wait()
+
+    arrived, started = asyncio.Event(), asyncio.Event()
+    credentials = authority.credentials(COORDINATOR, "server-3")
+    held = authority.held(client())
+    async with (
+        running_server(
+            ["shelora.v1.Coordinator"], add, credentials=credentials, revocations=revocations
+        ) as address,
+        open_channel(address, _Fixed(held)) as channel,
+        open_channel(address, authority.credentials(client("ward-8"))) as bystander,
+    ):
+        stub = coordinator_pb2_grpc.CoordinatorStub(channel)
+        own = {"federation_id": "clinic", "client_id": "ward-7"}
+        watch = stub.Watch(coordinator.WatchRequest(**own))
+        other = coordinator_pb2_grpc.CoordinatorStub(bystander).Watch(
+            coordinator.WatchRequest(federation_id="clinic", client_id="ward-8")
+        )
+        assert (await watch.read()).assignment_id == (await other.read()).assignment_id == "first"
+        ballot, join = stub.CastBallot(quiet_ballot()), stub.Join(coordinator.JoinRequest(**own))
+        calls = [asyncio.ensure_future(call) for call in (watch.read(), ballot, join)]
+        await arrived.wait()
+        await started.wait()
+        revocations.learn([Revocation(client(), issued_ms(held.facts))])
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert sorted(ended) == ["ballot", "join", "watch"]
+        reasons = [error_from_rpc(error).reason for error in outcomes]
+        assert reasons == [Reason.CERTIFICATE_REVOKED] * 3
+        assert not other.done()
+        other.cancel()
 
 
 async def test_every_rpc_refuses_a_caller_without_a_certificate(

@@ -11,18 +11,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 
-from services.shell.server import Ready
+from services.shell.server import Ready, running_server
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.errors import Reason
 from shelora.lora.layout import Layout, Matrix, Shard
 from shelora.transport.channel import open_channel
 from shelora.transport.pieces import cut
 from shelora.v1 import aggregation_pb2 as pb
-from shelora.v1 import aggregation_pb2_grpc
-from tests.identities import AGGREGATION, COORDINATOR, TestAuthority, client
+from shelora.v1 import aggregation_pb2_grpc, enrolment_pb2, enrolment_pb2_grpc
+from tests.identities import AGGREGATION, COORDINATOR, KEY_AUTHORITY, TestAuthority, client
 from tests.integration.aggregation.cohort import Cohort, large_layout
 from tests.integration.aggregation.service import ROUND, Caller, announcement, refusal
 
@@ -79,12 +80,46 @@ async def secured(authority: TestAuthority, address: str) -> AsyncIterator[Secur
         yield Secured(stubs, address)
 
 
+class NobodyIsRevoked(enrolment_pb2_grpc.EnrolmentServicer):
+    """What an aggregation server asks of the key authority."""
+
+    async def ListRevocations(self, request: Any, context: Any) -> enrolment_pb2.ListRevocationsResponse:
+        return enrolment_pb2.ListRevocationsResponse()
+
+
+@asynccontextmanager
+async def key_authority(authority: TestAuthority) -> AsyncIterator[str]:
+    def register(server: grpc.aio.Server) -> None:
+        enrolment_pb2_grpc.add_EnrolmentServicer_to_server(NobodyIsRevoked(), server)
+
+    credentials = authority.credentials(KEY_AUTHORITY)
+    async with running_server(["shelora.v1.Enrolment"], register, credentials=credentials) as address:
+        yield address
+
+
 @asynccontextmanager
 async def service(redis_url: str, folder: Path, workers: int = 1) -> AsyncIterator[Service]:
-    ready_file, authority = folder / "ready.json", TestAuthority(folder / "authority")
+    authority = TestAuthority(folder / "authority")
+    async with (
+        key_authority(authority) as address,
+        started(redis_url, folder, authority, address, workers) as running,
+    ):
+        yield running
+
+
+@asynccontextmanager
+async def started(
+    redis_url: str, folder: Path, authority: TestAuthority, key_authority_address: str, workers: int
+) -> AsyncIterator[Service]:
+    ready_file = folder / "ready.json"
     command = [sys.executable, "-m", "services.aggregation.main", "--redis-url", redis_url]
     command += ["--workers", str(workers), "--ready-file", str(ready_file)]
-    command += ["--identity", str(authority.enrolled(AGGREGATION)), "--key-authority-address", "127.0.0.1:1"]
+    command += [
+        "--identity",
+        str(authority.enrolled(AGGREGATION)),
+        "--key-authority-address",
+        key_authority_address,
+    ]
     with subprocess.Popen(command) as process:  # noqa: ASYNC220 - it only starts one
         try:
             await until(lambda: Ready.read(ready_file) or process.poll() is not None)

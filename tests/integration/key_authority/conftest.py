@@ -1,13 +1,18 @@
 import secrets
 import time
+from functools import partial
 
 import pytest
 
+from services.key_authority.authority import Authority
 from services.key_authority.ca import Issuer
 from services.key_authority.custody import open_custody
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Register
+from services.key_authority.revoking import Revoker
 from services.key_authority.sealer import SealingKey
+from services.key_authority.servicer import register
+from services.shell.revocations import Revocations
 from tests.identities import SEALER, VAULT, TestAuthority
 
 
@@ -32,8 +37,34 @@ def clock():
 
 
 @pytest.fixture
-def enrolments(tmp_path, authority, clock):
-    return Enrolments(Register(tmp_path / "register.sealed", SEALER, VAULT), Issuer(authority.root), clock)
+def members(tmp_path):
+    return Register(tmp_path / "register.sealed", SEALER, VAULT)
+
+
+@pytest.fixture
+def enrolments(members, authority, clock):
+    return Enrolments(members, Issuer(authority.root), clock)
+
+
+@pytest.fixture
+def revocations():
+    return Revocations(known=True)
+
+
+@pytest.fixture
+def revoker(members, custody, revocations, clock):
+    return Revoker(members, custody.audit, revocations, clock)
+
+
+@pytest.fixture
+def key_authority(custody, revocations):
+    return Authority(custody.vault, custody.audit, revocations)
+
+
+@pytest.fixture
+def add(key_authority, enrolments, revoker):
+    """Adds the key authority's services to a server."""
+    return partial(register, key_authority, enrolments, revoker)
 
 
 @pytest.fixture

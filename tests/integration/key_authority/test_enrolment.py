@@ -14,7 +14,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from services.key_authority.authority import Authority
 from services.key_authority.ca import Issuer, RootFile
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Grant, Register
@@ -45,18 +44,17 @@ CLIENT = Grant(Role.CLIENT, "clinic", "ward-7")
 
 
 @asynccontextmanager
-async def serving(custody, authority, enrolments, *, anonymous=True, identity=None, names=None):
+async def serving(add, authority, *, anonymous=True, identity=None, names=None):
     """The key authority's services; `anonymous` is the enrolment port, the other admits certificates."""
     folder = authority.enrolled(identity or KEY_AUTHORITY, f"server-{anonymous}", names=names)
     credentials = TlsCredentials(IdentityFolder(folder), anonymous_clients=anonymous)
-    add = partial(register, Authority(custody.vault, custody.audit), enrolments)
     async with running_server(SERVICE_NAMES, add, credentials=credentials) as address:
         yield address
 
 
 @pytest.fixture
-async def address(custody, authority, enrolments):
-    async with serving(custody, authority, enrolments) as served:
+async def address(add, authority):
+    async with serving(add, authority) as served:
         yield served
 
 
@@ -295,8 +293,8 @@ async def test_what_is_no_token_is_refused_without_being_shown(tmp_path, text):
     assert len(text) < 10 or text not in error.message
 
 
-async def test_a_wrong_name_is_said_with_the_name_that_was_expected(tmp_path, custody, authority, enrolments):
-    async with serving(custody, authority, enrolments, names=("keys.example.org",)) as address:
+async def test_a_wrong_name_is_said_with_the_name_that_was_expected(tmp_path, add, authority, enrolments):
+    async with serving(add, authority, names=("keys.example.org",)) as address:
         token, _ = await enrolments.create_token(CLIENT)
         error = await refusal(enroll(token.encoded, address, tmp_path / "mine"))
     assert error.reason is Reason.SERVER_UNTRUSTED
@@ -304,15 +302,15 @@ async def test_a_wrong_name_is_said_with_the_name_that_was_expected(tmp_path, cu
     assert address in error.message
 
 
-async def test_a_client_cannot_pose_as_a_server(tmp_path, custody, authority, enrolments):
-    async with serving(custody, authority, enrolments, identity=client(), names=LOCAL) as address:
+async def test_a_client_cannot_pose_as_a_server(tmp_path, add, authority, enrolments):
+    async with serving(add, authority, identity=client(), names=LOCAL) as address:
         token, _ = await enrolments.create_token(CLIENT)
         error = await refusal(enroll(token.encoded, address, tmp_path / "mine"))
     assert error.reason is Reason.SERVER_UNTRUSTED
 
 
-async def test_a_certificate_is_renewed_with_a_new_key_and_the_same_names(custody, authority, enrolments):
-    async with serving(custody, authority, enrolments, anonymous=False) as address:
+async def test_a_certificate_is_renewed_with_a_new_key_and_the_same_names(add, authority, enrolments):
+    async with serving(add, authority, anonymous=False) as address:
         for identity in (client(), AGGREGATION, OPERATOR):
             folder = IdentityFolder(authority.enrolled(identity))
             before = folder.read()
@@ -324,8 +322,8 @@ async def test_a_certificate_is_renewed_with_a_new_key_and_the_same_names(custod
             assert credentials.generation() == 1
 
 
-async def test_an_operator_issues_tokens_and_a_client_does_not(custody, authority, enrolments):
-    async with serving(custody, authority, enrolments, anonymous=False) as address:
+async def test_an_operator_issues_tokens_and_a_client_does_not(add, authority, enrolments):
+    async with serving(add, authority, anonymous=False) as address:
         created = await create_token(
             address, authority.credentials(OPERATOR), Role.CLIENT, federation="clinic", client="ward-7"
         )
@@ -334,7 +332,9 @@ async def test_an_operator_issues_tokens_and_a_client_does_not(custody, authorit
         assert (await refusal(asked)).reason is Reason.PERMISSION_DENIED
 
 
-async def test_calls_go_on_while_both_sides_renew_their_certificates(tmp_path, custody, authority, clock):
+async def test_calls_go_on_while_both_sides_renew_their_certificates(
+    tmp_path, key_authority, revoker, authority, clock
+):
     """Certificates of three seconds, renewed by themselves; unary calls and a stream never fail for twice that."""
     lifetime = timedelta(seconds=3)
     enrolments = Enrolments(
@@ -348,7 +348,7 @@ async def test_calls_go_on_while_both_sides_renew_their_certificates(tmp_path, c
     async def own_certificate(request):
         return issuer.issue(request, KEY_AUTHORITY, LOCAL)
 
-    add = partial(register, Authority(custody.vault, custody.audit), enrolments)
+    add = partial(register, key_authority, enrolments, revoker)
     async with running_server(SERVICE_NAMES, add, credentials=TlsCredentials(own)) as address:
         credentials = TlsCredentials(mine)
         renewing = [

@@ -45,7 +45,7 @@ def refusal(action, *arguments):
 
 def test_what_was_answered_survives_a_restart(path, register):
     redeemed = register.redeem(TOKEN, KEY, "", NOW)
-    assert redeemed == (Identity(Role.CLIENT, "clinic", "ward-7"), ())
+    assert redeemed == (Identity(Role.CLIENT, "clinic", "ward-7"), (), NOW)
     restarted = opened(path)
     assert restarted.redeem(TOKEN, KEY, "", NOW) == redeemed
     assert refusal(restarted.redeem, TOKEN, IMPOSTOR, "", NOW).reason is Reason.TOKEN_REFUSED

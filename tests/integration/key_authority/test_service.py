@@ -1,7 +1,6 @@
 import asyncio
 import errno
 import os
-from functools import partial
 from types import SimpleNamespace
 
 import grpc
@@ -10,8 +9,8 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from services.key_authority.authority import KEY_RELEASES, Authority
-from services.key_authority.servicer import SERVICE_NAMES, register
+from services.key_authority.authority import KEY_RELEASES
+from services.key_authority.servicer import SERVICE_NAMES
 from services.shell.server import running_server
 from shelora.audit import AuditEvent, verified
 from shelora.ckks.parameters import INSECURE_TOY, STANDARD
@@ -29,11 +28,11 @@ GET = pb.GetEpochSecretsRequest(federation_id="clinic", epoch=1, client_id="Ward
 
 
 @pytest.fixture
-async def address(custody, enrolments, authority):
-    keys = Authority(custody.vault, custody.audit)
-    add = partial(register, keys, enrolments)
+async def address(add, authority, key_authority):
     credentials = authority.credentials(KEY_AUTHORITY)
-    async with running_server(SERVICE_NAMES, add, credentials=credentials, on_denied=keys.denied) as served:
+    async with running_server(
+        SERVICE_NAMES, add, credentials=credentials, on_denied=key_authority.denied
+    ) as served:
         yield served
 
 
@@ -52,9 +51,8 @@ async def stub(address, authority):
 
 
 @pytest.fixture
-async def plain(custody, enrolments):
+async def plain(add):
     """The service without its guard, which refuses some of what the authority would refuse too."""
-    add = partial(register, Authority(custody.vault, custody.audit), enrolments)
     async with running_server(SERVICE_NAMES, add) as address, open_channel(address) as channel:
         yield pb_grpc.KeyAuthorityStub(channel)
 
@@ -143,13 +141,11 @@ async def test_a_call_that_is_refused_stays_so_if_it_cannot_be_written_down(addr
     assert "refusal_not_written_down" in {record["event"] for record in logs}
 
 
-async def test_a_stranger_cannot_fill_the_audit_log(tmp_path, custody, enrolments, authority):
-    keys = Authority(custody.vault, custody.audit)
-    add = partial(register, keys, enrolments)
+async def test_a_stranger_cannot_fill_the_audit_log(tmp_path, custody, key_authority, add, authority):
     folder = IdentityFolder(authority.enrolled(KEY_AUTHORITY))
     port = TlsCredentials(folder, anonymous_clients=True)
     async with (
-        running_server(SERVICE_NAMES, add, credentials=port, on_denied=keys.denied) as open_address,
+        running_server(SERVICE_NAMES, add, credentials=port, on_denied=key_authority.denied) as open_address,
         open_channel(open_address, Stranger(authority)) as channel,
     ):
         assert await refusal(pb_grpc.KeyAuthorityStub(channel).OpenEpoch, OPEN) is Reason.UNAUTHENTICATED

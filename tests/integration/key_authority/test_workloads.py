@@ -2,18 +2,15 @@
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
 from datetime import timedelta
-from functools import partial
 
 import grpc
 import pytest
 
-from services.key_authority.authority import Authority
 from services.key_authority.ca import Issuer
 from services.key_authority.enrolment import Enrolments, Workload
 from services.key_authority.register import Register
-from services.key_authority.servicer import SERVICE_NAMES, register
+from services.key_authority.servicer import SERVICE_NAMES
 from services.key_authority.settings import KeyAuthoritySettings
 from services.shell.membership import join
 from services.shell.server import running_server
@@ -44,17 +41,10 @@ def enrolments(tmp_path, authority, clock):
     )
 
 
-@asynccontextmanager
-async def serving(custody, credentials, enrolments):
-    add = partial(register, Authority(custody.vault, custody.audit), enrolments)
-    async with running_server(SERVICE_NAMES, add, credentials=credentials) as address:
-        yield address
-
-
 @pytest.fixture
-async def address(custody, authority, enrolments):
-    folder = IdentityFolder(authority.enrolled(KEY_AUTHORITY))
-    async with serving(custody, TlsCredentials(folder, anonymous_clients=True), enrolments) as served:
+async def address(add, authority):
+    credentials = TlsCredentials(IdentityFolder(authority.enrolled(KEY_AUTHORITY)), anonymous_clients=True)
+    async with running_server(SERVICE_NAMES, add, credentials=credentials) as served:
         yield served
 
 

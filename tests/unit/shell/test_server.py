@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.shell.observation import RPC_SECONDS, RPC_TOTAL
 from services.shell.process import EXIT_FAILED, EXIT_REFUSED, run_process
+from services.shell.revocations import Revocations
 from services.shell.server import Ready, running_server, serve
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
@@ -66,7 +67,14 @@ class Process:
         self.path = tmp_path / "ready.json"
         settings = ServerSettings(ready_file=self.path, metrics_port=-1, shutdown_grace_s=30.0)
         self.task = asyncio.create_task(
-            serve(settings, service_names=[SERVICE], register=town.register, credentials=identity, **options)
+            serve(
+                settings,
+                service_names=[SERVICE],
+                register=town.register,
+                credentials=identity,
+                revocations=Revocations(known=True),
+                **options,
+            )
         )
 
     async def ready(self):
@@ -328,6 +336,7 @@ async def test_a_port_in_use_is_a_refused_configuration(town, identity):
                 service_names=[SERVICE],
                 register=town.register,
                 credentials=identity,
+                revocations=Revocations(known=True),
             )
     assert caught.value.reason is Reason.CONFIGURATION_INVALID
 

@@ -1,0 +1,59 @@
+"""Revoking clients: in the register, in the audit log, and in force at once."""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from services.key_authority.audit import AuditLog
+from services.key_authority.register import Register, Revoked
+from services.shell.revocations import Revocations
+from shelora.transport.identity import Identity
+from shelora.transport.revocations import Revocation
+
+_log = structlog.get_logger(__name__)
+
+
+class Revoker:
+    """Revokes clients.
+
+    Args:
+        register: Keeps revocations. Those that only the audit log knows are entered: the register may be older.
+        audit: Where they are written down before they are answered.
+        known: What this server's guard goes by.
+        clock_ms: Unix milliseconds.
+    """
+
+    def __init__(
+        self, register: Register, audit: AuditLog, known: Revocations, clock_ms: Callable[[], int]
+    ) -> None:
+        self._register = register
+        self._audit = audit
+        self._known = known
+        self._clock_ms = clock_ms
+
+    async def load(self) -> None:
+        """Takes up what was revoked before this start. Raises: DomainError STORE_UNAVAILABLE."""
+        await asyncio.to_thread(self._register.restore, self._audit.revocations)
+        while found := await self.listed(self._known.newest_ms):
+            self._known.learn(entry.revocation for entry in found)
+
+    async def revoke(self, identity: Identity) -> Revocation:
+        """Ends the certificates of a client. In force when this returns, even if it cannot be written down.
+
+        Raises: DomainError CLIENT_UNKNOWN, STORE_UNAVAILABLE.
+        """
+        revocation = await asyncio.to_thread(self._register.revoke, identity, self._clock_ms)
+        self._known.learn([revocation])
+        await asyncio.to_thread(self._audit.client_revoked, revocation)
+        _log.warning(
+            "client_revoked",
+            identity=identity.uri,
+            at_unix_ms=revocation.at_ms,
+            audit_head=self._audit.head,
+        )
+        return revocation
+
+    async def listed(self, after_ms: int) -> list[Revoked]:
+        """The oldest revocations later than `after_ms`, Unix milliseconds. Raises: DomainError STORE_UNAVAILABLE."""
+        return await asyncio.to_thread(self._register.revocations, after_ms)
