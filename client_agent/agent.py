@@ -46,6 +46,8 @@ _OVER: Final = frozenset(
         Reason.TOO_FEW_CONTRIBUTORS,
         Reason.VALUE_NOT_FINITE,
         Reason.VALUE_OUT_OF_RANGE,
+        Reason.EXAMPLES_MISMATCH,
+        Reason.NORM_TOO_LARGE,
         Reason.PLAN_REFUSED,
         Reason.PLAN_UNKNOWN,
         Reason.NOT_LEADER,
@@ -186,6 +188,7 @@ class _Follower:
         self._activity: Activity | None = None
         self._task: asyncio.Task[None] | None = None
         self._assignment_id: str | None = None
+        self._notice = ""
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
     async def join(self) -> None:
@@ -249,6 +252,9 @@ class _Follower:
             return
         await self.drop()
         self._assignment_id = assignment.assignment_id
+        if assignment.notice and assignment.notice != self._notice:
+            _log.warning("update_left_out", why=assignment.notice)
+        self._notice = assignment.notice
         kind = assignment.WhichOneof("work")
         _log.log(
             logging.DEBUG if kind == "wait" else logging.INFO,

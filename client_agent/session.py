@@ -260,6 +260,7 @@ _FATAL: Final = frozenset(
         Reason.CERTIFICATE_REVOKED,
         Reason.SERVER_UNTRUSTED,
         Reason.FEDERATION_CLOSED,
+        Reason.LIMIT_REACHED,
         Reason.INVALID_ARGUMENT,
     }
 )

@@ -127,7 +127,9 @@ class Work:
         """Applies the base result, evaluates it, trains, commits the update."""
         layout = layout_from_proto(train.round.layout)
         spool = await self._worker.run(self._state.spool, train.round.round_id, layout.digest)
-        if spool is None:
+        if spool is None or spool.note.example_count != len(
+            self._learner.examples
+        ):  # of data before a restart
             secrets = await self.secrets(train.round.epoch)
             plan = await self._checked_plan(train, layout, secrets, activity)
             check_train_layout(layout, self._learner.model, self._me.protection, plan, self._me.budget)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import grpc
 
-from coordinator.records import Commit, ShardResult, StoredDigest
+from coordinator.records import Commit, ShardResult, StoredDigest, StoredShard
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
+from shelora.lora.screening import counted_examples
 from shelora.messages import layout_to_proto
 from shelora.rounds import RoundKind
 from shelora.transport.channel import RETRY_S, TIMEOUT_S, retrying
@@ -52,11 +53,17 @@ class AggregationPool:
         request = pb.OpenRoundRequest(round_id=round_id, layout=layout_to_proto(layout), ttl_s=ttl_s)
         await self._anywhere(lambda stub: stub.OpenRound, request, TIMEOUT_S)
 
-    async def stored(self, round_id: str, client_id: str) -> dict[int, StoredDigest]:
+    async def stored(self, round_id: str, client_id: str) -> dict[int, StoredShard]:
         """The shards of an update that have arrived completely, by index. Raises ROUND_UNKNOWN."""
         request = pb.QueryShardsRequest(round_id=round_id, client_id=client_id)
         response = await self._anywhere(lambda stub: stub.QueryShards, request, TIMEOUT_S)
-        return {shard.shard: digest_from_proto(shard.digest) for shard in response.shards if shard.complete}
+        return {
+            shard.shard: StoredShard(
+                digest=digest_from_proto(shard.digest), squared_norm=float(shard.squared_norm)
+            )
+            for shard in response.shards
+            if shard.complete
+        }
 
     async def aggregate(
         self, round_id: str, shard: int, contributions: Sequence[pb.Contribution]
@@ -98,24 +105,32 @@ class AggregationPool:
             raise error_from_rpc(error) from error
 
 
-def contributions(kind: RoundKind, shard: int, commits: Sequence[Commit]) -> list[pb.Contribution]:
-    """What goes into a shard, in the order given: every voter counts the same, an update counts its examples."""
-    equal = kind is RoundKind.VOTE
-    total = sum(1 if equal else commit.update.report.example_count for commit in commits)
+def contributions(
+    kind: RoundKind, shard: int, commits: Sequence[Commit], example_ratio: float = 0.0
+) -> list[pb.Contribution]:
+    """What goes into a shard, in the order given: every voter counts the same, an update counts its examples.
+
+    Args: example_ratio: Examples of one client that count, as a multiple of their median; 0 for all.
+    """
+    counts = [1 if kind is RoundKind.VOTE else commit.update.report.example_count for commit in commits]
+    counted = counted_examples(counts, example_ratio)
+    total = sum(counted)
     return [
         pb.Contribution(
             client_id=commit.update.client_id,
             sha256=bytes.fromhex(commit.update.shards[shard].sha256),
-            weight=(1 if equal else commit.update.report.example_count) / total,
+            weight=count / total,
             scaling=commit.update.scaling,
         )
-        for commit in commits
+        for count, commit in zip(counted, commits, strict=True)
     ]
 
 
-def lacks(stored: Mapping[int, StoredDigest], committed: Sequence[StoredDigest]) -> bool:
+def lacks(stored: Mapping[int, StoredShard], committed: Sequence[StoredDigest]) -> bool:
     """Whether any committed shard is not stored with its digest."""
-    return any(stored.get(index) != digest for index, digest in enumerate(committed))
+    return any(
+        index not in stored or stored[index].digest != digest for index, digest in enumerate(committed)
+    )
 
 
 def digest_from_proto(message: common_pb2.ShardDigest) -> StoredDigest:

@@ -68,6 +68,8 @@ class Assignment:
 
     assignment_id: str
     work: Work
+    notice: str = ""
+    """Why the member's newest update was left out, in words; "" if it was not."""
 
     @property
     def last(self) -> bool:
@@ -88,7 +90,8 @@ def assignment_for(
     committed its update to it.
     """
     work = _work(federation, round_, client_id, committed=committed)
-    return Assignment(_identifier(federation, work), work)
+    notice = next((drop.why for drop in federation.notices if drop.client_id == client_id), "")
+    return Assignment(_identifier(federation, work), work, notice)
 
 
 def _work(

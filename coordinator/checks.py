@@ -126,7 +126,11 @@ def ballot(header: pb.CastBallotHeader) -> Update:
 def report(message: pb.UpdateReport) -> Report:
     """What an update says of itself."""
     require(1 <= message.example_count <= MAX_EXAMPLES, f"report.example_count must be 1 to {MAX_EXAMPLES}")
-    require(math.isfinite(message.train_loss), "report.train_loss must be finite")
+    if not math.isfinite(message.train_loss):
+        raise DomainError(
+            Reason.VALUE_NOT_FINITE,
+            f"report.train_loss must be finite, not {message.train_loss}: lower the learning rate or check the data",
+        )
     for name in ("train_s", "encrypt_s", "upload_s"):
         _duration(getattr(message, name), f"report.{name}")
     require(0 <= message.overlap <= 1, "report.overlap must be 0 to 1")

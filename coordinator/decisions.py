@@ -268,5 +268,5 @@ def mean_overlap(commits: Sequence[Commit]) -> float | None:
 
 def contributors(record: RoundRecord, commits: Sequence[Commit]) -> list[Commit]:
     """The updates that go into the aggregate, in order of their clients."""
-    kept = (commit for commit in commits if commit.update.client_id not in record.dropped)
+    kept = (commit for commit in commits if commit.update.client_id not in record.dropped_ids)
     return sorted(kept, key=lambda commit: commit.update.client_id)

@@ -34,9 +34,10 @@ from coordinator.decisions import (
     decide,
     mean_overlap,
 )
-from coordinator.metrics import MEMBERS, ROUNDS_TOTAL, STAGE_SECONDS
+from coordinator.metrics import MEMBERS, REFUSALS_TOTAL, ROUNDS_TOTAL, STAGE_SECONDS
 from coordinator.records import (
     Commit,
+    Dropped,
     FederationRecord,
     Garbage,
     LayoutRecord,
@@ -46,11 +47,12 @@ from coordinator.records import (
     ShardResult,
     Sighting,
 )
+from coordinator.screening import outliers
 from coordinator.store import Store, Versioned
 from shelora.errors import DomainError, Reason
 from shelora.negotiation.ballots import Tally
 from shelora.negotiation.ranking import total_columns
-from shelora.rounds import Event, RoundState
+from shelora.rounds import Event, RoundKind, RoundState
 from shelora.transport.channel import is_transient
 
 CENSUS_S: Final = 10.0
@@ -347,9 +349,14 @@ class Driver:
 
     async def _aggregate(self, federation: FederationRecord, record: RoundRecord) -> WriteRound:
         """Aggregates what is left to aggregate; leads to publication, or to fewer contributors."""
-        commits = contributors(record, await self._store.commits(federation, record.sequence))
+        every = await self._store.commits(federation, record.sequence)
+        rules = federation.spec.screening
+        if record.round.kind is RoundKind.TRAIN and not record.dropped and (found := outliers(rules, every)):
+            return _without(record, found)
+        commits = contributors(record, every)
         if len(commits) < record.round.min_updates:
-            return abandon(record, Reason.SHARD_MISSING, self._clock_ms())
+            why = record.dropped[-1].reason if record.dropped else Reason.SHARD_MISSING
+            return abandon(record, why, self._clock_ms())
         if takes_ballots(federation, record):
             return await self._rank(federation, record, commits)
         try:
@@ -373,7 +380,7 @@ class Driver:
             else:
                 tally.add(await asyncio.to_thread(opened_ballot, data, federation))
         if missing:
-            return _without(record, missing)
+            return _without(record, _lost(missing))
         ranked, encoded = await asyncio.to_thread(ranked_list, tally, federation, tiers)
         if ranked is not None:
             await self._store.put_plan(federation.federation_id, ranked.digest.sha256, encoded)
@@ -389,7 +396,8 @@ class Driver:
 
         async def aggregate(index: int) -> None:
             async with slots:
-                parts = contributions(record.round.kind, index, commits)
+                ratio = federation.spec.screening.max_example_ratio
+                parts = contributions(record.round.kind, index, commits, ratio)
                 shards[index] = await self._aggregation.aggregate(record.round.round_id, index, parts)
                 await self._store.put_shard(federation, record, index, shards[index])
 
@@ -406,7 +414,7 @@ class Driver:
         ]
         if not missing:
             return abandon(record, Reason.SHARD_MISSING, self._clock_ms())
-        return _without(record, missing)
+        return _without(record, _lost(missing))
 
     def _published(
         self, record: RoundRecord, contributor_count: int, shards: list[ShardResult]
@@ -437,11 +445,18 @@ class Driver:
             _measure(record)
 
 
-def _without(record: RoundRecord, missing: Sequence[str]) -> WriteRound:
-    """Leaves clients out of a round's aggregate."""
-    _log.warning("contributors_dropped", round_id=record.round.round_id, client_ids=missing)
-    dropped = (*record.dropped, *missing)
+def _without(record: RoundRecord, left_out: Sequence[Dropped]) -> WriteRound:
+    """Leaves updates out of a round's aggregate."""
+    reasons = {drop.client_id: drop.reason for drop in left_out}
+    _log.warning("updates_dropped", round_id=record.round.round_id, reasons=reasons)
+    dropped = (*record.dropped, *left_out)
     return WriteRound("drop_contributor", record.model_copy(update={"dropped": dropped}))
+
+
+def _lost(client_ids: Sequence[str]) -> list[Dropped]:
+    """Updates that are not stored any more."""
+    why = "the update was lost from the store after it was committed: nothing to do"
+    return [Dropped(client_id=name, reason=Reason.SHARD_MISSING, why=why) for name in client_ids]
 
 
 def _measure(record: RoundRecord) -> None:
@@ -449,6 +464,8 @@ def _measure(record: RoundRecord) -> None:
     round_ = record.round
     if round_.ended:
         ROUNDS_TOTAL.labels(round_.kind, round_.state, round_.reason or "").inc()
+        for drop in record.dropped:
+            REFUSALS_TOTAL.labels(drop.reason).inc()
     if round_.state is RoundState.AGGREGATING and not record.dropped:
         STAGE_SECONDS.labels(round_.kind, "collecting").observe((record.closed_ms - round_.opened_ms) / 1000)
     if round_.state is RoundState.PUBLISHED:

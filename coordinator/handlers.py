@@ -12,8 +12,9 @@ from coordinator.aggregation import AggregationPool, lacks
 from coordinator.assignments import Assignment, assignment_for
 from coordinator.ballots import most_bytes, opened_ballot, takes_ballots
 from coordinator.changes import Changes
-from coordinator.metrics import UPDATES_TOTAL
+from coordinator.metrics import REFUSALS_TOTAL, UPDATES_TOTAL
 from coordinator.records import (
+    Dropped,
     Evaluation,
     FederationRecord,
     Member,
@@ -22,12 +23,14 @@ from coordinator.records import (
     StoredDigest,
     Update,
 )
+from coordinator.screening import require_believable
 from coordinator.store import CommitOutcome, Store
 from services.shell.sharing import Shared
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix
-from shelora.rounds import RoundState
+from shelora.lora.screening import update_norm
+from shelora.rounds import RoundKind, RoundState
 from shelora.transport.pieces import Digest, collect
 from shelora.v1 import common_pb2
 
@@ -52,6 +55,16 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How much a coordinator takes on. Those who come at the same moment may pass a limit by their number."""
+
+    max_federations: int = 1000
+    """Federations, ended ones included until their state expires."""
+    max_members: int = 20_000
+    """Members of one federation."""
+
+
+@dataclass(frozen=True)
 class Handlers:
     """The coordinator's use cases.
 
@@ -62,6 +75,7 @@ class Handlers:
         clock_ms: Unix milliseconds.
         new_instance: Eight random hex digits.
         watch_poll_s: Longest time between two looks of a watching agent's stream.
+        limits: How much it takes on.
         looks: What watching agents see, read from the store once a change for all of them.
     """
 
@@ -71,10 +85,15 @@ class Handlers:
     clock_ms: Callable[[], int]
     new_instance: Callable[[], str]
     watch_poll_s: float = 5.0
+    limits: Limits = Limits()
     looks: Shared[_LookKey, _Look] = field(default_factory=lambda: Shared(WATCHED_FEDERATIONS))
 
     async def create(self, spec: FederationSpec) -> FederationRecord:
-        """Creates a federation, or finds it created. Raises FEDERATION_EXISTS for another specification."""
+        """Creates a federation, or finds it created.
+
+        Raises: FEDERATION_EXISTS for another specification, LIMIT_REACHED.
+        """
+        await self._require_room(spec)
         record = FederationRecord(
             federation_id=spec.name, instance=self.new_instance(), spec=spec, created_ms=self.clock_ms()
         )
@@ -88,6 +107,19 @@ class Handlers:
                 f"federation {spec.name} exists with another specification: choose another name",
             )
         return found
+
+    async def _require_room(self, spec: FederationSpec) -> None:
+        if spec.round.clients > self.limits.max_members:
+            raise _limit(
+                f"round.clients = {spec.round.clients} can never join: this coordinator takes "
+                f"{self.limits.max_members} members a federation (max_members)"
+            )
+        names = await self.store.federation_ids()
+        if len(names) >= self.limits.max_federations and spec.name not in names:
+            raise _limit(
+                f"this coordinator holds {len(names)} federations, the most it takes (max_federations): wait until "
+                "ended ones expire, or raise it"
+            )
 
     async def start(self, federation_id: str) -> FederationRecord:
         """Lets a federation begin. Raises FEDERATION_UNKNOWN, FEDERATION_CLOSED."""
@@ -108,12 +140,18 @@ class Handlers:
         matrices: Sequence[common_pb2.Matrix],
         tensors: Sequence[common_pb2.Tensor],
     ) -> FederationRecord:
-        """Makes a client a member. Raises INVALID_ARGUMENT, MODEL_MISMATCH, FEDERATION_CLOSED."""
+        """Makes a client a member. Raises INVALID_ARGUMENT, MODEL_MISMATCH, FEDERATION_CLOSED, LIMIT_REACHED."""
         spec = (await self.store.federation(federation_id)).record.spec
         model = checks.model(spec, matrices, tensors)
         record = await self.store.transact(
             "fix_model", federation_id, lambda r: transitions.with_model(r, *model)
         )
+        if not await self.store.is_member(federation_id, member.client_id):
+            count = await self.store.member_count(federation_id)
+            if count >= self.limits.max_members:
+                raise _limit(
+                    f"the federation has {count} members, the most this coordinator takes (max_members)"
+                )
         await self._touch(
             federation_id, member.client_id
         )  # before it is a member, so that it is never one unseen
@@ -168,7 +206,7 @@ class Handlers:
         """Counts an update once. Returns the update count of the first receipt.
 
         Raises: ROUND_UNKNOWN, UPDATE_REWRITTEN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, LAYOUT_MISMATCH,
-        INVALID_ARGUMENT, SHARD_MISSING.
+        INVALID_ARGUMENT, SHARD_MISSING, EXAMPLES_MISMATCH, NORM_TOO_LARGE.
         """
         return await _counted(self._commit(federation_id, round_id, update))
 
@@ -180,7 +218,7 @@ class Handlers:
         if earlier is None:
             if record.round.state is not RoundState.COLLECTING:
                 return CommitOutcome.NOT_COLLECTING, 0
-            await self._check_update(federation, record, update)
+            update = await self._checked(federation, record, update)
         return await self.store.commit(federation, record.sequence, update)
 
     async def cast_ballot(
@@ -220,11 +258,12 @@ class Handlers:
         (announced,) = update.shards
         digest = Digest(bytes.fromhex(announced.sha256), announced.total_bytes)
         data = await collect(pieces, digest, most_bytes(federation))
-        member = (await self.store.members(federation.federation_id)).get(update.client_id)
+        member = await self.store.member(federation.federation_id, update.client_id)
         opened_ballot(data, federation, member.budget if member else 0.0)
         return data
 
-    async def _check_update(self, federation: FederationRecord, record: RoundRecord, update: Update) -> None:
+    async def _checked(self, federation: FederationRecord, record: RoundRecord, update: Update) -> Update:
+        """The update with its norm. A refusal by policy is kept for the operator."""
         checks.require(not takes_ballots(federation, record), "this vote takes ballots: call CastBallot")
         _require_in_cohort(record, update.client_id)
         if update.layout_digest != record.layout_digest:
@@ -241,6 +280,18 @@ class Handlers:
             raise DomainError(
                 Reason.SHARD_MISSING, "not all shards of the update are stored: send them first"
             )
+        if record.round.kind is RoundKind.VOTE:
+            return update
+        norm = update_norm(update.scaling, [shard.squared_norm for shard in stored.values()])
+        update = update.model_copy(update={"norm": norm})
+        member = await self.store.member(federation.federation_id, update.client_id)
+        try:
+            require_believable(federation.spec.screening, update, member)
+        except DomainError as error:
+            refusal = Dropped(client_id=update.client_id, reason=error.reason, why=error.message)
+            await self.store.put_refusal(federation, record.sequence, refusal)
+            raise
+        return update
 
     async def publish_plan(
         self,
@@ -318,8 +369,9 @@ async def _counted(commit: Coroutine[Any, Any, tuple[CommitOutcome, int]]) -> in
     """The update count of a commit's receipt, measured. Raises UPDATE_REWRITTEN, ROUND_NOT_COLLECTING."""
     try:
         outcome, count = await commit
-    except DomainError:
+    except DomainError as error:
         UPDATES_TOTAL.labels("refused").inc()
+        REFUSALS_TOTAL.labels(error.reason).inc()
         raise
     UPDATES_TOTAL.labels(_OUTCOMES[outcome]).inc()
     if outcome is CommitOutcome.REWRITTEN:
@@ -332,6 +384,10 @@ async def _counted(commit: Coroutine[Any, Any, tuple[CommitOutcome, int]]) -> in
 def _require_in_cohort(record: RoundRecord, client_id: str) -> None:
     if client_id not in record.round.cohort:
         raise DomainError(Reason.NOT_IN_COHORT, "this client was not asked for an update in this round")
+
+
+def _limit(message: str) -> DomainError:
+    return DomainError(Reason.LIMIT_REACHED, message)
 
 
 def _rewritten() -> DomainError:

@@ -51,6 +51,10 @@ class Keys:
         """Hash from client to "ordinal manifest-digest Update"."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:commits"
 
+    def refusals(self, federation_id: str, instance: str, sequence: int) -> str:
+        """Hash from client to Dropped: updates refused at their commit, the newest of each client."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:refusals"
+
     def ballots(self, federation_id: str, instance: str, sequence: int) -> str:
         """Hash from client to its encoded ballot, until the vote is over."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:ballots"

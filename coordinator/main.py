@@ -99,7 +99,9 @@ def compose(
     pool = AggregationPool(
         aggregation, retry_s=settings.retry_s, aggregate_timeout_s=settings.aggregate_timeout_s
     )
-    handlers = Handlers(store, changes, pool, now_ms, lambda: secrets.token_hex(4), settings.watch_poll_s)
+    handlers = Handlers(
+        store, changes, pool, now_ms, lambda: secrets.token_hex(4), settings.watch_poll_s, settings.limits
+    )
     driver = Driver(
         store=store,
         changes=changes,

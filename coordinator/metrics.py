@@ -48,6 +48,12 @@ UPDATES_TOTAL: Final = counter(
     {"outcome": ("committed", "repeated", "rewritten", "late", "refused")},
 )
 
+REFUSALS_TOTAL: Final = counter(
+    "update_refusals_total",
+    "Updates that were refused at their commit or left out of an aggregate, by reason.",
+    {"reason": list(Reason)},
+)
+
 MEMBERS: Final = gauge(
     "members_count",
     "Members of the federations that this replica drives, by whether they were heard of lately.",

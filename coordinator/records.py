@@ -7,7 +7,7 @@ shards) has keys of its own. Rules live in `coordinator.decisions`; these classe
 import hashlib
 import json
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,6 +15,9 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Layout, Matrix, Shard, Tensor
 from shelora.rounds import Round, RoundKind
+
+MAX_NOTICES: Final = 100
+"""A federation's record is rewritten at every step: it holds no more. The round's own record holds all."""
 
 
 class Record(BaseModel):
@@ -117,6 +120,15 @@ class Garbage(Record):
     """Whether its results go too."""
 
 
+class Dropped(Record):
+    """An update that is not in its round's aggregate."""
+
+    client_id: str
+    reason: Reason
+    why: str
+    """What the client should do, in words; names nobody else."""
+
+
 class FederationRecord(Record):
     """Everything a coordinator needs to go on with a federation after a restart."""
 
@@ -157,6 +169,8 @@ class FederationRecord(Record):
     result_plan: Plan | None = None
     """Plan under which that result was made."""
     garbage: tuple[Garbage, ...] = ()
+    notices: tuple[Dropped, ...] = ()
+    """What the newest training round left out, at most MAX_NOTICES of it: those clients are told."""
 
     @property
     def ended(self) -> bool:
@@ -238,8 +252,8 @@ class RoundRecord(Record):
     """Plan the round trains by; 0 for none."""
     closed_ms: int = 0
     """Unix milliseconds at which collecting ended; 0 before."""
-    dropped: tuple[str, ...] = ()
-    """Clients whose committed update aggregation no longer has."""
+    dropped: tuple[Dropped, ...] = ()
+    """Committed updates that are left out: by policy, or because aggregation no longer has them."""
     contributor_count: int = 0
     """Updates in the result."""
     results: tuple[StoredDigest, ...] = ()
@@ -248,6 +262,11 @@ class RoundRecord(Record):
     """Of a published vote by ballots; None if no member affords encryption."""
     aggregate_cpu_s: float = 0.0
     aggregate_wall_s: float = 0.0
+
+    @property
+    def dropped_ids(self) -> frozenset[str]:
+        """Clients whose committed update is left out."""
+        return frozenset(drop.client_id for drop in self.dropped)
 
 
 class Member(Record):
@@ -281,6 +300,14 @@ class Report(Record):
     """Share of its top columns that the plan protects, relative to when the plan was new."""
 
 
+class StoredShard(Record):
+    """What aggregation has of one shard of an update."""
+
+    digest: StoredDigest
+    squared_norm: float = 0.0
+    """Its part of the update's squared norm, without the scaling."""
+
+
 class Update(Record):
     """A committed update: its manifest and its report."""
 
@@ -290,11 +317,13 @@ class Update(Record):
     rank: int
     scaling: float
     report: Report
+    norm: float = 0.0
+    """As aggregation measured it (`shelora.lora.screening`); 0 for a vote."""
 
     @property
     def manifest_digest(self) -> str:
         """SHA-256 in hex of what fixes the update; a repeat may differ in its report only."""
-        manifest = self.model_dump_json(exclude={"report"})
+        manifest = self.model_dump_json(exclude={"report", "norm"})
         counted = json.dumps([manifest, self.report.example_count])
         return hashlib.sha256(counted.encode()).hexdigest()
 

@@ -7,6 +7,7 @@ from coordinator.aggregation import digest_to_proto
 from coordinator.assignments import Assignment, Finish, Halt, MakePlan, Train, Vote, Wait
 from coordinator.records import (
     Commit,
+    Dropped,
     Evaluation,
     FederationRecord,
     Member,
@@ -112,15 +113,23 @@ class Renderer:
         evaluations = await self._store.evaluations(federation, record.sequence)
         aggregating = record.round.state is RoundState.AGGREGATING
         shards = await self._store.shards(federation, record) if aggregating else {}
-        return summary_to_proto(record, commits, evaluations, len(record.results) or len(shards))
+        refusals = await self._store.refusals(federation, record.sequence)
+        done = len(record.results) or len(shards)
+        return summary_to_proto(record, commits, evaluations, refusals, done)
 
     async def assignment(self, federation: FederationRecord, assignment: Assignment) -> pb.Assignment:
-        """An assignment with the layouts and results it refers to. The same object for all who are assigned the same.
+        """An assignment with the layouts and results it refers to. The same object for all who are assigned the same, but
+        for a notice.
 
         Raises: ROUND_UNKNOWN, RESULT_UNKNOWN: what it refers to has expired.
         """
         key = f"{federation.federation_id}/{assignment.assignment_id}"
-        return await self._assignments.get(key, lambda: self._assignment(federation, assignment))
+        shared = await self._assignments.get(key, lambda: self._assignment(federation, assignment))
+        if not assignment.notice:
+            return shared
+        own = pb.Assignment(notice=assignment.notice)
+        own.MergeFrom(shared)
+        return own
 
     async def _assignment(self, federation: FederationRecord, assignment: Assignment) -> pb.Assignment:
         message = pb.Assignment(assignment_id=assignment.assignment_id)
@@ -208,9 +217,15 @@ def member_to_proto(member: Member, seen: Sighting | None, now_ms: int) -> pb.Me
 
 
 def summary_to_proto(
-    record: RoundRecord, commits: Sequence[Commit], evaluations: Sequence[Evaluation], shards_done: int
+    record: RoundRecord,
+    commits: Sequence[Commit],
+    evaluations: Sequence[Evaluation],
+    refusals: Sequence[Dropped],
+    shards_done: int,
 ) -> pb.RoundSummary:
     round_ = record.round
+    committed = {commit.update.client_id for commit in commits}
+    dropped = [*record.dropped, *(drop for drop in refusals if drop.client_id not in committed)]
     return pb.RoundSummary(
         round_id=round_.round_id,
         kind=pb.RoundKind.Value(f"ROUND_KIND_{round_.kind}"),
@@ -230,6 +245,7 @@ def summary_to_proto(
         evaluations=[_evaluation_to_proto(evaluation) for evaluation in evaluations],
         sequence=record.sequence,
         upload_bytes=sum(commit.update.report.upload_bytes for commit in commits),
+        dropped=[pb.DroppedUpdate(**drop.model_dump(exclude={"format"})) for drop in dropped],
     )
 
 

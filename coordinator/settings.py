@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr, Strict
 from pydantic_settings import SettingsConfigDict
 
 from coordinator.driver import DriverPolicy
+from coordinator.handlers import Limits
 from services.shell.settings import MemberSettings, with_password
 
 
@@ -36,6 +37,12 @@ class CoordinatorSettings(MemberSettings):
 
     sighting_s: Annotated[int, Field(ge=60, le=7 * 86_400)] = 3600
     """Seconds that a client's last heartbeat is shown."""
+
+    max_federations: Annotated[int, Field(ge=1)] = 1000
+    """Federations that this cluster holds, ended ones included until their state expires."""
+
+    max_members: Annotated[int, Field(ge=2, le=100_000)] = 20_000
+    """Clients that may join one federation."""
 
     alive_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds after its last heartbeat or call during which a client is taken into new rounds."""
@@ -70,6 +77,11 @@ class CoordinatorSettings(MemberSettings):
     def retention(self) -> timedelta:
         """As a duration."""
         return timedelta(days=self.retention_days)
+
+    @property
+    def limits(self) -> Limits:
+        """How much it takes on."""
+        return Limits(max_federations=self.max_federations, max_members=self.max_members)
 
     @property
     def policy(self) -> DriverPolicy:

@@ -22,6 +22,7 @@ from coordinator.keys import Keys
 from coordinator.metrics import TRANSACTION_TOTAL
 from coordinator.records import (
     Commit,
+    Dropped,
     Evaluation,
     FederationRecord,
     LayoutRecord,
@@ -105,6 +106,12 @@ class Store(Protocol):
     async def commit_count(self, federation: FederationRecord, sequence: int) -> int:
         """Number of committed updates."""
 
+    async def put_refusal(self, federation: FederationRecord, sequence: int, refusal: Dropped) -> None:
+        """Keeps why a client's update was refused; another refusal replaces it."""
+
+    async def refusals(self, federation: FederationRecord, sequence: int) -> list[Dropped]:
+        """Refused updates, by client."""
+
     async def put_ballot(
         self, federation: FederationRecord, sequence: int, client_id: str, ballot: bytes
     ) -> None:
@@ -124,6 +131,9 @@ class Store(Protocol):
 
     async def members(self, federation_id: str) -> dict[str, Member]:
         """Members by client, sorted."""
+
+    async def member(self, federation_id: str, client_id: str) -> Member | None:
+        """A member; None if the client has not joined."""
 
     async def is_member(self, federation_id: str, client_id: str) -> bool:
         """Whether a client has joined."""
@@ -329,6 +339,16 @@ class RedisStore:
         return int(await self._redis.hlen(key))
 
     @_available
+    async def put_refusal(self, federation: FederationRecord, sequence: int, refusal: Dropped) -> None:
+        key = self._keys.refusals(federation.federation_id, federation.instance, sequence)
+        await self._put_field(key, refusal.client_id, refusal)
+
+    @_available
+    async def refusals(self, federation: FederationRecord, sequence: int) -> list[Dropped]:
+        key = self._keys.refusals(federation.federation_id, federation.instance, sequence)
+        return [Dropped.model_validate_json(data) for _, data in sorted((await self._hash(key)).items())]
+
+    @_available
     async def put_ballot(
         self, federation: FederationRecord, sequence: int, client_id: str, ballot: bytes
     ) -> None:
@@ -363,6 +383,11 @@ class RedisStore:
     async def members(self, federation_id: str) -> dict[str, Member]:
         fields = await self._hash(self._keys.members(federation_id))
         return {name.decode(): Member.read(data) for name, data in sorted(fields.items())}
+
+    @_available
+    async def member(self, federation_id: str, client_id: str) -> Member | None:
+        data = await self._redis.hget(self._keys.members(federation_id), client_id)
+        return None if data is None else Member.model_validate_json(data)
 
     @_available
     async def is_member(self, federation_id: str, client_id: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from coordinator.records import (
+    MAX_NOTICES,
     FederationRecord,
     Garbage,
     Member,
@@ -22,10 +23,15 @@ from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, Tensor
 from shelora.rounds import RoundKind, RoundState
 
+MAX_TIERS: Final = 16
+"""Tiers of a plan: each costs slots in every matrix, whatever the number of clients."""
+
 WHY: Final[Mapping[Reason, str]] = {
     Reason.TOO_FEW_UPDATES: "fewer than {least} clients sent an update in time; see that enough agents run, or "
     "raise round.deadline_s",
     Reason.SHARD_MISSING: "updates of too many clients were lost from aggregation's store",
+    Reason.NORM_OUTLIER: "too few updates were left after those that are too large beside the others; see "
+    "`shelora federation show`, and raise screening.max_norm_ratio if those updates are honest",
     Reason.ROUND_UNKNOWN: "aggregation's store lost the round",
     Reason.WORKER_FAILED: "aggregation's workers kept failing",
 }
@@ -140,7 +146,8 @@ def settled(
         after = _after_vote(record, ended, voters, members, now_ms)
     else:
         after = edit(_after_training(record, ended), overlap=overlap)
-    return edit(after, ticket=None, garbage=_garbage(record, after, ended))
+    notices = ended.dropped[:MAX_NOTICES] if ended.round.kind is RoundKind.TRAIN else ()
+    return edit(after, ticket=None, garbage=_garbage(record, after, ended), notices=notices)
 
 
 def _after_abandonment(record: FederationRecord, ended: RoundRecord) -> FederationRecord:
@@ -223,8 +230,16 @@ def _garbage(before: FederationRecord, after: FederationRecord, ended: RoundReco
 
 
 def budgets(members: Mapping[str, Member]) -> tuple[float, ...]:
-    """The tiers: distinct budgets above zero, increasing."""
-    return tuple(sorted({member.budget for member in members.values()} - {0.0}))
+    """The tiers: distinct budgets above zero, increasing, at most MAX_TIERS of them.
+
+    Members of many budgets form groups of about the same size, from the smallest budget up; the smallest of a group is
+    its tier, so that every member affords what it encrypts, and only groups encrypt less than they could.
+    """
+    affordable = sorted({member.budget for member in members.values()} - {0.0})
+    if len(affordable) <= MAX_TIERS:
+        return tuple(affordable)
+    ranked = sorted(member.budget for member in members.values() if member.budget)
+    return tuple(sorted({ranked[group * len(ranked) // MAX_TIERS] for group in range(MAX_TIERS)}))
 
 
 def led(record: FederationRecord, leader: str, now_ms: int) -> FederationRecord:

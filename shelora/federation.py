@@ -163,6 +163,33 @@ class ProtectionSpec(Spec):
         return name
 
 
+class ScreeningSpec(Spec):
+    """Which updates are believed (docs/protocol.md, "Screening"). 0 turns a rule off."""
+
+    max_update_norm: Annotated[float, Field(ge=0, le=1e12)] = 1e4
+    """Norm above which an update is refused. Weights of a layer have norms below 100, updates norms of some per cent of
+    that; the norm servers measure is about ten times as large."""
+
+    max_norm_ratio: Annotated[float, Field(ge=0, le=1e6)] = 10.0
+    """Norm above which an update is left out of the aggregate, as a multiple of the cohort's median, at least 2.
+    Honest updates differ with alpha, rank and data, rarely by more than a factor of 3."""
+
+    max_example_ratio: Annotated[float, Field(ge=0, le=1e6)] = 100.0
+    """Examples of one client that count in the aggregate, as a multiple of the cohort's median, at least 1: nobody can
+    outweigh the others by claiming a billion."""
+
+    @model_validator(mode="after")
+    def _ratios_leave_the_median_in(self) -> Self:
+        for name, least in (("max_norm_ratio", 2), ("max_example_ratio", 1)):
+            if 0 < getattr(self, name) < least:
+                raise PydanticCustomError(
+                    name,
+                    "screening.{name} must be 0 (off) or at least {least}",
+                    {"name": name, "least": least},
+                )
+        return self
+
+
 class FederationSpec(Spec):
     """A federation, as its operator specified it."""
 
@@ -177,6 +204,9 @@ class FederationSpec(Spec):
 
     protection: ProtectionSpec = ProtectionSpec()
     """What is encrypted."""
+
+    screening: ScreeningSpec = ScreeningSpec()
+    """Which updates are believed."""
 
     @model_validator(mode="after")
     def _floor_has_another_vote(self) -> Self:
@@ -210,6 +240,7 @@ class FederationSpec(Spec):
             "training": _fields(message.training, TrainingSpec),
             "round": _fields(message.round, RoundSpec),
             "protection": _fields(message.protection, ProtectionSpec),
+            "screening": _fields(message.screening, ScreeningSpec),
         }
         try:
             return cls.model_validate(fields)
@@ -223,11 +254,12 @@ class FederationSpec(Spec):
             training=pb.TrainingSpec(**self.training.model_dump()),
             round=pb.RoundSpec(**self.round.model_dump()),
             protection=pb.ProtectionSpec(**self.protection.model_dump()),
+            screening=pb.ScreeningSpec(**self.screening.model_dump()),
         )
 
 
 def _fields(
-    message: pb.TrainingSpec | pb.RoundSpec | pb.ProtectionSpec, model: type[BaseModel]
+    message: pb.TrainingSpec | pb.RoundSpec | pb.ProtectionSpec | pb.ScreeningSpec, model: type[BaseModel]
 ) -> dict[str, Any]:
     values = {name: getattr(message, name) for name in model.model_fields}
     return {

@@ -64,6 +64,8 @@ class Progress:
     digest: Digest
     received_bytes: int
     complete: bool
+    squared_norm: float = 0.0
+    """Its part of the update's squared norm (`shelora.lora.screening`), once complete."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,13 +97,14 @@ PROMOTE: Final = (
     _TTL
     + _CURRENT
     + """
--- KEYS: round, client, partial, update, updates. ARGV: shard, '<sha256>:<total>', token, prefix of update keys.
+-- KEYS: round, client, partial, update, updates. ARGV: shard, '<sha256>:<total>', token, prefix of update keys,
+-- squared norm.
 -- Closes: content that was not checked becomes complete. The token proves that the bytes are those that were checked,
 -- since they were all there then and stored bytes never change. The shard complete before is dropped in the same step.
 local old = redis.call('HGET', KEYS[2], 'complete:' .. ARGV[1])
 redis.call('RENAME', KEYS[3], KEYS[4])
 redis.call('PEXPIRE', KEYS[4], ttl)
-redis.call('HSET', KEYS[2], 'complete:' .. ARGV[1], ARGV[2])
+redis.call('HSET', KEYS[2], 'complete:' .. ARGV[1], ARGV[2], 'norm:' .. ARGV[1], ARGV[5])
 redis.call('HDEL', KEYS[2], 'partial:' .. ARGV[1])
 redis.call('SREM', KEYS[5], KEYS[3])
 redis.call('SADD', KEYS[5], KEYS[4])

@@ -166,4 +166,5 @@ def _progress_to_proto(progress: Progress) -> pb.ShardProgress:
         digest=_digest_to_proto(progress.digest),
         received_bytes=progress.received_bytes,
         complete=progress.complete,
+        squared_norm=progress.squared_norm,
     )

@@ -82,8 +82,8 @@ class ShardStore(Protocol):
     async def is_complete(self, upload: Upload) -> bool:
         """Whether the content is complete, through whatever call."""
 
-    async def promote(self, upload: Upload) -> bool:
-        """Makes fully received and checked content complete.
+    async def promote(self, upload: Upload, squared_norm: float = 0.0) -> bool:
+        """Makes fully received and checked content complete, and keeps its squared norm.
 
         Returns: False if it is complete through another call.
         Raises: ROUND_UNKNOWN, SHARD_REWRITTEN (superseded).
@@ -182,7 +182,7 @@ class RedisShardStore:
             )
         return bool(found == _announced(upload.digest).encode())
 
-    async def promote(self, upload: Upload) -> bool:
+    async def promote(self, upload: Upload, squared_norm: float = 0.0) -> bool:
         slot, keys = upload.slot, RoundKeys(upload.slot.round_id)
         with _available():
             answer = await self._promote(
@@ -193,7 +193,7 @@ class RedisShardStore:
                     keys.update(slot.client_id, slot.shard, upload.digest.sha256),
                     keys.updates,
                 ],
-                [*_step(upload), keys.update_prefix(slot.client_id, slot.shard)],
+                [*_step(upload), keys.update_prefix(slot.client_id, slot.shard), repr(squared_norm)],
             )
         return _accepted(answer) is Answer.OK
 
@@ -469,7 +469,11 @@ def _complete(fields: dict[bytes, bytes]) -> Iterator[tuple[int, Progress]]:
         kind, _, shard = name.partition(b":")
         if kind == b"complete":
             digest = _digest(record)
-            yield int(shard), Progress(int(shard), digest, digest.total_bytes, complete=True)
+            norm = float(fields[b"norm:" + shard])
+            yield (
+                int(shard),
+                Progress(int(shard), digest, digest.total_bytes, complete=True, squared_norm=norm),
+            )
 
 
 def _partial(fields: dict[bytes, bytes]) -> Iterator[tuple[int, Digest]]:

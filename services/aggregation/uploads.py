@@ -14,6 +14,7 @@ from services.aggregation.records import ShardSlot, Upload
 from services.aggregation.store import ShardStore
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
+from shelora.lora.screening import squared_norm
 from shelora.messages import validate_update
 from shelora.transport.pieces import PIECE_BYTES, Digest
 
@@ -88,7 +89,8 @@ class Uploads:
             raise DomainError(Reason.TRANSFER_OFFSET, message)
         with metrics.UPLOADS.track_inprogress():
             await self._transfer(upload, offset, pieces)
-        if not (await self._check(layout, upload) and await self._store.promote(upload)):
+        squared_norm = await self._check(layout, upload)
+        if squared_norm is None or not await self._store.promote(upload, squared_norm):
             return False
         metrics.STORED_BYTES.labels("update").inc(upload.digest.total_bytes)
         _log.info("shard_stored", total_bytes=upload.digest.total_bytes, **_fields(upload.slot))
@@ -110,18 +112,17 @@ class Uploads:
                 await batch.flush()
             raise
 
-    async def _check(self, layout: Layout, upload: Upload) -> bool:
+    async def _check(self, layout: Layout, upload: Upload) -> float | None:
         """Checks the stored bytes, in a thread: numpy over tens of MiB would keep every other call waiting.
 
-        Returns False if another call completed the same content first.
+        Returns: the squared norm of the content; None if another call completed the same content first.
         """
         async with self._checking:
             data = await self._store.read(upload)
             if len(data) == upload.digest.total_bytes:
-                await asyncio.to_thread(_verify, layout, upload, data)
-                return True
+                return await asyncio.to_thread(_verified, layout, upload, data)
         if await self._store.is_complete(upload):
-            return False
+            return None
         raise DomainError(Reason.SHARD_REWRITTEN, "a later upload with other content took this one's place")
 
 
@@ -188,11 +189,11 @@ def _check_announcement(layout: Layout, announced: Announcement) -> None:
         )
 
 
-def _verify(layout: Layout, upload: Upload, data: bytes) -> None:
-    """Raises what PutShard names of contents."""
+def _verified(layout: Layout, upload: Upload, data: bytes) -> float:
+    """The squared norm of a shard. Raises what PutShard names of contents."""
     if hashlib.sha256(data).digest() != upload.digest.sha256:
         raise DomainError(Reason.DIGEST_MISMATCH, "the bytes received do not have the announced SHA-256")
-    validate_update(layout, upload.slot.shard, data)
+    return squared_norm(layout, validate_update(layout, upload.slot.shard, data))
 
 
 def _fields(slot: ShardSlot) -> dict[str, str | int]:

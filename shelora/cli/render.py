@@ -17,6 +17,8 @@ from shelora.v1 import enrolment_pb2
 
 _PLAIN: Final[dict[str, Any]] = {"box": None, "padding": (0, 1, 0, 0), "header_style": "bold"}
 """Tables without lines: all columns fit 80 characters."""
+MAX_DROPPED: Final = 20
+"""Updates refused or left out that are shown, the newest."""
 _STATE = {
     pb.ROUND_STATE_SELECTING: "selecting a cohort",
     pb.ROUND_STATE_COLLECTING: "collecting updates",
@@ -83,8 +85,17 @@ def federation_view(federation: pb.Federation) -> RenderableType:
     rounds = training_rounds(federation)
     if rounds:
         parts.append(rounds_table([round_figures(r) for r in rounds]))
+    dropped = dropped_updates(federation)
+    if dropped:
+        parts.append(_dropped_table(dropped[-MAX_DROPPED:]))
     title = f"federation {federation.federation_id} · {_PHASE.get(federation.phase, 'unknown')}"
     return Panel(Group(*parts), title=title, title_align="left", box=box.HORIZONTALS, padding=0)
+
+
+def dropped_updates(federation: pb.Federation) -> list[tuple[str, pb.DroppedUpdate]]:
+    """Updates that are in no aggregate, oldest first, each with the name of its round."""
+    current = [federation.current] if federation.HasField("current") else []
+    return [(_name(r), drop) for r in [*federation.history, *current] for drop in r.dropped]
 
 
 def federations_table(federations: Sequence[pb.Federation]) -> RenderableType:
@@ -152,7 +163,8 @@ def _now(federation: pb.Federation) -> str:
 def _progress(current: pb.RoundSummary) -> str:
     if current.state == pb.ROUND_STATE_AGGREGATING:
         return f"{current.shards_done} of {current.shard_count} shards"
-    return f"{current.update_count} of {current.cohort_count} updates, {size(current.upload_bytes)}"
+    dropped = f", {len(current.dropped)} refused" if current.dropped else ""
+    return f"{current.update_count} of {current.cohort_count} updates, {size(current.upload_bytes)}{dropped}"
 
 
 def _members_table(federation: pb.Federation) -> Table:
@@ -176,6 +188,21 @@ def revocations_table(revocations: Iterable[enrolment_pb2.Revocation]) -> Table:
         since = "enrolled again" if revocation.enrolled_again else ""
         table.add_row(revocation.federation_id, revocation.client_id, f"{at:%Y-%m-%d %H:%M:%S}", since)
     return table
+
+
+def _dropped_table(dropped: Sequence[tuple[str, pb.DroppedUpdate]]) -> Table:
+    table = Table(title="\nupdates refused or left out", title_justify="left", **_PLAIN)
+    for heading in ("round", "agent", "reason"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("why")
+    for name, drop in dropped:
+        table.add_row(name, drop.client_id, drop.reason, drop.why)
+    return table
+
+
+def _name(summary: pb.RoundSummary) -> str:
+    number = str(summary.number) if summary.kind == pb.ROUND_KIND_TRAIN else "vote"
+    return f"{number}, attempt {summary.attempt}" if summary.attempt > 1 else number
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -26,6 +26,10 @@ MAX_TENSOR_DIMENSIONS = 8
 LARGEST_BOUND = (2 - 2.0**-23) * 2.0**127
 """Largest float32."""
 MAX_RANK = 1024
+MAX_ITEMS = 2**14
+"""Matrices of a layout, and tensors: an expert model of the largest kind has some thousand adapted matrices."""
+MAX_TIERS = 64
+"""Tiers of a layout. Every tier is a run of slots of its own in every matrix."""
 MAX_NAME = 256
 SOFT_CLEAR_BYTES = 4 * 2**20
 """Clear bytes of the largest client at which a shard is closed once its last ciphertext chunk is well filled."""
@@ -144,6 +148,7 @@ class Layout:
             raise refuse(f"max_rank must be 1 to {MAX_RANK}")
         if self.max_directions < 1:
             raise refuse("max_directions must be at least 1")
+        self._check_counts()
         if any(not 0 < b <= 1 for b in self.tiers) or list(self.tiers) != sorted(set(self.tiers)):
             raise refuse("tiers must be strictly increasing budgets in (0, 1]")
         if any(len(m.tier_columns) != len(self.tiers) for m in self.matrices):
@@ -159,6 +164,10 @@ class Layout:
             raise refuse("a shard holds matrices or tensors, not both")
         if (self.encrypts or self.key_id) and len(self.key_id) != KEY_ID_BYTES:
             raise refuse(f"a layout that encrypts needs a key_id of {KEY_ID_BYTES} bytes")
+
+    def _check_counts(self) -> None:
+        if max(len(self.matrices), len(self.tensors)) > MAX_ITEMS or len(self.tiers) > MAX_TIERS:
+            raise refuse(f"a layout has at most {MAX_ITEMS} matrices, as many tensors and {MAX_TIERS} tiers")
 
     @property
     def encrypts(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shelora.ckks.parameters import SUM_LIMIT
 from shelora.ckks.wire import FullBlock, decode_block
 from shelora.errors import DomainError, Reason
 from shelora.lora.aggregate import MIN_CONTRIBUTORS, TENSOR_HEADROOM
@@ -74,7 +75,9 @@ def _slots(layout: Layout, content: ResultShardContent, decryptor: Decrypts | No
         raise DomainError(Reason.SECRET_UNAVAILABLE, "the result is encrypted, but there is no key")
     block = decode_block(content.ciphertexts, shape)
     assert isinstance(block, FullBlock)  # the shape asked for both polynomials
-    return decryptor.decrypt(block, slot_count)
+    slots = decryptor.decrypt(block, slot_count)
+    # Entries of A of at most 1 and tensors within their bound add up to no more: what a member hides beyond is cut off.
+    return np.clip(slots, -SUM_LIMIT, SUM_LIMIT, out=slots)
 
 
 def _matrices(

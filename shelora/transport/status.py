@@ -60,6 +60,9 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.NOT_IN_COHORT: _Code.PERMISSION_DENIED,
         Reason.UPDATE_REWRITTEN: _Code.ALREADY_EXISTS,
         Reason.TOO_FEW_UPDATES: _Code.FAILED_PRECONDITION,
+        Reason.EXAMPLES_MISMATCH: _Code.INVALID_ARGUMENT,
+        Reason.NORM_TOO_LARGE: _Code.INVALID_ARGUMENT,
+        Reason.NORM_OUTLIER: _Code.FAILED_PRECONDITION,
         Reason.RESULT_UNKNOWN: _Code.NOT_FOUND,
         # Shards and transfers
         Reason.LAYOUT_MISMATCH: _Code.FAILED_PRECONDITION,
@@ -90,7 +93,8 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.MODEL_INVALID: _Code.FAILED_PRECONDITION,
         # Key authority
         Reason.AUDIT_BROKEN: _Code.DATA_LOSS,
-        # Resources: all pass, so callers try again
+        # Resources: all but limits pass, so callers try again
+        Reason.LIMIT_REACHED: _Code.FAILED_PRECONDITION,
         Reason.RATE_LIMITED: _Code.RESOURCE_EXHAUSTED,
         Reason.STORE_UNAVAILABLE: _Code.UNAVAILABLE,
         Reason.WORKER_FAILED: _Code.UNAVAILABLE,

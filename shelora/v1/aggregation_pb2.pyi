@@ -211,12 +211,17 @@ class ShardProgress(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    SQUARED_NORM_FIELD_NUMBER: _builtins.int
     shard: _builtins.int
     """Index of the shard in the layout."""
     received_bytes: _builtins.int
     """Bytes stored of it so far."""
     complete: _builtins.bool
     """True once all bytes arrived and were checked."""
+    squared_norm: _builtins.float
+    """Of a complete shard of matrices: its part of the update's squared norm, without the scaling (docs/protocol.md,
+    "Screening").
+    """
     @_builtins.property
     def digest(self) -> _common_pb2.ShardDigest:
         """Digest announced by the upload."""
@@ -228,10 +233,11 @@ class ShardProgress(_message.Message):
         digest: _common_pb2.ShardDigest | None = ...,
         received_bytes: _builtins.int = ...,
         complete: _builtins.bool = ...,
+        squared_norm: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "digest", b"digest", "received_bytes", b"received_bytes", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "digest", b"digest", "received_bytes", b"received_bytes", "shard", b"shard", "squared_norm", b"squared_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -292,6 +292,38 @@ class ProtectionSpec(_message.Message):
 Global___ProtectionSpec: _TypeAlias = ProtectionSpec  # noqa: Y015
 
 @_typing.final
+class ScreeningSpec(_message.Message):
+    """Which updates are believed (docs/protocol.md, "Screening"). 0 turns a rule off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_UPDATE_NORM_FIELD_NUMBER: _builtins.int
+    MAX_NORM_RATIO_FIELD_NUMBER: _builtins.int
+    MAX_EXAMPLE_RATIO_FIELD_NUMBER: _builtins.int
+    max_update_norm: _builtins.float
+    """Norm above which an update is refused with NORM_TOO_LARGE, 0 to 10^12."""
+    max_norm_ratio: _builtins.float
+    """Norm above which an update is left out of the aggregate (NORM_OUTLIER), as a multiple of the cohort's median: at
+    least 2.
+    """
+    max_example_ratio: _builtins.float
+    """Examples of one client that count in the aggregate, as a multiple of the cohort's median: at least 1."""
+    def __init__(
+        self,
+        *,
+        max_update_norm: _builtins.float = ...,
+        max_norm_ratio: _builtins.float = ...,
+        max_example_ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_example_ratio", b"max_example_ratio", "max_norm_ratio", b"max_norm_ratio", "max_update_norm", b"max_update_norm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScreeningSpec: _TypeAlias = ScreeningSpec  # noqa: Y015
+
+@_typing.final
 class FederationSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -299,6 +331,7 @@ class FederationSpec(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     PROTECTION_FIELD_NUMBER: _builtins.int
+    SCREENING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name and identifier, 1 to 64 characters of [a-z0-9-]."""
     @_builtins.property
@@ -307,6 +340,8 @@ class FederationSpec(_message.Message):
     def round(self) -> Global___RoundSpec: ...
     @_builtins.property
     def protection(self) -> Global___ProtectionSpec: ...
+    @_builtins.property
+    def screening(self) -> Global___ScreeningSpec: ...
     def __init__(
         self,
         *,
@@ -314,10 +349,11 @@ class FederationSpec(_message.Message):
         training: Global___TrainingSpec | None = ...,
         round: Global___RoundSpec | None = ...,
         protection: Global___ProtectionSpec | None = ...,
+        screening: Global___ScreeningSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["protection", b"protection", "round", b"round", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["protection", b"protection", "round", b"round", "screening", b"screening", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "protection", b"protection", "round", b"round", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "protection", b"protection", "round", b"round", "screening", b"screening", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,6 +424,7 @@ class RoundSummary(_message.Message):
     EVALUATIONS_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     kind: Global___RoundKind.ValueType
     number: _builtins.int
@@ -423,6 +460,10 @@ class RoundSummary(_message.Message):
     def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationReport]:
         """What agents measured after applying the result."""
 
+    @_builtins.property
+    def dropped(self) -> _containers.RepeatedCompositeFieldContainer[Global___DroppedUpdate]:
+        """Updates that are not in the aggregate: refused at their commit, left out when the round closed, or lost."""
+
     def __init__(
         self,
         *,
@@ -444,14 +485,42 @@ class RoundSummary(_message.Message):
         evaluations: _abc.Iterable[Global___EvaluationReport] | None = ...,
         sequence: _builtins.int = ...,
         upload_bytes: _builtins.int = ...,
+        dropped: _abc.Iterable[Global___DroppedUpdate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate_cpu_s", b"aggregate_cpu_s", "aggregate_wall_s", b"aggregate_wall_s", "attempt", b"attempt", "cohort_count", b"cohort_count", "ended_unix_ms", b"ended_unix_ms", "evaluations", b"evaluations", "kind", b"kind", "number", b"number", "opened_unix_ms", b"opened_unix_ms", "reason", b"reason", "round_id", b"round_id", "sequence", b"sequence", "shard_count", b"shard_count", "shards_done", b"shards_done", "state", b"state", "update_count", b"update_count", "updates", b"updates", "upload_bytes", b"upload_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate_cpu_s", b"aggregate_cpu_s", "aggregate_wall_s", b"aggregate_wall_s", "attempt", b"attempt", "cohort_count", b"cohort_count", "dropped", b"dropped", "ended_unix_ms", b"ended_unix_ms", "evaluations", b"evaluations", "kind", b"kind", "number", b"number", "opened_unix_ms", b"opened_unix_ms", "reason", b"reason", "round_id", b"round_id", "sequence", b"sequence", "shard_count", b"shard_count", "shards_done", b"shards_done", "state", b"state", "update_count", b"update_count", "updates", b"updates", "upload_bytes", b"upload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundSummary: _TypeAlias = RoundSummary  # noqa: Y015
+
+@_typing.final
+class DroppedUpdate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.str
+    reason: _builtins.str
+    """A Reason."""
+    why: _builtins.str
+    """What the client should do, in words."""
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "reason", b"reason", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DroppedUpdate: _TypeAlias = DroppedUpdate  # noqa: Y015
 
 @_typing.final
 class UpdateReport(_message.Message):
@@ -467,7 +536,7 @@ class UpdateReport(_message.Message):
     OVERLAP_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     example_count: _builtins.int
-    """Examples seen in training this round, the aggregation weight, 1 to 10^9."""
+    """Examples that the client trains on, the aggregation weight, 1 to 10^9: as many as it said when it joined."""
     train_loss: _builtins.float
     """Mean training loss over the round's steps."""
     train_s: _builtins.float
@@ -893,8 +962,13 @@ class Assignment(_message.Message):
     TRAIN_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     HALT_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Changes whenever the work changes; an agent does each assignment once."""
+    notice: _builtins.str
+    """Why the client's update was left out of the newest training round's aggregate and what to do, in words; "" if it
+    was not.
+    """
     @_builtins.property
     def wait(self) -> Global___Wait: ...
     @_builtins.property
@@ -917,10 +991,11 @@ class Assignment(_message.Message):
         train: Global___Train | None = ...,
         finish: Global___Finish | None = ...,
         halt: Global___Halt | None = ...,
+        notice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "halt", b"halt", "make_plan", b"make_plan", "train", b"train", "vote", b"vote", "wait", b"wait", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "finish", b"finish", "halt", b"halt", "make_plan", b"make_plan", "train", b"train", "vote", b"vote", "wait", b"wait", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "finish", b"finish", "halt", b"halt", "make_plan", b"make_plan", "notice", b"notice", "train", b"train", "vote", b"vote", "wait", b"wait", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["wait", "vote", "make_plan", "train", "finish", "halt"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015

@@ -108,7 +108,7 @@ class CoordinatorServicer:
 
     def CreateFederation(self, request, context):
         """Creates a federation. Idempotent: the same name with the same specification returns it; another specification
-        fails with FEDERATION_EXISTS. Fails with INVALID_ARGUMENT naming the field.
+        fails with FEDERATION_EXISTS. Fails with INVALID_ARGUMENT naming the field, LIMIT_REACHED if there are too many.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,7 +140,8 @@ class CoordinatorServicer:
     def Join(self, request, context):
         """Makes a client a member, or finds it one. The first client fixes the model's matrices and tensors.
         Idempotent: joining again updates rank, budget and example count, effective from the next round.
-        Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end.
+        Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
+        LIMIT_REACHED if there are too many members.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,7 +165,8 @@ class CoordinatorServicer:
     def CommitUpdate(self, request, context):
         """Commits a client's update once all its shards are stored. Counted exactly once.
         Idempotent: the same manifest returns the first receipt, also after the round moved on; another manifest fails
-        with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING.
+        with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING, and by policy
+        with EXAMPLES_MISMATCH, NORM_TOO_LARGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,7 @@ class CoordinatorStub:
     def __new__(cls, channel: _aio.Channel) -> CoordinatorAsyncStub: ...
     CreateFederation: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.CreateFederationRequest, _coordinator_pb2.Federation]
     """Creates a federation. Idempotent: the same name with the same specification returns it; another specification
-    fails with FEDERATION_EXISTS. Fails with INVALID_ARGUMENT naming the field.
+    fails with FEDERATION_EXISTS. Fails with INVALID_ARGUMENT naming the field, LIMIT_REACHED if there are too many.
     """
     GetFederation: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetFederationRequest, _coordinator_pb2.Federation]
     """Reads a federation: phase, members, current round, and one page of its history; or as much of it as the view
@@ -50,7 +50,8 @@ class CoordinatorStub:
     Join: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.JoinRequest, _coordinator_pb2.JoinResponse]
     """Makes a client a member, or finds it one. The first client fixes the model's matrices and tensors.
     Idempotent: joining again updates rank, budget and example count, effective from the next round.
-    Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end.
+    Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
+    LIMIT_REACHED if there are too many members.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchRequest, _coordinator_pb2.Assignment]
     """Streams what the client should do now: one assignment at once, then one whenever it changes. The stream ends when
@@ -61,7 +62,8 @@ class CoordinatorStub:
     CommitUpdate: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]
     """Commits a client's update once all its shards are stored. Counted exactly once.
     Idempotent: the same manifest returns the first receipt, also after the round moved on; another manifest fails
-    with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING.
+    with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING, and by policy
+    with EXAMPLES_MISMATCH, NORM_TOO_LARGE.
     """
     CastBallot: _grpc.StreamUnaryMultiCallable[_coordinator_pb2.CastBallotRequest, _coordinator_pb2.CastBallotResponse]
     """Casts a client's ballot in a vote under negotiation "ope". First message: header. Counted exactly once.
@@ -89,7 +91,7 @@ class CoordinatorAsyncStub(CoordinatorStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateFederation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.CreateFederationRequest, _coordinator_pb2.Federation]  # type: ignore[assignment]
     """Creates a federation. Idempotent: the same name with the same specification returns it; another specification
-    fails with FEDERATION_EXISTS. Fails with INVALID_ARGUMENT naming the field.
+    fails with FEDERATION_EXISTS. Fails with INVALID_ARGUMENT naming the field, LIMIT_REACHED if there are too many.
     """
     GetFederation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetFederationRequest, _coordinator_pb2.Federation]  # type: ignore[assignment]
     """Reads a federation: phase, members, current round, and one page of its history; or as much of it as the view
@@ -104,7 +106,8 @@ class CoordinatorAsyncStub(CoordinatorStub):
     Join: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.JoinRequest, _coordinator_pb2.JoinResponse]  # type: ignore[assignment]
     """Makes a client a member, or finds it one. The first client fixes the model's matrices and tensors.
     Idempotent: joining again updates rank, budget and example count, effective from the next round.
-    Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end.
+    Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
+    LIMIT_REACHED if there are too many members.
     """
     Watch: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchRequest, _coordinator_pb2.Assignment]  # type: ignore[assignment]
     """Streams what the client should do now: one assignment at once, then one whenever it changes. The stream ends when
@@ -115,7 +118,8 @@ class CoordinatorAsyncStub(CoordinatorStub):
     CommitUpdate: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]  # type: ignore[assignment]
     """Commits a client's update once all its shards are stored. Counted exactly once.
     Idempotent: the same manifest returns the first receipt, also after the round moved on; another manifest fails
-    with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING.
+    with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING, and by policy
+    with EXAMPLES_MISMATCH, NORM_TOO_LARGE.
     """
     CastBallot: _aio.StreamUnaryMultiCallable[_coordinator_pb2.CastBallotRequest, _coordinator_pb2.CastBallotResponse]  # type: ignore[assignment]
     """Casts a client's ballot in a vote under negotiation "ope". First message: header. Counted exactly once.
@@ -146,7 +150,7 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.Federation, _abc.Awaitable[_coordinator_pb2.Federation]]:
         """Creates a federation. Idempotent: the same name with the same specification returns it; another specification
-        fails with FEDERATION_EXISTS. Fails with INVALID_ARGUMENT naming the field.
+        fails with FEDERATION_EXISTS. Fails with INVALID_ARGUMENT naming the field, LIMIT_REACHED if there are too many.
         """
 
     @_abc_1.abstractmethod
@@ -185,7 +189,8 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_coordinator_pb2.JoinResponse, _abc.Awaitable[_coordinator_pb2.JoinResponse]]:
         """Makes a client a member, or finds it one. The first client fixes the model's matrices and tensors.
         Idempotent: joining again updates rank, budget and example count, effective from the next round.
-        Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end.
+        Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
+        LIMIT_REACHED if there are too many members.
         """
 
     @_abc_1.abstractmethod
@@ -214,7 +219,8 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_coordinator_pb2.CommitUpdateResponse, _abc.Awaitable[_coordinator_pb2.CommitUpdateResponse]]:
         """Commits a client's update once all its shards are stored. Counted exactly once.
         Idempotent: the same manifest returns the first receipt, also after the round moved on; another manifest fails
-        with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING.
+        with UPDATE_REWRITTEN. Fails with ROUND_UNKNOWN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, SHARD_MISSING, and by policy
+        with EXAMPLES_MISMATCH, NORM_TOO_LARGE.
         """
 
     @_abc_1.abstractmethod

@@ -125,3 +125,10 @@ def test_a_specification_never_changes():
     spec = FederationSpec.model_validate(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
         spec.name = "other"
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_norm_ratio", 1.5), ("max_example_ratio", 0.5)])
+def test_a_ratio_that_drops_the_median_itself_is_refused(tmp_path, name, value):
+    message = refusal(tmp_path, {**MINIMAL, "screening": {name: value}})
+    assert f"screening.{name} must be 0 (off) or at least" in message
+    assert FederationSpec.from_yaml(written(tmp_path, {**MINIMAL, "screening": {name: 0.0}}))

@@ -41,6 +41,11 @@ def federation() -> pb.Federation:
         state=pb.ROUND_STATE_COLLECTING,
         cohort_count=2,
         update_count=1,
+        dropped=[
+            pb.DroppedUpdate(
+                client_id="b", reason="NORM_OUTLIER", why="the update has norm 99: lower lora.alpha"
+            )
+        ],
     )
     return pb.Federation(
         federation_id="reuters",
@@ -97,3 +102,9 @@ def test_the_list_has_a_line_for_each_federation():
 
 def test_sizes_are_decimal():
     assert [size(n) for n in (999, 1_500, 2_000_000, 3e9)] == ["999 B", "1.5 kB", "2.0 MB", "3.0 GB"]
+
+
+def test_updates_that_were_dropped_are_named_with_their_reason_and_counted():
+    text = shown(federation_view(federation()))
+    assert "2, attempt 2 b     NORM_OUTLIER the update has norm 99: lower lora.alpha" in text
+    assert ", 1 refused" in " ".join(shown(federations_table([federation()])).split())

@@ -31,6 +31,8 @@ class FakeAggregation(aggregation_pb2_grpc.AggregationServicer):
     results: dict[tuple[str, int], common_pb2.ShardDigest] = field(default_factory=dict)
     computed: Counter = field(default_factory=Counter)
     aggregated: list[pb.AggregateShardRequest] = field(default_factory=list)
+    squared_norms: dict[str, float] = field(default_factory=dict)
+    """Of every shard of a client's updates, 1 by default."""
     failures: list[Reason] = field(default_factory=list)
     """Reasons the next calls of AggregateShard fail with."""
 
@@ -47,7 +49,13 @@ class FakeAggregation(aggregation_pb2_grpc.AggregationServicer):
             stored = self.updates.get((request.round_id, request.client_id), {})
             return pb.QueryShardsResponse(
                 shards=[
-                    pb.ShardProgress(shard=i, digest=d, received_bytes=d.total_bytes, complete=True)
+                    pb.ShardProgress(
+                        shard=i,
+                        digest=d,
+                        received_bytes=d.total_bytes,
+                        complete=True,
+                        squared_norm=self.squared_norms.get(request.client_id, 1.0),
+                    )
                     for i, d in stored.items()
                 ]
             )

@@ -49,7 +49,7 @@ def join(client="a", **fields) -> pb.JoinRequest:
         "client_id": client,
         "rank": 4,
         "budget": 1.0,
-        "example_count": 100,
+        "example_count": 10,
         "matrices": MATRICES,
         "tensors": TENSORS,
         "protocol_version": 1,

@@ -7,6 +7,7 @@ import redis.asyncio
 
 from coordinator.keys import Keys
 from coordinator.records import (
+    Dropped,
     Evaluation,
     LayoutRecord,
     Member,
@@ -204,7 +205,12 @@ async def test_layouts_plans_and_shards_come_back(store):
     shard = ShardResult(digest=DIGEST, cpu_s=0.5)
     await store.put_shard(RECORD, a_round(), 1, shard)
     assert await store.shards(RECORD, a_round()) == {1: shard}
-    assert await store.shards(RECORD, a_round(dropped=("a",))) == {}
+    assert (
+        await store.shards(
+            RECORD, a_round(dropped=(Dropped(client_id="a", reason=Reason.SHARD_MISSING, why="lost"),))
+        )
+        == {}
+    )
 
 
 async def test_a_lease_is_held_by_one_and_only_its_holder_renews_or_releases_it(store):

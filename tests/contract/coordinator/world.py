@@ -68,6 +68,8 @@ class World:
     silent: set[str] = field(default_factory=set)
     """Members that neither beat nor act."""
     budgets: dict[str, float] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    """What members say they hold, 10 by default."""
     overlaps: dict[str, float] = field(default_factory=dict)
     """What members report of their overlap with the plan; nothing by default."""
 
@@ -100,7 +102,12 @@ class World:
 
     async def join(self, client: str, budget: float = 1.0, rank: int = 4, **changes: Any) -> FederationRecord:
         request = pb.JoinRequest(
-            client_id=client, rank=rank, budget=budget, example_count=100, protocol_version=1, **changes
+            client_id=client,
+            rank=rank,
+            budget=budget,
+            example_count=self.examples.get(client, 10),
+            protocol_version=1,
+            **changes,
         )
         member = checks.member(request)
         return await self.handlers.join("fed", member, MATRICES, TENSORS)
@@ -143,10 +150,15 @@ class World:
             case "make_plan":
                 await self.publish(client, assignment.make_plan)
 
-    async def commit(self, client: str, round_: pb.RoundRef, content: str = "", examples: int = 10) -> int:
+    async def commit(
+        self, client: str, round_: pb.RoundRef, content: str = "", examples: int | None = None
+    ) -> int:
         digests = self.aggregation.put(round_.round_id, client, len(round_.layout.shards), content)
         report = pb.UpdateReport(
-            client_id=client, example_count=examples, train_loss=1.5, overlap=self.overlaps.get(client)
+            client_id=client,
+            example_count=examples or self.examples.get(client, 10),
+            train_loss=1.5,
+            overlap=self.overlaps.get(client),
         )
         return await self.handlers.commit(
             "fed", round_.round_id, self.update(client, round_, digests, report=report)

@@ -10,6 +10,7 @@ from shelora.ckks.parameters import INSECURE_TOY
 from shelora.ckks.secret import Encryptor, SecretKey
 from shelora.ckks.wire import HEADER_BYTES, encode_block
 from shelora.errors import Reason
+from shelora.lora.screening import squared_norm
 from shelora.lora.shards import MatrixPart
 from shelora.transport.pieces import PIECE_BYTES, Digest, cut
 from shelora.v1 import aggregation_pb2 as pb
@@ -206,6 +207,7 @@ async def test_progress_names_the_digest_the_bytes_and_whether_they_are_checked(
             digest=common_pb2.ShardDigest(sha256=Digest.of(data).sha256, total_bytes=len(data)),
             received_bytes=len(data),
             complete=True,
+            squared_norm=squared_norm(cohort.layout, cohort.updates[CLIENT].contents[1]),
         )
     }
 

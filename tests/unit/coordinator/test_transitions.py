@@ -1,9 +1,11 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coordinator import transitions
-from coordinator.records import FederationRecord, Phase
+from coordinator.records import FederationRecord, Member, Phase
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, Tensor
 from shelora.rounds import RoundKind, RoundState
@@ -206,3 +208,30 @@ def test_votes_of_a_plan_in_use_are_not_garbage():
 )
 def test_a_round_is_known_by_its_full_identifier(round_id, sequence):
     assert federation(sequence=2).sequence_of(round_id) == sequence
+
+
+def of_budgets(budgets):
+    named = {f"m{i}": budget for i, budget in enumerate(budgets)}
+    return {n: Member(client_id=n, rank=4, budget=b, example_count=1) for n, b in named.items()}
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=200))
+def test_tiers_are_budgets_few_and_every_member_affords_one(budgets):
+    tiers = transitions.budgets(of_budgets(budgets))
+    paying = [budget for budget in budgets if budget]
+    assert len(tiers) <= transitions.MAX_TIERS
+    assert list(tiers) == sorted(set(tiers))
+    assert set(tiers) <= set(paying)
+    assert all(tiers[0] <= budget for budget in paying)
+    if len(set(paying)) <= transitions.MAX_TIERS:
+        assert set(tiers) == set(paying), "nobody encrypts less than it affords"
+
+
+def test_a_fleet_of_a_thousand_budgets_makes_few_tiers_and_loses_little():
+    budgets = [(i + 1) / 1000 for i in range(1000)]
+    tiers = transitions.budgets(of_budgets(budgets))
+    assert len(tiers) == transitions.MAX_TIERS
+    assert (
+        max(budget - max(t for t in tiers if t <= budget) for budget in budgets) < 1 / transitions.MAX_TIERS
+    )

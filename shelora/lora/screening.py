@@ -1,0 +1,52 @@
+"""Which updates a server believes, by what it can see of them: sizes and example counts. Pure rules, no secret.
+
+A server sees B, and of A that its entries are at most 1 in magnitude: clear ones are checked, encrypted ones are cut to
+what entries of at most 1 can add up to when they are decrypted (`shelora.lora.restore`). The *norm* of an update is
+
+    norm = s * sqrt( Σ_i n_i (Σ_j ‖b_ij‖₂)² )  >=  ‖ΔW‖_F
+
+over its matrices i with n_i columns; b_ij are the columns of B_i, s is the scaling, ΔW all s B_i A_i together: a row
+a_ij of A_i has at most norm sqrt(n_i), and ‖B_i A_i‖_F <= Σ_j ‖b_ij‖ ‖a_ij‖. For the aggregate
+
+    ‖ΔW‖_F  <=  2 Σ_k w_k norm_k
+
+over the updates k with weights w_k, whatever their ciphertexts hold (docs/protocol.md, "Screening").
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import numpy as np
+
+from shelora.lora.layout import Layout
+from shelora.lora.shards import UpdateShardContent
+
+
+def squared_norm(layout: Layout, content: UpdateShardContent) -> float:
+    """A shard's part Σ_i n_i (Σ_j ‖b_ij‖)² of the squared norm, without the scaling; 0 for tensors."""
+    matrices = [layout.matrices[i] for i in layout.shards[content.shard].matrices]
+    return sum(
+        matrix.in_features * float(np.linalg.norm(part.B.astype(np.float64), axis=0).sum()) ** 2
+        for matrix, part in zip(matrices, content.matrices, strict=True)
+    )
+
+
+def update_norm(scaling: float, squared_norms: Sequence[float]) -> float:
+    """The norm of an update from the parts of its shards."""
+    return scaling * math.sqrt(math.fsum(squared_norms))
+
+
+def largest_believed(norms: Mapping[str, float], ratio: float) -> float:
+    """The norm beyond which an update is left out: `ratio` times the cohort's median; infinite for a ratio of 0.
+
+    Also infinite where the median says nothing: if it is 0. With two updates a ratio of 2 or more leaves out none.
+    """
+    middle = median(norms.values()) if norms else 0.0
+    return ratio * middle if ratio and middle else math.inf
+
+
+def counted_examples(counts: Sequence[int], ratio: float) -> list[float]:
+    """Examples that count as weight: each at most `ratio` times the cohort's median; all of them for a ratio of 0."""
+    most = ratio * median(counts) if ratio and counts else math.inf
+    return [min(count, most) for count in counts]
