@@ -251,7 +251,7 @@ def summary_to_proto(
 
 def _report_to_proto(commit: Commit) -> pb.UpdateReport:
     fields = commit.update.report.model_dump(exclude={"format"})
-    return pb.UpdateReport(client_id=commit.update.client_id, **fields)
+    return pb.UpdateReport(client_id=commit.update.client_id, norm=commit.update.norm, **fields)
 
 
 def _evaluation_to_proto(evaluation: Evaluation) -> pb.EvaluationReport:

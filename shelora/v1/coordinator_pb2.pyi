@@ -534,6 +534,7 @@ class UpdateReport(_message.Message):
     UPLOAD_S_FIELD_NUMBER: _builtins.int
     UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
     OVERLAP_FIELD_NUMBER: _builtins.int
+    NORM_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     example_count: _builtins.int
     """Examples that the client trains on, the aggregation weight, 1 to 10^9: as many as it said when it joined."""
@@ -549,6 +550,8 @@ class UpdateReport(_message.Message):
     """How many of the client's present top columns the plan protects, relative to when the plan was new, 0 to 1, in
     steps of 0.05. Unset if the federation does not ask or nothing is planned.
     """
+    norm: _builtins.float
+    """Its norm as the servers measured it (docs/protocol.md, "Screening"); 0 in a vote. What a client says of it is ignored."""
     def __init__(
         self,
         *,
@@ -560,10 +563,11 @@ class UpdateReport(_message.Message):
         upload_s: _builtins.float = ...,
         upload_bytes: _builtins.int = ...,
         overlap: _builtins.float | None = ...,
+        norm: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_overlap", b"_overlap", "overlap", b"overlap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_overlap", b"_overlap", "client_id", b"client_id", "encrypt_s", b"encrypt_s", "example_count", b"example_count", "overlap", b"overlap", "train_loss", b"train_loss", "train_s", b"train_s", "upload_bytes", b"upload_bytes", "upload_s", b"upload_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_overlap", b"_overlap", "client_id", b"client_id", "encrypt_s", b"encrypt_s", "example_count", b"example_count", "norm", b"norm", "overlap", b"overlap", "train_loss", b"train_loss", "train_s", b"train_s", "upload_bytes", b"upload_bytes", "upload_s", b"upload_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__overlap: _TypeAlias = _typing.Literal["overlap"]  # noqa: Y015
     _WhichOneofArgType__overlap: _TypeAlias = _typing.Literal["_overlap", b"_overlap"]  # noqa: Y015
