@@ -46,6 +46,8 @@ def main(
     alive_s: Annotated[
         float | None, typer.Option(help="Seconds of silence until a client is left out.")
     ] = None,
+    max_federations: Annotated[int | None, typer.Option(help="Federations this cluster holds.")] = None,
+    max_members: Annotated[int | None, typer.Option(help="Clients that may join one federation.")] = None,
     aggregate_concurrency: Annotated[int | None, typer.Option(help="Shards aggregated at once.")] = None,
     metrics_host: flags.MetricsHost = None,
     metrics_port: flags.MetricsPort = None,
@@ -53,6 +55,9 @@ def main(
     shutdown_grace_s: flags.ShutdownGrace = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
+    calls_per_s: flags.CallsPerS = None,
+    concurrent_calls: flags.ConcurrentCalls = None,
+    upload_bytes_per_s: flags.UploadBytesPerS = None,
     ready_file: flags.ReadyFile = None,
 ) -> None:
     """Runs federations: members, rounds, plans. Settings: SHELORA_COORDINATOR_* and flags."""

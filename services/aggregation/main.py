@@ -57,6 +57,9 @@ def main(
     shutdown_grace_s: flags.ShutdownGrace = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
+    calls_per_s: flags.CallsPerS = None,
+    concurrent_calls: flags.ConcurrentCalls = None,
+    upload_bytes_per_s: flags.UploadBytesPerS = None,
     ready_file: flags.ReadyFile = None,
 ) -> None:
     """Stores the shards of updates, aggregates them, serves results. Settings: SHELORA_AGGREGATION_* and flags."""

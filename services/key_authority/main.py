@@ -97,6 +97,9 @@ def main(
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
     shutdown_grace_s: flags.ShutdownGrace = None,
+    calls_per_s: flags.CallsPerS = None,
+    concurrent_calls: flags.ConcurrentCalls = None,
+    upload_bytes_per_s: flags.UploadBytesPerS = None,
     ready_file: flags.ReadyFile = None,
 ) -> None:
     if context.invoked_subcommand is not None:
@@ -117,6 +120,9 @@ def main(
         log_level=log_level,
         log_json=log_json,
         shutdown_grace_s=shutdown_grace_s,
+        calls_per_s=calls_per_s,
+        concurrent_calls=concurrent_calls,
+        upload_bytes_per_s=upload_bytes_per_s,
         ready_file=ready_file,
     )
     run_process("key-authority", load, run)

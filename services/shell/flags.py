@@ -44,6 +44,13 @@ LogJson = Annotated[bool | None, typer.Option("--log-json", help="Log one JSON o
 ShutdownGrace = Annotated[
     float | None, typer.Option(help="Seconds that calls in progress may take to finish after SIGTERM.")
 ]
+CallsPerS = Annotated[float | None, typer.Option(help="Calls a second of one client; 0 for any number.")]
+ConcurrentCalls = Annotated[
+    int | None, typer.Option(help="Calls in progress of one client; 0 for any number.")
+]
+UploadBytesPerS = Annotated[
+    float | None, typer.Option(help="Bytes a second that one client may send; 0 for any number.")
+]
 ReadyFile = Annotated[
     Path | None,
     typer.Option(help="File that holds, while serving, the address, metrics port and pid as JSON."),

@@ -40,7 +40,7 @@ def test_a_specification_survives_the_wire(tmp_path):
 
 def test_every_field_of_the_wire_has_a_field_here_and_back():
     message = FederationSpec.model_validate(MINIMAL).to_proto()
-    for section in (message.training, message.round, message.protection):
+    for section in (message.training, message.round, message.protection, message.screening):
         model = getattr(
             FederationSpec.model_validate(MINIMAL), section.DESCRIPTOR.name.removesuffix("Spec").lower()
         )
