@@ -118,8 +118,9 @@ class Renderer:
         return summary_to_proto(record, commits, evaluations, refusals, done)
 
     async def assignment(self, federation: FederationRecord, assignment: Assignment) -> pb.Assignment:
-        """An assignment with the layouts and results it refers to. The same object for all who are assigned the same, but
-        for a notice.
+        """An assignment with the layouts and results it refers to.
+
+        The same object for all who are assigned the same, but for a notice.
 
         Raises: ROUND_UNKNOWN, RESULT_UNKNOWN: what it refers to has expired.
         """
