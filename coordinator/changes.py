@@ -33,14 +33,16 @@ class Signal:
     def wake(self) -> None:
         self._event.set()
 
-    async def wait(self, timeout_s: float) -> None:
-        """Returns at the next change since the last return, or after `timeout_s`."""
+    async def wait(self, timeout_s: float) -> bool:
+        """Returns True at the next change since the last return, or False after `timeout_s`."""
         try:
             async with asyncio.timeout(max(timeout_s, 0.0)):
                 await self._event.wait()
         except TimeoutError:
             pass
+        woken = self._event.is_set()
         self._event.clear()
+        return woken
 
 
 class Changes:

@@ -161,8 +161,8 @@ class Handlers:
 
     async def heartbeat(self, federation_id: str, client_id: str, seen: Sighting) -> None:
         """Keeps what a member says of itself. Raises CLIENT_UNKNOWN."""
-        await self._require_member(federation_id, client_id)
-        await self.store.see(federation_id, client_id, seen)
+        if not await self.store.see(federation_id, client_id, seen):
+            await self._require_member(federation_id, client_id)
 
     async def watch(
         self, federation_id: str, client_id: str
@@ -173,27 +173,30 @@ class Handlers:
         """
         await self._require_member(federation_id, client_id)
         await self._touch(federation_id, client_id)
-        last = ""
+        last, commit = "", _OwnCommit()
         with self.changes.subscribed(federation_id, client_id) as signal:
             while not self.changes.closed:
-                federation, assignment = await self._assignment(federation_id, client_id)
+                federation, assignment = await self._assignment(federation_id, client_id, commit)
                 if assignment.assignment_id != last:
                     yield federation, assignment
                 last = assignment.assignment_id
                 if assignment.last:
                     return
-                await signal.wait(self.watch_poll_s)
+                if await signal.wait(self.watch_poll_s):
+                    commit.sequence = 0
 
-    async def _assignment(self, federation_id: str, client_id: str) -> tuple[FederationRecord, Assignment]:
+    async def _assignment(
+        self, federation_id: str, client_id: str, commit: "_OwnCommit"
+    ) -> tuple[FederationRecord, Assignment]:
         period = self.clock_ms() // int(1000 * self.watch_poll_s)  # also without a change they look again
         key = (federation_id, self.changes.version(federation_id), period)
         federation, round_ = await self.looks.get(key, lambda: self._look(federation_id))
-        committed = (
-            round_ is not None
-            and round_.round.state is RoundState.COLLECTING
-            and await self.store.commit_of(federation, round_.sequence, client_id) is not None
-        )
-        return federation, assignment_for(federation, round_, client_id, committed=committed)
+        if round_ is None or round_.round.state is not RoundState.COLLECTING:
+            return federation, assignment_for(federation, round_, client_id, committed=False)
+        if commit.sequence != round_.sequence:
+            found = await self.store.commit_of(federation, round_.sequence, client_id)
+            commit.sequence, commit.committed = round_.sequence, found is not None
+        return federation, assignment_for(federation, round_, client_id, committed=commit.committed)
 
     async def _look(self, federation_id: str) -> _Look:
         """A federation, and the round in progress if its record exists."""
@@ -358,11 +361,16 @@ class Handlers:
             raise DomainError(Reason.CLIENT_UNKNOWN, "this client has not joined the federation: join first")
 
     async def _touch(self, federation_id: str, client_id: str) -> None:
-        """Notes that a client called; what it last said of itself stays."""
-        last = (await self.store.sightings(federation_id, [client_id])).get(client_id)
-        seen = last or Sighting(stage="", progress=0.0, at_ms=0)
-        now_ms = self.clock_ms()
-        await self.store.see(federation_id, client_id, seen.model_copy(update={"at_ms": now_ms}))
+        await self.store.touch(federation_id, client_id, self.clock_ms())
+
+
+@dataclass
+class _OwnCommit:
+    """Whether a watching member has committed to a round; asked again after a change, not at every look."""
+
+    sequence: int = 0
+    """Round of which it is known; 0 for none."""
+    committed: bool = False
 
 
 async def _counted(commit: Coroutine[Any, Any, tuple[CommitOutcome, int]]) -> int:

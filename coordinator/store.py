@@ -33,7 +33,7 @@ from coordinator.records import (
     Sighting,
     Update,
 )
-from coordinator.scripts import COMMIT, COMPARE_AND_SET, RELEASE, RENEW
+from coordinator.scripts import COMMIT, COMPARE_AND_SET, RELEASE, RENEW, SEE, TOUCH
 from shelora.errors import DomainError, Reason
 
 _R = TypeVar("_R", bound=Record)
@@ -138,8 +138,11 @@ class Store(Protocol):
     async def is_member(self, federation_id: str, client_id: str) -> bool:
         """Whether a client has joined."""
 
-    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> None:
-        """Keeps what a client said of itself until the sighting expires."""
+    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> bool:
+        """Keeps what a member said of itself until the sighting expires. False: the client is no member."""
+
+    async def touch(self, federation_id: str, client_id: str, at_ms: int) -> None:
+        """Notes that a client called, also before it is a member; what it last said of itself stays."""
 
     async def sightings(self, federation_id: str, client_ids: Sequence[str]) -> dict[str, Sighting]:
         """Sightings that have not expired, by client."""
@@ -248,6 +251,8 @@ class RedisStore:
         self._keys = keys or Keys()
         self._compare_and_set = redis.register_script(COMPARE_AND_SET)
         self._commit = redis.register_script(COMMIT)
+        self._see = redis.register_script(SEE)
+        self._touch = redis.register_script(TOUCH)
         self._renew = redis.register_script(RENEW)
         self._release = redis.register_script(RELEASE)
 
@@ -394,9 +399,15 @@ class RedisStore:
         return bool(await self._redis.hexists(self._keys.members(federation_id), client_id))
 
     @_available
-    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> None:
+    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> bool:
+        keys = [self._keys.members(federation_id), self._keys.sighting(federation_id, client_id)]
+        return bool(await self._see(keys, [client_id, sighting.model_dump_json(), self._sighting_ms]))
+
+    @_available
+    async def touch(self, federation_id: str, client_id: str, at_ms: int) -> None:
+        first = Sighting(stage="", progress=0.0, at_ms=at_ms)
         key = self._keys.sighting(federation_id, client_id)
-        await self._redis.set(key, sighting.model_dump_json(), px=self._sighting_ms)
+        await self._touch([key], [at_ms, first.model_dump_json(), self._sighting_ms])
 
     @_available
     async def sightings(self, federation_id: str, client_ids: Sequence[str]) -> dict[str, Sighting]:

@@ -15,6 +15,7 @@ from client_agent.config import AgentConfig
 from client_agent.worker import Worker
 from load.calls import Calls
 from load.learner import SyntheticLearner
+from services.shell.process import allow_many_connections
 from shelora.cli.cluster import Addresses
 from shelora.configuration import StrictModel
 from shelora.telemetry.logs import configure_logs
@@ -92,6 +93,7 @@ async def run(share: Share) -> dict[str, Any]:
 def main() -> None:
     share = Share.model_validate_json(Path(sys.argv[1]).read_bytes())
     configure_logs("load-agents", "WARNING", json=True)
+    allow_many_connections()
     outcome = asyncio.run(run(share))
     share.output.write_text(json.dumps(outcome))
     sys.exit(0 if set(outcome["outcomes"]) == {Outcome.FINISHED.value} else 1)

@@ -1,6 +1,7 @@
 """The outermost frame of a server process: logs, event loop, exit code."""
 
 import asyncio
+import resource
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
@@ -19,6 +20,9 @@ EXIT_FAILED: Final = 1
 EXIT_REFUSED: Final = 2
 """The configuration is refused; standard error says why. Starting it again does not help."""
 
+OPEN_FILES: Final = 65_536
+"""Files, so connections too, that a server asks to have open."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -35,9 +39,18 @@ def run_process(
     try:
         settings = load()
         configure_logs(process, settings.log_level, json=settings.log_json)
+        allow_many_connections()
         asyncio.run(main(settings))
     except Exception as error:  # noqa: BLE001 - the end of the process: one line or a log record, never silence
         sys.exit(_explain(process, error))
+
+
+def allow_many_connections() -> None:
+    """Lets this process open OPEN_FILES, or as many as it may: every agent is a connection; 1024 is a usual limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _explain(process: str, error: Exception) -> int:

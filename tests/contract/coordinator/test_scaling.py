@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from coordinator.handlers import _OwnCommit
 from coordinator.store import RedisStore
 from tests.contract.coordinator.world import World, spec
 
@@ -25,7 +26,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
         return call
 
-    for name in ("federation", "round", "layout", "members", "sightings"):
+    for name in ("federation", "round", "commit_of", "members", "sightings"):
         monkeypatch.setattr(RedisStore, name, counted(name))
     return counts
 
@@ -35,12 +36,24 @@ async def test_a_change_is_read_once_for_all_who_watch(fed: World, reads: Counte
     await fed.settle()
     reads.clear()
     fed.changes.wake_all()
-    looks = await asyncio.gather(*(fed.handlers._assignment("fed", client) for client in WATCHERS))
+    looks = await asyncio.gather(
+        *(fed.handlers._assignment("fed", client, _OwnCommit()) for client in WATCHERS)
+    )
     assert {look[1].assignment_id for look in looks} == {f"vote/{looks[0][0].round_id(1)}"}
     assert (reads["federation"], reads["round"]) == (1, 1)
     fed.changes.wake_all()
-    await fed.handlers._assignment("fed", WATCHERS[0])
+    await fed.handlers._assignment("fed", WATCHERS[0], _OwnCommit())
     assert (reads["federation"], reads["round"]) == (2, 2)
+
+
+async def test_looking_again_without_a_change_asks_for_no_commit(fed: World, reads: Counter):
+    await fed.begin(spec(), WATCHERS)
+    await fed.settle()
+    reads.clear()
+    commit = _OwnCommit()
+    for _ in range(3):
+        await fed.handlers._assignment("fed", WATCHERS[0], commit)
+    assert reads["commit_of"] == 1
 
 
 async def test_a_commit_makes_the_driver_look_at_no_other_member(fed: World, reads: Counter):

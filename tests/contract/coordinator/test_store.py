@@ -157,6 +157,19 @@ async def test_commits_that_race_the_close_are_counted_or_refused_never_both(sto
     assert sorted(c.ordinal for c in await store.commits(RECORD, 2)) == list(range(1, len(counted) + 1))
 
 
+async def test_a_call_leaves_what_a_client_last_said_of_itself(store):
+    await store.touch("fed", "a", 1_700_000_000_123)
+    assert (await store.sightings("fed", ["a"]))["a"] == Sighting(
+        stage="", progress=0.0, at_ms=1_700_000_000_123
+    )
+    await store.put_member("fed", Member(client_id="a", rank=4, budget=0.5, example_count=3))
+    await store.see("fed", "a", Sighting(stage="training", progress=0.25, at_ms=1_700_000_000_456))
+    await store.touch("fed", "a", 1_700_000_000_789)
+    assert (await store.sightings("fed", ["a"]))["a"] == Sighting(
+        stage="training", progress=0.25, at_ms=1_700_000_000_789
+    )
+
+
 async def test_members_sightings_and_evaluations_come_back(store):
     member = Member(client_id="b", rank=4, budget=0.5, example_count=3)
     await store.put_member("fed", member)
@@ -165,8 +178,9 @@ async def test_members_sightings_and_evaluations_come_back(store):
     assert await store.is_member("fed", "b")
     assert not await store.is_member("fed", "c")
     seen = Sighting(stage="idle", progress=0.0, at_ms=5)
-    await store.see("fed", "b", seen)
-    assert await store.sightings("fed", ["a", "b"]) == {"b": seen}
+    assert await store.see("fed", "b", seen)
+    assert not await store.see("fed", "c", seen)
+    assert await store.sightings("fed", ["a", "b", "c"]) == {"b": seen}
     assert await store.sightings("fed", []) == {}
     measured = Evaluation(
         client_id="b",

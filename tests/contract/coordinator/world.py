@@ -15,7 +15,7 @@ from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Changes
 from coordinator.decisions import Decision, Done, Rest
 from coordinator.driver import Driver, DriverPolicy
-from coordinator.handlers import Handlers
+from coordinator.handlers import Handlers, _OwnCommit
 from coordinator.records import FederationRecord, Sighting
 from coordinator.render import Renderer
 from coordinator.store import RedisStore, Store, connect
@@ -128,7 +128,7 @@ class World:
 
     async def assignment(self, client: str) -> pb.Assignment:
         self.changes.wake_all()  # in place of the notifications, which only a running server listens to
-        federation, assignment = await self.handlers._assignment("fed", client)
+        federation, assignment = await self.handlers._assignment("fed", client, _OwnCommit())
         return await Renderer(self.store).assignment(federation, assignment)
 
     async def act(self) -> None:
