@@ -82,10 +82,7 @@ SERVER_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     *_SIZE_OPTIONS,
     *_KEEPALIVE_OPTIONS,
     # Accept the keepalive probes of our own channels, which the default would answer with "too many pings".
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 3),
-    # A busy server finds several probes at once, which look like too many; the default would end the connection at the
-    # third, and fail every call on it.
-    ("grpc.http2.max_ping_strikes", 100),
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 3),
     # A connection shows the certificate it began with. Ending it after a while holds long streams to expiry, too.
     ("grpc.max_connection_age_ms", 3_600_000),
     ("grpc.max_connection_age_grace_ms", 600_000),

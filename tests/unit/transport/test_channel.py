@@ -1,10 +1,13 @@
 import asyncio
+from pathlib import Path
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
 
 from services.shell.server import running_server
 from shelora.errors import DomainError, Reason
+from shelora.transport import channel as channels
 from shelora.transport.address import HostPort, check_plaintext, is_local
 from shelora.transport.channel import call, call_with_stream, is_transient, open_channel, retrying
 from shelora.transport.status import MAX_DETAILS, RETRY_AFTER_METADATA, translated
@@ -203,3 +206,10 @@ async def test_waits_between_attempts_are_random_and_grow_to_a_bound():
     assert await attempts_made(attempts=12, sleep=record, retry_s=1e9) == 12
     assert all(0 <= wait <= min(5.0, 0.1 * 2**number) for number, wait in enumerate(waits))
     assert len(set(waits)) == 11
+
+
+def test_grpc_knows_every_option_that_is_set():
+    """It ignores names that it does not know. Once servers so ended every idle connection for its keepalive probes."""
+    library = Path(cygrpc.__file__).read_bytes()
+    for name, _ in (*channels.SERVER_OPTIONS, *channels._options("127.0.0.1:1")):
+        assert name.encode() in library, name
