@@ -1,6 +1,8 @@
 # Every target sets itself up: a virtual environment with pinned packages in .venv. Needs Python 3.11 and make.
 PYTHON ?= python3.11
 PROTECTION ?= selective
+SCHEDULES ?= 1000
+SEED ?= 0
 SECONDS ?= 60
 AGENTS ?= 1000
 VENV := .venv
@@ -10,7 +12,7 @@ HELM := $(VENV)/.helm
 SOURCES := shelora coordinator client_agent services bench examples load tools tests deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-helm check fix bench fuzz load up protos verify-protos unit clean
+.PHONY: help setup demo test simulate test-helm check fix bench fuzz load up protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -36,6 +38,9 @@ $(HELM): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint requirements/constraints.txt --editable '.[helm]'
 	@touch $@
+
+simulate: $(INSTALLED)  ## Run federations in virtual time under random faults (SCHEDULES=5000 SEED=0)
+	$(BIN)/python -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 check: $(INSTALLED) verify-protos  ## Format, lint, types, import contracts, stubs, unit tests
 	$(BIN)/ruff format --check $(SOURCES)

@@ -6,7 +6,7 @@ replica started late), so everyone who waits also looks again after a while.
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -51,8 +51,8 @@ class Changes:
     def __init__(self, redis: RedisClient, keys: Keys | None = None) -> None:
         self._redis = redis
         self._keys = keys or Keys()
-        self._signals: defaultdict[tuple[str | None, str | None], set[Signal]] = defaultdict(set)
-        """By federation and client; None is all of them."""
+        self._signals: defaultdict[tuple[str | None, str | None], dict[Signal, None]] = defaultdict(dict)
+        """By federation and client; None is all of them. Who waits longer is woken first."""
         self._counts: Counter[str] = Counter()
         self._wakings = 0
         self.closed = False
@@ -62,11 +62,11 @@ class Changes:
     def subscribed(self, federation_id: str | None = None, client_id: str | None = None) -> Iterator[Signal]:
         """A signal for the changes of one federation (or all), of everyone or of what concerns one client."""
         signal, concern = Signal(), (federation_id, client_id)
-        self._signals[concern].add(signal)
+        self._signals[concern][signal] = None
         try:
             yield signal
         finally:
-            self._signals[concern].discard(signal)
+            del self._signals[concern][signal]
             if not self._signals[concern]:
                 del self._signals[concern]
 
@@ -111,9 +111,9 @@ class Changes:
             self._counts[federation_id] += 1
             concerned = [concern for concern in self._signals if concern[0] in {None, federation_id}]
         for concern in concerned:
-            _wake(self._signals.get(concern, set()))
+            _wake(self._signals.get(concern, ()))
 
 
-def _wake(signals: set[Signal]) -> None:
+def _wake(signals: Iterable[Signal]) -> None:
     for signal in signals:
         signal.wake()

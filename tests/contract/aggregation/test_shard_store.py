@@ -1,4 +1,4 @@
-"""What every shard store does; here the one on a real Redis."""
+"""What every shard store does: the one on a real server, and the same on the simulated one."""
 
 import asyncio
 
@@ -47,13 +47,11 @@ def request(weights=(0.25, 0.75), data=DATA) -> AggregationRequest:
 # Rounds
 
 
-async def test_a_round_keeps_the_layout_it_was_opened_with(store, layout, redis_url):
+async def test_a_round_keeps_the_layout_it_was_opened_with(store, layout, new_store):
     await store.open_round(ROUND, layout, 600)
     assert await store.layout(ROUND) == layout
     assert await store.layout(ROUND) is await store.layout(ROUND)
-    other = connect(redis_url, connections=1, timeout_s=10)
-    assert await other.layout(ROUND) == layout
-    await other.close()
+    assert await new_store().layout(ROUND) == layout
 
 
 async def test_a_round_is_opened_with_one_layout_by_whoever_comes_first(store):

@@ -1,9 +1,8 @@
-"""The contract of a store, on a real server."""
+"""The contract of a store, on a real server and on the simulated one."""
 
 import asyncio
 
 import pytest
-import redis.asyncio
 
 from coordinator.keys import Keys
 from coordinator.records import (
@@ -20,16 +19,23 @@ from coordinator.records import (
 from coordinator.store import CommitOutcome, RedisStore, connect
 from shelora.errors import DomainError, Reason
 from shelora.rounds import RoundState
+from tests.simulation.clients import simulated_clients
 from tests.unit.coordinator.records import DIGEST, PLAN, a_round, federation, ticket
 
 RECORD = federation(sequence=2, ticket=ticket(plan=PLAN), plan=PLAN)
 
 
-@pytest.fixture
-async def store(redis_url):
-    client = connect(redis_url)
-    yield RedisStore(client, lambda: 1_000)
+@pytest.fixture(params=["real", "simulated"])
+async def client(request):
+    simulated = request.param == "simulated"
+    client = simulated_clients()[0] if simulated else connect(request.getfixturevalue("redis_url"))
+    yield client
     await client.aclose()
+
+
+@pytest.fixture
+async def store(client):
+    return RedisStore(client, lambda: 1_000)
 
 
 def an_update(client="a", examples=10, sha256="ab" * 32) -> Update:
@@ -238,26 +244,23 @@ async def test_a_lease_is_held_by_one_and_only_its_holder_renews_or_releases_it(
     assert await store.acquire("fed", "two", 10)
 
 
-async def test_a_write_prolongs_the_life_of_everything_the_federation_stands_on(store, redis_url):
+async def test_a_write_prolongs_the_life_of_everything_the_federation_stands_on(store, client):
     keys = Keys()
     await store.put_member("fed", Member(client_id="a", rank=1, budget=0.0, example_count=1))
     await store.put_plan("fed", PLAN.digest.sha256, b"sealed")
-    async with redis.asyncio.Redis.from_url(redis_url) as client:
-        standing = [keys.members("fed"), keys.plan("fed", PLAN.digest.sha256)]
-        for key in standing:
-            await client.expire(key, 60)
-        assert await store.write_federation("create_federation", RECORD, 0)
-        assert min([await client.ttl(key) for key in standing]) > 60
+    standing = [keys.members("fed"), keys.plan("fed", PLAN.digest.sha256)]
+    for key in standing:
+        await client.pexpire(key, 60_000)
+    assert await store.write_federation("create_federation", RECORD, 0)
+    assert min([await client.ttl(key) for key in standing]) > 60
 
 
-async def test_an_expired_federation_leaves_the_list(redis_url):
+async def test_an_expired_federation_leaves_the_list(client):
     now = [1_000]
-    client = connect(redis_url)
     store = RedisStore(client, lambda: now[0])
     assert await store.write_federation("create_federation", RECORD, 0)
     now[0] += 31 * 86_400_000
     assert await store.federation_ids() == []
-    await client.aclose()
 
 
 async def test_a_store_that_does_not_answer_is_unavailable():

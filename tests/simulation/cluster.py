@@ -1,0 +1,457 @@
+"""A cluster in one thread: two coordinators, two aggregation replicas, agents and an operator, all of product code.
+
+What is not product code here: the event loop, the connections, the store's server, the learner, and the pool that
+runs the worker's job (in this thread, so that it can be cut off between any two of its store commands).
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Final, Self
+
+import redis
+
+import coordinator.main
+import coordinator.scripts
+import services.aggregation.main
+import services.aggregation.scripts
+from client_agent.agent import Agent, Outcome
+from client_agent.config import AgentConfig
+from client_agent.replicas import Replicas
+from client_agent.session import Session
+from client_agent.state import AgentState
+from client_agent.worker import Worker
+from coordinator.changes import Changes
+from coordinator.servicer import CoordinatorServicer, register
+from coordinator.settings import CoordinatorSettings
+from services.aggregation import worker as aggregation_worker
+from services.aggregation.keys import PREFIX
+from services.aggregation.settings import AggregationSettings
+from services.aggregation.store import RedisShardStore, WorkerStore
+from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec
+from shelora.transport.channel import call
+from shelora.v1 import aggregation_pb2_grpc
+from shelora.v1 import coordinator_pb2 as pb
+from shelora.v1.coordinator_pb2_grpc import CoordinatorStub
+from tests.simulation.clients import AsyncClient, SyncClient, answered
+from tests.simulation.faults import Crash, Faults, Outage, Skew
+from tests.simulation.learner import MarkedLearner, MarkedModel
+from tests.simulation.loop import VirtualLoop
+from tests.simulation.network import Network
+from tests.simulation.observer import Observer
+from tests.simulation.processes import Process
+from tests.simulation.valkey import Command, Valkey
+
+COORDINATOR: Final = "coordinator:7100"
+AUTHORITY: Final = "authority:7102"
+AGGREGATION: Final = ("aggregation-0:7103", "aggregation-1:7103")
+FEDERATION: Final = "fed"
+SUPERVISED_S: Final = 10.0
+"""Seconds after which an agent that gave up is started again."""
+LOST_WAKE_UPS: Final = 0.1
+_READS: Final = frozenset(
+    {
+        "GET",
+        "MGET",
+        "HGET",
+        "HMGET",
+        "HGETALL",
+        "HLEN",
+        "HEXISTS",
+        "EXISTS",
+        "STRLEN",
+        "GETRANGE",
+        "PTTL",
+        "ZRANGEBYSCORE",
+        "SRANDMEMBER",
+    }
+)
+_SCRIPTS: Final = [
+    text
+    for module in (coordinator.scripts, services.aggregation.scripts)
+    for text in vars(module).values()
+    if isinstance(text, str) and "redis.call" in text
+]
+
+
+_COORDINATOR: Final = CoordinatorSettings(
+    identity=Path("identity"),
+    key_authority_address=AUTHORITY,
+    aggregation_addresses=AGGREGATION,
+    tick_s=5.0,  # longer than by default, as the next: half the commands of a run were idle looks
+    watch_poll_s=10.0,
+)
+_AGGREGATION: Final = AggregationSettings(identity=Path("identity"), key_authority_address=AUTHORITY)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is."""
+
+    clients: int = 3
+    rounds: int = 2
+    min_updates: int = 2
+    deadline_s: int = 30
+    max_attempts: int = 3
+
+    @property
+    def spec(self) -> FederationSpec:
+        return FederationSpec.model_validate(
+            {
+                "name": FEDERATION,
+                "training": {"base_model": "marks", "labels": ["a", "b"]},
+                "round": {
+                    "rounds": self.rounds,
+                    "clients": self.clients,
+                    "min_updates": self.min_updates,
+                    "deadline_s": self.deadline_s,
+                    "max_attempts": self.max_attempts,
+                },
+                "protection": {"mode": "none"},
+            }
+        )
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        return tuple(f"agent-{index}" for index in range(self.clients))
+
+
+class Cluster:
+    """Everything of one run."""
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        seed: str,
+        faults: Faults,
+        size: Size,
+        folder: Path,
+        log: Callable[[str, str], None],
+    ) -> None:
+        self._loop = loop
+        self._seed = seed
+        self._faults = faults
+        self._size = size
+        self._folder = folder
+        self._log = log
+        self._lives: dict[str, int] = {}
+        self._subscriptions: list[Subscription] = []
+        self.violation: asyncio.Future[str] = loop.create_future()
+        self.outcomes: dict[str, Outcome] = {}
+        self.valkey = Valkey(lambda: int(1000 * loop.now_s))
+        self.valkey.published = self._publish
+        self.valkey.load(*_SCRIPTS)
+        self.observer = Observer(self.valkey, FEDERATION, size.agents, self.violated)
+        self.network = Network(loop, faults, self.observer.answered, log)
+        self._outages = [fault for fault in faults.standing if isinstance(fault, Outage)]
+        self._skews = {fault.process: fault.ms for fault in faults.standing if isinstance(fault, Skew)}
+
+    def violated(self, what: str) -> None:
+        """Ends the run: something that must hold does not."""
+        self._log("VIOLATION", what)
+        if not self.violation.done():
+            self.violation.set_result(what)
+
+    def start(self) -> None:
+        """Starts every process."""
+        rng = Random(f"{self._seed}/start")
+        for index in range(2):
+            self._start_coordinator(f"coordinator-{index}")
+            self._start_aggregation(f"aggregation-{index}")
+        for name in self._size.agents:
+            self._loop.call_later(rng.uniform(0, 3), self._start_agent, name)
+        self._loop.call_later(rng.uniform(0, 2), self._start_operator)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the federation has ended and every agent knows it."""
+        federation = self.observer.federation
+        return federation is not None and federation.ended and len(self.outcomes) == self._size.clients
+
+    # Processes
+
+    def _process(self, name: str, restart: Callable[[str], None]) -> Process:
+        life = self._lives[name] = self._lives.get(name, 0) + 1
+
+        def died(_process: Process, fault: Crash) -> None:
+            self._log(name, f"CRASH, back in {fault.down_s:.1f} s")
+            self._loop.call_later(fault.down_s, restart, name)
+
+        self._log(name, f"starts, life {life}")
+        rng = Random(f"{self._seed}/{name}/{life}")
+        return Process(self._loop, name, rng, self._faults, skew_ms=self._skews.get(name, 0), on_death=died)
+
+    def _start_coordinator(self, name: str) -> None:
+        process = self._process(name, self._start_coordinator)
+        client = self._client(process)
+        changes = Changes(client)
+        aggregation = [self.network.channel(process, address) for address in AGGREGATION]
+        authority = self.network.channel(process, AUTHORITY)
+        handlers, driver = coordinator.main.compose(_COORDINATOR, client, changes, aggregation, authority)
+        register(CoordinatorServicer(handlers), self.network.serve(process, COORDINATOR))
+        for work in (changes.run(), driver.run()):
+            process.spawn(work).add_done_callback(lambda task: self._background_ended(process, task))
+
+    def _start_aggregation(self, name: str) -> None:
+        process = self._process(name, self._start_aggregation)
+        client = self._client(process)
+        pool = _Jobs(client, process, self._faults)
+        servicer = services.aggregation.main.build_servicer(_AGGREGATION, RedisShardStore(client), pool)
+        server = self.network.serve(process, f"{name}:7103")
+        aggregation_pb2_grpc.add_AggregationServicer_to_server(servicer, server)
+
+    def _start_agent(self, name: str) -> None:
+        process = self._process(name, self._start_agent)
+        task = process.spawn(self._agent(name, process))
+        task.add_done_callback(lambda task: self._agent_ended(name, process, task))
+
+    def _start_operator(self, name: str = "operator") -> None:
+        process = self._process(name, self._start_operator)
+        process.spawn(self._operator(process)).add_done_callback(
+            lambda task: self._background_ended(process, task)
+        )
+
+    def _background_ended(self, process: Process, task: asyncio.Task[None]) -> None:
+        if not process.dead and not task.cancelled() and (error := task.exception()):
+            self.violated(f"{process.name} crashed by itself: {error!r}")
+
+    # Roles
+
+    async def _operator(self, process: Process) -> None:
+        stub = CoordinatorStub(self.network.channel(process, COORDINATOR))
+        request = pb.CreateFederationRequest(spec=self._size.spec.to_proto())
+        await self._until_done(lambda: call(stub.CreateFederation, request))
+        await asyncio.sleep(process.rng.uniform(0, 3))
+        await self._until_done(
+            lambda: call(stub.StartFederation, pb.StartFederationRequest(federation_id=FEDERATION))
+        )
+
+    async def _until_done(self, work: Callable[[], Any]) -> None:
+        while True:
+            try:
+                return await work()
+            except DomainError as error:
+                if error.reason is not Reason.STORE_UNAVAILABLE:
+                    raise
+                await asyncio.sleep(1)
+
+    async def _agent(self, name: str, process: Process) -> Outcome:
+        index = self._size.agents.index(name)
+        config = AgentConfig.model_validate(
+            {
+                "federation": FEDERATION,
+                "client_id": name,
+                "coordinator": COORDINATOR,
+                "aggregation": AGGREGATION,
+                "key_authority": AUTHORITY,
+                "state_dir": self._folder / name,
+                "model": {"path": "marks"},
+                "data": {"train": "marks.jsonl"},
+                "lora": {"rank": 1 + index % 2, "alpha": 1 + index % 2},
+            }
+        )
+
+        def learn(config: AgentConfig, _spec: object, state: AgentState) -> MarkedLearner:
+            model = MarkedModel(self._size.rounds, self._size.clients, config.lora.rank)
+            return MarkedLearner(
+                config, state, index=index, examples=10 * 2**index, model=model, applied=self.observer.applied
+            )
+
+        def connect(address: str, _credentials: object = None) -> Any:
+            return self.network.channel(process, address)
+
+        state = AgentState(config.state_dir)
+        try:
+            session, replicas = Session(config, None, connect), Replicas(config.aggregation, None, connect)
+            return await Agent(config, learn)._follow(state, Worker(), session, replicas)
+        finally:
+            state.close()
+
+    def _agent_ended(self, name: str, process: Process, task: asyncio.Task[Outcome]) -> None:
+        if process.dead or task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            self._log(name, f"ends: {task.result()}")
+            self.outcomes[name] = task.result()
+        elif isinstance(error, DomainError) and error.reason is Reason.STORE_UNAVAILABLE:
+            self._log(name, f"gives up, to be started again: {error.message}")
+            process.kill()
+            self._loop.call_later(SUPERVISED_S, self._start_agent, name)
+        else:
+            self.violated(f"{name} ended with {error!r}")
+
+    # The store
+
+    def _client(self, process: Process) -> AsyncClient:
+        async def exchange(commands: Sequence[Command]) -> list[Any]:
+            spoiled = await process.operate(_kind(commands))
+            if self._is_away():
+                raise redis.ConnectionError("simulated outage")
+            if spoiled is not None and spoiled.kind == "late":
+                return await self._executed_late(process, commands, spoiled.seconds)
+            answers = self._executed(process, commands)
+            if spoiled is not None:
+                answers = self._executed(process, commands)
+                if spoiled.kind == "lost":
+                    raise redis.ConnectionError("simulated loss of an answer")
+            if process.rng.random() < 0.1:
+                await process.latency()
+            return answers
+
+        return AsyncClient(exchange, lambda: Subscription(self, process))
+
+    async def _executed_late(
+        self, process: Process, commands: Sequence[Command], seconds: float
+    ) -> list[Any]:
+        """The answers to commands that arrive late, but do arrive, also if their caller left."""
+        arrived = self._loop.create_future()
+
+        def arrive() -> None:
+            answers = self._executed(process, commands)
+            if not arrived.done():
+                arrived.set_result(answers)
+
+        self._loop.call_later(seconds, arrive)
+        answers: list[Any] = await arrived
+        await process.latency()
+        return answers
+
+    def _executed(self, process: Process, commands: Sequence[Command]) -> list[Any]:
+        answers = answered(self.valkey, commands)
+        self.observer.after(commands, answers)
+        for command, answer in zip(commands, answers, strict=True):
+            if command[0] == "EVALSHA":
+                outcome = answer[:2] if isinstance(answer, list) else answer
+                self._log(process.name, f"script on {command[3]} -> {outcome}")
+                self._look_for_promotion(command)
+        return answers
+
+    def _look_for_promotion(self, command: Command) -> None:
+        """Whether this made an update shard complete, and whether that one is to be lost."""
+        updates = [
+            str(key)
+            for key in command[3 : 3 + int(command[2])]
+            if f"{PREFIX}" in str(key) and "}:update:" in str(key)
+        ]
+        if updates and self.valkey.value(updates[0]) is not None and (loss := self._faults.on("promotion")):
+            self._loop.call_later(loss.delay_s, self._lose, updates[0])
+
+    def _lose(self, key: str) -> None:
+        self.observer.lost = True
+        client, shard = key.partition("}:update:")[2].split(":")[:2]
+        base = key.partition("update:")[0]
+        self._log("store", f"LOSES {key}")
+        self.valkey.execute("DEL", key)
+        self.valkey.execute("HDEL", f"{base}client:{client}", f"complete:{shard}")
+
+    def _is_away(self) -> bool:
+        return any(fault.at_s <= self._loop.now_s < fault.at_s + fault.seconds for fault in self._outages)
+
+    def _publish(self, channel: bytes, message: bytes) -> None:
+        for subscription in self._subscriptions:
+            subscription.offer(channel, message)
+
+
+class Subscription:
+    """What product code needs of redis-py's subscriptions."""
+
+    def __init__(self, cluster: Cluster, process: Process) -> None:
+        self._cluster = cluster
+        self._process = process
+        self._messages: asyncio.Queue[dict[str, bytes]] = asyncio.Queue()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self in self._cluster._subscriptions:
+            self._cluster._subscriptions.remove(self)
+
+    async def psubscribe(self, pattern: str) -> None:
+        await self._process.operate()
+        self._require_connection()
+        self._cluster._subscriptions.append(self)
+
+    async def get_message(self, timeout: float) -> dict[str, bytes] | None:
+        self._require_connection()
+        try:
+            async with asyncio.timeout(timeout):
+                message = await self._messages.get()
+        except TimeoutError:
+            return None
+        await self._process.latency()
+        return message
+
+    def offer(self, channel: bytes, message: bytes) -> None:
+        """Brings a message, unless it gets lost."""
+        uneven = not self._process.even
+        if not (uneven and self._process.rng.random() < LOST_WAKE_UPS):
+            self._messages.put_nowait({"channel": channel, "data": message})
+
+    def _require_connection(self) -> None:
+        if self._cluster._is_away():
+            raise redis.ConnectionError("simulated outage")
+
+
+def _kind(commands: Sequence[Command]) -> str:
+    """How much depends on commands: a sighting is worth little, whatever writes it."""
+    names = {command[0] for command in commands}
+    if "EVALSHA" in names:
+        return "read" if ":seen:" in str(commands[0][2 + int(commands[0][2])]) else "script"
+    return "read" if names <= _READS else "write"
+
+
+class _Pending(BaseException):
+    """A job wants commands answered."""
+
+    def __init__(self, commands: Sequence[Command]) -> None:
+        self.commands = list(commands)
+
+
+class _Jobs:
+    """A worker without a process: runs a job up to its next store command, again from the start with every answer.
+
+    A job computes the same every time, so it only looks as if it waited; but it can be cut off between two commands.
+    """
+
+    def __init__(self, client: AsyncClient, process: Process, faults: Faults) -> None:
+        self._client = client
+        self._process = process
+        self._faults = faults
+        self._free = asyncio.Lock()
+
+    async def run(self, line: bytes) -> bytes:
+        death = self._faults.on("job", self._process.name)
+        async with self._free:
+            answers: list[list[Any] | redis.RedisError] = []
+            while True:
+                try:
+                    return aggregation_worker.answer(WorkerStore(SyncClient(_replayed(answers))), line)
+                except _Pending as pending:
+                    if death is not None and len(answers) >= death.commands:
+                        raise DomainError(Reason.WORKER_FAILED, "simulated death of a worker") from None
+                    answers.append(await self._answers(pending.commands))
+
+    async def _answers(self, commands: Sequence[Command]) -> list[Any] | redis.RedisError:
+        try:
+            return await self._client._exchange(commands)
+        except redis.RedisError as error:
+            return error
+
+
+def _replayed(answers: Sequence[list[Any] | redis.RedisError]) -> Callable[[Sequence[Command]], list[Any]]:
+    left = iter(list(answers))
+
+    def exchange(commands: Sequence[Command]) -> list[Any]:
+        found = next(left, None)
+        if found is None:
+            raise _Pending(commands)
+        if isinstance(found, redis.RedisError):
+            raise found
+        return found
+
+    return exchange

@@ -1,0 +1,241 @@
+"""What must hold, watched from outside: every write to the store, every answer, every result.
+
+It reads what is stored and what is sent, and works out for itself what must follow; it asks no product code whether
+product code is right.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import grpc
+import numpy as np
+
+from coordinator.keys import Keys
+from coordinator.records import Commit, FederationRecord, LayoutRecord, Phase, RoundRecord, Update
+from services.aggregation.keys import PREFIX, RoundKeys
+from shelora.lora.restore import restore
+from shelora.lora.shards import Float32
+from shelora.messages import decode_result
+from shelora.negotiation.plan import column_orders
+from shelora.rounds import TRANSITIONS, RoundKind, RoundState
+from shelora.v1 import coordinator_pb2 as pb
+from tests.simulation.learner import marks_in
+from tests.simulation.valkey import Command, Valkey
+
+_PHASES: Final = {
+    (Phase.CREATED, Phase.RUNNING),
+    (Phase.RUNNING, Phase.FINISHED),
+    (Phase.RUNNING, Phase.FAILED),
+}
+_STEPS: Final = {(before, after) for (before, _), after in TRANSITIONS.items()}
+
+
+class Observer:
+    """The invariants of one run of one federation.
+
+    Args:
+        violated: Told what does not hold.
+    """
+
+    def __init__(
+        self, valkey: Valkey, federation_id: str, clients: Sequence[str], violated: Callable[[str], None]
+    ) -> None:
+        self._valkey = valkey
+        self._federation_id = federation_id
+        self._clients = list(clients)
+        self._violated = violated
+        self._keys = Keys()
+        self._raw: dict[bytes, bytes] = {}
+        self._immortal: set[bytes] = set()
+        self.federation: FederationRecord | None = None
+        self.rounds: dict[str, RoundRecord] = {}
+        self.acknowledged: set[tuple[str, str]] = set()
+        """Round and client of every commit that its client was told of."""
+        self.counted: dict[str, set[str]] = {}
+        """By published round, the clients whose updates are in its aggregate."""
+        self.weights: dict[str, Float32] = {}
+        """By published training round, the weights [rounds, clients] that its aggregate must hold."""
+        self.lost = False
+        """Whether the store was made to lose an update: then an acknowledged one may be dropped."""
+
+    # Events
+
+    def after(self, commands: Sequence[Command], answers: Sequence[Any]) -> None:
+        """Looks at what commands have changed."""
+        if self._valkey.immortal > self._immortal:
+            self._violated(f"keys without expiry: {sorted(self._valkey.immortal)}")
+            self._immortal = set(self._valkey.immortal)
+        for command, answer in zip(commands, answers, strict=True):
+            if command[0] == "EVALSHA":
+                keys = [str(key) for key in command[3 : 3 + int(command[2])]]
+                for key in keys:
+                    self._look(key)
+                self._look_at_commit(keys, answer)
+
+    def answered(
+        self, caller: str, method: str, request: bytes, _response: bytes | None, code: grpc.StatusCode
+    ) -> None:
+        """An answer that reached its caller."""
+        if code in {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}:
+            self._violated(f"{method} ended with {code.name} for {caller}")
+        if method == "CommitUpdate" and code is grpc.StatusCode.OK:
+            sent = pb.CommitUpdateRequest.FromString(request)
+            self.acknowledged.add((sent.round_id, sent.client_id))
+
+    def applied(self, client_id: str, round_id: str, weights: Float32) -> None:
+        """A result as a client decoded it."""
+        expected = self.weights.get(round_id)
+        if expected is None:
+            self._violated(f"{client_id} applied a result of {round_id}, which was not published")
+        elif not np.allclose(weights, expected, atol=1e-5):
+            self._violated(f"{client_id} applied {weights} for {round_id}; published was {expected}")
+
+    # Records
+
+    def _look_at_commit(self, keys: Sequence[str], answer: Any) -> None:
+        if not (keys[0].startswith(self._keys.prefix) and keys[-1].endswith(":commits") and len(keys) == 2):
+            return
+        state = (self._valkey.value(keys[0]) or {}).get(b"state")
+        if isinstance(answer, list) and answer[0] == 1 and state != b"COLLECTING":
+            self._violated(f"an update is counted in a round that is {state!r}: {keys[0]}")
+
+    def _look(self, key: str) -> None:
+        if not key.startswith(self._keys.prefix) or not key.endswith((":round", ":federation")):
+            return
+        data = (self._valkey.value(key) or {}).get(b"data")
+        if data is None or self._raw.get(key) == data:
+            return
+        self._raw[key] = data
+        if key.endswith(":round"):
+            self._look_at_round(RoundRecord.model_validate_json(data))
+        else:
+            self._look_at_federation(FederationRecord.model_validate_json(data))
+
+    def _look_at_round(self, record: RoundRecord) -> None:
+        round_id, state = record.round.round_id, record.round.state
+        before = self.rounds.get(round_id)
+        self.rounds[round_id] = record
+        if before is None:
+            if state is not RoundState.SELECTING:
+                self._violated(f"{round_id} begins as {state}")
+            return
+        if before.round.ended:
+            self._violated(f"{round_id} changes after it ended: {before} to {record}")
+        elif before.round.state is not state and (before.round.state, state) not in _STEPS:
+            self._violated(f"{round_id} goes from {before.round.state} to {state}")
+        elif before.round.state is state and before.dropped == record.dropped:
+            self._violated(f"{round_id} is written again as {state}: {before} to {record}")
+        if state is RoundState.PUBLISHED:
+            self._look_at_result(record)
+
+    def _look_at_federation(self, record: FederationRecord) -> None:
+        before, self.federation = self.federation, record
+        if before is None:
+            return
+        if before.phase is not record.phase and (before.phase, record.phase) not in _PHASES:
+            self._violated(f"the federation goes from {before.phase} to {record.phase}")
+        if record.trained not in {before.trained, before.trained + 1}:
+            self._violated(f"{before.trained} rounds trained, then {record.trained}")
+        if record.sequence not in {before.sequence, before.sequence + 1}:
+            self._violated(f"round {before.sequence} is followed by {record.sequence}")
+        if record.phase is Phase.FAILED and not record.failure:
+            self._violated("the federation failed without a reason")
+
+    # Results
+
+    def _look_at_result(self, record: RoundRecord) -> None:
+        round_id = record.round.round_id
+        kept = {
+            c.update.client_id: c.update
+            for c in self._commits(record)
+            if c.update.client_id not in record.dropped
+        }
+        self.counted[round_id] = set(kept)
+        if record.contributor_count != len(kept) or len(kept) < record.round.min_updates:
+            self._violated(
+                f"{round_id} says it counts {record.contributor_count} updates; {sorted(kept)} are committed"
+            )
+        if record.round.kind is not RoundKind.TRAIN:
+            return
+        expected = np.zeros((self._rounds, len(self._clients)), dtype=np.float32)
+        total = sum(update.report.example_count for update in kept.values())
+        for client_id, update in kept.items():
+            expected[record.round.number - 1, self._clients.index(client_id)] = (
+                update.report.example_count / total
+            )
+        self.weights[round_id] = expected
+        found = self.stored_result(record)
+        if found is None:
+            self._violated(f"{round_id} is published, and its result is not stored")
+        elif not np.allclose(found, expected, atol=1e-5):
+            self._violated(f"{round_id} is published as\n{found}\nand its commits make\n{expected}")
+
+    def stored_result(self, record: RoundRecord) -> Float32 | None:
+        """The weights in a stored result; None if a shard of it is missing."""
+        keys = RoundKeys(record.round.round_id)
+        found = [
+            self._valkey.value(keys.result_bytes(index, bytes.fromhex(digest.sha256)))
+            for index, digest in enumerate(record.results)
+        ]
+        if None in found:
+            return None
+        layout = LayoutRecord.model_validate_json(
+            self._valkey.value(self._keys.layout(self._federation_id, record.layout_digest))
+        ).layout()
+        contents = [decode_result(layout, index, data) for index, data in enumerate(found)]
+        return marks_in(restore(layout, contents, column_orders(None, layout.matrices, None), None))
+
+    @property
+    def _rounds(self) -> int:
+        assert self.federation is not None
+        return self.federation.spec.round.rounds
+
+    def _commits(self, record: RoundRecord) -> list[Commit]:
+        assert self.federation is not None
+        key = self._keys.commits(self._federation_id, self.federation.instance, record.sequence)
+        parts = [data.split(b" ", 2) for data in (self._valkey.value(key) or {}).values()]
+        return [Commit(ordinal=int(n), update=Update.model_validate_json(update)) for n, _, update in parts]
+
+    # The end
+
+    def at_the_end(self) -> None:
+        """What must hold once the federation has ended and everybody has come to rest."""
+        federation = self.federation
+        assert federation is not None
+        for round_id, client_id in sorted(self.acknowledged):
+            counted = self.counted.get(round_id)
+            if counted is not None and client_id not in counted and not self.lost:
+                self._violated(f"{client_id} was told that its update of {round_id} counts, and it does not")
+        if federation.garbage:
+            self._violated(f"garbage is left: {federation.garbage}")
+        self._look_for_leftovers(federation)
+
+    def _look_for_leftovers(self, federation: FederationRecord) -> None:
+        kept = {federation.round_id(sequence) for sequence in federation.results_in_use}
+        for key in map(bytes.decode, self._valkey.keys(f"{PREFIX}*")):
+            round_id, _, part = key.removeprefix(f"{PREFIX}{{").partition("}:")
+            if round_id not in kept or not part.startswith("result"):
+                self._violated(f"left in aggregation: {key}")
+        for key in map(bytes.decode, self._valkey.keys(f"{self._keys.prefix}*")):
+            if key.endswith(":ballots"):
+                self._violated(f"left in the coordinator: {key}")
+        for sequence in federation.results_in_use:
+            record = self.rounds[federation.round_id(sequence)]
+            if self.stored_result(record) is None:
+                self._violated(f"the result of {record.round.round_id} is gone")
+
+
+def shown(federation: FederationRecord | None) -> str:
+    """The state of a federation in a line."""
+    if federation is None:
+        return "no federation"
+    ticket = federation.ticket.sequence if federation.ticket else None
+    return json.dumps(
+        {
+            "phase": federation.phase,
+            "trained": federation.trained,
+            "round": ticket,
+            "failure": federation.failure,
+        }
+    )

@@ -1,0 +1,189 @@
+"""Product code with one rule taken away. The simulation must notice every time, or it could not notice a bug.
+
+Each takes away what one sentence of the documents promises.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+from unittest import mock
+
+import coordinator.driver
+import coordinator.handlers
+import coordinator.store
+import services.aggregation.scripts
+from coordinator import transitions
+from coordinator.changes import Signal
+from coordinator.driver import Driver
+from coordinator.records import Garbage
+from coordinator.store import CommitOutcome, RedisStore
+from services.aggregation.uploads import Uploads
+from shelora.errors import DomainError, Reason
+
+
+def _script(module: Any, name: str, rule: str, instead: str = "") -> AbstractContextManager[Any]:
+    text = getattr(module, name)
+    assert rule in text
+    return mock.patch.object(module, name, text.replace(rule, instead))
+
+
+def any_revision() -> AbstractContextManager[Any]:
+    """A record is written whatever was written since it was read."""
+    rule = "if revision ~= tonumber(ARGV[1]) then\n  return 0\nend"
+    return _script(coordinator.store, "COMPARE_AND_SET", rule)
+
+
+def commits_after_the_close() -> AbstractContextManager[Any]:
+    """A commit is counted without a look at the round's state in the same step."""
+    rule = "if redis.call('HGET', KEYS[1], 'state') ~= 'COLLECTING' then\n  return {4, 0}\nend"
+    return _script(coordinator.store, "COMMIT", rule)
+
+
+def commit_acknowledged_unheard() -> AbstractContextManager[Any]:
+    """A commit whose fate is unknown is acknowledged."""
+    commit = RedisStore.commit
+
+    async def trusting(self: RedisStore, federation: Any, sequence: int, update: Any) -> Any:
+        try:
+            return await commit(self, federation, sequence, update)
+        except DomainError as error:
+            if error.reason is not Reason.STORE_UNAVAILABLE:
+                raise
+            return CommitOutcome.COMMITTED, 1
+
+    return mock.patch.object(RedisStore, "commit", trusting)
+
+
+def one_generation_of_shards() -> AbstractContextManager[Any]:
+    """Shards aggregated before a contributor was dropped are taken for those after."""
+
+    def key(self: RedisStore, federation: Any, record: Any) -> str:
+        return self._keys.shards(federation.federation_id, federation.instance, record.sequence, 0)
+
+    return mock.patch.object(RedisStore, "_shards_key", key)
+
+
+def unfenced_results() -> AbstractContextManager[Any]:
+    """A worker that is late replaces the result of a newer request."""
+    return _script(services.aggregation.scripts, "PUBLISH", "or stored[5] ~= ARGV[1]")
+
+
+def deaf_when_a_wake_up_is_lost() -> AbstractContextManager[Any]:
+    """Nobody looks again after a while."""
+
+    async def wait(self: Signal, timeout_s: float) -> None:
+        await self._event.wait()
+        self._event.clear()
+
+    return mock.patch.object(Signal, "wait", wait)
+
+
+def kept_garbage() -> AbstractContextManager[Any]:
+    """Rounds are forgotten without being deleted."""
+
+    async def nothing(*_: Any) -> None:
+        pass
+
+    return mock.patch.object(Driver, "_close_round", nothing)
+
+
+def results_deleted_early() -> AbstractContextManager[Any]:
+    """A published result is deleted with the updates of its round."""
+    original = transitions._garbage
+
+    def all_of_it(before: Any, after: Any, ended: Any) -> tuple[Garbage, ...]:
+        return tuple(item.model_copy(update={"results": True}) for item in original(before, after, ended))
+
+    return mock.patch.object(transitions, "_garbage", all_of_it)
+
+
+def immortal_fields() -> AbstractContextManager[Any]:
+    """Members and evaluations are written without an expiry."""
+
+    async def put(self: RedisStore, key: str, field: str, record: Any) -> None:
+        await self._redis.hset(key, field, record.model_dump_json())
+
+    return mock.patch.object(RedisStore, "_put_field", put)
+
+
+def unchecked_uploads() -> AbstractContextManager[Any]:
+    """A shard is promoted without a look at how much of it arrived."""
+
+    async def unchecked(*_: Any) -> bool:
+        return True
+
+    return mock.patch.object(Uploads, "_check", unchecked)
+
+
+@contextmanager
+def leases_for_ever() -> Iterator[None]:
+    """A lease is taken for an hour, so that nobody takes over from a driver that died."""
+    acquire, renew = RedisStore.acquire, RedisStore.renew
+
+    async def long(self: RedisStore, federation_id: str, token: str, _lease_s: float) -> bool:
+        return await acquire(self, federation_id, token, 3600)
+
+    async def again(self: RedisStore, federation_id: str, token: str, _lease_s: float) -> bool:
+        return await renew(self, federation_id, token, 3600)
+
+    with mock.patch.multiple(RedisStore, acquire=long, renew=again):
+        yield
+
+
+def one_left_out() -> AbstractContextManager[Any]:
+    """Of more updates than are needed, one is left out of the aggregate."""
+    original = coordinator.driver.contributors
+
+    def some(record: Any, commits: Any) -> Any:
+        found = original(record, commits)
+        return found[: max(record.round.min_updates, len(found) - 1)]
+
+    return mock.patch.object(coordinator.driver, "contributors", some)
+
+
+def one_counted_twice() -> AbstractContextManager[Any]:
+    """The first client's update weighs what two would."""
+    original = coordinator.driver.contributions
+
+    def heavier(kind: Any, shard: int, commits: Any) -> Any:
+        doubled = commits[0].update.report.model_copy(
+            update={"example_count": 2 * commits[0].update.report.example_count}
+        )
+        first = commits[0].model_copy(
+            update={"update": commits[0].update.model_copy(update={"report": doubled})}
+        )
+        return original(kind, shard, [first, *commits[1:]])
+
+    return mock.patch.object(coordinator.driver, "contributions", heavier)
+
+
+@dataclass(frozen=True)
+class Sabotage:
+    """A rule taken away."""
+
+    work: Callable[[], AbstractContextManager[Any]]
+    kinds: tuple[str, ...]
+    """The kinds of faults that need the rule."""
+    quick: bool
+    """Whether it shows within a few schedules, so that `make test` can expect it to."""
+
+
+SABOTAGES: Final = {
+    work.__name__: Sabotage(work, tuple(kinds), quick)
+    for quick, work, *kinds in (
+        (True, any_revision, "store", "pause"),
+        (True, one_left_out, "call"),
+        (True, one_counted_twice, "call"),
+        (True, kept_garbage, "call"),
+        (True, results_deleted_early, "call"),
+        (True, immortal_fields, "call"),
+        (False, deaf_when_a_wake_up_is_lost, "call"),
+        (False, leases_for_ever, "crash"),
+        (False, commits_after_the_close, "store"),
+        (False, commit_acknowledged_unheard, "outage", "store"),
+        (False, one_generation_of_shards, "loss", "worker"),
+        (False, unfenced_results, "loss", "store", "pause"),
+        (False, unchecked_uploads, "call"),
+    )
+}

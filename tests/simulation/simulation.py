@@ -1,0 +1,220 @@
+"""Runs a schedule: a seed and a list of faults decide everything that happens."""
+
+import asyncio
+import gc
+import random
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+from unittest import mock
+
+import structlog
+
+import coordinator.main
+from tests.simulation.cluster import Cluster, Size
+from tests.simulation.faults import Chance, Fault, Faults
+from tests.simulation.loop import Deadlock, VirtualLoop
+from tests.simulation.observer import shown
+from tests.simulation.processes import CURRENT, Crashed
+
+HORIZON_S: Final = 1200.0
+"""Virtual seconds after which a federation that has not ended hangs: all attempts at all rounds take less than half."""
+REST_S: Final = 30.0
+"""Virtual seconds after the end until everything must be cleaned up and every lease given back."""
+_SHM: Final = Path("/dev/shm")
+_UNREPEATABLE: Final = frozenset({"cpu_s", "folder"})
+"""Fields of log records that differ from run to run."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happens in a run."""
+
+    seed: int
+    size: Size
+    faults: tuple[Fault, ...] | None = None
+    """The only faults; None to draw them from the seed."""
+    kinds: tuple[str, ...] = ()
+    """Of the faults that are drawn, of `faults.KINDS`; none for what the seed chooses."""
+
+    @classmethod
+    def of(cls, seed: int, *kinds: str) -> "Schedule":
+        """The schedule of a seed."""
+        rng = Random(f"{seed}/size")
+        clients = rng.choice((2, 3, 3))
+        size = Size(
+            clients=clients,
+            rounds=rng.choice((1, 2, 2)),
+            min_updates=rng.randint(2, clients),
+            deadline_s=rng.choice((10, 30, 60)),
+            max_attempts=rng.choice((1, 3, 5)),
+        )
+        return cls(seed, size, kinds=kinds)
+
+    def with_only(self, faults: Sequence[Fault]) -> "Schedule":
+        return replace(self, faults=tuple(faults))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a run."""
+
+    schedule: Schedule
+    violation: str
+    """What does not hold; "" if everything does."""
+    phase: str
+    """Of the federation, at the end."""
+    met: tuple[Fault, ...]
+    """The faults that took place."""
+    virtual_s: float
+    trace: list[str] = field(repr=False, default_factory=list)
+
+
+def run(schedule: Schedule, *, traced: bool = False) -> Report:
+    """Runs a schedule to its end. The same schedule gives the same report; `traced` fills its trace."""
+    trace: list[str] = []
+    with ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="shelora-simulation-", dir=_SHM if _SHM.is_dir() else None))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        loop = stack.enter_context(_loop())
+        chance = (
+            Chance(Random(f"{schedule.seed}/faults"), schedule.kinds) if schedule.faults is None else None
+        )
+        faults = Faults(schedule.faults or (), chance, loop.time)
+
+        def log(who: str, what: str) -> None:
+            if traced:
+                trace.append(f"{loop.now_s:10.4f}  {who:<14} {what}")
+
+        cluster = Cluster(loop, str(schedule.seed), faults, schedule.size, folder, log)
+        stack.enter_context(_surroundings(loop, schedule.seed, cluster, log, 20 if traced else 40))
+        try:
+            loop.run_until_complete(_play(loop, cluster))
+        except Deadlock:
+            cluster.violated("nobody will ever do anything again")
+        violation = cluster.violation.result() if cluster.violation.done() else ""
+        met = tuple(faults.met)
+        federation = cluster.observer.federation
+        return Report(schedule, violation, federation.phase if federation else "", met, loop.now_s, trace)
+
+
+async def _play(loop: VirtualLoop, cluster: Cluster) -> None:
+    cluster.start()
+    while not cluster.ended and loop.now_s < HORIZON_S and not cluster.violation.done():
+        await asyncio.wait([cluster.violation], timeout=1.0)
+    if cluster.violation.done():
+        return
+    if not cluster.ended:
+        cluster.violated(
+            f"after {HORIZON_S:g} s the federation has not ended everywhere: {shown(cluster.observer.federation)}; "
+            f"agents: {cluster.outcomes}"
+        )
+        return
+    await asyncio.wait([cluster.violation], timeout=REST_S)
+    cluster.observer.at_the_end()
+
+
+@contextmanager
+def _loop() -> Iterator[VirtualLoop]:
+    def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+        process = CURRENT.get(None)
+
+        def alive(*args: Any) -> Any:
+            if process is not None and process.dead:
+                raise Crashed
+            return call(*args)
+
+        return alive
+
+    def thread_s() -> float:
+        process = CURRENT.get(None)
+        return process.thread_s() if process else 0.001
+
+    def owned(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> "asyncio.Task[Any]":
+        task = asyncio.Task(work, loop=loop, **options)
+        context = options.get("context")
+        process = context.get(CURRENT) if context is not None else CURRENT.get(None)
+        if process is not None:
+            process.owns(task)
+        return task
+
+    loop = VirtualLoop(thread_s, guarded)
+    loop.set_task_factory(owned)
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would end abandoned generators at a time of its own
+    try:
+        yield loop
+    finally:
+        _end(loop)
+        if collecting:
+            gc.enable()
+
+
+def _end(loop: VirtualLoop) -> None:
+    """Ends what is still running. Nothing it does on its way out is looked at."""
+    loop.set_exception_handler(lambda _loop, _context: None)
+    for _ in range(20):
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks, timeout=0.1))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+@contextmanager
+def _surroundings(
+    loop: VirtualLoop, seed: int, cluster: Cluster, log: Callable[[str, str], None], level: int
+) -> Iterator[None]:
+    """Clock, chance, connections and logs of product code."""
+
+    def unhandled(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+        error = context.get("exception")
+        if not _is_crash(error):
+            cluster.violated(f"unhandled: {context.get('message')}: {error!r}")
+
+    def traced(_logger: Any, method: str, event: MutableMapping[str, Any]) -> Any:
+        process = CURRENT.get(None)
+        if event.pop("exc_info", None):
+            cluster.violated(f"{process.name if process else ''}: unexpected error: {event}")
+        name = event.pop("event")
+        details = " ".join(f"{key}={value}" for key, value in event.items() if key not in _UNREPEATABLE)
+        log(process.name if process else "", f"{method} {name} {details}")
+        raise structlog.DropEvent
+
+    before, state = structlog.get_config(), random.getstate()
+    random.seed(seed)
+    loop.set_exception_handler(unhandled)
+    structlog.configure(
+        processors=[traced],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=False,
+    )
+    try:
+        with (
+            mock.patch.object(time, "monotonic", loop.time),
+            mock.patch.object(secrets, "token_hex", lambda size: CURRENT.get().rng.randbytes(size).hex()),
+            mock.patch.object(coordinator.main, "now_ms", new=_now_ms),
+        ):
+            yield
+    finally:
+        structlog.configure(**before)
+        random.setstate(state)
+
+
+def _now_ms() -> int:
+    return CURRENT.get().clock_ms()
+
+
+def _is_crash(error: BaseException | None) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_crash(part) for part in error.exceptions)
+    return isinstance(error, Crashed)

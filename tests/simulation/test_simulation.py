@@ -1,0 +1,64 @@
+"""Schedules of faults against a whole cluster; `make simulate` runs thousands."""
+
+import pytest
+
+from tests.simulation.faults import (
+    Call,
+    Crash,
+    Jitter,
+    Loss,
+    Outage,
+    Pause,
+    Skew,
+    Slow,
+    Store,
+    WorkerDeath,
+)
+from tests.simulation.simulation import Report, Schedule, run
+
+SINGLE = (
+    Jitter(),
+    Call("agent-0", "Join", 1, "drop-response", 0.5),
+    Call("agent-0", "CommitUpdate", 1, "drop-response", 1.0),
+    Call("agent-1", "CommitUpdate", 1, "duplicate", 0.01),
+    Call("agent-1", "PutShard", 1, "break", 0.5, 1),
+    Call("agent-0", "Watch", 1, "break", 20.0, 1),
+    Call("coordinator-0", "AggregateShard", 1, "drop-response", 0.0),
+    Crash("coordinator-0", 60, 0.0, 5.0),
+    Crash("aggregation-0", 12, 0.001, 5.0),
+    Crash("agent-0", 6, 0.0, 2.0),
+    Pause("coordinator-0", 60, 25.0),
+    Store("coordinator-0", 60, "repeat"),
+    Store("aggregation-1", 9, "late", 3.0),
+    Outage(3.0, 5.0),
+    Loss(2, 0.0),
+    WorkerDeath("aggregation-0", 1, 3),
+    Slow("agent-0", 3, 70.0),
+    Skew("coordinator-1", 2500),
+)
+
+
+def explained(report: Report) -> str:
+    faults = "\n".join(f"  {fault}" for fault in report.met)
+    return (
+        f"{report.violation}\n{faults}\n"
+        f"make simulate SCHEDULES=1 SEED={report.schedule.seed} shows the smallest schedule that fails"
+    )
+
+
+def test_without_faults_a_federation_finishes():
+    report = run(Schedule.of(0).with_only(()))
+    assert (report.violation, report.phase, report.met) == ("", "FINISHED", ())
+    assert report.virtual_s < 60
+
+
+@pytest.mark.parametrize("fault", SINGLE, ids=str)
+def test_a_federation_keeps_its_promises_whichever_fault_it_meets(fault):
+    report = run(Schedule.of(0).with_only([fault]))
+    assert not report.violation, explained(report)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_federation_keeps_its_promises_under_faults_at_random(seed):
+    report = run(Schedule.of(seed))
+    assert not report.violation, explained(report)
