@@ -53,7 +53,7 @@ class Plan:
                 "round": {
                     "rounds": self.rounds,
                     "clients": self.agents,
-                    "min_updates": self.agents,
+                    "min_updates": max(2, self.agents // 2),
                     "deadline_s": DEADLINE_S,
                     "max_attempts": 1,
                 },
