@@ -9,10 +9,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 HELM := $(VENV)/.helm
+DOCKER ?= docker
+IMAGES := server agent demo
+VERSION := 0.1.0
+PYTHON_IMAGE ?= python:3.11.13-slim-bookworm
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BUILD_OPTIONS ?=
 SOURCES := shelora coordinator client_agent services bench examples load tools tests deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate test-helm check fix bench fuzz load up protos verify-protos unit clean
+.PHONY: help setup demo test simulate test-helm test-compose check fix bench fuzz load up images protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -69,6 +75,20 @@ load: $(INSTALLED)  ## Load a local cluster with simulated agents (AGENTS="100 3
 
 up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
 	$(BIN)/shelora up
+
+images:  ## Build the container images (PYTHON_IMAGE, TORCH_INDEX, BUILD_OPTIONS="--platform linux/arm64")
+	@for image in $(IMAGES); do \
+		DOCKER_BUILDKIT=1 $(DOCKER) build --file deploy/docker/Dockerfile --target $$image --tag shelora-$$image:$(VERSION) \
+			--build-arg PYTHON_IMAGE="$(PYTHON_IMAGE)" --build-arg TORCH_INDEX="$(TORCH_INDEX)" $(BUILD_OPTIONS) . || exit 1; \
+	done
+	@$(DOCKER) images --filter reference='shelora-*:$(VERSION)'
+
+test-compose: $(INSTALLED)  ## Run the cluster of deploy/compose and break it; skips where there is no container engine
+	@if $(DOCKER) info >/dev/null 2>&1; then \
+		$(MAKE) images && $(BIN)/python -m pytest tests/compose; \
+	else \
+		echo "skipped: no container engine answers to '$(DOCKER) info'"; \
+	fi
 
 protos: $(INSTALLED)  ## Regenerate the stubs in shelora/v1
 	$(BIN)/python -m tools.stubs write
