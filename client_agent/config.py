@@ -93,6 +93,13 @@ class ResourcesConfig(StrictModel):
     """CPU threads for training; 0 takes all cores."""
     nice: Annotated[int, Field(ge=0, le=19)] = 0
     """How far to step back for other processes, 0 (not) to 19 (most)."""
+    micro_batch: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Examples computed at once; a training step adds up the gradients of its batch in parts of this size, which takes
+    less memory. 0 computes the whole batch at once."""
+    only_charging: bool = False
+    """Compute only while this device is plugged in. Devices without a battery always are."""
+    max_other_cpu: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Compute only while other processes use at most this share of the CPU, above 0 to 1. 1: always."""
 
 
 class LogConfig(StrictModel):

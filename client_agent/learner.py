@@ -1,12 +1,14 @@
 """Everything an agent computes with its model and data. Synchronous; the agent runs it in its one worker thread."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import structlog
 import torch
 
 from client_agent.checkpoint import CAUSAL_LM, load_checkpoint
+from client_agent.conditions import Conditions
 from client_agent.config import AgentConfig
 from client_agent.data import Examples, read_examples
 from client_agent.drawing import sample, seed_of
@@ -40,6 +42,8 @@ class Learner:
         self._spec = spec
         self._state = state
         self._client_id = config.client_id
+        self._micro_batch = config.resources.micro_batch
+        self._conditions = Conditions(config.resources)
         self.examples, self.test = read_data(config, spec)
         self.model = load_model(config, spec)
         self._identity = {
@@ -119,7 +123,10 @@ class Learner:
         )
         with timed(Stage.SCORING):
             return sensitivity_scores(
-                self.model, self._encoder, self.examples.select(chosen), _reporter(activity, Stage.SCORING)
+                self.model,
+                self._encoder,
+                self.examples.select(chosen),
+                self._reporter(activity, Stage.SCORING),
             )
 
     def evaluate(self, activity: Activity, *, everything: bool = False) -> Evaluation | None:
@@ -136,7 +143,10 @@ class Learner:
             return None
         with timed(Stage.EVALUATING):
             return evaluate(
-                self.model, self._encoder, self.test.select(chosen), _reporter(activity, Stage.EVALUATING)
+                self.model,
+                self._encoder,
+                self.test.select(chosen),
+                self._reporter(activity, Stage.EVALUATING),
             )
 
     def save_adapter(self) -> None:
@@ -149,8 +159,9 @@ class Learner:
             batch_size=self._spec.batch_size,
             learning_rate=self._spec.learning_rate * self._spec.learning_rate_decay ** (number - 1),
             seed=seed_of(self._client_id, number, "training"),
+            micro_batch=self._micro_batch,
         )
-        report = _reporter(activity, Stage.TRAINING)
+        report = self._reporter(activity, Stage.TRAINING)
 
         def count_and_report(fraction: float) -> None:
             report(fraction)
@@ -165,6 +176,9 @@ class Learner:
         finally:
             self.model.load(start)
             self._position = before
+
+    def _reporter(self, activity: Activity, stage: Stage) -> Callable[[float], None]:
+        return partial(self._conditions.report, activity, stage)
 
     def _key(self, round_id: str) -> dict[str, str]:
         """What saved weights must agree in to stand for the state after that round."""
@@ -189,7 +203,3 @@ def load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:
         lora=config.lora,
         device=choose_device(config.model.device),
     )
-
-
-def _reporter(activity: Activity, stage: Stage) -> Callable[[float], None]:
-    return lambda fraction: activity.report(stage, fraction)

@@ -54,6 +54,7 @@ agent then renews by itself; `check` reads everything and sends nothing:
 \b
     client-agent enroll --token shelora-token-... --authority keys.example.org:7099 --state-dir state
     client-agent check --config agent.yaml
+    client-agent doctor --config agent.yaml
     client-agent run --config agent.yaml
 
 A commented configuration is client_agent/sample.yaml. Single values can be set in the environment:
@@ -156,6 +157,17 @@ def _member(config: AgentConfig, token_file: Path | None, authority: str) -> Age
     return config
 
 
+@app.command()
+def doctor(config: ConfigFile) -> None:
+    """Checks certificate, network, clock, TenSEAL, data, model, memory, disk, and says what to mend. Sends nothing.
+
+    It trains one step as a round of the federation would, so it tells what this very device needs for it.
+
+    Exit codes: 0 nothing must be mended; 1 something must; 2 the configuration is refused.
+    """
+    _exit_with(lambda: _doctor(AgentConfig.load(config)))
+
+
 def _enroll(token: str, authority: str, state_dir: Path, client: str) -> int:
     held = asyncio.run(
         enrolled(token, authority, state_dir / IDENTITY, client_id=client, retry_s=ENROL_RETRY_S)
@@ -205,6 +217,16 @@ def _check(config: AgentConfig, *, offline: bool, causal_lm: bool, targets: list
         training, protection = asyncio.run(_asked(config))
     Console().print(report(config, training, inspect(config, training, protection)))
     return 0
+
+
+def _doctor(config: AgentConfig) -> int:
+    from client_agent.doctor import examine, failed, report  # noqa: PLC0415 - as above
+
+    console = Console()
+    with console.status("examining this device") as status:
+        findings = asyncio.run(examine(config, lambda check: status.update(f"examining: {check}")))
+    console.print(report(findings))
+    return EXIT_FAILED if failed(findings) else 0
 
 
 async def _asked(config: AgentConfig) -> tuple[TrainingSpec, ProtectionSpec]:

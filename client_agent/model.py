@@ -100,6 +100,12 @@ class AdaptedModel:
         known = batch.attention_mask[:, 1:].bool()
         return logits[:, :-1][known], batch.input_ids[:, 1:][known]
 
+    def target_count(self, batch: Batch) -> int:
+        """Number of targets that `predict` returns for the batch."""
+        if self.task == SEQUENCE_CLASSIFICATION:
+            return len(batch.targets)
+        return int(batch.attention_mask[:, 1:].sum().item())
+
     def weights(self) -> Weights:
         """A copy of everything trainable."""
         factors = {

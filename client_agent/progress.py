@@ -17,6 +17,7 @@ class Stage(StrEnum):
     DOWNLOADING = "downloading"
     DECRYPTING = "decrypting"
     EVALUATING = "evaluating"
+    PAUSED = "paused"
 
 
 STAGES: Final = tuple(Stage)
@@ -49,6 +50,12 @@ class Activity:
     def stop(self) -> None:
         """Makes the next report raise Stopped. May be called again."""
         self._stop.set()
+
+    def pause(self, seconds: float) -> None:
+        """Waits in the worker thread, saying so. Raises: Stopped, at once, if the work is no longer wanted."""
+        self.report(Stage.PAUSED, self._progress.fraction)
+        if self._stop.wait(seconds):
+            raise Stopped
 
     def report(self, stage: Stage, fraction: float) -> None:
         """Notes progress. Raises: Stopped if the work is no longer wanted."""

@@ -58,11 +58,15 @@ class Session:
 
     async def specification(self) -> FederationSpec:
         """What the operator specified. Raises: FEDERATION_UNKNOWN, STORE_UNAVAILABLE."""
+        return (await self.specification_and_time())[0]
+
+    async def specification_and_time(self) -> tuple[FederationSpec, float]:
+        """The specification, and the coordinator's clock in Unix seconds. Raises: as `specification`."""
         request = pb.GetFederationRequest(
             federation_id=self._config.federation, view=pb.FEDERATION_VIEW_SPECIFICATION
         )
         federation = await call(self._coordinator.GetFederation, request)
-        return FederationSpec.from_proto(federation.spec)
+        return FederationSpec.from_proto(federation.spec), federation.now_unix_ms / 1000
 
     async def join(self, model: LocalModel, example_count: int) -> int:
         """Makes this client a member. Returns the epoch of its keys. Raises: MODEL_MISMATCH, FEDERATION_CLOSED."""

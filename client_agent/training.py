@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from client_agent.data import Examples
 from client_agent.drawing import batches
-from client_agent.encoding import Encoder
+from client_agent.encoding import Batch, Encoder
 from client_agent.model import AdaptedModel
 from shelora.errors import DomainError, Reason
 
@@ -32,6 +32,8 @@ class TrainingRun:
     learning_rate: float
     seed: int
     """Fixes the batches and the dropout."""
+    micro_batch: int = 0
+    """Examples computed at once, to save memory: a step adds up their gradients. 0 for the whole batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +62,41 @@ def train(
             torch.manual_seed(run.seed)
             for step, chosen in enumerate(batches(len(examples), run.batch_size, run.steps, run.seed)):
                 report(step / run.steps)
-                losses.append(_step(model, encoder, examples.select(chosen), optimizer, step))
+                parts = [encoder.batch(examples.select(part)) for part in _parts(chosen, run.micro_batch)]
+                losses.append(_step(model, parts, optimizer, step))
     finally:
         model.module.eval()
     return TrainingOutcome(sum(losses) / len(losses), time.monotonic() - started)
 
 
+def _parts(chosen: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    size = size or len(chosen)
+    return (chosen[start : start + size] for start in range(0, len(chosen), size))
+
+
 def _step(
-    model: AdaptedModel, encoder: Encoder, examples: Examples, optimizer: torch.optim.Optimizer, number: int
+    model: AdaptedModel, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, number: int
 ) -> float:
-    logits, targets = model.predict(encoder.batch(examples))
-    loss = functional.cross_entropy(logits.float(), targets)
-    value = float(loss.item())
+    """One optimizer step on the mean over all targets of the parts; returns that mean."""
+    optimizer.zero_grad(set_to_none=True)
+    count = sum(model.target_count(part) for part in parts)
+    value = sum(_accumulate(model, part, count) for part in parts)
     if not math.isfinite(value):
         raise DomainError(
             Reason.VALUE_NOT_FINITE,
             f"the training loss is {value} at step {number + 1}; lower the learning rate or check the data",
         )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     torch.nn.utils.clip_grad_norm_(model.trainable(), MAX_GRADIENT_NORM)
     optimizer.step()
     return value
+
+
+def _accumulate(model: AdaptedModel, part: Batch, count: int) -> float:
+    """Adds the gradient of this part's share of the mean over `count` targets; returns the share."""
+    logits, targets = model.predict(part)
+    loss = functional.cross_entropy(logits.float(), targets, reduction="sum") / count
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return float(loss.item())
 
 
 def _cuda_devices(device: torch.device) -> list[torch.device]:

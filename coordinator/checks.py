@@ -22,7 +22,17 @@ MAX_EXAMPLES: Final = 10**9
 MAX_SCALING: Final = 1e4
 MAX_WHY: Final = 500
 STAGES: Final = frozenset(
-    {"idle", "scoring", "training", "encrypting", "uploading", "downloading", "decrypting", "evaluating"}
+    {
+        "idle",
+        "scoring",
+        "training",
+        "encrypting",
+        "uploading",
+        "downloading",
+        "decrypting",
+        "evaluating",
+        "paused",
+    }
 )
 _CLIENT: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

@@ -54,6 +54,7 @@ class Renderer:
             failure=record.failure,
             member_count=await self._store.member_count(record.federation_id),
             trained_rounds=record.trained,
+            now_unix_ms=now_ms,
         )
         if view == pb.FEDERATION_VIEW_UNSPECIFIED:
             federation.members.extend(await self._members(record, now_ms))

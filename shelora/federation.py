@@ -99,6 +99,14 @@ class RoundSpec(Spec):
     deadline_s: Annotated[int, Field(ge=1, le=7 * 86_400)] = 3600
     """Seconds a round collects updates. A week at most: state expires after it has not changed for longer."""
 
+    target_updates: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Updates at which a training round closes without waiting for the slower clients; 0 waits for every client asked, or
+    the deadline. At least `min_updates`."""
+
+    over_selection: Annotated[float, Field(ge=1, le=10)] = 1.3
+    """Clients asked for every update wanted, so that those who drop out or are slow do not matter. Only with
+    `target_updates`; without it every client is asked. Votes ask every client."""
+
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     """Attempts at a round before the federation fails; an attempt fails when too few clients answer."""
 
@@ -117,7 +125,18 @@ class RoundSpec(Spec):
                 "clients = {clients} can never send min_updates = {least} updates: raise clients or lower min_updates",
                 {"clients": self.clients, "least": self.min_updates},
             )
+        if 0 < self.target_updates < self.min_updates:
+            raise PydanticCustomError(
+                "target_updates",
+                "target_updates = {target} is less than min_updates = {least}: raise it, or set it to 0",
+                {"target": self.target_updates, "least": self.min_updates},
+            )
         return self
+
+    @property
+    def cohort_limit(self) -> int:
+        """Most clients that a training round asks; 0 for no limit."""
+        return ceil(self.target_updates * self.over_selection)
 
 
 class ProtectionSpec(Spec):

@@ -4,7 +4,8 @@ A round is one attempt. A vote adds up sensitivity scores, a training round adds
 Time is an argument: nothing here reads a clock.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -70,6 +71,8 @@ class Round:
     """Seconds it collects updates."""
     cohort: tuple[str, ...]
     """Clients asked for an update, sorted; fixed from the start."""
+    target_updates: int = 0
+    """Updates at which it closes without waiting for the rest of the cohort; 0 for all of them."""
     state: RoundState = RoundState.SELECTING
     reason: Reason | None = None
     """Why it was abandoned."""
@@ -111,16 +114,26 @@ class Round:
         )
 
 
+def select_cohort(round_id: str, clients: Iterable[str], limit: int) -> tuple[str, ...]:
+    """At most `limit` of the clients, sorted; all of them if `limit` is 0.
+
+    Which ones is decided by hashes of the round and their names: another draw every round, the same on every replica,
+    and each client is as likely as the next.
+    """
+    drawn = sorted(clients, key=lambda name: hashlib.sha256(f"{round_id}\x1f{name}".encode()).digest())
+    return tuple(sorted(drawn[: limit or None]))
+
+
 def should_close(round_: Round, update_count: int, now_ms: int) -> Event | None:
     """What a collecting round is due for, if anything.
 
-    CLOSE once the whole cohort committed, or at the deadline with at least `min_updates`; ABANDON (for
+    CLOSE once the target is reached or the whole cohort committed, or at the deadline with at least `min_updates`; ABANDON (for
     TOO_FEW_UPDATES) at the deadline with fewer. None for a round that is not collecting.
     """
     if round_.state is not RoundState.COLLECTING:
         return None
     enough = update_count >= round_.min_updates
-    if enough and update_count >= len(round_.cohort):
+    if enough and update_count >= (round_.target_updates or len(round_.cohort)):
         return Event.CLOSE
     if now_ms < round_.deadline_ms:
         return None

@@ -206,6 +206,8 @@ class RoundSpec(_message.Message):
     MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
     REPLAN_EVERY_ROUNDS_FIELD_NUMBER: _builtins.int
     REPLAN_BELOW_OVERLAP_FIELD_NUMBER: _builtins.int
+    TARGET_UPDATES_FIELD_NUMBER: _builtins.int
+    OVER_SELECTION_FIELD_NUMBER: _builtins.int
     rounds: _builtins.int
     """Training rounds, 1 to 10000."""
     clients: _builtins.int
@@ -222,6 +224,10 @@ class RoundSpec(_message.Message):
     """Mean of the overlaps that agents report (UpdateReport.overlap) below which the plan is negotiated anew, 0 to 1;
     0 for never, and agents measure none.
     """
+    target_updates: _builtins.int
+    """Updates at which a training round closes without waiting for slower clients, at least min_updates; 0 for all asked."""
+    over_selection: _builtins.float
+    """Clients asked for every update wanted, 1 to 10; only with target_updates."""
     def __init__(
         self,
         *,
@@ -232,10 +238,12 @@ class RoundSpec(_message.Message):
         max_attempts: _builtins.int = ...,
         replan_every_rounds: _builtins.int = ...,
         replan_below_overlap: _builtins.float = ...,
+        target_updates: _builtins.int = ...,
+        over_selection: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "deadline_s", b"deadline_s", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "deadline_s", b"deadline_s", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -634,6 +642,7 @@ class Federation(_message.Message):
     MORE_HISTORY_FIELD_NUMBER: _builtins.int
     MEMBER_COUNT_FIELD_NUMBER: _builtins.int
     TRAINED_ROUNDS_FIELD_NUMBER: _builtins.int
+    NOW_UNIX_MS_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     phase: Global___Phase.ValueType
     failure: _builtins.str
@@ -644,6 +653,8 @@ class Federation(_message.Message):
     """Members."""
     trained_rounds: _builtins.int
     """Training rounds published."""
+    now_unix_ms: _builtins.int
+    """The coordinator's clock when it answered, Unix milliseconds."""
     @_builtins.property
     def spec(self) -> Global___FederationSpec: ...
     @_builtins.property
@@ -669,10 +680,11 @@ class Federation(_message.Message):
         more_history: _builtins.bool = ...,
         member_count: _builtins.int = ...,
         trained_rounds: _builtins.int = ...,
+        now_unix_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "phase", b"phase", "spec", b"spec", "trained_rounds", b"trained_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "spec", b"spec", "trained_rounds", b"trained_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1191,7 +1203,9 @@ class HeartbeatRequest(_message.Message):
     federation_id: _builtins.str
     client_id: _builtins.str
     stage: _builtins.str
-    """"idle", "scoring", "training", "encrypting", "uploading", "downloading", "decrypting" or "evaluating"."""
+    """"idle", "scoring", "training", "encrypting", "uploading", "downloading", "decrypting",
+    "evaluating" or "paused" (the device is busy or unplugged).
+    """
     progress: _builtins.float
     """Progress in that stage, 0 to 1."""
     def __init__(

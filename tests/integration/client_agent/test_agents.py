@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 from transformers import BertModel
 
 from client_agent.agent import Agent, Outcome
+from client_agent.config import AgentConfig
+from client_agent.doctor import Verdict, examine
 from client_agent.learner import Learner
 from client_agent.session import Session
 from shelora.errors import DomainError, Reason
@@ -250,3 +252,24 @@ async def test_a_process_told_to_terminate_ends_in_order(make_federation: Make) 
     _, log = await process.communicate()
     assert process.returncode == 0, log.decode()
     assert b"outcome=stopped" in log
+
+
+async def test_the_doctor_finds_nothing_to_mend_on_a_device_that_can_take_part(make_federation: Make) -> None:
+    federation = make_federation("examined")
+    await federation.start()
+    await federation.agent("one")
+    config = AgentConfig.load(federation.folder / "one" / "agent.yaml", {})
+    findings = await examine(config, lambda _: None)
+    assert {finding.verdict for finding in findings} == {Verdict.OK}, findings
+    assert {"clock", "network: coordinator", "memory", "disk", "training"} <= {f.check for f in findings}
+
+
+async def test_the_doctor_names_the_server_that_does_not_answer(make_federation: Make) -> None:
+    federation = make_federation("cut-off")
+    await federation.start()
+    await federation.agent("one", aggregation=["127.0.0.1:1"])
+    config = AgentConfig.load(federation.folder / "one" / "agent.yaml", {})
+    findings = {finding.check: finding for finding in await examine(config, lambda _: None)}
+    assert findings["network: aggregation"].verdict is Verdict.FAILED
+    assert "127.0.0.1:1" in findings["network: aggregation"].remedy
+    assert findings["network: coordinator"].verdict is Verdict.OK

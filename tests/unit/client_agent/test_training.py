@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,30 @@ def test_the_same_seed_trains_the_same_weights_whatever_the_global_state(
         results.append(model.weights())
     for name, factors in results[0].factors.items():
         np.testing.assert_array_equal(factors.B, results[1].factors[name].B)
+
+
+@pytest.mark.parametrize("make", [classifier, decoder])
+def test_gradients_of_small_parts_add_up_to_the_step_of_the_whole_batch(
+    make: Callable[[Path], AdaptedModel],
+    bert_folder: Path,
+    llama_folder: Path,
+    obfuscation: Obfuscation,
+    examples: Examples,
+) -> None:
+    results = []
+    for micro_batch in (0, 3):
+        model = make(bert_folder if make is classifier else llama_folder)
+        model.initialise(obfuscation)
+        for module in model.module.modules():
+            if isinstance(module, torch.nn.Dropout):  # drawn anew for every part
+                module.p = 0.0
+        encoder = Encoder(model.tokenizer, 32, append_end=make is decoder)
+        outcome = train(model, encoder, examples, TrainingRun(3, 10, 0.01, 3, micro_batch), ignore)
+        results.append((outcome.loss, model.weights()))
+    (whole_loss, whole), (parts_loss, parts) = results
+    assert parts_loss == pytest.approx(whole_loss, rel=1e-5)
+    for name, factors in whole.factors.items():
+        np.testing.assert_allclose(parts.factors[name].B, factors.B, atol=1e-4)
 
 
 def test_training_leaves_the_global_random_state_alone(

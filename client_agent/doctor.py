@@ -1,0 +1,302 @@
+"""`client-agent doctor`: does this device have what the agent needs, and what to mend if not.
+
+Every check is done for real, on this device: it calls the servers, reads the data, trains one step of the federation's
+kind, encrypts. Nothing is sent.
+"""
+
+import asyncio
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+import grpc
+import numpy as np
+import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.table import Table
+
+from client_agent.conditions import Conditions
+from client_agent.config import AgentConfig
+from client_agent.encoding import Encoder
+from client_agent.inspection import Inspection, inspect
+from client_agent.session import Session
+from client_agent.training import TrainingRun, train
+from shelora.ckks.parameters import profile
+from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
+from shelora.errors import DomainError
+from shelora.federation import FederationSpec
+from shelora.transport.channel import is_transient, open_channel
+from shelora.transport.status import distrusts, error_from_rpc
+from shelora.transport.tls import Credentials
+
+CONNECT_S: Final = 10.0
+"""Seconds a server has to answer."""
+CLOCK_WARNING_S: Final = 5.0
+CLOCK_FAILURE_S: Final = 120.0
+"""A clock that is off by more soon takes valid certificates for expired ones, or for not valid yet."""
+MEMORY_SHARE: Final = 0.8
+"""Share of the device's memory above which training may get the agent killed."""
+DEADLINE_SHARE: Final = 0.5
+"""Share of a round's time above which training leaves too little for transfers."""
+SPARE_DISK_BYTES: Final = 64 * 2**20
+FLOAT_BYTES: Final = 4
+TOLERANCE: Final = 2.0**-14
+"""Error of one encryption above which something is broken; at a scale of 2^27 it is some 1e-6."""
+
+
+class Verdict(StrEnum):
+    """How a check ended."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """The agent runs, but perhaps not well."""
+    FAILED = "failed"
+    """The agent cannot take part."""
+    SKIPPED = "skipped"
+    """Cannot be told before another check passes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found, and what to mend."""
+
+    check: str
+    verdict: Verdict
+    seen: str
+    remedy: str = ""
+
+
+async def examine(config: AgentConfig, tell: Callable[[str], None]) -> list[Finding]:
+    """Does every check.
+
+    Args: tell: Takes the name of each check as it begins.
+    """
+    tell("certificate")
+    certificate, credentials = check_certificate(config)
+    findings = [certificate]
+    spec: FederationSpec | None = None
+    if credentials is None:
+        findings.append(Finding("network", Verdict.SKIPPED, "needs a certificate"))
+    else:
+        tell("network")
+        for name, address in _servers(config):
+            findings.append(await check_server(name, address, credentials))
+        tell("clock and federation")
+        told, spec = await check_coordinator(config, credentials)
+        findings += told
+    for name, check in _local_checks(config, spec):
+        tell(name)
+        findings += await asyncio.to_thread(check)
+    return findings
+
+
+def failed(findings: list[Finding]) -> bool:
+    """Whether something must be mended."""
+    return any(finding.verdict is Verdict.FAILED for finding in findings)
+
+
+def report(findings: list[Finding]) -> Table:
+    """A table for a terminal."""
+    styles = {
+        Verdict.OK: "green",
+        Verdict.WARNING: "yellow",
+        Verdict.FAILED: "bold red",
+        Verdict.SKIPPED: "dim",
+    }
+    table = Table(title="This device", title_justify="left")
+    for heading in ("check", "", "seen", "to mend"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        verdict = f"[{styles[finding.verdict]}]{finding.verdict}[/]"
+        table.add_row(finding.check, verdict, finding.seen, finding.remedy)
+    return table
+
+
+def check_certificate(config: AgentConfig) -> tuple[Finding, Credentials | None]:
+    """Whether this client has enrolled, under the configured name, and until when that holds."""
+    try:
+        credentials = config.credentials()
+    except DomainError as error:
+        remedy = "client-agent enroll with a token of the operator"
+        return Finding("certificate", Verdict.FAILED, error.message, remedy), None
+    facts = credentials.held.facts
+    return Finding("certificate", Verdict.OK, f"valid until {facts.expires:%Y-%m-%d %H:%M} UTC"), credentials
+
+
+async def check_server(name: str, address: str, credentials: Credentials) -> Finding:
+    """Whether a server answers, is who it should be, and how far away it is."""
+    check = f"network: {name}"
+    async with open_channel(address, credentials) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            await _answered(stub)
+            started = time.monotonic()
+            await _answered(stub)
+        except DomainError as error:
+            remedy = f"is {address} right, and may this device's network reach it?"
+            return Finding(check, Verdict.FAILED, error.message, remedy)
+    return Finding(check, Verdict.OK, f"{address} answers in {1000 * (time.monotonic() - started):.0f} ms")
+
+
+async def check_coordinator(
+    config: AgentConfig, credentials: Credentials
+) -> tuple[list[Finding], FederationSpec | None]:
+    """This device's clock against the coordinator's, and whether the federation exists."""
+    session = Session(config, credentials)
+    try:
+        before = time.time()
+        spec, server_s = await asyncio.wait_for(session.specification_and_time(), CONNECT_S)
+        ahead_s = (before + time.time()) / 2 - server_s
+    except (DomainError, TimeoutError) as error:
+        why = error.message if isinstance(error, DomainError) else "the coordinator does not answer in time"
+        remedy = f"ask the operator whether the federation {config.federation} exists"
+        skipped = Finding("clock", Verdict.SKIPPED, "needs the coordinator")
+        return [skipped, Finding("federation", Verdict.FAILED, why, remedy)], None
+    finally:
+        await session.close()
+    seen = f"{spec.training.task}, {spec.round.rounds} rounds of at most {spec.round.deadline_s} s"
+    return [judged_clock(ahead_s), Finding("federation", Verdict.OK, seen)], spec
+
+
+def judged_clock(ahead_s: float) -> Finding:
+    """Takes the seconds by which this device's clock is ahead of the coordinator's."""
+    seen = f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the coordinator's"
+    if abs(ahead_s) < CLOCK_WARNING_S:
+        return Finding("clock", Verdict.OK, seen)
+    verdict = Verdict.FAILED if abs(ahead_s) > CLOCK_FAILURE_S else Verdict.WARNING
+    return Finding("clock", verdict, seen, "set the clock; keep it with NTP, e.g. timedatectl set-ntp true")
+
+
+def check_tenseal(parameters: str = "standard") -> list[Finding]:
+    """Whether encryption works on this processor: a round trip, and its time."""
+    ckks = profile(parameters)
+    values = np.linspace(-1, 1, 4096)[None, :]
+    started = time.monotonic()
+    try:
+        key = SecretKey.generate(ckks)
+        error = np.abs(Decryptor(key).decrypt(Encryptor(key).encrypt(values), values.shape[1]) - values).max()
+    except (DomainError, RuntimeError, ValueError) as broken:
+        remedy = "reinstall the tenseal of the constraints file on this platform (64-bit x86 or ARM)"
+        return [Finding("TenSEAL", Verdict.FAILED, str(broken), remedy)]
+    seen = f"{values.size} values there and back in {time.monotonic() - started:.2f} s, largest error {error:.0e}"
+    if error > TOLERANCE:
+        return [Finding("TenSEAL", Verdict.FAILED, seen, "this build computes wrongly: reinstall tenseal")]
+    return [Finding("TenSEAL", Verdict.OK, seen)]
+
+
+def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
+    """Data, model, and one training step of the federation's kind: memory and time."""
+    try:
+        found = inspect(config, spec.training, spec.protection)
+    except DomainError as error:
+        return [
+            Finding("data and model", Verdict.FAILED, error.message, "see the configuration's data and model")
+        ]
+    findings = [
+        Finding("data", Verdict.OK, f"{len(found.examples):,} examples"),
+        Finding("model", Verdict.OK, f"{len(found.model.matrices)} matrices on {found.model.device.type}"),
+    ]
+    try:
+        seconds = _one_step(config, spec, found)
+    except DomainError as error:
+        return [*findings, Finding("training", Verdict.FAILED, error.message)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return [
+        *findings,
+        judged_memory(peak, psutil.virtual_memory().total),
+        judged_time(seconds * spec.training.local_steps, spec.round.deadline_s),
+        judged_disk(
+            _disk_needed(found), shutil.disk_usage(_existing(config.state_dir)).free, config.state_dir
+        ),
+    ]
+
+
+def judged_memory(peak: int, total: int) -> Finding:
+    """Takes the bytes that training took at most, and those of the device."""
+    seen = f"a training step takes {_gb(peak)} of {_gb(total)}"
+    if peak < MEMORY_SHARE * total:
+        return Finding("memory", Verdict.OK, seen)
+    return Finding("memory", Verdict.WARNING, seen, "lower resources.micro_batch (8, 4, ... 1) or lora.rank")
+
+
+def judged_time(seconds: float, deadline_s: float) -> Finding:
+    """Takes the seconds that a round's training takes, and those that a round waits."""
+    seen = f"a round's training takes about {seconds:.0f} s; the round waits {deadline_s:.0f} s"
+    if seconds < DEADLINE_SHARE * deadline_s:
+        return Finding("training", Verdict.OK, seen)
+    verdict = Verdict.WARNING if seconds < deadline_s else Verdict.FAILED
+    remedy = (
+        "ask the operator for fewer local_steps or a later deadline_s; give the agent more resources.threads"
+    )
+    return Finding("training", verdict, seen, remedy)
+
+
+def judged_disk(needed: int, free: int, folder: Path) -> Finding:
+    """Takes the bytes that the state folder may come to hold, and those that are free there."""
+    seen = f"{_gb(free)} free at {folder}, {_gb(needed)} needed"
+    if free > needed:
+        return Finding("disk", Verdict.OK, seen)
+    return Finding("disk", Verdict.FAILED, seen, "make room, or put state_dir on a larger disk")
+
+
+def check_conditions(config: AgentConfig) -> list[Finding]:
+    """Whether the device may compute right now."""
+    why = Conditions(config.resources).obstacle()
+    return [Finding("power and load", Verdict.WARNING, why, "the agent waits") if why else _FREE]
+
+
+_FREE: Final = Finding("power and load", Verdict.OK, "the agent may compute now")
+
+
+def _servers(config: AgentConfig) -> Iterator[tuple[str, str]]:
+    yield "key authority", config.key_authority
+    yield "coordinator", config.coordinator
+    for address in config.aggregation:
+        yield "aggregation", address
+
+
+def _local_checks(
+    config: AgentConfig, spec: FederationSpec | None
+) -> Iterator[tuple[str, Callable[[], list[Finding]]]]:
+    yield "power and load", lambda: check_conditions(config)
+    yield "TenSEAL", lambda: check_tenseal(spec.protection.parameters if spec else "standard")
+    if spec is None:
+        yield "data and model", lambda: [Finding("data and model", Verdict.SKIPPED, "needs the federation")]
+    else:
+        yield "data, model, memory, disk", lambda: check_learning(config, spec)
+
+
+async def _answered(stub: health_pb2_grpc.HealthStub) -> None:
+    """Any answer will do: health is not for clients. Raises: DomainError if there is none."""
+    try:
+        await stub.Check(health_pb2.HealthCheckRequest(), timeout=CONNECT_S)
+    except grpc.aio.AioRpcError as error:
+        if is_transient(error) or distrusts(error):
+            raise error_from_rpc(error) from error
+
+
+def _one_step(config: AgentConfig, spec: FederationSpec, found: Inspection) -> float:
+    """Seconds of a training step, the first one left out: it is slower."""
+    training = spec.training
+    encoder = Encoder(found.model.tokenizer, training.max_tokens, append_end=not training.labels)
+    run = TrainingRun(1, training.batch_size, 1e-6, seed=1, micro_batch=config.resources.micro_batch)
+    seconds = [train(found.model, encoder, found.examples, run, lambda _: None).seconds for _ in range(2)]
+    return seconds[-1]
+
+
+def _disk_needed(found: Inspection) -> int:
+    """An update on its way out, the result on its way in, three sets of weights, and some room."""
+    return 3 * found.upload_bytes + 3 * FLOAT_BYTES * found.model.trainable_count + SPARE_DISK_BYTES
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from client_agent.config import AgentConfig
+from client_agent.doctor import (
+    Finding,
+    Verdict,
+    check_certificate,
+    check_tenseal,
+    examine,
+    failed,
+    judged_clock,
+    judged_disk,
+    judged_memory,
+    judged_time,
+)
+from shelora.ckks import secret
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> AgentConfig:
+    (tmp_path / "agent.yaml").write_text(
+        "federation: weather\nclient_id: a\ncoordinator: 127.0.0.1:1\naggregation: ['127.0.0.1:1']\n"
+        "key_authority: 127.0.0.1:1\nstate_dir: state\nmodel: {path: nowhere}\ndata: {train: none.jsonl}\n"
+    )
+    return AgentConfig.load(tmp_path / "agent.yaml", {})
+
+
+async def test_without_a_certificate_what_needs_one_is_skipped_and_the_remedy_is_named(config):
+    told: list[str] = []
+    findings = {finding.check: finding for finding in await examine(config, told.append)}
+    assert findings["certificate"].verdict is Verdict.FAILED
+    assert "client-agent enroll" in findings["certificate"].remedy
+    assert findings["network"].verdict is Verdict.SKIPPED
+    assert findings["data and model"].verdict is Verdict.SKIPPED
+    assert findings["TenSEAL"].verdict is Verdict.OK
+    assert told == ["certificate", "power and load", "TenSEAL", "data and model"]
+    assert failed(list(findings.values()))
+
+
+def test_a_certificate_of_another_client_is_named(config):
+    finding, credentials = check_certificate(config)
+    assert (finding.verdict, credentials) == (Verdict.FAILED, None)
+
+
+def test_a_tenseal_that_computes_wrongly_is_found(monkeypatch):
+    right = secret.Decryptor.decrypt
+    monkeypatch.setattr(secret.Decryptor, "decrypt", lambda *args: right(*args) + 0.1)
+    (finding,) = check_tenseal()
+    assert finding.verdict is Verdict.FAILED
+    assert "reinstall" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "verdict", "words"),
+    [
+        (0.4, Verdict.OK, "0.4 s ahead"),
+        (-30, Verdict.WARNING, "30.0 s behind"),
+        (-4000, Verdict.FAILED, "4000.0 s behind"),
+        (4000, Verdict.FAILED, "ahead"),
+    ],
+)
+def test_a_clock_that_is_off_is_found(ahead_s, verdict, words):
+    finding = judged_clock(ahead_s)
+    assert finding.verdict is verdict
+    assert words in finding.seen
+    assert bool(finding.remedy) == (verdict is not Verdict.OK)
+
+
+@pytest.mark.parametrize(
+    ("finding", "verdict"),
+    [
+        (judged_memory(10**9, 8 * 10**9), Verdict.OK),
+        (judged_memory(7 * 10**9, 8 * 10**9), Verdict.WARNING),
+        (judged_time(100, 300), Verdict.OK),
+        (judged_time(200, 300), Verdict.WARNING),
+        (judged_time(400, 300), Verdict.FAILED),
+        (judged_disk(10**6, 10**9, Path("/state")), Verdict.OK),
+        (judged_disk(10**9, 10**6, Path("/state")), Verdict.FAILED),
+    ],
+)
+def test_what_a_device_lacks_is_found_with_a_remedy(finding: Finding, verdict: Verdict):
+    assert finding.verdict is verdict
+    assert bool(finding.remedy) == (verdict is not Verdict.OK)
