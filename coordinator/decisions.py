@@ -24,7 +24,7 @@ from coordinator.records import (
 from shelora.errors import Reason
 from shelora.lora.layout import Layout, build_layout
 from shelora.negotiation.votes import vote_layout
-from shelora.rounds import Event, Round, RoundKind, RoundState, should_close
+from shelora.rounds import Event, Round, RoundKind, RoundState, select_cohort, should_close
 
 
 @dataclass(frozen=True)
@@ -192,19 +192,22 @@ def _within_round(view: View, ticket: Ticket, now_ms: int) -> Decision:
 
 
 def _create(view: View, ticket: Ticket) -> Decision:
-    """Selects the cohort: the members alive now. Waits while they are too few."""
+    """Selects the cohort among the members alive now. Waits while they are too few."""
     federation = view.federation
-    if len(view.alive) < federation.spec.round.min_updates or federation.model is None:
+    rules, training = federation.spec.round, ticket.kind is RoundKind.TRAIN
+    if len(view.alive) < rules.min_updates or federation.model is None:
         return Rest()
+    round_id = federation.round_id(ticket.sequence)
     layout = layout_of(federation, federation.model, ticket, view.members)
     round_ = Round(
-        round_id=federation.round_id(ticket.sequence),
+        round_id=round_id,
         kind=ticket.kind,
         number=ticket.number,
         attempt=ticket.attempt,
-        min_updates=federation.spec.round.min_updates,
-        deadline_s=federation.spec.round.deadline_s,
-        cohort=tuple(sorted(view.alive)),
+        min_updates=rules.min_updates,
+        deadline_s=rules.deadline_s,
+        cohort=select_cohort(round_id, view.alive, rules.cohort_limit if training else 0),
+        target_updates=rules.target_updates if training else 0,
     )
     record = RoundRecord(
         round=round_,

@@ -4,6 +4,7 @@ The fields and ranges are those of `FederationSpec` in coordinator.proto, which 
 here. A value that passed these classes is sound: nothing behind them checks it again.
 """
 
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -100,8 +101,8 @@ class RoundSpec(Spec):
     """Seconds a round collects updates. A week at most: state expires after it has not changed for longer."""
 
     target_updates: Annotated[int, Field(ge=0, le=100_000)] = 0
-    """Updates at which a training round closes without waiting for the slower clients; 0 waits for every client asked, or
-    the deadline. At least `min_updates`."""
+    """Updates at which a training round closes without waiting for slower clients, at least `min_updates`; 0 waits for
+    every client asked, or the deadline."""
 
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.3
     """Clients asked for every update wanted, so that those who drop out or are slow do not matter. Only with

@@ -127,13 +127,13 @@ def select_cohort(round_id: str, clients: Iterable[str], limit: int) -> tuple[st
 def should_close(round_: Round, update_count: int, now_ms: int) -> Event | None:
     """What a collecting round is due for, if anything.
 
-    CLOSE once the target is reached or the whole cohort committed, or at the deadline with at least `min_updates`; ABANDON (for
-    TOO_FEW_UPDATES) at the deadline with fewer. None for a round that is not collecting.
+    CLOSE once the target is reached or the whole cohort committed, or at the deadline with at least `min_updates`;
+    ABANDON (for TOO_FEW_UPDATES) at the deadline with fewer. None for a round that is not collecting.
     """
     if round_.state is not RoundState.COLLECTING:
         return None
     enough = update_count >= round_.min_updates
-    if enough and update_count >= (round_.target_updates or len(round_.cohort)):
+    if enough and update_count >= min(round_.target_updates or len(round_.cohort), len(round_.cohort)):
         return Event.CLOSE
     if now_ms < round_.deadline_ms:
         return None

@@ -1,9 +1,20 @@
 import itertools
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from shelora.errors import DomainError, Reason
-from shelora.rounds import ENDED, TRANSITIONS, Event, Round, RoundKind, RoundState, should_close
+from shelora.rounds import (
+    ENDED,
+    TRANSITIONS,
+    Event,
+    Round,
+    RoundKind,
+    RoundState,
+    select_cohort,
+    should_close,
+)
 
 COLLECTING = Round(
     round_id="r",
@@ -78,6 +89,31 @@ def test_a_reason_belongs_to_abandonment_and_only_to_it(event):
 )
 def test_a_round_closes_when_all_committed_or_at_its_deadline(updates, now_ms, expected):
     assert should_close(COLLECTING, updates, now_ms) is expected
+
+
+@pytest.mark.parametrize(
+    ("target", "updates", "expected"),
+    [(2, 1, None), (2, 2, Event.CLOSE), (2, 3, Event.CLOSE), (5, 2, None), (5, 3, Event.CLOSE)],
+)
+def test_a_round_closes_at_its_target_or_when_all_it_asked_have_answered(target, updates, expected):
+    assert should_close(replace(COLLECTING, target_updates=target), updates, 5_001) is expected
+
+
+def test_every_round_asks_other_clients_the_same_on_every_replica_and_all_as_often():
+    clients = [f"client-{number}" for number in range(20)]
+    asked = Counter()
+    for number in range(400):
+        cohort = select_cohort(f"fed.1.{number}", clients, 5)
+        assert cohort == select_cohort(f"fed.1.{number}", reversed(clients), 5)
+        assert len(set(cohort)) == 5
+        assert list(cohort) == sorted(cohort)
+        asked.update(cohort)
+    assert set(asked) == set(clients)
+    assert all(60 <= count <= 140 for count in asked.values())  # 100 each, and chance
+
+
+def test_without_a_limit_or_with_one_that_is_large_every_client_is_asked():
+    assert select_cohort("r", {"b", "a"}, 0) == select_cohort("r", {"b", "a"}, 9) == ("a", "b")
 
 
 @pytest.mark.parametrize("state", sorted(set(RoundState) - {RoundState.COLLECTING}))

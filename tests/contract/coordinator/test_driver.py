@@ -314,6 +314,30 @@ async def test_a_member_that_joins_late_takes_part_from_the_next_round(fed):
     assert (shown.train.round.number, shown.train.round.layout.max_rank) == (2, 16)
 
 
+async def test_a_round_with_a_target_asks_some_more_and_closes_without_the_slower_ones(fed):
+    await fed.begin(spec("none", target_updates=2, over_selection=1.5), "abcde")
+    await fed.settle()
+    asked = {name: await fed.assignment(name) for name in "abcde"}
+    first, second, late = (name for name, work in asked.items() if work.HasField("train"))
+    for name in (first, second):
+        await fed.commit(name, asked[name].train.round)
+    round_ = asked[late].train.round
+    digests = fed.aggregation.put(round_.round_id, late, len(round_.layout.shards), "")
+    await fed.settle()
+    (ended,) = (await fed.shown()).history
+    assert (ended.state, ended.update_count, ended.cohort_count) == (pb.ROUND_STATE_PUBLISHED, 2, 3)
+    with pytest.raises(DomainError) as refused:
+        await fed.handlers.commit("fed", round_.round_id, fed.update(late, round_, digests))
+    assert refused.value.reason is Reason.ROUND_NOT_COLLECTING
+    assert (await fed.play()).phase is Phase.FINISHED
+
+
+async def test_every_client_is_asked_to_vote_whatever_the_target(fed):
+    await fed.begin(spec(target_updates=2, over_selection=1.0), "abcd")
+    await fed.settle()
+    assert all([(await fed.assignment(name)).HasField("vote") for name in "abcd"])
+
+
 async def test_two_drivers_publish_each_round_once(fed):
     await fed.begin(spec())
     drivers = [fed.new_driver(fed.store) for _ in range(3)]
