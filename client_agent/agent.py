@@ -53,6 +53,7 @@ _OVER: Final = frozenset(
         Reason.NOT_LEADER,
         Reason.BALLOT_REFUSED,
         Reason.RESULT_UNKNOWN,
+        Reason.EPOCH_RETIRED,
     }
 )
 """The assignment cannot be done (any more), but the next one may."""
@@ -184,7 +185,6 @@ class _Follower:
         self._work = work
         self._learner = learner
         self._retry_s = retry_s
-        self._epoch = 1
         self._activity: Activity | None = None
         self._task: asyncio.Task[None] | None = None
         self._assignment_id: str | None = None
@@ -194,7 +194,7 @@ class _Follower:
     async def join(self) -> None:
         """Makes this client a member. An ended federation has no room for new ones, but members can follow it."""
         try:
-            self._epoch = await self._session.join(self._learner.model, len(self._learner.examples))
+            await self._session.join(self._learner.model, len(self._learner.examples))
         except DomainError as error:
             if error.reason is not Reason.FEDERATION_CLOSED:
                 raise
@@ -243,7 +243,7 @@ class _Follower:
                 await self._rejoin()
 
     async def _rejoin(self) -> None:
-        self._epoch = await self._session.join(self._learner.model, len(self._learner.examples))
+        await self._session.join(self._learner.model, len(self._learner.examples))
         await asyncio.sleep(self._retry_s / 10)
 
     async def _take(self, assignment: pb.Assignment) -> None:
@@ -295,11 +295,11 @@ class _Follower:
         if assignment.HasField("vote"):
             await self._work.vote(assignment.vote, activity)
         elif assignment.HasField("make_plan"):
-            await self._work.make_plan(assignment.make_plan, self._epoch, activity)
+            await self._work.make_plan(assignment.make_plan, activity)
         elif assignment.HasField("train"):
             await self._work.train(assignment.train, activity)
         elif assignment.HasField("finish"):
-            await self._work.finish(assignment.finish, self._epoch, activity)
+            await self._work.finish(assignment.finish, activity)
             self._end(Outcome.FINISHED)
 
     def _end(self, outcome: Outcome) -> None:

@@ -68,8 +68,8 @@ class Session:
         federation = await call(self._coordinator.GetFederation, request)
         return FederationSpec.from_proto(federation.spec), federation.now_unix_ms / 1000
 
-    async def join(self, model: LocalModel, example_count: int) -> int:
-        """Makes this client a member. Returns the epoch of its keys. Raises: MODEL_MISMATCH, FEDERATION_CLOSED."""
+    async def join(self, model: LocalModel, example_count: int) -> None:
+        """Makes this client a member. Raises: MODEL_MISMATCH, FEDERATION_CLOSED."""
         request = pb.JoinRequest(
             federation_id=self._config.federation,
             client_id=self._config.client_id,
@@ -80,7 +80,7 @@ class Session:
             tensors=[tensor_to_proto(t) for t in model.tensors],
             protocol_version=PROTOCOL_VERSION,
         )
-        return (await call(self._coordinator.Join, request)).epoch
+        await call(self._coordinator.Join, request)
 
     async def assignments(self) -> AsyncIterator[pb.Assignment]:
         """Assignments as they come, without end: a stream that ends or breaks is opened anew after a while.
@@ -110,7 +110,10 @@ class Session:
         await call(self._coordinator.Heartbeat, request, timeout_s=5, retry_s=0)
 
     async def secrets(self, epoch: int) -> EpochSecrets:
-        """The secrets of an epoch. Raises: PERMISSION_DENIED, FEDERATION_UNKNOWN, SECRET_UNAVAILABLE."""
+        """The secrets of an epoch.
+
+        Raises: PERMISSION_DENIED, CERTIFICATE_REVOKED, FEDERATION_UNKNOWN, EPOCH_RETIRED, SECRET_UNAVAILABLE.
+        """
         request = key_authority_pb2.GetEpochSecretsRequest(
             federation_id=self._config.federation, epoch=epoch, client_id=self._config.client_id
         )

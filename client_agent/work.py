@@ -87,6 +87,8 @@ class Work:
         self._learner = learner
         self._worker = worker
         self._secrets: dict[int, EpochSecrets] = {}
+        """Of the epochs that the newest assignment needs, at most two; others are forgotten."""
+        self._newest_epoch = 0
         self._plans: dict[_PlanKey, Plan] = {}
         """Opened plans."""
         self._checked: set[_PlanKey] = set()
@@ -100,7 +102,7 @@ class Work:
         spool = await self._worker.run(self._state.spool, vote.round.round_id, layout.digest)
         if spool is None:
             check_vote_layout(layout, self._learner.model, self._me.protection)
-            secrets = await self.secrets(vote.round.epoch)
+            secrets = await self._enter(vote.round.epoch)
             spool = await self._worker.run(self._spool_vote, vote.round.round_id, layout, secrets, activity)
         if self._by_ballots:
             count = await self._session.cast_ballot(spool)
@@ -110,12 +112,12 @@ class Work:
         else:
             await self._send(spool, activity)
 
-    async def make_plan(self, task: pb.MakePlan, epoch: int, activity: Activity) -> None:
+    async def make_plan(self, task: pb.MakePlan, activity: Activity) -> None:
         """Ranks the summed votes and publishes the sealed plan."""
         matrices = tuple(matrix_from_proto(m) for m in task.matrices)
         if matrices != self._learner.model.matrices:
             raise DomainError(Reason.LAYOUT_MISMATCH, "the plan is asked for matrices of another model")
-        secrets = await self.secrets(epoch)
+        secrets = await self._enter(task.votes.epoch)
         scores = await self._summed_votes(task.votes, secrets, activity)
         plan = Sealed(matrices).plan(scores, tuple(task.tiers))
         context = plan_context(self._me.federation_id, task.plan_number)
@@ -130,18 +132,18 @@ class Work:
         if spool is None or spool.note.example_count != len(
             self._learner.examples
         ):  # of data before a restart
-            secrets = await self.secrets(train.round.epoch)
+            secrets = await self._enter(train.round.epoch)
             plan = await self._checked_plan(train, layout, secrets, activity)
             check_train_layout(layout, self._learner.model, self._me.protection, plan, self._me.budget)
             await self._begin_from(train, secrets, activity)
+            self._forget_others(train.round.epoch)
             spool = await self._worker.run(self._spool_update, train, layout, plan, secrets, activity)
         await self._send(spool, activity)
 
-    async def finish(self, finish: pb.Finish, epoch: int, activity: Activity) -> None:
+    async def finish(self, finish: pb.Finish, activity: Activity) -> None:
         """Applies the final result, evaluates on every test example, saves the adapter."""
-        secrets = await self.secrets(epoch)
         plan = finish.plan if finish.HasField("plan") else None
-        applied = await self._apply(finish.result, plan, secrets, activity)
+        applied = await self._apply(finish.result, plan, activity)
         await self._worker.run(self._learner.save_adapter)
         _log.info("adapter_saved", folder=str(self._state.adapter_folder))
         try:
@@ -166,13 +168,31 @@ class Work:
             )
         return self._secrets[epoch]
 
+    async def _enter(self, epoch: int) -> EpochSecrets:
+        """The secrets of the epoch that a round is in.
+
+        Raises: EPOCH_RETIRED if a later one has begun: who was revoked since knows the secrets of this one.
+        """
+        if epoch < self._newest_epoch:
+            raise DomainError(
+                Reason.EPOCH_RETIRED,
+                f"a round in epoch {epoch} is refused: this agent took part in epoch {self._newest_epoch}",
+            )
+        secrets = await self.secrets(epoch)
+        self._newest_epoch = epoch
+        return secrets
+
+    def _forget_others(self, epoch: int) -> None:
+        """Forgets the secrets of other epochs; what they are needed for again would be fetched again."""
+        self._secrets = {known: secrets for known, secrets in self._secrets.items() if known == epoch}
+
     async def _begin_from(self, train: pb.Train, secrets: EpochSecrets, activity: Activity) -> None:
         """Makes the state that the round starts from current, and reports how good it is."""
         if not train.HasField("base"):
             await self._worker.run(self._learner.start, secrets)
             return
         plan = train.base_plan if train.HasField("base_plan") else None
-        applied = await self._apply(train.base, plan, secrets, activity)
+        applied = await self._apply(train.base, plan, activity)
         if train.base.round_id not in self._reported:
             await self._report(train.base.round_id, applied, activity, everything=False)
 
@@ -180,12 +200,13 @@ class Work:
         self,
         reference: common_pb2.ResultRef,
         plan_ref: pb.PlanRef | None,
-        secrets: EpochSecrets,
         activity: Activity,
     ) -> Applied:
+        """Applies a result with the secrets of its own epoch, whatever the next round's is."""
         if await self._worker.run(self._learner.holds, reference.round_id):
             return Applied()
         result = Result.from_proto(reference)
+        secrets = await self.secrets(reference.epoch)
         check_model(result.layout, self._learner.model)
         plan = await self._opened_plan(plan_ref, secrets) if plan_ref else None
         watch = Stopwatch()

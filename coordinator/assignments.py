@@ -129,7 +129,7 @@ def _in_round(
         return Wait("the updates are being aggregated")
     if committed:
         return Wait("the update is committed; waiting for the other agents")
-    if client_id not in round_.round.cohort:
+    if client_id not in round_.round.cohort or client_id in round_.dropped_ids:
         return Wait("a round is in progress; this agent takes part from the next one")
     if round_.round.kind is RoundKind.VOTE:
         return Vote(round_)

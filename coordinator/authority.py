@@ -15,6 +15,14 @@ class KeyAuthorityClient:
         self._retry_s = retry_s
 
     async def open_epoch(self, federation_id: str, epoch: int, parameters: str) -> bytes:
-        """The identifier of the epoch's CKKS key, 16 bytes. Raises INVALID_ARGUMENT, STORE_UNAVAILABLE."""
+        """The identifier of the epoch's CKKS key, 16 bytes.
+
+        Raises: INVALID_ARGUMENT, EPOCH_RETIRED, STORE_UNAVAILABLE.
+        """
         request = pb.OpenEpochRequest(federation_id=federation_id, epoch=epoch, parameters=parameters)
         return (await call(self._stub.OpenEpoch, request, retry_s=self._retry_s)).key_id
+
+    async def retire_epochs(self, federation_id: str, before: int) -> None:
+        """Destroys the keys of the epochs before one. Raises STORE_UNAVAILABLE."""
+        request = pb.RetireEpochsRequest(federation_id=federation_id, before_epoch=before)
+        await call(self._stub.RetireEpochs, request, retry_s=self._retry_s)

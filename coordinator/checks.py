@@ -52,8 +52,8 @@ def client_id(value: str) -> str:
     return value
 
 
-def member(request: pb.JoinRequest) -> Member:
-    """The member that a join makes."""
+def member(request: pb.JoinRequest, certified_ms: int = 0) -> Member:
+    """The member that a join makes. `certified_ms`: when the certificate was issued that the client showed."""
     version = request.protocol_version
     require(
         version == PROTOCOL_VERSION,
@@ -68,6 +68,7 @@ def member(request: pb.JoinRequest) -> Member:
         rank=request.rank,
         budget=request.budget,
         example_count=request.example_count,
+        certified_ms=certified_ms,
     )
 
 

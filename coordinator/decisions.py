@@ -6,12 +6,13 @@ step is derived from what is stored, a driver that starts after a crash takes up
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from coordinator import transitions
 from coordinator.records import (
     Commit,
+    Dropped,
     FederationRecord,
     Garbage,
     Member,
@@ -39,11 +40,13 @@ class View:
     alive: AbstractSet[str]
     """Members heard of lately."""
     update_count: int
-    """Updates committed to the round."""
+    """Updates committed to the round, without those that are not counted."""
     voters: Sequence[str]
-    """Who committed to the round, in order; only read when it has ended."""
+    """Who committed them, in order; only read when it has ended."""
     overlap: float | None = None
     """Mean overlap with the plan that its updates report; only read when it has ended."""
+    revoked: Mapping[str, int] = field(default_factory=dict)
+    """Clients of the federation that this process knows to be revoked, with the time up to which they are."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,16 @@ class Done:
 
 @dataclass(frozen=True)
 class OpenKeys:
-    """Have the key authority make the epoch's keys."""
+    """Have the key authority make the keys of an epoch, then begin it."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class RetireEpochs:
+    """Have the key authority destroy the keys of the epochs before one."""
+
+    before: int
 
 
 @dataclass(frozen=True)
@@ -110,19 +122,36 @@ class Sweep:
 
 
 Decision: TypeAlias = (
-    Rest | Done | OpenKeys | WriteFederation | CreateRound | OpenRound | WriteRound | Aggregate | Sweep
+    Rest
+    | Done
+    | OpenKeys
+    | RetireEpochs
+    | WriteFederation
+    | CreateRound
+    | OpenRound
+    | WriteRound
+    | Aggregate
+    | Sweep
 )
 
 
 def decide(view: View, now_ms: int) -> Decision:
     """The next step. `now_ms`: Unix milliseconds."""
     federation = view.federation
+    fresh = {name: at for name, at in view.revoked.items() if at > federation.revoked.get(name, 0)}
+    if fresh and not federation.ended:
+        return WriteFederation("revoke_clients", transitions.revoked(federation, fresh))
     if federation.phase is Phase.RUNNING:
         step = _within_round(view, federation.ticket, now_ms) if federation.ticket else _between(view, now_ms)
     else:
         step = Done() if federation.ended else Rest()
-    idle = isinstance(step, Rest | Done)
-    return Sweep(federation.garbage) if idle and federation.garbage else step
+    if not isinstance(step, Rest | Done):
+        return step
+    if federation.garbage:
+        return Sweep(federation.garbage)
+    if federation.retired_before < federation.oldest_epoch:
+        return RetireEpochs(federation.oldest_epoch)
+    return step
 
 
 def _between(view: View, now_ms: int) -> Decision:
@@ -132,8 +161,8 @@ def _between(view: View, now_ms: int) -> Decision:
         return Rest()
     if federation.model is None:
         return Rest()
-    if federation.selective and not federation.key_id:
-        return OpenKeys()
+    if federation.selective and (federation.rotation_due or not federation.key_id):
+        return OpenKeys(federation.epoch + 1 if federation.key_id else federation.epoch)
     if federation.negotiation is not None:
         return _negotiate(view, federation.negotiation, now_ms)
     if len(view.alive) < federation.spec.round.min_updates:
@@ -172,11 +201,9 @@ def _within_round(view: View, ticket: Ticket, now_ms: int) -> Decision:
     federation, record = view.federation, view.round
     stale = ticket.kind is RoundKind.TRAIN and ticket.plan != federation.plan
     if record is None:
-        return (
-            WriteFederation("cancel_ticket", transitions.cancelled(federation))
-            if stale
-            else _create(view, ticket)
-        )
+        if stale or federation.rotation_due:
+            return WriteFederation("cancel_ticket", transitions.cancelled(federation))
+        return _create(view, ticket)
     if record.round.ended:
         after = transitions.settled(
             federation, record, view.voters, view.members, now_ms, overlap=view.overlap
@@ -184,11 +211,43 @@ def _within_round(view: View, ticket: Ticket, now_ms: int) -> Decision:
         return WriteFederation("settle_round", after)
     if stale:
         return abandon(record, Reason.PLAN_REFUSED, now_ms)
+    if (
+        record.round.kind is RoundKind.VOTE and federation.rotation_due
+    ):  # for a plan that would be void at once
+        return abandon(record, Reason.EPOCH_RETIRED, now_ms)
+    return _in_progress(view, record, now_ms)
+
+
+def _in_progress(view: View, record: RoundRecord, now_ms: int) -> Decision:
+    """A round goes on, without those of its cohort that were revoked."""
+    if gone := revoked_since(record, view.federation.revoked):
+        return _without_revoked(record, gone, now_ms)
     if record.round.state is RoundState.SELECTING:
         return OpenRound(record)
     if record.round.state is RoundState.AGGREGATING:
         return Aggregate(record)
     return _collect(view, record, now_ms)
+
+
+def revoked_since(record: RoundRecord, revoked: Mapping[str, int]) -> list[str]:
+    """Clients of a round's cohort that were revoked after it was made, and whose updates still count."""
+    return [
+        name
+        for name in record.round.cohort
+        if revoked.get(name, 0) > record.revoked_ms and name not in record.dropped_ids
+    ]
+
+
+def _without_revoked(record: RoundRecord, gone: Sequence[str], now_ms: int) -> WriteRound:
+    """Goes on without revoked clients, whatever they have committed; not with fewer than a result needs."""
+    why = "the client's certificate was revoked"
+    dropped = (
+        *record.dropped,
+        *(Dropped(client_id=name, reason=Reason.CERTIFICATE_REVOKED, why=why) for name in gone),
+    )
+    if len(record.round.cohort) - len(dropped) < record.round.min_updates:
+        return abandon(record, Reason.CERTIFICATE_REVOKED, now_ms)
+    return WriteRound("drop_contributor", record.model_copy(update={"dropped": dropped}))
 
 
 def _create(view: View, ticket: Ticket) -> Decision:
@@ -215,6 +274,8 @@ def _create(view: View, ticket: Ticket) -> Decision:
         layout_digest=layout.digest.hex(),
         shard_count=len(layout.shards),
         plan_number=ticket.plan.number if ticket.plan else 0,
+        epoch=federation.epoch,
+        revoked_ms=federation.revoked_ms,
     )
     return CreateRound(record, layout)
 
@@ -243,7 +304,7 @@ def layout_of(
 
 
 def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:
-    due = should_close(record.round, view.update_count, now_ms)
+    due = should_close(record.round, view.update_count, now_ms, absent=len(record.dropped))
     if due is Event.CLOSE:
         closed = record.model_copy(
             update={"round": record.round.advance(Event.CLOSE, now_ms), "closed_ms": now_ms}

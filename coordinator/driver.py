@@ -25,6 +25,7 @@ from coordinator.decisions import (
     OpenKeys,
     OpenRound,
     Rest,
+    RetireEpochs,
     Sweep,
     View,
     WriteFederation,
@@ -33,8 +34,9 @@ from coordinator.decisions import (
     contributors,
     decide,
     mean_overlap,
+    revoked_since,
 )
-from coordinator.metrics import MEMBERS, REFUSALS_TOTAL, ROUNDS_TOTAL, STAGE_SECONDS
+from coordinator.metrics import KEY_EPOCH, MEMBERS, REFUSALS_TOTAL, ROUNDS_TOTAL, STAGE_SECONDS
 from coordinator.records import (
     Commit,
     Dropped,
@@ -67,7 +69,10 @@ class KeyAuthority(Protocol):
     """What the coordinator asks of the key authority."""
 
     async def open_epoch(self, federation_id: str, epoch: int, parameters: str) -> bytes:
-        """The identifier of the epoch's CKKS key, 16 bytes."""
+        """The identifier of the epoch's CKKS key, 16 bytes. Raises EPOCH_RETIRED."""
+
+    async def retire_epochs(self, federation_id: str, before: int) -> None:
+        """Destroys the keys of the epochs before one."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Driver:
         changes: Wake-ups.
         aggregation: Aggregation replicas.
         authority: The key authority.
+        revoked: Revoked clients of a federation, with the time up to which their certificates are, Unix milliseconds.
         clock_ms: Unix milliseconds.
         new_token: Unguessable names for leases.
         policy: Times and bounds.
@@ -107,6 +113,7 @@ class Driver:
         changes: Changes,
         aggregation: AggregationPool,
         authority: KeyAuthority,
+        revoked: Callable[[str], Mapping[str, int]],
         clock_ms: Callable[[], int],
         new_token: Callable[[], str],
         policy: DriverPolicy | None = None,
@@ -115,6 +122,7 @@ class Driver:
         self._changes = changes
         self._aggregation = aggregation
         self._authority = authority
+        self._revoked = revoked
         self._clock_ms = clock_ms
         self._new_token = new_token
         self._policy = policy or DriverPolicy()
@@ -123,6 +131,7 @@ class Driver:
         self._member_counts: dict[str, tuple[int, int]] = {}
         self._censuses: dict[str, int] = {}
         """Unix milliseconds of the last look at all members, by federation."""
+        self._epochs: dict[str, int] = {}
 
     async def run(self) -> None:
         """Looks for federations to drive until cancelled; gives every lease back then."""
@@ -169,6 +178,7 @@ class Driver:
             await _first(self._drive(federation_id), self._keep(federation_id, token))
         finally:
             self._count_members(federation_id, None)
+            self._count_epoch(federation_id, 0)
             await _tolerant(self._store.release(federation_id, token), "release_failed")
 
     async def _keep(self, federation_id: str, token: str) -> None:
@@ -212,12 +222,26 @@ class Driver:
 
     async def _view(self, federation: FederationRecord, round_: RoundRecord | None) -> View:
         members, alive = await self._members(federation, round_)
-        collecting = round_ is not None and round_.round.state is RoundState.COLLECTING
-        count = await self._store.commit_count(federation, round_.sequence) if round_ and collecting else 0
-        ended = round_ is not None and round_.round.ended
-        commits = await self._store.commits(federation, round_.sequence) if round_ and ended else []
-        voters = [commit.update.client_id for commit in commits]
-        return View(federation, round_, members, alive, count, voters, mean_overlap(commits))
+        self._count_epoch(federation.federation_id, federation.epoch if federation.key_id else 0)
+        revoked = self._revoked(federation.federation_id)
+        if round_ is None:
+            return View(federation, None, members, alive, 0, [], revoked=revoked)
+        if not round_.round.ended:
+            count = await self._counted(federation, round_)
+            return View(federation, round_, members, alive, count, [], revoked=revoked)
+        commits = await self._store.commits(federation, round_.sequence)
+        counted = [commit for commit in commits if commit.update.client_id not in round_.dropped_ids]
+        voters = [commit.update.client_id for commit in counted]
+        return View(federation, round_, members, alive, len(counted), voters, mean_overlap(counted), revoked)
+
+    async def _counted(self, federation: FederationRecord, record: RoundRecord) -> int:
+        """How many updates a collecting round has that count."""
+        if record.round.state is not RoundState.COLLECTING:
+            return 0
+        count = await self._store.commit_count(federation, record.sequence)
+        for client_id in record.dropped_ids:
+            count -= await self._store.commit_of(federation, record.sequence, client_id) is not None
+        return count
 
     async def _members(
         self, federation: FederationRecord, round_: RoundRecord | None
@@ -229,7 +253,8 @@ class Driver:
         federation_id = federation.federation_id
         if not (await self._decides_on_members(federation, round_) or self._is_census_due(federation_id)):
             return {}, set()
-        members = await self._store.members(federation_id)
+        joined = await self._store.members(federation_id)
+        members = {name: member for name, member in joined.items() if federation.admits(member)}
         sightings = await self._store.sightings(federation_id, list(members))
         now_ms = self._clock_ms()
         alive = {name for name, seen in sightings.items() if self._is_alive(seen, now_ms)}
@@ -259,6 +284,13 @@ class Driver:
         MEMBERS.labels("alive").set(sum(alive for alive, _ in self._member_counts.values()))
         MEMBERS.labels("silent").set(sum(silent for _, silent in self._member_counts.values()))
 
+    def _count_epoch(self, federation_id: str, epoch: int) -> None:
+        """Sets the gauge to the newest epoch of the driven federations."""
+        self._epochs[federation_id] = epoch
+        KEY_EPOCH.set(max(self._epochs.values()))
+        if not epoch:
+            del self._epochs[federation_id]
+
     async def _take(
         self,
         decision: Decision,
@@ -271,8 +303,12 @@ class Driver:
                 return
             case WriteFederation(name, record):
                 await self._write_federation(name, record, federation.revision)
-            case OpenKeys():
-                await self._open_keys(federation)
+            case OpenKeys(epoch):
+                await self._open_keys(federation, epoch)
+            case RetireEpochs(before):
+                await self._authority.retire_epochs(federation.record.federation_id, before)
+                retired = transitions.retired(federation.record, before)
+                await self._write_federation("retire_epochs", retired, federation.revision)
             case CreateRound(record, layout):
                 layout_record, digest = LayoutRecord.of(layout), record.layout_digest
                 await self._store.put_layout(federation.record.federation_id, layout_record, digest)
@@ -299,9 +335,13 @@ class Driver:
             write = await self._or_abandoned(decision.record, self._aggregate(federation, decision.record))
         else:
             write = decision
+        if write is None:  # overtaken: decide anew
+            return
         await self._write_round(write.name, federation, write.record, round_.revision)
 
-    async def _or_abandoned(self, record: RoundRecord, work: Coroutine[Any, Any, WriteRound]) -> WriteRound:
+    async def _or_abandoned(
+        self, record: RoundRecord, work: Coroutine[Any, Any, WriteRound | None]
+    ) -> WriteRound | None:
         """The write that the work leads to; abandons the round if it failed for a reason that does not pass.
 
         WORKER_FAILED passes by its status, but here it has been tried everywhere for as long as is sensible.
@@ -316,12 +356,10 @@ class Driver:
             )
             return abandon(record, error.reason, self._clock_ms())
 
-    async def _open_keys(self, federation: Versioned[FederationRecord]) -> None:
+    async def _open_keys(self, federation: Versioned[FederationRecord], epoch: int) -> None:
         record = federation.record
         try:
-            key_id = await self._authority.open_epoch(
-                record.federation_id, record.epoch, record.spec.protection.parameters
-            )
+            epoch, key_id = await self._opened_from(record, epoch)
         except DomainError as error:
             if is_transient(error):
                 raise
@@ -329,7 +367,20 @@ class Driver:
             failed = transitions.failed(record, why)
             await self._write_federation("fail_federation", failed, federation.revision)
             return
-        await self._write_federation("open_keys", transitions.with_key(record, key_id), federation.revision)
+        began = transitions.with_key(record, epoch, key_id)
+        await self._write_federation("open_keys", began, federation.revision)
+
+    async def _opened_from(self, record: FederationRecord, epoch: int) -> tuple[int, bytes]:
+        """The first epoch from this one on that is not retired, as those of an expired namesake may be; and its key."""
+        while True:
+            try:
+                return epoch, await self._authority.open_epoch(
+                    record.federation_id, epoch, record.spec.protection.parameters
+                )
+            except DomainError as error:
+                if error.reason is not Reason.EPOCH_RETIRED:
+                    raise
+                epoch += 1
 
     async def _close_round(self, federation: FederationRecord, garbage: Garbage) -> None:
         """Has everything of an ended round deleted, wherever it lies."""
@@ -347,16 +398,26 @@ class Driver:
         opened = record.round.advance(Event.OPEN, self._clock_ms())
         return WriteRound("open_round", record.model_copy(update={"round": opened}))
 
-    async def _aggregate(self, federation: FederationRecord, record: RoundRecord) -> WriteRound:
-        """Aggregates what is left to aggregate; leads to publication, or to fewer contributors."""
-        every = await self._store.commits(federation, record.sequence)
-        rules = federation.spec.screening
-        if record.round.kind is RoundKind.TRAIN and not record.dropped and (found := outliers(rules, every)):
-            return _without(record, found)
-        commits = contributors(record, every)
+    async def _aggregate(self, federation: FederationRecord, record: RoundRecord) -> WriteRound | None:
+        """Aggregates what is left to aggregate; leads to publication, or to fewer contributors.
+
+        None if a contributor was revoked meanwhile: nothing is published that holds its update.
+        """
+        commits = contributors(record, await self._store.commits(federation, record.sequence))
+        screened = any(drop.reason is not Reason.CERTIFICATE_REVOKED for drop in record.dropped)
+        if record.round.kind is RoundKind.TRAIN and not screened:
+            found = outliers(federation.spec.screening, commits)
+            if found:
+                return _without(record, found)
         if len(commits) < record.round.min_updates:
             why = record.dropped[-1].reason if record.dropped else Reason.SHARD_MISSING
             return abandon(record, why, self._clock_ms())
+        write = await self._aggregated(federation, record, commits)
+        return None if revoked_since(record, self._revoked(federation.federation_id)) else write
+
+    async def _aggregated(
+        self, federation: FederationRecord, record: RoundRecord, commits: list[Commit]
+    ) -> WriteRound:
         if takes_ballots(federation, record):
             return await self._rank(federation, record, commits)
         try:
@@ -371,7 +432,8 @@ class Driver:
         self, federation: FederationRecord, record: RoundRecord, commits: list[Commit]
     ) -> WriteRound:
         """Ranks the ballots of a vote; leads to its publication."""
-        tiers = transitions.budgets(await self._store.members(federation.federation_id))
+        members = (await self._store.members(federation.federation_id)).items()
+        tiers = transitions.budgets({name: m for name, m in members if federation.admits(m)})
         tally, missing = Tally(total_columns(federation.matrices)), []
         for update in (commit.update for commit in commits):
             data = await self._store.ballot(federation, record.sequence, update.client_id)

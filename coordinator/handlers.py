@@ -125,6 +125,12 @@ class Handlers:
         """Lets a federation begin. Raises FEDERATION_UNKNOWN, FEDERATION_CLOSED."""
         return await self.store.transact("start_federation", federation_id, transitions.started)
 
+    async def rotate(self, federation_id: str, from_epoch: int) -> FederationRecord:
+        """Has a federation leave an epoch. Raises FEDERATION_UNKNOWN, FEDERATION_CLOSED, INVALID_ARGUMENT."""
+        return await self.store.transact(
+            "ask_rotation", federation_id, lambda r: transitions.rotation_asked(r, from_epoch)
+        )
+
     async def federations(self) -> list[FederationRecord]:
         """All federations, by name. One that expires meanwhile is left out."""
         records = []
@@ -390,7 +396,7 @@ async def _counted(commit: Coroutine[Any, Any, tuple[CommitOutcome, int]]) -> in
 
 
 def _require_in_cohort(record: RoundRecord, client_id: str) -> None:
-    if client_id not in record.round.cohort:
+    if client_id not in record.round.cohort or client_id in record.dropped_ids:
         raise DomainError(Reason.NOT_IN_COHORT, "this client was not asked for an update in this round")
 
 

@@ -72,7 +72,7 @@ async def run(settings: CoordinatorSettings) -> None:
     addresses = (*settings.aggregation_addresses, settings.key_authority_address)
     *aggregation, authority = [open_channel(address, membership.credentials) for address in addresses]
     changes, revocations = Changes(client), Revocations()
-    handlers, driver = compose(settings, client, changes, aggregation, authority)
+    handlers, driver = compose(settings, client, changes, revocations, aggregation, authority)
     servicer = CoordinatorServicer(handlers)
     await serve(
         settings,
@@ -82,7 +82,7 @@ async def run(settings: CoordinatorSettings) -> None:
             changes.run,
             driver.run,
             membership.keep_renewed,
-            partial(follow, revocations, authority, settings.revocation_poll_s),
+            partial(follow, revocations, authority, settings.revocation_poll_s, changes.wake_all),
         ],
         on_drain=[changes.close],
         on_stop=[*(channel.close for channel in (*aggregation, authority)), client.aclose],
@@ -95,6 +95,7 @@ def compose(
     settings: CoordinatorSettings,
     client: RedisClient,
     changes: Changes,
+    revocations: Revocations,
     aggregation: list[grpc.aio.Channel],
     authority: grpc.aio.Channel,
 ) -> tuple[Handlers, Driver]:
@@ -112,6 +113,7 @@ def compose(
         changes=changes,
         aggregation=pool,
         authority=KeyAuthorityClient(authority, retry_s=settings.retry_s),
+        revoked=revocations.clients_of,
         clock_ms=now_ms,
         new_token=lambda: secrets.token_hex(16),
         policy=settings.policy,

@@ -8,6 +8,7 @@ from shelora.telemetry.metrics import LATENCY_BUCKETS_S, at_zero, counter, gauge
 
 TRANSACTIONS: Final = (
     "abandon_round",
+    "ask_rotation",
     "begin_round",
     "cancel_ticket",
     "close_round",
@@ -22,6 +23,8 @@ TRANSACTIONS: Final = (
     "publish_plan",
     "publish_round",
     "reject_plan",
+    "retire_epochs",
+    "revoke_clients",
     "settle_round",
     "start_federation",
     "sweep_garbage",
@@ -58,6 +61,10 @@ MEMBERS: Final = gauge(
     "members_count",
     "Members of the federations that this replica drives, by whether they were heard of lately.",
     {"state": ("alive", "silent")},
+)
+
+KEY_EPOCH: Final = gauge(
+    "key_epoch_count", "Newest epoch of keys among the federations that this replica drives."
 )
 
 STAGE_SECONDS: Final = histogram(

@@ -145,6 +145,14 @@ class FederationRecord(Record):
     """Epoch of the keys."""
     key_id: str = ""
     """CKKS key of the epoch in hex; empty until the key authority opened it."""
+    rotated_at: int = 0
+    """Training rounds that had been published when the epoch began."""
+    rotate_from: int = 0
+    """Epoch that someone asked to leave; 0 if nobody did."""
+    retired_before: int = 1
+    """Epochs below this one are retired."""
+    revoked: dict[str, int] = {}
+    """Clients that were revoked, with the time up to which their certificates are, Unix milliseconds."""
     sequence: int = 0
     """Sequence of the newest round."""
     ticket: Ticket | None = None
@@ -168,6 +176,8 @@ class FederationRecord(Record):
     """Digest of its layout in hex."""
     result_plan: Plan | None = None
     """Plan under which that result was made."""
+    result_epoch: int = 0
+    """Epoch in which it was made; 0 for none."""
     garbage: tuple[Garbage, ...] = ()
     notices: tuple[Dropped, ...] = ()
     """What the newest training round left out, at most MAX_NOTICES of it: those clients are told."""
@@ -179,6 +189,28 @@ class FederationRecord(Record):
     @property
     def selective(self) -> bool:
         return self.spec.protection.mode == "selective"
+
+    @property
+    def rotation_due(self) -> bool:
+        """Whether new keys come next, between two rounds."""
+        if not self.selective:
+            return False
+        old = 0 < self.spec.protection.key_rotation_rounds <= self.trained - self.rotated_at
+        return old or self.rotate_from == self.epoch
+
+    @property
+    def oldest_epoch(self) -> int:
+        """The oldest epoch whose keys agents may still need: that of the newest result, until there is a later one."""
+        return min(self.epoch, self.result_epoch or self.epoch)
+
+    @property
+    def revoked_ms(self) -> int:
+        """Time of the newest revocation that was taken in, Unix milliseconds; 0 for none."""
+        return max(self.revoked.values(), default=0)
+
+    def admits(self, member: "Member") -> bool:
+        """Whether a client that joined is still a member: it is not if the certificate it joined with is revoked."""
+        return member.certified_ms > self.revoked.get(member.client_id, -1)
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -250,10 +282,15 @@ class RoundRecord(Record):
     shard_count: int
     plan_number: int = 0
     """Plan the round trains by; 0 for none."""
+    epoch: int = 1
+    """Epoch of the keys that its layout and its plan are under."""
+    revoked_ms: int = 0
+    """Time of the newest revocation that its cohort takes into account, Unix milliseconds."""
     closed_ms: int = 0
     """Unix milliseconds at which collecting ended; 0 before."""
     dropped: tuple[Dropped, ...] = ()
-    """Committed updates that are left out: by policy, or because aggregation no longer has them."""
+    """Updates that are left out: by policy, because aggregation no longer has them, or because their client was revoked
+    (whether it has committed one or not)."""
     contributor_count: int = 0
     """Updates in the result."""
     results: tuple[StoredDigest, ...] = ()
@@ -276,6 +313,8 @@ class Member(Record):
     rank: int
     budget: float
     example_count: int
+    certified_ms: int = 0
+    """When the certificate was issued that it joined with, Unix milliseconds."""
 
 
 class Sighting(Record):

@@ -52,9 +52,11 @@ class Renderer:
             spec=record.spec.to_proto(),
             phase=pb.Phase.Value(f"PHASE_{record.phase}"),
             failure=record.failure,
-            member_count=await self._store.member_count(record.federation_id),
+            member_count=await self._member_count(record),
             trained_rounds=record.trained,
             now_unix_ms=now_ms,
+            epoch=record.epoch if record.key_id else 0,
+            rotation_pending=record.rotation_due and not record.ended,
         )
         if view == pb.FEDERATION_VIEW_UNSPECIFIED:
             federation.members.extend(await self._members(record, now_ms))
@@ -73,8 +75,17 @@ class Renderer:
             federation.current.CopyFrom(current)
         return federation
 
+    async def _member_count(self, record: FederationRecord) -> int:
+        """Members, without reading them all: those that joined, less the revoked."""
+        count = await self._store.member_count(record.federation_id)
+        for client_id in record.revoked:
+            member = await self._store.member(record.federation_id, client_id)
+            count -= member is not None and not record.admits(member)
+        return count
+
     async def _members(self, record: FederationRecord, now_ms: int) -> list[pb.Member]:
-        members = await self._store.members(record.federation_id)
+        joined = await self._store.members(record.federation_id)
+        members = {name: member for name, member in joined.items() if record.admits(member)}
         sightings = await self._store.sightings(record.federation_id, list(members))
         return [member_to_proto(m, sightings.get(name), now_ms) for name, m in members.items()]
 
@@ -158,7 +169,7 @@ class Renderer:
             attempt=record.round.attempt,
             layout=await self._layout(federation, record.layout_digest),
             deadline_unix_ms=record.round.deadline_ms,
-            epoch=federation.epoch,
+            epoch=record.epoch,
         )
 
     async def _make_plan(self, federation: FederationRecord, negotiation: Negotiation) -> pb.MakePlan:
@@ -200,6 +211,7 @@ class Renderer:
             layout=await self._layout(federation, record.layout_digest),
             shards=[digest_to_proto(digest) for digest in record.results],
             contributor_count=record.contributor_count,
+            epoch=record.epoch,
         )
 
     async def _layout(self, federation: FederationRecord, digest: str) -> common_pb2.Layout:

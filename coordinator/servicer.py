@@ -10,10 +10,12 @@ from coordinator import checks
 from coordinator.handlers import Handlers
 from coordinator.records import FederationRecord
 from coordinator.render import Renderer
+from services.shell.guard import certificate_of
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.messages import matrix_from_proto
 from shelora.transport.pieces import Digest, cut
+from shelora.transport.revocations import issued_ms
 from shelora.transport.status import translated
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import coordinator_pb2_grpc
@@ -54,14 +56,20 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         async with translated(context):
             return await self._federation(await self._handlers.start(request.federation_id))
 
+    async def RotateKeys(self, request: pb.RotateKeysRequest, context: _Context) -> pb.Federation:
+        async with translated(context):
+            record = await self._handlers.rotate(request.federation_id, request.from_epoch)
+            return await self._federation(record)
+
     async def Join(self, request: pb.JoinRequest, context: _Context) -> pb.JoinResponse:
         async with translated(context):
-            member = checks.member(request)
+            certificate = certificate_of(context)  # None only in tests
+            member = checks.member(request, issued_ms(certificate) if certificate else 0)
             record = await self._handlers.join(
                 request.federation_id, member, request.matrices, request.tensors
             )
             spec = record.spec.to_proto()
-            return pb.JoinResponse(training=spec.training, protection=spec.protection, epoch=record.epoch)
+            return pb.JoinResponse(training=spec.training, protection=spec.protection)
 
     async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.Assignment]:
         async with (

@@ -133,7 +133,7 @@ class Store(Protocol):
         """Members by client, sorted."""
 
     async def member(self, federation_id: str, client_id: str) -> Member | None:
-        """A member; None if the client has not joined."""
+        """A client that has joined, whether it was revoked since or not; None if it has not joined."""
 
     async def is_member(self, federation_id: str, client_id: str) -> bool:
         """Whether a client has joined."""

@@ -37,6 +37,9 @@ WHY: Final[Mapping[Reason, str]] = {
 }
 """Words for the reasons of abandonment that operators meet."""
 
+NO_FAULT: Final = frozenset({Reason.PLAN_REFUSED, Reason.EPOCH_RETIRED, Reason.CERTIFICATE_REVOKED})
+"""Reasons that do not count as attempts: bounded by the candidates to lead, by what operators ask and revoke."""
+
 
 def edit(record: FederationRecord, **changes: Any) -> FederationRecord:  # noqa: ANN401 - any field
     """The record with some fields replaced."""
@@ -93,9 +96,53 @@ def _described(item: Matrix | Tensor) -> str:
     return f"{item.name} {list(item.shape)}"
 
 
-def with_key(record: FederationRecord, key_id: bytes) -> FederationRecord:
-    """Fixes the epoch's CKKS key."""
-    return edit(record, key_id=key_id.hex())
+def with_key(record: FederationRecord, epoch: int, key_id: bytes) -> FederationRecord:
+    """Begins an epoch. Plan and votes of the one before are void: its secrets order and seal them."""
+    if not record.key_id:  # the first one; who asked for another still does
+        asked = record.rotate_from == record.epoch
+        return edit(record, epoch=epoch, key_id=key_id.hex(), rotate_from=epoch if asked else 0)
+    after = edit(
+        record,
+        epoch=epoch,
+        key_id=key_id.hex(),
+        rotated_at=record.trained,
+        attempt=1,
+        plan=None,
+        negotiation=None,
+        overlap=None,
+    )
+    return edit(after, garbage=(*record.garbage, *_unused(record, after)))
+
+
+def rotation_asked(record: FederationRecord, from_epoch: int) -> FederationRecord:
+    """Has the federation leave an epoch, 0 for the present one; nothing changes if it has left it already.
+
+    Raises: FEDERATION_CLOSED; INVALID_ARGUMENT without keys, or for an epoch that has not begun.
+    """
+    require_open(record)
+    if not record.selective:
+        raise DomainError(Reason.INVALID_ARGUMENT, 'under protection "none" there are no keys to rotate')
+    if from_epoch > record.epoch:
+        raise DomainError(
+            Reason.INVALID_ARGUMENT,
+            f"from_epoch {from_epoch} has not begun: the present one is {record.epoch}",
+        )
+    if 0 < from_epoch < record.epoch:
+        return record
+    return edit(record, rotate_from=record.epoch)
+
+
+def revoked(record: FederationRecord, clients: Mapping[str, int]) -> FederationRecord:
+    """Takes revocations in: who is revoked is no member any more, and knows none of the next epoch's keys.
+
+    Args: clients: with the time up to which their certificates are revoked, Unix milliseconds.
+    """
+    return edit(record, revoked={**record.revoked, **clients}, rotate_from=record.epoch)
+
+
+def retired(record: FederationRecord, before: int) -> FederationRecord:
+    """Notes that the key authority has destroyed the keys of the epochs before one."""
+    return edit(record, retired_before=before)
 
 
 def failed(record: FederationRecord, why: str) -> FederationRecord:
@@ -152,7 +199,7 @@ def settled(
 
 def _after_abandonment(record: FederationRecord, ended: RoundRecord) -> FederationRecord:
     reason = ended.round.reason
-    if reason is Reason.PLAN_REFUSED:  # bounded by the number of candidates, and no fault of the round
+    if reason in NO_FAULT:
         return edit(record, attempt=1)
     if record.attempt < record.spec.round.max_attempts:
         return edit(record, attempt=record.attempt + 1)
@@ -216,6 +263,7 @@ def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationR
         result_sequence=ended.sequence,
         result_layout=ended.layout_digest,
         result_plan=record.ticket.plan if record.ticket else None,
+        result_epoch=ended.epoch,
         phase=Phase.FINISHED if last else record.phase,
     )
 
@@ -224,9 +272,13 @@ def _garbage(before: FederationRecord, after: FederationRecord, ended: RoundReco
     """What aggregation may delete: the ended round's updates, and results that no agent needs any more."""
     published = ended.round.state is RoundState.PUBLISHED
     done = [Garbage(round_id=ended.round.round_id, results=not published)]
+    return (*before.garbage, *done, *_unused(before, after))
+
+
+def _unused(before: FederationRecord, after: FederationRecord) -> list[Garbage]:
+    """Results that no agent needs any more."""
     unused = sorted(before.results_in_use - after.results_in_use)
-    done += [Garbage(round_id=before.round_id(sequence), results=True) for sequence in unused]
-    return (*before.garbage, *done)
+    return [Garbage(round_id=before.round_id(sequence), results=True) for sequence in unused]
 
 
 def budgets(members: Mapping[str, Member]) -> tuple[float, ...]:

@@ -37,6 +37,8 @@ class AuditEvent(StrEnum):
     LOG_STARTED = "log_started"
     """The first record. `vault`; `follows` if it takes the place of a log that was set aside."""
     EPOCH_OPENED = "epoch_opened"
+    EPOCH_RETIRED = "epoch_retired"
+    """Its keys are deleted from the folder; backups may still hold them."""
     SECRETS_RELEASED = "secrets_released"
     """Written before the secrets are answered; a caller that hung up may not have received them."""
     RELEASE_REFUSED = "release_refused"

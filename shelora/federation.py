@@ -169,6 +169,10 @@ class ProtectionSpec(Spec):
     max_vote_weight: Annotated[float, Field(ge=1, le=64)] = 8.0
     """Most votes one client may come to have under a `coverage_floor`; sealed votes lose precision in proportion."""
 
+    key_rotation_rounds: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Training rounds after which the keys are replaced, 0 for never: each time costs a vote. Revoking a client
+    replaces them in any case, and so does `shelora federation rotate`."""
+
     @property
     def largest_vote(self) -> float:
         """Most votes that one client has."""

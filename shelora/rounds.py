@@ -124,8 +124,10 @@ def select_cohort(round_id: str, clients: Iterable[str], limit: int) -> tuple[st
     return tuple(sorted(drawn[: limit or None]))
 
 
-def should_close(round_: Round, update_count: int, now_ms: int) -> Event | None:
+def should_close(round_: Round, update_count: int, now_ms: int, absent: int = 0) -> Event | None:
     """What a collecting round is due for, if anything.
+
+    Args: update_count: updates that count; absent: clients of the cohort that are not waited for.
 
     CLOSE once the target is reached or the whole cohort committed, or at the deadline with at least `min_updates`;
     ABANDON (for TOO_FEW_UPDATES) at the deadline with fewer. None for a round that is not collecting.
@@ -133,7 +135,8 @@ def should_close(round_: Round, update_count: int, now_ms: int) -> Event | None:
     if round_.state is not RoundState.COLLECTING:
         return None
     enough = update_count >= round_.min_updates
-    if enough and update_count >= min(round_.target_updates or len(round_.cohort), len(round_.cohort)):
+    present = len(round_.cohort) - absent
+    if enough and update_count >= min(round_.target_updates or present, present):
         return Event.CLOSE
     if now_ms < round_.deadline_ms:
         return None

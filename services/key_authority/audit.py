@@ -4,7 +4,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,6 +59,7 @@ class AuditLog:
         self._refusals = _Budget(REFUSALS_PER_MINUTE, monotonic)
         self._denials = _Budget(REFUSALS_PER_MINUTE, monotonic)
         self._opened: set[EpochId] = set()
+        self._retired: set[EpochId] = set()
         self._revocations: set[Revocation] = set()
         self._write_failed = False
         torn = self._read(identity)
@@ -82,6 +83,20 @@ class AuditLog:
         """Writes down that an epoch was opened, once. Raises: DomainError STORE_UNAVAILABLE."""
         with self._lock:
             self._ensure_opened(epoch_id, key_id)
+
+    def epochs_retired(self, epoch_ids: Iterable[EpochId]) -> None:
+        """Writes down that epochs were retired, each once. Raises: DomainError STORE_UNAVAILABLE."""
+        with self._lock:
+            for epoch_id in epoch_ids:
+                if epoch_id not in self._retired:
+                    self._append(
+                        AuditEntry(
+                            event=AuditEvent.EPOCH_RETIRED,
+                            federation_id=epoch_id.federation_id,
+                            epoch=epoch_id.epoch,
+                        )
+                    )
+                    self._retired.add(epoch_id)
 
     def secrets_released(self, epoch_id: EpochId, client_id: str, key_id: bytes) -> None:
         """Writes down a release, durably, before it is answered. Raises: DomainError STORE_UNAVAILABLE."""
@@ -195,6 +210,8 @@ class AuditLog:
             raise AuditBrokenError(record.sequence, f"is of another vault, {record.vault}")
         if record.event is AuditEvent.EPOCH_OPENED and record.federation_id and record.epoch:
             self._opened.add(EpochId(record.federation_id, record.epoch))
+        if record.event is AuditEvent.EPOCH_RETIRED and record.federation_id and record.epoch:
+            self._retired.add(EpochId(record.federation_id, record.epoch))
         if record.event is AuditEvent.CLIENT_REVOKED and record.federation_id and record.client_id:
             holder = Identity(Role.CLIENT, record.federation_id, record.client_id)
             self._revocations.add(Revocation(holder, record.until_ms or 0))

@@ -66,8 +66,9 @@ class Authority:
             holder: Its certificate. That it is not revoked is checked again after the keys were read: an epoch that
                 was opened because of its revocation is never released to it, however the two calls raced.
 
-        Raises: DomainError INVALID_ARGUMENT, FEDERATION_UNKNOWN if the epoch was not opened, CERTIFICATE_REVOKED;
-        SECRET_UNAVAILABLE, STORE_UNAVAILABLE as `Vault.read`; STORE_UNAVAILABLE if it cannot be written down.
+        Raises: DomainError INVALID_ARGUMENT, FEDERATION_UNKNOWN if the epoch was not opened, EPOCH_RETIRED,
+        CERTIFICATE_REVOKED; SECRET_UNAVAILABLE, STORE_UNAVAILABLE as `Vault.read`; STORE_UNAVAILABLE if it cannot be
+        written down.
         """
         async with self._refusals_written_down(epoch_id, client_id):
             if not _CLIENT_ID.fullmatch(client_id):
@@ -83,6 +84,20 @@ class Authority:
             "key_released", client_id=client_id, audit_head=self._audit.head, **_fields(epoch_id, secrets)
         )
         return secrets
+
+    async def retire(self, before: EpochId) -> None:
+        """Destroys the keys of all epochs of a federation before one, for good.
+
+        Raises: DomainError STORE_UNAVAILABLE if the disk fails or it cannot be written down.
+        """
+        retired = await asyncio.to_thread(self._vault.retire, before)
+        await asyncio.to_thread(self._audit.epochs_retired, retired)
+        _log.info(
+            "epochs_retired",
+            federation_id=before.federation_id,
+            before_epoch=before.epoch,
+            audit_head=self._audit.head,
+        )
 
     async def denied(self, denial: Denial) -> None:
         """Writes down a call that the guard refused to the holder of a certificate.

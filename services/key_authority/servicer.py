@@ -33,6 +33,13 @@ class KeyAuthorityServicer(pb_grpc.KeyAuthorityServicer):
             epoch_id = EpochId(request.federation_id, request.epoch)
             return pb.OpenEpochResponse(key_id=await self._authority.open_epoch(epoch_id, request.parameters))
 
+    async def RetireEpochs(
+        self, request: pb.RetireEpochsRequest, context: _Context
+    ) -> pb.RetireEpochsResponse:
+        async with translated(context):
+            await self._authority.retire(EpochId(request.federation_id, request.before_epoch))
+            return pb.RetireEpochsResponse()
+
     async def GetEpochSecrets(
         self, request: pb.GetEpochSecretsRequest, context: _Context
     ) -> pb.GetEpochSecretsResponse:

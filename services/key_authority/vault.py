@@ -1,4 +1,4 @@
-"""Keys of epochs on disk, sealed. Written once, never rewritten, lost by no restart."""
+"""Keys of epochs on disk, sealed. Written once, never rewritten, lost by no restart; deleted when an epoch retires."""
 
 import re
 import secrets
@@ -18,11 +18,13 @@ from shelora.ckks.parameters import CkksParameters
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
 
-_FILE_NAME: Final = re.compile(r"(?P<federation_id>[a-z0-9-]+)\.(?P<epoch>[1-9][0-9]*)\.sealed")
+_FILE_NAME: Final = re.compile(
+    r"(?P<federation_id>[a-z0-9-]+)\.(?P<epoch>[1-9][0-9]*)\.(?P<state>sealed|retired)"
+)
 
 
 class Vault:
-    """A folder with one sealed file an epoch. Threads and processes may share the folder.
+    """A folder with one sealed file an epoch, or an empty one if it is retired. Threads and processes may share it.
 
     Args:
         folder: Made with mode 0700 if it is missing.
@@ -43,8 +45,8 @@ class Vault:
 
         Earlier epochs stay as they are: who has not moved on yet can still be given their keys.
 
-        Raises: DomainError INVALID_ARGUMENT if the epoch has keys of another profile, SECRET_UNAVAILABLE if its file
-        does not open, STORE_UNAVAILABLE if the disk fails.
+        Raises: DomainError INVALID_ARGUMENT if the epoch has keys of another profile, EPOCH_RETIRED,
+        SECRET_UNAVAILABLE if its file does not open, STORE_UNAVAILABLE if the disk fails.
         """
         found = self._find(epoch_id)
         if found is None:
@@ -61,8 +63,8 @@ class Vault:
     def read(self, epoch_id: EpochId) -> EpochSecrets:
         """The keys of an epoch.
 
-        Raises: DomainError FEDERATION_UNKNOWN if it was not opened, SECRET_UNAVAILABLE if its file does not open,
-        STORE_UNAVAILABLE if the disk fails.
+        Raises: DomainError FEDERATION_UNKNOWN if it was not opened, EPOCH_RETIRED, SECRET_UNAVAILABLE if its file does
+        not open, STORE_UNAVAILABLE if the disk fails.
         """
         found = self._find(epoch_id)
         if found is None:
@@ -70,13 +72,35 @@ class Vault:
         return found
 
     def epochs(self) -> list[EpochId]:
-        """All epochs that were opened, by federation and number. Raises: DomainError STORE_UNAVAILABLE."""
+        """All epochs that have keys, by federation and number. Raises: DomainError STORE_UNAVAILABLE."""
+        return self._named("sealed")
+
+    def retire(self, before: EpochId) -> list[EpochId]:
+        """Deletes the keys of all epochs of a federation before one, for good. May be interrupted and repeated.
+
+        The mark comes first: whatever a crash leaves, retired keys are not given out any more.
+
+        Returns: All retired epochs of the federation.
+
+        Raises: DomainError STORE_UNAVAILABLE.
+        """
+        for epoch_id in self.epochs():
+            if epoch_id.federation_id == before.federation_id and epoch_id.epoch < before.epoch:
+                with files.disk_failures_named():
+                    files.create(self._path(epoch_id, "retired"), b"")
+                    self._path(epoch_id).unlink(missing_ok=True)
+                    files.sync_folder(self._folder)
+        return [found for found in self._named("retired") if found.federation_id == before.federation_id]
+
+    def _named(self, state: str) -> list[EpochId]:
         with files.disk_failures_named():
             found = [_FILE_NAME.fullmatch(path.name) for path in self._folder.iterdir()]
-        ids = [EpochId(match["federation_id"], int(match["epoch"])) for match in found if match]
+        ids = [EpochId(m["federation_id"], int(m["epoch"])) for m in found if m and m["state"] == state]
         return sorted(ids, key=lambda epoch_id: (epoch_id.federation_id, epoch_id.epoch))
 
     def _find(self, epoch_id: EpochId) -> EpochSecrets | None:
+        if self._path(epoch_id, "retired").exists():
+            raise DomainError(Reason.EPOCH_RETIRED, f"{epoch_id} is over, and its keys are destroyed")
         try:
             with files.disk_failures_named():
                 blob = self._path(epoch_id).read_bytes()
@@ -95,8 +119,8 @@ class Vault:
     def _binding(self, epoch_id: EpochId) -> Binding:
         return Binding("epoch secrets", self._identity, epoch_id.federation_id, epoch_id.epoch)
 
-    def _path(self, epoch_id: EpochId) -> Path:
-        return self._folder / f"{epoch_id.federation_id}.{epoch_id.epoch}.sealed"
+    def _path(self, epoch_id: EpochId, state: str = "sealed") -> Path:
+        return self._folder / f"{epoch_id.federation_id}.{epoch_id.epoch}.{state}"
 
 
 def _generate(parameters: CkksParameters) -> EpochSecrets:

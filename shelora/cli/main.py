@@ -153,6 +153,18 @@ def start(
 
 
 @federation_app.command()
+def rotate(
+    name: NameArgument,
+    coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
+) -> None:
+    """Replace a federation's keys after the round in progress: it votes anew and goes on with the next epoch's."""
+    target = Target.of(coordinator, identity, key_authority)
+    console.print(federation_view(_ask(lambda o: o.rotate(name), target)))
+
+
+@federation_app.command()
 def show(
     name: NameArgument,
     coordinator: CoordinatorOption = None,

@@ -39,6 +39,12 @@ class Operator:
         request = pb.StartFederationRequest(federation_id=federation)
         return await call(self._stub.StartFederation, request, retry_s=RETRY_S)
 
+    async def rotate(self, federation: str) -> pb.Federation:
+        """Has a federation change to new keys after the round in progress."""
+        present = await self.get(federation)
+        request = pb.RotateKeysRequest(federation_id=federation, from_epoch=present.epoch)
+        return await call(self._stub.RotateKeys, request, retry_s=RETRY_S)
+
     async def get(self, federation: str) -> pb.Federation:
         """Reads a federation, its history page by page."""
         request = pb.GetFederationRequest(federation_id=federation)

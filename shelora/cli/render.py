@@ -88,8 +88,16 @@ def federation_view(federation: pb.Federation) -> RenderableType:
     dropped = dropped_updates(federation)
     if dropped:
         parts.append(_dropped_table(dropped[-MAX_DROPPED:]))
-    title = f"federation {federation.federation_id} · {_PHASE.get(federation.phase, 'unknown')}"
+    title = f"federation {federation.federation_id} · {_PHASE.get(federation.phase, 'unknown')}{_epoch(federation)}"
     return Panel(Group(*parts), title=title, title_align="left", box=box.HORIZONTALS, padding=0)
+
+
+def _epoch(federation: pb.Federation) -> str:
+    if not federation.epoch:
+        return ""
+    return f" · keys of epoch {federation.epoch}" + (
+        ", new ones follow" if federation.rotation_pending else ""
+    )
 
 
 def dropped_updates(federation: pb.Federation) -> list[tuple[str, pb.DroppedUpdate]]:

@@ -46,6 +46,7 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.FEDERATION_UNKNOWN: _Code.NOT_FOUND,
         Reason.FEDERATION_EXISTS: _Code.ALREADY_EXISTS,
         Reason.FEDERATION_CLOSED: _Code.FAILED_PRECONDITION,
+        Reason.EPOCH_RETIRED: _Code.FAILED_PRECONDITION,
         Reason.CLIENT_UNKNOWN: _Code.NOT_FOUND,
         Reason.CLIENT_MISMATCH: _Code.PERMISSION_DENIED,
         Reason.MODEL_MISMATCH: _Code.FAILED_PRECONDITION,

@@ -221,12 +221,15 @@ class ResultRef(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
     CONTRIBUTOR_COUNT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     """Round that produced it."""
     round_number: _builtins.int
     """Number of the round in its federation, from 1."""
     contributor_count: _builtins.int
     """Number of updates in the aggregate, at least 2. Agents refuse to decrypt fewer."""
+    epoch: _builtins.int
+    """Epoch of the keys it is under; the next round may be of a later one."""
     @_builtins.property
     def layout(self) -> Global___Layout:
         """Layout of the round."""
@@ -243,10 +246,11 @@ class ResultRef(_message.Message):
         layout: Global___Layout | None = ...,
         shards: _abc.Iterable[Global___ShardDigest] | None = ...,
         contributor_count: _builtins.int = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributor_count", b"contributor_count", "layout", b"layout", "round_id", b"round_id", "round_number", b"round_number", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributor_count", b"contributor_count", "epoch", b"epoch", "layout", b"layout", "round_id", b"round_id", "round_number", b"round_number", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -263,6 +263,7 @@ class ProtectionSpec(_message.Message):
     COMMON_WEIGHT_FIELD_NUMBER: _builtins.int
     COVERAGE_FLOOR_FIELD_NUMBER: _builtins.int
     MAX_VOTE_WEIGHT_FIELD_NUMBER: _builtins.int
+    KEY_ROTATION_ROUNDS_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
     """"selective" (encrypt each client's budget of columns, all tensors) or "none"."""
     parameters: _builtins.str
@@ -279,6 +280,8 @@ class ProtectionSpec(_message.Message):
     """Share of the sensitivity a client could cover at its budget below which its vote gains weight, 0 to 1; 0 for never."""
     max_vote_weight: _builtins.float
     """Most votes that one client may come to have, 1 to 64. Without a coverage_floor every client has one."""
+    key_rotation_rounds: _builtins.int
+    """Training rounds after which the keys are replaced, 0 to 10000; 0 for never, unless asked for or after a revocation."""
     def __init__(
         self,
         *,
@@ -290,10 +293,11 @@ class ProtectionSpec(_message.Message):
         common_weight: _builtins.float = ...,
         coverage_floor: _builtins.float = ...,
         max_vote_weight: _builtins.float = ...,
+        key_rotation_rounds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -643,6 +647,8 @@ class Federation(_message.Message):
     MEMBER_COUNT_FIELD_NUMBER: _builtins.int
     TRAINED_ROUNDS_FIELD_NUMBER: _builtins.int
     NOW_UNIX_MS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ROTATION_PENDING_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     phase: Global___Phase.ValueType
     failure: _builtins.str
@@ -655,6 +661,10 @@ class Federation(_message.Message):
     """Training rounds published."""
     now_unix_ms: _builtins.int
     """The coordinator's clock when it answered, Unix milliseconds."""
+    epoch: _builtins.int
+    """Epoch of the keys, from 1; 0 before there are any."""
+    rotation_pending: _builtins.bool
+    """Whether new keys come after the round in progress."""
     @_builtins.property
     def spec(self) -> Global___FederationSpec: ...
     @_builtins.property
@@ -681,10 +691,12 @@ class Federation(_message.Message):
         member_count: _builtins.int = ...,
         trained_rounds: _builtins.int = ...,
         now_unix_ms: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        rotation_pending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "spec", b"spec", "trained_rounds", b"trained_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "spec", b"spec", "trained_rounds", b"trained_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -791,6 +803,29 @@ class StartFederationRequest(_message.Message):
 Global___StartFederationRequest: _TypeAlias = StartFederationRequest  # noqa: Y015
 
 @_typing.final
+class RotateKeysRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    FROM_EPOCH_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    from_epoch: _builtins.int
+    """Epoch to leave, as the caller saw it in Federation.epoch; 0 for the present one."""
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        from_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation_id", b"federation_id", "from_epoch", b"from_epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateKeysRequest: _TypeAlias = RotateKeysRequest  # noqa: Y015
+
+@_typing.final
 class JoinRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -847,9 +882,6 @@ class JoinResponse(_message.Message):
 
     TRAINING_FIELD_NUMBER: _builtins.int
     PROTECTION_FIELD_NUMBER: _builtins.int
-    EPOCH_FIELD_NUMBER: _builtins.int
-    epoch: _builtins.int
-    """Epoch of the keys to fetch from the key authority."""
     @_builtins.property
     def training(self) -> Global___TrainingSpec: ...
     @_builtins.property
@@ -859,11 +891,10 @@ class JoinResponse(_message.Message):
         *,
         training: Global___TrainingSpec | None = ...,
         protection: Global___ProtectionSpec | None = ...,
-        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["protection", b"protection", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "protection", b"protection", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protection", b"protection", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -910,7 +941,7 @@ class RoundRef(_message.Message):
     deadline_unix_ms: _builtins.int
     """When collecting ends, Unix milliseconds."""
     epoch: _builtins.int
-    """Epoch of the keys."""
+    """Epoch of the keys that the layout and the plan are under. Never less than in an earlier round."""
     @_builtins.property
     def layout(self) -> _common_pb2.Layout: ...
     def __init__(
@@ -1124,7 +1155,7 @@ class Train(_message.Message):
 
     @_builtins.property
     def base_plan(self) -> Global___PlanRef:
-        """Plan under which `base` was made. Unset if there is no base or nothing is protected."""
+        """Plan under which `base` was made, in its epoch. Unset if there is no base or nothing is protected."""
 
     def __init__(
         self,
@@ -1154,7 +1185,7 @@ class Finish(_message.Message):
     def result(self) -> _common_pb2.ResultRef: ...
     @_builtins.property
     def plan(self) -> Global___PlanRef:
-        """Plan under which `result` was made. Unset if nothing is protected."""
+        """Plan under which `result` was made, in its epoch. Unset if nothing is protected."""
 
     def __init__(
         self,

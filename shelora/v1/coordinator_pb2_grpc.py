@@ -55,6 +55,11 @@ class CoordinatorStub:
                 request_serializer=shelora_dot_v1_dot_coordinator__pb2.StartFederationRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_coordinator__pb2.Federation.FromString,
                 _registered_method=True)
+        self.RotateKeys = channel.unary_unary(
+                '/shelora.v1.Coordinator/RotateKeys',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.RotateKeysRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.Federation.FromString,
+                _registered_method=True)
         self.Join = channel.unary_unary(
                 '/shelora.v1.Coordinator/Join',
                 request_serializer=shelora_dot_v1_dot_coordinator__pb2.JoinRequest.SerializeToString,
@@ -132,6 +137,15 @@ class CoordinatorServicer:
     def StartFederation(self, request, context):
         """Lets a federation begin as soon as enough agents have joined. Idempotent. Fails with FEDERATION_UNKNOWN, or
         FEDERATION_CLOSED if it has finished or failed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateKeys(self, request, context):
+        """Has the federation change to new keys as soon as no round is in progress; the rounds after it use them.
+        Idempotent: once the federation has left `from_epoch`, a repeat changes nothing. Fails with FEDERATION_UNKNOWN,
+        FEDERATION_CLOSED, INVALID_ARGUMENT under protection "none" or for an epoch that has not begun.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -233,6 +247,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
             'StartFederation': grpc.unary_unary_rpc_method_handler(
                     servicer.StartFederation,
                     request_deserializer=shelora_dot_v1_dot_coordinator__pb2.StartFederationRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.Federation.SerializeToString,
+            ),
+            'RotateKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateKeys,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.RotateKeysRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_coordinator__pb2.Federation.SerializeToString,
             ),
             'Join': grpc.unary_unary_rpc_method_handler(
@@ -389,6 +408,33 @@ class Coordinator:
             target,
             '/shelora.v1.Coordinator/StartFederation',
             shelora_dot_v1_dot_coordinator__pb2.StartFederationRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.Federation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/RotateKeys',
+            shelora_dot_v1_dot_coordinator__pb2.RotateKeysRequest.SerializeToString,
             shelora_dot_v1_dot_coordinator__pb2.Federation.FromString,
             options,
             channel_credentials,

@@ -47,6 +47,11 @@ class CoordinatorStub:
     """Lets a federation begin as soon as enough agents have joined. Idempotent. Fails with FEDERATION_UNKNOWN, or
     FEDERATION_CLOSED if it has finished or failed.
     """
+    RotateKeys: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RotateKeysRequest, _coordinator_pb2.Federation]
+    """Has the federation change to new keys as soon as no round is in progress; the rounds after it use them.
+    Idempotent: once the federation has left `from_epoch`, a repeat changes nothing. Fails with FEDERATION_UNKNOWN,
+    FEDERATION_CLOSED, INVALID_ARGUMENT under protection "none" or for an epoch that has not begun.
+    """
     Join: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.JoinRequest, _coordinator_pb2.JoinResponse]
     """Makes a client a member, or finds it one. The first client fixes the model's matrices and tensors.
     Idempotent: joining again updates rank, budget and example count, effective from the next round.
@@ -102,6 +107,11 @@ class CoordinatorAsyncStub(CoordinatorStub):
     StartFederation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StartFederationRequest, _coordinator_pb2.Federation]  # type: ignore[assignment]
     """Lets a federation begin as soon as enough agents have joined. Idempotent. Fails with FEDERATION_UNKNOWN, or
     FEDERATION_CLOSED if it has finished or failed.
+    """
+    RotateKeys: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RotateKeysRequest, _coordinator_pb2.Federation]  # type: ignore[assignment]
+    """Has the federation change to new keys as soon as no round is in progress; the rounds after it use them.
+    Idempotent: once the federation has left `from_epoch`, a repeat changes nothing. Fails with FEDERATION_UNKNOWN,
+    FEDERATION_CLOSED, INVALID_ARGUMENT under protection "none" or for an epoch that has not begun.
     """
     Join: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.JoinRequest, _coordinator_pb2.JoinResponse]  # type: ignore[assignment]
     """Makes a client a member, or finds it one. The first client fixes the model's matrices and tensors.
@@ -179,6 +189,17 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_coordinator_pb2.Federation, _abc.Awaitable[_coordinator_pb2.Federation]]:
         """Lets a federation begin as soon as enough agents have joined. Idempotent. Fails with FEDERATION_UNKNOWN, or
         FEDERATION_CLOSED if it has finished or failed.
+        """
+
+    @_abc_1.abstractmethod
+    def RotateKeys(
+        self,
+        request: _coordinator_pb2.RotateKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.Federation, _abc.Awaitable[_coordinator_pb2.Federation]]:
+        """Has the federation change to new keys as soon as no round is in progress; the rounds after it use them.
+        Idempotent: once the federation has left `from_epoch`, a repeat changes nothing. Fails with FEDERATION_UNKNOWN,
+        FEDERATION_CLOSED, INVALID_ARGUMENT under protection "none" or for an epoch that has not begun.
         """
 
     @_abc_1.abstractmethod

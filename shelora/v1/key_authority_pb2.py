@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eshelora/v1/key_authority.proto\x12\nshelora.v1\"L\n\x10OpenEpochRequest\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nparameters\x18\x03 \x01(\t\"#\n\x11OpenEpochResponse\x12\x0e\n\x06key_id\x18\x01 \x01(\x0c\"Q\n\x16GetEpochSecretsRequest\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\tclient_id\x18\x03 \x01(\t\"r\n\x17GetEpochSecretsResponse\x12\x12\n\nparameters\x18\x01 \x01(\t\x12\x17\n\x0f\x63kks_secret_key\x18\x02 \x01(\x0c\x12\x1a\n\x12obfuscation_secret\x18\x03 \x01(\x0c\x12\x0e\n\x06key_id\x18\x04 \x01(\x0c\x32\xb4\x01\n\x0cKeyAuthority\x12H\n\tOpenEpoch\x12\x1c.shelora.v1.OpenEpochRequest\x1a\x1d.shelora.v1.OpenEpochResponse\x12Z\n\x0fGetEpochSecrets\x12\".shelora.v1.GetEpochSecretsRequest\x1a#.shelora.v1.GetEpochSecretsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eshelora/v1/key_authority.proto\x12\nshelora.v1\"L\n\x10OpenEpochRequest\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nparameters\x18\x03 \x01(\t\"#\n\x11OpenEpochResponse\x12\x0e\n\x06key_id\x18\x01 \x01(\x0c\"Q\n\x16GetEpochSecretsRequest\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\tclient_id\x18\x03 \x01(\t\"r\n\x17GetEpochSecretsResponse\x12\x12\n\nparameters\x18\x01 \x01(\t\x12\x17\n\x0f\x63kks_secret_key\x18\x02 \x01(\x0c\x12\x1a\n\x12obfuscation_secret\x18\x03 \x01(\x0c\x12\x0e\n\x06key_id\x18\x04 \x01(\x0c\"B\n\x13RetireEpochsRequest\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\x14\n\x0c\x62\x65\x66ore_epoch\x18\x02 \x01(\r\"\x16\n\x14RetireEpochsResponse2\x87\x02\n\x0cKeyAuthority\x12H\n\tOpenEpoch\x12\x1c.shelora.v1.OpenEpochRequest\x1a\x1d.shelora.v1.OpenEpochResponse\x12Z\n\x0fGetEpochSecrets\x12\".shelora.v1.GetEpochSecretsRequest\x1a#.shelora.v1.GetEpochSecretsResponse\x12Q\n\x0cRetireEpochs\x12\x1f.shelora.v1.RetireEpochsRequest\x1a .shelora.v1.RetireEpochsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +39,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETEPOCHSECRETSREQUEST']._serialized_end=242
   _globals['_GETEPOCHSECRETSRESPONSE']._serialized_start=244
   _globals['_GETEPOCHSECRETSRESPONSE']._serialized_end=358
-  _globals['_KEYAUTHORITY']._serialized_start=361
-  _globals['_KEYAUTHORITY']._serialized_end=541
+  _globals['_RETIREEPOCHSREQUEST']._serialized_start=360
+  _globals['_RETIREEPOCHSREQUEST']._serialized_end=426
+  _globals['_RETIREEPOCHSRESPONSE']._serialized_start=428
+  _globals['_RETIREEPOCHSRESPONSE']._serialized_end=450
+  _globals['_KEYAUTHORITY']._serialized_start=453
+  _globals['_KEYAUTHORITY']._serialized_end=716
 # @@protoc_insertion_point(module_scope)

@@ -123,3 +123,42 @@ class GetEpochSecretsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetEpochSecretsResponse: _TypeAlias = GetEpochSecretsResponse  # noqa: Y015
+
+@_typing.final
+class RetireEpochsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    BEFORE_EPOCH_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    """Federation, 1 to 64 characters of [a-z0-9-]."""
+    before_epoch: _builtins.int
+    """The oldest epoch that stays, from 1."""
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        before_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before_epoch", b"before_epoch", "federation_id", b"federation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetireEpochsRequest: _TypeAlias = RetireEpochsRequest  # noqa: Y015
+
+@_typing.final
+class RetireEpochsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetireEpochsResponse: _TypeAlias = RetireEpochsResponse  # noqa: Y015

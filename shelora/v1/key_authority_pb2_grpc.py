@@ -45,6 +45,11 @@ class KeyAuthorityStub:
                 request_serializer=shelora_dot_v1_dot_key__authority__pb2.GetEpochSecretsRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_key__authority__pb2.GetEpochSecretsResponse.FromString,
                 _registered_method=True)
+        self.RetireEpochs = channel.unary_unary(
+                '/shelora.v1.KeyAuthority/RetireEpochs',
+                request_serializer=shelora_dot_v1_dot_key__authority__pb2.RetireEpochsRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_key__authority__pb2.RetireEpochsResponse.FromString,
+                _registered_method=True)
 
 
 class KeyAuthorityServicer:
@@ -53,8 +58,8 @@ class KeyAuthorityServicer:
 
     def OpenEpoch(self, request, context):
         """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
-        For the coordinator only, when a federation starts. Idempotent by (federation, epoch).
-        Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call.
+        For the coordinator only, when a federation starts and when its keys rotate. Idempotent by (federation, epoch).
+        Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call, EPOCH_RETIRED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -62,7 +67,15 @@ class KeyAuthorityServicer:
 
     def GetEpochSecrets(self, request, context):
         """Releases the secrets of an epoch to an agent. Read only, may be repeated.
-        For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened.
+        For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened, EPOCH_RETIRED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetireEpochs(self, request, context):
+        """Destroys the keys of all epochs before one, for good. For the coordinator only, when no agent needs them any more.
+        Idempotent. Written down before it is answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,6 +93,11 @@ def add_KeyAuthorityServicer_to_server(servicer, server):
                     servicer.GetEpochSecrets,
                     request_deserializer=shelora_dot_v1_dot_key__authority__pb2.GetEpochSecretsRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_key__authority__pb2.GetEpochSecretsResponse.SerializeToString,
+            ),
+            'RetireEpochs': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireEpochs,
+                    request_deserializer=shelora_dot_v1_dot_key__authority__pb2.RetireEpochsRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_key__authority__pb2.RetireEpochsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +155,33 @@ class KeyAuthority:
             '/shelora.v1.KeyAuthority/GetEpochSecrets',
             shelora_dot_v1_dot_key__authority__pb2.GetEpochSecretsRequest.SerializeToString,
             shelora_dot_v1_dot_key__authority__pb2.GetEpochSecretsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireEpochs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.KeyAuthority/RetireEpochs',
+            shelora_dot_v1_dot_key__authority__pb2.RetireEpochsRequest.SerializeToString,
+            shelora_dot_v1_dot_key__authority__pb2.RetireEpochsResponse.FromString,
             options,
             channel_credentials,
             insecure,

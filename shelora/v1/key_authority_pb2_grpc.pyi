@@ -35,12 +35,16 @@ class KeyAuthorityStub:
     def __new__(cls, channel: _aio.Channel) -> KeyAuthorityAsyncStub: ...
     OpenEpoch: _grpc.UnaryUnaryMultiCallable[_key_authority_pb2.OpenEpochRequest, _key_authority_pb2.OpenEpochResponse]
     """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
-    For the coordinator only, when a federation starts. Idempotent by (federation, epoch).
-    Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call.
+    For the coordinator only, when a federation starts and when its keys rotate. Idempotent by (federation, epoch).
+    Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call, EPOCH_RETIRED.
     """
     GetEpochSecrets: _grpc.UnaryUnaryMultiCallable[_key_authority_pb2.GetEpochSecretsRequest, _key_authority_pb2.GetEpochSecretsResponse]
     """Releases the secrets of an epoch to an agent. Read only, may be repeated.
-    For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened.
+    For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened, EPOCH_RETIRED.
+    """
+    RetireEpochs: _grpc.UnaryUnaryMultiCallable[_key_authority_pb2.RetireEpochsRequest, _key_authority_pb2.RetireEpochsResponse]
+    """Destroys the keys of all epochs before one, for good. For the coordinator only, when no agent needs them any more.
+    Idempotent. Written down before it is answered.
     """
 
 @_typing.type_check_only
@@ -50,12 +54,16 @@ class KeyAuthorityAsyncStub(KeyAuthorityStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenEpoch: _aio.UnaryUnaryMultiCallable[_key_authority_pb2.OpenEpochRequest, _key_authority_pb2.OpenEpochResponse]  # type: ignore[assignment]
     """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
-    For the coordinator only, when a federation starts. Idempotent by (federation, epoch).
-    Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call.
+    For the coordinator only, when a federation starts and when its keys rotate. Idempotent by (federation, epoch).
+    Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call, EPOCH_RETIRED.
     """
     GetEpochSecrets: _aio.UnaryUnaryMultiCallable[_key_authority_pb2.GetEpochSecretsRequest, _key_authority_pb2.GetEpochSecretsResponse]  # type: ignore[assignment]
     """Releases the secrets of an epoch to an agent. Read only, may be repeated.
-    For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened.
+    For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened, EPOCH_RETIRED.
+    """
+    RetireEpochs: _aio.UnaryUnaryMultiCallable[_key_authority_pb2.RetireEpochsRequest, _key_authority_pb2.RetireEpochsResponse]  # type: ignore[assignment]
+    """Destroys the keys of all epochs before one, for good. For the coordinator only, when no agent needs them any more.
+    Idempotent. Written down before it is answered.
     """
 
 class KeyAuthorityServicer(metaclass=_abc_1.ABCMeta):
@@ -68,8 +76,8 @@ class KeyAuthorityServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_key_authority_pb2.OpenEpochResponse, _abc.Awaitable[_key_authority_pb2.OpenEpochResponse]]:
         """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
-        For the coordinator only, when a federation starts. Idempotent by (federation, epoch).
-        Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call.
+        For the coordinator only, when a federation starts and when its keys rotate. Idempotent by (federation, epoch).
+        Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call, EPOCH_RETIRED.
         """
 
     @_abc_1.abstractmethod
@@ -79,7 +87,17 @@ class KeyAuthorityServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_key_authority_pb2.GetEpochSecretsResponse, _abc.Awaitable[_key_authority_pb2.GetEpochSecretsResponse]]:
         """Releases the secrets of an epoch to an agent. Read only, may be repeated.
-        For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened.
+        For clients of the federation only. Fails with FEDERATION_UNKNOWN for an epoch that was not opened, EPOCH_RETIRED.
+        """
+
+    @_abc_1.abstractmethod
+    def RetireEpochs(
+        self,
+        request: _key_authority_pb2.RetireEpochsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_key_authority_pb2.RetireEpochsResponse, _abc.Awaitable[_key_authority_pb2.RetireEpochsResponse]]:
+        """Destroys the keys of all epochs before one, for good. For the coordinator only, when no agent needs them any more.
+        Idempotent. Written down before it is answered.
         """
 
 def add_KeyAuthorityServicer_to_server(servicer: KeyAuthorityServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -30,6 +30,7 @@ from services.aggregation import worker as aggregation_worker
 from services.aggregation.keys import PREFIX
 from services.aggregation.settings import AggregationSettings
 from services.aggregation.store import RedisShardStore, WorkerStore
+from services.shell.revocations import Revocations
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.transport.channel import call
@@ -190,7 +191,9 @@ class Cluster:
         changes = Changes(client)
         aggregation = [self.network.channel(process, address) for address in AGGREGATION]
         authority = self.network.channel(process, AUTHORITY)
-        handlers, driver = coordinator.main.compose(_COORDINATOR, client, changes, aggregation, authority)
+        handlers, driver = coordinator.main.compose(
+            _COORDINATOR, client, changes, Revocations(known=True), aggregation, authority
+        )
         register(CoordinatorServicer(handlers), self.network.serve(process, COORDINATOR))
         for work in (changes.run(), driver.run()):
             process.spawn(work).add_done_callback(lambda task: self._background_ended(process, task))

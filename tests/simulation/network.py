@@ -45,6 +45,9 @@ class _Context:
     def __init__(self) -> None:
         self.ended = _Ended()
 
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> None:
         self.ended = _Ended(code, details, tuple(trailing_metadata))
         raise grpc.aio.AbortError

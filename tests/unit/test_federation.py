@@ -84,6 +84,7 @@ def test_every_field_of_the_wire_has_a_field_here_and_back():
             "set round.replan_every_rounds or round.replan_below_overlap",
         ),
         ("protection", {"tensor_bound": -1.0}, "protection.tensor_bound = -1.0"),
+        ("protection", {"key_rotation_rounds": -1}, "protection.key_rotation_rounds = -1"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value_and_the_remedy(tmp_path, section, fields, expected):

@@ -14,7 +14,9 @@ from shelora.transport.status import translated
 from shelora.v1 import aggregation_pb2 as pb
 from shelora.v1 import aggregation_pb2_grpc, common_pb2, key_authority_pb2, key_authority_pb2_grpc
 
-KEY_ID = b"k" * 16
+
+def key_id(epoch: int) -> bytes:
+    return bytes([epoch]) * 16
 
 
 def digest_of(*parts: object) -> common_pb2.ShardDigest:
@@ -106,13 +108,21 @@ class FakeAggregation(aggregation_pb2_grpc.AggregationServicer):
 class FakeKeyAuthority(key_authority_pb2_grpc.KeyAuthorityServicer):
     opened: list[tuple[str, int, str]] = field(default_factory=list)
     refusal: Reason | None = None
+    retired_before: int = 1
 
     async def OpenEpoch(self, request, context):
         async with translated(context):
             if self.refusal:
                 raise DomainError(self.refusal, "as told")
+            if request.epoch < self.retired_before:
+                raise DomainError(Reason.EPOCH_RETIRED, "as told")
             self.opened.append((request.federation_id, request.epoch, request.parameters))
-            return key_authority_pb2.OpenEpochResponse(key_id=KEY_ID)
+            return key_authority_pb2.OpenEpochResponse(key_id=key_id(request.epoch))
+
+    async def RetireEpochs(self, request, context):
+        async with translated(context):
+            self.retired_before = max(self.retired_before, request.before_epoch)
+            return key_authority_pb2.RetireEpochsResponse()
 
 
 @asynccontextmanager

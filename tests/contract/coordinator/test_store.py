@@ -181,8 +181,8 @@ async def test_members_sightings_and_evaluations_come_back(store):
     await store.put_member("fed", member)
     await store.put_member("fed", member.model_copy(update={"client_id": "a"}))
     assert list(await store.members("fed")) == ["a", "b"]
-    assert await store.is_member("fed", "b")
-    assert not await store.is_member("fed", "c")
+    assert (await store.member("fed", "b")).client_id == "b"
+    assert await store.member("fed", "c") is None
     seen = Sighting(stage="idle", progress=0.0, at_ms=5)
     assert await store.see("fed", "b", seen)
     assert not await store.see("fed", "c", seen)
@@ -274,7 +274,7 @@ async def test_a_cancelled_caller_stops_whenever_the_cancellation_comes(store):
 
     async def forever() -> None:
         while True:
-            await store.is_member("fed", "a")
+            await store.member("fed", "a")
 
     for delay in range(100):
         task = asyncio.create_task(forever())

@@ -70,6 +70,8 @@ class World:
     budgets: dict[str, float] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     """What members say they hold, 10 by default."""
+    revoked: dict[str, int] = field(default_factory=dict)
+    """Clients whose certificates issued up to a time are revoked, as the coordinator has learnt."""
     overlaps: dict[str, float] = field(default_factory=dict)
     """What members report of their overlap with the plan; nothing by default."""
 
@@ -87,6 +89,7 @@ class World:
             changes=self.changes,
             aggregation=self.pool,
             authority=self.authority_client,
+            revoked=lambda _: dict(self.revoked),
             clock_ms=lambda: self.now_ms,
             new_token=lambda: f"token{next(tokens)}",
             policy=DriverPolicy(alive_s=30, concurrency=2),
@@ -109,7 +112,7 @@ class World:
             protocol_version=1,
             **changes,
         )
-        member = checks.member(request)
+        member = checks.member(request, self.now_ms)
         return await self.handlers.join("fed", member, MATRICES, TENSORS)
 
     async def federation(self) -> FederationRecord:
@@ -132,9 +135,10 @@ class World:
         return await Renderer(self.store).assignment(federation, assignment)
 
     async def act(self) -> None:
-        """Every member that is not silent beats and does what it is assigned."""
-        for client in await self.store.members("fed"):
-            if client not in self.silent:
+        """Every member that is neither silent nor revoked beats and does what it is assigned."""
+        federation = await self.federation()
+        for client, member in (await self.store.members("fed")).items():
+            if client not in self.silent and federation.admits(member):
                 seen = Sighting(stage="training", progress=0.5, at_ms=self.now_ms)
                 await self.store.see("fed", client, seen)
                 await self.do(client, await self.assignment(client))

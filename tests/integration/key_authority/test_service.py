@@ -272,4 +272,4 @@ async def test_the_server_says_that_it_serves_and_what(address, authority):
 
 def test_no_method_of_the_service_decrypts():
     methods = pb.DESCRIPTOR.services_by_name["KeyAuthority"].methods
-    assert [method.name for method in methods] == ["OpenEpoch", "GetEpochSecrets"]
+    assert [method.name for method in methods] == ["OpenEpoch", "GetEpochSecrets", "RetireEpochs"]

@@ -232,3 +232,31 @@ def test_an_invalid_name_of_an_epoch_is_refused(federation_id, epoch):
 def test_the_repr_of_secrets_shows_none():
     shown = repr(EpochSecrets("standard", bytes(16), b"THE-KEY", b"THE-SECRET"))
     assert "THE" not in shown
+
+
+def test_a_retired_epoch_is_refused_by_name_and_its_keys_are_gone(vault):
+    for epoch in (1, 2, 3):
+        vault.open_epoch(EpochId("clinic", epoch), STANDARD)
+    vault.open_epoch(EpochId("bank", 1), STANDARD)
+    kept = vault.read(EpochId("clinic", 3))
+    for _ in range(2):
+        assert vault.retire(EpochId("clinic", 3)) == [EpochId("clinic", 1), EpochId("clinic", 2)]
+    for epoch in (1, 2):
+        for refused in (
+            lambda: vault.read(EpochId("clinic", epoch)),  # noqa: B023 - called in this turn
+            lambda: vault.open_epoch(EpochId("clinic", epoch), STANDARD),  # noqa: B023
+        ):
+            with pytest.raises(DomainError, match="is over, and its keys are destroyed") as caught:
+                refused()
+            assert caught.value.reason is Reason.EPOCH_RETIRED
+    assert vault.read(EpochId("clinic", 3)) == kept
+    assert vault.epochs() == [EpochId("bank", 1), EpochId("clinic", 3)]
+
+
+def test_a_crash_between_mark_and_deletion_leaves_a_retired_epoch_that_a_repeat_deletes(vault, folder):
+    vault.open_epoch(EpochId("clinic", 1), STANDARD)
+    (folder / "clinic.1.retired").touch(mode=0o600)
+    with pytest.raises(DomainError, match="is over"):
+        vault.read(EpochId("clinic", 1))
+    assert vault.retire(EpochId("clinic", 2)) == [EpochId("clinic", 1)]
+    assert [path.name for path in folder.iterdir()] == ["clinic.1.retired"]

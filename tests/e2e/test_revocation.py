@@ -1,0 +1,83 @@
+"""An agent is revoked in the middle of a federation: it is cut off, the others go on to the end under new keys."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from client_agent.main import EXIT_REFUSED
+from shelora.audit import AuditEvent, verified
+from shelora.cli.cluster import LocalCluster
+from shelora.cli.operator import operator, revoke_client
+from shelora.errors import DomainError, Reason
+from shelora.transport.channel import call, open_channel
+from shelora.transport.tls import IdentityFolder, TlsCredentials
+from shelora.v1 import aggregation_pb2, aggregation_pb2_grpc, coordinator_pb2_grpc, key_authority_pb2
+from shelora.v1 import coordinator_pb2 as pb
+from shelora.v1.key_authority_pb2_grpc import KeyAuthorityStub
+from tests.e2e import federations
+from tests.e2e.agents import AGENTS, specification, start_agent
+
+
+async def test_a_revoked_agent_is_cut_off_and_the_others_finish_in_the_next_epoch(
+    cluster: LocalCluster, model: Path, tmp_path: Path
+):
+    spec, addresses = specification(rounds=3), cluster.addresses
+    *others, revoked = [await start_agent(cluster, agent, addresses, model, tmp_path) for agent in AGENTS]
+    await federations.start(cluster, spec)
+    async with (
+        asyncio.timeout(federations.TIMEOUT_S),
+        operator(addresses.coordinator, cluster.credentials) as connection,
+    ):
+        while (await connection.get(spec.name)).trained_rounds < 1:  # noqa: ASYNC110 - it is in other processes
+            await asyncio.sleep(federations.POLL_S)
+        await revoke_client(addresses.key_authority, cluster.credentials, "weather", revoked.name)
+        while any(process.popen.poll() is None for process in (*others, revoked)):
+            for process in cluster.processes:
+                if process.popen.poll() and process is not revoked:
+                    process.require_alive()
+            await asyncio.sleep(federations.POLL_S)
+        federation = await connection.get(spec.name)
+
+    assert revoked.popen.returncode == EXIT_REFUSED
+    assert "CERTIFICATE_REVOKED" in revoked.log.read_text()
+    assert "ask the operator of federation weather" in revoked.log.read_text()
+    assert [process.popen.returncode for process in others] == [0, 0]
+    assert (federation.phase, federation.epoch) == (pb.PHASE_FINISHED, 2), federation.failure
+    assert sorted(member.client_id for member in federation.members) == ["bank", "clinic"]
+    assert federation.history[-1].cohort_count == 2
+    assert (tmp_path / "bank" / "state" / "adapter").is_dir()
+
+    await _assert_nothing_can_be_called(cluster, tmp_path / revoked.name / "state" / "identity")
+    keys = tmp_path / "cluster" / "key-authority"
+    assert sorted(path.name for path in (keys / "epochs").iterdir()) == [
+        "weather.1.retired",
+        "weather.2.sealed",
+    ]
+    with (keys / "audit.log").open("rb") as file:
+        records = list(verified(file))
+    released = {(r.epoch, r.client_id) for r in records if r.event is AuditEvent.SECRETS_RELEASED}
+    assert released == {(1, "bank"), (1, "clinic"), (1, "sensor"), (2, "bank"), (2, "clinic")}
+    events = [record.event for record in records]
+    assert events.count(AuditEvent.CLIENT_REVOKED) == events.count(AuditEvent.EPOCH_RETIRED) == 1
+
+
+async def _assert_nothing_can_be_called(cluster: LocalCluster, identity: Path) -> None:
+    credentials, addresses = TlsCredentials(IdentityFolder(identity)), cluster.addresses
+    own = {"federation_id": "weather", "client_id": "sensor"}
+    async with (
+        open_channel(addresses.key_authority, credentials) as keys,
+        open_channel(addresses.coordinator, credentials) as coordinator,
+        open_channel(addresses.aggregation[0], credentials) as aggregation,
+    ):
+        secrets = [key_authority_pb2.GetEpochSecretsRequest(epoch=epoch, **own) for epoch in (1, 2)]
+        progress = aggregation_pb2.QueryShardsRequest(round_id="weather.0.1", client_id="sensor")
+        calls = [
+            *((KeyAuthorityStub(keys).GetEpochSecrets, request) for request in secrets),
+            (coordinator_pb2_grpc.CoordinatorStub(coordinator).Heartbeat, pb.HeartbeatRequest(**own)),
+            (aggregation_pb2_grpc.AggregationStub(aggregation).QueryShards, progress),
+        ]
+        for method, request in calls:
+            with pytest.raises(DomainError) as refused:
+                await call(method, request)
+            assert refused.value.reason is Reason.CERTIFICATE_REVOKED

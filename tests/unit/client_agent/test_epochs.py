@@ -1,0 +1,86 @@
+"""Which secrets an agent holds, and which rounds and results it refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from client_agent.downloads import Result
+from client_agent.keys import EpochSecrets
+from client_agent.work import Identity, Work
+from shelora.ckks.parameters import INSECURE_TOY
+from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
+from shelora.errors import DomainError, Reason
+from shelora.federation import ProtectionSpec
+from shelora.lora.layout import Matrix
+from shelora.messages import layout_to_proto
+from shelora.negotiation.votes import vote_layout
+from shelora.obfuscation import Obfuscation
+from shelora.v1 import common_pb2
+
+KEYS = {epoch: SecretKey.generate(INSECURE_TOY) for epoch in (1, 2)}
+
+
+def released(epoch: int) -> EpochSecrets:
+    key = KEYS[epoch]
+    return EpochSecrets(epoch, Obfuscation(bytes(32), epoch), Encryptor(key), Decryptor(key), key.key_id)
+
+
+class Releasing:
+    """A session that counts how often secrets are fetched."""
+
+    def __init__(self) -> None:
+        self.fetched: list[int] = []
+
+    async def secrets(self, epoch: int) -> EpochSecrets:
+        self.fetched.append(epoch)
+        return released(epoch)
+
+
+def working(session: Releasing) -> Work:
+    me = Identity("clinic", "ward-7", 1.0, ProtectionSpec())
+    nothing = SimpleNamespace()
+    return Work(me, session=session, replicas=nothing, state=nothing, learner=nothing, worker=nothing)
+
+
+def refusal(action) -> Reason:
+    with pytest.raises(DomainError) as refused:
+        action()
+    return refused.value.reason
+
+
+async def test_secrets_are_fetched_once_and_those_of_other_epochs_forgotten():
+    session = Releasing()
+    work = working(session)
+    for _ in range(2):
+        await work._enter(1)
+        await work.secrets(2)
+    assert session.fetched == [1, 2]
+    await work._enter(2)
+    work._forget_others(2)
+    assert list(work._secrets) == [2]
+    assert (await work.secrets(1)).epoch == 1
+    assert session.fetched == [1, 2, 1]
+
+
+async def test_a_round_of_an_epoch_before_one_it_took_part_in_is_refused():
+    work = working(Releasing())
+    await work._enter(2)
+    with pytest.raises(DomainError, match="took part in epoch 2") as refused:
+        await work._enter(1)
+    assert refused.value.reason is Reason.EPOCH_RETIRED
+
+
+def test_an_aggregate_under_another_key_than_its_epoch_is_not_decrypted():
+    layout = vote_layout((Matrix("m", 8, 12),), INSECURE_TOY.name, KEYS[2].key_id)
+    assert released(2).decryptor_for(layout) is not None
+    assert refusal(lambda: released(1).decryptor_for(layout)) is Reason.SECRET_UNAVAILABLE
+    assert refusal(lambda: released(1).encryptor_for(layout)) is Reason.SECRET_UNAVAILABLE
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_aggregate_of_fewer_than_two_updates_is_refused(count):
+    layout = vote_layout((Matrix("m", 8, 12),), INSECURE_TOY.name, KEYS[1].key_id)
+    message = common_pb2.ResultRef(
+        round_id="clinic.0.1", layout=layout_to_proto(layout), contributor_count=count, epoch=1
+    )
+    assert refusal(lambda: Result.from_proto(message)) is Reason.TOO_FEW_CONTRIBUTORS

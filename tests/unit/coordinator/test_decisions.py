@@ -1,0 +1,58 @@
+from coordinator import transitions
+from coordinator.decisions import OpenKeys, Rest, RetireEpochs, View, WriteFederation, WriteRound, decide
+from coordinator.records import Phase
+from shelora.errors import Reason
+from shelora.rounds import RoundKind, RoundState
+from tests.unit.coordinator.records import MEMBERS, PLAN, a_round, federation, ticket
+
+NOW = 20_000
+
+
+def view(record, round_=None, alive=None, **changes) -> View:
+    alive = set(MEMBERS) if alive is None else alive
+    return View(record, round_, MEMBERS, alive, update_count=0, voters=[], **changes)
+
+
+def running(**changes):
+    return federation(**{"phase": Phase.RUNNING, "key_id": "ab" * 16, "plan": PLAN, "sequence": 3, **changes})
+
+
+def test_keys_are_opened_for_the_first_epoch_and_then_for_the_next_one():
+    assert decide(view(running(key_id="", plan=None)), NOW) == OpenKeys(1)
+    assert decide(view(running(rotate_from=1)), NOW) == OpenKeys(2)
+    assert decide(view(running(epoch=2, rotate_from=1)), NOW) != OpenKeys(3)
+
+
+def test_a_rotation_waits_for_the_round_in_progress():
+    waiting = running(rotate_from=1, ticket=ticket(RoundKind.TRAIN, plan=PLAN))
+    collecting = a_round(RoundState.COLLECTING)
+    assert isinstance(decide(view(waiting, collecting), NOW), Rest)
+    assert decide(view(waiting), NOW) == WriteFederation("cancel_ticket", transitions.cancelled(waiting))
+
+
+def test_a_revocation_comes_before_everything_else():
+    decision = decide(view(running(rotate_from=1), revoked={"a": NOW}), NOW)
+    assert isinstance(decision, WriteFederation)
+    assert (decision.name, decision.record.revoked) == ("revoke_clients", {"a": NOW})
+    assert decision.record.rotate_from == 1
+    assert not isinstance(decide(view(decision.record, revoked={"a": NOW}), NOW), WriteFederation), (
+        "it is taken in once"
+    )
+
+
+def test_a_round_that_can_still_succeed_drops_the_revoked_and_another_is_abandoned():
+    record = running(revoked={"a": NOW}, ticket=ticket(RoundKind.TRAIN, plan=PLAN))
+    collecting = a_round(RoundState.COLLECTING)
+    decision = decide(view(record, collecting), NOW)
+    assert isinstance(decision, WriteRound)
+    assert decision.record.dropped_ids == {"a"}
+    both = record.model_copy(update={"revoked": dict.fromkeys(collecting.round.cohort, NOW)})
+    abandoned = decide(view(both, collecting), NOW)
+    assert abandoned.record.round.reason is Reason.CERTIFICATE_REVOKED
+
+
+def test_epochs_are_retired_when_nothing_else_is_to_do_and_no_result_needs_them():
+    idle = view(running(epoch=3, result_epoch=2, result_sequence=3), alive=set())
+    assert decide(idle, NOW) == RetireEpochs(2)
+    done = view(running(epoch=3, result_epoch=2, retired_before=2), alive=set())
+    assert isinstance(decide(done, NOW), Rest)
