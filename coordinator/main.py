@@ -14,6 +14,7 @@ from coordinator.aggregation import AggregationPool
 from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Changes
 from coordinator.driver import Driver
+from coordinator.fullness import watch_fullness
 from coordinator.handlers import Handlers
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from coordinator.settings import CoordinatorSettings
@@ -81,6 +82,7 @@ async def run(settings: CoordinatorSettings) -> None:
         background=[
             changes.run,
             driver.run,
+            partial(watch_fullness, client),
             membership.keep_renewed,
             partial(follow, revocations, authority, settings.revocation_poll_s, changes.wake_all),
         ],

@@ -73,3 +73,6 @@ STAGE_SECONDS: Final = histogram(
     {"kind": list(RoundKind), "stage": ("collecting", "aggregating")},
     buckets=(*LATENCY_BUCKETS_S, 1800.0, 7200.0, 86_400.0),
 )
+
+REDIS_USED: Final = gauge("redis_used_bytes", "Memory that Redis uses; 0 while it does not say.")
+REDIS_LIMIT: Final = gauge("redis_limit_bytes", "Memory that Redis may use, its maxmemory; 0 for any.")

@@ -6,13 +6,14 @@ from shelora.errors import Reason
 from shelora.telemetry.metrics import counter, gauge, histogram
 
 REASONS: Final = tuple(reason.value for reason in Reason)
-KINDS: Final = ("update", "result")
+KINDS: Final = ("update_clear", "update_encrypted", "result")
+"""What stored bytes are: of updates, those in ciphertexts and all others; of results, all."""
 
 RECEIVED_BYTES: Final = counter("aggregation_received_bytes_total", "Bytes of updates received from clients.")
 SENT_BYTES: Final = counter("aggregation_sent_bytes_total", "Bytes of results sent to clients.")
 STORED_BYTES: Final = counter(
     "aggregation_stored_bytes_total",
-    "Bytes of shards that became complete in the store, by kind of shard.",
+    "Bytes of shards that became complete in the store, by what they are.",
     {"kind": KINDS},
 )
 REFUSALS: Final = counter(

@@ -89,10 +89,11 @@ class Uploads:
             raise DomainError(Reason.TRANSFER_OFFSET, message)
         with metrics.UPLOADS.track_inprogress():
             await self._transfer(upload, offset, pieces)
-        squared_norm = await self._check(layout, upload)
-        if squared_norm is None or not await self._store.promote(upload, squared_norm):
+        checked = await self._check(layout, upload)
+        if checked is None or not await self._store.promote(upload, checked.squared_norm):
             return False
-        metrics.STORED_BYTES.labels("update").inc(upload.digest.total_bytes)
+        metrics.STORED_BYTES.labels("update_encrypted").inc(checked.encrypted_bytes)
+        metrics.STORED_BYTES.labels("update_clear").inc(upload.digest.total_bytes - checked.encrypted_bytes)
         _log.info("shard_stored", total_bytes=upload.digest.total_bytes, **_fields(upload.slot))
         return True
 
@@ -112,10 +113,10 @@ class Uploads:
                 await batch.flush()
             raise
 
-    async def _check(self, layout: Layout, upload: Upload) -> float | None:
+    async def _check(self, layout: Layout, upload: Upload) -> "_Checked | None":
         """Checks the stored bytes, in a thread: numpy over tens of MiB would keep every other call waiting.
 
-        Returns: the squared norm of the content; None if another call completed the same content first.
+        Returns: None if another call completed the same content first.
         """
         async with self._checking:
             data = await self._store.read(upload)
@@ -124,6 +125,14 @@ class Uploads:
         if await self._store.is_complete(upload):
             return None
         raise DomainError(Reason.SHARD_REWRITTEN, "a later upload with other content took this one's place")
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """What is told of checked content."""
+
+    squared_norm: float
+    encrypted_bytes: int
 
 
 class _IdleError(DomainError):
@@ -189,11 +198,12 @@ def _check_announcement(layout: Layout, announced: Announcement) -> None:
         )
 
 
-def _verified(layout: Layout, upload: Upload, data: bytes) -> float:
-    """The squared norm of a shard. Raises what PutShard names of contents."""
+def _verified(layout: Layout, upload: Upload, data: bytes) -> _Checked:
+    """Checks a shard. Raises what PutShard names of contents."""
     if hashlib.sha256(data).digest() != upload.digest.sha256:
         raise DomainError(Reason.DIGEST_MISMATCH, "the bytes received do not have the announced SHA-256")
-    return squared_norm(layout, validate_update(layout, upload.slot.shard, data))
+    content = validate_update(layout, upload.slot.shard, data)
+    return _Checked(squared_norm(layout, content), len(content.ciphertexts))
 
 
 def _fields(slot: ShardSlot) -> dict[str, str | int]:

@@ -25,6 +25,9 @@ WORKLOADS: Final = ("coordinator", "aggregation")
 _CHANNELS: Final = {"coordinator": "&shelora:coordinator:*:changes", "aggregation": ""}
 """What each may subscribe to: a pattern must be allowed letter for letter."""
 
+_COMMANDS: Final = {"coordinator": "+info", "aggregation": ""}
+"""What each may say beyond the ordinary: the coordinator tells in its metrics how full Redis is."""
+
 
 def make_secrets(folder: Path) -> list[Path]:
     """Makes what is missing. Returns the files that were made; a secret that exists is never changed.
@@ -68,7 +71,7 @@ def _users(passwords: dict[str, str]) -> str:
             "user probe on nopass resetkeys resetchannels -@all +ping\n",
             *(
                 f"user {name} on #{hashlib.sha256(password.encode()).hexdigest()} ~shelora:{name}:* "
-                f"resetchannels {_CHANNELS[name]} +@all -@admin -@dangerous\n"
+                f"resetchannels {_CHANNELS[name]} +@all -@admin -@dangerous {_COMMANDS[name]}\n"
                 for name, password in passwords.items()
             ),
         ]

@@ -22,6 +22,7 @@ import grpc
 import structlog
 
 from shelora.errors import DomainError, Reason
+from shelora.telemetry.metrics import gauge
 from shelora.transport.address import HostPort
 from shelora.transport.certificates import (
     PrivateKey,
@@ -44,6 +45,10 @@ CONNECT_TIMEOUT_S: Final = 10.0
 _PREFIX: Final = "shelora-token-"
 _LONGEST_RETRY_S: Final = 60.0
 
+CERTIFICATE_EXPIRY: Final = gauge(
+    "certificate_expiry_timestamp_seconds",
+    "Unix time at which the certificate of this process expires; 0 if it keeps none renewed.",
+)
 _log = structlog.get_logger(__name__)
 
 Obtain = Callable[[bytes], Awaitable[bytes]]
@@ -218,8 +223,9 @@ async def keep_renewed(keeper: IdentityKeeper, obtain: Obtain) -> None:
     """
     wait_s = 1.0
     while True:
-        due = keeper.read().facts.renewal_due
-        if (remaining_s := (due - utc_now()).total_seconds()) > 0:
+        facts = keeper.read().facts
+        CERTIFICATE_EXPIRY.set(facts.expires.timestamp())
+        if (remaining_s := (facts.renewal_due - utc_now()).total_seconds()) > 0:
             # In slices, because a laptop that slept must notice that time has passed.
             await asyncio.sleep(min(remaining_s, _LONGEST_RETRY_S))
             continue

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from services.aggregation.metrics import STORED_BYTES
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.ckks.secret import Encryptor, SecretKey
 from shelora.ckks.wire import HEADER_BYTES, encode_block
@@ -37,6 +38,20 @@ async def test_a_repeated_upload_gets_the_receipt_and_its_pieces_are_not_read(ca
     answer = await call  # without a piece, and without the end of the stream
     assert answer.already_stored
     assert answer.digest == first.digest
+
+
+async def test_stored_bytes_are_counted_by_whether_they_are_encrypted(caller, cohort):
+    def counted(kind):
+        return STORED_BYTES.labels(kind)._value.get()
+
+    data, content = cohort.shard_bytes(CLIENT, 0), cohort.updates[CLIENT].contents[0]
+    before = counted("update_encrypted"), counted("update_clear")
+    await caller.open(cohort.layout)
+    await caller.put(cohort.layout, CLIENT, 0, data)
+    await caller.put(cohort.layout, CLIENT, 0, data)  # a repetition stores nothing
+    encrypted, clear = counted("update_encrypted") - before[0], counted("update_clear") - before[1]
+    assert encrypted == len(content.ciphertexts) > 0
+    assert encrypted + clear == len(data)
 
 
 async def test_another_content_replaces_a_complete_shard(caller, cohort, keys):

@@ -77,6 +77,7 @@ def test_redis_takes_the_users_and_holds_them_to_their_keys(tmp_path):
         with redis.Redis(**address, username="coordinator", password=password) as coordinator:
             coordinator.set("shelora:coordinator:x", "1", ex=60)
             coordinator.pubsub().psubscribe("shelora:coordinator:*:changes")
+            assert coordinator.info("memory")["used_memory"]
             for forbidden in (("GET", "shelora:aggregation:x"), ("FLUSHALL",), ("CONFIG", "GET", "*")):
                 with pytest.raises(redis.exceptions.NoPermissionError):
                     coordinator.execute_command(*forbidden)
