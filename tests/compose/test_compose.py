@@ -130,7 +130,7 @@ def test_grafana_shows_the_provisioned_dashboards(stack: Stack, grafana: bool):
     stack.wait(lambda: stack.healthy("grafana"), "Grafana is healthy")
     password = secret(stack, "grafana-secrets", "admin.password")
     found = fetched(f"http://{ADDRESS}:3000/api/search?type=dash-db", password)
-    assert "shelora-overview" in {dashboard["uid"] for dashboard in found}
+    assert {dashboard["uid"] for dashboard in found} == {"shelora-federations", "shelora-servers"}
     assert (
         fetched(f"http://{ADDRESS}:3000/api/datasources/uid/prometheus", password)["url"]
         == "http://prometheus:9090"

@@ -39,6 +39,7 @@ KUBERNETES = ("1.30", kubernetes_validate.latest_version())
 """The oldest version that the chart accepts, and the newest whose schemas are at hand."""
 CUSTOM = {
     "ServiceMonitor": {"selector", "endpoints"},
+    "PrometheusRule": {"groups"},
     "TLSRoute": {"parentRefs", "rules"},
     "Gateway": {"listeners"},
 }
@@ -444,6 +445,13 @@ def test_dashboards_are_those_that_are_kept_with_the_observability_files():
             mounted |= {name: json.loads(text) for name, text in item["data"].items()}
     assert mounted == kept
     assert kept
+
+
+def test_alerts_are_those_that_are_kept_with_the_observability_files():
+    kept = yaml.safe_load((ROOT / "deploy/observability/alerts.yaml").read_text())
+    (rule,) = scenario("ha").of("PrometheusRule")
+    assert rule["spec"] == kept
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
 
 
 REFUSED = {
