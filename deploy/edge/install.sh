@@ -132,7 +132,6 @@ as_agent() { runuser -u "$NAME" -- env -C "$STATE" HOME="$STATE" "$@"; }
 
 enrol() {
     [ -n "$token" ] || return 0
-    [ -n "$authority" ] || die "--token needs --authority"
     say "enrolling"
     SHELORA_TOKEN=$token as_agent "$PREFIX/venv/bin/client-agent" enroll \
         --authority "$authority" --state-dir "$STATE/state" ${client:+--client "$client"}
@@ -158,6 +157,7 @@ if [ -n "$uninstall" ]; then
     remove
     exit 0
 fi
+if [ -n "$token" ] && [ -z "$authority" ]; then die "--token needs --authority"; fi
 if [ -n "$config" ] && [ ! -r "$config" ]; then die "$config cannot be read"; fi
 check_platform
 make_user
