@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
@@ -120,8 +121,8 @@ class Agent:
             credentials = self._config.credentials()
             session = Session(self._config, credentials, self._connect)
             stack.push_async_callback(session.close)
-            first = seed_of(self._config.client_id, "replica")
-            replicas = Replicas(self._config.aggregation, credentials, self._connect, first)
+            shuffle = random.Random(seed_of(self._config.client_id, "replica")).shuffle  # noqa: S311 - no secret
+            replicas = Replicas(self._config.aggregation, credentials, self._connect, shuffle)
             stack.push_async_callback(replicas.close)
             obtain = renewal_at(self._config.key_authority, credentials)
             renewing = asyncio.create_task(keep_renewed(self._config.identity, obtain))

@@ -114,6 +114,7 @@ class Learner:
         self._state.save_trained(
             key | {"loss": repr(trained.loss), "seconds": repr(trained.seconds)}, trained.weights
         )
+        _log.info("trained", round_number=number, start=self._position, loss=trained.loss)
         return trained
 
     def score(self, activity: Activity) -> dict[str, Float64]:

@@ -1,11 +1,13 @@
-"""The aggregation replicas: any of them serves any call, so a failing one is left for the next."""
+"""An agent's transfers: with one aggregation replica until it fails, then with the next."""
 
+import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 import structlog
 
+from shelora.transport import replicas
 from shelora.transport.channel import OpenChannel, is_transient, open_channel, retrying
 from shelora.transport.status import error_from_rpc
 from shelora.transport.tls import Credentials
@@ -22,14 +24,18 @@ SLOWEST_BYTES_S: Final = 8_000
 """Bytes a second below which a transfer is given up: the next attempt resumes it, perhaps at another replica."""
 
 
+REFRESH_S: Final = 60.0
+"""Seconds between two looks for other replicas, while there is something to transfer."""
+
+
 class Replicas:
-    """Channels to all replicas, one of them current.
+    """The replicas, one of them current.
 
     Args:
-        addresses: Of the replicas.
+        addresses: Where to begin.
         credentials: The client's identity; None only in tests.
         connect: Opens the connections.
-        first: Any number that differs between clients, so that not all of them begin with the same replica.
+        shuffle: Brings replicas into this client's order, so that not all clients begin with the same one.
     """
 
     def __init__(
@@ -37,16 +43,20 @@ class Replicas:
         addresses: Sequence[str],
         credentials: Credentials | None,
         connect: OpenChannel = open_channel,
-        first: int = 0,
+        shuffle: Callable[[list[Any]], None] = random.shuffle,
     ) -> None:
-        self._addresses = tuple(addresses)
-        self._channels = [connect(address, credentials) for address in addresses]
-        self._current = first % len(self._channels)
+        self._known = replicas.Replicas(
+            addresses,
+            lambda address: connect(address, credentials),
+            refresh_s=REFRESH_S,
+            shuffle=shuffle,
+        )
+        self._last = ""
+        """Address of the replica called last."""
 
     async def close(self) -> None:
         """Closes the connections."""
-        for channel in self._channels:
-            await channel.close()
+        await self._known.close()
 
     async def attempt(self, operation: Callable[[AggregationStub], Awaitable[_T]]) -> _T:
         """Runs an operation that may be repeated; after a failure that may pass, again with the next replica.
@@ -58,16 +68,18 @@ class Replicas:
                 with attempt:
                     return await self._once(operation)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self._addresses[self._current]) from error
+            raise error_from_rpc(error, self._last) from error
         raise AssertionError("retrying ends with a result or an error")
 
     async def _once(self, operation: Callable[[AggregationStub], Awaitable[_T]]) -> _T:
+        replica = self._known.current()
+        self._last = replica.address
         try:
-            return await operation(pb_grpc.AggregationStub(self._channels[self._current]))
+            return await operation(replica.stub)
         except grpc.aio.AioRpcError as error:
             if is_transient(error):
-                _log.info("replica_failed", address=self._addresses[self._current], code=error.code().name)
-                self._current = (self._current + 1) % len(self._channels)
+                _log.info("replica_failed", address=replica.address, code=error.code().name)
+                self._known.failed(replica)
             raise
 
 

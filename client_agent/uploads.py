@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 
+import structlog
+
 from client_agent.metrics import BYTES, timed
 from client_agent.progress import Activity, Stage
 from client_agent.replicas import AggregationStub, Replicas, transfer_timeout_s
@@ -11,6 +13,8 @@ from client_agent.session import digest_to_proto
 from client_agent.state import Spool
 from shelora.transport.pieces import Digest, cut
 from shelora.v1 import aggregation_pb2 as pb
+
+_log = structlog.get_logger(__name__)
 
 
 async def upload(replicas: Replicas, client_id: str, spool: Spool, activity: Activity) -> float:
@@ -58,6 +62,7 @@ async def _put(
             BYTES.labels(direction="up").inc(len(piece))
 
     activity.report(Stage.UPLOADING, (before + offset) / max(spool.total_bytes, 1))
+    _log.debug("shard_upload", round=spool.note.round_id, shard=index, offset=offset, of=digest.total_bytes)
     await stub.PutShard(parts(), timeout=transfer_timeout_s(digest.total_bytes - offset))
 
 

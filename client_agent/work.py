@@ -299,6 +299,7 @@ class Work:
         check_vote_layout(result.layout, self._learner.model, self._me.protection)
         inbox = await download(self._replicas, self._state, result, activity)
         restored = await self._worker.run(_restored, result, inbox, None, secrets, activity)
+        inbox.clear()
         return summed_scores(self._learner.model.matrices, restored.tensors)
 
     async def _send(self, spool: Spool, activity: Activity) -> None:
@@ -386,6 +387,7 @@ class Work:
     ) -> None:
         restored = _restored(result, inbox, plan, secrets, activity)
         self._learner.apply(result.round_id, restored, secrets.obfuscation)
+        inbox.clear()  # last: whoever dies before has the shards still
 
 
 def _key(reference: pb.PlanRef) -> _PlanKey:
@@ -395,7 +397,7 @@ def _key(reference: pb.PlanRef) -> _PlanKey:
 def _restored(
     result: Result, inbox: Inbox, plan: Plan | None, secrets: EpochSecrets, activity: Activity
 ) -> Restored:
-    """Decrypts a downloaded result and deletes it."""
+    """Decrypts a downloaded result."""
     layout = result.layout
     report = partial(activity.report, Stage.DECRYPTING)
 
@@ -405,8 +407,4 @@ def _restored(
             yield content
 
     with timed(Stage.DECRYPTING):
-        restored = restore(
-            layout, contents(), orders_of(layout, plan, secrets), secrets.decryptor_for(layout)
-        )
-    inbox.clear()
-    return restored
+        return restore(layout, contents(), orders_of(layout, plan, secrets), secrets.decryptor_for(layout))

@@ -1,6 +1,5 @@
 """The coordinator's view of aggregation: any replica serves any call, so a failed call goes on at the next."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -12,11 +11,11 @@ from shelora.lora.layout import Layout
 from shelora.lora.screening import counted_examples
 from shelora.messages import layout_to_proto
 from shelora.rounds import RoundKind
-from shelora.transport.channel import RETRY_S, TIMEOUT_S, retrying
+from shelora.transport.channel import RETRY_S, TIMEOUT_S, is_transient, retrying
+from shelora.transport.replicas import Replicas
 from shelora.transport.status import distrusts, error_from_rpc
 from shelora.v1 import aggregation_pb2 as pb
 from shelora.v1 import common_pb2
-from shelora.v1.aggregation_pb2_grpc import AggregationStub
 
 if TYPE_CHECKING:  # a class of the stub file only
     from shelora.v1.aggregation_pb2_grpc import AggregationAsyncStub
@@ -32,19 +31,19 @@ class AggregationPool:
     """Calls aggregation replicas in turn.
 
     Args:
-        channels: One a configured address.
+        replicas: Those known now.
         retry_s: Seconds during which a transient failure is tried again, elsewhere first.
         aggregate_timeout_s: Deadline of one attempt at AggregateShard.
     """
 
     def __init__(
         self,
-        channels: Sequence[grpc.aio.Channel],
+        replicas: Replicas,
         *,
         retry_s: float = RETRY_S,
         aggregate_timeout_s: float = AGGREGATE_TIMEOUT_S,
     ) -> None:
-        self._stubs = itertools.cycle([AggregationStub(channel) for channel in channels])
+        self._replicas = replicas
         self._retry_s = retry_s
         self._aggregate_timeout_s = aggregate_timeout_s
 
@@ -91,12 +90,14 @@ class AggregationPool:
         """The response of some replica. Every attempt goes to the next one."""
 
         async def attempt() -> _Response:
-            chosen = method(next(self._stubs))
+            replica = self._replicas.next()
             try:
-                return await chosen(request, timeout=timeout_s)
+                return await method(replica.stub)(request, timeout=timeout_s)
             except grpc.aio.AioRpcError as error:
                 if distrusts(error):
-                    raise error_from_rpc(error, getattr(chosen, "address", "")) from error
+                    raise error_from_rpc(error, replica.address) from error
+                if is_transient(error):
+                    self._replicas.failed(replica)
                 raise
 
         try:

@@ -25,6 +25,7 @@ from services.shell.process import run_process
 from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
 from shelora.transport.channel import open_channel
+from shelora.transport.replicas import Replicas
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,8 +71,12 @@ async def run(settings: CoordinatorSettings) -> None:
     """Serves until the process is told to stop."""
     membership = await join(settings)
     client = connect(settings.redis, settings.redis_connections, settings.redis_timeout_s)
-    addresses = (*settings.aggregation_addresses, settings.key_authority_address)
-    *aggregation, authority = [open_channel(address, membership.credentials) for address in addresses]
+    aggregation = Replicas(
+        settings.aggregation_addresses,
+        lambda address: open_channel(address, membership.credentials),
+        refresh_s=settings.aggregation_refresh_s,
+    )
+    authority = open_channel(settings.key_authority_address, membership.credentials)
     changes, revocations = Changes(client), Revocations()
     handlers, driver = compose(settings, client, changes, revocations, aggregation, authority)
     servicer = CoordinatorServicer(handlers)
@@ -87,7 +92,7 @@ async def run(settings: CoordinatorSettings) -> None:
             partial(follow, revocations, authority, settings.revocation_poll_s, changes.wake_all),
         ],
         on_drain=[changes.close],
-        on_stop=[*(channel.close for channel in (*aggregation, authority)), client.aclose],
+        on_stop=[aggregation.close, authority.close, client.aclose],
         credentials=membership.credentials,
         revocations=revocations,
     )
@@ -98,7 +103,7 @@ def compose(
     client: RedisClient,
     changes: Changes,
     revocations: Revocations,
-    aggregation: list[grpc.aio.Channel],
+    aggregation: Replicas,
     authority: grpc.aio.Channel,
 ) -> tuple[Handlers, Driver]:
     """The use cases and the driver over the same store."""

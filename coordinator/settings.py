@@ -30,7 +30,11 @@ class CoordinatorSettings(MemberSettings):
     """Seconds after which a Redis command, or the wait for a connection, fails with STORE_UNAVAILABLE."""
 
     aggregation_addresses: Annotated[tuple[str, ...], Field(min_length=1), Strict(strict=False)]
-    """Aggregation replicas, `host:port` each; a JSON list in the environment. One load-balanced name will do."""
+    """Aggregation replicas, `host:port` each; a JSON list in the environment. One load-balanced name will do, and
+    so will one of several replicas that announce themselves."""
+
+    aggregation_refresh_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    """Seconds between two looks for replicas that have announced themselves or are gone."""
 
     retention_days: Annotated[int, Field(ge=8, le=365)] = 30
     """Days that a federation's state is kept after its last change; more than the longest deadline, a week."""

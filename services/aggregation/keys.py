@@ -6,6 +6,9 @@ from urllib.parse import quote
 
 PREFIX: Final = "shelora:aggregation:"
 
+REPLICAS: Final = f"{PREFIX}replicas"
+"""Sorted set: addresses of replicas by the time, Unix milliseconds, at which their announcement expires."""
+
 
 @dataclass(frozen=True, slots=True)
 class RoundKeys:

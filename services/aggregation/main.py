@@ -9,6 +9,7 @@ import grpc
 import typer
 
 from services.aggregation.aggregations import Aggregations
+from services.aggregation.announcement import announced
 from services.aggregation.downloads import Downloads
 from services.aggregation.servicer import SERVICE_NAME, AggregationServicer
 from services.aggregation.settings import AggregationSettings
@@ -40,6 +41,9 @@ def main(
     revocation_poll_s: flags.RevocationPoll = None,
     workload_key_file: flags.WorkloadKeyFile = None,
     enrolment_address: flags.EnrolmentAddress = None,
+    advertise: Annotated[
+        str | None, typer.Option(help="Where callers reach this replica, host:port; port 0: as it listens.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; the CPUs by default.")] = None,
     worker_threads: Annotated[int | None, typer.Option(help="Threads of linear algebra in each.")] = None,
     worker_queue: Annotated[int | None, typer.Option(help="Shards that may wait for a worker.")] = None,
@@ -95,6 +99,7 @@ async def run(settings: AggregationSettings) -> None:
         on_stop=[authority.close, pool.close, store.close],
         credentials=membership.credentials,
         revocations=revocations,
+        announcing=partial(announced, store, settings.advertise) if settings.advertise else None,
     )
 
 

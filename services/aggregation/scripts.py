@@ -129,6 +129,24 @@ if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SREM', KEYS[3], KEYS[1]) 
 return {'OK'}
 """
 
+ANNOUNCE: Final = """
+-- KEYS: replicas. ARGV: address, life in ms.
+-- By the clock of Redis: those of the replicas may differ.
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return {'OK'}
+"""
+
+ANNOUNCED: Final = """
+-- KEYS: replicas. Answers OK and the addresses whose announcement has not expired.
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+return {'OK', unpack(redis.call('ZRANGEBYSCORE', KEYS[1], now, '+inf'))}
+"""
+
 _STORED: Final = """
 local stored = redis.call('HMGET', KEYS[2], 'request', 'sha256', 'total_bytes', 'cpu_s', 'wanted')
 """

@@ -106,6 +106,15 @@ class AggregationServicer(aggregation_pb2_grpc.AggregationServicer):
             _log.info("round_closed", round_id=request.round_id, results=request.results)
         return pb.CloseRoundResponse()
 
+    async def ListReplicas(
+        self,
+        request: pb.ListReplicasRequest,  # noqa: ARG002 - it holds nothing
+        context: _Context,
+    ) -> pb.ListReplicasResponse:
+        async with _answering(context, "ListReplicas"):
+            addresses = await self._store.replicas()
+        return pb.ListReplicasResponse(addresses=addresses)
+
 
 @asynccontextmanager
 async def _answering(context: _Context, method: str) -> AsyncIterator[None]:

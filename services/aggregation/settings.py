@@ -34,6 +34,11 @@ class AggregationSettings(MemberSettings):
     redis_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     """Seconds after which a Redis command, or the wait for a connection, fails with STORE_UNAVAILABLE."""
 
+    advertise: str = ""
+    """Where the coordinator and the agents reach this very replica, `host:port`; port 0 stands for the one it listens
+    on. They learn of it within seconds and leave it when it is gone. Empty: they keep to the addresses they were given,
+    which suits replicas behind one load-balanced name. Its certificate must name the host."""
+
     workers: Annotated[int, Field(ge=1, le=1024)] = Field(default_factory=usable_cpus)
     """Worker processes. The default is the CPUs of the machine; set it where a container may use fewer."""
 

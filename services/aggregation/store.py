@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from services.aggregation import scripts
-from services.aggregation.keys import RoundKeys
+from services.aggregation.keys import REPLICAS, RoundKeys
 from services.aggregation.records import AggregationRequest, Progress, ShardSlot, StoredResult, Upload
 from services.aggregation.scripts import Answer
 from shelora.errors import DomainError, Reason
@@ -113,6 +113,15 @@ class ShardStore(Protocol):
     async def close_round(self, round_id: str, *, results: bool) -> None:
         """Deletes the updates of a round, and its results if asked. Later writes find the round unknown."""
 
+    async def announce(self, address: str, life_ms: int) -> None:
+        """Names a replica to callers for `life_ms` milliseconds."""
+
+    async def withdraw(self, address: str) -> None:
+        """Takes an announcement back."""
+
+    async def replicas(self) -> list[str]:
+        """Addresses of the replicas that are announced, sorted."""
+
 
 class RedisShardStore:
     """A `ShardStore` in Redis. See `keys` for the records and `scripts` for the atomic steps."""
@@ -127,6 +136,8 @@ class RedisShardStore:
         self._promote = client.register_script(scripts.PROMOTE)
         self._forget = client.register_script(scripts.FORGET)
         self._claim = client.register_script(scripts.CLAIM)
+        self._announce = client.register_script(scripts.ANNOUNCE)
+        self._announced = client.register_script(scripts.ANNOUNCED)
 
     async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
         content = layout_to_proto(layout).SerializeToString(deterministic=True)
@@ -271,6 +282,19 @@ class RedisShardStore:
             await self._drain(keys.updates)
             if results:
                 await self._drain(keys.results)
+
+    async def announce(self, address: str, life_ms: int) -> None:
+        with _available():
+            await self._announce([REPLICAS], [address, life_ms])
+
+    async def withdraw(self, address: str) -> None:
+        with _available():
+            await self._command("ZREM", REPLICAS, address)
+
+    async def replicas(self) -> list[str]:
+        with _available():
+            _, *addresses = await self._announced([REPLICAS])
+        return sorted(address.decode() for address in addresses)
 
     async def close(self) -> None:
         """Closes the connections."""

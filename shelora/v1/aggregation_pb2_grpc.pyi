@@ -64,6 +64,10 @@ class AggregationStub:
     """
     CloseRound: _grpc.UnaryUnaryMultiCallable[_aggregation_pb2.CloseRoundRequest, _aggregation_pb2.CloseRoundResponse]
     """Deletes the updates of a round, and its results too if `results` is set. Idempotent."""
+    ListReplicas: _grpc.UnaryUnaryMultiCallable[_aggregation_pb2.ListReplicasRequest, _aggregation_pb2.ListReplicasResponse]
+    """Names the replicas that announced themselves lately, so that callers learn of new ones while they run. Read only.
+    Empty if replicas do not announce themselves: callers then keep to the addresses they were given.
+    """
 
 @_typing.type_check_only
 class AggregationAsyncStub(AggregationStub):
@@ -101,6 +105,10 @@ class AggregationAsyncStub(AggregationStub):
     """
     CloseRound: _aio.UnaryUnaryMultiCallable[_aggregation_pb2.CloseRoundRequest, _aggregation_pb2.CloseRoundResponse]  # type: ignore[assignment]
     """Deletes the updates of a round, and its results too if `results` is set. Idempotent."""
+    ListReplicas: _aio.UnaryUnaryMultiCallable[_aggregation_pb2.ListReplicasRequest, _aggregation_pb2.ListReplicasResponse]  # type: ignore[assignment]
+    """Names the replicas that announced themselves lately, so that callers learn of new ones while they run. Read only.
+    Empty if replicas do not announce themselves: callers then keep to the addresses they were given.
+    """
 
 class AggregationServicer(metaclass=_abc_1.ABCMeta):
     """Any replica serves any call: all state is in Redis."""
@@ -171,5 +179,15 @@ class AggregationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_aggregation_pb2.CloseRoundResponse, _abc.Awaitable[_aggregation_pb2.CloseRoundResponse]]:
         """Deletes the updates of a round, and its results too if `results` is set. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ListReplicas(
+        self,
+        request: _aggregation_pb2.ListReplicasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_aggregation_pb2.ListReplicasResponse, _abc.Awaitable[_aggregation_pb2.ListReplicasResponse]]:
+        """Names the replicas that announced themselves lately, so that callers learn of new ones while they run. Read only.
+        Empty if replicas do not announce themselves: callers then keep to the addresses they were given.
+        """
 
 def add_AggregationServicer_to_server(servicer: AggregationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,6 +24,7 @@ from shelora.messages import layout_from_proto, matrix_from_proto
 from shelora.negotiation.ballots import Ballot
 from shelora.transport.channel import open_channel
 from shelora.transport.pieces import Digest, cut
+from shelora.transport.replicas import Replicas
 from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 from tests.contract.coordinator.fakes import FakeAggregation, FakeKeyAuthority, serving
@@ -233,13 +234,15 @@ async def world(redis_url: str) -> AsyncIterator[World]:
         aggregation, authority = FakeAggregation(), FakeKeyAuthority()
         one = await stack.enter_async_context(serving(aggregation, authority))
         two = await stack.enter_async_context(serving(aggregation))
-        channels = [await stack.enter_async_context(open_channel(address)) for address in (one, two)]
+        replicas = Replicas((one, two), open_channel, refresh_s=3600)
+        stack.push_async_callback(replicas.close)
+        authority_channel = await stack.enter_async_context(open_channel(one))
         built = World(
             store=RedisStore(client, lambda: built.now_ms),
             changes=Changes(client),
             aggregation=aggregation,
             authority=authority,
-            pool=AggregationPool(channels, retry_s=0.3),
-            authority_client=KeyAuthorityClient(channels[0], retry_s=0.3),
+            pool=AggregationPool(replicas, retry_s=0.3),
+            authority_client=KeyAuthorityClient(authority_channel, retry_s=0.3),
         )
         yield built

@@ -30,6 +30,10 @@ LAYOUT = build_layout(
 )
 
 
+def in_order(_replicas: list[str]) -> None:
+    """Shuffles nothing."""
+
+
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[AgentState]:
     opened = AgentState(tmp_path / "state")
@@ -59,7 +63,7 @@ async def test_an_upload_that_breaks_off_goes_on_at_the_next_replica_where_it_st
     shards = Shards()
     failing, sound = FakeAggregation(shards, breaks_after_pieces=2), FakeAggregation(shards)
     async with serving(failing) as one, serving(sound) as two:
-        replicas = Replicas([one, two], None)
+        replicas = Replicas([one, two], None, shuffle=in_order)
         await upload(replicas, "one", spooled(state), Activity())
         await replicas.close()
     assert failing.offsets == [0]
@@ -105,7 +109,7 @@ async def test_a_download_that_breaks_off_goes_on_at_the_next_replica(state: Age
     shards = Shards(results={0: DATA})
     failing, sound = FakeAggregation(shards, breaks_after_pieces=1), FakeAggregation(shards)
     async with serving(failing) as one, serving(sound) as two:
-        replicas = Replicas([one, two], None)
+        replicas = Replicas([one, two], None, shuffle=in_order)
         inbox = await download(replicas, state, Result.from_proto(published(DATA)), Activity())
         await replicas.close()
     assert (failing.offsets, sound.offsets) == ([0], [PIECE_BYTES])

@@ -1,0 +1,165 @@
+"""The replicas of aggregation as their callers see them: any of them serves any call.
+
+The configured addresses are where one begins. Replicas that announce themselves (`ListReplicas`) are learned of while
+the process runs, so a new one gets its share without a restart, and those that are gone are forgotten.
+"""
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+import structlog
+
+from shelora.errors import DomainError
+from shelora.transport.channel import is_transient
+from shelora.v1 import aggregation_pb2 as pb
+from shelora.v1.aggregation_pb2_grpc import AggregationStub
+
+if TYPE_CHECKING:  # a class of the stub file only
+    from shelora.v1.aggregation_pb2_grpc import AggregationAsyncStub
+
+LIST_TIMEOUT_S: Final = 5.0
+"""Deadline of ListReplicas."""
+
+SHUNNED_S: Final = 10.0
+"""Seconds during which a replica that failed is called only if all others failed, too."""
+
+CLOSING_S: Final = 900.0
+"""Seconds that calls to a replica which is not announced any more may take: it may be draining."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One replica and the channel to it."""
+
+    address: str
+    channel: grpc.aio.Channel
+    stub: "AggregationAsyncStub"
+
+
+class Replicas:
+    """The replicas known now. For one event loop; `next` and `current` start looking for others when it is time.
+
+    Args:
+        seeds: Configured addresses, `host:port`; always kept.
+        connect: Opens a channel.
+        refresh_s: Seconds between two looks for other replicas.
+        clock_s: Monotonic seconds.
+        shuffle: Brings the replicas into an order of this caller's own, so that not all begin with the same one.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[str],
+        connect: Callable[[str], grpc.aio.Channel],
+        *,
+        refresh_s: float,
+        clock_s: Callable[[], float] = time.monotonic,
+        shuffle: Callable[[list[Any]], None] = random.shuffle,
+    ) -> None:
+        self._seeds = tuple(seeds)
+        self._connect = connect
+        self._refresh_s = refresh_s
+        self._clock_s = clock_s
+        self._shuffle = shuffle
+        self._known: dict[str, Replica] = {}
+        self._order: deque[str] = deque()
+        """Addresses, the one longest not chosen first."""
+        self._failed_s: dict[str, float] = {}
+        self._current: Replica | None = None
+        self._refresh_due_s = clock_s()
+        self._refreshing: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self.learn(())
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All that are known, sorted."""
+        return tuple(sorted(self._known))
+
+    def next(self) -> Replica:
+        """Another one each time; one that failed lately only if all others did, too."""
+        self._refresh_if_due()
+        return self._turned()
+
+    def current(self) -> Replica:
+        """The same one each time, until it fails or others are learned of."""
+        self._refresh_if_due()
+        if self._current is None:
+            self._current = self._turned()
+        return self._current
+
+    def failed(self, replica: Replica) -> None:
+        """Says that a call failed in a way that another replica may not."""
+        self._failed_s[replica.address] = self._clock_s()
+        if self._current == replica:
+            self._current = None
+
+    def learn(self, addresses: Sequence[str]) -> None:
+        """Makes these and the configured ones the replicas; channels to others close when their calls have ended."""
+        wanted = list(dict.fromkeys((*addresses, *self._seeds)))
+        if set(wanted) == set(self._known):
+            return
+        for address in set(wanted) - set(self._known):
+            channel = self._connect(address)
+            self._known[address] = Replica(address, channel, AggregationStub(channel))
+        for address in set(self._known) - set(wanted):
+            self._close(self._known.pop(address))
+            self._failed_s.pop(address, None)
+        self._shuffle(wanted)
+        self._order = deque(wanted)
+        self._current = None
+
+    async def refresh(self) -> None:
+        """Asks for the replicas, one after another until one answers; keeps those known if none does."""
+        for replica in sorted(self._known.values(), key=lambda known: self._shunned_s(known.address)):
+            try:
+                answer = await replica.stub.ListReplicas(pb.ListReplicasRequest(), timeout=LIST_TIMEOUT_S)
+                self.learn(answer.addresses)
+            except (grpc.aio.AioRpcError, DomainError) as error:
+                if is_transient(error):
+                    self.failed(replica)
+                _log.debug("replicas_not_listed", address=replica.address, error=type(error).__name__)
+            else:
+                return
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        for task in self._closing:
+            task.cancel()
+        await asyncio.gather(*filter(None, (self._refreshing, *self._closing)), return_exceptions=True)
+        for replica in self._known.values():
+            await replica.channel.close()
+
+    def _turned(self) -> Replica:
+        chosen = min(self._order, key=self._shunned_s)  # the first of several
+        self._order.remove(chosen)
+        self._order.append(chosen)
+        return self._known[chosen]
+
+    def _shunned_s(self, address: str) -> float:
+        """When it failed; 0 if that is long ago."""
+        failed_s = self._failed_s.get(address, -SHUNNED_S)
+        return failed_s if failed_s > self._clock_s() - SHUNNED_S else 0.0
+
+    def _refresh_if_due(self) -> None:
+        """Looks for others beside the call at hand, which does not wait for it."""
+        now_s = self._clock_s()
+        if now_s >= self._refresh_due_s and (self._refreshing is None or self._refreshing.done()):
+            self._refresh_due_s = now_s + self._refresh_s
+            self._refreshing = asyncio.create_task(self.refresh(), name="list-replicas")
+
+    def _close(self, replica: Replica) -> None:
+        _log.info("replica_gone", address=replica.address)
+        task = asyncio.create_task(replica.channel.close(CLOSING_S), name="close-replica")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
