@@ -16,13 +16,13 @@ from client_agent.drawing import seed_of
 from client_agent.learning import LocalLearner
 from client_agent.progress import Activity, Progress, Stopped
 from client_agent.replicas import Replicas
-from client_agent.session import Session, is_fatal
+from client_agent.session import Backoff, Session, is_fatal
 from client_agent.state import AgentState
 from client_agent.work import Identity, Work
 from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec, TrainingSpec
-from shelora.transport.channel import OpenChannel, open_channel
+from shelora.transport.channel import OpenChannel, is_transient, open_channel
 from shelora.transport.enrolment import keep_renewed, renewal_at
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -168,7 +168,7 @@ class Agent:
             try:
                 spec = await session.specification()
             except DomainError as error:
-                if error.reason not in {Reason.FEDERATION_UNKNOWN, Reason.STORE_UNAVAILABLE}:
+                if error.reason is not Reason.FEDERATION_UNKNOWN and not is_transient(error):
                     raise
                 _log.info("waiting_for_federation", federation=self._config.federation, why=error.message)
                 await asyncio.sleep(self._retry_s)
@@ -193,13 +193,23 @@ class _Follower:
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
     async def join(self) -> None:
-        """Makes this client a member. An ended federation has no room for new ones, but members can follow it."""
-        try:
-            await self._session.join(self._learner.model, len(self._learner.examples))
-        except DomainError as error:
-            if error.reason is not Reason.FEDERATION_CLOSED:
-                raise
-            _log.info("federation_closed", why=error.message)
+        """Makes this client a member; goes on trying while the coordinator does not answer.
+
+        An ended federation has no room for new ones, but members can follow it.
+        """
+        wait = Backoff()
+        while True:
+            try:
+                await self._session.join(self._learner.model, len(self._learner.examples))
+            except DomainError as error:
+                if is_transient(error):
+                    _log.warning("join_failed", reason=error.reason, why=error.message)
+                    await wait()
+                    continue
+                if error.reason is not Reason.FEDERATION_CLOSED:
+                    raise
+                _log.info("federation_closed", why=error.message)
+            return
 
     async def follow(self) -> Outcome:
         """Does what is assigned until the federation has ended."""
@@ -233,19 +243,18 @@ class _Follower:
         self._activity = self._task = None
 
     async def _watch(self) -> None:
+        wait = Backoff()
         while True:
             try:
                 async for assignment in self._session.assignments():
+                    wait.reset()
                     await self._take(assignment)
             except DomainError as error:
                 if error.reason is not Reason.CLIENT_UNKNOWN:
                     raise
                 _log.info("joining_again", why=error.message)
-                await self._rejoin()
-
-    async def _rejoin(self) -> None:
-        await self._session.join(self._learner.model, len(self._learner.examples))
-        await asyncio.sleep(self._retry_s / 10)
+                await wait()
+                await self.join()
 
     async def _take(self, assignment: pb.Assignment) -> None:
         """Starts an assignment; whatever was in progress is no longer wanted."""

@@ -35,6 +35,7 @@ _REFUSED: Final = frozenset(
         Reason.DATA_INVALID,
         Reason.MODEL_INVALID,
         Reason.MODEL_MISMATCH,
+        Reason.VERSION_REFUSED,
         Reason.UNAUTHENTICATED,
         Reason.PERMISSION_DENIED,
         Reason.CERTIFICATE_EXPIRED,

@@ -30,8 +30,9 @@ MAX_PLAN_BYTES: Final = 64 * 2**20
 """Most bytes of a sealed plan: four a column, so 16 million columns."""
 STREAM_TIMEOUT_S: Final = 300.0
 """Most seconds for a plan on its way in or out."""
-_FIRST_WAIT_S: Final = 0.5
-_LONGEST_WAIT_S: Final = 15.0
+FIRST_WAIT_S: Final = 2.0
+"""Bound of the first wait after a stream broke: a thousand agents come back at five hundred a second."""
+LONGEST_WAIT_S: Final = 30.0
 
 _log = structlog.get_logger(__name__)
 
@@ -87,7 +88,7 @@ class Session:
 
         Raises: DomainError if the coordinator refuses for a reason that does not pass, such as CLIENT_UNKNOWN.
         """
-        wait = _Backoff()
+        wait = Backoff()
         while True:
             try:
                 async for assignment in self._watch():
@@ -226,19 +227,29 @@ class Session:
         return aiter(self._coordinator.Watch(request))
 
 
-class _Backoff:
-    """Waits that grow while nothing arrives, jittered so that agents do not come back all at once."""
+class Backoff:
+    """Random waits whose bound doubles until something arrives.
+
+    They begin at zero, so that agents whose streams broke in one moment come back spread over the whole bound.
+    """
 
     def __init__(self, uniform: Callable[[float, float], float] = random.uniform) -> None:
         self._uniform = uniform
-        self._seconds = _FIRST_WAIT_S
+        self._bound_s = FIRST_WAIT_S
 
     def reset(self) -> None:
-        self._seconds = _FIRST_WAIT_S
+        """Something arrived."""
+        self._bound_s = FIRST_WAIT_S
+
+    def next_s(self) -> float:
+        """Seconds to wait now."""
+        wait_s = self._uniform(0.0, self._bound_s)
+        self._bound_s = min(2 * self._bound_s, LONGEST_WAIT_S)
+        return wait_s
 
     async def __call__(self) -> None:
-        await asyncio.sleep(self._uniform(self._seconds / 2, self._seconds))
-        self._seconds = min(2 * self._seconds, _LONGEST_WAIT_S)
+        """Waits."""
+        await asyncio.sleep(self.next_s())
 
 
 def digest_to_proto(digest: Digest) -> common_pb2.ShardDigest:
@@ -268,6 +279,7 @@ _FATAL: Final = frozenset(
         Reason.SERVER_UNTRUSTED,
         Reason.FEDERATION_CLOSED,
         Reason.LIMIT_REACHED,
+        Reason.VERSION_REFUSED,
         Reason.INVALID_ARGUMENT,
     }
 )

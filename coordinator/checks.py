@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Final
 
 from coordinator.aggregation import digest_from_proto
@@ -43,6 +44,17 @@ def require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as t
         raise DomainError(Reason.INVALID_ARGUMENT, message)
 
 
+def require_protocol(version: int) -> None:
+    """Raises VERSION_REFUSED, with what to install, unless an agent speaks this version of the protocol."""
+    if version != PROTOCOL_VERSION:
+        age = "an older" if version < PROTOCOL_VERSION else "a newer"
+        raise DomainError(
+            Reason.VERSION_REFUSED,
+            f"this agent speaks {age} protocol ({version}) than this federation ({PROTOCOL_VERSION}): install "
+            f"shelora {metadata.version('shelora')} for the agent; its state folder is kept",
+        )
+
+
 def client_id(value: str) -> str:
     """A client's name."""
     require(
@@ -54,12 +66,7 @@ def client_id(value: str) -> str:
 
 def member(request: pb.JoinRequest, certified_ms: int = 0) -> Member:
     """The member that a join makes. `certified_ms`: when the certificate was issued that the client showed."""
-    version = request.protocol_version
-    require(
-        version == PROTOCOL_VERSION,
-        f"protocol_version {version} is not spoken here, {PROTOCOL_VERSION} is: upgrade the "
-        f"{'agent' if version < PROTOCOL_VERSION else 'coordinator'}",
-    )
+    require_protocol(request.protocol_version)
     require(1 <= request.rank <= MAX_RANK, f"rank must be 1 to {MAX_RANK}")
     require(0 <= request.budget <= 1, "budget must be 0 to 1")  # NaN fails every comparison
     require(1 <= request.example_count <= MAX_EXAMPLES, f"example_count must be 1 to {MAX_EXAMPLES}")

@@ -92,6 +92,10 @@ class DriverPolicy:
     A safety net: what is not needed any more is deleted by name."""
 
 
+class Left:
+    """A federation is left to another replica."""
+
+
 class Driver:
     """Advances every federation that no other driver holds.
 
@@ -150,7 +154,7 @@ class Driver:
         listed = set(await self._store.federation_ids())
         self._finished &= listed  # a name that expired may be given again
         for federation_id in sorted(listed - self._finished - self._driving.keys()):
-            if await self._is_started(federation_id):
+            if await _tolerant(self._is_started(federation_id), "scan_failed", federation_id=federation_id):
                 self._spawn(federation_id)
 
     async def _is_started(self, federation_id: str) -> bool:
@@ -194,13 +198,25 @@ class Driver:
         with self._changes.subscribed(federation_id) as signal:
             while True:
                 decision = await _tolerant(
-                    self.step(federation_id), "step_failed", federation_id=federation_id
+                    self._tried(federation_id), "step_failed", federation_id=federation_id
                 )
+                if isinstance(decision, Left):
+                    return
                 if isinstance(decision, Done):
                     self._finished.add(federation_id)
                     return
                 if decision is None or isinstance(decision, Rest):
                     await signal.wait(self._pause_s(decision))
+
+    async def _tried(self, federation_id: str) -> Decision | Left:
+        """A step; or what tells that it is for another replica, which reads the records that this one does not."""
+        try:
+            return await self.step(federation_id)
+        except DomainError as error:
+            if error.reason is not Reason.RECORD_UNREADABLE:
+                raise
+            _log.warning("federation_left", federation_id=federation_id, why=error.message)
+            return Left()
 
     def _pause_s(self, decision: Rest | None) -> float:
         if decision is None or decision.until_ms is None:

@@ -32,14 +32,23 @@ class Record(BaseModel):
     def read(cls, data: bytes | str) -> Self:
         """Reads what `model_dump_json` wrote.
 
-        Raises: STORE_UNAVAILABLE if it is damaged or of another format: the release that wrote it reads it.
+        Raises: RECORD_UNREADABLE if it is damaged or of another version; it stays as it is.
         """
         try:
             return cls.model_validate_json(data)
         except (ValidationError, DomainError) as error:
             raise DomainError(
-                Reason.STORE_UNAVAILABLE, f"the store holds a {cls.__name__} that this release does not read"
+                Reason.RECORD_UNREADABLE,
+                f"the stored {cls.__name__} {_oddity(error)}: run the version of the coordinator that wrote it, or a "
+                "newer one; it is left as it is",
             ) from error
+
+
+def _oddity(error: ValidationError | DomainError) -> str:
+    """What is the matter with a stored record."""
+    problems = error.errors() if isinstance(error, ValidationError) else []
+    formats = [problem["input"] for problem in problems if problem["loc"][-1:] == ("format",)]
+    return f"has format {formats[0]}, and only 1 is read here" if formats else "has other contents than ours"
 
 
 class Phase(StrEnum):

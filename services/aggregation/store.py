@@ -151,8 +151,7 @@ class RedisShardStore:
         key = RoundKeys(round_id).round
         with _available():
             digest, version = await self._command("HMGET", key, "layout_digest", "format")
-            if digest is None or version != FORMAT:
-                raise _refusal(Answer.ROUND_UNKNOWN)
+            _check_format(digest, version)
             if digest not in self._layouts:
                 return self._remembered(digest, await self._command("HGET", key, "layout"))
         self._layouts.move_to_end(digest)
@@ -340,9 +339,10 @@ class WorkerStore:
     def layout(self, round_id: str) -> Layout:
         """The layout of a round. Raises ROUND_UNKNOWN."""
         with _available():
-            content = self._client.execute_command("HGET", RoundKeys(round_id).round, "layout")
-        if content is None:
-            raise _refusal(Answer.ROUND_UNKNOWN)
+            content, version = self._client.execute_command(
+                "HMGET", RoundKeys(round_id).round, "layout", "format"
+            )
+        _check_format(content, version)
         return _parsed(content)
 
     def update(self, slot: ShardSlot, sha256: bytes) -> bytes:
@@ -459,6 +459,18 @@ _REFUSALS: Final = {
     Answer.SUPERSEDED: (Reason.SHARD_REWRITTEN, "a later call with other content took this one's place"),
     Answer.GAP: (Reason.TRANSFER_OFFSET, "the bytes do not follow those stored; ask QueryShards and resume"),
 }
+
+
+def _check_format(content: bytes | None, version: bytes | None) -> None:
+    """Raises: ROUND_UNKNOWN if there is no record of a round, RECORD_UNREADABLE if it is of another version."""
+    if content is None:
+        raise _refusal(Answer.ROUND_UNKNOWN)
+    if version != FORMAT:
+        raise DomainError(
+            Reason.RECORD_UNREADABLE,
+            f"the round has format {(version or b'none').decode()}, and only {FORMAT.decode()} is read here: run the "
+            "version of aggregation that wrote it, or a newer one; it is left as it is",
+        )
 
 
 def _refusal(answer: Answer) -> DomainError:

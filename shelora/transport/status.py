@@ -36,6 +36,7 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.UNAUTHENTICATED: _Code.UNAUTHENTICATED,
         Reason.PERMISSION_DENIED: _Code.PERMISSION_DENIED,
         Reason.INTERNAL: _Code.INTERNAL,
+        Reason.VERSION_REFUSED: _Code.FAILED_PRECONDITION,
         # Identities
         Reason.CERTIFICATE_EXPIRED: _Code.UNAUTHENTICATED,
         Reason.CERTIFICATE_REVOKED: _Code.UNAUTHENTICATED,
@@ -99,6 +100,8 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.RATE_LIMITED: _Code.RESOURCE_EXHAUSTED,
         Reason.STORE_UNAVAILABLE: _Code.UNAVAILABLE,
         Reason.WORKER_FAILED: _Code.UNAVAILABLE,
+        # During an upgrade a newer replica reads it
+        Reason.RECORD_UNREADABLE: _Code.UNAVAILABLE,
     }
 )
 

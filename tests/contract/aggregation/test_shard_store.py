@@ -68,10 +68,16 @@ async def test_opening_a_round_again_does_not_prolong_it(store, layout, client, 
     assert client.ttl(RoundKeys(ROUND).round) <= 600
 
 
-async def test_a_round_that_another_format_wrote_is_unknown(store, client, open_round):
+async def test_a_round_of_another_format_is_named_as_such_and_stays_as_it_is(
+    store, worker, client, open_round
+):
     client.hset(RoundKeys(ROUND).round, "format", "2")
-    with refused(Reason.ROUND_UNKNOWN):
+    before = client.hgetall(RoundKeys(ROUND).round)
+    with refused(Reason.RECORD_UNREADABLE):
         await store.layout(ROUND)
+    with refused(Reason.RECORD_UNREADABLE):
+        worker.layout(ROUND)
+    assert client.hgetall(RoundKeys(ROUND).round) == before
 
 
 async def test_an_unknown_round_is_refused_everywhere(store, worker):

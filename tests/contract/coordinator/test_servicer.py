@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from importlib import metadata
 
 import grpc
 import pytest
@@ -86,8 +87,6 @@ async def test_an_unknown_federation_is_named(stub):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"protocol_version": 0}, "upgrade the agent"),
-        ({"protocol_version": 2}, "upgrade the coordinator"),
         ({"rank": 0}, "rank must be 1 to 1024"),
         ({"rank": 1025}, "rank must be 1 to 1024"),
         ({"budget": float("nan")}, "budget must be 0 to 1"),
@@ -104,6 +103,14 @@ async def test_a_join_out_of_range_is_refused_in_words(stub, fields, words):
     await created(stub)
     async with refused(Reason.INVALID_ARGUMENT, words):
         await stub.Join(join(**fields))
+
+
+@pytest.mark.parametrize(("version", "age"), [(0, "an older"), (2, "a newer")])
+async def test_an_agent_of_another_protocol_is_told_which_version_to_install(stub, version, age):
+    await created(stub)
+    words = f"speaks {age} protocol ({version}) than this federation (1): install shelora {metadata.version('shelora')}"
+    async with refused(Reason.VERSION_REFUSED, words):
+        await stub.Join(join(protocol_version=version))
 
 
 async def test_a_join_with_another_model_is_refused_naming_the_matrix(stub):

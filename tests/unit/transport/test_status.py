@@ -47,7 +47,12 @@ def test_every_reason_has_a_status_and_none_of_them_is_ok():
 
 def test_only_reasons_that_pass_by_themselves_are_tried_again():
     transient = {reason for reason in Reason if is_transient(DomainError(reason, ""))}
-    assert transient == {Reason.STORE_UNAVAILABLE, Reason.WORKER_FAILED, Reason.RATE_LIMITED}
+    assert transient == {
+        Reason.STORE_UNAVAILABLE,
+        Reason.WORKER_FAILED,
+        Reason.RATE_LIMITED,
+        Reason.RECORD_UNREADABLE,
+    }
 
 
 @pytest.mark.parametrize("reason", Reason)
