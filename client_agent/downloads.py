@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+import structlog
+
 from client_agent.metrics import BYTES, timed
 from client_agent.progress import Activity, Stage
 from client_agent.replicas import AggregationStub, Replicas, transfer_timeout_s
@@ -17,6 +19,8 @@ from shelora.lora.shards import ResultShardContent
 from shelora.messages import decode_result, layout_from_proto
 from shelora.transport.pieces import Digest
 from shelora.v1 import aggregation_pb2, common_pb2
+
+_log = structlog.get_logger(__name__)
 
 MAX_RESULT_SHARD_BYTES: Final = 2**30
 """A result shard larger than this is refused: a layout makes shards of some 30 MB."""
@@ -86,6 +90,7 @@ async def _get(
         size = file.tell()
         if size >= total:
             return
+        _log.debug("shard_download", round=result.round_id, shard=index, offset=size, of=total)
         request = aggregation_pb2.GetResultRequest(round_id=result.round_id, shard=index, offset=size)
         async for response in stub.GetResult(request, timeout=transfer_timeout_s(total - size)):
             activity.report(Stage.DOWNLOADING, (index + size / total) / len(result.shards))

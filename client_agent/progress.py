@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+import structlog
+
+_log = structlog.get_logger(__name__)
+
 
 class Stage(StrEnum):
     """Stages as heartbeats name them."""
@@ -61,4 +65,6 @@ class Activity:
         """Notes progress. Raises: Stopped if the work is no longer wanted."""
         if self._stop.is_set():
             raise Stopped
+        if stage is not self._progress.stage:
+            _log.debug("stage", stage=stage.value)
         self._progress = Progress(stage, min(1.0, max(0.0, fraction)))

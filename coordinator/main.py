@@ -88,6 +88,7 @@ async def run(settings: CoordinatorSettings) -> None:
             changes.run,
             driver.run,
             partial(watch_fullness, client),
+            aggregation.keep_fresh,
             membership.keep_renewed,
             partial(follow, revocations, authority, settings.revocation_poll_s, changes.wake_all),
         ],

@@ -203,7 +203,11 @@ class LocalCluster:
         return self._agents[-1]
 
     def restart(self, name: str) -> Process:
-        """Starts a server that has ended again: same settings, same address. Returns once it serves."""
+        """Stops a server unless it has ended, and starts it again: same settings, same address.
+
+        Returns once it serves.
+        """
+        self._stop(name)
         launch = self._launches[name]
         if launch.ready is not None:
             launch.ready.unlink(missing_ok=True)  # one that was killed has left it

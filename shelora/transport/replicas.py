@@ -110,6 +110,7 @@ class Replicas:
         for address in set(wanted) - set(self._known):
             channel = self._connect(address)
             self._known[address] = Replica(address, channel, AggregationStub(channel))
+            _log.info("replica_found", address=address)
         for address in set(self._known) - set(wanted):
             self._close(self._known.pop(address))
             self._failed_s.pop(address, None)
@@ -117,8 +118,15 @@ class Replicas:
         self._order = deque(wanted)
         self._current = None
 
+    async def keep_fresh(self) -> None:
+        """Looks for others all the time, until cancelled: for those that must know at once when they are needed."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(self._refresh_s)
+
     async def refresh(self) -> None:
         """Asks for the replicas, one after another until one answers; keeps those known if none does."""
+        self._refresh_due_s = self._clock_s() + self._refresh_s
         for replica in sorted(self._known.values(), key=lambda known: self._shunned_s(known.address)):
             try:
                 answer = await replica.stub.ListReplicas(pb.ListReplicasRequest(), timeout=LIST_TIMEOUT_S)
@@ -155,7 +163,6 @@ class Replicas:
         """Looks for others beside the call at hand, which does not wait for it."""
         now_s = self._clock_s()
         if now_s >= self._refresh_due_s and (self._refreshing is None or self._refreshing.done()):
-            self._refresh_due_s = now_s + self._refresh_s
             self._refreshing = asyncio.create_task(self.refresh(), name="list-replicas")
 
     def _close(self, replica: Replica) -> None:
