@@ -1,0 +1,44 @@
+from types import SimpleNamespace
+
+import pytest
+
+from client_agent.agent import _Follower
+from client_agent.session import Backoff
+from shelora.errors import DomainError, Reason
+
+LEARNER = SimpleNamespace(model=None, examples=())
+
+
+class Session:
+    """Refuses a join for each of the reasons in turn, then accepts."""
+
+    def __init__(self, *reasons: Reason) -> None:
+        self.reasons = list(reasons)
+
+    async def join(self, model: object, example_count: int) -> int:
+        if self.reasons:
+            raise DomainError(self.reasons.pop(0), "as told")
+        return 7
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backoff, "next_s", lambda _: 0.0)
+
+
+async def test_an_agent_waits_for_a_coordinator_that_does_not_answer_however_long_it_takes() -> None:
+    session = Session(*[Reason.STORE_UNAVAILABLE] * 20, Reason.RECORD_UNREADABLE)
+    follower = _Follower(session, None, LEARNER, 0.0)
+    await follower.join()
+    assert session.reasons == []
+    assert follower._epoch == 7
+
+
+async def test_an_agent_that_must_be_changed_first_ends() -> None:
+    with pytest.raises(DomainError) as refused:
+        await _Follower(Session(Reason.VERSION_REFUSED), None, LEARNER, 0.0).join()
+    assert refused.value.reason is Reason.VERSION_REFUSED
+
+
+async def test_a_member_follows_a_federation_that_has_ended() -> None:
+    await _Follower(Session(Reason.FEDERATION_CLOSED), None, LEARNER, 0.0).join()
