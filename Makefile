@@ -73,9 +73,6 @@ fuzz: $(INSTALLED)  ## Fuzz every decoder of binary messages for SECONDS each (6
 load: $(INSTALLED)  ## Load a local cluster with simulated agents (AGENTS="100 300 1000" plots cost against their number)
 	$(BIN)/python -m load $(foreach number,$(AGENTS),--agents $(number))
 
-chaos: $(INSTALLED)  ## Kill, stop and cut off the processes of a running federation (SECONDS, SEED), check what must hold
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED)
-
 up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
 	$(BIN)/shelora up
 

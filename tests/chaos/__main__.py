@@ -26,15 +26,15 @@ from tests.chaos.invariants import Finding
 from tests.chaos.relay import TcpRelay
 from tests.chaos.timeline import incidents
 from tests.e2e.agents import Agent, save_tiny_bert, specification
-from tests.e2e.nursery import Nursery
+from tests.e2e.nursery import ForkingCluster, Nursery
 
 FOLDER = Path("runs/chaos")
 ROUND_S = 12
 """Seconds of disturbance for each round that the federation is given."""
 PATIENCE_S = 240
 """Seconds that an undisturbed federation may take to its end."""
-SLOWNESS_S = 0.03
-"""Delay of every 64 KiB to and from aggregation, always, so that incidents meet transfers in the middle."""
+SLOWNESS_S = 0.02
+"""Delay of every 4 KiB to and from aggregation, always, so that incidents meet transfers in the middle."""
 COORDINATOR = {"LEASE_S": "5", "TICK_S": "0.5", "ALIVE_S": "15", "RETRY_S": "20", "REDIS_TIMEOUT_S": "10"}
 AGGREGATION = {"REDIS_TIMEOUT_S": "10"}
 
@@ -74,9 +74,10 @@ def run(seconds: int, seed: int, agents: int, mode: str, tale: Tale) -> list[Fin
     spec = _specification(mode, agents, rounds=max(2, seconds // ROUND_S))
     with (
         TcpRelay() as relay,
-        LocalCluster(
+        Nursery() as nursery,
+        ForkingCluster(
+            nursery,
             folder / "cluster",
-            fixed_ports=False,
             coordinators=2,
             aggregation_replicas=2,
             workers=1,
@@ -84,9 +85,8 @@ def run(seconds: int, seed: int, agents: int, mode: str, tale: Tale) -> list[Fin
             settings={"coordinator": COORDINATOR, "aggregation": AGGREGATION},
             relay=relay,
         ) as cluster,
-        Nursery() as nursery,
     ):
-        drill = Drill(cluster, nursery, relay, spec, folder, model, tale)
+        drill = Drill(cluster, relay, spec, folder, model, tale)
         found = asyncio.run(_drilled(drill, cluster, seconds, seed, agents, tale))
     return [*found, invariants.no_orphans(drill.groups)]
 

@@ -21,7 +21,6 @@ from tests.chaos.auditor import Copies
 from tests.chaos.relay import TcpRelay
 from tests.chaos.timeline import Fault, Incident, Targets
 from tests.e2e.agents import Agent, configure
-from tests.e2e.nursery import Nursery
 
 DRAIN_S = 25.0
 """Seconds a drained server has: its grace is 20."""
@@ -49,7 +48,6 @@ class Drill:
     def __init__(
         self,
         cluster: LocalCluster,
-        nursery: Nursery,
         relay: TcpRelay,
         spec: FederationSpec,
         folder: Path,
@@ -57,7 +55,6 @@ class Drill:
         tale: Tale,
     ) -> None:
         self._cluster = cluster
-        self._nursery = nursery
         self._relay = relay
         self._spec = spec
         self._folder = folder
@@ -104,10 +101,8 @@ class Drill:
 
     def _start_agent(self, name: str) -> None:
         environment = {"SHELORA_AGENT__LOG__JSON_LINES": "true", "SHELORA_AGENT__LOG__LEVEL": "DEBUG"}
-        log = self._folder / "cluster" / "logs" / f"{name}.log"
-        process = self._nursery.spawn(
-            name, ["run", "--config", str(self._configured[name])], log, environment
-        )
+        arguments = ["run", "--config", str(self._configured[name])]
+        process = self._cluster.spawn(name, "client_agent.main", arguments, environment)
         self._agents[name] = process
         self.groups.append(process.popen.pid)
 

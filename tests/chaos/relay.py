@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 
 _T = TypeVar("_T")
 _PIECE = 65536
+_SLOW_PIECE = 4096
 
 
 @dataclass(eq=False)
@@ -70,7 +71,7 @@ class TcpRelay:
         self._run(self._stall(name, seconds))
 
     def delay(self, name: str, seconds: float) -> None:
-        """From now on every 64 KiB take that long."""
+        """From now on every 4 KiB take that long; 0 for not."""
         self._fronts[name].delay_s = seconds
 
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -131,7 +132,7 @@ async def _connected(front: _Front) -> tuple[asyncio.StreamReader, asyncio.Strea
 async def _copy(front: _Front, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Passes bytes on in one direction, to the end or until either side breaks."""
     with suppress(OSError):
-        while data := await reader.read(_PIECE):
+        while data := await reader.read(_SLOW_PIECE if front.delay_s else _PIECE):
             await front.open.wait()
             if front.delay_s:
                 await asyncio.sleep(front.delay_s)

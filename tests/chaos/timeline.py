@@ -27,7 +27,7 @@ class Fault(StrEnum):
     STALL = "stall"
     """Nothing passes to and from it for a while; connections stay."""
     DELAY = "delay"
-    """Every 64 KiB to and from it take longer, for a while."""
+    """Every 4 KiB to and from it take longer, for a while."""
 
 
 @dataclass(frozen=True)

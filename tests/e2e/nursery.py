@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from shelora.cli.cluster import Process
+from shelora.cli.cluster import LocalCluster, Process
 
 POLL_S = 0.02
 STOP_TIMEOUT_S = 25
@@ -64,7 +64,7 @@ class ForkedProcess(Process):
 
 
 class Nursery:
-    """Starts agents and tells how they ended. A context manager, which ends those that are left."""
+    """Starts agents and tells how they ended. A context manager, which kills those that are left."""
 
     def __init__(self) -> None:
         self.ends: dict[int, int] = {}
@@ -72,7 +72,6 @@ class Nursery:
         self.ended = threading.Condition()
         self._begun: dict[int, int] = {}
         self._count = 0
-        self._started: list[ForkedProcess] = []
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", __name__]
@@ -84,29 +83,23 @@ class Nursery:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._started:
-            process.terminate()
-        for process in self._started:
-            process.stop()
         self._popen.stdin.close()
         self._popen.wait(STOP_TIMEOUT_S)
         self._reader.join()
         self._popen.stdout.close()
 
     def spawn(
-        self, name: str, arguments: list[str], log: Path, environment: Mapping[str, str] | None = None
+        self, name: str, arguments: list[str], log: Path, environment: Mapping[str, str]
     ) -> ForkedProcess:
         """Starts `client-agent` with these arguments; its output is added to the log."""
         self._count += 1
         number = self._count
-        order = {"number": number, "arguments": arguments, "log": str(log), "environment": environment or {}}
+        order = {"number": number, "arguments": arguments, "log": str(log), "environment": dict(environment)}
         self._popen.stdin.write(json.dumps(order) + "\n")
         self._popen.stdin.flush()
         with self.ended:
             self.ended.wait_for(lambda: number in self._begun or self._popen.poll() is not None)
-        process = ForkedProcess(name, log, Forked(self, self._begun[number]))
-        self._started.append(process)
-        return process
+        return ForkedProcess(name, log, Forked(self, self._begun[number]))
 
     def _read(self) -> None:
         for line in self._popen.stdout:
@@ -117,6 +110,22 @@ class Nursery:
                 else:
                     self.ends[news["pid"]] = news["code"]
                 self.ended.notify_all()
+
+
+class ForkingCluster(LocalCluster):
+    """A local cluster whose agents come from the nursery."""
+
+    def __init__(self, nursery: Nursery, folder: Path, **options: Any) -> None:
+        super().__init__(folder, fixed_ports=False, **options)
+        self._nursery = nursery
+
+    def spawn(
+        self, name: str, module: str, arguments: list[str], environment: Mapping[str, str]
+    ) -> ForkedProcess:
+        assert module == "client_agent.main"
+        log = self._folder / "logs" / f"{name}.log"
+        self._agents.append(self._nursery.spawn(name, arguments, log, environment))
+        return self._agents[-1]
 
 
 def main() -> None:

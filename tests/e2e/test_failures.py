@@ -12,17 +12,20 @@ from typing import Any
 
 import pytest
 
-from shelora.cli.cluster import LocalCluster
+from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.operator import operator
 from shelora.cli.render import training_rounds
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 from tests.chaos.relay import TcpRelay
 from tests.e2e.agents import AGENTS, Agent, configure, specification
-from tests.e2e.nursery import ForkedProcess, Nursery
+from tests.e2e.nursery import ForkingCluster, Nursery
 
 CLINIC, BANK, _ = AGENTS
 POLL_S = 0.05
+STEPS = 20
+DRAIN_S = 25
+"""The default grace is 20."""
 COORDINATOR = {"LEASE_S": "2", "TICK_S": "0.2", "AGGREGATION_REFRESH_S": "0.5"}
 
 
@@ -32,14 +35,15 @@ class World:
 
     cluster: LocalCluster
     relay: TcpRelay
-    nursery: Nursery
     folder: Path
     model: Path
 
     @asynccontextmanager
     async def federation(self, name: str, rounds: int, mode: str = "none") -> AsyncIterator["Federation"]:
         """A federation of two agents that has been started; they run until the context ends."""
-        described = specification(mode, rounds=rounds, clients=2).model_copy(update={"name": name})
+        usual = specification(mode, rounds=rounds, clients=2)
+        training = usual.training.model_copy(update={"local_steps": STEPS})
+        described = usual.model_copy(update={"name": name, "training": training})
         async with operator(self.cluster.addresses.coordinator, self.cluster.credentials) as connection:
             await connection.create(described.to_proto())
             await connection.start(name)
@@ -63,7 +67,7 @@ class Federation:
         self._spec = spec
         self._connection = connection
         self.home = world.folder / spec.name
-        self.agents: dict[str, ForkedProcess] = {}
+        self.agents: dict[str, Process] = {}
 
     def run(self, agent: Agent) -> None:
         """Starts an agent, or starts it again."""
@@ -73,9 +77,8 @@ class Federation:
             "SHELORA_AGENT__LOG__JSON_LINES": "true",
             "SHELORA_AGENT__LOG__LEVEL": "DEBUG",
         }
-        self.agents[agent.name] = self._world.nursery.spawn(
-            agent.name, ["run", "--config", str(config)], self._log(agent), environment
-        )
+        name, arguments = f"{self._spec.name}-{agent.name}", ["run", "--config", str(config)]
+        self.agents[agent.name] = self._world.cluster.spawn(name, "client_agent.main", arguments, environment)
 
     async def kill_and_run_again(self, agent: Agent) -> None:
         self.agents[agent.name].popen.kill()
@@ -116,17 +119,17 @@ class Federation:
         return federation
 
     def _log(self, agent: Agent) -> Path:
-        return self.home / f"{agent.name}.log"
+        return log_of(self._world, f"{self._spec.name}-{agent.name}")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery, model: Path) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("failures")
     with (
         TcpRelay() as relay,
-        LocalCluster(
+        ForkingCluster(
+            nursery,
             folder / "cluster",
-            fixed_ports=False,
             coordinators=2,
             aggregation_replicas=2,
             workers=1,
@@ -134,9 +137,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Wor
             settings={"coordinator": COORDINATOR},
             relay=relay,
         ) as cluster,
-        Nursery() as nursery,
     ):
-        yield World(cluster, relay, nursery, folder, model)
+        yield World(cluster, relay, folder, model)
 
 
 async def test_an_agent_killed_in_training_upload_and_decryption_goes_on_where_it_was(world: World):
@@ -146,7 +148,7 @@ async def test_an_agent_killed_in_training_upload_and_decryption_goes_on_where_i
 
         await until(lambda: federation.said(CLINIC, "trained"))
         for front in ("aggregation-0", "aggregation-1"):
-            world.relay.delay(front, 0.2)
+            world.relay.delay(front, 0.05)
         await until(lambda: stored(world, "killed-agent", CLINIC.name) > 1)  # one is its vote
         await federation.kill_and_run_again(CLINIC)
         for front in ("aggregation-0", "aggregation-1"):
@@ -170,25 +172,20 @@ async def test_an_agent_killed_in_training_upload_and_decryption_goes_on_where_i
     )
 
 
-async def test_servers_killed_in_the_middle_of_a_round_lose_nothing(world: World):
+async def test_servers_killed_and_restarted_in_the_middle_of_a_round_lose_nothing(world: World):
+    servers = world.cluster.servers
     async with world.federation("killed-servers", rounds=2) as federation:
-        for number, names in ((1, ("redis",)), (2, tuple(world.cluster.servers))):
-            async with federation.in_the_middle_of_round(number):
-                for name in names:
-                    world.cluster.servers[name].popen.kill()
-                for name in names:
-                    await asyncio.to_thread(world.cluster.servers[name].popen.wait)
-                    await asyncio.to_thread(world.cluster.restart, name)
-        await federation.finished()
-
-
-async def test_a_rolling_restart_in_the_middle_of_a_round_loses_nothing(world: World):
-    async with world.federation("rolling", rounds=1) as federation:
         async with federation.in_the_middle_of_round(1):
-            for name in (name for name in list(world.cluster.servers) if name != "redis"):
-                server = world.cluster.servers[name]
-                server.terminate()
-                assert await asyncio.to_thread(server.popen.wait, 25) == 0, f"{name} did not drain"
+            for name in ("redis", "coordinator-0", "coordinator-1", "aggregation-0"):
+                servers[name].popen.kill()
+            for name in ("redis", "coordinator-0", "coordinator-1", "aggregation-0"):
+                await asyncio.to_thread(world.cluster.restart, name)
+        async with federation.in_the_middle_of_round(2):
+            for name in ("coordinator-0", "aggregation-1", "key-authority"):
+                servers[name].terminate()
+                assert await asyncio.to_thread(servers[name].popen.wait, DRAIN_S) == 0, (
+                    f"{name} did not drain"
+                )
                 await asyncio.to_thread(world.cluster.restart, name)
         await federation.finished()
 
@@ -225,8 +222,8 @@ def coordinators(world: World) -> list[Path]:
     return [log_of(world, name) for name in world.cluster.servers if name.startswith("coordinator")]
 
 
-def log_of(world: World, server: str) -> Path:
-    return world.folder / "cluster" / "logs" / f"{server}.log"
+def log_of(world: World, process: str) -> Path:
+    return world.folder / "cluster" / "logs" / f"{process}.log"
 
 
 def logged(log: Path, event: str, **fields: Any) -> list[dict[str, Any]]:
