@@ -41,6 +41,7 @@ class TcpRelay:
         self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
         self._fronts: defaultdict[str, _Front] = defaultdict(_Front)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._servers: list[asyncio.Server] = []
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -82,6 +83,7 @@ class TcpRelay:
         if not front.address:
             front.open.set()
             server = await asyncio.start_server(lambda r, w: self._serve(front, r, w), "127.0.0.1", 0)
+            self._servers.append(server)
             front.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         return front.address
 
@@ -115,6 +117,8 @@ class TcpRelay:
         self._loop.call_later(seconds, front.open.set)
 
     async def _close(self) -> None:
+        for server in self._servers:
+            server.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
