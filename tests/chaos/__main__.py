@@ -26,7 +26,7 @@ from tests.chaos.invariants import Finding
 from tests.chaos.relay import TcpRelay
 from tests.chaos.timeline import incidents
 from tests.e2e.agents import Agent, save_tiny_bert, specification
-from tests.e2e.nursery import ForkingCluster, Nursery
+from tests.chaos.nursery import ForkingCluster, Nursery
 
 FOLDER = Path("runs/chaos")
 ROUND_S = 12

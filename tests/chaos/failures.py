@@ -1,4 +1,7 @@
-"""Processes die, drain and join while a federation runs: nothing is lost, nothing counted or done twice."""
+"""Processes die, drain and join while a federation runs: nothing is lost, nothing counted or done twice.
+
+`make test-failures` runs these.
+"""
 
 import asyncio
 import json
@@ -19,7 +22,7 @@ from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 from tests.chaos.relay import TcpRelay
 from tests.e2e.agents import AGENTS, Agent, configure, specification
-from tests.e2e.nursery import ForkingCluster, Nursery
+from tests.chaos.nursery import ForkingCluster, Nursery
 
 CLINIC, BANK, _ = AGENTS
 POLL_S = 0.05
