@@ -23,10 +23,10 @@ from tests.chaos import invariants
 from tests.chaos.auditor import RoundAudit, rounds_of
 from tests.chaos.drill import Drill, Tale
 from tests.chaos.invariants import Finding
+from tests.chaos.nursery import ForkingCluster, Nursery
 from tests.chaos.relay import TcpRelay
 from tests.chaos.timeline import incidents
 from tests.e2e.agents import Agent, save_tiny_bert, specification
-from tests.chaos.nursery import ForkingCluster, Nursery
 
 FOLDER = Path("runs/chaos")
 ROUND_S = 12

@@ -20,9 +20,9 @@ from shelora.cli.operator import operator
 from shelora.cli.render import training_rounds
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
+from tests.chaos.nursery import ForkingCluster, Nursery
 from tests.chaos.relay import TcpRelay
 from tests.e2e.agents import AGENTS, Agent, configure, specification
-from tests.chaos.nursery import ForkingCluster, Nursery
 
 CLINIC, BANK, _ = AGENTS
 POLL_S = 0.05

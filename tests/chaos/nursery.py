@@ -1,7 +1,7 @@
 """Starts agents in no time: a process that has imported torch forks them. They are processes like any other.
 
-`python -m tests.chaos.nursery` is that process: one JSON object a line in, what to start; one out for each beginning and
-each end. It imports and forks, nothing else: no thread and no connection is there to be torn by a fork.
+`python -m tests.chaos.nursery` is that process: one JSON object a line in, what to start; one out for each beginning
+and each end. It imports and forks, nothing else: no thread and no connection is there to be torn by a fork.
 """
 
 import json
