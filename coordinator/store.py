@@ -351,7 +351,7 @@ class RedisStore:
     @_available
     async def refusals(self, federation: FederationRecord, sequence: int) -> list[Dropped]:
         key = self._keys.refusals(federation.federation_id, federation.instance, sequence)
-        return [Dropped.model_validate_json(data) for _, data in sorted((await self._hash(key)).items())]
+        return [Dropped.read(data) for _, data in sorted((await self._hash(key)).items())]
 
     @_available
     async def put_ballot(
@@ -392,7 +392,7 @@ class RedisStore:
     @_available
     async def member(self, federation_id: str, client_id: str) -> Member | None:
         data = await self._redis.hget(self._keys.members(federation_id), client_id)
-        return None if data is None else Member.model_validate_json(data)
+        return None if data is None else Member.read(data)
 
     @_available
     async def is_member(self, federation_id: str, client_id: str) -> bool:
