@@ -6,7 +6,6 @@ the process runs, so a new one gets its share without a restart, and those that 
 
 import asyncio
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ class Replicas:
         seeds: Configured addresses, `host:port`; always kept.
         connect: Opens a channel.
         refresh_s: Seconds between two looks for other replicas.
-        clock_s: Monotonic seconds.
+        clock_s: Monotonic seconds; the loop's by default.
         shuffle: Brings the replicas into an order of this caller's own, so that not all begin with the same one.
     """
 
@@ -61,20 +60,20 @@ class Replicas:
         connect: Callable[[str], grpc.aio.Channel],
         *,
         refresh_s: float,
-        clock_s: Callable[[], float] = time.monotonic,
+        clock_s: Callable[[], float] | None = None,
         shuffle: Callable[[list[Any]], None] = random.shuffle,
     ) -> None:
         self._seeds = tuple(seeds)
         self._connect = connect
         self._refresh_s = refresh_s
-        self._clock_s = clock_s
+        self._clock_s = clock_s or asyncio.get_running_loop().time
         self._shuffle = shuffle
         self._known: dict[str, Replica] = {}
         self._order: deque[str] = deque()
         """Addresses, the one longest not chosen first."""
         self._failed_s: dict[str, float] = {}
         self._current: Replica | None = None
-        self._refresh_due_s = clock_s()
+        self._refresh_due_s = self._clock_s()
         self._refreshing: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self.learn(())

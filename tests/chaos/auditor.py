@@ -103,7 +103,11 @@ class RoundAudit:
 async def rounds_of(store: RedisStore, federation: FederationRecord) -> list[RoundAudit]:
     """All rounds of a federation, as they stand."""
     found = []
-    for record in await store.rounds(federation, range(1, federation.sequence + 1)):
+    for sequence in range(1, federation.sequence + 1):
+        stored = await store.round(federation, sequence)
+        if stored is None:
+            continue
+        record = stored.record
         layout = await store.layout(federation.federation_id, record.layout_digest)
         commits = await store.commits(federation, record.sequence)
         found.append(RoundAudit(record, commits, layout.layout()))

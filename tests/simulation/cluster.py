@@ -33,6 +33,7 @@ from services.aggregation.store import RedisShardStore, WorkerStore
 from services.shell.revocations import Revocations
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.transport import replicas as transport_replicas
 from shelora.transport.channel import call
 from shelora.v1 import aggregation_pb2_grpc
 from shelora.v1 import coordinator_pb2 as pb
@@ -189,7 +190,12 @@ class Cluster:
         process = self._process(name, self._start_coordinator)
         client = self._client(process)
         changes = Changes(client)
-        aggregation = [self.network.channel(process, address) for address in AGGREGATION]
+        aggregation = transport_replicas.Replicas(
+            AGGREGATION,
+            lambda address: self.network.channel(process, address),
+            refresh_s=_COORDINATOR.aggregation_refresh_s,
+            shuffle=process.rng.shuffle,
+        )
         authority = self.network.channel(process, AUTHORITY)
         handlers, driver = coordinator.main.compose(
             _COORDINATOR, client, changes, Revocations(known=True), aggregation, authority
@@ -268,7 +274,8 @@ class Cluster:
 
         state = AgentState(config.state_dir)
         try:
-            session, replicas = Session(config, None, connect), Replicas(config.aggregation, None, connect)
+            session = Session(config, None, connect)
+            replicas = Replicas(config.aggregation, None, connect, process.rng.shuffle)
             return await Agent(config, learn)._follow(state, Worker(), session, replicas)
         finally:
             state.close()

@@ -251,6 +251,21 @@ class Valkey:
         found[member] = float(score)
         return int(new)
 
+    def _zrem(self, key: bytes, member: bytes) -> int:
+        found = self._kind(key, _Sorted)
+        return self._emptied(key, int(found.pop(member, None) is not None))
+
+    def _zcard(self, key: bytes) -> int:
+        return len(self._kind(key, _Sorted))
+
+    def _zscore(self, key: bytes, member: bytes) -> bytes | None:
+        score = self._kind(key, _Sorted).get(member)
+        return None if score is None else str(score).encode()
+
+    def _time(self) -> list[bytes]:
+        seconds, milliseconds = divmod(self._clock_ms(), 1000)
+        return [str(seconds).encode(), str(1000 * milliseconds).encode()]
+
     def _zrangebyscore(self, key: bytes, least: bytes, most: bytes) -> list[bytes]:
         found = self._kind(key, _Sorted)
         low, high = float(least), float(most)
