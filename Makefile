@@ -18,7 +18,7 @@ BUILD_OPTIONS ?=
 SOURCES := shelora coordinator client_agent services bench examples load tools tests deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate test-helm test-compose check fix bench fuzz load up images protos verify-protos unit clean
+.PHONY: help setup demo test simulate test-helm test-compose check fix bench fuzz load chaos test-failures up images protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -72,6 +72,12 @@ fuzz: $(INSTALLED)  ## Fuzz every decoder of binary messages for SECONDS each (6
 
 load: $(INSTALLED)  ## Load a local cluster with simulated agents (AGENTS="100 300 1000" plots cost against their number)
 	$(BIN)/python -m load $(foreach number,$(AGENTS),--agents $(number))
+
+chaos: $(INSTALLED)  ## Kill, stop and cut off the processes of a running federation (SECONDS, SEED), check what must hold
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED)
+
+test-failures: $(INSTALLED)  ## Kill, drain and add processes in the middle of rounds, one case a test
+	$(BIN)/python -m pytest tests/chaos/failures.py
 
 up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
 	$(BIN)/shelora up
