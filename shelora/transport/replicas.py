@@ -106,11 +106,11 @@ class Replicas:
         wanted = list(dict.fromkeys((*addresses, *self._seeds)))
         if set(wanted) == set(self._known):
             return
-        for address in set(wanted) - set(self._known):
+        for address in [address for address in wanted if address not in self._known]:
             channel = self._connect(address)
             self._known[address] = Replica(address, channel, AggregationStub(channel))
             _log.info("replica_found", address=address)
-        for address in set(self._known) - set(wanted):
+        for address in [address for address in self._known if address not in wanted]:
             self._close(self._known.pop(address))
             self._failed_s.pop(address, None)
         self._shuffle(wanted)

@@ -451,7 +451,7 @@ DECODERS: dict[str, Decoder] = {
             lambda: [TOY_KEY.to_bytes()],
             _UNAVAILABLE,
         ),
-        Decoder("join", _message(pb.JoinRequest, _joined), _join, _INVALID),
+        Decoder("join", _message(pb.JoinRequest, _joined), _join, _INVALID | {Reason.VERSION_REFUSED}),
         Decoder(
             "commit",
             _message(pb.CommitUpdateRequest, checks.update),
@@ -508,7 +508,7 @@ DECODERS: dict[str, Decoder] = {
             _CONFIGURATION,
             binary=False,
         ),
-        Decoder("store-record", _records, _record_seeds, frozenset({Reason.STORE_UNAVAILABLE}), binary=False),
+        Decoder("store-record", _records, _record_seeds, frozenset({Reason.RECORD_UNREADABLE}), binary=False),
         Decoder(
             "worker-job",
             AggregationRequest.from_line,

@@ -80,4 +80,4 @@ def test_what_is_no_job_is_refused_as_an_argument(line):
 def test_a_record_of_a_format_to_come_waits_for_a_release_that_reads_it():
     content = Member(client_id="a", rank=4, budget=0.5, example_count=3).model_dump_json()
     assert Member.read(content).client_id == "a"
-    assert reason_of(Member.read, content.replace('"format":1', '"format":2')) is Reason.STORE_UNAVAILABLE
+    assert reason_of(Member.read, content.replace('"format":1', '"format":2')) is Reason.RECORD_UNREADABLE
