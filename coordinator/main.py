@@ -5,7 +5,7 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import grpc
 import typer
@@ -14,18 +14,22 @@ from coordinator.aggregation import AggregationPool
 from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Changes
 from coordinator.driver import Driver
-from coordinator.fullness import watch_fullness
 from coordinator.handlers import Handlers
+from coordinator.metrics import tell_fullness
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import RedisClient, RedisStore, connect
 from services.shell import flags
+from services.shell.fullness import watch_fullness
 from services.shell.membership import join
 from services.shell.process import run_process
 from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
 from shelora.transport.channel import open_channel
 from shelora.transport.replicas import Replicas
+
+FULLNESS_POLL_S: Final = 15.0
+"""Seconds between two looks at Redis' memory: as often as Prometheus usually asks."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -87,7 +91,7 @@ async def run(settings: CoordinatorSettings) -> None:
         background=[
             changes.run,
             driver.run,
-            partial(watch_fullness, client),
+            partial(watch_fullness, client, tell_fullness, FULLNESS_POLL_S),
             aggregation.keep_fresh,
             membership.keep_renewed,
             partial(follow, revocations, authority, settings.revocation_poll_s, changes.wake_all),

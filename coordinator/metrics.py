@@ -76,3 +76,9 @@ STAGE_SECONDS: Final = histogram(
 
 REDIS_USED: Final = gauge("redis_used_bytes", "Memory that Redis uses; 0 while it does not say.")
 REDIS_LIMIT: Final = gauge("redis_limit_bytes", "Memory that Redis may use, its maxmemory; 0 for any.")
+
+
+def tell_fullness(used: int, limit: int) -> None:
+    """Sets the gauges of Redis; bytes."""
+    REDIS_USED.set(used)
+    REDIS_LIMIT.set(limit)

@@ -16,7 +16,7 @@ from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeAl
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from coordinator.keys import Keys
 from coordinator.metrics import TRANSACTION_TOTAL
@@ -34,7 +34,7 @@ from coordinator.records import (
     Update,
 )
 from coordinator.scripts import COMMIT, COMPARE_AND_SET, RELEASE, RENEW, SEE, TOUCH
-from shelora.errors import DomainError, Reason
+from shelora.errors import DomainError, Reason, RetryLaterError
 
 _R = TypeVar("_R", bound=Record)
 _P = ParamSpec("_P")
@@ -44,6 +44,8 @@ RedisClient: TypeAlias = Any
 """`redis.asyncio.Redis` that returns bytes. Its own types call every reply perhaps not awaitable."""
 
 MAX_CONFLICTS: Final = 50
+FULL_RETRY_S: Final = 5.0
+"""Seconds after which a write that found no room may be tried again."""
 """Attempts of a transaction. Writers of one federation are its RPCs and one driver; fifty lost races are a fault."""
 
 
@@ -216,6 +218,9 @@ def _available(
         try:
             async with asyncio.timeout(self.timeout_s):
                 return await method(self, *args, **kwargs)
+        except OutOfMemoryError as error:
+            why = "the coordinator's store is full; the operator can raise Redis' maxmemory"
+            raise RetryLaterError(Reason.STORE_FULL, why, FULL_RETRY_S) from error
         except (RedisError, OSError) as error:
             raise DomainError(Reason.STORE_UNAVAILABLE, "the coordinator's store does not answer") from error
 

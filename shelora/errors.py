@@ -79,6 +79,7 @@ class Reason(StrEnum):
     LIMIT_REACHED = "LIMIT_REACHED"
     RATE_LIMITED = "RATE_LIMITED"
     STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
+    STORE_FULL = "STORE_FULL"
     WORKER_FAILED = "WORKER_FAILED"
     RECORD_UNREADABLE = "RECORD_UNREADABLE"
 
@@ -95,9 +96,9 @@ class DomainError(Exception):
         return f"DomainError({self.reason}, {self.message!r})"
 
 
-class RateLimitedError(DomainError):
-    """RATE_LIMITED: the caller asked too much. The same call may succeed after `retry_after_s` seconds."""
+class RetryLaterError(DomainError):
+    """The same call may succeed after `retry_after_s` seconds."""
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(Reason.RATE_LIMITED, message)
+    def __init__(self, reason: Reason, message: str, retry_after_s: float) -> None:
+        super().__init__(reason, message)
         self.retry_after_s = retry_after_s

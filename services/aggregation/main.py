@@ -11,12 +11,15 @@ import typer
 from services.aggregation.aggregations import Aggregations
 from services.aggregation.announcement import announced
 from services.aggregation.downloads import Downloads
+from services.aggregation.room import POLL_S as ROOM_POLL_S
+from services.aggregation.room import Room
 from services.aggregation.servicer import SERVICE_NAME, AggregationServicer
 from services.aggregation.settings import AggregationSettings
 from services.aggregation.store import RedisShardStore, connect
 from services.aggregation.uploads import Uploads
 from services.aggregation.workers import WorkerPool
 from services.shell import flags
+from services.shell.fullness import watch_fullness
 from services.shell.membership import join
 from services.shell.process import run_process
 from services.shell.revocations import Revocations, follow
@@ -83,7 +86,8 @@ async def run(settings: AggregationSettings) -> None:
     revocations = Revocations()
     pool = WorkerPool(settings.pool_limits, settings.worker_environment)
     await pool.start()
-    servicer = build_servicer(settings, store, pool)
+    room = Room()
+    servicer = build_servicer(settings, store, pool, room)
 
     def register(server: grpc.aio.Server) -> None:
         aggregation_pb2_grpc.add_AggregationServicer_to_server(servicer, server)
@@ -93,6 +97,7 @@ async def run(settings: AggregationSettings) -> None:
         service_names=[SERVICE_NAME],
         register=register,
         background=[
+            partial(watch_fullness, store, room.tell, ROOM_POLL_S),
             membership.keep_renewed,
             partial(follow, revocations, authority, settings.revocation_poll_s),
         ],
@@ -104,10 +109,10 @@ async def run(settings: AggregationSettings) -> None:
 
 
 def build_servicer(
-    settings: AggregationSettings, store: RedisShardStore, pool: WorkerPool
+    settings: AggregationSettings, store: RedisShardStore, pool: WorkerPool, room: Room | None = None
 ) -> AggregationServicer:
     """The servicer over a store and a started pool."""
-    uploads = Uploads(store, settings.upload_limits, lambda: secrets.token_hex(16))
+    uploads = Uploads(store, settings.upload_limits, lambda: secrets.token_hex(16), room)
     downloads = Downloads(store, settings.max_concurrent_downloads)
     return AggregationServicer(store, uploads, downloads, Aggregations(store, pool), settings.max_shard_bytes)
 

@@ -14,12 +14,13 @@ from typing import Any, Final, Protocol, TypeAlias
 import redis
 import redis.asyncio
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 from redis.retry import Retry
 
 from services.aggregation import scripts
 from services.aggregation.keys import REPLICAS, RoundKeys
 from services.aggregation.records import AggregationRequest, Progress, ShardSlot, StoredResult, Upload
+from services.aggregation.room import store_full
 from services.aggregation.scripts import Answer
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
@@ -138,6 +139,10 @@ class RedisShardStore:
         self._claim = client.register_script(scripts.CLAIM)
         self._announce = client.register_script(scripts.ANNOUNCE)
         self._announced = client.register_script(scripts.ANNOUNCED)
+
+    async def info(self, section: str) -> Any:  # noqa: ANN401 - a mapping of Redis' own names
+        """A section of Redis' INFO. Raises what the client raises."""
+        return await self._client.info(section)
 
     async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
         content = layout_to_proto(layout).SerializeToString(deterministic=True)
@@ -438,6 +443,8 @@ def shard_missing(client_id: str) -> DomainError:
 def _available() -> Iterator[None]:
     try:
         yield
+    except OutOfMemoryError as error:
+        raise store_full() from error
     except RedisError as error:
         raise DomainError(Reason.STORE_UNAVAILABLE, "the shard store did not answer; try again") from error
 

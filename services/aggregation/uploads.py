@@ -11,6 +11,7 @@ import structlog
 
 from services.aggregation import metrics
 from services.aggregation.records import ShardSlot, Upload
+from services.aggregation.room import Room
 from services.aggregation.store import ShardStore
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
@@ -53,9 +54,12 @@ class Announcement:
 class Uploads:
     """The uploads of one replica."""
 
-    def __init__(self, store: ShardStore, limits: UploadLimits, new_token: Callable[[], str]) -> None:
-        """Takes `new_token`, which draws 32 random hex digits."""
+    def __init__(
+        self, store: ShardStore, limits: UploadLimits, new_token: Callable[[], str], room: Room | None = None
+    ) -> None:
+        """Takes `new_token`, which draws 32 random hex digits, and what is known of Redis' memory."""
         self._store = store
+        self._room = room or Room()
         self._idle_s = limits.idle_s
         self._new_token = new_token
         self._receiving = asyncio.Semaphore(limits.concurrent)
@@ -74,6 +78,7 @@ class Uploads:
             if upload is None:
                 return True
             try:
+                self._room.require(announced.digest.total_bytes)
                 return not await self._complete(layout, upload, announced.offset, pieces)
             except DomainError as error:
                 if error.reason is not Reason.STORE_UNAVAILABLE:

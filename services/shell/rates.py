@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from shelora.errors import RateLimitedError
+from shelora.errors import Reason, RetryLaterError
 from shelora.telemetry.metrics import counter
 
 LIMITED: Final = counter(
@@ -112,14 +112,16 @@ class Rates:
         most = self._limits.concurrent
         if most and caller.in_progress >= most:
             LIMITED.labels("concurrency").inc()
-            raise RateLimitedError(
-                f"{most} calls of this caller are in progress, the most allowed: end one first", FULL_WAIT_S
+            raise RetryLaterError(
+                Reason.RATE_LIMITED,
+                f"{most} calls of this caller are in progress, the most allowed: end one first",
+                FULL_WAIT_S,
             )
         wait_s = caller.calls.wait_s(1, self._clock_s())
         if wait_s:
             LIMITED.labels("rate").inc()
             allowed = f"more than {self._limits.calls_s:g} calls a second of this caller"
-            raise RateLimitedError(f"{allowed}: try again in {wait_s:.3f} s", wait_s)
+            raise RetryLaterError(Reason.RATE_LIMITED, f"{allowed}: try again in {wait_s:.3f} s", wait_s)
         caller.calls.take(1)
 
     def _caller(self, name: str) -> Caller:

@@ -25,8 +25,8 @@ WORKLOADS: Final = ("coordinator", "aggregation")
 _CHANNELS: Final = {"coordinator": "&shelora:coordinator:*:changes", "aggregation": ""}
 """What each may subscribe to: a pattern must be allowed letter for letter."""
 
-_COMMANDS: Final = {"coordinator": "+info", "aggregation": ""}
-"""What each may say beyond the ordinary: the coordinator tells in its metrics how full Redis is."""
+_COMMANDS: Final = {"coordinator": "+info", "aggregation": "+info"}
+"""What each may say beyond the ordinary: how full Redis is, for metrics and to refuse uploads in time."""
 
 
 def make_secrets(folder: Path) -> list[Path]:

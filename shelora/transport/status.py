@@ -13,7 +13,7 @@ from typing import Any, Final
 import grpc
 import structlog
 
-from shelora.errors import DomainError, RateLimitedError, Reason
+from shelora.errors import DomainError, Reason, RetryLaterError
 
 REASON_METADATA: Final = "shelora-reason"
 """Key of the trailing metadata that carries the reason."""
@@ -98,6 +98,7 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         # Resources: all but limits pass, so callers try again
         Reason.LIMIT_REACHED: _Code.FAILED_PRECONDITION,
         Reason.RATE_LIMITED: _Code.RESOURCE_EXHAUSTED,
+        Reason.STORE_FULL: _Code.RESOURCE_EXHAUSTED,
         Reason.STORE_UNAVAILABLE: _Code.UNAVAILABLE,
         Reason.WORKER_FAILED: _Code.UNAVAILABLE,
         # During an upgrade a newer replica reads it
@@ -144,7 +145,7 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
     try:
         yield
     except DomainError as error:
-        retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else None
+        retry_after_s = error.retry_after_s if isinstance(error, RetryLaterError) else None
         await _abort(context, error.reason, error.message, retry_after_s)
     except grpc.aio.AbortError:
         raise

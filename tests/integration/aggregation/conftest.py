@@ -4,7 +4,7 @@ import pytest
 import redis
 
 from services.aggregation.keys import RoundKeys
-from tests.integration.aggregation.cohort import Cohort
+from tests.integration.aggregation.cohort import Cohort, large_layout
 from tests.integration.aggregation.service import ROUND, Caller, InlinePool, replica
 
 
@@ -25,6 +25,12 @@ class StoredKeys:
 @pytest.fixture(scope="session")
 def cohort() -> Cohort:
     return Cohort()
+
+
+@pytest.fixture(scope="session")
+def wide() -> Cohort:
+    """Two clients whose shards have many pieces."""
+    return Cohort(size=2, layout=large_layout)
 
 
 @pytest.fixture

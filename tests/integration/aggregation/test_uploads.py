@@ -16,16 +16,10 @@ from shelora.lora.shards import MatrixPart
 from shelora.transport.pieces import PIECE_BYTES, Digest, cut
 from shelora.v1 import aggregation_pb2 as pb
 from shelora.v1 import common_pb2
-from tests.integration.aggregation.cohort import Cohort, large_layout
 from tests.integration.aggregation.service import announcement, eventually, refusal, replica
 
 CLIENT = "client-2"
 """Encrypts both tiers."""
-
-
-@pytest.fixture(scope="session")
-def wide() -> Cohort:
-    return Cohort(size=2, layout=large_layout)
 
 
 async def test_a_repeated_upload_gets_the_receipt_and_its_pieces_are_not_read(caller, cohort):

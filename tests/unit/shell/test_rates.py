@@ -8,7 +8,7 @@ from services.shell import rates
 from services.shell.rates import Bucket, RateLimits, Rates
 from services.shell.server import running_server
 from services.shell.settings import ServerSettings
-from shelora.errors import DomainError, RateLimitedError, Reason
+from shelora.errors import DomainError, Reason, RetryLaterError
 from shelora.transport.channel import call, call_with_stream, open_channel
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import coordinator_pb2_grpc as pb_grpc
@@ -59,7 +59,7 @@ def test_a_call_too_many_is_told_when_to_come_again_and_is_let_in_then():
         with meter.call("a"):
             pass
     with pytest.raises(
-        RateLimitedError, match=r"more than 2 calls a second .* try again in 0\.500 s"
+        RetryLaterError, match=r"more than 2 calls a second .* try again in 0\.500 s"
     ) as caught:
         meter.call("a").__enter__()
     assert caught.value.reason is Reason.RATE_LIMITED
@@ -73,7 +73,7 @@ def test_one_callers_calls_are_no_others():
     with (
         meter.call("a"),
         meter.call("b"),
-        pytest.raises(RateLimitedError, match="1 calls of this caller are in progress"),
+        pytest.raises(RetryLaterError, match="1 calls of this caller are in progress"),
     ):
         meter.call("a").__enter__()
 

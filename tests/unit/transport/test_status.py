@@ -4,7 +4,7 @@ import grpc
 import pytest
 import structlog
 
-from shelora.errors import DomainError, RateLimitedError, Reason
+from shelora.errors import DomainError, Reason, RetryLaterError
 from shelora.transport.channel import is_transient
 from shelora.transport.status import (
     REASON_METADATA,
@@ -49,6 +49,7 @@ def test_only_reasons_that_pass_by_themselves_are_tried_again():
     transient = {reason for reason in Reason if is_transient(DomainError(reason, ""))}
     assert transient == {
         Reason.STORE_UNAVAILABLE,
+        Reason.STORE_FULL,
         Reason.WORKER_FAILED,
         Reason.RATE_LIMITED,
         Reason.RECORD_UNREADABLE,
@@ -63,7 +64,7 @@ async def test_a_domain_error_survives_the_wire(reason):
 
 
 async def test_when_to_come_again_survives_the_wire():
-    code, details, metadata = await abort_of(RateLimitedError("too many", 1.2341))
+    code, details, metadata = await abort_of(RetryLaterError(Reason.RATE_LIMITED, "too many", 1.2341))
     assert metadata == {REASON_METADATA: "RATE_LIMITED", RETRY_AFTER_METADATA: "1235"}
     trailing = grpc.aio.Metadata(*metadata.items())
     assert retry_after_s(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)) == 1.235

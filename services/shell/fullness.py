@@ -1,26 +1,31 @@
-"""How full Redis is: asked now and then, for two gauges. Nothing depends on the answer."""
+"""How full Redis is: asked now and then."""
 
 import asyncio
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
 
 import structlog
 from redis.exceptions import RedisError
 
-from coordinator.metrics import REDIS_LIMIT, REDIS_USED
-from coordinator.store import RedisClient
-
-POLL_S: Final = 15.0
-"""Seconds between two questions: as often as Prometheus usually asks."""
-
 TIMEOUT_S: Final = 5.0
+
+Tell = Callable[[int, int], object]
+"""Takes the bytes used and the bytes allowed, 0 for any number; both 0 if they are not known."""
 
 _log = structlog.get_logger(__name__)
 
 
-async def watch_fullness(redis: RedisClient, poll_s: float = POLL_S) -> None:
-    """Sets the gauges again and again. Never returns.
+class RedisClient(Protocol):
+    """What is asked of a client."""
 
-    A Redis that does not answer, or does not let this user ask (`INFO`), leaves both at 0, which is logged once.
+    def info(self, section: str) -> Awaitable[Any]:
+        """The named section of INFO."""
+
+
+async def watch_fullness(redis: RedisClient, tell: Tell, poll_s: float) -> None:
+    """Asks every `poll_s` seconds. Never returns.
+
+    A Redis that does not answer, or does not let this user ask (`INFO`), counts as not known, which is logged once.
     """
     told = False
     while True:
@@ -32,8 +37,7 @@ async def watch_fullness(redis: RedisClient, poll_s: float = POLL_S) -> None:
             if not told:
                 _log.warning("redis_fullness_unknown", why=str(error))
             told = True
-        REDIS_USED.set(used)
-        REDIS_LIMIT.set(limit)
+        tell(used, limit)
         await asyncio.sleep(poll_s)
 
 

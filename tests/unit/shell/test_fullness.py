@@ -6,8 +6,8 @@ import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError
 
-from coordinator.fullness import watch_fullness
-from coordinator.metrics import REDIS_LIMIT, REDIS_USED
+from coordinator.metrics import REDIS_LIMIT, REDIS_USED, tell_fullness
+from services.shell.fullness import watch_fullness
 
 
 class FakeRedis:
@@ -31,7 +31,7 @@ class FakeRedis:
 @asynccontextmanager
 async def watched(*answers):
     redis = FakeRedis(*answers)
-    task = asyncio.create_task(watch_fullness(redis, poll_s=0))
+    task = asyncio.create_task(watch_fullness(redis, tell_fullness, poll_s=0))
     await redis.all_given.wait()
     yield
     task.cancel()
