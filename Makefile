@@ -17,6 +17,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BUILD_OPTIONS ?=
 SOURCES := shelora coordinator client_agent services bench examples load tools tests deploy
 
+# Files of tests side by side, one a core: many of them wait for processes they started.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test simulate test-helm test-compose check fix bench fuzz load chaos test-failures up images protos verify-protos unit clean
 
@@ -35,7 +38,7 @@ demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8 (PROTECTION
 	$(BIN)/python -m examples.reuters.demo --protection $(PROTECTION)
 
 test: $(INSTALLED)  ## Run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-helm: $(HELM)  ## Lint the Helm chart, render it with Helm's engine, validate and check every object
 	$(BIN)/python -m pytest deploy/helm/tests

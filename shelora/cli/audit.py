@@ -21,7 +21,6 @@ SHORT: Final = 8
 _PLAIN: Final[dict[str, Any]] = {"box": None, "padding": (0, 1, 0, 0), "header_style": "bold"}
 
 audit_app = typer.Typer(help="Check and show the log of who was given keys.", no_args_is_help=True)
-console = Console()
 
 PathArgument = Annotated[Path, typer.Argument(help="The audit log, or the key authority's data folder.")]
 
@@ -45,6 +44,7 @@ def verify(
                 Reason.AUDIT_BROKEN,
                 "the chain holds, but the noted head is not in it: the log was rewritten, cut short, or is another one",
             )
+    console = Console()
     console.print(f"{last.sequence + 1} records, none changed; the last is of {last.time}")
     console.print(f"head {last.hash}", soft_wrap=True)
     if head is None:
@@ -59,7 +59,7 @@ def show(
     """Show the last records of a log, after checking all of it."""
     with _reported(), _log(path) as file:
         records = deque(verified(file), maxlen=last)
-    console.print(records_table(records))
+    Console().print(records_table(records))
 
 
 def records_table(records: deque[AuditRecord]) -> Table:

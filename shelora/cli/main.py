@@ -326,7 +326,9 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except DomainError as error:
-        Console(stderr=True).print(f"[red]{error.reason}[/red] {error.message}", highlight=False)
+        Console(stderr=True).print(
+            f"[red]{error.reason}[/red] {error.message}", highlight=False, soft_wrap=True
+        )
         sys.exit(1)
 
 

@@ -37,7 +37,7 @@ def key_authority(*arguments):
 
 
 def audit(*arguments):
-    return CliRunner(env={"COLUMNS": "160"}).invoke(shelora, ["audit", *map(str, arguments)])
+    return CliRunner(env={"COLUMNS": "160", "LINES": "50"}).invoke(shelora, ["audit", *map(str, arguments)])
 
 
 def head(log):
