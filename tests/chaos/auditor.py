@@ -69,7 +69,7 @@ class RoundAudit:
     def miscount(self) -> str:
         """What is wrong with who was counted; "" if nothing is."""
         clients = [commit.update.client_id for commit in self.commits]
-        counted = [name for name in clients if name not in self.record.dropped]
+        counted = [name for name in clients if name not in self.record.dropped_ids]
         if len(set(clients)) != len(clients) or sorted(c.ordinal for c in self.commits) != list(
             range(1, len(clients) + 1)
         ):

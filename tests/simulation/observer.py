@@ -149,7 +149,7 @@ class Observer:
         kept = {
             c.update.client_id: c.update
             for c in self._commits(record)
-            if c.update.client_id not in record.dropped
+            if c.update.client_id not in record.dropped_ids
         }
         self.counted[round_id] = set(kept)
         if record.contributor_count != len(kept) or len(kept) < record.round.min_updates:
