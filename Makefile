@@ -56,10 +56,10 @@ check: $(INSTALLED) verify-protos  ## Format, lint, types, import contracts, stu
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit
 
 unit: $(INSTALLED)  ## Run the unit tests
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit
 
 fix: $(INSTALLED)  ## Format and repair what the linter can
 	$(BIN)/ruff format $(SOURCES)
