@@ -13,7 +13,8 @@ DOCKER ?= docker
 IMAGES := server agent demo
 VERSION := 0.1.0
 PYTHON_IMAGE ?= python:3.11.13-slim-bookworm
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# A package index with builds of torch for CPUs only, which are the small ones; empty takes the usual index.
+TORCH_INDEX ?=
 BUILD_OPTIONS ?=
 SOURCES := shelora coordinator client_agent services bench examples load tools tests deploy
 
