@@ -456,7 +456,7 @@ DECODERS: dict[str, Decoder] = {
             "commit",
             _message(pb.CommitUpdateRequest, checks.update),
             lambda: [_commit().SerializeToString()],
-            _INVALID,
+            _INVALID | {Reason.VALUE_NOT_FINITE},
         ),
         Decoder(
             "evaluation",
