@@ -5,6 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
+
+# A slow machine is no failure. Where the variable CI is set, hypothesis draws the same examples every time.
+settings.register_profile("shelora", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shelora")
 
 
 def free_port() -> int:

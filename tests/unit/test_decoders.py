@@ -18,7 +18,6 @@ LENGTHS = (b"\xff" * 4, b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\xff\xff\xff
 every = pytest.mark.parametrize("decoder", DECODERS.values(), ids=lambda decoder: decoder.name)
 quick = settings(
     max_examples=10,
-    deadline=None,
     derandomize=True,  # the same on every machine: `make fuzz` explores
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shelora.ckks.parameters import INSECURE_TOY
@@ -168,7 +168,7 @@ def layouts(draw):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layout=layouts())
 def test_layouts_and_their_digests_survive_protobuf(layout):
     data = layout_to_proto(layout).SerializeToString()
@@ -180,7 +180,7 @@ def test_layouts_and_their_digests_survive_protobuf(layout):
 SMALL = st.integers(0, 2**32 - 1) | st.integers(0, 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     matrices=st.lists(st.tuples(SMALL, SMALL, st.lists(SMALL, max_size=2)), max_size=2),
     tensors=st.lists(st.tuples(st.lists(SMALL, max_size=12), st.floats()), max_size=2),
@@ -219,7 +219,7 @@ DECODERS = [
 ]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(data=st.data(), which=st.sampled_from(DECODERS))
 def test_altered_shards_are_read_or_refused_with_a_reason(data, which):
     decode, layout, shards = which
@@ -241,7 +241,7 @@ def test_altered_shards_are_read_or_refused_with_a_reason(data, which):
     assert outcome(decode, layout, index, bytes(shard))[1] is not Reason.INTERNAL
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.binary(max_size=200), which=st.sampled_from(DECODERS))
 def test_random_bytes_are_refused_with_a_reason(data, which):
     decode, layout, _ = which

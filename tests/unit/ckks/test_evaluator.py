@@ -44,7 +44,7 @@ def refused(call, *arguments):
     return error.value.reason
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     segments=st.lists(st.integers(0, 3 * SLOTS // 2), min_size=1, max_size=5),
     odd=st.booleans(),
@@ -285,7 +285,7 @@ def test_an_accumulator_needs_a_row_and_segments_of_whole_pairs(evaluator):
     assert refused(Evaluator, INSECURE_TOY, b"short") is Reason.INVALID_ARGUMENT
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_native_code_takes_any_integers_that_passed_the_checks(evaluator, decryptor, seed):
     rng = np.random.default_rng(seed)

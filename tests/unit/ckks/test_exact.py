@@ -97,7 +97,7 @@ def test_the_largest_residues_do_not_pass_the_mantissa(parameters, rows_in):
     assert (total.result() == expected).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.integers(0, 2**60), min_size=1, max_size=20),
     width=st.integers(1, 26),

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import transitions
@@ -215,7 +215,6 @@ def of_budgets(budgets):
     return {n: Member(client_id=n, rank=4, budget=b, example_count=1) for n, b in named.items()}
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=200))
 def test_tiers_are_budgets_few_and_every_member_affords_one(budgets):
     tiers = transitions.budgets(of_budgets(budgets))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from client_agent.config import AgentConfig
@@ -37,7 +37,6 @@ def test_the_configuration_written_for_an_agent_is_valid(tmp_path, profile):
     assert (config.lora.rank, config.budget) == (profile.rank, profile.budget)
 
 
-@settings(deadline=None)  # a slow machine is no failure
 @given(st.integers(0, 2**32 - 1))
 def test_a_split_gives_every_example_to_one_agent_and_none_too_few(seed):
     parts = dirichlet_split(LABELS, agents=4, alpha=0.3, seed=seed)

@@ -24,7 +24,7 @@ def truncated(matrix, rank):
     return left[:, :rank] * values[:rank] @ right[:rank]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=SEEDS,
     out=st.integers(1, 30),
@@ -93,7 +93,7 @@ def test_a_sketch_that_merged_and_came_back_below_the_limit_still_has_no_coordin
     assert sketch.directions()[1] is None
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=SEEDS,
     out=st.integers(1, 20),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from shelora.ckks.parameters import LARGE, STANDARD
 from shelora.ckks.secret import SecretKey
@@ -30,7 +30,7 @@ def check_bounds(cohort, *, worst_case_rounding):
     return restored
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120)
 @given(cohort=cohorts())
 def test_agents_reconstruct_the_exact_sum_within_the_rigorous_bound(cohort):
     check_bounds(cohort, worst_case_rounding=True)

@@ -59,7 +59,7 @@ def test_the_published_shapes_at_one_percent_fill_two_chunks():
     assert layout.slot_count(layout.shards[0]) > 0.9 * STANDARD.slots
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shapes=st.lists(
         st.tuples(st.sampled_from([64, 576, 3200, 20000]), st.sampled_from([64, 577, 3200]), st.floats(0, 1)),
@@ -98,7 +98,7 @@ def test_tensors_fill_shards_of_their_own():
     assert max(layout.chunk_count(shard) for shard in layout.shards) <= MAX_CHUNKS
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 90)), min_size=1, max_size=5),
     budgets=st.lists(st.sampled_from([0.1, 0.3, 0.6, 1.0]), max_size=3, unique=True).map(sorted),
@@ -122,7 +122,7 @@ def test_segments_cover_every_protected_column_once_and_fewer_tiers_are_a_prefix
     assert all(s.slot % 2 == 0 and s.length > 0 for s in every)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 90)), min_size=1, max_size=4),
     budgets=st.lists(st.sampled_from([0.1, 0.6, 1.0]), max_size=3, unique=True).map(sorted),

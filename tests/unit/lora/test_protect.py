@@ -28,7 +28,7 @@ def refusal_of(*arguments, **options):
     return error.value
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 2**32 - 1),
     row_exponents=st.lists(st.integers(-60, 60), min_size=1, max_size=4),

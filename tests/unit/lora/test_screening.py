@@ -25,7 +25,7 @@ def frobenius(updates):
     return math.sqrt(sum(float(np.linalg.norm(update)) ** 2 for update in updates))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cohorts())
 def test_the_norm_bounds_every_update(cohort):
     for member, shards in zip(cohort.members, cohort.updates(), strict=True):
@@ -43,7 +43,7 @@ class Garbage:
         return replace(block, c0=c0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cohorts())
 def test_the_norms_bound_the_aggregate_though_ciphertexts_hold_garbage(cohort):
     updates, hostile = cohort.updates(), cohort.members[0]
@@ -59,7 +59,6 @@ def test_the_norms_bound_the_aggregate_though_ciphertexts_hold_garbage(cohort):
         assert np.abs(value).max(initial=0) <= bounds[name] * (1 + 1e-6)
 
 
-@settings(deadline=None)
 @given(NORMS, st.floats(2, 100))
 def test_an_honest_majority_alone_says_what_is_too_large(norms, ratio):
     most = largest_believed({str(i): norm for i, norm in enumerate(norms)}, ratio)

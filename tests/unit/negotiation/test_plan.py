@@ -44,7 +44,7 @@ def message_of(call, *arguments):
     return refusal.value.message
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.2, 0.7, 3.0]), min_size=1, max_size=9))
 def test_every_prefix_of_a_plan_covers_as_much_as_any_set_of_its_size(values):
     matrices = [Matrix("q", 1, len(values))]
@@ -55,7 +55,7 @@ def test_every_prefix_of_a_plan_covers_as_much_as_any_set_of_its_size(values):
         assert scores["q"][plan.columns[:size]].sum() == pytest.approx(best)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
@@ -204,7 +204,7 @@ def test_a_sealed_plan_shows_its_length_only():
     assert len(sealed) == len(seal_plan(make_plan(scores_of(9), MATRICES, TIERS), KEY, CONTEXT))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_an_altered_sealed_plan_is_refused(data):
     sealed = bytearray(seal_plan(PLAN, KEY, CONTEXT))

@@ -40,7 +40,7 @@ def joined(values):
     return np.concatenate([values[m.name] for m in MATRICES])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.sampled_from([0.3, 1.0, 5.0]),

@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.shell import rates
@@ -35,7 +35,6 @@ def limited(limits):
     return Rates(limits, clock, clock.sleep), clock
 
 
-@settings(deadline=None)
 @given(
     rate=st.floats(0.1, 1e4),
     burst=st.integers(1, 1000),
