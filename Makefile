@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml requirements/constraints.txt
 demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8 (PROTECTION=none for comparison)
 	$(BIN)/python -m examples.reuters.demo --protection $(PROTECTION)
 
-test: $(INSTALLED)  ## Run every test
+test: $(INSTALLED)  ## Run the tests; longer suites have targets of their own
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-helm: $(HELM)  ## Lint the Helm chart, render it with Helm's engine, validate and check every object

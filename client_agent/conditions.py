@@ -9,7 +9,8 @@ import psutil
 import structlog
 
 from client_agent.config import ResourcesConfig
-from client_agent.progress import Activity, Stage
+from client_agent.progress import Activity
+from shelora.protocol import Stage
 
 POLL_S: Final = 10.0
 """Seconds between two looks while the work is paused."""

@@ -247,10 +247,9 @@ def judged_disk(needed: int, free: int, folder: Path) -> Finding:
 def check_conditions(config: AgentConfig) -> list[Finding]:
     """Whether the device may compute right now."""
     why = Conditions(config.resources).obstacle()
-    return [Finding("power and load", Verdict.WARNING, why, "the agent waits") if why else _FREE]
-
-
-_FREE: Final = Finding("power and load", Verdict.OK, "the agent may compute now")
+    if why:
+        return [Finding("power and load", Verdict.WARNING, why, "the agent waits")]
+    return [Finding("power and load", Verdict.OK, "the agent may compute now")]
 
 
 def _servers(config: AgentConfig) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Final
 import structlog
 
 from client_agent.metrics import BYTES, timed
-from client_agent.progress import Activity, Stage
+from client_agent.progress import Activity
 from client_agent.replicas import AggregationStub, Replicas, transfer_timeout_s
 from client_agent.session import digest_from_proto
 from client_agent.state import AgentState, Inbox
@@ -17,6 +17,7 @@ from shelora.lora.aggregate import MIN_CONTRIBUTORS
 from shelora.lora.layout import Layout
 from shelora.lora.shards import ResultShardContent
 from shelora.messages import decode_result, layout_from_proto
+from shelora.protocol import Stage
 from shelora.transport.pieces import Digest
 from shelora.v1 import aggregation_pb2, common_pb2
 

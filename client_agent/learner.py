@@ -18,7 +18,7 @@ from client_agent.keys import EpochSecrets
 from client_agent.learning import Evaluation, Trained, Weights
 from client_agent.metrics import TRAINING_STEPS, timed
 from client_agent.model import AdaptedModel, choose_device
-from client_agent.progress import Activity, Stage
+from client_agent.progress import Activity
 from client_agent.scoring import sensitivity_scores
 from client_agent.state import AgentState
 from client_agent.training import TrainingRun, train
@@ -27,6 +27,7 @@ from shelora.lora.algebra import reparameterize
 from shelora.lora.restore import Restored
 from shelora.lora.shards import Float64
 from shelora.obfuscation import Obfuscation
+from shelora.protocol import Stage
 
 _log = structlog.get_logger(__name__)
 _INITIAL: Final = "initial/"

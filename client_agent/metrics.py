@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from client_agent.progress import STAGES, Stage
+from shelora.protocol import Stage
 from shelora.telemetry.metrics import counter
 
 TRAINING_STEPS: Final = counter("agent_training_steps_total", "Optimizer steps done.")
-STAGE_SECONDS: Final = counter("agent_stage_seconds_total", "Seconds spent in a stage.", {"stage": STAGES})
+STAGE_SECONDS: Final = counter(
+    "agent_stage_seconds_total", "Seconds spent in a stage.", {"stage": tuple(Stage)}
+)
 BYTES: Final = counter("agent_transfer_bytes_total", "Bytes of shards moved.", {"direction": ("up", "down")})
 ROUNDS: Final = counter(
     "agent_updates_total", "Updates, by what became of them.", {"outcome": ("committed", "dropped")}

@@ -2,29 +2,12 @@
 
 import threading
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Final
 
 import structlog
 
+from shelora.protocol import Stage
+
 _log = structlog.get_logger(__name__)
-
-
-class Stage(StrEnum):
-    """Stages as heartbeats name them."""
-
-    IDLE = "idle"
-    SCORING = "scoring"
-    TRAINING = "training"
-    ENCRYPTING = "encrypting"
-    UPLOADING = "uploading"
-    DOWNLOADING = "downloading"
-    DECRYPTING = "decrypting"
-    EVALUATING = "evaluating"
-    PAUSED = "paused"
-
-
-STAGES: Final = tuple(Stage)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the work was no longer wanted

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from client_agent.keys import EpochSecrets
 from client_agent.learning import LocalModel, Weights
 from client_agent.metrics import timed
-from client_agent.progress import Activity, Stage
+from client_agent.progress import Activity
 from client_agent.state import AgentState, Spool, UpdateNote
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec
@@ -19,6 +19,7 @@ from shelora.lora.protect import protect
 from shelora.messages import encode_update
 from shelora.negotiation.plan import Plan, check_layout, column_orders
 from shelora.negotiation.votes import vote_layout
+from shelora.protocol import Stage
 
 _log = structlog.get_logger(__name__)
 

@@ -17,6 +17,7 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix
 from shelora.messages import matrix_to_proto, tensor_to_proto
+from shelora.protocol import PROTOCOL_VERSION
 from shelora.transport.channel import OpenChannel, call, call_with_stream, is_transient, open_channel
 from shelora.transport.pieces import Digest, collect, cut
 from shelora.transport.status import error_from_rpc
@@ -25,7 +26,6 @@ from shelora.v1 import common_pb2, key_authority_pb2, key_authority_pb2_grpc
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import coordinator_pb2_grpc as pb_grpc
 
-PROTOCOL_VERSION: Final = 1
 MAX_PLAN_BYTES: Final = 64 * 2**20
 """Most bytes of a sealed plan: four a column, so 16 million columns."""
 STREAM_TIMEOUT_S: Final = 300.0

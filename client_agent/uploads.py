@@ -7,10 +7,11 @@ from functools import partial
 import structlog
 
 from client_agent.metrics import BYTES, timed
-from client_agent.progress import Activity, Stage
+from client_agent.progress import Activity
 from client_agent.replicas import AggregationStub, Replicas, transfer_timeout_s
 from client_agent.session import digest_to_proto
 from client_agent.state import Spool
+from shelora.protocol import Stage
 from shelora.transport.pieces import Digest, cut
 from shelora.v1 import aggregation_pb2 as pb
 

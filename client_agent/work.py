@@ -11,7 +11,7 @@ from client_agent.downloads import Result, download
 from client_agent.keys import EpochSecrets
 from client_agent.learning import LocalLearner, Weights
 from client_agent.metrics import ROUNDS, Stopwatch, timed
-from client_agent.progress import Activity, Stage
+from client_agent.progress import Activity
 from client_agent.protection import (
     check_model,
     check_train_layout,
@@ -36,6 +36,7 @@ from shelora.negotiation.plan import Plan, check_plan, open_plan, plan_context, 
 from shelora.negotiation.ranking import Ranking, total_columns
 from shelora.negotiation.sealed import Sealed
 from shelora.negotiation.votes import summed_scores
+from shelora.protocol import Stage
 from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 

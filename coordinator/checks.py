@@ -12,29 +12,17 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix, Tensor, build_layout
 from shelora.messages import matrix_from_proto
+from shelora.protocol import PROTOCOL_VERSION, Stage
 from shelora.transport.pieces import SHA256_BYTES
 from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 
-PROTOCOL_VERSION: Final = 1
 KEY_ID_BYTES: Final = 16
 MAX_RANK: Final = 1024
 MAX_EXAMPLES: Final = 10**9
 MAX_SCALING: Final = 1e4
 MAX_WHY: Final = 500
-STAGES: Final = frozenset(
-    {
-        "idle",
-        "scoring",
-        "training",
-        "encrypting",
-        "uploading",
-        "downloading",
-        "decrypting",
-        "evaluating",
-        "paused",
-    }
-)
+STAGES: Final = frozenset(Stage)
 _CLIENT: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 

@@ -269,8 +269,7 @@ class Driver:
         federation_id = federation.federation_id
         if not (await self._decides_on_members(federation, round_) or self._is_census_due(federation_id)):
             return {}, set()
-        joined = await self._store.members(federation_id)
-        members = {name: member for name, member in joined.items() if federation.admits(member)}
+        members = federation.admitted(await self._store.members(federation_id))
         sightings = await self._store.sightings(federation_id, list(members))
         now_ms = self._clock_ms()
         alive = {name for name, seen in sightings.items() if self._is_alive(seen, now_ms)}
@@ -448,8 +447,8 @@ class Driver:
         self, federation: FederationRecord, record: RoundRecord, commits: list[Commit]
     ) -> WriteRound:
         """Ranks the ballots of a vote; leads to its publication."""
-        members = (await self._store.members(federation.federation_id)).items()
-        tiers = transitions.budgets({name: m for name, m in members if federation.admits(m)})
+        members = await self._store.members(federation.federation_id)
+        tiers = transitions.budgets(federation.admitted(members))
         tally, missing = Tally(total_columns(federation.matrices)), []
         for update in (commit.update for commit in commits):
             data = await self._store.ballot(federation, record.sequence, update.client_id)

@@ -6,6 +6,7 @@ shards) has keys of its own. Rules live in `coordinator.decisions`; these classe
 
 import hashlib
 import json
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final, Literal, Self
 
@@ -220,6 +221,10 @@ class FederationRecord(Record):
     def admits(self, member: "Member") -> bool:
         """Whether a client that joined is still a member: it is not if the certificate it joined with is revoked."""
         return member.certified_ms > self.revoked.get(member.client_id, -1)
+
+    def admitted(self, joined: Mapping[str, "Member"]) -> dict[str, "Member"]:
+        """Those of the clients that joined which are members still, by name."""
+        return {name: member for name, member in joined.items() if self.admits(member)}
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:

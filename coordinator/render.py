@@ -84,8 +84,7 @@ class Renderer:
         return count
 
     async def _members(self, record: FederationRecord, now_ms: int) -> list[pb.Member]:
-        joined = await self._store.members(record.federation_id)
-        members = {name: member for name, member in joined.items() if record.admits(member)}
+        members = record.admitted(await self._store.members(record.federation_id))
         sightings = await self._store.sightings(record.federation_id, list(members))
         return [member_to_proto(m, sightings.get(name), now_ms) for name, m in members.items()]
 

@@ -10,13 +10,14 @@ from client_agent.config import AgentConfig
 from client_agent.drawing import seed_of
 from client_agent.keys import EpochSecrets
 from client_agent.learning import Evaluation, Trained, Weights
-from client_agent.progress import Activity, Stage
+from client_agent.progress import Activity
 from client_agent.state import AgentState
 from shelora.federation import TrainingSpec
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.restore import Restored
 from shelora.lora.shards import Float32, Float64, LoraFactors
 from shelora.obfuscation import Obfuscation
+from shelora.protocol import Stage
 
 WIDTH: Final = 384
 """Rows and columns of a matrix, those of all-MiniLM-L6-v2."""

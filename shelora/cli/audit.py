@@ -1,6 +1,5 @@
 """`shelora audit`: reads the key authority's audit log, on any machine, without a key."""
 
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shelora.audit import LOG_NAME, AuditRecord, verified
+from shelora.cli.reporting import reported
 from shelora.errors import DomainError, Reason
 
 SHOWN: Final = 50
@@ -37,7 +37,7 @@ def verify(
     Whoever can write the whole file can make a new chain that holds. So note the head that this prints somewhere
     else, and give it with --head the next time: that proves that nothing up to it was rewritten or cut off.
     """
-    with _reported():
+    with reported():
         last, found = _read_to_end(path, head and head.strip().lower())
         if head is not None and not found:
             raise DomainError(
@@ -57,7 +57,7 @@ def show(
     last: Annotated[int, typer.Option(min=1, max=10_000, help="Show this many of the last records.")] = SHOWN,
 ) -> None:
     """Show the last records of a log, after checking all of it."""
-    with _reported(), _log(path) as file:
+    with reported(), _log(path) as file:
         records = deque(verified(file), maxlen=last)
     Console().print(records_table(records))
 
@@ -110,15 +110,3 @@ def _log(path: Path) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise DomainError(Reason.CONFIGURATION_INVALID, f"{path} cannot be read: {error.strerror}") from error
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Shows a DomainError as one message and exits with 1."""
-    try:
-        yield
-    except DomainError as error:
-        Console(stderr=True).print(
-            f"[red]{error.reason}[/red] {error.message}", highlight=False, soft_wrap=True
-        )
-        sys.exit(1)

@@ -28,6 +28,7 @@ from shelora.cli.operator import (
     revoke_client,
 )
 from shelora.cli.render import federation_view, federations_table, revocations_table
+from shelora.cli.reporting import reported
 from shelora.cli.secret_files import make_secrets
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
@@ -99,7 +100,7 @@ def up(
 
     State survives: a cluster started again in the same folder goes on where it stopped.
     """
-    with _reported(), interruptible():
+    with reported(), interruptible():
         cluster = LocalCluster(
             folder, fixed_ports=not any_ports, aggregation_replicas=aggregation_replicas, workers=workers
         )
@@ -135,7 +136,7 @@ def create(
         created = await o.create(spec.to_proto())
         return await o.start(created.federation_id) if start_now else created
 
-    with _reported():
+    with reported():
         spec = FederationSpec.from_yaml(specification)
     console.print(federation_view(_ask(work, Target.of(coordinator, identity, key_authority))))
 
@@ -221,7 +222,7 @@ def token_create(
         )
         return created.token
 
-    with _reported():
+    with reported():
         print(asyncio.run(work(Target.of(None, identity, key_authority))))  # noqa: T201 - for pipes, never wrapped
 
 
@@ -242,7 +243,7 @@ def revoke(
         credentials = await own_credentials(target.identity, target.key_authority)
         await revoke_client(target.require_key_authority(), credentials, federation, client)
 
-    with _reported():
+    with reported():
         asyncio.run(work(Target.of(None, identity, key_authority)))
     console.print(f"revoked client {client} of federation {federation}", highlight=False)
 
@@ -255,7 +256,7 @@ def revocations(identity: IdentityOption = None, key_authority: KeyAuthorityOpti
         credentials = await own_credentials(target.identity, target.key_authority)
         return await list_revocations(target.require_key_authority(), credentials)
 
-    with _reported():
+    with reported():
         found = asyncio.run(work(Target.of(None, identity, key_authority)))
     console.print(revocations_table(found) if found else "no client was revoked")
 
@@ -281,7 +282,7 @@ def enroll(
     async def work() -> Held:
         return await enrolled(_token(token, token_file), authority, identity, retry_s=RETRY_S)
 
-    with _reported():
+    with reported():
         held = (_still_valid(folder) if stay else None) or asyncio.run(work())
         facts = held.facts
         console.print(
@@ -298,7 +299,7 @@ def secrets(
     folder: Annotated[Path, typer.Argument(help="Folder with a subfolder for everyone who needs some.")],
 ) -> None:
     """Make the secrets of a cluster in containers. Repeating it changes nothing. Prints names, never secrets."""
-    with _reported():
+    with reported():
         made = make_secrets(folder)
     for path in made:
         console.print(f"made {path}", highlight=False, soft_wrap=True)
@@ -320,18 +321,6 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Shows a DomainError as one message and exits with 1."""
-    try:
-        yield
-    except DomainError as error:
-        Console(stderr=True).print(
-            f"[red]{error.reason}[/red] {error.message}", highlight=False, soft_wrap=True
-        )
-        sys.exit(1)
-
-
 @dataclass(frozen=True)
 class Target:
     """Where the operator's calls go, and who makes them: what was given, the rest from the local cluster."""
@@ -345,7 +334,7 @@ class Target:
         """Raises no error of its own: exits as `_reported` does if the local cluster is needed and does not run."""
         if identity is not None and (coordinator or key_authority):
             return cls(coordinator or "", identity, key_authority)
-        with _reported():
+        with reported():
             local = Addresses.read(DEFAULT_FOLDER)
         own = identity or Path(local.operator_identity)
         return cls(coordinator or local.coordinator, own, key_authority or local.key_authority)
@@ -394,7 +383,7 @@ def _ask(work: Callable[[Operator], Coroutine[Any, Any, _Result]], target: Targe
         async with operator(target.coordinator, credentials) as connection:
             return await work(connection)
 
-    with _reported():
+    with reported():
         return asyncio.run(connected())
     raise AssertionError("unreachable: _reported exits")
 

@@ -12,12 +12,13 @@ import numpy as np
 from client_agent.config import AgentConfig
 from client_agent.keys import EpochSecrets
 from client_agent.learning import Evaluation, Trained, Weights
-from client_agent.progress import Activity, Stage
+from client_agent.progress import Activity
 from client_agent.state import AgentState
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.restore import Restored
 from shelora.lora.shards import Float32, LoraFactors
 from shelora.obfuscation import Obfuscation
+from shelora.protocol import Stage
 
 MATRIX, TENSOR = "layer.query", "head"
 

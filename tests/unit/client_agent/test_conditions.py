@@ -4,7 +4,8 @@ import pytest
 
 from client_agent.conditions import SAMPLE_S, Conditions, CpuTimes, ThisDevice
 from client_agent.config import ResourcesConfig
-from client_agent.progress import Activity, Progress, Stage, Stopped
+from client_agent.progress import Activity, Progress, Stopped
+from shelora.protocol import Stage
 
 ASKED = ResourcesConfig(only_charging=True, max_other_cpu=0.25)
 

@@ -10,10 +10,11 @@ from client_agent.data import Examples
 from client_agent.encoding import Encoder
 from client_agent.evaluation import evaluate
 from client_agent.model import AdaptedModel
-from client_agent.progress import Activity, Stage, Stopped
+from client_agent.progress import Activity, Stopped
 from client_agent.training import TrainingRun, train
 from shelora.errors import DomainError, Reason
 from shelora.obfuscation import Obfuscation
+from shelora.protocol import Stage
 from tests.unit.client_agent.tiny import classifier, decoder
 
 
