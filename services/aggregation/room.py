@@ -23,7 +23,7 @@ class Room:
         self._used, self._limit = used, limit
 
     def require(self, size: int) -> None:
-        """Raises STORE_FULL unless an upload of `size` bytes leaves room for what follows from it."""
+        """Raises STORE_FULL unless `size` more bytes of an upload leave room for what follows from it."""
         if self._limit and self._used + size > UPLOAD_SHARE * self._limit:
             raise store_full()
 

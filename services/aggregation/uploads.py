@@ -78,7 +78,7 @@ class Uploads:
             if upload is None:
                 return True
             try:
-                self._room.require(announced.digest.total_bytes)
+                self._room.require(announced.digest.total_bytes - upload.received_bytes)
                 return not await self._complete(layout, upload, announced.offset, pieces)
             except DomainError as error:
                 if error.reason is not Reason.STORE_UNAVAILABLE:

@@ -5,10 +5,14 @@ from collections.abc import Callable, Iterator
 import grpc
 import pytest
 
+from services.aggregation.records import ShardSlot
+from services.aggregation.room import UPLOAD_SHARE, Room
+from services.aggregation.store import connect
+from services.aggregation.uploads import Announcement, UploadLimits, Uploads
 from shelora.errors import Reason
-from shelora.transport.pieces import cut
+from shelora.transport.pieces import Digest, cut
 from shelora.transport.status import error_from_rpc, lost_status, retry_after_s
-from tests.integration.aggregation.service import announcement, stream
+from tests.integration.aggregation.service import ROUND, announcement, stream
 
 
 @pytest.fixture
@@ -59,3 +63,21 @@ async def test_a_round_is_closed_and_makes_room_while_redis_is_full(caller, wide
     room(-1)
     await caller.close(results=True)
     assert not keys.client.keys("*")
+
+
+async def test_a_resumed_upload_needs_room_for_the_rest_alone(caller, wide, redis_url):
+    data, slot = wide.shard_bytes("client-0", 0), ShardSlot(ROUND, "client-0", 0)
+    await caller.open(wide.layout)
+    store, room, half = connect(redis_url, connections=2, timeout_s=10), Room(), len(data) // 2
+    begun = await store.begin(slot, Digest.of(data), "0" * 32)
+    await store.append(begun, 0, data[:half])
+    room.tell(0, int((len(data) - half) / UPLOAD_SHARE) + 1)
+
+    async def rest():
+        for piece in cut(data, half):
+            yield piece
+
+    uploads = Uploads(store, UploadLimits(1, 1, 30), lambda: "1" * 32, room)
+    assert not await uploads.receive(Announcement(slot, Digest.of(data), half, wide.layout.digest), rest())
+    assert (await caller.progress("client-0"))[0].complete
+    await store.close()
