@@ -30,7 +30,9 @@ Learn: TypeAlias = Callable[[AgentConfig, TrainingSpec, AgentState], LocalLearne
 """Reads the data and loads the model: `client_agent.learner.Learner`, or a stand-in."""
 
 HEARTBEAT_S: Final = 5.0
-"""Seconds between two heartbeats."""
+"""Seconds to the next heartbeat unless the coordinator has named others."""
+SOONEST_HEARTBEAT_S: Final = 1.0
+LATEST_HEARTBEAT_S: Final = 3600.0
 RETRY_S: Final = 5.0
 """Seconds before an assignment that failed for a reason that may pass is tried again, doubled each time."""
 LONGEST_RETRY_S: Final = 60.0
@@ -81,7 +83,6 @@ class Agent:
         learn: Makes the learner; called in the worker.
         worker: Where blocking work is done; an agent of its own process has one to itself.
         connect: Opens its connections.
-        heartbeat_s: Seconds between two heartbeats.
         retry_s: Seconds before a failed assignment is tried again, at first.
     """
 
@@ -92,14 +93,12 @@ class Agent:
         *,
         worker: Worker | None = None,
         connect: OpenChannel = open_channel,
-        heartbeat_s: float = HEARTBEAT_S,
         retry_s: float = RETRY_S,
     ) -> None:
         self._config = config
         self._learn = learn
         self._worker = worker
         self._connect = connect
-        self._heartbeat_s = heartbeat_s
         self._retry_s = retry_s
         self._stopping = asyncio.Event()
 
@@ -155,7 +154,7 @@ class Agent:
         work = Work(identity, session=session, replicas=replicas, state=state, learner=learner, worker=worker)
         follower = _Follower(session, work, learner, self._retry_s)
         await follower.join()
-        beating = asyncio.create_task(follower.beat(self._heartbeat_s))
+        beating = asyncio.create_task(follower.beat())
         try:
             return await follower.follow()
         finally:
@@ -176,6 +175,11 @@ class Agent:
                 if spec.protection.mode == "none":
                     _log.warning("updates_are_not_protected", federation=spec.name)
                 return spec
+
+
+def until_next_s(asked_s: float) -> float:
+    """Seconds to the next heartbeat, from those that the coordinator asked for; 0: it asked for none."""
+    return min(max(asked_s, SOONEST_HEARTBEAT_S), LATEST_HEARTBEAT_S) if asked_s else HEARTBEAT_S
 
 
 class _Follower:
@@ -220,15 +224,16 @@ class _Follower:
         finally:
             await _cancelled(watching)
 
-    async def beat(self, period_s: float) -> None:
-        """Says every `period_s` seconds what this client is doing."""
+    async def beat(self) -> None:
+        """Says what this client is doing, as often as the coordinator asks for."""
         while True:
             progress = self._activity.progress if self._activity else Progress()
+            asked_s = 0.0
             try:
-                await self._session.heartbeat(progress)
+                asked_s = await self._session.heartbeat(progress)
             except DomainError as error:
                 _log.debug("heartbeat_failed", reason=error.reason, why=error.message)
-            await asyncio.sleep(period_s)
+            await asyncio.sleep(until_next_s(asked_s))
 
     async def drop(self) -> None:
         """Stops the work in progress, if any: within a training step or a shard, and then without regard.

@@ -100,15 +100,19 @@ class Session:
                 _log.info("watch_broken", code=error.code().name)
             await wait()
 
-    async def heartbeat(self, progress: Progress) -> None:
-        """Says what this client is doing. One attempt: the next heartbeat follows soon."""
+    async def heartbeat(self, progress: Progress) -> float:
+        """Says what this client is doing. One attempt: the next heartbeat follows soon.
+
+        Returns: Seconds until then; 0 if the coordinator names none.
+        """
         request = pb.HeartbeatRequest(
             federation_id=self._config.federation,
             client_id=self._config.client_id,
             stage=progress.stage.value,
             progress=progress.fraction,
         )
-        await call(self._coordinator.Heartbeat, request, timeout_s=5, retry_s=0)
+        answer = await call(self._coordinator.Heartbeat, request, timeout_s=5, retry_s=0)
+        return answer.next_ms / 1000
 
     async def secrets(self, epoch: int) -> EpochSecrets:
         """The secrets of an epoch.

@@ -36,6 +36,7 @@ from coordinator.decisions import (
     mean_overlap,
     revoked_since,
 )
+from coordinator.liveness import USUAL, Liveness
 from coordinator.metrics import KEY_EPOCH, MEMBERS, REFUSALS_TOTAL, ROUNDS_TOTAL, STAGE_SECONDS
 from coordinator.records import (
     Commit,
@@ -47,7 +48,6 @@ from coordinator.records import (
     Phase,
     RoundRecord,
     ShardResult,
-    Sighting,
 )
 from coordinator.screening import outliers
 from coordinator.store import Store, Versioned
@@ -79,8 +79,8 @@ class KeyAuthority(Protocol):
 class DriverPolicy:
     """How a driver behaves; times in seconds."""
 
-    alive_s: float = 30.0
-    """A member heard of within this time is alive."""
+    liveness: Liveness = USUAL
+    """When a silent member counts as gone."""
     tick_s: float = 2.0
     """Longest time between two looks at a federation, for what no notification announces: silence."""
     lease_s: float = 15.0
@@ -272,7 +272,8 @@ class Driver:
         members = federation.admitted(await self._store.members(federation_id))
         sightings = await self._store.sightings(federation_id, list(members))
         now_ms = self._clock_ms()
-        alive = {name for name, seen in sightings.items() if self._is_alive(seen, now_ms)}
+        heard_ms = now_ms - 1000 * self._policy.liveness.patience_s(len(members))
+        alive = {name for name, seen in sightings.items() if seen.at_ms >= heard_ms}
         self._count_members(federation_id, (len(alive), len(members) - len(alive)))
         self._censuses[federation_id] = now_ms
         return members, alive
@@ -285,9 +286,6 @@ class Driver:
 
     def _is_census_due(self, federation_id: str) -> bool:
         return self._clock_ms() - self._censuses.get(federation_id, 0) >= 1000 * CENSUS_S
-
-    def _is_alive(self, seen: Sighting, now_ms: int) -> bool:
-        return now_ms - seen.at_ms <= 1000 * self._policy.alive_s
 
     def _count_members(self, federation_id: str, counts: tuple[int, int] | None) -> None:
         """Sets the gauge to the sums over the driven federations."""

@@ -12,6 +12,7 @@ from coordinator.aggregation import AggregationPool, lacks
 from coordinator.assignments import Assignment, assignment_for
 from coordinator.ballots import most_bytes, opened_ballot, takes_ballots
 from coordinator.changes import Changes
+from coordinator.liveness import USUAL, Liveness
 from coordinator.metrics import REFUSALS_TOTAL, UPDATES_TOTAL
 from coordinator.records import (
     Dropped,
@@ -76,6 +77,7 @@ class Handlers:
         new_instance: Eight random hex digits.
         watch_poll_s: Longest time between two looks of a watching agent's stream.
         limits: How much it takes on.
+        liveness: How often members beat.
         looks: What watching agents see, read from the store once a change for all of them.
     """
 
@@ -86,6 +88,7 @@ class Handlers:
     new_instance: Callable[[], str]
     watch_poll_s: float = 5.0
     limits: Limits = Limits()
+    liveness: Liveness = USUAL
     looks: Shared[_LookKey, _Look] = field(default_factory=lambda: Shared(WATCHED_FEDERATIONS))
 
     async def create(self, spec: FederationSpec) -> FederationRecord:
@@ -165,10 +168,12 @@ class Handlers:
         _log.info("client_joined", federation_id=federation_id, client_id=member.client_id, rank=member.rank)
         return record
 
-    async def heartbeat(self, federation_id: str, client_id: str, seen: Sighting) -> None:
-        """Keeps what a member says of itself. Raises CLIENT_UNKNOWN."""
-        if not await self.store.see(federation_id, client_id, seen):
+    async def heartbeat(self, federation_id: str, client_id: str, seen: Sighting) -> float:
+        """Keeps what a member says of itself. Returns seconds until it is to do so again. Raises CLIENT_UNKNOWN."""
+        members = await self.store.see(federation_id, client_id, seen)
+        if not members:
             await self._require_member(federation_id, client_id)
+        return self.liveness.interval_s(members)
 
     async def watch(
         self, federation_id: str, client_id: str

@@ -118,7 +118,14 @@ def compose(
         aggregation, retry_s=settings.retry_s, aggregate_timeout_s=settings.aggregate_timeout_s
     )
     handlers = Handlers(
-        store, changes, pool, now_ms, lambda: secrets.token_hex(4), settings.watch_poll_s, settings.limits
+        store,
+        changes,
+        pool,
+        now_ms,
+        lambda: secrets.token_hex(4),
+        settings.watch_poll_s,
+        settings.limits,
+        settings.liveness,
     )
     driver = Driver(
         store=store,

@@ -82,8 +82,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: _Context) -> pb.HeartbeatResponse:
         async with translated(context):
             seen = checks.sighting(request.stage, request.progress, self._handlers.clock_ms())
-            await self._handlers.heartbeat(request.federation_id, request.client_id, seen)
-            return pb.HeartbeatResponse()
+            next_s = await self._handlers.heartbeat(request.federation_id, request.client_id, seen)
+            return pb.HeartbeatResponse(next_ms=round(1000 * next_s))
 
     async def CommitUpdate(
         self, request: pb.CommitUpdateRequest, context: _Context

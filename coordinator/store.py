@@ -140,8 +140,11 @@ class Store(Protocol):
     async def is_member(self, federation_id: str, client_id: str) -> bool:
         """Whether a client has joined."""
 
-    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> bool:
-        """Keeps what a member said of itself until the sighting expires. False: the client is no member."""
+    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> int:
+        """Keeps what a member said of itself until the sighting expires.
+
+        Returns the number of members; 0: the client is none.
+        """
 
     async def touch(self, federation_id: str, client_id: str, at_ms: int) -> None:
         """Notes that a client called, also before it is a member; what it last said of itself stays."""
@@ -404,9 +407,9 @@ class RedisStore:
         return bool(await self._redis.hexists(self._keys.members(federation_id), client_id))
 
     @_available
-    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> bool:
+    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> int:
         keys = [self._keys.members(federation_id), self._keys.sighting(federation_id, client_id)]
-        return bool(await self._see(keys, [client_id, sighting.model_dump_json(), self._sighting_ms]))
+        return int(await self._see(keys, [client_id, sighting.model_dump_json(), self._sighting_ms]))
 
     @_available
     async def touch(self, federation_id: str, client_id: str, at_ms: int) -> None:

@@ -170,7 +170,8 @@ class CoordinatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Heartbeat(self, request, context):
-        """Says that a client is alive and what it is doing. Not stored beyond its expiry. Fails with CLIENT_UNKNOWN.
+        """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
+        Fails with CLIENT_UNKNOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

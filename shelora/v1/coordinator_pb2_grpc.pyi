@@ -63,7 +63,9 @@ class CoordinatorStub:
     the server shuts down or the federation ends; reconnect with backoff. Fails with CLIENT_UNKNOWN before Join.
     """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.HeartbeatRequest, _coordinator_pb2.HeartbeatResponse]
-    """Says that a client is alive and what it is doing. Not stored beyond its expiry. Fails with CLIENT_UNKNOWN."""
+    """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
+    Fails with CLIENT_UNKNOWN.
+    """
     CommitUpdate: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]
     """Commits a client's update once all its shards are stored. Counted exactly once.
     Idempotent: the same manifest returns the first receipt, also after the round moved on; another manifest fails
@@ -124,7 +126,9 @@ class CoordinatorAsyncStub(CoordinatorStub):
     the server shuts down or the federation ends; reconnect with backoff. Fails with CLIENT_UNKNOWN before Join.
     """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.HeartbeatRequest, _coordinator_pb2.HeartbeatResponse]  # type: ignore[assignment]
-    """Says that a client is alive and what it is doing. Not stored beyond its expiry. Fails with CLIENT_UNKNOWN."""
+    """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
+    Fails with CLIENT_UNKNOWN.
+    """
     CommitUpdate: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]  # type: ignore[assignment]
     """Commits a client's update once all its shards are stored. Counted exactly once.
     Idempotent: the same manifest returns the first receipt, also after the round moved on; another manifest fails
@@ -230,7 +234,9 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.HeartbeatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.HeartbeatResponse, _abc.Awaitable[_coordinator_pb2.HeartbeatResponse]]:
-        """Says that a client is alive and what it is doing. Not stored beyond its expiry. Fails with CLIENT_UNKNOWN."""
+        """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
+        Fails with CLIENT_UNKNOWN.
+        """
 
     @_abc_1.abstractmethod
     def CommitUpdate(

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from coordinator.liveness import Liveness
 from coordinator.records import Phase
 from shelora.errors import DomainError, Reason
 from shelora.v1 import coordinator_pb2 as pb
@@ -97,6 +98,24 @@ async def test_a_cohort_is_the_members_heard_of_lately(fed):
     await fed.settle()
     assert (await fed.shown()).current.cohort_count == 2
     assert (await fed.assignment("c")).wait.why.startswith("a round is in progress")
+
+
+async def test_a_federation_told_to_beat_less_often_is_waited_for_longer(fed):
+    fed.liveness = Liveness(alive_s=30, heartbeats_per_s=0.05)  # three members: every 60 s
+    patient = fed.new_driver(fed.store)
+    await fed.begin(spec("none"))
+    fed.now_ms += 360_000
+    await fed.settle(patient)
+    assert (await fed.shown()).current.cohort_count == 3
+
+
+async def test_members_told_to_beat_less_often_are_gone_in_the_end(fed):
+    fed.liveness = Liveness(alive_s=30, heartbeats_per_s=0.05)
+    patient = fed.new_driver(fed.store)
+    await fed.begin(spec("none"))
+    fed.now_ms += 361_000
+    await fed.settle(patient)
+    assert not (await fed.federation()).sequence
 
 
 async def test_a_round_waits_for_a_cohort_of_min_updates(fed):

@@ -134,9 +134,10 @@ async def test_a_heartbeat_is_shown_and_ages(stub, fed):
     async with refused(Reason.CLIENT_UNKNOWN, "join first"):
         await stub.Heartbeat(pb.HeartbeatRequest(federation_id="fed", client_id="a", stage="idle"))
     await stub.Join(join())
-    await stub.Heartbeat(
+    answer = await stub.Heartbeat(
         pb.HeartbeatRequest(federation_id="fed", client_id="a", stage="training", progress=0.25)
     )
+    assert answer.next_ms == 5000
     fed.now_ms += 1500
     (member,) = (await stub.GetFederation(pb.GetFederationRequest(federation_id="fed"))).members
     assert (member.stage, member.progress, member.idle_ms) == ("training", 0.25, 1500)

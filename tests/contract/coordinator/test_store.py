@@ -184,8 +184,8 @@ async def test_members_sightings_and_evaluations_come_back(store):
     assert (await store.member("fed", "b")).client_id == "b"
     assert await store.member("fed", "c") is None
     seen = Sighting(stage="idle", progress=0.0, at_ms=5)
-    assert await store.see("fed", "b", seen)
-    assert not await store.see("fed", "c", seen)
+    assert await store.see("fed", "b", seen) == 2
+    assert await store.see("fed", "c", seen) == 0
     assert await store.sightings("fed", ["a", "b", "c"]) == {"b": seen}
     assert await store.sightings("fed", []) == {}
     measured = Evaluation(

@@ -16,6 +16,7 @@ from coordinator.changes import Changes
 from coordinator.decisions import Decision, Done, Rest
 from coordinator.driver import Driver, DriverPolicy
 from coordinator.handlers import Handlers, _OwnCommit
+from coordinator.liveness import USUAL, Liveness
 from coordinator.records import FederationRecord, Sighting
 from coordinator.render import Renderer
 from coordinator.store import RedisStore, Store, connect
@@ -71,6 +72,7 @@ class World:
     budgets: dict[str, float] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     """What members say they hold, 10 by default."""
+    liveness: Liveness = USUAL
     revoked: dict[str, int] = field(default_factory=dict)
     """Clients whose certificates issued up to a time are revoked, as the coordinator has learnt."""
     overlaps: dict[str, float] = field(default_factory=dict)
@@ -79,7 +81,12 @@ class World:
     def __post_init__(self) -> None:
         instances = itertools.count(1)
         self.handlers = Handlers(
-            self.store, self.changes, self.pool, lambda: self.now_ms, lambda: f"{next(instances):08x}"
+            self.store,
+            self.changes,
+            self.pool,
+            lambda: self.now_ms,
+            lambda: f"{next(instances):08x}",
+            liveness=self.liveness,
         )
         self.driver = self.new_driver(self.store)
 
@@ -93,7 +100,7 @@ class World:
             revoked=lambda _: dict(self.revoked),
             clock_ms=lambda: self.now_ms,
             new_token=lambda: f"token{next(tokens)}",
-            policy=DriverPolicy(alive_s=30, concurrency=2),
+            policy=DriverPolicy(liveness=self.liveness, concurrency=2),
         )
 
     async def begin(

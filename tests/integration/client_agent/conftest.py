@@ -74,7 +74,7 @@ class Federation:
             "resources": {"threads": 1},
         }
         (home / "agent.yaml").write_text(yaml.safe_dump(values | changes))
-        return Agent(AgentConfig.load(home / "agent.yaml", {}), Learner, heartbeat_s=0.2, retry_s=0.2)
+        return Agent(AgentConfig.load(home / "agent.yaml", {}), Learner, retry_s=0.2)
 
     async def until(self, condition: Callable[[pb.Federation], bool]) -> pb.Federation:
         """Waits until a condition holds; the test's own timeout is the limit."""
