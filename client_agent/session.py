@@ -30,6 +30,8 @@ MAX_PLAN_BYTES: Final = 64 * 2**20
 """Most bytes of a sealed plan: four a column, so 16 million columns."""
 STREAM_TIMEOUT_S: Final = 300.0
 """Most seconds for a plan on its way in or out."""
+HEARTBEAT_TIMEOUT_S: Final = 15.0
+"""Seconds until a heartbeat is given up: one that a busy coordinator answers late counts as well."""
 FIRST_WAIT_S: Final = 2.0
 """Bound of the first wait after a stream broke: a thousand agents come back at five hundred a second."""
 LONGEST_WAIT_S: Final = 30.0
@@ -111,7 +113,7 @@ class Session:
             stage=progress.stage.value,
             progress=progress.fraction,
         )
-        answer = await call(self._coordinator.Heartbeat, request, timeout_s=5, retry_s=0)
+        answer = await call(self._coordinator.Heartbeat, request, timeout_s=HEARTBEAT_TIMEOUT_S, retry_s=0)
         return answer.next_ms / 1000
 
     async def secrets(self, epoch: int) -> EpochSecrets:

@@ -1,13 +1,12 @@
 """Records to messages: a federation for operators, an assignment for agents."""
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeAlias
 
 from coordinator.aggregation import digest_to_proto
 from coordinator.assignments import Assignment, Finish, Halt, MakePlan, Train, Vote, Wait
 from coordinator.records import (
     Commit,
-    Dropped,
     Evaluation,
     FederationRecord,
     Member,
@@ -30,6 +29,8 @@ HISTORY_BYTES: Final = 2**20
 about 100 bytes a client and report, so that a federation of 10 000 agents stays within a message."""
 KEPT_ASSIGNMENTS: Final = 64
 """Rendered assignments kept for the next agent: an identifier names the work by all that fixes it."""
+
+_Summary: TypeAlias = Callable[[FederationRecord, RoundRecord], Awaitable[pb.RoundSummary]]
 
 
 class Renderer:
@@ -60,18 +61,16 @@ class Renderer:
         )
         if view == pb.FEDERATION_VIEW_UNSPECIFIED:
             federation.members.extend(await self._members(record, now_ms))
-            if (current := await self._current(record)) is not None:
+            if (current := await self._current(record, self._summary)) is not None:
                 federation.current.CopyFrom(current)
         if view in {pb.FEDERATION_VIEW_UNSPECIFIED, pb.FEDERATION_VIEW_HISTORY}:
             await self._add_history(federation, record, history_after)
         return federation
 
     async def listed(self, record: FederationRecord) -> pb.Federation:
-        """A federation in a line: counts, and the current round without reports."""
+        """A federation in a line: counts, and the current round without reports. Costs the same whatever its size."""
         federation = await self.federation(record, 0, pb.FEDERATION_VIEW_SPECIFICATION)
-        if (current := await self._current(record)) is not None:
-            current.ClearField("updates")
-            current.ClearField("evaluations")
+        if (current := await self._current(record, self._without_reports)) is not None:
             federation.current.CopyFrom(current)
         return federation
 
@@ -103,13 +102,13 @@ class Renderer:
             federation.history.append(summary)
             room -= summary.ByteSize()
 
-    async def _current(self, record: FederationRecord) -> pb.RoundSummary | None:
+    async def _current(self, record: FederationRecord, summary: _Summary) -> pb.RoundSummary | None:
         ticket = record.ticket
         if ticket is None:
             return None
         found = await self._store.round(record, ticket.sequence)
         if found is not None:
-            return await self._summary(record, found.record)
+            return await summary(record, found.record)
         return pb.RoundSummary(
             round_id=record.round_id(ticket.sequence),
             kind=pb.RoundKind.Value(f"ROUND_KIND_{ticket.kind}"),
@@ -119,14 +118,25 @@ class Renderer:
             sequence=ticket.sequence,
         )
 
-    async def _summary(self, federation: FederationRecord, record: RoundRecord) -> pb.RoundSummary:
-        commits = await self._store.commits(federation, record.sequence)
-        evaluations = await self._store.evaluations(federation, record.sequence)
+    async def _without_reports(self, federation: FederationRecord, record: RoundRecord) -> pb.RoundSummary:
         aggregating = record.round.state is RoundState.AGGREGATING
         shards = await self._store.shards(federation, record) if aggregating else {}
+        count = await self._store.commit_count(federation, record.sequence)
+        return round_to_proto(record, count, shards_done=len(record.results) or len(shards))
+
+    async def _summary(self, federation: FederationRecord, record: RoundRecord) -> pb.RoundSummary:
+        summary = await self._without_reports(federation, record)
+        commits = await self._store.commits(federation, record.sequence)
+        committed = {commit.update.client_id for commit in commits}
         refusals = await self._store.refusals(federation, record.sequence)
-        done = len(record.results) or len(shards)
-        return summary_to_proto(record, commits, evaluations, refusals, done)
+        dropped = [*record.dropped, *(drop for drop in refusals if drop.client_id not in committed)]
+        evaluations = await self._store.evaluations(federation, record.sequence)
+        summary.update_count = len(commits)
+        summary.upload_bytes = sum(commit.update.report.upload_bytes for commit in commits)
+        summary.updates.extend(_report_to_proto(commit) for commit in commits)
+        summary.dropped.extend(pb.DroppedUpdate(**drop.model_dump(exclude={"format"})) for drop in dropped)
+        summary.evaluations.extend(_evaluation_to_proto(evaluation) for evaluation in evaluations)
+        return summary
 
     async def assignment(self, federation: FederationRecord, assignment: Assignment) -> pb.Assignment:
         """An assignment with the layouts and results it refers to.
@@ -229,16 +239,9 @@ def member_to_proto(member: Member, seen: Sighting | None, now_ms: int) -> pb.Me
     )
 
 
-def summary_to_proto(
-    record: RoundRecord,
-    commits: Sequence[Commit],
-    evaluations: Sequence[Evaluation],
-    refusals: Sequence[Dropped],
-    shards_done: int,
-) -> pb.RoundSummary:
+def round_to_proto(record: RoundRecord, update_count: int, shards_done: int) -> pb.RoundSummary:
+    """A round without what its clients reported."""
     round_ = record.round
-    committed = {commit.update.client_id for commit in commits}
-    dropped = [*record.dropped, *(drop for drop in refusals if drop.client_id not in committed)]
     return pb.RoundSummary(
         round_id=round_.round_id,
         kind=pb.RoundKind.Value(f"ROUND_KIND_{round_.kind}"),
@@ -247,18 +250,14 @@ def summary_to_proto(
         state=pb.RoundState.Value(f"ROUND_STATE_{round_.state}"),
         reason=round_.reason or "",
         cohort_count=len(round_.cohort),
-        update_count=len(commits),
+        update_count=update_count,
         opened_unix_ms=round_.opened_ms,
         ended_unix_ms=round_.ended_ms,
         aggregate_cpu_s=record.aggregate_cpu_s,
         aggregate_wall_s=record.aggregate_wall_s,
         shards_done=shards_done,
         shard_count=record.shard_count,
-        updates=[_report_to_proto(commit) for commit in commits],
-        evaluations=[_evaluation_to_proto(evaluation) for evaluation in evaluations],
         sequence=record.sequence,
-        upload_bytes=sum(commit.update.report.upload_bytes for commit in commits),
-        dropped=[pb.DroppedUpdate(**drop.model_dump(exclude={"format"})) for drop in dropped],
     )
 
 

@@ -2,9 +2,9 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, SecretStr, Strict
+from pydantic import Field, SecretStr, Strict, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from coordinator.driver import DriverPolicy
@@ -77,6 +77,16 @@ class CoordinatorSettings(MemberSettings):
 
     result_ttl_days: Annotated[int, Field(ge=1, le=29)] = 7
     """Days that aggregation keeps a result that nothing replaced, beyond the deadlines of the next round's attempts."""
+
+    @model_validator(mode="after")
+    def _sightings_last(self) -> Self:
+        patience_s = self.liveness.patience_s(self.max_members)
+        if patience_s > self.sighting_s:
+            raise ValueError(
+                f"a silent client of a federation of max_members counts as alive for {patience_s:.0f} s, but what was "
+                f"heard of it is kept for sighting_s = {self.sighting_s} s: raise sighting_s or heartbeats_per_s"
+            )
+        return self
 
     @property
     def redis(self) -> str:

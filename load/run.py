@@ -187,7 +187,8 @@ async def _until_over(
         for process in cluster.processes:
             if process not in shares:
                 process.require_alive()
-        tell(*_position(await connection.get(FEDERATION)))
+        (federation,) = await connection.list()  # costs little, whatever the number of agents
+        tell(*_position(federation))
         await asyncio.sleep(POLL_S)
     for index, share in enumerate(shares):
         if share.popen.returncode not in {0, 1}:
@@ -199,9 +200,8 @@ def _position(federation: pb.Federation) -> tuple[str, int, int]:
     clients = federation.spec.round.clients
     if not federation.HasField("current"):
         if federation.phase == pb.PHASE_FINISHED:
-            reports = len(federation.history[-1].evaluations)
-            return "applying the last result", reports, clients
-        return "joining", len(federation.members), clients
+            return "applying the last result", clients, clients
+        return "joining", federation.member_count, clients
     current = federation.current
     name = f"round {current.number}" if current.kind == pb.ROUND_KIND_TRAIN else "vote"
     if current.state == pb.ROUND_STATE_AGGREGATING:

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from coordinator.handlers import _OwnCommit
+from coordinator.render import Renderer
 from coordinator.store import RedisStore
 from tests.contract.coordinator.world import World, spec
 
@@ -26,7 +27,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
         return call
 
-    for name in ("federation", "round", "commit_of", "members", "sightings"):
+    for name in ("federation", "round", "commit_of", "commits", "evaluations", "members", "sightings"):
         monkeypatch.setattr(RedisStore, name, counted(name))
     return counts
 
@@ -64,6 +65,18 @@ async def test_a_commit_makes_the_driver_look_at_no_other_member(fed: World, rea
         await fed.do(client, await fed.assignment(client))
         await fed.driver.step("fed")
     assert reads["members"] == 0
+
+
+async def test_listing_a_federation_reads_no_report_of_a_member(fed: World, reads: Counter):
+    await fed.begin(spec(), WATCHERS)
+    await fed.settle()
+    for client in WATCHERS[:-1]:
+        await fed.do(client, await fed.assignment(client))
+    record = await fed.federation()
+    reads.clear()
+    listed = await Renderer(fed.store).listed(record)
+    assert (listed.current.update_count, listed.current.cohort_count) == (len(WATCHERS) - 1, len(WATCHERS))
+    assert [name for name in ("commits", "evaluations", "members", "sightings") if reads[name]] == []
 
 
 async def test_joining_makes_the_driver_look_at_no_member_until_there_are_enough(fed: World, reads: Counter):
