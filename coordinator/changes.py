@@ -15,7 +15,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from coordinator.keys import Keys
-from coordinator.store import RedisClient
+from services.shell.redis_client import RedisClient
 
 _READ_S: Final = 5.0
 """Seconds one read of the subscription waits."""

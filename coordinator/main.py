@@ -18,11 +18,12 @@ from coordinator.handlers import Handlers
 from coordinator.metrics import tell_fullness
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import RedisClient, RedisStore, connect
+from coordinator.store import RedisStore
 from services.shell import flags
 from services.shell.fullness import watch_fullness
 from services.shell.membership import join
 from services.shell.process import run_process
+from services.shell.redis_client import RedisClient, connect
 from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
 from shelora.transport.channel import open_channel

@@ -5,18 +5,12 @@ expires: a federation's record and what belongs to it live for `retention` after
 lease for seconds. Every method raises STORE_UNAVAILABLE if Redis does not answer; all of them may be repeated.
 """
 
-import asyncio
 import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
-from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
-
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import OutOfMemoryError, RedisError
+from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from coordinator.keys import Keys
 from coordinator.metrics import TRANSACTION_TOTAL
@@ -34,19 +28,17 @@ from coordinator.records import (
     Update,
 )
 from coordinator.scripts import COMMIT, COMPARE_AND_SET, RELEASE, RENEW, SEE, TOUCH
+from services.shell.redis_client import Failures, RedisClient
 from shelora.errors import DomainError, Reason, RetryLaterError
 
 _R = TypeVar("_R", bound=Record)
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-RedisClient: TypeAlias = Any
-"""`redis.asyncio.Redis` that returns bytes. Its own types call every reply perhaps not awaitable."""
-
 MAX_CONFLICTS: Final = 50
+"""Attempts of a transaction. Writers of one federation are its RPCs and one driver; fifty lost races are a fault."""
 FULL_RETRY_S: Final = 5.0
 """Seconds after which a write that found no room may be tried again."""
-"""Attempts of a transaction. Writers of one federation are its RPCs and one driver; fifty lost races are a fault."""
 
 
 @dataclass(frozen=True)
@@ -190,42 +182,23 @@ class Store(Protocol):
         """Gives a lease back, if it is still held."""
 
 
-def connect(url: str, connections: int = 64, timeout_s: float = 30.0) -> RedisClient:
-    """A client over at most `connections` connections; a broken one is replaced once, as every command may be repeated.
+def _full() -> RetryLaterError:
+    why = "the coordinator's store is full; the operator can raise Redis' maxmemory"
+    return RetryLaterError(Reason.STORE_FULL, why, FULL_RETRY_S)
 
-    There is no socket timeout on purpose: redis-py sends under `asyncio.wait_for` then, which on Python 3.11 loses a
-    cancellation that arrives together with its result (python/cpython#86296), and a cancelled driver would drive on.
-    `RedisStore` limits the time of its operations instead.
-    """
-    pool: Any = BlockingConnectionPool.from_url(
-        url,
-        max_connections=connections,
-        timeout=timeout_s,
-        socket_timeout=None,
-        socket_connect_timeout=timeout_s,
-        retry=Retry(NoBackoff(), 1),
-    )
-    client: Any = (
-        Redis  # `from_pool`, which makes the client own the pool, is missing in some stubs of redis-py
-    )
-    return client.from_pool(pool)
+
+_FAILURES: Final = Failures("the coordinator's store", _full)
 
 
 def _available(
     method: Callable[Concatenate["RedisStore", _P], Coroutine[Any, Any, _T]],
 ) -> Callable[Concatenate["RedisStore", _P], Coroutine[Any, Any, _T]]:
-    """Turns failures of Redis into STORE_UNAVAILABLE, which callers retry."""
+    """Limits the time of an operation, and names failures of Redis."""
 
     @functools.wraps(method)
     async def wrapped(self: "RedisStore", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                return await method(self, *args, **kwargs)
-        except OutOfMemoryError as error:
-            why = "the coordinator's store is full; the operator can raise Redis' maxmemory"
-            raise RetryLaterError(Reason.STORE_FULL, why, FULL_RETRY_S) from error
-        except (RedisError, OSError) as error:
-            raise DomainError(Reason.STORE_UNAVAILABLE, "the coordinator's store does not answer") from error
+        async with _FAILURES.within(self.timeout_s):
+            return await method(self, *args, **kwargs)
 
     return wrapped
 

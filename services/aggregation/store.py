@@ -8,13 +8,11 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Final, Protocol, TypeAlias
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, Protocol
 
 import redis
-import redis.asyncio
 from redis.backoff import NoBackoff
-from redis.exceptions import OutOfMemoryError, RedisError
 from redis.retry import Retry
 
 from services.aggregation import scripts
@@ -22,6 +20,8 @@ from services.aggregation.keys import REPLICAS, RoundKeys
 from services.aggregation.records import AggregationRequest, Progress, ShardSlot, StoredResult, Upload
 from services.aggregation.room import store_full
 from services.aggregation.scripts import Answer
+from services.shell import redis_client
+from services.shell.redis_client import Failures, RedisClient
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
 from shelora.messages import layout_from_proto, layout_to_proto
@@ -49,8 +49,7 @@ MAX_RESULT_BYTES: Final = 512 * 2**20
 DELETED_KEYS: Final = 256
 """Keys deleted in one command."""
 
-_Client: TypeAlias = Any
-"""A client of redis-py that answers bytes. Its own types are unions of text and bytes, of answers and awaitables."""
+_FAILURES: Final = Failures("the shard store", store_full)
 
 
 class ShardStore(Protocol):
@@ -127,9 +126,10 @@ class ShardStore(Protocol):
 class RedisShardStore:
     """A `ShardStore` in Redis. See `keys` for the records and `scripts` for the atomic steps."""
 
-    def __init__(self, client: _Client) -> None:
-        """Takes a client that answers bytes (`decode_responses=False`)."""
+    def __init__(self, client: RedisClient, timeout_s: float = 30.0) -> None:
+        """Takes a client that answers bytes, and the seconds that a command may take."""
         self._client = client
+        self._timeout_s = timeout_s
         self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
         self._open_round = client.register_script(scripts.OPEN_ROUND)
         self._begin = client.register_script(scripts.BEGIN)
@@ -146,99 +146,94 @@ class RedisShardStore:
 
     async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
         content = layout_to_proto(layout).SerializeToString(deterministic=True)
-        with _available():
-            answer = await self._open_round(
-                [RoundKeys(round_id).round], [layout.digest, content, FORMAT, ttl_s * 1000]
-            )
+        answer = await self._scripted(
+            self._open_round, [RoundKeys(round_id).round], [layout.digest, content, FORMAT, ttl_s * 1000]
+        )
         _accepted(answer)
 
     async def layout(self, round_id: str) -> Layout:
         key = RoundKeys(round_id).round
-        with _available():
-            digest, version = await self._command("HMGET", key, "layout_digest", "format")
-            _check_format(digest, version)
-            if digest not in self._layouts:
-                return self._remembered(digest, await self._command("HGET", key, "layout"))
+        digest, version = await self._command("HMGET", key, "layout_digest", "format")
+        _check_format(digest, version)
+        if digest not in self._layouts:
+            return self._remembered(digest, await self._command("HGET", key, "layout"))
         self._layouts.move_to_end(digest)
         return self._layouts[digest]
 
     async def begin(self, slot: ShardSlot, digest: Digest, token: str) -> Upload | None:
         keys = RoundKeys(slot.round_id)
         partial = keys.partial(slot.client_id, slot.shard)
-        with _available():
-            answer = await self._begin(
-                [keys.round, keys.client(slot.client_id), partial, keys.updates],
-                [slot.shard, _announced(digest), token],
-            )
+        answer = await self._scripted(
+            self._begin,
+            [keys.round, keys.client(slot.client_id), partial, keys.updates],
+            [slot.shard, _announced(digest), token],
+        )
         if _accepted(answer) is Answer.COMPLETE:
             return None
         return Upload(slot, digest, answer[1].decode(), answer[2])
 
     async def append(self, upload: Upload, offset: int, data: bytes) -> bool:
         slot, keys = upload.slot, RoundKeys(upload.slot.round_id)
-        with _available():
-            answer = await self._append(
-                [keys.round, keys.client(slot.client_id), keys.partial(slot.client_id, slot.shard)],
-                [*_step(upload), offset, data],
-            )
+        answer = await self._scripted(
+            self._append,
+            [keys.round, keys.client(slot.client_id), keys.partial(slot.client_id, slot.shard)],
+            [*_step(upload), offset, data],
+        )
         return _accepted(answer) is Answer.OK
 
     async def read(self, upload: Upload) -> bytes:
         key = RoundKeys(upload.slot.round_id).partial(upload.slot.client_id, upload.slot.shard)
-        with _available():
-            runs = [run async for run in self._runs(key, 0, upload.digest.total_bytes)]
+        runs = [run async for run in self._runs(key, 0, upload.digest.total_bytes)]
         return b"".join(runs)
 
     async def is_complete(self, upload: Upload) -> bool:
         slot = upload.slot
-        with _available():
-            found = await self._command(
-                "HGET", RoundKeys(slot.round_id).client(slot.client_id), f"complete:{slot.shard}"
-            )
+        found = await self._command(
+            "HGET", RoundKeys(slot.round_id).client(slot.client_id), f"complete:{slot.shard}"
+        )
         return bool(found == _announced(upload.digest).encode())
 
     async def promote(self, upload: Upload, squared_norm: float = 0.0) -> bool:
         slot, keys = upload.slot, RoundKeys(upload.slot.round_id)
-        with _available():
-            answer = await self._promote(
-                [
-                    keys.round,
-                    keys.client(slot.client_id),
-                    keys.partial(slot.client_id, slot.shard),
-                    keys.update(slot.client_id, slot.shard, upload.digest.sha256),
-                    keys.updates,
-                ],
-                [*_step(upload), keys.update_prefix(slot.client_id, slot.shard), repr(squared_norm)],
-            )
+        answer = await self._scripted(
+            self._promote,
+            [
+                keys.round,
+                keys.client(slot.client_id),
+                keys.partial(slot.client_id, slot.shard),
+                keys.update(slot.client_id, slot.shard, upload.digest.sha256),
+                keys.updates,
+            ],
+            [*_step(upload), keys.update_prefix(slot.client_id, slot.shard), repr(squared_norm)],
+        )
         return _accepted(answer) is Answer.OK
 
     async def forget(self, upload: Upload) -> None:
         slot, keys = upload.slot, RoundKeys(upload.slot.round_id)
-        with _available():
-            await self._forget(
-                [keys.client(slot.client_id), keys.partial(slot.client_id, slot.shard), keys.updates],
-                _step(upload),
-            )
+        await self._scripted(
+            self._forget,
+            [keys.client(slot.client_id), keys.partial(slot.client_id, slot.shard), keys.updates],
+            _step(upload),
+        )
 
     async def progress(self, round_id: str, client_id: str) -> list[Progress]:
         keys = RoundKeys(round_id)
-        with _available():
-            if not await self._command("EXISTS", keys.round):
-                raise _refusal(Answer.ROUND_UNKNOWN)
-            fields: dict[bytes, bytes] = await self._client.hgetall(keys.client(client_id))
-            found = dict(_complete(fields))
-            for shard, digest in _partial(fields):
-                received = await self._command("STRLEN", keys.partial(client_id, shard))
-                if received:
-                    found[shard] = Progress(shard, digest, received, complete=False)
+        if not await self._command("EXISTS", keys.round):
+            raise _refusal(Answer.ROUND_UNKNOWN)
+        fields: dict[bytes, bytes] = await self._command("HGETALL", keys.client(client_id))
+        found = dict(_complete(fields))
+        for shard, digest in _partial(fields):
+            received = await self._command("STRLEN", keys.partial(client_id, shard))
+            if received:
+                found[shard] = Progress(shard, digest, received, complete=False)
         return [found[shard] for shard in sorted(found)]
 
     async def missing(self, request: AggregationRequest) -> str | None:
         keys, field = RoundKeys(request.round_id), f"complete:{request.shard}"
-        with _available():
-            pipeline = self._client.pipeline(transaction=False)
-            for part in request.contributions:
-                pipeline.hget(keys.client(part.client_id), field)
+        pipeline = self._client.pipeline(transaction=False)
+        for part in request.contributions:
+            pipeline.hget(keys.client(part.client_id), field)
+        async with self._answer():
             records: list[bytes | None] = await pipeline.execute()
         for part, record in zip(request.contributions, records, strict=True):
             if record is None or _digest(record).sha256 != part.sha256:
@@ -246,25 +241,22 @@ class RedisShardStore:
         return None
 
     async def result(self, request: AggregationRequest) -> StoredResult | None:
-        with _available():
-            found, *record = await self._command(
-                "HMGET",
-                RoundKeys(request.round_id).result(request.shard),
-                *("request", "sha256", "total_bytes", "cpu_s"),
-            )
+        found, *record = await self._command(
+            "HMGET",
+            RoundKeys(request.round_id).result(request.shard),
+            *("request", "sha256", "total_bytes", "cpu_s"),
+        )
         return _result(record) if found == request.digest else None
 
     async def claim(self, request: AggregationRequest) -> StoredResult | None:
         keys = RoundKeys(request.round_id)
-        with _available():
-            answer = await self._claim(
-                [keys.round, keys.result(request.shard), keys.results], [request.digest]
-            )
+        answer = await self._scripted(
+            self._claim, [keys.round, keys.result(request.shard), keys.results], [request.digest]
+        )
         return _result(answer[1:]) if _accepted(answer) is Answer.STORED else None
 
     async def result_digest(self, round_id: str, shard: int) -> Digest:
-        with _available():
-            record = await self._command("HMGET", RoundKeys(round_id).result(shard), "sha256", "total_bytes")
+        record = await self._command("HMGET", RoundKeys(round_id).result(shard), "sha256", "total_bytes")
         if record[0] is None:
             raise _result_unknown()
         return Digest(bytes.fromhex(record[0].decode()), int(record[1]))
@@ -272,38 +264,32 @@ class RedisShardStore:
     async def result_run(self, round_id: str, shard: int, digest: Digest, offset: int) -> bytes:
         key = RoundKeys(round_id).result_bytes(shard, digest.sha256)
         end = min(offset + RESULT_RUN_BYTES, digest.total_bytes)
-        with _available():
-            run = bytes(await self._command("GETRANGE", key, offset, end - 1))
+        run = bytes(await self._command("GETRANGE", key, offset, end - 1))
         if len(run) < end - offset:
             raise _result_unknown()
         return run
 
     async def close_round(self, round_id: str, *, results: bool) -> None:
         keys = RoundKeys(round_id)
-        with _available():
-            # First: from here on every script finds the round unknown, and the sets below only shrink.
-            await self._command("UNLINK", keys.round)
-            await self._drain(keys.updates)
-            if results:
-                await self._drain(keys.results)
+        # First: from here on every script finds the round unknown, and the sets below only shrink.
+        await self._command("UNLINK", keys.round)
+        await self._drain(keys.updates)
+        if results:
+            await self._drain(keys.results)
 
     async def announce(self, address: str, life_ms: int) -> None:
-        with _available():
-            await self._announce([REPLICAS], [address, life_ms])
+        await self._scripted(self._announce, [REPLICAS], [address, life_ms])
 
     async def withdraw(self, address: str) -> None:
-        with _available():
-            await self._command("ZREM", REPLICAS, address)
+        await self._command("ZREM", REPLICAS, address)
 
     async def replicas(self) -> list[str]:
-        with _available():
-            _, *addresses = await self._announced([REPLICAS])
+        _, *addresses = await self._scripted(self._announced, [REPLICAS])
         return sorted(address.decode() for address in addresses)
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._client.aclose()
-        await self._client.connection_pool.disconnect()
 
     async def _runs(self, key: str, offset: int, end: int) -> AsyncIterator[bytes]:
         """The bytes of a string from `offset` to `end`, or to where it ends before."""
@@ -321,7 +307,16 @@ class RedisShardStore:
             await self._command("SREM", index, *members)
 
     async def _command(self, *parts: Any) -> Any:  # noqa: ANN401 - the answer's type depends on the command
-        return await self._client.execute_command(*parts)
+        async with self._answer():
+            return await self._client.execute_command(*parts)
+
+    async def _scripted(self, script: Any, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:  # noqa: ANN401 - as above
+        async with self._answer():
+            return await script(keys, args)
+
+    def _answer(self) -> AbstractAsyncContextManager[None]:
+        """Around one command: limits its time, and names its failures."""
+        return _FAILURES.within(self._timeout_s)
 
     def _remembered(self, digest: bytes, content: bytes | None) -> Layout:
         """Parses a layout once for all calls that need it. Raises ROUND_UNKNOWN if there is no content (any more)."""
@@ -336,14 +331,14 @@ class RedisShardStore:
 class WorkerStore:
     """What a worker process needs of the store, synchronous."""
 
-    def __init__(self, client: _Client) -> None:
+    def __init__(self, client: RedisClient) -> None:
         """Takes a client that answers bytes (`decode_responses=False`)."""
         self._client = client
         self._publish = client.register_script(scripts.PUBLISH)
 
     def layout(self, round_id: str) -> Layout:
         """The layout of a round. Raises ROUND_UNKNOWN."""
-        with _available():
+        with _FAILURES.named():
             content, version = self._client.execute_command(
                 "HMGET", RoundKeys(round_id).round, "layout", "format"
             )
@@ -356,7 +351,7 @@ class WorkerStore:
         The digest is checked again: what native code reads is what was validated, whoever wrote to Redis since.
         """
         key = RoundKeys(slot.round_id).update(slot.client_id, slot.shard, sha256)
-        with _available():
+        with _FAILURES.named():
             data: bytes | None = self._client.execute_command("GET", key)
         if data is None or hashlib.sha256(data).digest() != sha256:
             raise shard_missing(slot.client_id)
@@ -373,7 +368,7 @@ class WorkerStore:
             raise DomainError(Reason.TRANSFER_TOO_LARGE, message)
         keys, digest = RoundKeys(request.round_id), Digest.of(data)
         bytes_key = keys.result_bytes(request.shard, digest.sha256)
-        with _available():
+        with _FAILURES.named():
             ttl_ms = self._client.execute_command("PTTL", keys.round)
             if ttl_ms < 1:
                 raise _refusal(Answer.ROUND_UNKNOWN)
@@ -410,16 +405,8 @@ def connect(redis_url: str, *, connections: int, timeout_s: float) -> RedisShard
 
     A broken connection is replaced once: every command here can be repeated.
     """
-    pool: Any = redis.asyncio.BlockingConnectionPool.from_url(
-        redis_url,
-        max_connections=connections,
-        timeout=timeout_s,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        socket_read_size=SOCKET_READ_BYTES,
-        retry=redis.asyncio.retry.Retry(NoBackoff(), 1),
-    )
-    return RedisShardStore(redis.asyncio.Redis(connection_pool=pool))
+    client = redis_client.connect(redis_url, connections, timeout_s, socket_read_size=SOCKET_READ_BYTES)
+    return RedisShardStore(client, timeout_s)
 
 
 def connect_worker(redis_url: str, *, timeout_s: float) -> WorkerStore:
@@ -437,16 +424,6 @@ def connect_worker(redis_url: str, *, timeout_s: float) -> WorkerStore:
 def shard_missing(client_id: str) -> DomainError:
     """SHARD_MISSING, for the coordinator: it names the client."""
     return DomainError(Reason.SHARD_MISSING, f"the committed shard of client {client_id!r} is not stored")
-
-
-@contextmanager
-def _available() -> Iterator[None]:
-    try:
-        yield
-    except OutOfMemoryError as error:
-        raise store_full() from error
-    except RedisError as error:
-        raise DomainError(Reason.STORE_UNAVAILABLE, "the shard store did not answer; try again") from error
 
 
 def _accepted(answer: Sequence[Any]) -> Answer:

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from coordinator.main import now_ms
-from coordinator.store import RedisStore, connect
+from coordinator.store import RedisStore
+from services.shell.redis_client import connect
 from shelora.cli.cluster import LocalCluster
 from shelora.federation import FederationSpec
 from tests.chaos import invariants

@@ -365,3 +365,20 @@ async def test_a_store_that_does_not_answer_is_unavailable(layout):
     with refused(Reason.STORE_UNAVAILABLE):
         await store.open_round(ROUND, layout, 600)
     await store.close()
+
+
+async def test_a_cancelled_caller_stops_whenever_the_cancellation_comes(store, open_round):
+    """Regression: under redis-py's socket timeout, Python 3.11 lost a cancellation that met the end of a write."""
+    upload = await begun(store)
+
+    async def forever() -> None:
+        while True:
+            await store.append(upload, 0, DATA)
+
+    for delay in range(100):
+        task = asyncio.create_task(forever())
+        for _ in range(delay):
+            await asyncio.sleep(0)
+        task.cancel()
+        _, pending = await asyncio.wait([task], timeout=60)
+        assert not pending

@@ -19,7 +19,8 @@ from coordinator.handlers import Handlers, _OwnCommit
 from coordinator.liveness import USUAL, Liveness
 from coordinator.records import FederationRecord, Sighting
 from coordinator.render import Renderer
-from coordinator.store import RedisStore, Store, connect
+from coordinator.store import RedisStore, Store
+from services.shell.redis_client import connect
 from shelora.federation import FederationSpec
 from shelora.messages import layout_from_proto, matrix_from_proto
 from shelora.negotiation.ballots import Ballot
