@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from client_agent.access import denial
 from shelora.errors import DomainError, Reason
 
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
@@ -47,11 +48,13 @@ class Checkpoint:
 def load_checkpoint(path: str, task: str, labels: Sequence[str]) -> Checkpoint:
     """Loads a folder, a `.gguf` file or a name on the hub. Reads safetensors or GGUF only, never pickles.
 
-    Raises: DomainError MODEL_INVALID if it cannot be loaded, has no padding token, or lacks a weight that would
-    stay frozen: it would be random, and different at every agent.
+    Raises: DomainError MODEL_INVALID if it may not be read, cannot be loaded, has no padding token, or lacks a weight
+    that would stay frozen: it would be random, and different at every agent.
     """
     if task not in _LOADERS:
         raise invalid(f"task {task!r} is not known; known are {', '.join(_LOADERS)}")
+    if why := denial(Path(path)):
+        raise invalid(f"model.path: {why}")
     with quiet():
         model, missing = _load_model(path, task, labels)
         tokenizer = _load_tokenizer(path)

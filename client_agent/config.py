@@ -180,11 +180,19 @@ class AgentConfig(StrictModel):
     def with_local_model(self, folder: Path) -> Self:
         """The same with `model.path` made absolute if it exists in `folder`; otherwise it is a name on the hub."""
         local = folder / Path(self.model.path).expanduser()
-        if not local.exists():
+        if not _exists(local):
             return self
         return self.model_copy(
             update={"model": self.model.model_copy(update={"path": str(local.absolute())})}
         )
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; what may not be looked at is, and refused by whoever reads it."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
 
 
 def _override(values: dict[str, Any], environment: Mapping[str, str]) -> None:

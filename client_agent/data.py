@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from client_agent.access import denied
 from shelora.errors import DomainError, Reason
 
 _PARQUET_ROWS = 4096
@@ -85,6 +86,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
         yield from readers[path.suffix](path)
     except UnicodeDecodeError as error:
         raise invalid(f"{path} is not UTF-8 at byte {error.start}") from error
+    except PermissionError as error:
+        raise invalid(denied(path)) from error
     except OSError as error:
         raise invalid(f"{path} cannot be read: {error.strerror or error}") from error
 

@@ -125,3 +125,14 @@ def test_the_identity_of_another_client_or_federation_is_refused(
 
 def test_a_model_name_that_is_no_folder_is_left_for_the_hub(tmp_path: Path) -> None:
     assert AgentConfig.load(SAMPLE, {}).model.path == "models/all-MiniLM-L6-v2"
+
+
+def test_a_model_in_a_folder_that_may_not_be_looked_into_is_no_name_of_the_hub(
+    tmp_path: Path, monkeypatch
+) -> None:
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    environment = {"SHELORA_AGENT__MODEL__PATH": str(tmp_path / "home" / "model")}
+    assert AgentConfig.load(SAMPLE, environment).model.path == str(tmp_path / "home" / "model")

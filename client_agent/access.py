@@ -1,0 +1,32 @@
+"""Files that this process may not read. A service's user seldom owns what it is pointed at, so the user is named."""
+
+import os
+import pwd
+from pathlib import Path
+
+
+def denial(path: Path) -> str:
+    """Why this process may not read a file, or a folder and the files in it; "" if it may, or if nothing is there."""
+    try:
+        places = [path, *path.iterdir()] if path.is_dir() else [path]
+        return next(
+            (denied(place) for place in places if place.exists() and not os.access(place, os.R_OK)), ""
+        )
+    except PermissionError as error:
+        return denied(error.filename)
+
+
+def denied(place: Path | str) -> str:
+    """What is said of a place that this process may not read."""
+    user = _user()
+    return (
+        f"{place} may not be read by the user {user}: give it to that user (chown -R {user}), or a copy of it"
+    )
+
+
+def _user() -> str:
+    number = os.geteuid()
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
