@@ -8,6 +8,8 @@ STATE=/var/lib/shelora-agent
 NAME=shelora-agent
 UNIT=/etc/systemd/system/client-agent.service
 PYTHON=${PYTHON:-python3.11}
+CUDA=${CUDA:-}
+NEEDED_MB=$([ -n "$CUDA" ] && echo 10000 || echo 3000)
 HERE=$(cd "$(dirname "$0")" && pwd)
 SOURCE=$(cd "$HERE/../.." && pwd)
 
@@ -26,8 +28,10 @@ Running it again upgrades; configuration and state stay.
   --uninstall           remove service and program; configuration and state stay
   --purge               with --uninstall: remove those and the user as well
 
+TORCH_INDEX=URL names a package index with builds of torch for CPUs; torch's own installation page names
+one for the platform CPU. Elsewhere torch comes with CUDA, which adds gigabytes and is refused unless CUDA=1.
 PYTHON=... names a Python 3.11. PIP_INDEX_URL and other PIP_ variables are obeyed; on a device without a network set
-PIP_FIND_LINKS and PIP_NO_INDEX=1 to a folder of wheels.
+PIP_FIND_LINKS to a folder of wheels and PIP_NO_INDEX=1.
 USAGE
 }
 
@@ -81,14 +85,31 @@ check_platform() {
     command -v "$PYTHON" >/dev/null || die "$PYTHON is missing: apt-get install python3.11 python3.11-venv, or set PYTHON"
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || die "$PYTHON is not Python 3.11; set PYTHON"
     "$PYTHON" -c 'import ensurepip' 2>/dev/null || die "venv is missing: apt-get install python3.11-venv"
-    free_kb=$(df -Pk /opt | awk 'NR == 2 { print $4 }')
-    [ "$free_kb" -gt 3000000 ] || die "3 GB must be free at /opt; $((free_kb / 1000)) MB are"
+    free_mb=$(($(df -Pk /opt | awk 'NR == 2 { print $4 }') / 1000))
+    [ "$free_mb" -gt "$NEEDED_MB" ] || die "$NEEDED_MB MB must be free at /opt; $free_mb MB are"
 }
 
 make_user() {
     id "$NAME" >/dev/null 2>&1 && return
     say "making the user $NAME"
     useradd --system --user-group --home-dir "$STATE" --no-create-home --shell /usr/sbin/nologin "$NAME"
+}
+
+pip_install() {
+    "$new/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --constraint "$SOURCE/requirements/constraints.txt" "$@" ||
+        die "pip failed; the agent that was installed before, if any, is untouched"
+}
+
+# By itself, so that one sees what it would draw in before that is fetched. The service uses no GPU.
+install_torch() {
+    pip_install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+    [ -z "$CUDA" ] || return 0
+    "$new/bin/python" -c '
+import importlib.metadata as m, sys
+sys.exit(any(name.startswith(("nvidia-", "cuda-")) for name in m.requires("torch") or ()))' ||
+        die "this torch is built for CUDA and would fetch gigabytes that the service does not use: set TORCH_INDEX to an
+index with torch for CPUs (see --help), or CUDA=1 to take it all the same"
 }
 
 install_program() {
@@ -99,9 +120,8 @@ install_program() {
     trap 'rm -rf "$build" "$new"' EXIT
     (cd "$SOURCE" && cp -R pyproject.toml README.md LICENSE shelora coordinator client_agent services "$build")
     "$PYTHON" -m venv "$new"
-    "$new/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$SOURCE/requirements/constraints.txt" "$build[agent]" ||
-        die "pip failed; the agent that was installed before, if any, is untouched"
+    install_torch
+    pip_install "$build[agent]"
     ln -sfn "$new" "$PREFIX/venv"
     trap 'rm -rf "$build"' EXIT
     for old in "$PREFIX"/venv-*; do
