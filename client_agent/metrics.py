@@ -10,7 +10,9 @@ from shelora.telemetry.metrics import counter
 
 TRAINING_STEPS: Final = counter("agent_training_steps_total", "Optimizer steps done.")
 STAGE_SECONDS: Final = counter(
-    "agent_stage_seconds_total", "Seconds spent in a stage.", {"stage": tuple(Stage)}
+    "agent_stage_seconds_total",
+    "Seconds spent in a stage.",
+    {"stage": tuple(stage for stage in Stage if stage not in {Stage.IDLE, Stage.PAUSED})},
 )
 BYTES: Final = counter("agent_transfer_bytes_total", "Bytes of shards moved.", {"direction": ("up", "down")})
 ROUNDS: Final = counter(

@@ -153,6 +153,7 @@ def report(message: pb.UpdateReport) -> Report:
 
 def evaluation(message: pb.EvaluationReport) -> Evaluation:
     """What an agent measured."""
+    require(message.example_count <= MAX_EXAMPLES, f"report.example_count must be at most {MAX_EXAMPLES}")
     require(
         message.correct_count <= message.example_count, "report.correct_count must be at most example_count"
     )

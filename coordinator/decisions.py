@@ -330,6 +330,13 @@ def mean_overlap(commits: Sequence[Commit]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def mean_train_loss(commits: Sequence[Commit]) -> float:
+    """Mean of the training losses that updates report, weighted by examples; nats."""
+    reports = [commit.update.report for commit in commits]
+    examples = sum(report.example_count for report in reports)
+    return sum(report.train_loss * (report.example_count / examples) for report in reports)
+
+
 def contributors(record: RoundRecord, commits: Sequence[Commit]) -> list[Commit]:
     """The updates that go into the aggregate, in order of their clients."""
     kept = (commit for commit in commits if commit.update.client_id not in record.dropped_ids)

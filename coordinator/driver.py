@@ -34,10 +34,11 @@ from coordinator.decisions import (
     contributors,
     decide,
     mean_overlap,
+    mean_train_loss,
     revoked_since,
 )
 from coordinator.liveness import USUAL, Liveness
-from coordinator.metrics import KEY_EPOCH, MEMBERS, REFUSALS_TOTAL, ROUNDS_TOTAL, STAGE_SECONDS
+from coordinator.metrics import KEY_EPOCH, MEMBERS, REFUSALS_TOTAL, ROUNDS_TOTAL, STAGE_SECONDS, TRAIN_LOSS
 from coordinator.records import (
     Commit,
     Dropped,
@@ -152,7 +153,9 @@ class Driver:
 
     async def _scan(self) -> None:
         listed = set(await self._store.federation_ids())
-        self._finished &= listed  # a name that expired may be given again
+        for expired in self._finished - listed:  # the name may be given again
+            self._finished.remove(expired)
+            TRAIN_LOSS.remove(expired)
         for federation_id in sorted(listed - self._finished - self._driving.keys()):
             if await _tolerant(self._is_started(federation_id), "scan_failed", federation_id=federation_id):
                 self._spawn(federation_id)
@@ -183,6 +186,8 @@ class Driver:
         finally:
             self._count_members(federation_id, None)
             self._count_epoch(federation_id, 0)
+            if federation_id not in self._finished:  # another replica goes on
+                TRAIN_LOSS.remove(federation_id)
             await _tolerant(self._store.release(federation_id, token), "release_failed")
 
     async def _keep(self, federation_id: str, token: str) -> None:
@@ -439,6 +444,8 @@ class Driver:
             if error.reason is not Reason.SHARD_MISSING:
                 raise
             return await self._drop(record, commits)
+        if record.round.kind is RoundKind.TRAIN:
+            TRAIN_LOSS.labels(federation.federation_id).set(mean_train_loss(commits))
         return self._published(record, len(commits), [shards[i] for i in range(record.shard_count)])
 
     async def _rank(

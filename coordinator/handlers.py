@@ -13,7 +13,7 @@ from coordinator.assignments import Assignment, assignment_for
 from coordinator.ballots import most_bytes, opened_ballot, takes_ballots
 from coordinator.changes import Changes
 from coordinator.liveness import USUAL, Liveness
-from coordinator.metrics import REFUSALS_TOTAL, UPDATES_TOTAL
+from coordinator.metrics import REFUSALS_TOTAL, UPDATES_TOTAL, await_evaluations, tell_evaluation
 from coordinator.records import (
     Dropped,
     Evaluation,
@@ -184,6 +184,7 @@ class Handlers:
         """
         await self._require_member(federation_id, client_id)
         await self._touch(federation_id, client_id)
+        await_evaluations(federation_id)  # they come to where their client watches
         last, commit = "", _OwnCommit()
         with self.changes.subscribed(federation_id, client_id) as signal:
             while not self.changes.closed:
@@ -358,6 +359,8 @@ class Handlers:
         federation = (await self.store.federation(federation_id)).record
         record = await self._round(federation, round_id)
         await self.store.put_evaluation(federation, record.sequence, evaluation)
+        right = evaluation.correct_count
+        tell_evaluation(federation_id, right, evaluation.example_count - right)
 
     async def _round(self, federation: FederationRecord, round_id: str) -> RoundRecord:
         sequence = federation.sequence_of(round_id)

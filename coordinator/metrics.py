@@ -1,10 +1,10 @@
-"""The coordinator's metrics; every series exists, at zero, from the start."""
+"""The coordinator's metrics; every series exists, at zero, from the start, but those of a federation."""
 
 from typing import Final
 
 from shelora.errors import Reason
 from shelora.rounds import RoundKind, RoundState
-from shelora.telemetry.metrics import LATENCY_BUCKETS_S, at_zero, counter, gauge, histogram
+from shelora.telemetry.metrics import at_zero, counter, gauge, histogram
 
 TRANSACTIONS: Final = (
     "abandon_round",
@@ -67,11 +67,30 @@ KEY_EPOCH: Final = gauge(
     "key_epoch_count", "Newest epoch of keys among the federations that this replica drives."
 )
 
+STAGE_BUCKETS_S: Final = (
+    *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0),
+    *(60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0),
+    *(3600.0, 7200.0, 14_400.0, 43_200.0, 86_400.0, 604_800.0),
+)
+"""From a vote of few agents to the longest deadline, a week. Quantiles are told no better than these steps."""
+
 STAGE_SECONDS: Final = histogram(
     "round_stage_duration_seconds",
     "Wall time of a round's stages.",
     {"kind": list(RoundKind), "stage": ("collecting", "aggregating")},
-    buckets=(*LATENCY_BUCKETS_S, 1800.0, 7200.0, 86_400.0),
+    buckets=STAGE_BUCKETS_S,
+)
+
+TRAIN_LOSS: Final = gauge(
+    "train_loss_nats",
+    "Training loss of the newest training round that this replica aggregated: mean over updates, weighted by examples.",
+    {"federation": []},
+)
+
+TESTED: Final = counter(
+    "tested_examples_total",
+    "Test examples that agents evaluated after they applied a result, by whether the prediction was right.",
+    {"federation": [], "prediction": []},
 )
 
 REDIS_USED: Final = gauge("redis_used_bytes", "Memory that Redis uses; 0 while it does not say.")
@@ -82,3 +101,14 @@ def tell_fullness(used: int, limit: int) -> None:
     """Sets the gauges of Redis; bytes."""
     REDIS_USED.set(used)
     REDIS_LIMIT.set(limit)
+
+
+def await_evaluations(federation_id: str) -> None:
+    """Makes the counter of a federation's evaluations exist, so that the first one is seen to increase it."""
+    at_zero(TESTED, {"federation": [federation_id], "prediction": ("right", "wrong")})
+
+
+def tell_evaluation(federation_id: str, right: int, wrong: int) -> None:
+    """Counts the test examples of one agent."""
+    TESTED.labels(federation_id, "right").inc(right)
+    TESTED.labels(federation_id, "wrong").inc(wrong)

@@ -21,7 +21,7 @@ Labels = Mapping[str, Sequence[str]]
 """Label names and all values each can have."""
 
 _Metric = TypeVar("_Metric", bound=MetricWrapperBase)
-_UNIT_NAME: Final = re.compile(r"[a-z][a-z0-9_]*_(seconds|bytes|ratio|count)")
+_UNIT_NAME: Final = re.compile(r"[a-z][a-z0-9_]*_(seconds|bytes|ratio|count|nats)")
 _COUNTER_NAME: Final = re.compile(r"[a-z][a-z0-9_]*_total")
 
 
@@ -81,7 +81,7 @@ def histogram(
 ) -> Histogram:
     """A histogram `shelora_<name>`, all of whose series exist from the start.
 
-    Raises: ValueError if the name does not end in its unit: `_seconds`, `_bytes`, `_ratio` or `_count`.
+    Raises: ValueError if the name does not end in its unit: `_seconds`, `_bytes`, `_ratio`, `_count` or `_nats`.
     """
     _check_name(_UNIT_NAME, name)
     metric = Histogram(PREFIX + name, description, list(labels or {}), registry=registry, buckets=buckets)
@@ -93,7 +93,7 @@ def gauge(
 ) -> Gauge:
     """A gauge `shelora_<name>`, all of whose series exist, at zero, from the start.
 
-    Raises: ValueError if the name does not end in its unit: `_seconds`, `_bytes`, `_ratio` or `_count`.
+    Raises: ValueError if the name does not end in its unit: `_seconds`, `_bytes`, `_ratio`, `_count` or `_nats`.
     """
     _check_name(_UNIT_NAME, name)
     return _at_zero(Gauge(PREFIX + name, description, list(labels or {}), registry=registry), labels)

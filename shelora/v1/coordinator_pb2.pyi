@@ -601,7 +601,7 @@ class EvaluationReport(_message.Message):
     DOWNLOAD_BYTES_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     example_count: _builtins.int
-    """Test examples evaluated."""
+    """Test examples evaluated, at most 10^9."""
     correct_count: _builtins.int
     """Of these, predicted rightly (next tokens for causal-lm)."""
     loss: _builtins.float

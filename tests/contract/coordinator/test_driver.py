@@ -4,8 +4,10 @@ import asyncio
 import re
 
 import pytest
+from prometheus_client import REGISTRY
 
 from coordinator.liveness import Liveness
+from coordinator.metrics import TRAIN_LOSS
 from coordinator.records import Phase
 from shelora.errors import DomainError, Reason
 from shelora.v1 import coordinator_pb2 as pb
@@ -51,6 +53,24 @@ async def test_a_federation_votes_plans_trains_and_finishes(fed):
     assert finish.result.round_number == 2
     assert finish.result.contributor_count == 3
     assert finish.plan.plan_number == 1
+
+
+async def test_the_training_loss_is_told_while_a_federation_is_driven_here_and_after_it_finished(fed):
+    def loss() -> float | None:
+        return REGISTRY.get_sample_value("shelora_train_loss_nats", {"federation": "fed"})
+
+    TRAIN_LOSS.remove("fed")
+    await fed.begin(spec())
+    await until_training(fed)
+    assert loss() is None, "votes have none"
+    await fed.play()
+    assert loss() == pytest.approx(1.5)
+    await fed.driver._hold("fed")  # the step that finds it finished
+    assert loss() == pytest.approx(1.5)
+    fed.driver._finished.clear()  # as after a lease that was lost
+    fed.driver._drive = lambda _: asyncio.sleep(0)
+    await fed.driver._hold("fed")
+    assert loss() is None
 
 
 async def test_a_federation_without_protection_needs_no_keys_no_vote_and_no_plan(fed):

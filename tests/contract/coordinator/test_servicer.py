@@ -6,8 +6,10 @@ from importlib import metadata
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
 from coordinator import render
+from coordinator.metrics import TESTED, await_evaluations
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from services.shell.server import running_server
 from shelora.cli.operator import Operator
@@ -33,6 +35,11 @@ async def stub(fed):
         fed.changes.close()
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
+
+
+def predicted(prediction: str) -> float | None:
+    labels = {"federation": "fed", "prediction": prediction}
+    return REGISTRY.get_sample_value("shelora_tested_examples_total", labels)
 
 
 @asynccontextmanager
@@ -305,14 +312,29 @@ async def test_evaluations_are_shown_with_their_round(stub, fed):
         client_id="a", example_count=10, correct_count=9, loss=0.25, download_bytes=7
     )
     request = pb.ReportEvaluationRequest(federation_id="fed", round_id=record.round_id(1), report=report)
+    await_evaluations("fed")
+    right, wrong = predicted("right"), predicted("wrong")
     for _ in range(2):
         await stub.ReportEvaluation(request)
+    assert (predicted("right"), predicted("wrong")) == (right + 18, wrong + 2)
     (ended,) = (await stub.GetFederation(pb.GetFederationRequest(federation_id="fed"))).history
     assert list(ended.evaluations) == [report]
     assert (ended.aggregate_cpu_s, ended.shards_done, ended.shard_count) == (0.5, 2, 2)
     request.report.correct_count = 11
     async with refused(Reason.INVALID_ARGUMENT, "correct_count"):
         await stub.ReportEvaluation(request)
+    request.report.example_count = 10**9 + 1
+    async with refused(Reason.INVALID_ARGUMENT, "example_count"):
+        await stub.ReportEvaluation(request)
+
+
+async def test_the_first_evaluation_is_seen_to_increase_its_counter(stub, fed):
+    await fed.begin(spec("none"))
+    TESTED.remove_by_labels({"federation": "fed"})
+    watching = stub.Watch(pb.WatchRequest(federation_id="fed", client_id="a"))
+    await watching.read()
+    watching.cancel()
+    assert (predicted("right"), predicted("wrong")) == (0, 0)
 
 
 async def test_history_comes_page_by_page_and_complete(stub, fed, monkeypatch):

@@ -1,6 +1,17 @@
+import pytest
+
 from coordinator import transitions
-from coordinator.decisions import OpenKeys, Rest, RetireEpochs, View, WriteFederation, WriteRound, decide
-from coordinator.records import Phase
+from coordinator.decisions import (
+    OpenKeys,
+    Rest,
+    RetireEpochs,
+    View,
+    WriteFederation,
+    WriteRound,
+    decide,
+    mean_train_loss,
+)
+from coordinator.records import Commit, Phase, Report, Update
 from shelora.errors import Reason
 from shelora.rounds import RoundKind, RoundState
 from tests.unit.coordinator.records import MEMBERS, PLAN, a_round, federation, ticket
@@ -56,3 +67,16 @@ def test_epochs_are_retired_when_nothing_else_is_to_do_and_no_result_needs_them(
     assert decide(idle, NOW) == RetireEpochs(2)
     done = view(running(epoch=3, result_epoch=2, retired_before=2), alive=set())
     assert isinstance(decide(done, NOW), Rest)
+
+
+def commit(examples, loss) -> Commit:
+    report = Report(
+        example_count=examples, train_loss=loss, train_s=1, encrypt_s=1, upload_s=1, upload_bytes=1
+    )
+    update = Update(client_id="a", layout_digest="", shards=(), rank=1, scaling=1, report=report)
+    return Commit(ordinal=1, update=update)
+
+
+def test_the_training_loss_is_weighted_by_examples_and_stays_finite():
+    assert mean_train_loss([commit(30, 1.0), commit(10, 3.0)]) == 1.5
+    assert mean_train_loss([commit(10**9, 1.7e308)] * 3) == pytest.approx(1.7e308)
