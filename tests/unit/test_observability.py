@@ -26,6 +26,12 @@ PANELS = [
     for panel in dashboard["panels"]
     if panel["type"] != "row"
 ]
+TARGETS = [
+    pytest.param(panel, target, id=f"{name}-{panel['title']}-{target['refId']}")
+    for name, dashboard in DASHBOARDS.items()
+    for panel in dashboard["panels"]
+    for target in panel.get("targets", [])
+]
 PROMTOOL = shutil.which("promtool")
 
 for module in (
@@ -45,7 +51,7 @@ for module in (
 
 def described():
     """Name of a sample -> its labels, for every metric of every process."""
-    found = {"up": {"job", "instance"}}
+    found = {"up": {"job", "instance"}, "ALERTS": {"alertname", "alertstate", "severity"}}
     for metric in REGISTRY._collector_to_names:
         if not hasattr(metric, "_labelnames"):  # of the process, from the library
             names, labels = REGISTRY._collector_to_names[metric], set()
@@ -60,7 +66,7 @@ def described():
 
 
 METRICS = described()
-SELECTOR = re.compile(r"((?:shelora|process)_\w+|\bup\b)(?:\{([^}]*)\})?")
+SELECTOR = re.compile(r"((?:shelora|process)_\w+|\bup\b|\bALERTS\b)(?:\{([^}]*)\})?")
 
 
 def unknown(expression):
@@ -97,6 +103,53 @@ def test_a_panel_says_what_it_shows_and_asks_for_metrics_that_exist(panel):
         assert unknown(target["expr"]) == []
 
 
+@pytest.mark.parametrize(("panel", "target"), TARGETS)
+def test_a_legend_names_labels_that_the_result_has(panel, target):
+    assert target["legendFormat"]
+    grouped = re.search(r"by \(([^)]*)\)", target["expr"])
+    (metric, _), *_ = SELECTOR.findall(target["expr"])
+    labels = {label.strip() for label in grouped[1].split(",")} if grouped else METRICS[metric]
+    assert set(re.findall(r"{{(.*?)}}", target["legendFormat"])) <= labels - {"le"}
+    assert panel["type"] == "stat" or panel["options"]["legend"]["showLegend"]
+
+
+@pytest.mark.parametrize("panel", [p for p in PANELS if p.values[0]["type"] == "stat"])
+def test_a_number_says_itself_what_is_red(panel):
+    """Grafana's own threshold, where a panel has none, paints every number from 80 on red."""
+    defaults = panel["fieldConfig"]["defaults"]
+    assert defaults["color"] == {"mode": "thresholds"}
+    assert defaults["thresholds"]["steps"][0]["value"] is None
+
+
+@pytest.mark.parametrize(("panel", "target"), TARGETS)
+def test_a_graph_misses_nothing_between_two_of_its_points(panel, target):
+    """A window shorter than the step leaves events out, a longer one counts them several times."""
+    windows = set(re.findall(r"\[(.*?)\]", target["expr"]))
+    if "histogram_quantile" in target["expr"]:
+        windows -= {"1h"}  # rounds are rare
+    if panel["type"] == "timeseries" and windows:
+        assert windows <= {"$__rate_interval", "$__interval"}
+        assert panel["interval"] == "1m", "two scrapes of 30 s"
+
+
+@pytest.mark.parametrize(("panel", "target"), TARGETS)
+def test_a_query_that_may_find_nothing_says_so_in_words(panel, target):
+    if re.search(r">=? 0$", target["expr"]) and len(panel["targets"]) == 1:
+        assert panel["fieldConfig"]["defaults"]["noValue"]
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_panels_fill_the_width_and_do_not_overlap(name):
+    taken = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in DASHBOARDS[name]["panels"])
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(taken)) == len(taken)
+    assert {x for x, _ in taken} == set(range(24))
+
+
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_a_dashboard_has_an_address_of_its_own_and_lets_choose_the_source(name):
     dashboard = DASHBOARDS[name]
@@ -109,6 +162,8 @@ def test_a_dashboard_has_an_address_of_its_own_and_lets_choose_the_source(name):
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_an_alert_asks_for_metrics_that_exist_and_says_what_to_do(alert):
     assert unknown(alert["expr"]) == []
+    few = re.search(r"increase\(.*> ([1-9])$", alert["expr"])
+    assert not few, "increase extrapolates: one event counts as a little more"
     assert alert["labels"]["severity"] in {"warning", "critical"}
     assert alert["annotations"]["summary"]
     assert alert["annotations"]["runbook"]
