@@ -130,6 +130,8 @@ def test_a_graph_misses_nothing_between_two_of_its_points(panel, target):
     if panel["type"] == "timeseries" and windows:
         assert windows <= {"$__rate_interval", "$__interval"}
         assert panel["interval"] == "1m", "two scrapes of 30 s"
+    if panel["type"] == "timeseries":
+        assert "increase(" not in target["expr"], "bars whose sum is right: rate(), times $__interval_ms"
 
 
 @pytest.mark.parametrize(("panel", "target"), TARGETS)
