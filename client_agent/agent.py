@@ -290,7 +290,8 @@ class _Follower:
         wait_s = self._retry_s
         while True:
             try:
-                await self._do(assignment, activity)
+                with self._work.writing():
+                    await self._do(assignment, activity)
             except Stopped:
                 pass
             except DomainError as error:
@@ -298,6 +299,7 @@ class _Follower:
                     raise
                 _log.warning("assignment_failed", reason=error.reason, why=error.message)
                 if error.reason not in _OVER:
+                    activity.await_retry()
                     await asyncio.sleep(wait_s)
                     wait_s = min(2 * wait_s, LONGEST_RETRY_S)
                     continue

@@ -1,12 +1,13 @@
 """What the agent asks of the part that learns: the port between the protocol, which needs no torch, and training."""
 
+import math
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
 from client_agent.keys import EpochSecrets
 from client_agent.progress import Activity
-from shelora.lora.layout import Matrix, Tensor
+from shelora.lora.layout import FLOAT_BYTES, Matrix, Tensor
 from shelora.lora.restore import Restored
 from shelora.lora.shards import Float32, Float64, LoraFactors
 from shelora.obfuscation import Obfuscation
@@ -60,6 +61,12 @@ class LocalModel(Protocol):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors trained whole."""
+
+
+def weight_bytes(model: LocalModel) -> int:
+    """Bytes of everything trainable, in float32."""
+    factors = sum(model.rank * (m.out_features + m.in_features) for m in model.matrices)
+    return FLOAT_BYTES * (factors + sum(math.prod(t.shape) for t in model.tensors))
 
 
 class LocalLearner(Protocol):

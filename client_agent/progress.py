@@ -44,6 +44,10 @@ class Activity:
         if self._stop.wait(seconds):
             raise Stopped
 
+    def await_retry(self) -> None:
+        """Notes that the work waits to be tried again."""
+        self._progress = Progress(Stage.PAUSED, self._progress.fraction)
+
     def report(self, stage: Stage, fraction: float) -> None:
         """Notes progress. Raises: Stopped if the work is no longer wanted."""
         if self._stop.is_set():

@@ -17,7 +17,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +27,7 @@ import safetensors
 import safetensors.numpy
 
 from client_agent.learning import Weights
+from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.lora.shards import Float32, LoraFactors
 from shelora.transport.pieces import Digest
@@ -94,7 +96,7 @@ class SpoolWriter:
 
     def add(self, data: bytes) -> None:
         """Writes the next shard."""
-        write_atomically(self._folder / _shard_name(len(self._shards)), data)
+        files.replace(self._folder / _shard_name(len(self._shards)), data)
         self._shards.append(Digest.of(data))
 
     def finish(self, note: UpdateNote) -> Spool:
@@ -102,18 +104,23 @@ class SpoolWriter:
         fields = {**asdict(note), "layout_digest": note.layout_digest.hex()}
         shards = [{"sha256": d.sha256.hex(), "total_bytes": d.total_bytes} for d in self._shards]
         manifest = {"format": _FORMAT, "note": fields, "shards": shards}
-        write_atomically(self._folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        files.replace(self._folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
         return Spool(self._folder, note, tuple(self._shards))
 
 
 class AgentState:
     """The state folder. One agent at a time holds it.
 
+    Args:
+        folder: Where.
+        free_bytes: Bytes that can still be written to the file system of a folder.
+
     Raises: DomainError CONFIGURATION_INVALID if it cannot be made or another agent holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, free_bytes: Callable[[Path], int] | None = None) -> None:
         self._folder = folder
+        self._free_bytes = free_bytes or (lambda folder: shutil.disk_usage(folder).free)
         try:
             _make_folder(folder)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -124,6 +131,7 @@ class AgentState:
         except OSError as error:
             os.close(self._lock)
             raise _unusable(folder, "another agent uses it; give each agent a folder of its own") from error
+        files.remove_drafts(folder)
 
     @property
     def adapter_folder(self) -> Path:
@@ -133,6 +141,22 @@ class AgentState:
     def close(self) -> None:
         """Lets another agent use the folder."""
         os.close(self._lock)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around work that writes here. Raises: DomainError DISK_UNAVAILABLE, with the remedy, if the disk refuses."""
+        with files.failures_named(self._folder):
+            try:
+                yield
+            except safetensors.SafetensorError as error:  # how PEFT's writer says it
+                raise OSError(str(error)) from error
+
+    def require_room(self, needed: int) -> None:
+        """Raises: DomainError DISK_UNAVAILABLE unless `needed` bytes are free: better to wait than to break off."""
+        free = self._free_bytes(self._folder)
+        if free < needed:
+            why = f"{free / 1e6:,.1f} MB are free, and the work at hand may write {needed / 1e6:,.1f} MB"
+            raise files.unavailable(self._folder, why)
 
     def save_applied(self, key: Mapping[str, str], weights: Weights) -> None:
         """Keeps the weights after a result was applied; what was trained before it is obsolete."""
@@ -153,9 +177,7 @@ class AgentState:
 
     def save_standing(self, standing: Standing) -> None:
         """Keeps how the newest plan serves this client."""
-        write_atomically(
-            self._folder / _STANDING, json.dumps({"format": _FORMAT, **asdict(standing)}).encode()
-        )
+        files.replace(self._folder / _STANDING, json.dumps({"format": _FORMAT, **asdict(standing)}).encode())
 
     def standing(self) -> Standing:
         """As last kept; that of a new client if nothing is, or nothing that can be read."""
@@ -191,16 +213,23 @@ class AgentState:
         """Deletes every spooled update."""
         shutil.rmtree(self._folder / "spool", ignore_errors=True)
 
+    def arrived_bytes(self, round_id: str) -> int:
+        """Bytes of a result that lie in its inbox."""
+        return sum(path.stat().st_size for path in _entries(self._inbox_folder(round_id)))
+
     def open_inbox(self, round_id: str) -> "Inbox":
         """The shards of a result that have arrived so far; those of other results are deleted."""
-        parent = self._folder / "inbox"
-        folder = parent / _folder_name(round_id)
-        for other in _subfolders(parent):
+        folder = self._inbox_folder(round_id)
+        parent = folder.parent
+        for other in _entries(parent):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
         _make_folder(parent)
         _make_folder(folder)
         return Inbox(folder)
+
+    def _inbox_folder(self, round_id: str) -> Path:
+        return self._folder / "inbox" / _folder_name(round_id)
 
 
 class Inbox:
@@ -239,32 +268,12 @@ class Inbox:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Puts `data` at `path` with mode 0600: all of it or, if the machine fails, what was there before."""
-    temporary = path.with_name(f".{path.name}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _make_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
 
 
-def _subfolders(parent: Path) -> Iterator[Path]:
+def _entries(parent: Path) -> Iterator[Path]:
     return iter(list(parent.iterdir()) if parent.is_dir() else [])
 
 
@@ -303,7 +312,7 @@ def _save_weights(path: Path, key: Mapping[str, str], weights: Weights) -> None:
     arrays = {f"tensor/{name}": value for name, value in weights.tensors.items()}
     for name, factors in weights.factors.items():
         arrays |= {f"A/{name}": factors.A, f"B/{name}": factors.B}
-    write_atomically(path, safetensors.numpy.save(arrays, metadata=dict(key)))
+    files.replace(path, safetensors.numpy.save(arrays, metadata=dict(key)))
 
 
 def _load_weights(path: Path) -> tuple[dict[str, str], Weights] | None:

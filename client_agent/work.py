@@ -1,7 +1,8 @@
 """What an agent does for each kind of assignment. Every method can be repeated: finished parts are on disk."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -9,7 +10,7 @@ import structlog
 
 from client_agent.downloads import Result, download
 from client_agent.keys import EpochSecrets
-from client_agent.learning import LocalLearner, Weights
+from client_agent.learning import LocalLearner, Weights, weight_bytes
 from client_agent.metrics import ROUNDS, Stopwatch, timed
 from client_agent.progress import Activity
 from client_agent.protection import (
@@ -103,6 +104,7 @@ class Work:
         spool = await self._worker.run(self._state.spool, vote.round.round_id, layout.digest)
         if spool is None:
             check_vote_layout(layout, self._learner.model, self._me.protection)
+            await self._make_room_for(layout)
             secrets = await self._enter(vote.round.epoch)
             spool = await self._worker.run(self._spool_vote, vote.round.round_id, layout, secrets, activity)
         if self._by_ballots:
@@ -133,6 +135,8 @@ class Work:
         if spool is None or spool.note.example_count != len(
             self._learner.examples
         ):  # of data before a restart
+            base = train.base if train.HasField("base") else None
+            await self._make_room_for(layout, base, copies=2)
             secrets = await self._enter(train.round.epoch)
             plan = await self._checked_plan(train, layout, secrets, activity)
             check_train_layout(layout, self._learner.model, self._me.protection, plan, self._me.budget)
@@ -144,6 +148,7 @@ class Work:
     async def finish(self, finish: pb.Finish, activity: Activity) -> None:
         """Applies the final result, evaluates on every test example, saves the adapter."""
         plan = finish.plan if finish.HasField("plan") else None
+        await self._make_room_for(None, finish.result, copies=2)
         applied = await self._apply(finish.result, plan, activity)
         await self._worker.run(self._learner.save_adapter)
         _log.info("adapter_saved", folder=str(self._state.adapter_folder))
@@ -159,6 +164,10 @@ class Work:
         ROUNDS.labels(outcome="dropped").inc()
         await self._worker.run(self._state.drop_spool)
 
+    def writing(self) -> AbstractContextManager[None]:
+        """Around an assignment. Raises: DISK_UNAVAILABLE if the disk refuses what is written inside."""
+        return self._state.writing()
+
     async def secrets(self, epoch: int) -> EpochSecrets:
         """The secrets of an epoch, fetched once. Without protection nothing is secret, and none are fetched."""
         if epoch not in self._secrets:
@@ -168,6 +177,24 @@ class Work:
                 else await self._session.secrets(epoch)
             )
         return self._secrets[epoch]
+
+    async def _make_room_for(
+        self, update: Layout | None, result: common_pb2.ResultRef | None = None, copies: int = 0
+    ) -> None:
+        """Deletes earlier updates if another one follows, and sees that all that will be written has room.
+
+        Args: copies: Times that weights will be written beside those that are there.
+        Raises: DISK_UNAVAILABLE.
+        """
+        needed = copies * weight_bytes(self._learner.model)
+        if result is not None and not await self._worker.run(self._learner.holds, result.round_id):
+            arrived = await self._worker.run(self._state.arrived_bytes, result.round_id)
+            needed += max(Result.from_proto(result).total_bytes - arrived, 0)
+        if update is not None:
+            await self._worker.run(self._state.drop_spool)
+            own = replace(update, max_rank=min(update.max_rank, self._learner.model.rank))
+            needed += sum(own.largest_update_bytes(shard) for shard in own.shards)
+        self._state.require_room(needed)
 
     async def _enter(self, epoch: int) -> EpochSecrets:
         """The secrets of the epoch that a round is in.
@@ -297,6 +324,7 @@ class Work:
         self, reference: common_pb2.ResultRef, secrets: EpochSecrets, activity: Activity
     ) -> dict[str, Float64]:
         result = Result.from_proto(reference)
+        await self._make_room_for(None, reference)
         check_vote_layout(result.layout, self._learner.model, self._me.protection)
         inbox = await download(self._replicas, self._state, result, activity)
         restored = await self._worker.run(_restored, result, inbox, None, secrets, activity)

@@ -19,4 +19,4 @@ class Stage(StrEnum):
     DECRYPTING = "decrypting"
     EVALUATING = "evaluating"
     PAUSED = "paused"
-    """The device is needed otherwise, or is not plugged in."""
+    """The device is needed otherwise or not plugged in, or work that failed waits to be tried again."""

@@ -26,11 +26,12 @@ from examples.reuters.cohort import (
     federation_spec,
     write_data,
 )
+from shelora import files
 from shelora.cli.operator import create_token, operator, own_credentials
 from shelora.errors import DomainError
 from shelora.federation import FederationSpec
 from shelora.transport.identity import Role
-from shelora.transport.tls import Credentials, IdentityFolder, write_private
+from shelora.transport.tls import Credentials, IdentityFolder
 
 TOKEN: Final = "token"  # noqa: S105 - a file name
 METRICS_PORT: Final = 9464
@@ -106,7 +107,7 @@ async def leave_token(key_authority: str, credentials: Credentials, federation: 
     created = await create_token(
         key_authority, credentials, Role.CLIENT, federation=federation, client=home.name
     )
-    write_private(home / TOKEN, created.token.encode() + b"\n")
+    files.replace(home / TOKEN, created.token.encode() + b"\n")
 
 
 if __name__ == "__main__":

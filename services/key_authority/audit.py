@@ -12,8 +12,9 @@ from typing import Final, Self
 
 import structlog
 
-from services.key_authority import files
+from services.key_authority import disk
 from services.key_authority.epochs import EpochId
+from shelora import files
 from shelora.audit import AuditBrokenError, AuditEntry, AuditEvent, AuditRecord, AuditTornError, verified
 from shelora.errors import DomainError, Reason
 from shelora.transport.identity import Identity, Role
@@ -250,7 +251,7 @@ class AuditLog:
         """
         record = AuditRecord.after(self._head, entry, self._clock())
         line = record.line()
-        with files.disk_failures_named():
+        with disk.failures_named():
             self._require_open()
             self._undo_failed_write()
             self._write_failed = True

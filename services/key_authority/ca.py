@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from services.key_authority import files
+from services.key_authority import disk
 from services.key_authority.sealer import Binding, SealBrokenError, Sealer
+from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import (
     BACKDATED,
@@ -77,7 +78,7 @@ class RootFile:
 
         Raises: DomainError CONFIGURATION_INVALID if the file cannot be used; it is left as it is.
         """
-        files.private_folder(self._folder)
+        disk.private_folder(self._folder)
         root = self.load()
         if root is None:
             self._create(_new_root())

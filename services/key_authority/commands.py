@@ -10,10 +10,11 @@ from typing import Annotated, Final
 
 import typer
 
-from services.key_authority import custody, files
+from services.key_authority import custody, disk
 from services.key_authority.sealer import KEY_BYTES, SealingKey
 from services.key_authority.settings import sealing_key_beside
 from services.shell.process import EXIT_FAILED, EXIT_REFUSED
+from shelora import files
 from shelora.audit import LOG_NAME, verified
 from shelora.errors import DomainError, Reason
 
@@ -43,7 +44,7 @@ def make_sealing_key(
     """
     with _reported():
         key = secrets.token_bytes(KEY_BYTES)
-        with files.disk_failures_named():
+        with disk.failures_named():
             made = files.create(path, key.hex().encode() + b"\n")
         if not made:
             raise DomainError(Reason.CONFIGURATION_INVALID, f"{path} exists; it was left as it is")
@@ -75,7 +76,7 @@ def check_data(data_dir: DataDir, sealing_key_file: KeyFile) -> None:
         for epoch_id in vault.epochs():
             kept = vault.read(epoch_id)
             typer.echo(f"{epoch_id}: profile {kept.parameters}, key {kept.key_id.hex()}")
-        with files.disk_failures_named(), (data_dir / LOG_NAME).open("rb") as file:
+        with disk.failures_named(), (data_dir / LOG_NAME).open("rb") as file:
             (head,) = deque(verified(file), maxlen=1)
     typer.echo(f"certificate authority: {root.pin.hex() if root else 'none was made yet'}")
     typer.echo(f"register: {register.tokens} tokens, {register.clients} clients")

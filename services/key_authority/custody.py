@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from services.key_authority import files
+from services.key_authority import disk
 from services.key_authority.audit import AuditLog, start_log, succeed_log
 from services.key_authority.ca import Root, RootFile
 from services.key_authority.register import Register
@@ -30,6 +30,7 @@ from services.key_authority.sealer import (
     key_id_of,
 )
 from services.key_authority.vault import Vault
+from shelora import files
 from shelora.audit import LOG_NAME
 from shelora.errors import DomainError, Reason
 
@@ -60,7 +61,7 @@ def open_custody(folder: Path, key: SealingKey) -> Iterator[Custody]:
     Raises: DomainError CONFIGURATION_INVALID, with the remedy, if the folder cannot be used, is in use or open to other
     users, if `key` is not the key it is sealed under, or if something in it is missing or damaged.
     """
-    files.private_folder(folder)
+    disk.private_folder(folder)
     with _locked(folder):
         sealer = Sealer(key)
         if not (folder / _IDENTITY_NAME).exists():
@@ -116,7 +117,7 @@ def replace_audit_log(folder: Path, key: SealingKey) -> Path:
         identity, log = _identity(folder, Sealer(key)), folder / LOG_NAME
         if _holds(log, identity):
             raise _refused(f"the audit log {log} holds; there is no reason to replace it")
-        with files.disk_failures_named():
+        with disk.failures_named():
             if not log.exists():
                 log.touch(mode=0o600)  # lost: what follows it then says so, by the hash of nothing
             return succeed_log(log, identity)
@@ -148,7 +149,7 @@ def _first_start(folder: Path, sealer: Sealer) -> None:
             f"{folder} is in use, but its {_IDENTITY_NAME} is missing; restore that file from a backup of this folder"
         )
     identity = secrets.token_bytes(_IDENTITY_BYTES)
-    with files.disk_failures_named():
+    with disk.failures_named():
         start_log(folder / LOG_NAME, identity.hex())
         files.create(folder / _IDENTITY_NAME, sealer.seal(_IDENTITY_BINDING, identity))
 
@@ -190,7 +191,7 @@ def _key_id(path: Path) -> bytes | None:
 def _resealed(path: Path, old: Sealer, new: Sealer) -> bool:
     """Seals one file under the new key, atomically. False if it is already."""
     try:
-        with files.disk_failures_named():
+        with disk.failures_named():
             blob = path.read_bytes()
             if key_id_of(blob) == new.key_id:
                 new.resealed(blob, new)  # proves that it opens

@@ -22,10 +22,11 @@ from services.shell import flags
 from services.shell.process import run_process
 from services.shell.revocations import Revocations
 from services.shell.server import Listener, serve
+from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.transport.enrolment import certify, keep_renewed
 from shelora.transport.identity import Identity, Role
-from shelora.transport.tls import IdentityInMemory, TlsCredentials, write_private
+from shelora.transport.tls import IdentityInMemory, TlsCredentials
 
 _HELP = """
 Makes the keys of each epoch of a federation, keeps them, and gives them to the federation's clients. It is also
@@ -174,7 +175,7 @@ async def _leave_operator_token(enrolments: Enrolments, path: Path | None) -> No
         return
     token, _ = await enrolments.create_token(Grant(Role.OPERATOR))
     try:
-        write_private(path, token.encoded.encode() + b"\n")
+        files.replace(path, token.encoded.encode() + b"\n")
     except OSError as error:
         raise DomainError(
             Reason.CONFIGURATION_INVALID, f"operator_token_file: {path} cannot be written: {error.strerror}"

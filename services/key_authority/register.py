@@ -14,8 +14,8 @@ from typing import Annotated, Final, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.key_authority import files
 from services.key_authority.sealer import Binding, SealBrokenError, Sealer
+from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.transport.identity import Identity, Role
 from shelora.transport.revocations import Revocation, first_issue_after

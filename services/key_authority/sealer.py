@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from services.key_authority.files import read_secret
+from services.key_authority.disk import read_secret
 from shelora.errors import DomainError, Reason
 
 KEY_BYTES: Final = 32

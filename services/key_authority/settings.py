@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Strict, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from services.key_authority.disk import read_secret
 from services.key_authority.enrolment import Workload
-from services.key_authority.files import read_secret
 from services.key_authority.sealer import SealingKey
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason

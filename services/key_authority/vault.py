@@ -5,7 +5,7 @@ import secrets
 from pathlib import Path
 from typing import Final
 
-from services.key_authority import files
+from services.key_authority import disk
 from services.key_authority.epochs import (
     OBFUSCATION_SECRET_BYTES,
     EpochId,
@@ -14,6 +14,7 @@ from services.key_authority.epochs import (
     to_bytes,
 )
 from services.key_authority.sealer import Binding, Sealer
+from shelora import files
 from shelora.ckks.parameters import CkksParameters
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
@@ -35,7 +36,7 @@ class Vault:
     """
 
     def __init__(self, folder: Path, sealer: Sealer, identity: str) -> None:
-        files.private_folder(folder)
+        disk.private_folder(folder)
         self._folder = folder
         self._sealer = sealer
         self._identity = identity
@@ -86,14 +87,14 @@ class Vault:
         """
         for epoch_id in self.epochs():
             if epoch_id.federation_id == before.federation_id and epoch_id.epoch < before.epoch:
-                with files.disk_failures_named():
+                with disk.failures_named():
                     files.create(self._path(epoch_id, "retired"), b"")
                     self._path(epoch_id).unlink(missing_ok=True)
                     files.sync_folder(self._folder)
         return [found for found in self._named("retired") if found.federation_id == before.federation_id]
 
     def _named(self, state: str) -> list[EpochId]:
-        with files.disk_failures_named():
+        with disk.failures_named():
             found = [_FILE_NAME.fullmatch(path.name) for path in self._folder.iterdir()]
         ids = [EpochId(m["federation_id"], int(m["epoch"])) for m in found if m and m["state"] == state]
         return sorted(ids, key=lambda epoch_id: (epoch_id.federation_id, epoch_id.epoch))
@@ -102,7 +103,7 @@ class Vault:
         if self._path(epoch_id, "retired").exists():
             raise DomainError(Reason.EPOCH_RETIRED, f"{epoch_id} is over, and its keys are destroyed")
         try:
-            with files.disk_failures_named():
+            with disk.failures_named():
                 blob = self._path(epoch_id).read_bytes()
         except FileNotFoundError:
             return None
@@ -113,7 +114,7 @@ class Vault:
 
     def _create(self, epoch_id: EpochId, made: EpochSecrets) -> None:
         blob = self._sealer.seal(self._binding(epoch_id), to_bytes(made))
-        with files.disk_failures_named():
+        with disk.failures_named():
             files.create(self._path(epoch_id), blob)
 
     def _binding(self, epoch_id: EpochId) -> Binding:

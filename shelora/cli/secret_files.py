@@ -15,8 +15,8 @@ import secrets
 from pathlib import Path
 from typing import Final
 
+from shelora import files
 from shelora.errors import DomainError, Reason
-from shelora.transport.tls import write_private
 
 SECRET_BYTES: Final = 32
 WORKLOADS: Final = ("coordinator", "aggregation")
@@ -94,5 +94,5 @@ def _derive(path: Path, content: str, mode: int = 0o600) -> None:
 
 def _write(path: Path, content: str, mode: int) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_private(path, content.strip().encode() + b"\n")
+    files.replace(path, content.strip().encode() + b"\n")
     path.chmod(mode)

@@ -5,7 +5,6 @@ the authority's certificate in PEM, mode 0600, replaced atomically. Whoever hold
 Who can certify itself keeps its identity in memory.
 """
 
-import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import (
     Certificate,
@@ -116,9 +116,10 @@ class IdentityFolder:
         return self._folder / IDENTITY_FILE
 
     def write(self, held: Held) -> None:
-        """Replaces the identity: all of it or, if the machine fails, nothing."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_private(self.path, key_to_pem(held.key) + held.chain)
+        """Replaces the identity: all of it or, if the machine fails, nothing. Raises: DomainError DISK_UNAVAILABLE."""
+        with files.failures_named(self._folder):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.replace(self.path, key_to_pem(held.key) + held.chain)
 
     def exists(self) -> bool:
         """Whether there is an identity."""
@@ -232,18 +233,6 @@ class TlsCredentials:
         return grpc.ssl_server_certificate_configuration(
             [(key_to_pem(held.key), held.chain)], root_certificates=held.authority
         )
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Puts `content` at `path` with mode 0600: all of it or, if the machine fails, what was there before."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    draft.unlink(missing_ok=True)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _unusable(message: str) -> DomainError:

@@ -1,4 +1,5 @@
 import asyncio
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from safetensors.numpy import load_file
 from transformers import BertModel
 
@@ -14,6 +16,7 @@ from client_agent.config import AgentConfig
 from client_agent.doctor import Verdict, examine
 from client_agent.learner import Learner
 from client_agent.session import Session
+from client_agent.state import Inbox
 from shelora.errors import DomainError, Reason
 from shelora.negotiation import sealed
 from shelora.v1 import coordinator_pb2 as pb
@@ -273,3 +276,36 @@ async def test_the_doctor_names_the_server_that_does_not_answer(make_federation:
     assert findings["network: aggregation"].verdict is Verdict.FAILED
     assert "127.0.0.1:1" in findings["network: aggregation"].remedy
     assert findings["network: coordinator"].verdict is Verdict.OK
+
+
+async def test_agents_with_a_full_disk_say_so_wait_and_finish_the_federation(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One downloads onto /dev/full, where writes fail with ENOSPC; the other is told that nothing is free."""
+    federation = make_federation("full", rounds=1)
+    await federation.start()
+    one, two = await federation.agent("one"), await federation.agent("two")
+    where, usage, failures = Inbox.partial, shutil.disk_usage, {"one": 2, "two": 2}
+
+    def fails(path: Path, name: str) -> bool:
+        failures[name] -= path.is_relative_to(federation.folder / name)
+        return path.is_relative_to(federation.folder / name) and failures[name] >= 0
+
+    def partial(self: Inbox, index: int) -> Path:
+        path = where(self, index)
+        path.unlink() if path.is_symlink() else None
+        if fails(path, "one"):
+            path.symlink_to("/dev/full")
+        return path
+
+    def disk_usage(folder: Path) -> Any:
+        found = usage(folder)
+        return found._replace(free=0) if fails(folder, "two") else found
+
+    monkeypatch.setattr(Inbox, "partial", partial)
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    with structlog.testing.capture_logs() as logs:
+        assert await outcomes(one, two) == [Outcome.FINISHED] * 2
+    why = {record["why"] for record in logs if record.get("reason") is Reason.DISK_UNAVAILABLE}
+    assert any("No space left on device; make room" in each for each in why)
+    assert any("0.0 MB are free" in each for each in why)

@@ -3,10 +3,10 @@ import shutil
 
 import pytest
 
-from services.key_authority import files
 from services.key_authority.custody import open_custody, read_root, read_vault, replace_audit_log, reseal
 from services.key_authority.epochs import EpochId
 from services.key_authority.sealer import SealingKey, key_id_of
+from shelora import files
 from shelora.audit import AuditEvent, verified
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.errors import DomainError, Reason

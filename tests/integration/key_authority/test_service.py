@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from services.key_authority.authority import KEY_RELEASES
 from services.key_authority.servicer import SERVICE_NAMES
 from services.shell.server import running_server
-from shelora.audit import AuditEvent, verified
+from shelora.audit import LOG_NAME, AuditEvent, verified
 from shelora.ckks.parameters import INSECURE_TOY, STANDARD
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
@@ -21,6 +21,7 @@ from shelora.transport.status import error_from_rpc
 from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import key_authority_pb2 as pb
 from shelora.v1 import key_authority_pb2_grpc as pb_grpc
+from tests.disk import no_file_larger_than
 from tests.identities import AGGREGATION, COORDINATOR, KEY_AUTHORITY, OPERATOR, Stranger, client
 
 OPEN = pb.OpenEpochRequest(federation_id="clinic", epoch=1, parameters=STANDARD.name)
@@ -247,6 +248,21 @@ async def test_nothing_is_released_that_cannot_be_written_down(stub, tmp_path, m
     assert KEY_RELEASES._value.get() == released
     assert written_down(tmp_path) == before
     await call(stub.GetEpochSecrets, GET)
+
+
+async def test_nothing_is_released_when_real_writes_to_the_log_stop_half_way(stub, tmp_path):
+    await call(stub.OpenEpoch, OPEN)
+    released, before = KEY_RELEASES._value.get(), written_down(tmp_path)
+    length = (tmp_path / "data" / LOG_NAME).stat().st_size
+    quiet, refused = structlog.testing.capture_logs(), pytest.raises(grpc.aio.AioRpcError)
+    with quiet, no_file_larger_than(length + 20), refused as caught:
+        await stub.GetEpochSecrets(GET)
+    error = error_from_rpc(caught.value)
+    assert error.reason is Reason.STORE_UNAVAILABLE
+    assert "File too large; make room for its data_dir" in error.message
+    assert KEY_RELEASES._value.get() == released
+    await call(stub.GetEpochSecrets, GET)
+    assert written_down(tmp_path)[: len(before)] == before
 
 
 async def test_the_next_epoch_opens_while_the_one_before_is_still_released(stub):

@@ -1,3 +1,5 @@
+import asyncio
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -5,6 +7,8 @@ import pytest
 from client_agent.agent import _Follower
 from client_agent.session import Backoff
 from shelora.errors import DomainError, Reason
+from shelora.protocol import Stage
+from shelora.v1 import coordinator_pb2 as pb
 
 LEARNER = SimpleNamespace(model=None, examples=())
 
@@ -43,3 +47,21 @@ async def test_an_agent_that_must_be_changed_first_ends() -> None:
 
 async def test_a_member_follows_a_federation_that_has_ended() -> None:
     await _Follower(Session(Reason.FEDERATION_CLOSED), None, LEARNER, 0.0).join()
+
+
+class FullDisk:
+    """Work that finds no room."""
+
+    def writing(self) -> nullcontext[None]:
+        return nullcontext()
+
+    async def train(self, *_: object) -> None:
+        raise DomainError(Reason.DISK_UNAVAILABLE, "as told")
+
+
+async def test_a_client_whose_work_waits_to_be_tried_again_says_that_it_is_paused() -> None:
+    follower = _Follower(Session(), FullDisk(), LEARNER, 3600.0)
+    await follower._take(pb.Assignment(assignment_id="1", train=pb.Train()))
+    while follower._activity.progress.stage is not Stage.PAUSED:  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(0)
+    await follower.drop()

@@ -1,16 +1,18 @@
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from client_agent.learning import Weights
-from client_agent.state import AgentState, UpdateNote, write_atomically
+from client_agent.state import AgentState, UpdateNote
+from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.lora.shards import LoraFactors
 from shelora.transport.pieces import Digest
+from tests.disk import no_file_larger_than
 
 NOTE = UpdateNote("films/1", b"d" * 32, 4, 2.0, 20, 0.5, 1.5, 0.1)
 KEY = {"round": "films/1", "rank": "2"}
@@ -105,14 +107,14 @@ def test_damaged_weights_count_as_none(state: AgentState, tmp_path: Path) -> Non
 
 def test_a_crash_while_writing_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    write_atomically(path, b"old")
+    files.replace(path, b"old")
 
     def power_cut(_descriptor: int) -> None:
         raise OSError("no power")
 
     monkeypatch.setattr(os, "fsync", power_cut)
     with pytest.raises(OSError, match="no power"):
-        write_atomically(path, b"new")
+        files.replace(path, b"new")
     assert path.read_bytes() == b"old"
 
 
@@ -156,3 +158,53 @@ def test_an_inbox_of_another_result_is_deleted(state: AgentState, tmp_path: Path
     assert len(list((tmp_path / "state" / "inbox").rglob("*.part"))) == 1
     state.open_inbox("films/2")
     assert not list((tmp_path / "state" / "inbox").rglob("*.part"))
+
+
+def large_weights() -> Weights:
+    return Weights({}, {"head": np.ones(100_000, dtype=np.float32)})
+
+
+WRITERS: dict[str, Callable[[AgentState], object]] = {
+    "applied": lambda state: state.save_applied(KEY, large_weights()),
+    "trained": lambda state: state.save_trained(KEY, large_weights()),
+    "spool": lambda state: state.begin_spool("films/2").add(bytes(200_000)),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_write_that_fails_is_named_and_leaves_what_was_finished_and_nothing_half_done(
+    state: AgentState, tmp_path: Path, write: Callable[[AgentState], object]
+) -> None:
+    state.save_applied(KEY, some_weights())
+    state.save_trained(KEY, some_weights())
+    named = pytest.raises(DomainError, match="File too large; make room")
+    with named as caught, no_file_larger_than(50_000), state.writing():
+        write(state)
+    assert caught.value.reason is Reason.DISK_UNAVAILABLE
+    for saved in (state.applied(), state.trained()):
+        assert saved is not None
+        assert saved[0] == KEY
+    kept = {"applied.safetensors", "trained.safetensors", "lock"}
+    assert {path.name for path in (tmp_path / "state").rglob("*") if path.is_file()} == kept
+
+
+def test_drafts_of_a_crash_are_deleted_at_the_next_start(tmp_path: Path) -> None:
+    AgentState(tmp_path / "state").close()
+    (tmp_path / "state" / ".applied.safetensors.0123.draft").write_bytes(b"half")
+    AgentState(tmp_path / "state").close()
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["lock"]
+
+
+def test_a_disk_with_too_little_room_is_named_with_both_numbers(tmp_path: Path) -> None:
+    state = AgentState(tmp_path / "state", free_bytes=lambda _: 5_000_000)
+    state.require_room(5_000_000)
+    with pytest.raises(DomainError, match=r"5\.0 MB are free, .* 6\.0 MB; make room") as caught:
+        state.require_room(6_000_000)
+    assert caught.value.reason is Reason.DISK_UNAVAILABLE
+    state.close()
+
+
+def test_what_has_arrived_of_a_result_is_counted(state: AgentState) -> None:
+    assert state.arrived_bytes("films/1") == 0
+    state.open_inbox("films/1").partial(0).write_bytes(b"half")
+    assert state.arrived_bytes("films/1") == 4

@@ -2,8 +2,12 @@ import asyncio
 from datetime import timedelta
 from types import SimpleNamespace
 
+import pytest
+
+from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import utc_now
 from shelora.transport.enrolment import CERTIFICATE_EXPIRY, keep_renewed
+from shelora.transport.tls import IdentityFolder
 
 
 class Keeper:
@@ -27,3 +31,10 @@ async def test_a_process_that_keeps_its_certificate_renewed_says_when_it_expires
     assert CERTIFICATE_EXPIRY._value.get() == keeper.expires.timestamp()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+def test_an_identity_that_cannot_be_written_is_refused_by_a_name_so_that_renewal_goes_on(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DomainError, match="Not a directory; make room there") as refused:
+        IdentityFolder(tmp_path / "file" / "identity").write(None)
+    assert refused.value.reason is Reason.DISK_UNAVAILABLE
