@@ -39,8 +39,8 @@ CONNECT_S: Final = 10.0
 CLOCK_WARNING_S: Final = 5.0
 CLOCK_FAILURE_S: Final = 120.0
 """A clock that is off by more soon takes valid certificates for expired ones, or for not valid yet."""
-MEMORY_SHARE: Final = 0.8
-"""Share of the device's memory above which training may get the agent killed."""
+MEMORY_SHARE: Final = 0.75
+"""Share of the device's memory above which its service is held back, and soon killed (MemoryHigh of deploy/edge)."""
 DEADLINE_SHARE: Final = 0.5
 """Share of a round's time above which training leaves too little for transfers."""
 SPARE_DISK_BYTES: Final = 64 * 2**20

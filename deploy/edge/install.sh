@@ -124,10 +124,14 @@ install_program() {
     pip_install "$build[agent]"
     ln -sfn "$new" "$PREFIX/venv"
     trap 'rm -rf "$build"' EXIT
+    cp "$HERE/README.md" "$PREFIX/README.md"
+}
+
+# After the service was restarted: until then it may still load parts of them.
+remove_old_programs() {
     for old in "$PREFIX"/venv-*; do
         [ "$old" = "$new" ] || rm -rf "$old"
     done
-    cp "$HERE/README.md" "$PREFIX/README.md"
 }
 
 install_configuration() {
@@ -185,4 +189,5 @@ install_program
 install_configuration
 enrol
 install_service
+remove_old_programs
 say "check this device: runuser -u $NAME -- $PREFIX/venv/bin/client-agent doctor --config $CONFIG/agent.yaml"
