@@ -13,7 +13,7 @@ from shelora.messages import layout_to_proto
 from shelora.rounds import RoundKind
 from shelora.transport.channel import RETRY_S, TIMEOUT_S, is_transient, retrying
 from shelora.transport.replicas import Replicas
-from shelora.transport.status import distrusts, error_from_rpc
+from shelora.transport.status import distrusts, error_from_rpc, for_callers
 from shelora.v1 import aggregation_pb2 as pb
 from shelora.v1 import common_pb2
 
@@ -103,7 +103,8 @@ class AggregationPool:
         try:
             return await retrying(retry_s=self._retry_s)(attempt)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+            with for_callers():
+                raise error_from_rpc(error) from error
 
 
 def contributions(

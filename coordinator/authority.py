@@ -3,6 +3,7 @@
 import grpc
 
 from shelora.transport.channel import RETRY_S, call
+from shelora.transport.status import for_callers
 from shelora.v1 import key_authority_pb2 as pb
 from shelora.v1.key_authority_pb2_grpc import KeyAuthorityStub
 
@@ -20,9 +21,11 @@ class KeyAuthorityClient:
         Raises: INVALID_ARGUMENT, EPOCH_RETIRED, STORE_UNAVAILABLE.
         """
         request = pb.OpenEpochRequest(federation_id=federation_id, epoch=epoch, parameters=parameters)
-        return (await call(self._stub.OpenEpoch, request, retry_s=self._retry_s)).key_id
+        with for_callers():
+            return (await call(self._stub.OpenEpoch, request, retry_s=self._retry_s)).key_id
 
     async def retire_epochs(self, federation_id: str, before: int) -> None:
         """Destroys the keys of the epochs before one. Raises STORE_UNAVAILABLE."""
         request = pb.RetireEpochsRequest(federation_id=federation_id, before_epoch=before)
-        await call(self._stub.RetireEpochs, request, retry_s=self._retry_s)
+        with for_callers():
+            await call(self._stub.RetireEpochs, request, retry_s=self._retry_s)

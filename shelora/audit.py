@@ -51,6 +51,8 @@ class AuditEvent(StrEnum):
     """A crash left `count` bytes of a record that nobody was answered for."""
     CLIENT_REVOKED = "client_revoked"
     """The client's certificates issued up to `until_ms` are refused."""
+    ROLE_REVOKED = "role_revoked"
+    """Everyone's certificates of `role` issued up to `until_ms` are refused."""
     RESEALED = "resealed"
     """Everything is now sealed under the sealing key `key_id`."""
 
@@ -71,7 +73,7 @@ class AuditEntry(BaseModel):
     reason: Annotated[str, Field(pattern=r"^[A-Z_]{1,64}$")] | None = None
     """Why a release or a call was refused, from `shelora.errors.Reason`."""
     role: Annotated[str, Field(pattern=r"^[a-z-]{1,32}$")] | None = None
-    """The caller's, from `shelora.transport.identity.Role`."""
+    """From `shelora.transport.identity.Role`: the caller's, or the revoked one."""
     method: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./]{1,200}$")] | None = None
     """`/service/method`."""
     count: _Count | None = None

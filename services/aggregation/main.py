@@ -99,7 +99,7 @@ async def run(settings: AggregationSettings) -> None:
         background=[
             partial(watch_fullness, store, room.tell, ROOM_POLL_S),
             membership.keep_renewed,
-            partial(follow, revocations, authority, settings.revocation_poll_s),
+            partial(follow, revocations, authority, settings.revocation_poll_s, on_own=membership.void.set),
         ],
         on_stop=[authority.close, pool.close, store.close],
         credentials=membership.credentials,

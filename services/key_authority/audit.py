@@ -158,20 +158,12 @@ class AuditLog:
         """All that were ever written down."""
         return frozenset(self._revocations)
 
-    def client_revoked(self, revocation: Revocation) -> None:
+    def revoked(self, revocation: Revocation) -> None:
         """Writes down a revocation, once. Raises: DomainError STORE_UNAVAILABLE."""
         with self._lock:
-            if revocation in self._revocations:
-                return
-            self._append(
-                AuditEntry(
-                    event=AuditEvent.CLIENT_REVOKED,
-                    federation_id=revocation.identity.federation_id,
-                    client_id=revocation.identity.client_id,
-                    until_ms=revocation.at_ms,
-                )
-            )
-            self._revocations.add(revocation)
+            if revocation not in self._revocations:
+                self._append(_revocation_entry(revocation))
+                self._revocations.add(revocation)
 
     def resealed(self, key_id: bytes) -> None:
         """Writes down that the sealing key was changed. Raises: DomainError STORE_UNAVAILABLE."""
@@ -213,9 +205,8 @@ class AuditLog:
             self._opened.add(EpochId(record.federation_id, record.epoch))
         if record.event is AuditEvent.EPOCH_RETIRED and record.federation_id and record.epoch:
             self._retired.add(EpochId(record.federation_id, record.epoch))
-        if record.event is AuditEvent.CLIENT_REVOKED and record.federation_id and record.client_id:
-            holder = Identity(Role.CLIENT, record.federation_id, record.client_id)
-            self._revocations.add(Revocation(holder, record.until_ms or 0))
+        if record.event in {AuditEvent.CLIENT_REVOKED, AuditEvent.ROLE_REVOKED}:
+            self._revocations.add(_written_revocation(record))
         self._head = record
 
     def _ensure_opened(self, epoch_id: EpochId, key_id: bytes) -> None:
@@ -271,6 +262,27 @@ class AuditLog:
     def _require_open(self) -> None:
         if self._descriptor < 0:
             raise DomainError(Reason.STORE_UNAVAILABLE, "the key authority is stopping")
+
+
+def _revocation_entry(revocation: Revocation) -> AuditEntry:
+    holder, until_ms = revocation.identity, revocation.at_ms
+    if holder.role is not Role.CLIENT:
+        return AuditEntry(event=AuditEvent.ROLE_REVOKED, role=holder.role.value, until_ms=until_ms)
+    return AuditEntry(
+        event=AuditEvent.CLIENT_REVOKED,
+        federation_id=holder.federation_id,
+        client_id=holder.client_id,
+        until_ms=until_ms,
+    )
+
+
+def _written_revocation(record: AuditRecord) -> Revocation:
+    try:
+        role = Role.named(record.role or Role.CLIENT)
+        holder = Identity(role, record.federation_id or "", record.client_id or "")
+    except DomainError as error:
+        raise AuditBrokenError(record.sequence, f"revokes nobody: {error.message}") from None
+    return Revocation(holder, record.until_ms or 0)
 
 
 def start_log(path: Path, identity: str, clock: Clock = utc_now) -> None:

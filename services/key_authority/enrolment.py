@@ -108,14 +108,16 @@ class Enrolments:
         )
         return self._issued(request, redeemed.identity, redeemed.names, "enrolment", redeemed.issued_ms)
 
-    def enroll_server(self, request: bytes, proof: bytes) -> tuple[bytes, bytes]:
+    async def enroll_server(self, request: bytes, proof: bytes) -> tuple[bytes, bytes]:
         """The certificate, in DER, of a server that holds a workload's key, and the proof that it is from here.
 
         Raises: DomainError TOKEN_REFUSED, INVALID_ARGUMENT.
         """
         for workload in self._workloads:
             if hmac.compare_digest(proof, workload.key.request_proof(self.authority, request)):
-                certificate = self._issued(request, Identity(workload.role), workload.names, "workload")
+                identity, now_ms = Identity(workload.role), self._clock_ms()
+                issued = await asyncio.to_thread(self._register.first_issue, identity, now_ms)
+                certificate = self._issued(request, identity, workload.names, "workload", issued)
                 return certificate, workload.key.answer_proof(self.authority, certificate)
         raise DomainError(
             Reason.TOKEN_REFUSED,
@@ -142,10 +144,10 @@ class Enrolments:
         identity: Identity,
         names: tuple[str, ...],
         why: str,
-        now_ms: int | None = None,
+        issued_ms: int,
     ) -> bytes:
-        now_ms = self._clock_ms() if now_ms is None else now_ms
-        certificate = self._issuer.issue(request, identity, names, datetime.fromtimestamp(now_ms / 1000, UTC))
+        issued = datetime.fromtimestamp(issued_ms / 1000, UTC)
+        certificate = self._issuer.issue(request, identity, names, issued)
         CERTIFICATES_ISSUED.labels(identity.role, why).inc()
         _log.info("certificate_issued", identity=identity.uri, names=list(names), why=why)
         return certificate

@@ -57,7 +57,7 @@ class Revoked(NamedTuple):
 
     revocation: Revocation
     enrolled_again: bool
-    """Whether the client was certified anew since."""
+    """Whether the client, or anyone of the role, enrolled anew since, with a token."""
 
 
 class _Stored(BaseModel):
@@ -80,10 +80,24 @@ class _Revoked(_Stored):
     client_id: str
     at_ms: int
     enrolled_again: bool
+    role: Role = Role.CLIENT
 
-    @property
-    def name(self) -> tuple[str, str]:
-        return self.federation_id, self.client_id
+    @classmethod
+    def of(cls, revocation: Revocation, *, enrolled_again: bool) -> "_Revoked":
+        role, federation_id, client_id = _name(revocation.identity)
+        return cls(
+            role=role,
+            federation_id=federation_id,
+            client_id=client_id,
+            at_ms=revocation.at_ms,
+            enrolled_again=enrolled_again,
+        )
+
+    def concerns(self, identity: Identity) -> bool:
+        return _name(self) == _name(identity)
+
+    def listed(self) -> Revoked:
+        return Revoked(Revocation(Identity(*_name(self)), self.at_ms), self.enrolled_again)
 
 
 class _Content(_Stored):
@@ -116,13 +130,16 @@ class _Content(_Stored):
         return self.model_copy(update={"clients": self.clients | {name}})
 
     def without_tokens_of(self, identity: Identity) -> "_Content":
-        """Without the tokens that made this client or could make it anew."""
-        name = (identity.federation_id, identity.client_id)
-        kept = {
-            digest: token
-            for digest, token in self.tokens.items()
-            if token.used_as != identity.uri and (token.grant.federation_id, token.grant.client_id) != name
-        }
+        """Without the tokens that made this holder or could make it anew.
+
+        Of operators also without all that are not used yet: whoever is to be cut off may have issued them.
+        """
+
+        def void(token: _Token) -> bool:
+            issued = identity.role is Role.OPERATOR and token.used_by is None
+            return issued or token.used_as == identity.uri or _name(token.grant) == _name(identity)
+
+        kept = {digest: token for digest, token in self.tokens.items() if not void(token)}
         return self.model_copy(update={"tokens": kept})
 
     def with_revocations(self, revoked: Iterable[_Revoked]) -> "_Content":
@@ -130,9 +147,13 @@ class _Content(_Stored):
         return self.model_copy(update={"revocations": tuple(ordered)})
 
     def revoked_ms(self, identity: Identity) -> int:
-        """The time up to which a client's certificates are revoked, Unix milliseconds; 0 for none."""
-        name = (identity.federation_id, identity.client_id)
-        return max((entry.at_ms for entry in self.revocations if entry.name == name), default=0)
+        """The time up to which a holder's certificates are revoked, Unix milliseconds; 0 for none."""
+        return max((entry.at_ms for entry in self.revocations if entry.concerns(identity)), default=0)
+
+    def first_issue(self, identity: Identity, now_ms: int) -> int:
+        """When a certificate of now is to count as issued, so that no revocation covers it, Unix milliseconds."""
+        revoked_ms = self.revoked_ms(identity)
+        return max(now_ms, first_issue_after(revoked_ms) if revoked_ms else 0)
 
 
 class Register:
@@ -186,7 +207,10 @@ class Register:
         return self._change(lambda content: _redeem(content, _digest(secret), key_hash, client_id, now_ms))
 
     def revoke(self, identity: Identity, clock_ms: Callable[[], int]) -> Revocation:
-        """Revokes what a client was certified so far, and voids its tokens. A repeat finds the first revocation.
+        """Revokes what a client or a role was certified so far, and voids its tokens.
+
+        A repeat finds the client's first revocation, until it has enrolled again. Of a role it is another one: not all
+        that are certified anew pass by here.
 
         The clock is read while nobody else has the register: who was looked up before counts as issued before.
 
@@ -195,18 +219,20 @@ class Register:
         return self._change(lambda content: _revoke(content, identity, clock_ms))
 
     def revoked_ms(self, identity: Identity) -> int:
-        """The time up to which a client's certificates are revoked, Unix milliseconds; 0 for none."""
+        """The time up to which a holder's certificates are revoked, Unix milliseconds; 0 for none."""
         with self._lock:
             return self._content.revoked_ms(identity)
+
+    def first_issue(self, identity: Identity, now_ms: int) -> int:
+        """When a certificate of now is to count as issued, so that no revocation covers it, Unix milliseconds."""
+        with self._lock:
+            return self._content.first_issue(identity, now_ms)
 
     def revocations(self, after_ms: int, limit: int = PAGE) -> list[Revoked]:
         """Revocations later than `after_ms`, the oldest first, at most `limit`."""
         with self._lock:
             later = [entry for entry in self._content.revocations if entry.at_ms > after_ms][:limit]
-        return [
-            Revoked(Revocation(Identity(Role.CLIENT, *entry.name), entry.at_ms), entry.enrolled_again)
-            for entry in later
-        ]
+        return [entry.listed() for entry in later]
 
     def restore(self, revocations: Iterable[Revocation]) -> None:
         """Enters revocations that were written down elsewhere and that this file does not hold (any more).
@@ -265,9 +291,8 @@ def _redeem(
         content = content.with_client(identity, replace=bool(token.grant.client_id))
     used = token.model_copy(update={"used_by": key_hash, "used_as": identity.uri})
     tokens = {**content.tokens, digest: used}
-    name = (identity.federation_id, identity.client_id)
     revocations = tuple(
-        entry.model_copy(update={"enrolled_again": True}) if entry.name == name else entry
+        entry.model_copy(update={"enrolled_again": True}) if entry.concerns(identity) else entry
         for entry in content.revocations
     )
     content = content.model_copy(update={"tokens": tokens, "revocations": revocations})
@@ -275,38 +300,27 @@ def _redeem(
 
 
 def _redeemed(content: _Content, identity: Identity, grant: Grant, now_ms: int) -> Redeemed:
-    revoked_ms = content.revoked_ms(identity)
-    return Redeemed(identity, grant.names, max(now_ms, first_issue_after(revoked_ms) if revoked_ms else 0))
+    return Redeemed(identity, grant.names, content.first_issue(identity, now_ms))
 
 
 def _revoke(
     content: _Content, identity: Identity, clock_ms: Callable[[], int]
 ) -> tuple[_Content, Revocation]:
-    name = (identity.federation_id, identity.client_id)
-    if name not in content.clients:
+    is_client = identity.role is Role.CLIENT
+    if is_client and (identity.federation_id, identity.client_id) not in content.clients:
         raise DomainError(Reason.CLIENT_UNKNOWN, f"there is no {identity}: none of that name enrolled")
     content = content.without_tokens_of(identity)
-    found = next((e for e in content.revocations if e.name == name and not e.enrolled_again), None)
-    if found is not None:
-        return content, Revocation(identity, found.at_ms)
+    found = next((e for e in content.revocations if e.concerns(identity) and not e.enrolled_again), None)
+    if is_client and found is not None:
+        return content, found.listed().revocation
     newest = content.revocations[-1].at_ms if content.revocations else 0
-    at_ms = max(clock_ms(), newest + 1)
-    entry = _Revoked(federation_id=name[0], client_id=name[1], at_ms=at_ms, enrolled_again=False)
-    return content.with_revocations([entry]), Revocation(identity, at_ms)
+    revocation = Revocation(identity, max(clock_ms(), newest + 1))
+    return content.with_revocations([_Revoked.of(revocation, enrolled_again=False)]), revocation
 
 
 def _restored(content: _Content, revocations: Iterable[Revocation]) -> _Content:
     known = {entry.at_ms for entry in content.revocations}
-    missing = [
-        _Revoked(
-            federation_id=r.identity.federation_id,
-            client_id=r.identity.client_id,
-            at_ms=r.at_ms,
-            enrolled_again=True,
-        )
-        for r in revocations
-        if r.at_ms not in known
-    ]
+    missing = [_Revoked.of(r, enrolled_again=True) for r in revocations if r.at_ms not in known]
     return content.with_revocations(missing) if missing else content
 
 
@@ -319,6 +333,10 @@ def _named(grant: Grant, client_id: str) -> Identity:
     if not grant.client_id and not client_id:
         raise DomainError(Reason.INVALID_ARGUMENT, "client_id: the token names no client, so give a name")
     return Identity(Role.CLIENT, grant.federation_id, grant.client_id or client_id)
+
+
+def _name(holder: Identity | Grant | _Revoked) -> tuple[Role, str, str]:
+    return holder.role, holder.federation_id, holder.client_id
 
 
 def _parsed(content: bytes) -> _Content:

@@ -1,4 +1,4 @@
-"""Revoking clients: in the register, in the audit log, and in force at once."""
+"""Revoking clients and roles: in the register, in the audit log, and in force at once."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Revoker:
-    """Revokes clients.
+    """Revokes clients and roles.
 
     Args:
         register: Keeps revocations. Those that only the audit log knows are entered: the register may be older.
@@ -39,18 +39,18 @@ class Revoker:
             self._known.learn(entry.revocation for entry in found)
 
     async def revoke(self, identity: Identity) -> Revocation:
-        """Ends the certificates of a client. In force when this returns, even if it cannot be written down.
+        """Ends the certificates of a client or a role. In force when this returns, even if it cannot be written down.
 
         Raises: DomainError CLIENT_UNKNOWN, STORE_UNAVAILABLE.
         """
         revocation = await asyncio.to_thread(self._register.revoke, identity, self._clock_ms)
-        self._known.learn([revocation])
-        await asyncio.to_thread(self._audit.client_revoked, revocation)
+        self._known.refuse([revocation])
+        try:
+            await asyncio.to_thread(self._audit.revoked, revocation)
+        finally:
+            self._known.end_calls()  # last: this may be one of them, and nothing may come between it and its answer
         _log.warning(
-            "client_revoked",
-            identity=identity.uri,
-            at_unix_ms=revocation.at_ms,
-            audit_head=self._audit.head,
+            "revoked", identity=identity.uri, at_unix_ms=revocation.at_ms, audit_head=self._audit.head
         )
         return revocation
 

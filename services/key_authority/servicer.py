@@ -12,6 +12,7 @@ from services.key_authority.revoking import Revoker
 from services.shell.guard import certificate_of
 from shelora.errors import DomainError, Reason
 from shelora.transport.identity import Identity, Role
+from shelora.transport.revocations import REVOCABLE_ROLES
 from shelora.transport.status import translated
 from shelora.v1 import enrolment_pb2, enrolment_pb2_grpc
 from shelora.v1 import key_authority_pb2 as pb
@@ -81,7 +82,7 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
         self, request: enrolment_pb2.EnrollServerRequest, context: _Context
     ) -> enrolment_pb2.EnrollServerResponse:
         async with translated(context):
-            certificate, proof = self._enrolments.enroll_server(request.signing_request, request.proof)
+            certificate, proof = await self._enrolments.enroll_server(request.signing_request, request.proof)
             return enrolment_pb2.EnrollServerResponse(certificate=certificate, proof=proof)
 
     async def Renew(
@@ -102,6 +103,17 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
             revocation = await self._revoker.revoke(holder)
             return enrolment_pb2.RevokeClientResponse(revocation=revocation.to_proto())
 
+    async def RevokeRole(
+        self, request: enrolment_pb2.RevokeRoleRequest, context: _Context
+    ) -> enrolment_pb2.RevokeRoleResponse:
+        async with translated(context):
+            if request.role not in REVOCABLE_ROLES:
+                raise DomainError(
+                    Reason.INVALID_ARGUMENT, f"role must be one of {', '.join(REVOCABLE_ROLES)}"
+                )
+            revocation = await self._revoker.revoke(Identity(Role(request.role)))
+            return enrolment_pb2.RevokeRoleResponse(revocation=revocation.to_proto())
+
     async def ListRevocations(
         self, request: enrolment_pb2.ListRevocationsRequest, context: _Context
     ) -> enrolment_pb2.ListRevocationsResponse:
@@ -115,9 +127,7 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
 
 
 def _grant(request: enrolment_pb2.CreateTokenRequest) -> Grant:
-    if request.role not in set(Role):
-        raise DomainError(Reason.INVALID_ARGUMENT, f"role must be one of {', '.join(Role)}")
-    return Grant(Role(request.role), request.federation_id, request.client_id, tuple(request.names))
+    return Grant(Role.named(request.role), request.federation_id, request.client_id, tuple(request.names))
 
 
 def register(authority: Authority, enrolments: Enrolments, revoker: Revoker, server: grpc.aio.Server) -> None:

@@ -1,5 +1,6 @@
 """How a server becomes a member and stays one."""
 
+import asyncio
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +18,9 @@ class Membership:
 
     credentials: TlsCredentials
     keep_renewed: Background
-    """Replaces the certificate before it expires, for as long as the server runs."""
+    """Replaces the certificate before it expires, and when it is void, for as long as the server runs."""
+    void: asyncio.Event
+    """To be set when the certificate was revoked: with a workload key, or enrolled anew, the server gets another."""
 
 
 async def join(settings: MemberSettings) -> Membership:
@@ -25,20 +28,18 @@ async def join(settings: MemberSettings) -> Membership:
 
     Raises: DomainError CONFIGURATION_INVALID without a valid identity or a usable key, and as `enroll_server`.
     """
-    folder = IdentityFolder(settings.identity)
+    folder, void = IdentityFolder(settings.identity), asyncio.Event()
     if settings.workload is None:
         credentials = TlsCredentials(folder)
-        return Membership(
-            credentials,
-            partial(keep_renewed, folder, renewal_at(settings.key_authority_address, credentials)),
-        )
+        obtain = renewal_at(settings.key_authority_address, credentials)
+        return Membership(credentials, partial(keep_renewed, folder, obtain, void), void)
     key_file, enrolment = settings.workload
     key = WorkloadKey.from_file(key_file)
     if not _valid(folder):
         await enroll_server(key, enrolment, folder)
     credentials = TlsCredentials(folder)
     obtain = certified_by(key, enrolment, credentials.held.authority)
-    return Membership(credentials, partial(keep_renewed, folder, obtain))
+    return Membership(credentials, partial(keep_renewed, folder, obtain, void), void)
 
 
 def _valid(folder: IdentityFolder) -> bool:

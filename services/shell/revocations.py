@@ -12,7 +12,6 @@ from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import gauge
 from shelora.transport.certificates import Certificate
 from shelora.transport.channel import call
-from shelora.transport.identity import Role
 from shelora.transport.revocations import Revocation, RevocationList, RevokedError
 from shelora.v1 import enrolment_pb2 as pb
 from shelora.v1.enrolment_pb2_grpc import EnrolmentStub
@@ -23,7 +22,9 @@ if TYPE_CHECKING:  # a class of the stub file only
 POLL_S: Final = 2.0
 """Seconds between two questions for new revocations: less than a heartbeat of an agent."""
 
-REVOKED: Final = gauge("revoked_clients_count", "Clients whose certificates this server knows to be revoked.")
+REVOKED: Final = gauge(
+    "revoked_holders_count", "Clients and roles whose certificates this server knows to be revoked."
+)
 _log = structlog.get_logger(__name__)
 
 
@@ -32,7 +33,7 @@ class Revocations:
 
     Args:
         known: Whether the list is complete from the start. A server that asks the key authority begins without:
-            until the first answer it admits no client, as it cannot tell who is revoked.
+            until the first answer it admits nobody, as it cannot tell who is revoked.
     """
 
     def __init__(self, *, known: bool = False) -> None:
@@ -47,9 +48,21 @@ class Revocations:
 
     def learn(self, revocations: Iterable[Revocation], *, complete: bool = False) -> None:
         """Takes in revocations and ends the calls they end. `complete`: no older one is missing any more."""
-        self._list.add(revocations)
+        self.refuse(revocations)
         self._known = self._known or complete
+        self.end_calls()
+
+    def doubt(self) -> None:
+        """The list may lack some, and the server cannot ask for them: it admits nobody until it is complete."""
+        self._known = False
+
+    def refuse(self, revocations: Iterable[Revocation]) -> None:
+        """Takes in revocations: from now on new calls are refused. Those under way are left to `end_calls`."""
+        self._list.add(revocations)
         REVOKED.set(len(self._list))
+
+    def end_calls(self) -> None:
+        """Ends the calls under way whose certificate is revoked, one that returns without waiting excepted."""
         now = asyncio.get_running_loop().time()
         for scope, certificate in list(self._calls.items()):
             if self._list.covers(certificate):
@@ -60,10 +73,10 @@ class Revocations:
         return self._list.clients_of(federation_id)
 
     def check(self, certificate: Certificate) -> None:
-        """Raises: RevokedError; DomainError STORE_UNAVAILABLE for a client while the list is not known."""
+        """Raises: RevokedError; DomainError STORE_UNAVAILABLE while the list is not known."""
         if self._list.covers(certificate):
             raise RevokedError(certificate.identity)
-        if not self._known and certificate.identity.role is Role.CLIENT:
+        if not self._known:
             raise DomainError(
                 Reason.STORE_UNAVAILABLE,
                 "this server does not know yet which certificates are revoked: it waits for the key authority",
@@ -93,11 +106,19 @@ async def follow(
     authority: grpc.aio.Channel,
     poll_s: float = POLL_S,
     on_news: Callable[[], None] = lambda: None,
+    on_own: Callable[[], None] = lambda: None,
 ) -> None:
     """Asks the key authority for new revocations again and again. Never returns.
 
-    While it does not answer, what is known stays in force, which is logged once. `on_news` is called when there is
-    something new.
+    While it does not answer, what is known stays in force, which is logged once. While it refuses this server's own
+    certificate as revoked, the server admits nobody.
+
+    Args:
+        revocations: Learns them.
+        authority: The key authority.
+        poll_s: Seconds between two questions.
+        on_news: Called when there is something new.
+        on_own: Called while it refuses this server's own certificate as revoked.
     """
     answers = True
     stub: EnrolmentAsyncStub = EnrolmentStub(authority)
@@ -110,6 +131,9 @@ async def follow(
             if answers:
                 _log.warning("revocations_not_answered", reason=error.reason, why=error.message)
             answers = False
+            if error.reason is Reason.CERTIFICATE_REVOKED:
+                revocations.doubt()
+                on_own()
         await asyncio.sleep(poll_s)
 
 
@@ -120,5 +144,5 @@ async def _learn_more(revocations: Revocations, stub: "EnrolmentAsyncStub") -> b
     found = [Revocation.from_proto(message) for message in answer.revocations]
     revocations.learn(found, complete=not found)
     for revocation in found:
-        _log.warning("client_revoked", identity=revocation.identity.uri, at_unix_ms=revocation.at_ms)
+        _log.warning("revoked", identity=revocation.identity.uri, at_unix_ms=revocation.at_ms)
     return bool(found)

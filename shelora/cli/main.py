@@ -25,17 +25,19 @@ from shelora.cli.operator import (
     list_revocations,
     operator,
     own_credentials,
-    revoke_client,
+    revoke_holder,
 )
 from shelora.cli.render import federation_view, federations_table, revocations_table
 from shelora.cli.reporting import reported
+from shelora.cli.revoking import consequences
+from shelora.cli.revoking import holder as to_revoke
 from shelora.cli.secret_files import make_secrets
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.telemetry.logs import configure_logs
 from shelora.transport.enrolment import enroll as enrolled
 from shelora.transport.enrolment import keep_renewed, renewal_at
-from shelora.transport.identity import Role
+from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import enrolment_pb2
@@ -228,24 +230,39 @@ def token_create(
 
 @app.command()
 def revoke(
-    federation: Annotated[str, typer.Argument(help="Name of the federation.")],
-    client: Annotated[str, typer.Argument(help="Name of the client.")],
+    federation: Annotated[str | None, typer.Argument(help="Name of the client's federation.")] = None,
+    client: Annotated[str | None, typer.Argument(help="Name of the client.")] = None,
+    role: Annotated[
+        Role, typer.Option(help="operator, coordinator or aggregation: all of them, in place of a client.")
+    ] = Role.CLIENT,
     identity: IdentityOption = None,
     key_authority: KeyAuthorityOption = None,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a whole role is revoked.")] = False,
 ) -> None:
-    """Revoke a client's certificates: within seconds no server admits it any more.
+    """Revoke certificates: of a client, or of a role. Within seconds no server admits them any more.
 
-    Its running calls end, its update of the round in progress is not counted, and the federation goes on without it,
-    with new keys from the next round on. To let it in again, issue a token that names it and enrol it anew.
+    A client's running calls end, its update of the round in progress is not counted, and the federation goes on
+    without it, with new keys from the next round on. To let it in again, issue a token that names it and enrol it anew.
+
+    Operators, and servers of a kind, have no names of their own: --role revokes all of them, and those that are still
+    trusted are certified anew. The command says how, and asks, before it does anything.
     """
 
-    async def work(target: Target) -> None:
+    async def work(target: Target, holder: Identity) -> None:
         credentials = await own_credentials(target.identity, target.key_authority)
-        await revoke_client(target.require_key_authority(), credentials, federation, client)
+        await revoke_holder(target.require_key_authority(), credentials, holder)
 
     with reported():
-        asyncio.run(work(Target.of(None, identity, key_authority)))
-    console.print(f"revoked client {client} of federation {federation}", highlight=False)
+        holder = to_revoke(role, federation, client)
+        target = Target.of(None, identity, key_authority)
+        if role is not Role.CLIENT:
+            console.print(consequences(role), highlight=False, markup=False, soft_wrap=True)
+            if not yes:
+                typer.confirm("Revoke them?", abort=True)
+        asyncio.run(work(target, holder))
+    whom = holder if role is Role.CLIENT else f"all certificates of {holder} issued so far"
+    console.print(f"revoked {whom}", highlight=False)
 
 
 @app.command()
@@ -258,7 +275,7 @@ def revocations(identity: IdentityOption = None, key_authority: KeyAuthorityOpti
 
     with reported():
         found = asyncio.run(work(Target.of(None, identity, key_authority)))
-    console.print(revocations_table(found) if found else "no client was revoked")
+    console.print(revocations_table(found) if found else "nobody was revoked")
 
 
 @app.command()

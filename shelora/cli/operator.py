@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from shelora.transport.certificates import utc_now
 from shelora.transport.channel import call, open_channel
 from shelora.transport.enrolment import renew, renewal_at
-from shelora.transport.identity import Role
+from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import Credentials, IdentityFolder, TlsCredentials
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import enrolment_pb2
@@ -95,13 +95,21 @@ async def create_token(
         return await call(EnrolmentStub(channel).CreateToken, request, retry_s=RETRY_S)
 
 
-async def revoke_client(
-    key_authority: str, credentials: Credentials, federation: str, client: str
+async def revoke_holder(
+    key_authority: str, credentials: Credentials, holder: Identity
 ) -> enrolment_pb2.Revocation:
-    """Revokes the certificates of a client. Raises: DomainError CLIENT_UNKNOWN, and what `call` raises."""
-    request = enrolment_pb2.RevokeClientRequest(federation_id=federation, client_id=client)
+    """Revokes the certificates of a client, or of everyone of a role.
+
+    Raises: DomainError CLIENT_UNKNOWN, INVALID_ARGUMENT if the role cannot be revoked, and what `call` raises.
+    """
+    federation, client = holder.federation_id, holder.client_id
     async with open_channel(key_authority, credentials) as channel:
-        return (await call(EnrolmentStub(channel).RevokeClient, request, retry_s=RETRY_S)).revocation
+        stub = EnrolmentStub(channel)
+        if holder.role is Role.CLIENT:
+            request = enrolment_pb2.RevokeClientRequest(federation_id=federation, client_id=client)
+            return (await call(stub.RevokeClient, request, retry_s=RETRY_S)).revocation
+        whole = enrolment_pb2.RevokeRoleRequest(role=holder.role)
+        return (await call(stub.RevokeRole, whole, retry_s=RETRY_S)).revocation
 
 
 async def list_revocations(key_authority: str, credentials: Credentials) -> list[enrolment_pb2.Revocation]:

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from shelora.transport.identity import Role
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import enrolment_pb2
 
@@ -190,11 +191,12 @@ def _members_table(federation: pb.Federation) -> Table:
 
 def revocations_table(revocations: Iterable[enrolment_pb2.Revocation]) -> Table:
     """One line a revocation."""
-    table = Table("federation", "client", "revoked (UTC)", "since then", **_PLAIN)
+    table = Table("role", "federation", "client", "revoked (UTC)", "since then", **_PLAIN)
     for revocation in revocations:
         at = datetime.fromtimestamp(revocation.at_unix_ms / 1000, UTC)
         since = "enrolled again" if revocation.enrolled_again else ""
-        table.add_row(revocation.federation_id, revocation.client_id, f"{at:%Y-%m-%d %H:%M:%S}", since)
+        holder = (revocation.role or Role.CLIENT, revocation.federation_id, revocation.client_id)
+        table.add_row(*holder, f"{at:%Y-%m-%d %H:%M:%S}", since)
     return table
 
 

@@ -14,6 +14,7 @@ import random
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -216,21 +217,30 @@ async def renew(keeper: IdentityKeeper, obtain: Obtain) -> Held:
     return held
 
 
-async def keep_renewed(keeper: IdentityKeeper, obtain: Obtain) -> None:
+async def keep_renewed(keeper: IdentityKeeper, obtain: Obtain, void: asyncio.Event | None = None) -> None:
     """Renews the identity after two thirds of its life, again and again. Never returns.
 
     A failure is logged and tried again soon: a third of the life is left for the authority to come back.
+
+    Args:
+        keeper: Where the identity is kept.
+        obtain: Certifies the next one.
+        void: Set when the identity is worth nothing any more, to have another at once; cleared then.
     """
+    void = void or asyncio.Event()
     wait_s = 1.0
     while True:
         facts = keeper.read().facts
         CERTIFICATE_EXPIRY.set(facts.expires.timestamp())
-        if (remaining_s := (facts.renewal_due - utc_now()).total_seconds()) > 0:
+        remaining_s = (facts.renewal_due - utc_now()).total_seconds()
+        if remaining_s > 0 and not void.is_set():
             # In slices, because a laptop that slept must notice that time has passed.
-            await asyncio.sleep(min(remaining_s, _LONGEST_RETRY_S))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(void.wait(), min(remaining_s, _LONGEST_RETRY_S))
             continue
         try:
             await renew(keeper, obtain)
+            void.clear()
             wait_s = 1.0
         except DomainError as error:
             _log.warning("renewal_failed", reason=error.reason, why=error.message)

@@ -26,6 +26,13 @@ class Role(StrEnum):
     KEY_AUTHORITY = "key-authority"
     CLIENT = "client"
 
+    @classmethod
+    def named(cls, name: str) -> "Role":
+        """The role of that name. Raises: DomainError INVALID_ARGUMENT."""
+        if name not in set(cls):
+            raise _invalid(f"role must be one of {', '.join(cls)}")
+        return cls(name)
+
 
 SERVERS: Final = frozenset({Role.COORDINATOR, Role.AGGREGATION, Role.KEY_AUTHORITY})
 """Roles that are called, and so have names and addresses."""

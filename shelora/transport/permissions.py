@@ -59,6 +59,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/shelora.v1.Enrolment/EnrollServer": ANYONE,
         "/shelora.v1.Enrolment/Renew": ANYONE - {Role.KEY_AUTHORITY},
         "/shelora.v1.Enrolment/RevokeClient": _OPERATOR,
+        "/shelora.v1.Enrolment/RevokeRole": _OPERATOR,
         "/shelora.v1.Enrolment/ListRevocations": _OPERATOR | _COORDINATOR | _AGGREGATION,
         "/grpc.health.v1.Health/Check": ANYONE,
         "/grpc.health.v1.Health/Watch": ANYONE,

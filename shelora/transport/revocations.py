@@ -1,7 +1,12 @@
-"""Which certificates are revoked: all that a holder was issued up to a time, so that a later one is good again."""
+"""Which certificates are revoked: all that a holder was issued up to a time, so that a later one is good again.
+
+A holder is an identity. Clients have one each; operators share one, and so do servers of a kind, so they are revoked
+together, and those that are still trusted are certified anew.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from shelora.errors import DomainError, Reason
@@ -9,6 +14,21 @@ from shelora.transport.certificates import Certificate
 from shelora.transport.identity import Identity, Role
 from shelora.v1 import enrolment_pb2 as pb
 
+REVOCABLE_ROLES: Final = (Role.OPERATOR, Role.COORDINATOR, Role.AGGREGATION)
+"""Roles that are revoked as a whole. The key authority certifies itself."""
+
+_REMEDIES: Final = MappingProxyType(
+    {
+        Role.CLIENT: "ask the operator of federation {federation} why; a token for {client} "
+        "(shelora token create --federation {federation} --client {client}) enrols it anew",
+        Role.OPERATOR: "enrol anew (shelora enroll), with the token that the key authority leaves at its start "
+        "(--operator-token-file), or one of an operator who has (shelora token create --role operator)",
+    }
+)
+_REMEDY_OF_SERVERS: Final = (
+    "with a workload key that the key authority still has it enrols anew by itself; else enrol it (shelora enroll) "
+    "with a token from: shelora token create --role {role} --name …"
+)
 _SECOND_MS: Final = 1000
 
 
@@ -23,7 +43,8 @@ class Revocation:
     @classmethod
     def from_proto(cls, message: pb.Revocation) -> "Revocation":
         """Raises: DomainError INVALID_ARGUMENT, naming the field."""
-        return cls(Identity(Role.CLIENT, message.federation_id, message.client_id), message.at_unix_ms)
+        role = Role.named(message.role or Role.CLIENT)
+        return cls(Identity(role, message.federation_id, message.client_id), message.at_unix_ms)
 
     def to_proto(self, *, enrolled_again: bool = False) -> pb.Revocation:
         return pb.Revocation(
@@ -31,6 +52,7 @@ class Revocation:
             client_id=self.identity.client_id,
             at_unix_ms=self.at_ms,
             enrolled_again=enrolled_again,
+            role="" if self.identity.role is Role.CLIENT else self.identity.role,
         )
 
 
@@ -38,11 +60,8 @@ class RevokedError(DomainError):
     """The certificate is revoked."""
 
     def __init__(self, identity: Identity) -> None:
-        remedy = (
-            f"ask the operator of federation {identity.federation_id} why; a token for {identity.client_id} "
-            f"(shelora token create --federation {identity.federation_id} --client {identity.client_id}) enrols it anew"
-            if identity.role is Role.CLIENT
-            else "enrol anew"
+        remedy = _REMEDIES.get(identity.role, _REMEDY_OF_SERVERS).format(
+            role=identity.role, federation=identity.federation_id, client=identity.client_id
         )
         super().__init__(Reason.CERTIFICATE_REVOKED, f"the certificate of {identity} was revoked: {remedy}")
 

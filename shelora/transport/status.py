@@ -5,8 +5,8 @@ reasons that pass by themselves map to UNAVAILABLE or RESOURCE_EXHAUSTED.
 """
 
 import math
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -134,6 +134,21 @@ _WRONG_SIGNER: Final = (
     "unsupported certificate purpose",
 )
 """How it says that a certificate is of another authority, or its holder no server."""
+
+
+@contextmanager
+def for_callers() -> Iterator[None]:
+    """Around calls that a server makes for its callers: a refusal of its own certificate passes, and is none of theirs.
+
+    Raises: DomainError STORE_UNAVAILABLE in place of CERTIFICATE_EXPIRED and CERTIFICATE_REVOKED.
+    """
+    try:
+        yield
+    except DomainError as error:
+        if error.reason not in {Reason.CERTIFICATE_EXPIRED, Reason.CERTIFICATE_REVOKED}:
+            raise
+        message = f"this server waits for another certificate: {error.message}"
+        raise DomainError(Reason.STORE_UNAVAILABLE, message) from error
 
 
 @asynccontextmanager

@@ -230,7 +230,7 @@ Global___RenewResponse: _TypeAlias = RenewResponse  # noqa: Y015
 
 @_typing.final
 class Revocation(_message.Message):
-    """Certificates of a client that are worth nothing any more."""
+    """Certificates of a client, or of everyone of a role, that are worth nothing any more."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -238,12 +238,16 @@ class Revocation(_message.Message):
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     AT_UNIX_MS_FIELD_NUMBER: _builtins.int
     ENROLLED_AGAIN_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
+    """Federation and name of a client; empty for other roles."""
     client_id: _builtins.str
     at_unix_ms: _builtins.int
     """Certificates issued up to this time are revoked, Unix milliseconds. No two revocations have the same time."""
     enrolled_again: _builtins.bool
-    """Whether the client was certified anew since."""
+    """Whether the client, or anyone of the role, enrolled anew since, with a token."""
+    role: _builtins.str
+    """Whose: "operator", "coordinator" or "aggregation"; empty for a client."""
     def __init__(
         self,
         *,
@@ -251,10 +255,11 @@ class Revocation(_message.Message):
         client_id: _builtins.str = ...,
         at_unix_ms: _builtins.int = ...,
         enrolled_again: _builtins.bool = ...,
+        role: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix_ms", b"at_unix_ms", "client_id", b"client_id", "enrolled_again", b"enrolled_again", "federation_id", b"federation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix_ms", b"at_unix_ms", "client_id", b"client_id", "enrolled_again", b"enrolled_again", "federation_id", b"federation_id", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -303,6 +308,46 @@ class RevokeClientResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeClientResponse: _TypeAlias = RevokeClientResponse  # noqa: Y015
+
+@_typing.final
+class RevokeRoleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """"operator", "coordinator" or "aggregation"."""
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeRoleRequest: _TypeAlias = RevokeRoleRequest  # noqa: Y015
+
+@_typing.final
+class RevokeRoleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVOCATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def revocation(self) -> Global___Revocation: ...
+    def __init__(
+        self,
+        *,
+        revocation: Global___Revocation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["revocation", b"revocation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revocation", b"revocation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeRoleResponse: _TypeAlias = RevokeRoleResponse  # noqa: Y015
 
 @_typing.final
 class ListRevocationsRequest(_message.Message):

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class EnrolmentStub:
     """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
-    memberships: an operator revokes a client's certificates, and every server learns it.
+    memberships: an operator revokes the certificates of a client, or of a role, and every server learns it.
     """
 
     def __init__(self, channel):
@@ -61,6 +61,11 @@ class EnrolmentStub:
                 request_serializer=shelora_dot_v1_dot_enrolment__pb2.RevokeClientRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_enrolment__pb2.RevokeClientResponse.FromString,
                 _registered_method=True)
+        self.RevokeRole = channel.unary_unary(
+                '/shelora.v1.Enrolment/RevokeRole',
+                request_serializer=shelora_dot_v1_dot_enrolment__pb2.RevokeRoleRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_enrolment__pb2.RevokeRoleResponse.FromString,
+                _registered_method=True)
         self.ListRevocations = channel.unary_unary(
                 '/shelora.v1.Enrolment/ListRevocations',
                 request_serializer=shelora_dot_v1_dot_enrolment__pb2.ListRevocationsRequest.SerializeToString,
@@ -70,7 +75,7 @@ class EnrolmentStub:
 
 class EnrolmentServicer:
     """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
-    memberships: an operator revokes a client's certificates, and every server learns it.
+    memberships: an operator revokes the certificates of a client, or of a role, and every server learns it.
     """
 
     def CreateToken(self, request, context):
@@ -122,6 +127,18 @@ class EnrolmentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RevokeRole(self, request, context):
+        """Revokes every certificate that anyone of a role was issued so far, and voids the role's tokens: operators,
+        coordinators and aggregation servers have no names of their own. Revoking operators voids every token that is not
+        used yet, of whatever role: operators issued it. Who is certified later is good. For operators only; one that
+        revokes operators is answered, and cut off with the others. Written down before it is answered.
+        Not idempotent: a repeat revokes what was issued in between, too.
+        Fails with INVALID_ARGUMENT if the role is another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRevocations(self, request, context):
         """Lists revocations, oldest first, at most 1000: ask again after the last one until none is left. Read only.
         For operators and servers; a server asks every few seconds.
@@ -158,6 +175,11 @@ def add_EnrolmentServicer_to_server(servicer, server):
                     request_deserializer=shelora_dot_v1_dot_enrolment__pb2.RevokeClientRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_enrolment__pb2.RevokeClientResponse.SerializeToString,
             ),
+            'RevokeRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeRole,
+                    request_deserializer=shelora_dot_v1_dot_enrolment__pb2.RevokeRoleRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_enrolment__pb2.RevokeRoleResponse.SerializeToString,
+            ),
             'ListRevocations': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRevocations,
                     request_deserializer=shelora_dot_v1_dot_enrolment__pb2.ListRevocationsRequest.FromString,
@@ -173,7 +195,7 @@ def add_EnrolmentServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Enrolment:
     """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
-    memberships: an operator revokes a client's certificates, and every server learns it.
+    memberships: an operator revokes the certificates of a client, or of a role, and every server learns it.
     """
 
     @staticmethod
@@ -301,6 +323,33 @@ class Enrolment:
             '/shelora.v1.Enrolment/RevokeClient',
             shelora_dot_v1_dot_enrolment__pb2.RevokeClientRequest.SerializeToString,
             shelora_dot_v1_dot_enrolment__pb2.RevokeClientResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Enrolment/RevokeRole',
+            shelora_dot_v1_dot_enrolment__pb2.RevokeRoleRequest.SerializeToString,
+            shelora_dot_v1_dot_enrolment__pb2.RevokeRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class EnrolmentStub:
     """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
-    memberships: an operator revokes a client's certificates, and every server learns it.
+    memberships: an operator revokes the certificates of a client, or of a role, and every server learns it.
     """
 
     @_typing.overload
@@ -64,6 +64,14 @@ class EnrolmentStub:
     Idempotent: until the client has enrolled again, a repeat returns the first revocation.
     Fails with CLIENT_UNKNOWN if no client of that name has enrolled in the federation, INVALID_ARGUMENT.
     """
+    RevokeRole: _grpc.UnaryUnaryMultiCallable[_enrolment_pb2.RevokeRoleRequest, _enrolment_pb2.RevokeRoleResponse]
+    """Revokes every certificate that anyone of a role was issued so far, and voids the role's tokens: operators,
+    coordinators and aggregation servers have no names of their own. Revoking operators voids every token that is not
+    used yet, of whatever role: operators issued it. Who is certified later is good. For operators only; one that
+    revokes operators is answered, and cut off with the others. Written down before it is answered.
+    Not idempotent: a repeat revokes what was issued in between, too.
+    Fails with INVALID_ARGUMENT if the role is another.
+    """
     ListRevocations: _grpc.UnaryUnaryMultiCallable[_enrolment_pb2.ListRevocationsRequest, _enrolment_pb2.ListRevocationsResponse]
     """Lists revocations, oldest first, at most 1000: ask again after the last one until none is left. Read only.
     For operators and servers; a server asks every few seconds.
@@ -72,7 +80,7 @@ class EnrolmentStub:
 @_typing.type_check_only
 class EnrolmentAsyncStub(EnrolmentStub):
     """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
-    memberships: an operator revokes a client's certificates, and every server learns it.
+    memberships: an operator revokes the certificates of a client, or of a role, and every server learns it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -105,6 +113,14 @@ class EnrolmentAsyncStub(EnrolmentStub):
     Idempotent: until the client has enrolled again, a repeat returns the first revocation.
     Fails with CLIENT_UNKNOWN if no client of that name has enrolled in the federation, INVALID_ARGUMENT.
     """
+    RevokeRole: _aio.UnaryUnaryMultiCallable[_enrolment_pb2.RevokeRoleRequest, _enrolment_pb2.RevokeRoleResponse]  # type: ignore[assignment]
+    """Revokes every certificate that anyone of a role was issued so far, and voids the role's tokens: operators,
+    coordinators and aggregation servers have no names of their own. Revoking operators voids every token that is not
+    used yet, of whatever role: operators issued it. Who is certified later is good. For operators only; one that
+    revokes operators is answered, and cut off with the others. Written down before it is answered.
+    Not idempotent: a repeat revokes what was issued in between, too.
+    Fails with INVALID_ARGUMENT if the role is another.
+    """
     ListRevocations: _aio.UnaryUnaryMultiCallable[_enrolment_pb2.ListRevocationsRequest, _enrolment_pb2.ListRevocationsResponse]  # type: ignore[assignment]
     """Lists revocations, oldest first, at most 1000: ask again after the last one until none is left. Read only.
     For operators and servers; a server asks every few seconds.
@@ -112,7 +128,7 @@ class EnrolmentAsyncStub(EnrolmentStub):
 
 class EnrolmentServicer(metaclass=_abc_1.ABCMeta):
     """Makes strangers members: an operator issues a token, its holder exchanges it for a certificate, once. And ends
-    memberships: an operator revokes a client's certificates, and every server learns it.
+    memberships: an operator revokes the certificates of a client, or of a role, and every server learns it.
     """
 
     @_abc_1.abstractmethod
@@ -172,6 +188,20 @@ class EnrolmentServicer(metaclass=_abc_1.ABCMeta):
         only. Written down before it is answered. The name stays taken: a token that names the client enrols it anew.
         Idempotent: until the client has enrolled again, a repeat returns the first revocation.
         Fails with CLIENT_UNKNOWN if no client of that name has enrolled in the federation, INVALID_ARGUMENT.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokeRole(
+        self,
+        request: _enrolment_pb2.RevokeRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_enrolment_pb2.RevokeRoleResponse, _abc.Awaitable[_enrolment_pb2.RevokeRoleResponse]]:
+        """Revokes every certificate that anyone of a role was issued so far, and voids the role's tokens: operators,
+        coordinators and aggregation servers have no names of their own. Revoking operators voids every token that is not
+        used yet, of whatever role: operators issued it. Who is certified later is good. For operators only; one that
+        revokes operators is answered, and cut off with the others. Written down before it is answered.
+        Not idempotent: a repeat revokes what was issued in between, too.
+        Fails with INVALID_ARGUMENT if the role is another.
         """
 
     @_abc_1.abstractmethod

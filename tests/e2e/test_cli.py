@@ -55,6 +55,7 @@ def shelora(*arguments: str, at: dict) -> subprocess.CompletedProcess[str]:
         [*SHELORA, *arguments],
         cwd=REPOSITORY,
         env=environment,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=60,
@@ -127,6 +128,22 @@ def test_a_token_makes_another_operator_and_only_once(running_up, tmp_path):
     again = shelora(*enrol, str(tmp_path / "third"), at=at)
     assert again.returncode == 1
     assert "TOKEN_REFUSED" in again.stderr
+
+
+def test_revoking_the_operators_says_how_they_come_back_asks_and_cuts_all_off(running_up, tmp_path):
+    at = addresses(tmp_path)
+    wrong = shelora("revoke", "reuters", at=at)
+    assert wrong.returncode == 1
+    assert "give FEDERATION and CLIENT" in wrong.stderr
+    asked = shelora("revoke", "--role", "operator", at=at)
+    assert asked.returncode == 1
+    assert "--operator-token-file" in asked.stdout
+    assert "nobody was revoked" in shelora("revocations", at=at).stdout
+    revoked = shelora("revoke", "--role", "operator", "--yes", at=at)
+    assert "revoked all certificates of the operator" in revoked.stdout, revoked.stderr
+    refused = shelora("revocations", at=at)
+    assert refused.returncode == 1
+    assert "CERTIFICATE_REVOKED" in refused.stderr
 
 
 def test_an_operator_that_stays_renews_its_identity_until_it_is_stopped(running_up, tmp_path):

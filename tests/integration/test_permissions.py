@@ -14,14 +14,17 @@ import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from coordinator.aggregation import AggregationPool
+from coordinator.authority import KeyAuthorityClient
 from services.shell.guard import DENIALS
 from services.shell.revocations import Revocations
 from services.shell.server import running_server
-from shelora.errors import Reason
+from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import key_to_pem
 from shelora.transport.channel import open_channel
 from shelora.transport.identity import Identity, Role
 from shelora.transport.permissions import NO_CERTIFICATE_NEEDED, PERMISSIONS, scoped_fields
+from shelora.transport.replicas import Replicas
 from shelora.transport.revocations import Revocation, issued_ms
 from shelora.transport.status import error_from_rpc
 from shelora.transport.tls import IdentityFolder, TlsCredentials
@@ -245,7 +248,8 @@ async def test_every_rpc_refuses_a_revoked_certificate_and_admits_one_that_was_i
                 open_channel(address, _Fixed(later)) as renewed,
             ):
                 await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-                revocations.learn([Revocation(identity, issued_ms(later.facts) - 1)])
+                revocation = Revocation(identity, issued_ms(later.facts) - 1)
+                revocations.learn([Revocation.from_proto(revocation.to_proto())])  # as servers learn it
                 for path in served_methods():
                     got = await outcome(channel, path, request_for(path, identity))
                     assert got == Reason.CERTIFICATE_REVOKED.value, (str(identity), path)
@@ -265,18 +269,36 @@ async def test_a_revocation_concerns_no_other_client_and_no_other_federation(
                 assert await outcome(channel, path, request_for(path, other)) == ADMITTED
 
 
-async def test_until_a_server_knows_who_is_revoked_it_admits_no_client(authority: TestAuthority) -> None:
-    revocations = Revocations()
+async def test_until_a_server_knows_who_is_revoked_it_admits_nobody(authority: TestAuthority) -> None:
     path = "/grpc.health.v1.Health/Check"
-    async with serving_everything(authority, revocations) as address:
-        for identity in ROLES:
-            expected = Reason.STORE_UNAVAILABLE.value if identity.role is Role.CLIENT else ADMITTED
-            async with open_channel(address, authority.credentials(identity)) as channel:
+    for identity in ROLES:
+        revocations = Revocations()
+        async with (
+            serving_everything(authority, revocations) as address,
+            open_channel(address, authority.credentials(identity)) as channel,
+        ):
+            for complete, expected in ((False, Reason.STORE_UNAVAILABLE.value), (True, ADMITTED)):
+                revocations.learn([], complete=complete)
                 assert await outcome(channel, path, request_for(path, identity)) == expected
-                revocations_complete = identity.role is Role.CLIENT
-                revocations.learn([], complete=revocations_complete)
-                if revocations_complete:
-                    assert await outcome(channel, path, request_for(path, identity)) == ADMITTED
+
+
+async def test_a_coordinator_that_is_revoked_is_no_reason_to_refuse_an_agent_or_to_end_a_federation(
+    authority: TestAuthority,
+) -> None:
+    """Its calls fail as they do while a server is away: they are tried again, with another certificate."""
+    revocations, credentials = Revocations(known=True), authority.credentials(COORDINATOR)
+    revocations.learn([Revocation(COORDINATOR, issued_ms(credentials.held.facts))])
+    async with (
+        serving_everything(authority, revocations) as address,
+        open_channel(address, credentials) as keys,
+    ):
+        replicas = Replicas([address], lambda replica: open_channel(replica, credentials), refresh_s=60)
+        pool, key_authority = AggregationPool(replicas, retry_s=0), KeyAuthorityClient(keys, retry_s=0)
+        for asked in (pool.stored("clinic.0.1", "ward-7"), key_authority.open_epoch("clinic", 1, "standard")):
+            with pytest.raises(DomainError, match="waits for another certificate") as caught:
+                await asked
+            assert caught.value.reason is Reason.STORE_UNAVAILABLE
+        await replicas.close()
 
 
 async def test_calls_in_progress_end_when_their_certificate_is_revoked(authority: TestAuthority) -> None:

@@ -19,7 +19,7 @@ from services.shell.server import Ready, running_server
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.errors import Reason
 from shelora.lora.layout import Layout, Matrix, Shard
-from shelora.transport.channel import open_channel
+from shelora.transport.channel import call, open_channel
 from shelora.transport.pieces import cut
 from shelora.v1 import aggregation_pb2 as pb
 from shelora.v1 import aggregation_pb2_grpc, enrolment_pb2, enrolment_pb2_grpc
@@ -56,7 +56,8 @@ class Secured(Caller):
 
     def __init__(self, stubs: dict[str, Any], address: str) -> None:
         coordinator, first = stubs["coordinator"], stubs["client-0"]
-        served = {name: getattr(coordinator, name) for name in ("OpenRound", "AggregateShard", "CloseRound")}
+        names = ("OpenRound", "AggregateShard", "CloseRound", "ListReplicas")
+        served = {name: getattr(coordinator, name) for name in names}
         super().__init__(
             SimpleNamespace(**served, PutShard=first.PutShard, GetResult=first.GetResult), address
         )
@@ -126,6 +127,7 @@ async def started(
             ready = Ready.read(ready_file)
             assert ready is not None
             async with secured(authority, ready.address) as caller:
+                await call(caller.stub.ListReplicas, pb.ListReplicasRequest())  # it knows who is revoked
                 yield Service(process, caller)
         finally:
             process.kill()

@@ -1,8 +1,11 @@
-"""Revoking clients: certificates, tokens, names, and what survives restarts, lost files and races."""
+"""Revoking clients and roles: certificates, tokens, names, and what survives restarts, lost files and races."""
 
 import asyncio
 
+import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from services.key_authority.ca import Issuer
 from services.key_authority.custody import open_custody
@@ -15,18 +18,22 @@ from services.shell.revocations import Revocations, follow
 from services.shell.server import running_server
 from shelora.audit import AuditEvent, verified
 from shelora.ckks.parameters import STANDARD
-from shelora.cli.operator import list_revocations, revoke_client
+from shelora.cli.operator import list_revocations, revoke_holder
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import der_to_pem, new_key, read_certificate, signing_request
 from shelora.transport.channel import call, open_channel
 from shelora.transport.enrolment import renewal_at
-from shelora.transport.identity import Role
+from shelora.transport.identity import Identity, Role
 from shelora.transport.revocations import Revocation, RevocationList, first_issue_after, issued_ms
+from shelora.transport.status import error_from_rpc
+from shelora.v1 import enrolment_pb2
 from shelora.v1 import key_authority_pb2 as pb
 from shelora.v1 import key_authority_pb2_grpc as pb_grpc
+from shelora.v1.enrolment_pb2_grpc import EnrolmentStub
 from tests.identities import AGGREGATION, COORDINATOR, KEY_AUTHORITY, OPERATOR, SEALER, VAULT, client
 
-CLIENT = Grant(Role.CLIENT, "clinic", "ward-7")
+CLIENT, OPERATORS = Grant(Role.CLIENT, "clinic", "ward-7"), Grant(Role.OPERATOR)
+SERVERS = Grant(Role.AGGREGATION, names=("localhost", "127.0.0.1"))
 
 
 async def refusal(awaitable):
@@ -63,6 +70,48 @@ async def test_a_revoked_client_renews_nothing_and_its_tokens_are_void(enrolment
     for token in (used, spare):
         assert await refusal(enrolments.enroll(token.encoded, request, "")) is Reason.TOKEN_REFUSED
     assert facts(await enrolments.enroll(other.encoded, request, "")).identity == client("ward-8")
+
+
+@pytest.mark.parametrize("grant", [OPERATORS, SERVERS], ids=lambda grant: grant.role)
+async def test_who_is_of_a_revoked_role_renews_nothing_and_its_tokens_are_void(enrolments, revoker, grant):
+    used, request, certificate = await enrolled(enrolments, grant)
+    spare, _ = await enrolments.create_token(grant)
+    await revoker.revoke(certificate.identity)
+    assert await refusal(enrolments.renew(request, certificate)) is Reason.CERTIFICATE_REVOKED
+    for token in (used, spare):
+        assert await refusal(enrolments.enroll(token.encoded, request, "")) is Reason.TOKEN_REFUSED
+
+
+@pytest.mark.parametrize("holder", [OPERATOR, AGGREGATION], ids=str)
+async def test_with_operators_what_they_issued_is_void_but_what_was_used_stays(enrolments, revoker, holder):
+    used, request, certificate = await enrolled(enrolments)
+    others = [
+        await enrolments.create_token(grant) for grant in (CLIENT, Grant(Role.COORDINATOR, names=("c",)))
+    ]
+    await revoker.revoke(holder)
+    for token, _ in others:
+        attempt = enrolments.enroll(token.encoded, signing_request(new_key()), "")
+        if holder is OPERATOR:
+            assert await refusal(attempt) is Reason.TOKEN_REFUSED
+        else:
+            await attempt
+    assert facts(await enrolments.enroll(used.encoded, request, "")).identity == client()
+    await enrolments.renew(request, certificate)
+
+
+@pytest.mark.parametrize("grant", [OPERATORS, SERVERS], ids=lambda grant: grant.role)
+async def test_who_of_a_revoked_role_enrols_anew_is_good_from_the_first_moment_until_the_next(
+    enrolments, revoker, revocations, custody, grant
+):
+    first = await revoker.revoke(Identity(grant.role))
+    _, request, certificate = await enrolled(enrolments, grant)
+    assert issued_ms(certificate) > first.at_ms
+    revocations.check(facts(await enrolments.renew(request, certificate)))
+    second = await revoker.revoke(certificate.identity)
+    third = await revoker.revoke(certificate.identity)
+    assert first.at_ms < second.at_ms < third.at_ms
+    assert [entry.enrolled_again for entry in await revoker.listed(0)] == [True, False, False]
+    assert custody.audit.revocations == {first, second, third}
 
 
 async def test_a_client_that_enrols_anew_is_good_again_from_the_first_moment(
@@ -147,8 +196,13 @@ async def test_keys_that_were_opened_after_a_revocation_are_not_released_to_its_
     assert await refusal(asked) is Reason.CERTIFICATE_REVOKED
 
 
+@pytest.mark.parametrize(
+    ("grant", "event"),
+    [(CLIENT, AuditEvent.CLIENT_REVOKED), (OPERATORS, AuditEvent.ROLE_REVOKED)],
+    ids=lambda value: getattr(value, "role", ""),
+)
 async def test_revocations_survive_a_restart_and_the_loss_of_the_register(
-    tmp_path, authority, sealing_key, clock
+    tmp_path, authority, sealing_key, clock, grant, event
 ):
     async def started(custody, name):
         members, known = Register(tmp_path / name, SEALER, VAULT), Revocations(known=True)
@@ -158,8 +212,8 @@ async def test_revocations_survive_a_restart_and_the_loss_of_the_register(
 
     with open_custody(tmp_path / "keys", sealing_key) as custody:
         enrolments, revoker, _ = await started(custody, "register.sealed")
-        _, _, certificate = await enrolled(enrolments)
-        revocation = await revoker.revoke(client())
+        _, _, certificate = await enrolled(enrolments, grant)
+        revocation = await revoker.revoke(certificate.identity)
     for name in ("register.sealed", "another.sealed"):
         with open_custody(tmp_path / "keys", sealing_key) as custody:
             enrolments, revoker, known = await started(custody, name)
@@ -168,7 +222,48 @@ async def test_revocations_survive_a_restart_and_the_loss_of_the_register(
                 known.check(certificate)
     with (tmp_path / "keys" / "audit.log").open("rb") as file:
         events = [record.event for record in verified(file)]
-    assert events.count(AuditEvent.CLIENT_REVOKED) == 1
+    assert events.count(event) == 1
+
+
+async def test_an_operator_that_revokes_the_operators_is_answered_and_cut_off_with_its_calls_under_way(
+    add, authority, revocations, custody, clock
+):
+    credentials = authority.credentials(KEY_AUTHORITY)
+    async with (
+        running_server(SERVICE_NAMES, add, credentials=credentials, revocations=revocations) as address,
+        open_channel(address, authority.credentials(OPERATOR)) as operator,
+        open_channel(address, authority.credentials(AGGREGATION)) as bystander,
+    ):
+        watches = [HealthStub(channel).Watch(HealthCheckRequest()) for channel in (operator, bystander)]
+        for watch in watches:
+            await watch.read()
+        clock.ahead_ms = 2000  # certificates of the test count whole seconds
+        revocation = await revoke_holder(address, authority.credentials(OPERATOR), OPERATOR)
+        assert (revocation.role, revocation.client_id) == ("operator", "")
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await watches[0].read()
+        assert error_from_rpc(ended.value).reason is Reason.CERTIFICATE_REVOKED
+        for asked in (
+            revoke_holder(address, authority.credentials(OPERATOR), OPERATOR),
+            list_revocations(address, authority.credentials(OPERATOR)),
+        ):
+            assert await refusal(asked) is Reason.CERTIFICATE_REVOKED
+        assert not watches[1].done()
+        watches[1].cancel()
+    assert custody.audit.revocations == {Revocation.from_proto(revocation)}
+
+
+@pytest.mark.parametrize("role", ["client", "key-authority", "nobody", ""])
+async def test_other_roles_are_not_revoked_as_a_whole_and_only_operators_revoke(add, authority, role):
+    asking = enrolment_pb2.RevokeRoleRequest(role=role)
+    credentials = authority.credentials(KEY_AUTHORITY)
+    async with running_server(SERVICE_NAMES, add, credentials=credentials) as address:
+        for identity, reason in (
+            (OPERATOR, Reason.INVALID_ARGUMENT),
+            (COORDINATOR, Reason.PERMISSION_DENIED),
+        ):
+            async with open_channel(address, authority.credentials(identity)) as channel:
+                assert await refusal(call(EnrolmentStub(channel).RevokeRole, asking)) is reason
 
 
 async def test_over_the_wire_the_operator_revokes_servers_learn_it_and_the_client_is_cut_off(
@@ -194,18 +289,16 @@ async def test_over_the_wire_the_operator_revokes_servers_learn_it_and_the_clien
             await call(get, asking)
             clock.ahead_ms = 2000  # certificates of the test count whole seconds
             operator = authority.credentials(OPERATOR)
-            first = await revoke_client(address, operator, "clinic", "ward-7")
-            assert await revoke_client(address, operator, "clinic", "ward-7") == first
+            first = await revoke_holder(address, operator, client())
+            assert await revoke_holder(address, operator, client()) == first
             assert await list_revocations(address, operator) == [first]
             assert await refusal(call(get, asking)) is Reason.CERTIFICATE_REVOKED
             renewing = renewal_at(address, mine)(signing_request(new_key()))
             assert await refusal(renewing) is Reason.CERTIFICATE_REVOKED
             await news.wait()
             assert learnt.clients_of("clinic") == {"ward-7": first.at_unix_ms}
-            assert (
-                await refusal(revoke_client(address, operator, "clinic", "ward-9")) is Reason.CLIENT_UNKNOWN
-            )
-            asked = revoke_client(address, authority.credentials(client("x")), "clinic", "x")
+            assert await refusal(revoke_holder(address, operator, client("ward-9"))) is Reason.CLIENT_UNKNOWN
+            asked = revoke_holder(address, authority.credentials(client("x")), client("x"))
             assert await refusal(asked) is Reason.PERMISSION_DENIED
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)

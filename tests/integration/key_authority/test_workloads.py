@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import grpc
@@ -9,36 +10,42 @@ import pytest
 
 from services.key_authority.ca import Issuer
 from services.key_authority.enrolment import Enrolments, Workload
-from services.key_authority.register import Register
+from services.key_authority.register import Grant
 from services.key_authority.servicer import SERVICE_NAMES
 from services.key_authority.settings import KeyAuthoritySettings
 from services.shell.membership import join
+from services.shell.revocations import Revocations, follow
 from services.shell.server import running_server
 from services.shell.settings import MemberSettings
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import key_to_pem, new_key, pem_to_der, signing_request
-from shelora.transport.enrolment import certified_by, certify, enroll_server
+from shelora.transport.channel import open_channel
+from shelora.transport.enrolment import certified_by, certify, enroll, enroll_server, renew, renewal_at
 from shelora.transport.identity import Role
+from shelora.transport.revocations import issued_ms
 from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.transport.workload import WorkloadKey
 from shelora.v1 import enrolment_pb2 as pb
-from tests.identities import AGGREGATION, KEY_AUTHORITY, SEALER, VAULT, TestAuthority
+from tests.identities import AGGREGATION, KEY_AUTHORITY, TestAuthority, client
 
 KEY, OTHER = WorkloadKey(b"k" * 32), WorkloadKey(b"o" * 32)
 NAMES = ("shelora-aggregation", "10.0.0.9")
 
 
 @pytest.fixture
-def enrolments(tmp_path, authority, clock):
-    """Certificates of three seconds, so that renewal can be watched."""
-    issuer = Issuer(authority.root, timedelta(seconds=3))
+def lifetime():
+    """So short that renewal can be watched."""
+    return timedelta(seconds=3)
+
+
+@pytest.fixture
+def enrolments(members, authority, clock, lifetime):
+    issuer = Issuer(authority.root, lifetime)
     workloads = [
         Workload(OTHER, Role.COORDINATOR, ("elsewhere",)),
         Workload(KEY, Role.AGGREGATION, NAMES),
     ]
-    return Enrolments(
-        Register(tmp_path / "register.sealed", SEALER, VAULT), issuer, clock, workloads=workloads
-    )
+    return Enrolments(members, issuer, clock, workloads=workloads)
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ async def test_another_key_is_refused_and_nothing_is_left(tmp_path, address):
     assert not folder.exists()
 
 
-def test_a_proof_holds_for_one_authority_one_request_and_one_direction(enrolments, authority, tmp_path):
+async def test_a_proof_holds_for_one_authority_one_request_and_one_direction(enrolments, authority, tmp_path):
     request = signing_request(new_key())
     foreign = TestAuthority(tmp_path / "foreign").root.der
     for proof in (
@@ -83,9 +90,11 @@ def test_a_proof_holds_for_one_authority_one_request_and_one_direction(enrolment
         b"",
     ):
         with pytest.raises(DomainError) as caught:
-            enrolments.enroll_server(request, proof)
+            await enrolments.enroll_server(request, proof)
         assert caught.value.reason is Reason.TOKEN_REFUSED
-    certificate, proof = enrolments.enroll_server(request, KEY.request_proof(authority.root.der, request))
+    certificate, proof = await enrolments.enroll_server(
+        request, KEY.request_proof(authority.root.der, request)
+    )
     assert proof == KEY.answer_proof(authority.root.der, certificate)
 
 
@@ -119,7 +128,7 @@ async def test_who_stands_between_can_neither_pass_the_proof_on_nor_answer(tmp_p
     (passed_on,) = received
     assert KEY.secret not in passed_on.SerializeToString()
     with pytest.raises(DomainError, match="same key"):
-        enrolments.enroll_server(passed_on.signing_request, passed_on.proof)
+        await enrolments.enroll_server(passed_on.signing_request, passed_on.proof)
 
 
 async def test_an_authority_that_was_made_anew_is_noticed_at_renewal(tmp_path, address):
@@ -150,6 +159,126 @@ async def test_a_server_joins_without_help_and_renews_with_the_key_alone(tmp_pat
     renewing.cancel()
     await asyncio.gather(renewing, return_exceptions=True)
     assert pem_to_der(membership.credentials.held.authority) == authority.root.der
+
+
+class Server:
+    """What a server does for its membership: keeps its certificate, and asks who is revoked."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.known = Revocations()
+
+    @asynccontextmanager
+    async def running(self):
+        membership = await join(self.settings)
+        async with open_channel(self.settings.key_authority_address, membership.credentials) as authority:
+            tasks = [
+                asyncio.create_task(membership.keep_renewed()),
+                asyncio.create_task(follow(self.known, authority, 0.01, on_own=membership.void.set)),
+            ]
+            yield membership
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def admits(self, certificate):
+        try:
+            self.known.check(certificate)
+        except DomainError:
+            return False
+        return True
+
+    async def goes_on_after(self, revocation, membership):
+        """Once it has learnt of the revocation, by a certificate that is none of those."""
+
+        def goes_on():
+            return self.known.newest_ms >= revocation.at_ms and self.admits(membership.credentials.held.facts)
+
+        async with asyncio.timeout(60):
+            while not goes_on():  # noqa: ASYNC110 - a file is watched
+                await asyncio.sleep(0.01)
+        obtain = renewal_at(self.settings.key_authority_address, membership.credentials)
+        await renew(IdentityFolder(self.settings.identity), obtain)
+
+
+@pytest.fixture
+async def authority_address(add, authority, revocations):
+    credentials = TlsCredentials(IdentityFolder(authority.enrolled(KEY_AUTHORITY, "keys")))
+    async with running_server(SERVICE_NAMES, add, credentials=credentials, revocations=revocations) as served:
+        yield served
+
+
+@pytest.fixture
+def server(tmp_path, address, authority_address):
+    key_file = tmp_path / "workload.key"
+    key_file.write_text(KEY.secret.hex())
+    return Server(
+        MemberSettings(
+            identity=tmp_path / "server",
+            key_authority_address=authority_address,
+            workload_key_file=key_file,
+            enrolment_address=address,
+        )
+    )
+
+
+@pytest.mark.parametrize("lifetime", [timedelta(days=1)])
+async def test_a_server_whose_role_is_revoked_is_certified_anew_with_its_workload_key_and_goes_on(
+    server, revoker, lifetime
+):
+    async with server.running() as membership:
+        before = membership.credentials.held.facts
+        revocation = await revoker.revoke(AGGREGATION)
+        assert issued_ms(before) <= revocation.at_ms
+        await server.goes_on_after(revocation, membership)
+
+
+@pytest.mark.parametrize("lifetime", [timedelta(days=1)])
+async def test_a_server_without_a_workload_key_goes_on_once_it_is_enrolled_anew_where_it_runs(
+    server, revoker, enrolments, address, authority, lifetime
+):
+    async def enrolled():
+        token, _ = await enrolments.create_token(Grant(Role.AGGREGATION, names=NAMES))
+        await enroll(token.encoded, address, server.settings.identity)
+
+    await enrolled()
+    server.settings = server.settings.model_copy(
+        update={"workload_key_file": None, "enrolment_address": None}
+    )
+    async with server.running() as membership:
+        revocation = await revoker.revoke(AGGREGATION)
+        obtain = renewal_at(server.settings.key_authority_address, membership.credentials)
+        error = await refusal(renew(IdentityFolder(server.settings.identity), obtain))
+        assert error.reason is Reason.CERTIFICATE_REVOKED
+        assert "shelora token create --role aggregation" in error.message
+        agent = authority.held(client()).facts
+        async with asyncio.timeout(60):
+            while server.admits(agent):  # noqa: ASYNC110 - nothing tells that it was refused
+                await asyncio.sleep(0.01)
+        await enrolled()
+        await server.goes_on_after(revocation, membership)
+        assert server.admits(agent)
+
+
+@pytest.mark.parametrize("lifetime", [timedelta(days=1)])
+async def test_a_stolen_workload_key_is_locked_out_by_another_in_its_place_and_a_revocation(
+    tmp_path, server, address, authority_address, revoker, enrolments, lifetime
+):
+    """In the order of the runbook: another key on both sides, both started again, then the revocation."""
+    stolen = IdentityFolder(tmp_path / "thief")
+    await enroll_server(KEY, address, stolen, retry_s=0)
+    async with server.running():
+        pass
+    enrolments._workloads = (Workload(OTHER, Role.AGGREGATION, NAMES),)  # what a restart reads
+    server.settings.workload_key_file.write_text(OTHER.secret.hex())
+    refused = await refusal(enroll_server(KEY, address, IdentityFolder(tmp_path / "new"), retry_s=0))
+    assert refused.reason is Reason.TOKEN_REFUSED
+
+    async with server.running() as membership:
+        renewal = renewal_at(authority_address, TlsCredentials(stolen))
+        await renew(stolen, renewal)  # without the revocation the thief's certificate goes on
+        await server.goes_on_after(await revoker.revoke(AGGREGATION), membership)
+        assert (await refusal(renew(stolen, renewal))).reason is Reason.CERTIFICATE_REVOKED
 
 
 async def test_an_identity_that_is_still_valid_is_kept(tmp_path, authority):
