@@ -25,6 +25,11 @@ class RoundKeys:
         return f"{self._base}round"
 
     @property
+    def closed(self) -> str:
+        """Mark that the round was closed, so that a late call does not open it again; with a short expiry."""
+        return f"{self._base}closed"
+
+    @property
     def updates(self) -> str:
         """Set: every key that holds a part of an update, for deletion without a scan."""
         return f"{self._base}updates"

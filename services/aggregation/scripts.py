@@ -1,7 +1,7 @@
 """The Lua scripts of the shard store. Each is one atomic step; its comment names the race it closes.
 
-Every script answers a list whose first entry is a word of `Answer`. Every key a script writes expires with its round.
-Scripts name keys outside of KEYS only by appending a stored digest to a prefix with the round's hash tag.
+Every script answers a list whose first entry is a word of `Answer`. Every key a script writes expires, with its round
+or before. Scripts name keys outside of KEYS only by appending a stored digest to a prefix with the round's hash tag.
 """
 
 from enum import StrEnum
@@ -20,6 +20,8 @@ class Answer(StrEnum):
     """A later upload or request took this one's place."""
     GAP = "GAP"
     """The bytes do not follow those stored."""
+    LOST = "LOST"
+    """The bytes of a result have expired before they were published."""
     STORED = "STORED"
     """A result of this very request is stored; sha256, total_bytes and cpu_s follow."""
 
@@ -31,14 +33,24 @@ if ttl < 1 then return {'ROUND_UNKNOWN'} end
 """Every writer's first step. Closes: a late write after CloseRound, which would leave keys that nobody deletes."""
 
 OPEN_ROUND: Final = """
--- KEYS: round. ARGV: layout digest, layout, format, ttl in ms.
--- Closes: two replicas open one round with different layouts; the first one opened is the round's layout.
+-- KEYS: round, closed. ARGV: layout digest, layout, format, ttl in ms.
+-- Closes: two replicas open one round with different layouts; the first one opened is the round's layout. A call that
+-- was sent before CloseRound arrives after it, and opens a round that nobody closes again.
+if redis.call('EXISTS', KEYS[2]) == 1 then return {'ROUND_UNKNOWN'} end
 local digest = redis.call('HGET', KEYS[1], 'layout_digest')
 if digest then
   return {digest == ARGV[1] and 'OK' or 'LAYOUT_MISMATCH'}
 end
 redis.call('HSET', KEYS[1], 'layout_digest', ARGV[1], 'layout', ARGV[2], 'format', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
+return {'OK'}
+"""
+
+CLOSE_ROUND: Final = """
+-- KEYS: round, closed. ARGV: life of the mark in ms.
+-- In this order: a script whose first write takes nothing may go on to write where Redis is full.
+redis.call('UNLINK', KEYS[1])
+redis.call('SET', KEYS[2], '', 'PX', ARGV[1])
 return {'OK'}
 """
 
@@ -173,8 +185,8 @@ PUBLISH: Final = (
     _STORED
     + """
 -- KEYS: round, result, bytes, results. ARGV: request digest, sha256 in hex, total bytes, cpu seconds, prefix of bytes
--- keys. The bytes are stored before; here they become the result or are dropped.
--- Answers: STORED with the result of this request, whoever stored it first; ROUND_UNKNOWN; SUPERSEDED.
+-- keys. The bytes are stored before, for minutes; here they become the result or are dropped.
+-- Answers: STORED with the result of this request, whoever stored it first; ROUND_UNKNOWN; SUPERSEDED; LOST.
 -- Closes: two replicas store results of one request that differ in their last bit; a late worker replaces the result
 -- of a newer request, or brings a closed round back.
 local function drop(key)
@@ -190,7 +202,11 @@ if not open or stored[5] ~= ARGV[1] then
   if stored[2] ~= ARGV[2] then drop(KEYS[3]) end
   return {open and 'SUPERSEDED' or 'ROUND_UNKNOWN'}
 end
+local ttl = redis.call('PTTL', KEYS[1])
+if redis.call('PEXPIRE', KEYS[3], ttl) == 0 then return {'LOST'} end
 if stored[2] and stored[2] ~= ARGV[2] then drop(ARGV[5] .. stored[2]) end
+redis.call('SADD', KEYS[4], KEYS[3])
+redis.call('PEXPIRE', KEYS[4], ttl)
 redis.call('HSET', KEYS[2], 'request', ARGV[1], 'sha256', ARGV[2], 'total_bytes', ARGV[3], 'cpu_s', ARGV[4])
 return {'STORED', ARGV[2], ARGV[3], ARGV[4]}
 """

@@ -46,6 +46,12 @@ CACHED_LAYOUTS: Final = 32
 MAX_RESULT_BYTES: Final = 512 * 2**20
 """What one string of Redis holds (proto-max-bulk-len)."""
 
+CLOSED_LIFE_S: Final = 600
+"""Seconds during which a closed round cannot be opened: no call is on its way for longer."""
+
+STAGED_LIFE_S: Final = 600
+"""Seconds that the bytes of a result have to be published."""
+
 DELETED_KEYS: Final = 256
 """Keys deleted in one command."""
 
@@ -56,7 +62,10 @@ class ShardStore(Protocol):
     """What the service needs of a store. Every method may raise STORE_UNAVAILABLE."""
 
     async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
-        """Makes a round known for `ttl_s` seconds. Raises LAYOUT_MISMATCH if it is known with another layout."""
+        """Makes a round known for `ttl_s` seconds.
+
+        Raises: LAYOUT_MISMATCH if it is known with another layout, ROUND_UNKNOWN if it was closed before.
+        """
 
     async def layout(self, round_id: str) -> Layout:
         """The layout of a round. Raises ROUND_UNKNOWN."""
@@ -132,6 +141,7 @@ class RedisShardStore:
         self._timeout_s = timeout_s
         self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
         self._open_round = client.register_script(scripts.OPEN_ROUND)
+        self._close_round = client.register_script(scripts.CLOSE_ROUND)
         self._begin = client.register_script(scripts.BEGIN)
         self._append = client.register_script(scripts.APPEND)
         self._promote = client.register_script(scripts.PROMOTE)
@@ -147,7 +157,9 @@ class RedisShardStore:
     async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
         content = layout_to_proto(layout).SerializeToString(deterministic=True)
         answer = await self._scripted(
-            self._open_round, [RoundKeys(round_id).round], [layout.digest, content, FORMAT, ttl_s * 1000]
+            self._open_round,
+            [RoundKeys(round_id).round, RoundKeys(round_id).closed],
+            [layout.digest, content, FORMAT, ttl_s * 1000],
         )
         _accepted(answer)
 
@@ -272,7 +284,7 @@ class RedisShardStore:
     async def close_round(self, round_id: str, *, results: bool) -> None:
         keys = RoundKeys(round_id)
         # First: from here on every script finds the round unknown, and the sets below only shrink.
-        await self._command("UNLINK", keys.round)
+        await self._scripted(self._close_round, [keys.round, keys.closed], [1000 * CLOSED_LIFE_S])
         await self._drain(keys.updates)
         if results:
             await self._drain(keys.results)
@@ -369,10 +381,9 @@ class WorkerStore:
         keys, digest = RoundKeys(request.round_id), Digest.of(data)
         bytes_key = keys.result_bytes(request.shard, digest.sha256)
         with _FAILURES.named():
-            ttl_ms = self._client.execute_command("PTTL", keys.round)
-            if ttl_ms < 1:
+            if not self._client.execute_command("EXISTS", keys.round):
                 raise _refusal(Answer.ROUND_UNKNOWN)
-            self._put(bytes_key, keys.results, data, ttl_ms)
+            self._put(bytes_key, data)
             answer = self._publish(
                 [keys.round, keys.result(request.shard), bytes_key, keys.results],
                 [
@@ -386,13 +397,12 @@ class WorkerStore:
         _accepted(answer)
         return _result(answer[1:])
 
-    def _put(self, key: str, index: str, data: bytes, ttl_ms: int) -> None:
-        """Stores bytes and their place in the index as one transaction; PUBLISH takes both back if it refuses."""
-        pipeline = self._client.pipeline(transaction=True)
-        pipeline.execute_command("SADD", index, key)
-        pipeline.execute_command("PEXPIRE", index, ttl_ms)
-        pipeline.execute_command("SET", key, data, "PX", ttl_ms)
-        pipeline.execute()
+    def _put(self, key: str, data: bytes) -> None:
+        """Stores bytes for minutes, should this process die now; PUBLISH makes them last, or takes them back.
+
+        Bytes that are there are these, and may be a published result, whose life must not be cut short.
+        """
+        self._client.execute_command("SET", key, data, "PX", 1000 * STAGED_LIFE_S, "NX")
 
     def close(self) -> None:
         """Closes the connections."""
@@ -441,6 +451,7 @@ _REFUSALS: Final = {
     ),
     Answer.LAYOUT_MISMATCH: (Reason.LAYOUT_MISMATCH, "the round is open with another layout"),
     Answer.SUPERSEDED: (Reason.SHARD_REWRITTEN, "a later call with other content took this one's place"),
+    Answer.LOST: (Reason.STORE_UNAVAILABLE, "the result expired before it was published; try again"),
     Answer.GAP: (Reason.TRANSFER_OFFSET, "the bytes do not follow those stored; ask QueryShards and resume"),
 }
 

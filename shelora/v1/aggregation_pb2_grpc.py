@@ -79,6 +79,7 @@ class AggregationServicer:
     def OpenRound(self, request, context):
         """Makes a round known, so that shards can be checked as they arrive. Called by the coordinator.
         Idempotent: the same round with the same layout succeeds again; another layout fails with LAYOUT_MISMATCH.
+        Fails with ROUND_UNKNOWN if CloseRound came first: the call was late, and nobody would close the round again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

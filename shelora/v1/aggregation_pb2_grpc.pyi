@@ -36,6 +36,7 @@ class AggregationStub:
     OpenRound: _grpc.UnaryUnaryMultiCallable[_aggregation_pb2.OpenRoundRequest, _aggregation_pb2.OpenRoundResponse]
     """Makes a round known, so that shards can be checked as they arrive. Called by the coordinator.
     Idempotent: the same round with the same layout succeeds again; another layout fails with LAYOUT_MISMATCH.
+    Fails with ROUND_UNKNOWN if CloseRound came first: the call was late, and nobody would close the round again.
     """
     PutShard: _grpc.StreamUnaryMultiCallable[_aggregation_pb2.PutShardRequest, _aggregation_pb2.PutShardResponse]
     """Stores one shard of one client's update. The first message is the header, the rest are pieces.
@@ -77,6 +78,7 @@ class AggregationAsyncStub(AggregationStub):
     OpenRound: _aio.UnaryUnaryMultiCallable[_aggregation_pb2.OpenRoundRequest, _aggregation_pb2.OpenRoundResponse]  # type: ignore[assignment]
     """Makes a round known, so that shards can be checked as they arrive. Called by the coordinator.
     Idempotent: the same round with the same layout succeeds again; another layout fails with LAYOUT_MISMATCH.
+    Fails with ROUND_UNKNOWN if CloseRound came first: the call was late, and nobody would close the round again.
     """
     PutShard: _aio.StreamUnaryMultiCallable[_aggregation_pb2.PutShardRequest, _aggregation_pb2.PutShardResponse]  # type: ignore[assignment]
     """Stores one shard of one client's update. The first message is the header, the rest are pieces.
@@ -121,6 +123,7 @@ class AggregationServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_aggregation_pb2.OpenRoundResponse, _abc.Awaitable[_aggregation_pb2.OpenRoundResponse]]:
         """Makes a round known, so that shards can be checked as they arrive. Called by the coordinator.
         Idempotent: the same round with the same layout succeeds again; another layout fails with LAYOUT_MISMATCH.
+        Fails with ROUND_UNKNOWN if CloseRound came first: the call was late, and nobody would close the round again.
         """
 
     @_abc_1.abstractmethod

@@ -215,7 +215,7 @@ class Observer:
         kept = {federation.round_id(sequence) for sequence in federation.results_in_use}
         for key in map(bytes.decode, self._valkey.keys(f"{PREFIX}*")):
             round_id, _, part = key.removeprefix(f"{PREFIX}{{").partition("}:")
-            if round_id not in kept or not part.startswith("result"):
+            if part != "closed" and (round_id not in kept or not part.startswith("result")):
                 self._violated(f"left in aggregation: {key}")
         for key in map(bytes.decode, self._valkey.keys(f"{self._keys.prefix}*")):
             if key.endswith(":ballots"):

@@ -6,7 +6,7 @@ import pytest
 
 from services.aggregation.keys import RoundKeys
 from services.aggregation.records import AggregationRequest, CommittedContribution, Progress, ShardSlot
-from services.aggregation.store import READ_BYTES, connect
+from services.aggregation.store import CLOSED_LIFE_S, READ_BYTES, STAGED_LIFE_S, connect
 from shelora.errors import DomainError, Reason
 from shelora.transport.pieces import Digest
 from tests.contract.aggregation.conftest import layout_of_size
@@ -14,6 +14,8 @@ from tests.contract.aggregation.conftest import layout_of_size
 ROUND = "round-1"
 SLOT = ShardSlot(ROUND, "alice", 0)
 DATA, OTHER = b"one two three", b"four"
+MARK = [RoundKeys(ROUND).closed.encode()]
+"""All that is left of a closed round."""
 TOKENS = [f"{number:032x}" for number in range(10)]
 
 
@@ -292,16 +294,16 @@ async def test_closing_deletes_updates_first_and_results_when_asked(store, worke
     result = worker.publish(request(), DATA, 1.0)
     await store.close_round(ROUND, results=False)
     assert await stored_bytes(store, result.digest) == DATA
-    assert all(b":result" in key for key in client.scan_iter())
+    assert all(b":result" in key for key in set(client.scan_iter()) - set(MARK))
     await store.close_round(ROUND, results=True)
-    assert client.keys() == []
+    assert client.keys() == MARK
 
 
 async def test_closing_deletes_any_number_of_keys(store, client, open_round):
     for number in range(300):
         await begun(store, slot=ShardSlot(ROUND, f"client-{number}", 0))
     await store.close_round(ROUND, results=True)
-    assert client.keys() == []
+    assert client.keys() == MARK
 
 
 async def test_closing_leaves_other_rounds(store, layout, open_round):
@@ -322,7 +324,42 @@ async def test_nothing_is_written_for_a_round_after_it_was_closed(store, worker,
             await step
     with refused(Reason.ROUND_UNKNOWN):
         worker.publish(request(), DATA, 1.0)
-    assert client.keys() == []
+    assert client.keys() == MARK
+
+
+async def test_a_round_that_was_closed_is_not_opened_by_a_call_that_comes_late(
+    store, new_store, layout, client, open_round
+):
+    await store.close_round(ROUND, results=True)
+    for late in (store, new_store()):
+        with refused(Reason.ROUND_UNKNOWN):
+            await late.open_round(ROUND, layout, 600)
+    with refused(Reason.ROUND_UNKNOWN):
+        await begun(store)
+    assert client.keys() == MARK
+    assert 0 < client.ttl(MARK[0]) <= CLOSED_LIFE_S
+
+
+async def test_what_a_worker_leaves_that_dies_before_it_publishes_expires_soon(store, worker, layout, client):
+    await store.open_round(ROUND, layout, 100_000)
+    await store.claim(request())
+    bytes_key = RoundKeys(ROUND).result_bytes(0, Digest.of(DATA).sha256)
+    worker._put(bytes_key, DATA)
+    assert 0 < client.ttl(bytes_key) <= STAGED_LIFE_S
+    worker.publish(request(), DATA, 1.0)
+    assert client.ttl(bytes_key) > STAGED_LIFE_S
+    worker._put(bytes_key, DATA)  # by a late worker: what is published stays as long as before
+    assert client.ttl(bytes_key) > STAGED_LIFE_S
+
+
+async def test_a_result_whose_bytes_expired_before_it_was_published_is_made_again(
+    store, worker, client, open_round, monkeypatch
+):
+    await store.claim(request())
+    monkeypatch.setattr(worker, "_put", lambda *_: None)
+    with refused(Reason.STORE_UNAVAILABLE):
+        worker.publish(request(), DATA, 1.0)
+    assert await store.result(request()) is None
 
 
 async def test_a_round_closed_while_a_worker_stores_its_result_leaves_nothing(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import grpc
 import pytest
 
+from services.aggregation.keys import RoundKeys
 from services.aggregation.records import ShardSlot
 from services.aggregation.room import UPLOAD_SHARE, Room
 from services.aggregation.store import connect
@@ -62,7 +63,7 @@ async def test_a_round_is_closed_and_makes_room_while_redis_is_full(caller, wide
     await caller.put(wide.layout, "client-0", 0, wide.shard_bytes("client-0", 0))
     room(-1)
     await caller.close(results=True)
-    assert not keys.client.keys("*")
+    assert keys.client.keys() == [RoundKeys(ROUND).closed.encode()]
 
 
 async def test_a_resumed_upload_needs_room_for_the_rest_alone(caller, wide, redis_url):

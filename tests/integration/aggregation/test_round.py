@@ -5,6 +5,7 @@ from dataclasses import replace as changed
 
 import pytest
 
+from services.aggregation.keys import RoundKeys
 from shelora.errors import Reason
 from shelora.v1 import aggregation_pb2 as pb
 from tests.integration.aggregation.cohort import Cohort, large_layout
@@ -51,7 +52,7 @@ async def test_closing_a_round_with_its_results_leaves_nothing(caller, cohort, k
     await aggregated(caller, cohort)
     await caller.close(results=True)
     await caller.close(results=True)
-    assert keys.client.keys() == []
+    assert keys.client.keys() == [RoundKeys(ROUND).closed.encode()]
     assert await refusal(caller.result(0)) is Reason.RESULT_UNKNOWN
 
 
@@ -239,4 +240,4 @@ async def test_a_worker_that_ends_after_the_round_was_closed_leaves_nothing(
         await caller.close(results=True)
         slow_pool.go.set()
         assert await call is Reason.ROUND_UNKNOWN
-        assert keys.client.keys() == []
+        assert keys.client.keys() == [RoundKeys(ROUND).closed.encode()]
