@@ -243,6 +243,8 @@ class Cluster:
             try:
                 return await work()
             except DomainError as error:
+                if error.reason is Reason.FEDERATION_CLOSED:  # an earlier life of the operator started it
+                    return None
                 if error.reason is not Reason.STORE_UNAVAILABLE:
                     raise
                 await asyncio.sleep(1)
