@@ -37,6 +37,8 @@ _T = TypeVar("_T")
 
 MAX_CONFLICTS: Final = 50
 """Attempts of a transaction. Writers of one federation are its RPCs and one driver; fifty lost races are a fault."""
+SHARDS_MS: Final = 3_600_000
+"""Life of a round's aggregated shards, in ms, from the last one on."""
 FULL_RETRY_S: Final = 5.0
 """Seconds after which a write that found no room may be tried again."""
 
@@ -414,7 +416,8 @@ class RedisStore:
     async def put_shard(
         self, federation: FederationRecord, record: RoundRecord, index: int, result: ShardResult
     ) -> None:
-        await self._put_field(self._shards_key(federation, record), str(index), result)
+        # Aggregation knows them, too: they spare calls while a round is aggregated, and are no history.
+        await self._put_field(self._shards_key(federation, record), str(index), result, SHARDS_MS)
 
     @_available
     async def shards(self, federation: FederationRecord, record: RoundRecord) -> dict[int, ShardResult]:
@@ -491,11 +494,11 @@ class RedisStore:
         TRANSACTION_TOTAL.labels(name, "written" if written else "conflict").inc()
         return bool(written)
 
-    async def _put_field(self, key: str, field: str, record: Record) -> None:
-        """Sets a field of a hash and renews its expiry, both or neither."""
+    async def _put_field(self, key: str, field: str, record: Record, life_ms: int = 0) -> None:
+        """Sets a field of a hash and renews its expiry, both or neither. `life_ms`: 0 for as long as the federation."""
         async with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.hset(key, field, record.model_dump_json())
-            pipeline.pexpire(key, self._retention_ms)
+            pipeline.pexpire(key, life_ms or self._retention_ms)
             await pipeline.execute()
 
     async def _hash(self, key: str) -> Mapping[bytes, bytes]:

@@ -101,7 +101,7 @@ def results_deleted_early() -> AbstractContextManager[Any]:
 def immortal_fields() -> AbstractContextManager[Any]:
     """Members and evaluations are written without an expiry."""
 
-    async def put(self: RedisStore, key: str, field: str, record: Any) -> None:
+    async def put(self: RedisStore, key: str, field: str, record: Any, life_ms: int = 0) -> None:
         await self._redis.hset(key, field, record.model_dump_json())
 
     return mock.patch.object(RedisStore, "_put_field", put)
