@@ -136,7 +136,9 @@ class AgentConfig(StrictModel):
     resources: ResourcesConfig = ResourcesConfig()
     """What of this machine to use."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """TCP port of the Prometheus endpoint on 127.0.0.1; 0 picks a free one. None: no endpoint."""
+    """TCP port of the Prometheus endpoint; 0 picks a free one. None: no endpoint."""
+    metrics_host: str = "127.0.0.1"
+    """Address it listens on. It speaks plain HTTP to whoever reaches it: 0.0.0.0 belongs in a private network."""
     log: LogConfig = LogConfig()
     """Logs."""
 

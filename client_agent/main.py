@@ -189,7 +189,7 @@ def _run(config: AgentConfig) -> int:
     structlog.contextvars.bind_contextvars(client_id=config.client_id, federation=config.federation)
     step_back(config.resources.nice)
     if config.metrics_port is not None:
-        server = start_metrics_server(config.metrics_port)
+        server = start_metrics_server(config.metrics_port, config.metrics_host)
         _log.info("metrics_served", port=server.port)
     outcome = asyncio.run(_followed(config))
     _log.info("agent_ended", outcome=outcome)

@@ -85,6 +85,7 @@ def write_configuration(servers: Servers, profile: AgentProfile, home: Path, mod
     """The agent's YAML file: that of the local demo, with logs for machines and metrics on a port that is known."""
     config = agent_config(servers, profile, model) | {
         "metrics_port": METRICS_PORT,
+        "metrics_host": "0.0.0.0",  # noqa: S104 - Prometheus is another container
         "log": {"json_lines": True},
     }
     (home / "agent.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

@@ -83,8 +83,9 @@ SERVER_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     *_KEEPALIVE_OPTIONS,
     # Accept the keepalive probes of our own channels, which the default would answer with "too many pings".
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 3),
-    # A connection shows the certificate it began with. Ending it after a while holds long streams to expiry, too.
-    ("grpc.max_connection_age_ms", 3_600_000),
+    # A connection shows the certificate it began with. Ending it after a while holds long streams to expiry, too, and
+    # lets callers look up the server's name again: that is how they find new replicas behind it.
+    ("grpc.max_connection_age_ms", 600_000),
     ("grpc.max_connection_age_grace_ms", 600_000),
     # A second process on the same port is a mistake; the default would share the port between both.
     ("grpc.so_reuseport", 0),

@@ -392,6 +392,18 @@ def test_redis_as_it_is_started_keeps_what_it_was_given_and_asks_for_the_passwor
         assert process.wait(30) == 0, "the signal to stop reaches it"
 
 
+@every_scenario
+def test_redis_has_room_for_the_rewriting_of_its_file(name):
+    if "redis" not in dict(scenario(name).pods()):
+        return
+    configuration = scenario(name).named("ConfigMap", "redis")["data"]["redis.conf"]
+    number, unit = re.search(r"^maxmemory (\d+)([mg])b$", configuration, re.MULTILINE).groups()
+    (container,) = scenario(name).pod("redis")["spec"]["containers"]
+    limit = re.fullmatch(r"(\d+)([MG])i", container["resources"]["limits"]["memory"])
+    size = {"m": 2**20, "g": 2**30}
+    assert int(limit[1]) * size[limit[2].lower()] > 2 * int(number) * size[unit]
+
+
 def test_an_external_redis_is_spoken_to_by_tls_with_its_password_from_a_file():
     environment = scenario("external-redis").environment("coordinator")
     url = "rediss://shelora@redis.example.org:6380/0?ssl_ca_certs=/secrets/redis-ca/ca.crt"
