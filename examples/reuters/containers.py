@@ -28,7 +28,7 @@ from examples.reuters.cohort import (
 )
 from shelora import files
 from shelora.cli.operator import create_token, operator, own_credentials
-from shelora.errors import DomainError
+from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.transport.identity import Role
 from shelora.transport.tls import Credentials, IdentityFolder
@@ -74,11 +74,12 @@ def main(
         write_data(assets / REUTERS.target, agents)
         for profile in AGENTS:
             write_configuration(servers, profile, agents / profile.name, assets / MINILM.target)
-        asyncio.run(admit_and_start(servers, spec, identity, agents))
+        started = asyncio.run(admit_and_start(servers, spec, identity, agents))
     except DomainError as error:
         console.print(f"{error.reason}: {error.message}", highlight=False)
         sys.exit(1)
-    console.print(f"{spec.name}: started, with {len(AGENTS)} agents and {rounds} rounds", highlight=False)
+    what = f"started, with {len(AGENTS)} agents and {rounds} rounds" if started else "has ended already"
+    console.print(f"{spec.name}: {what}", highlight=False)
 
 
 def write_configuration(servers: Servers, profile: AgentProfile, home: Path, model: Path) -> None:
@@ -91,14 +92,20 @@ def write_configuration(servers: Servers, profile: AgentProfile, home: Path, mod
     (home / "agent.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-async def admit_and_start(servers: Servers, spec: FederationSpec, identity: Path, agents: Path) -> None:
-    """Issues the tokens that are missing; creates and starts the federation."""
+async def admit_and_start(servers: Servers, spec: FederationSpec, identity: Path, agents: Path) -> bool:
+    """Issues the tokens that are missing; creates and starts the federation. False if it has ended already."""
     credentials = await own_credentials(identity, servers.key_authority)
     for profile in AGENTS:
         await leave_token(servers.key_authority, credentials, spec.name, agents / profile.name)
     async with operator(servers.coordinator, credentials) as connection:
         await connection.create(spec.to_proto())
-        await connection.start(spec.name)
+        try:
+            await connection.start(spec.name)
+        except DomainError as error:
+            if error.reason is not Reason.FEDERATION_CLOSED:
+                raise
+            return False
+    return True
 
 
 async def leave_token(key_authority: str, credentials: Credentials, federation: str, home: Path) -> None:

@@ -173,8 +173,12 @@ def test_a_round_goes_on_after_everything_was_taken_down(stack: Stack):
 
 
 def test_every_agent_ends_by_itself_with_an_adapter(stack: Stack):
+    agents_end(stack)
+
+
+def agents_end(stack: Stack) -> None:
     for agent in AGENTS:
-        stack.wait(lambda agent=agent: not stack.state(agent)["Running"], f"{agent} ends")
+        stack.wait(lambda agent=agent: stack.state(agent)["Status"] == "exited", f"{agent} ends")
         assert stack.state(agent)["ExitCode"] == 0, agent
         assert "adapter_model.safetensors" in stack.once("ls", "/mnt/state/adapter", volume=agent)
 
@@ -191,7 +195,8 @@ def test_nothing_is_lost_by_down_and_up(stack: Stack):
 
     before, kept = stack.federation(), keys()
     stack.down()
-    stack.up()
+    stack.up(demo=True)  # which finds a federation that has ended
     stack.wait(lambda: bool(stack.federation()), "the coordinator answers")
     assert lasting(stack.federation()) == lasting(before)
     assert keys() == kept
+    agents_end(stack)
