@@ -13,7 +13,8 @@ DOCKER ?= docker
 IMAGES := server agent demo
 VERSION := 0.1.0
 PYTHON_IMAGE ?= python:3.11.13-slim-bookworm
-# A package index with builds of torch for CPUs only, which are the small ones; empty takes the usual index.
+# A package index with builds of torch for CPUs only, which are the small ones, for `setup` and `images`; empty takes the
+# usual index alone.
 TORCH_INDEX ?=
 BUILD_OPTIONS ?=
 SOURCES := shelora coordinator client_agent services bench examples load tools tests deploy
@@ -31,7 +32,7 @@ setup: $(INSTALLED)  ## Create the virtual environment
 
 $(INSTALLED): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		--constraint requirements/constraints.txt --editable '.[agent,local,demo,dev]'
 	@touch $@
 
