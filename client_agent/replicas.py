@@ -22,7 +22,7 @@ STALL_S: Final = 60.0
 """Seconds a transfer may take beside its bytes."""
 SLOWEST_BYTES_S: Final = 8_000
 """Bytes a second below which a transfer is given up: the next attempt resumes it, perhaps at another replica."""
-REFRESH_S: Final = 10.0
+REFRESH_S: Final = 30.0
 """Seconds between two looks for other replicas, while there is something to transfer."""
 
 

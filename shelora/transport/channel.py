@@ -71,7 +71,8 @@ _CHANNEL_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     *_SIZE_OPTIONS,
     *_KEEPALIVE_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 2_000),
+    # The time that connecting may take, whatever its name says: a handshake with a busy or far server takes seconds.
+    ("grpc.min_reconnect_backoff_ms", 20_000),
     ("grpc.max_reconnect_backoff_ms", 10_000),
     ("grpc.dns_min_time_between_resolutions_ms", 5_000),
     # A headless Kubernetes service resolves to every replica; the default policy would use only one.

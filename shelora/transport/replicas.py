@@ -22,7 +22,7 @@ from shelora.v1.aggregation_pb2_grpc import AggregationStub
 if TYPE_CHECKING:  # a class of the stub file only
     from shelora.v1.aggregation_pb2_grpc import AggregationAsyncStub
 
-LIST_TIMEOUT_S: Final = 5.0
+LIST_TIMEOUT_S: Final = 15.0
 """Deadline of ListReplicas."""
 
 SHUNNED_S: Final = 10.0
