@@ -30,6 +30,9 @@ _PHASES: Final = {
 }
 _STEPS: Final = {(before, after) for (before, _), after in TRANSITIONS.items()}
 
+PASSING_MS: Final = 600_000
+"""What expires within this time is not left behind: the mark of a closed round, the bytes of a worker that died."""
+
 
 class Observer:
     """The invariants of one run of one federation.
@@ -215,7 +218,8 @@ class Observer:
         kept = {federation.round_id(sequence) for sequence in federation.results_in_use}
         for key in map(bytes.decode, self._valkey.keys(f"{PREFIX}*")):
             round_id, _, part = key.removeprefix(f"{PREFIX}{{").partition("}:")
-            if part != "closed" and (round_id not in kept or not part.startswith("result")):
+            kept_for_use = round_id in kept and part.startswith("result")
+            if not kept_for_use and self._valkey.execute("PTTL", key) > PASSING_MS:
                 self._violated(f"left in aggregation: {key}")
         for key in map(bytes.decode, self._valkey.keys(f"{self._keys.prefix}*")):
             if key.endswith(":ballots"):
