@@ -206,14 +206,15 @@ class _Follower:
             try:
                 await self._session.join(self._learner.model, len(self._learner.examples))
             except DomainError as error:
-                if is_transient(error):
-                    _log.warning("join_failed", reason=error.reason, why=error.message)
-                    await wait()
-                    continue
-                if error.reason is not Reason.FEDERATION_CLOSED:
+                if error.reason is Reason.FEDERATION_CLOSED:
+                    _log.info("federation_closed", why=error.message)
+                    return
+                if not is_transient(error):
                     raise
-                _log.info("federation_closed", why=error.message)
-            return
+                _log.warning("join_failed", reason=error.reason, why=error.message)
+                await wait()
+            else:
+                return
 
     async def follow(self) -> Outcome:
         """Does what is assigned until the federation has ended."""

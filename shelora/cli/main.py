@@ -348,7 +348,7 @@ class Target:
 
     @classmethod
     def of(cls, coordinator: str | None, identity: Path | None, key_authority: str | None) -> "Target":
-        """Raises no error of its own: exits as `_reported` does if the local cluster is needed and does not run."""
+        """Raises no error of its own: exits as `reported` does if the local cluster is needed and does not run."""
         if identity is not None and (coordinator or key_authority):
             return cls(coordinator or "", identity, key_authority)
         with reported():
@@ -402,7 +402,7 @@ def _ask(work: Callable[[Operator], Coroutine[Any, Any, _Result]], target: Targe
 
     with reported():
         return asyncio.run(connected())
-    raise AssertionError("unreachable: _reported exits")
+    raise AssertionError("unreachable: reported exits")
 
 
 def _addresses_table(addresses: Addresses, folder: Path) -> Table:

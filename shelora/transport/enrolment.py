@@ -235,8 +235,9 @@ async def keep_renewed(keeper: IdentityKeeper, obtain: Obtain, void: asyncio.Eve
         remaining_s = (facts.renewal_due - utc_now()).total_seconds()
         if remaining_s > 0 and not void.is_set():
             # In slices, because a laptop that slept must notice that time has passed.
-            with suppress(TimeoutError):
-                await asyncio.wait_for(void.wait(), min(remaining_s, _LONGEST_RETRY_S))
+            with suppress(TimeoutError):  # not wait_for, which can lose a cancellation
+                async with asyncio.timeout(min(remaining_s, _LONGEST_RETRY_S)):
+                    await void.wait()
             continue
         try:
             await renew(keeper, obtain)
