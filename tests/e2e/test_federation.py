@@ -36,20 +36,21 @@ HISTORY = {"federation", "members", "round", "commits", "refusals", "evaluations
 RETENTION_S = 30 * 86_400
 
 REPLANNING = {"replan_every_rounds": 1, "replan_below_overlap": 0.5}
+NEW_KEYS = {"key_rotation_rounds": 2}
 FLOOR = {"coverage_floor": 0.9, "max_vote_weight": 16.0}
 
 
 @pytest.mark.parametrize(
-    ("spec", "votes"),
+    ("spec", "votes", "epoch"),
     [
-        (specification(), 1),
-        (specification(protection={"negotiation": "sealed", **FLOOR}, **REPLANNING), 2),
-        (specification(protection={"negotiation": "ope", **FLOOR}, **REPLANNING), 2),
+        (specification(), 1, 1),
+        (specification(protection={"negotiation": "sealed", **FLOOR}, **REPLANNING), 2, 1),
+        (specification(protection={"negotiation": "ope", **FLOOR, **NEW_KEYS}, **REPLANNING, rounds=3), 3, 2),
     ],
-    ids=["sealed", "sealed and replanned", "ope and replanned"],
+    ids=["sealed", "sealed and replanned", "ope, replanned, then with new keys"],
 )
 async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_secret(
-    cluster: LocalCluster, model: Path, tmp_path: Path, spec: FederationSpec, votes: int
+    cluster: LocalCluster, model: Path, tmp_path: Path, spec: FederationSpec, votes: int, epoch: int
 ):
     real = cluster.addresses
     for agent in AGENTS:
@@ -76,7 +77,7 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
         released = key_authority.recorded()
         captured = b"".join(recorder.recorded() for recorder in wire)
 
-    assert federation.phase == pb.PHASE_FINISHED, federation.failure
+    assert (federation.phase, federation.epoch) == (pb.PHASE_FINISHED, epoch), federation.failure
     assert [agent.popen.returncode for agent in agents] == [0, 0, 0]
     _assert_rounds_are_complete(federation)
     assert [r.kind for r in federation.history].count(pb.ROUND_KIND_VOTE) == votes
@@ -96,7 +97,7 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
     for word in (b"weather", b"clinic", b"shelora"):
         assert word in seen + released
         assert word not in captured, "a packet capture shows who talks about what"
-    for name, secret in _secrets(cluster).items():
+    for name, secret in _secrets(cluster, epoch).items():
         assert any(window in released for window in _windows(secret)), (
             f"the search does not find {name} where it is"
         )
@@ -174,11 +175,11 @@ def _posing_as_key_authority(cluster: Path) -> Path:
     return TestAuthority(cluster / "posing", root).enrolled(KEY_AUTHORITY)
 
 
-def _secrets(cluster: LocalCluster) -> dict[str, bytes]:
-    """The epoch's secrets as the key authority keeps them."""
+def _secrets(cluster: LocalCluster, number: int) -> dict[str, bytes]:
+    """An epoch's secrets as the key authority keeps them; those of an earlier one are destroyed."""
     folder = Path(cluster.addresses.operator_identity).parents[1]
     vault = read_vault(folder / "key-authority", SealingKey.from_file(folder / "sealing-key"))
-    epoch = vault.read(EpochId("weather", 1))
+    epoch = vault.read(EpochId("weather", number))
     return {"the CKKS secret key": epoch.ckks_secret_key, "the obfuscation secret": epoch.obfuscation_secret}
 
 
