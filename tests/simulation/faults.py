@@ -227,6 +227,8 @@ class Faults:
         self.standing += chance.standing() if chance else []
         self._known = {self._event(fault): fault for fault in known}
         self.met: dict[Fault, None] = dict.fromkeys(self.standing)
+        self.over_s = max((f.at_s + f.seconds for f in self.standing if isinstance(f, Outage)), default=0.0)
+        """Virtual time at which all faults that took place are over."""
 
     @staticmethod
     def _event(fault: Fault) -> tuple[object, ...]:
@@ -253,4 +255,17 @@ class Faults:
             fault = getattr(self._chance, event)(*who, nth, **more)
         if fault is not None:
             self.met[fault] = None
+            self.over_s = max(self.over_s, self._now_s() + _lasts_s(fault))
         return fault
+
+
+def _lasts_s(fault: Fault) -> float:
+    match fault:
+        case Crash(delay_s=delay_s, down_s=down_s):
+            return delay_s + down_s
+        case Loss(delay_s=delay_s):
+            return delay_s
+        case Call(seconds=seconds) | Pause(seconds=seconds) | Store(seconds=seconds) | Slow(seconds=seconds):
+            return seconds
+        case _:
+            return 0.0

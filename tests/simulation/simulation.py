@@ -27,7 +27,7 @@ from tests.simulation.processes import CURRENT, Crashed
 HORIZON_S: Final = 1200.0
 """Virtual seconds after which a federation that has not ended hangs: all attempts at all rounds take less than half."""
 REST_S: Final = 30.0
-"""Virtual seconds after the end until everything must be cleaned up and every lease given back."""
+"""Virtual seconds after the end and the last fault until everything must be cleaned up and every lease given back."""
 _SHM: Final = Path("/dev/shm")
 _UNREPEATABLE: Final = frozenset({"cpu_s", "folder"})
 """Fields of log records that differ from run to run."""
@@ -96,7 +96,7 @@ def run(schedule: Schedule, *, traced: bool = False) -> Report:
         cluster = Cluster(loop, str(schedule.seed), faults, schedule.size, folder, log)
         stack.enter_context(_surroundings(loop, schedule.seed, cluster, log, 20 if traced else 40))
         try:
-            loop.run_until_complete(_play(loop, cluster))
+            loop.run_until_complete(_play(loop, cluster, faults))
         except Deadlock:
             cluster.violated("nobody will ever do anything again")
         violation = cluster.violation.result() if cluster.violation.done() else ""
@@ -105,7 +105,7 @@ def run(schedule: Schedule, *, traced: bool = False) -> Report:
         return Report(schedule, violation, federation.phase if federation else "", met, loop.now_s, trace)
 
 
-async def _play(loop: VirtualLoop, cluster: Cluster) -> None:
+async def _play(loop: VirtualLoop, cluster: Cluster, faults: Faults) -> None:
     cluster.start()
     while not cluster.ended and loop.now_s < HORIZON_S and not cluster.violation.done():
         await asyncio.wait([cluster.violation], timeout=1.0)
@@ -117,7 +117,9 @@ async def _play(loop: VirtualLoop, cluster: Cluster) -> None:
             f"agents: {cluster.outcomes}"
         )
         return
-    await asyncio.wait([cluster.violation], timeout=REST_S)
+    ended_s = loop.now_s
+    while (left_s := max(ended_s, faults.over_s) + REST_S - loop.now_s) > 0 and not cluster.violation.done():
+        await asyncio.wait([cluster.violation], timeout=left_s)
     cluster.observer.at_the_end()
 
 
