@@ -15,7 +15,7 @@ from client_agent.config import AgentConfig
 from client_agent.drawing import seed_of
 from client_agent.learning import LocalLearner
 from client_agent.progress import Activity, Progress, Stopped
-from client_agent.replicas import Replicas
+from client_agent.replicas import replicas_for_transfers
 from client_agent.session import Backoff, Session, is_fatal
 from client_agent.state import AgentState
 from client_agent.work import Identity, Work
@@ -24,6 +24,7 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec, TrainingSpec
 from shelora.transport.channel import OpenChannel, is_transient, open_channel
 from shelora.transport.enrolment import keep_renewed, renewal_at
+from shelora.transport.replicas import Replicas
 from shelora.v1 import coordinator_pb2 as pb
 
 Learn: TypeAlias = Callable[[AgentConfig, TrainingSpec, AgentState], LocalLearner]
@@ -121,7 +122,7 @@ class Agent:
             session = Session(self._config, credentials, self._connect)
             stack.push_async_callback(session.close)
             shuffle = random.Random(seed_of(self._config.client_id, "replica")).shuffle  # noqa: S311 - no secret
-            replicas = Replicas(self._config.aggregation, credentials, self._connect, shuffle)
+            replicas = replicas_for_transfers(self._config.aggregation, credentials, self._connect, shuffle)
             stack.push_async_callback(replicas.close)
             obtain = renewal_at(self._config.key_authority, credentials)
             renewing = asyncio.create_task(keep_renewed(self._config.identity, obtain))

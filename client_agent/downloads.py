@@ -9,7 +9,7 @@ import structlog
 
 from client_agent.metrics import BYTES, timed
 from client_agent.progress import Activity
-from client_agent.replicas import AggregationStub, Replicas, transfer_timeout_s
+from client_agent.replicas import transfer_timeout_s
 from client_agent.session import digest_from_proto
 from client_agent.state import AgentState, Inbox
 from shelora.errors import DomainError, Reason
@@ -19,6 +19,7 @@ from shelora.lora.shards import ResultShardContent
 from shelora.messages import decode_result, layout_from_proto
 from shelora.protocol import Stage
 from shelora.transport.pieces import Digest
+from shelora.transport.replicas import AggregationStub, Replicas
 from shelora.v1 import aggregation_pb2, common_pb2
 
 _log = structlog.get_logger(__name__)
@@ -75,9 +76,7 @@ async def download(replicas: Replicas, state: AgentState, result: Result, activi
         for index, digest in enumerate(result.shards):
             activity.report(Stage.DOWNLOADING, index / len(result.shards))
             if not inbox.has(index, digest):
-                await replicas.attempt(
-                    partial(_get, inbox=inbox, result=result, index=index, activity=activity)
-                )
+                await replicas.call(partial(_get, inbox=inbox, result=result, index=index, activity=activity))
                 inbox.accept(index, digest)
     return inbox
 

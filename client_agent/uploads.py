@@ -8,11 +8,12 @@ import structlog
 
 from client_agent.metrics import BYTES, timed
 from client_agent.progress import Activity
-from client_agent.replicas import AggregationStub, Replicas, transfer_timeout_s
+from client_agent.replicas import transfer_timeout_s
 from client_agent.session import digest_to_proto
 from client_agent.state import Spool
 from shelora.protocol import Stage
 from shelora.transport.pieces import Digest, cut
+from shelora.transport.replicas import AggregationStub, Replicas
 from shelora.v1 import aggregation_pb2 as pb
 
 _log = structlog.get_logger(__name__)
@@ -28,7 +29,7 @@ async def upload(replicas: Replicas, client_id: str, spool: Spool, activity: Act
     """
     with timed(Stage.UPLOADING) as watch:
         for index in range(len(spool.shards)):
-            await replicas.attempt(
+            await replicas.call(
                 partial(_put, client_id=client_id, spool=spool, index=index, activity=activity)
             )
         activity.report(Stage.UPLOADING, 1.0)

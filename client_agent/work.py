@@ -20,7 +20,6 @@ from client_agent.protection import (
     orders_of,
     spool_update,
 )
-from client_agent.replicas import Replicas
 from client_agent.session import Session, digest_from_proto
 from client_agent.standing import assess, stake_of
 from client_agent.state import AgentState, Inbox, Spool, UpdateNote
@@ -38,6 +37,7 @@ from shelora.negotiation.ranking import Ranking, total_columns
 from shelora.negotiation.sealed import Sealed
 from shelora.negotiation.votes import summed_scores
 from shelora.protocol import Stage
+from shelora.transport.replicas import Replicas
 from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 

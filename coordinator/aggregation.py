@@ -1,9 +1,7 @@
 """The coordinator's view of aggregation: any replica serves any call, so a failed call goes on at the next."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, TypeVar
-
-import grpc
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, TypeVar
 
 from coordinator.records import Commit, ShardResult, StoredDigest, StoredShard
 from shelora.errors import DomainError, Reason
@@ -11,17 +9,13 @@ from shelora.lora.layout import Layout
 from shelora.lora.screening import counted_examples
 from shelora.messages import layout_to_proto
 from shelora.rounds import RoundKind
-from shelora.transport.channel import RETRY_S, TIMEOUT_S, is_transient, retrying
-from shelora.transport.replicas import Replicas
-from shelora.transport.status import distrusts, error_from_rpc, for_callers
+from shelora.transport.channel import RETRY_S, TIMEOUT_S
+from shelora.transport.replicas import AggregationStub, Replicas
+from shelora.transport.status import for_callers
 from shelora.v1 import aggregation_pb2 as pb
 from shelora.v1 import common_pb2
 
-if TYPE_CHECKING:  # a class of the stub file only
-    from shelora.v1.aggregation_pb2_grpc import AggregationAsyncStub
-
-_Request = TypeVar("_Request")
-_Response = TypeVar("_Response")
+_T = TypeVar("_T")
 
 AGGREGATE_TIMEOUT_S: Final = 600.0
 """Deadline of one attempt at a shard: hundreds of times what a large shard takes on one core."""
@@ -50,12 +44,12 @@ class AggregationPool:
     async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
         """Makes a round known. Raises LAYOUT_MISMATCH if it is known with another layout."""
         request = pb.OpenRoundRequest(round_id=round_id, layout=layout_to_proto(layout), ttl_s=ttl_s)
-        await self._anywhere(lambda stub: stub.OpenRound, request, TIMEOUT_S)
+        await self._anywhere(lambda stub: stub.OpenRound(request, timeout=TIMEOUT_S))
 
     async def stored(self, round_id: str, client_id: str) -> dict[int, StoredShard]:
         """The shards of an update that have arrived completely, by index. Raises ROUND_UNKNOWN."""
         request = pb.QueryShardsRequest(round_id=round_id, client_id=client_id)
-        response = await self._anywhere(lambda stub: stub.QueryShards, request, TIMEOUT_S)
+        response = await self._anywhere(lambda stub: stub.QueryShards(request, timeout=TIMEOUT_S))
         return {
             shard.shard: StoredShard(
                 digest=digest_from_proto(shard.digest), squared_norm=float(shard.squared_norm)
@@ -69,42 +63,23 @@ class AggregationPool:
     ) -> ShardResult:
         """Aggregates a shard. Raises SHARD_MISSING, TOO_FEW_CONTRIBUTORS, ROUND_UNKNOWN, WORKER_FAILED."""
         request = pb.AggregateShardRequest(round_id=round_id, shard=shard, contributions=contributions)
-        response = await self._anywhere(lambda stub: stub.AggregateShard, request, self._aggregate_timeout_s)
+        response = await self._anywhere(
+            lambda stub: stub.AggregateShard(request, timeout=self._aggregate_timeout_s)
+        )
         return ShardResult(digest=digest_from_proto(response.digest), cpu_s=response.cpu_s)
 
     async def close_round(self, round_id: str, *, results: bool) -> None:
         """Deletes a round's updates, and its results too if asked. A round that is gone is closed."""
         request = pb.CloseRoundRequest(round_id=round_id, results=results)
         try:
-            await self._anywhere(lambda stub: stub.CloseRound, request, TIMEOUT_S)
+            await self._anywhere(lambda stub: stub.CloseRound(request, timeout=TIMEOUT_S))
         except DomainError as error:
             if error.reason is not Reason.ROUND_UNKNOWN:
                 raise
 
-    async def _anywhere(
-        self,
-        method: Callable[["AggregationAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]],
-        request: _Request,
-        timeout_s: float,
-    ) -> _Response:
-        """The response of some replica. Every attempt goes to the next one."""
-
-        async def attempt() -> _Response:
-            replica = self._replicas.next()
-            try:
-                return await method(replica.stub)(request, timeout=timeout_s)
-            except grpc.aio.AioRpcError as error:
-                if distrusts(error):
-                    raise error_from_rpc(error, replica.address) from error
-                if is_transient(error):
-                    self._replicas.failed(replica)
-                raise
-
-        try:
-            return await retrying(retry_s=self._retry_s)(attempt)
-        except grpc.aio.AioRpcError as error:
-            with for_callers():
-                raise error_from_rpc(error) from error
+    async def _anywhere(self, operation: Callable[[AggregationStub], Awaitable[_T]]) -> _T:
+        with for_callers():
+            return await self._replicas.call(operation, retry_s=self._retry_s)
 
 
 def contributions(

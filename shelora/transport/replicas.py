@@ -7,20 +7,23 @@ the process runs, so a new one gets its share without a restart, and those that 
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 import structlog
 
 from shelora.errors import DomainError
-from shelora.transport.channel import is_transient
+from shelora.transport.channel import RETRY_S, is_transient, retrying
+from shelora.transport.status import error_from_rpc
 from shelora.v1 import aggregation_pb2 as pb
-from shelora.v1.aggregation_pb2_grpc import AggregationStub
+from shelora.v1 import aggregation_pb2_grpc as pb_grpc
 
-if TYPE_CHECKING:  # a class of the stub file only
-    from shelora.v1.aggregation_pb2_grpc import AggregationAsyncStub
+_T = TypeVar("_T")
+
+AggregationStub: TypeAlias = "pb_grpc.AggregationAsyncStub"
+"""Its methods return awaitables; a class of the stub file only."""
 
 LIST_TIMEOUT_S: Final = 15.0
 """Deadline of ListReplicas."""
@@ -40,16 +43,17 @@ class Replica:
 
     address: str
     channel: grpc.aio.Channel
-    stub: "AggregationAsyncStub"
+    stub: AggregationStub
 
 
 class Replicas:
-    """The replicas known now. For one event loop; `next` and `current` start looking for others when it is time.
+    """The replicas known now. For one event loop; calls start looking for others when it is time.
 
     Args:
         seeds: Configured addresses, `host:port`; always kept.
         connect: Opens a channel.
         refresh_s: Seconds between two looks for other replicas.
+        stays: Calls go to one replica until it fails or others are learned of; otherwise to another one each time.
         clock_s: Monotonic seconds; the loop's by default.
         shuffle: Brings the replicas into an order of this caller's own, so that not all begin with the same one.
     """
@@ -60,12 +64,14 @@ class Replicas:
         connect: Callable[[str], grpc.aio.Channel],
         *,
         refresh_s: float,
+        stays: bool = False,
         clock_s: Callable[[], float] | None = None,
         shuffle: Callable[[list[Any]], None] = random.shuffle,
     ) -> None:
         self._seeds = tuple(seeds)
         self._connect = connect
         self._refresh_s = refresh_s
+        self._stays = stays
         self._clock_s = clock_s or asyncio.get_running_loop().time
         self._shuffle = shuffle
         self._known: dict[str, Replica] = {}
@@ -83,15 +89,40 @@ class Replicas:
         """All that are known, sorted."""
         return tuple(sorted(self._known))
 
-    def next(self) -> Replica:
-        """Another one each time; one that failed lately only if all others did, too."""
-        self._refresh_if_due()
-        return self._turned()
+    async def call(
+        self, operation: Callable[[AggregationStub], Awaitable[_T]], *, retry_s: float = RETRY_S
+    ) -> _T:
+        """Runs an operation that may be repeated. After a failure that may pass, the next replica tries it.
 
-    def current(self) -> Replica:
-        """The same one each time, until it fails or others are learned of."""
+        Args:
+            operation: What to do with a replica.
+            retry_s: No attempt starts later than this after the first.
+
+        Raises: DomainError with the server's reason, or STORE_UNAVAILABLE if no replica could be reached.
+        """
+        address = ""
+
+        async def attempt() -> _T:
+            nonlocal address
+            replica = self.choose()
+            address = replica.address
+            try:
+                return await operation(replica.stub)
+            except grpc.aio.AioRpcError as error:
+                if is_transient(error):
+                    _log.info("replica_failed", address=address, code=error.code().name)
+                    self.failed(replica)
+                raise
+
+        try:
+            return await retrying(retry_s=retry_s)(attempt)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, address) from error
+
+    def choose(self) -> Replica:
+        """The replica for the next call; one that failed lately only if all others did, too."""
         self._refresh_if_due()
-        if self._current is None:
+        if not self._stays or self._current is None:
             self._current = self._turned()
         return self._current
 
@@ -108,7 +139,7 @@ class Replicas:
             return
         for address in [address for address in wanted if address not in self._known]:
             channel = self._connect(address)
-            self._known[address] = Replica(address, channel, AggregationStub(channel))
+            self._known[address] = Replica(address, channel, pb_grpc.AggregationStub(channel))
             _log.info("replica_found", address=address)
         for address in [address for address in self._known if address not in wanted]:
             self._close(self._known.pop(address))

@@ -19,7 +19,7 @@ import services.aggregation.main
 import services.aggregation.scripts
 from client_agent.agent import Agent, Outcome
 from client_agent.config import AgentConfig
-from client_agent.replicas import Replicas
+from client_agent.replicas import replicas_for_transfers
 from client_agent.session import Session
 from client_agent.state import AgentState
 from client_agent.worker import Worker
@@ -33,8 +33,8 @@ from services.aggregation.store import RedisShardStore, WorkerStore
 from services.shell.revocations import Revocations
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
-from shelora.transport import replicas as transport_replicas
 from shelora.transport.channel import call
+from shelora.transport.replicas import Replicas
 from shelora.v1 import aggregation_pb2_grpc
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1.coordinator_pb2_grpc import CoordinatorStub
@@ -190,7 +190,7 @@ class Cluster:
         process = self._process(name, self._start_coordinator)
         client = self._client(process)
         changes = Changes(client)
-        aggregation = transport_replicas.Replicas(
+        aggregation = Replicas(
             AGGREGATION,
             lambda address: self.network.channel(process, address),
             refresh_s=_COORDINATOR.aggregation_refresh_s,
@@ -277,7 +277,7 @@ class Cluster:
         state = AgentState(config.state_dir)
         try:
             session = Session(config, None, connect)
-            replicas = Replicas(config.aggregation, None, connect, process.rng.shuffle)
+            replicas = replicas_for_transfers(config.aggregation, None, connect, process.rng.shuffle)
             return await Agent(config, learn)._follow(state, Worker(), session, replicas)
         finally:
             state.close()

@@ -6,7 +6,7 @@ import pytest
 
 from client_agent.downloads import Result, download
 from client_agent.progress import Activity, Stopped
-from client_agent.replicas import Replicas
+from client_agent.replicas import replicas_for_transfers
 from client_agent.session import digest_to_proto
 from client_agent.state import AgentState, Spool, UpdateNote
 from client_agent.uploads import upload
@@ -63,7 +63,7 @@ async def test_an_upload_that_breaks_off_goes_on_at_the_next_replica_where_it_st
     shards = Shards()
     failing, sound = FakeAggregation(shards, breaks_after_pieces=2), FakeAggregation(shards)
     async with serving(failing) as one, serving(sound) as two:
-        replicas = Replicas([one, two], None, shuffle=in_order)
+        replicas = replicas_for_transfers([one, two], None, shuffle=in_order)
         await upload(replicas, "one", spooled(state), Activity())
         await replicas.close()
     assert failing.offsets == [0]
@@ -75,7 +75,7 @@ async def test_shards_that_are_stored_are_not_sent_again(state: AgentState) -> N
     replica = FakeAggregation(Shards())
     spool = spooled(state)
     async with serving(replica) as address:
-        replicas = Replicas([address], None)
+        replicas = replicas_for_transfers([address], None)
         await upload(replicas, "one", spool, Activity())
         await upload(replicas, "one", spool, Activity())
         await replicas.close()
@@ -86,7 +86,7 @@ async def test_a_shard_of_which_other_bytes_arrived_is_sent_from_its_beginning(s
     shards = Shards({0: bytearray(b"other")}, {0: digest_to_proto(Digest.of(b"other bytes"))})
     replica = FakeAggregation(shards)
     async with serving(replica) as address:
-        replicas = Replicas([address], None)
+        replicas = replicas_for_transfers([address], None)
         await upload(replicas, "one", spooled(state), Activity())
         await replicas.close()
     assert replica.offsets == [0, 0]
@@ -98,7 +98,7 @@ async def test_an_upload_nobody_wants_any_more_sends_nothing(state: AgentState) 
     activity = Activity()
     activity.stop()
     async with serving(replica) as address:
-        replicas = Replicas([address], None)
+        replicas = replicas_for_transfers([address], None)
         with pytest.raises(Stopped):
             await upload(replicas, "one", spooled(state), activity)
         await replicas.close()
@@ -109,7 +109,7 @@ async def test_a_download_that_breaks_off_goes_on_at_the_next_replica(state: Age
     shards = Shards(results={0: DATA})
     failing, sound = FakeAggregation(shards, breaks_after_pieces=1), FakeAggregation(shards)
     async with serving(failing) as one, serving(sound) as two:
-        replicas = Replicas([one, two], None, shuffle=in_order)
+        replicas = replicas_for_transfers([one, two], None, shuffle=in_order)
         inbox = await download(replicas, state, Result.from_proto(published(DATA)), Activity())
         await replicas.close()
     assert (failing.offsets, sound.offsets) == ([0], [PIECE_BYTES])
@@ -120,7 +120,7 @@ async def test_a_download_goes_on_after_a_restart_of_the_agent(state: AgentState
     state.open_inbox("films/1").partial(0).write_bytes(DATA[:1000])
     replica = FakeAggregation(Shards(results={0: DATA}))
     async with serving(replica) as address:
-        replicas = Replicas([address], None)
+        replicas = replicas_for_transfers([address], None)
         inbox = await download(replicas, state, Result.from_proto(published(DATA)), Activity())
         await download(replicas, state, Result.from_proto(published(DATA)), Activity())
         await replicas.close()
@@ -140,7 +140,7 @@ async def test_a_result_with_other_bytes_than_announced_is_refused(
     state: AgentState, sent: bytes, reason: Reason
 ) -> None:
     async with serving(FakeAggregation(Shards(results={0: sent}))) as address:
-        replicas = Replicas([address], None)
+        replicas = replicas_for_transfers([address], None)
         with pytest.raises(DomainError) as caught:
             await download(replicas, state, Result.from_proto(published(DATA)), Activity())
         await replicas.close()

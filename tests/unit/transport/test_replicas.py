@@ -3,8 +3,10 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
+from shelora.errors import DomainError, Reason
 from shelora.transport.channel import open_channel
 from shelora.transport.replicas import SHUNNED_S, Replicas
+from shelora.transport.status import translated
 from shelora.v1 import aggregation_pb2 as pb
 from shelora.v1 import aggregation_pb2_grpc
 
@@ -29,6 +31,12 @@ class Listing(aggregation_pb2_grpc.AggregationServicer):
         return pb.ListReplicasResponse(addresses=self.addresses)
 
 
+class Refusing(aggregation_pb2_grpc.AggregationServicer):
+    async def ListReplicas(self, request, context):
+        async with translated(context):
+            raise DomainError(Reason.ROUND_UNKNOWN, "no such round")
+
+
 @asynccontextmanager
 async def serving(servicer):
     server = grpc.aio.server()
@@ -47,9 +55,11 @@ def in_order(_addresses):
 async def make():
     made = []
 
-    def make(*seeds, refresh_s=1e9, shuffle=in_order):
+    def make(*seeds, refresh_s=1e9, shuffle=in_order, stays=False):
         clock = Clock()
-        replicas = Replicas(seeds, open_channel, refresh_s=refresh_s, clock_s=clock, shuffle=shuffle)
+        replicas = Replicas(
+            seeds, open_channel, refresh_s=refresh_s, stays=stays, clock_s=clock, shuffle=shuffle
+        )
         replicas._refresh_due_s = clock.now_s + refresh_s
         made.append(replicas)
         return replicas, clock
@@ -60,7 +70,7 @@ async def make():
 
 
 def chosen(replicas, count):
-    return [replicas.next().address for _ in range(count)]
+    return [replicas.choose().address for _ in range(count)]
 
 
 A, B, C = (f"127.0.0.1:{port}" for port in (1, 2, 3))
@@ -73,7 +83,7 @@ async def test_calls_go_to_the_replicas_in_turn(make):
 
 async def test_a_replica_that_failed_is_left_alone_for_a_while(make):
     replicas, clock = make(A, B, C)
-    replicas.failed(replicas.next())
+    replicas.failed(replicas.choose())
     assert chosen(replicas, 4) == [B, C, B, C]
     clock.now_s += SHUNNED_S + 1
     assert sorted(chosen(replicas, 3)) == [A, B, C]
@@ -82,23 +92,23 @@ async def test_a_replica_that_failed_is_left_alone_for_a_while(make):
 async def test_when_all_failed_the_one_that_failed_first_is_tried_first(make):
     replicas, clock = make(A, B)
     for _ in range(2):
-        replicas.failed(replicas.next())
+        replicas.failed(replicas.choose())
         clock.now_s += 1
     assert chosen(replicas, 1) == [A]
-    replicas.failed(replicas.next())
+    replicas.failed(replicas.choose())
     assert chosen(replicas, 1) == [B]
 
 
 async def test_the_current_one_stays_until_it_fails_or_others_come(make):
-    replicas, clock = make(A, B)
-    first = replicas.current()
-    assert replicas.current() is first
+    replicas, clock = make(A, B, stays=True)
+    first = replicas.choose()
+    assert replicas.choose() is first
     replicas.failed(first)
-    assert replicas.current().address == B
+    assert replicas.choose().address == B
     clock.now_s += SHUNNED_S + 1
-    assert replicas.current().address == B
+    assert replicas.choose().address == B
     replicas.learn([A, B, C])
-    assert replicas.current().address == A
+    assert replicas.choose().address == A
 
 
 async def test_a_new_replica_is_learned_of_and_one_that_is_gone_forgotten(make):
@@ -138,11 +148,41 @@ async def test_calls_look_for_others_when_it_is_time_and_do_not_wait_for_them(ma
     listing = Listing([B])
     async with serving(listing) as alive:
         replicas, clock = make(alive, refresh_s=5)
-        replicas.next()
+        replicas.choose()
         assert replicas._refreshing is None
         clock.now_s += 5
-        assert replicas.next().address == alive
-        replicas.next()
+        assert replicas.choose().address == alive
+        replicas.choose()
         await replicas._refreshing
         assert listing.asked == 1
         assert replicas.addresses == tuple(sorted((alive, B)))
+
+
+async def listed(stub):
+    return list((await stub.ListReplicas(pb.ListReplicasRequest(), timeout=20)).addresses)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+async def test_a_call_that_may_pass_elsewhere_is_tried_with_the_next_replica(make, stays):
+    async with serving(Listing([C])) as alive:
+        replicas, _ = make(A, alive, stays=stays)
+        assert await replicas.call(listed) == [C]
+        assert [replica.address for replica in (replicas.choose(), replicas.choose())] == [alive, alive], (
+            "the one that failed is left alone"
+        )
+
+
+async def test_a_call_that_fails_everywhere_ends_with_the_reason(make):
+    replicas, _ = make(A, B)
+    with pytest.raises(DomainError) as failed:
+        await replicas.call(listed, retry_s=0)
+    assert failed.value.reason is Reason.STORE_UNAVAILABLE
+
+
+async def test_a_refusal_is_not_carried_to_another_replica(make):
+    refusing, other = Refusing(), Listing()
+    async with serving(refusing) as first, serving(other) as second:
+        replicas, _ = make(first, second)
+        with pytest.raises(DomainError) as refused:
+            await replicas.call(listed)
+    assert (refused.value.reason, other.asked) == (Reason.ROUND_UNKNOWN, 0)
