@@ -2,10 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from functools import partial
+from multiprocessing import get_context
+from os import sched_getaffinity
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -18,6 +21,7 @@ from tests.simulation.simulation import Report, Schedule, run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _console = Console(highlight=False)
+CORES: Final = len(sched_getaffinity(0))
 
 
 @dataclass
@@ -43,6 +47,7 @@ def main(
     schedules: Annotated[int, typer.Option(min=1, help="How many schedules to run.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the first; the next ones follow.")] = 0,
     failures: Annotated[int, typer.Option(min=1, help="Stop after so many that fail.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="How many run at once; by default one a core.")] = CORES,
     trace: Annotated[
         bool, typer.Option(help="Print what happens in every run, not only in those that fail.")
     ] = False,
@@ -58,14 +63,15 @@ def main(
         raise typer.BadParameter(f"choose one of {', '.join(SABOTAGES)}", param_hint="--sabotage")
     tally = _Tally()
     kinds = SABOTAGES[sabotage].kinds if sabotage else ()
+    every = [Schedule.of(number, *kinds) for number in range(seed, seed + schedules)]
     with _sabotaged(sabotage):
-        for number in _progress(range(seed, seed + schedules), tally):
-            report = run(Schedule.of(number, *kinds), traced=trace)
-            tally.add(report)
-            if trace:
-                _console.print("\n".join(report.trace), markup=False, soft_wrap=True)
-            if len(tally.failed) >= failures:
-                break
+        with _running(every, min(jobs, schedules), trace) as reports:
+            for report in _progress(reports, schedules, tally):
+                tally.add(report)
+                if trace:
+                    _console.print("\n".join(report.trace), markup=False, soft_wrap=True)
+                if len(tally.failed) >= failures:
+                    break
         for report in tally.failed:
             _explain(report)
     _summarise(tally)
@@ -76,7 +82,18 @@ def _sabotaged(name: str | None) -> AbstractContextManager[Any]:
     return SABOTAGES[name].work() if name else nullcontext()
 
 
-def _progress(numbers: range, tally: _Tally) -> Iterator[int]:
+@contextmanager
+def _running(schedules: Sequence[Schedule], jobs: int, traced: bool) -> Iterator[Iterator[Report]]:
+    """The reports in order of the schedules; so many run at once, each in a process of its own."""
+    work = partial(run, traced=traced)
+    if jobs == 1:
+        yield map(work, schedules)
+        return
+    with get_context("fork").Pool(jobs) as pool:  # a fork knows of the sabotage
+        yield pool.imap(work, schedules, chunksize=4)
+
+
+def _progress(reports: Iterable[Report], total: int, tally: _Tally) -> Iterator[Report]:
     columns = (
         TextColumn("seed {task.fields[seed]}"),
         BarColumn(),
@@ -85,11 +102,10 @@ def _progress(numbers: range, tally: _Tally) -> Iterator[int]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=_console) as bar:
-        task = bar.add_task("", total=len(numbers), seed=numbers[0], failed=0)
-        for number in numbers:
-            bar.update(task, seed=number)
-            yield number
-            bar.update(task, advance=1, failed=len(tally.failed))
+        task = bar.add_task("", total=total, seed="", failed=0)
+        for report in reports:
+            yield report
+            bar.update(task, advance=1, seed=report.schedule.seed, failed=len(tally.failed))
 
 
 def _explain(failed: Report) -> None:
