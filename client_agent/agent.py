@@ -198,13 +198,14 @@ class _Follower:
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
     async def join(self) -> None:
-        """Makes this client a member; goes on trying while the coordinator does not answer.
+        """Makes this client a member; goes on trying while the coordinator does not answer, or memory is short.
 
         An ended federation has no room for new ones, but members can follow it.
         """
         wait = Backoff()
         while True:
             try:
+                self._work.require_memory()
                 await self._session.join(self._learner.model, len(self._learner.examples))
             except DomainError as error:
                 if error.reason is Reason.FEDERATION_CLOSED:

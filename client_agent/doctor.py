@@ -16,7 +16,6 @@ from typing import Final
 
 import grpc
 import numpy as np
-import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from client_agent.conditions import Conditions
 from client_agent.config import AgentConfig
 from client_agent.encoding import Encoder
 from client_agent.inspection import Inspection, inspect
+from client_agent.memory import memory_here
 from client_agent.session import Session
 from client_agent.training import TrainingRun, train
 from shelora.ckks.parameters import profile
@@ -208,7 +208,7 @@ def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return [
         *findings,
-        judged_memory(peak, psutil.virtual_memory().total),
+        judged_memory(peak, memory_here().total),
         judged_time(seconds * spec.training.local_steps, spec.round.deadline_s),
         judged_disk(
             _disk_needed(found), shutil.disk_usage(_existing(config.state_dir)).free, config.state_dir
@@ -217,7 +217,7 @@ def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
 
 
 def judged_memory(peak: int, total: int) -> Finding:
-    """Takes the bytes that training took at most, and those of the device."""
+    """Takes the bytes that training took at most, and those that this process may use."""
     seen = f"a training step takes {_gb(peak)} of {_gb(total)}"
     if peak < MEMORY_SHARE * total:
         return Finding("memory", Verdict.OK, seen)

@@ -50,16 +50,22 @@ class Result:
             raise DomainError(
                 Reason.LAYOUT_MISMATCH, "the result has another number of shards than its layout"
             )
-        if max((d.total_bytes for d in shards), default=0) > MAX_RESULT_SHARD_BYTES:
+        result = cls(message.round_id, layout, shards)
+        if result.largest_shard_bytes > MAX_RESULT_SHARD_BYTES:
             raise DomainError(
                 Reason.TRANSFER_TOO_LARGE, f"a result shard exceeds {MAX_RESULT_SHARD_BYTES} bytes"
             )
-        return cls(message.round_id, layout, shards)
+        return result
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(digest.total_bytes for digest in self.shards)
+
+    @property
+    def largest_shard_bytes(self) -> int:
+        """Bytes of the largest shard."""
+        return max((digest.total_bytes for digest in self.shards), default=0)
 
     def contents(self, inbox: Inbox) -> Iterator[ResultShardContent]:
         """The downloaded shards, parsed and checked, one in memory at a time."""

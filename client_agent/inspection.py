@@ -11,8 +11,9 @@ from client_agent.config import AgentConfig
 from client_agent.data import Examples, found_labels
 from client_agent.learner import load_model, read_data
 from client_agent.model import AdaptedModel
+from client_agent.protection import expected_layout
 from shelora.federation import ProtectionSpec, TrainingSpec
-from shelora.lora.layout import FLOAT_BYTES, Layout, build_layout
+from shelora.lora.layout import FLOAT_BYTES, Layout
 
 _SEEDED_BYTES_A_COEFFICIENT_BITS = 8
 
@@ -48,7 +49,7 @@ def guessed_training(config: AgentConfig, target_modules: Sequence[str], *, caus
 
 def estimated_upload_bytes(model: AdaptedModel, budget: float, protection: ProtectionSpec) -> int:
     """Bytes of one update if the budget's share of every matrix is encrypted; the plan may spread it otherwise."""
-    layout = _layout(model, budget, protection)
+    layout = expected_layout(model, budget, protection)
     clear = sum(FLOAT_BYTES * model.rank * (m.out_features + m.clear) for m in layout.matrices)
     clear += sum(layout.clear_tensor_bytes(shard) for shard in layout.shards)
     ciphertexts = sum((model.rank if s.matrices else 1) * layout.chunk_count(s) for s in layout.shards)
@@ -58,25 +59,6 @@ def estimated_upload_bytes(model: AdaptedModel, budget: float, protection: Prote
 def report(config: AgentConfig, training: TrainingSpec, found: Inspection) -> Group:
     """Tables for a terminal."""
     return Group(_examples_table(training, found), _model_table(config, found))
-
-
-def _layout(model: AdaptedModel, budget: float, protection: ProtectionSpec) -> Layout:
-    selective = protection.mode == "selective"
-    tiers = (budget,) if selective and budget else ()
-    counts = [(round(m.in_features * budget),) if tiers else () for m in model.matrices]
-    return build_layout(
-        parameters=protection.parameters,
-        key_id=bytes(16),
-        matrices=[
-            type(m)(m.name, m.out_features, m.in_features, c)
-            for m, c in zip(model.matrices, counts, strict=True)
-        ],
-        tensors=model.tensors,
-        tiers=tiers,
-        encrypt_tensors=selective,
-        max_rank=model.rank,
-        max_directions=protection.max_directions,
-    )
 
 
 def _seeded_bytes(layout: Layout) -> int:

@@ -1,6 +1,6 @@
 """Everything an agent computes with its model and data. Synchronous; the agent runs it in its one worker thread."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
@@ -25,7 +25,7 @@ from client_agent.training import TrainingRun, train
 from shelora.federation import TrainingSpec
 from shelora.lora.algebra import reparameterize
 from shelora.lora.restore import Restored
-from shelora.lora.shards import Float64
+from shelora.lora.shards import Float32, Float64, LoraFactors
 from shelora.obfuscation import Obfuscation
 from shelora.protocol import Stage
 
@@ -84,16 +84,9 @@ class Learner:
         if saved is None or not self.holds(saved[0].get("round", "")):
             self.start(secrets)
 
-    def apply(self, round_id: str, restored: Restored, obfuscation: Obfuscation) -> None:
+    def apply(self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation) -> None:
         """Makes the result of a round current, cut to this client's rank, and keeps it."""
-        rank, scaling = self.model.rank, self.model.scaling
-        factors = {
-            m.name: reparameterize(
-                restored.matrices[m.name], rank, scaling, obfuscation.initial_A(m.name, rank, m.in_features)
-            )
-            for m in self.model.matrices
-        }
-        weights = Weights(factors, restored.tensors)
+        weights = cut_to_rank(parts, self.model.rank, self.model.scaling, obfuscation)
         self.model.load(weights)
         self._state.save_applied(self._key(round_id), weights)
         self._position = round_id
@@ -185,6 +178,18 @@ class Learner:
     def _key(self, round_id: str) -> dict[str, str]:
         """What saved weights must agree in to stand for the state after that round."""
         return {"round": round_id, **self._identity}
+
+
+def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, obfuscation: Obfuscation) -> Weights:
+    """A result as weights of that rank. Takes one part at a time, for results have many times the rank."""
+    factors: dict[str, LoraFactors] = {}
+    tensors: dict[str, Float32] = {}
+    for part in parts:
+        tensors |= part.tensors
+        for name, update in part.matrices.items():
+            fill_A = obfuscation.initial_A(name, rank, update.M.shape[1])
+            factors[name] = reparameterize(update, rank, scaling, fill_A)
+    return Weights(factors, tensors)
 
 
 def read_data(config: AgentConfig, spec: TrainingSpec) -> tuple[Examples, Examples | None]:

@@ -1,7 +1,7 @@
 """What the agent asks of the part that learns: the port between the protocol, which needs no torch, and training."""
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,7 +89,7 @@ class LocalLearner(Protocol):
     def resume(self, secrets: EpochSecrets) -> None:
         """Makes the last applied result current; the initial state if there is none."""
 
-    def apply(self, round_id: str, restored: Restored, obfuscation: Obfuscation) -> None:
+    def apply(self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation) -> None:
         """Makes the result of a round current, cut to this client's rank, and keeps it."""
 
     def train(self, number: int, activity: Activity) -> Trained:

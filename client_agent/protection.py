@@ -12,9 +12,10 @@ from client_agent.learning import LocalModel, Weights
 from client_agent.metrics import timed
 from client_agent.progress import Activity
 from client_agent.state import AgentState, Spool, UpdateNote
+from shelora.ckks.wire import KEY_ID_BYTES
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec
-from shelora.lora.layout import Layout, tiers_within
+from shelora.lora.layout import Layout, build_layout, tiers_within
 from shelora.lora.protect import protect
 from shelora.messages import encode_update
 from shelora.negotiation.plan import Plan, check_layout, column_orders
@@ -22,6 +23,24 @@ from shelora.negotiation.votes import vote_layout
 from shelora.protocol import Stage
 
 _log = structlog.get_logger(__name__)
+
+
+def expected_layout(model: LocalModel, budget: float, protection: ProtectionSpec) -> Layout:
+    """The layout of this client's updates if it were alone; the plan may spread its budget otherwise over matrices."""
+    selective = protection.mode == "selective"
+    tiers = (budget,) if selective and budget else ()
+    return build_layout(
+        parameters=protection.parameters,
+        key_id=bytes(KEY_ID_BYTES),
+        matrices=[
+            replace(m, tier_columns=tuple(round(m.in_features * t) for t in tiers)) for m in model.matrices
+        ],
+        tensors=model.tensors,
+        tiers=tiers,
+        encrypt_tensors=selective,
+        max_rank=model.rank,
+        max_directions=protection.max_directions,
+    )
 
 
 def check_vote_layout(layout: Layout, model: LocalModel, protection: ProtectionSpec) -> None:

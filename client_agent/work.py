@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeAlias
 
 import structlog
@@ -11,12 +10,14 @@ import structlog
 from client_agent.downloads import Result, download
 from client_agent.keys import EpochSecrets
 from client_agent.learning import LocalLearner, Weights, weight_bytes
+from client_agent.memory import require_memory, round_bytes
 from client_agent.metrics import ROUNDS, Stopwatch, timed
 from client_agent.progress import Activity
 from client_agent.protection import (
     check_model,
     check_train_layout,
     check_vote_layout,
+    expected_layout,
     orders_of,
     spool_update,
 )
@@ -28,7 +29,7 @@ from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec
 from shelora.lora.layout import Layout
-from shelora.lora.restore import Restored, restore
+from shelora.lora.restore import Restored, merged, restored_parts
 from shelora.lora.shards import Float64, ResultShardContent
 from shelora.messages import layout_from_proto, matrix_from_proto
 from shelora.negotiation.ope import Ope
@@ -104,7 +105,7 @@ class Work:
         spool = await self._worker.run(self._state.spool, vote.round.round_id, layout.digest)
         if spool is None:
             check_vote_layout(layout, self._learner.model, self._me.protection)
-            await self._make_room_for(layout)
+            await self._require_resources(layout)
             secrets = await self._enter(vote.round.epoch)
             spool = await self._worker.run(self._spool_vote, vote.round.round_id, layout, secrets, activity)
         if self._by_ballots:
@@ -136,7 +137,7 @@ class Work:
             self._learner.examples
         ):  # of data before a restart
             base = train.base if train.HasField("base") else None
-            await self._make_room_for(layout, base, copies=2)
+            await self._require_resources(layout, base, copies=2)
             secrets = await self._enter(train.round.epoch)
             plan = await self._checked_plan(train, layout, secrets, activity)
             check_train_layout(layout, self._learner.model, self._me.protection, plan, self._me.budget)
@@ -148,7 +149,7 @@ class Work:
     async def finish(self, finish: pb.Finish, activity: Activity) -> None:
         """Applies the final result, evaluates on every test example, saves the adapter."""
         plan = finish.plan if finish.HasField("plan") else None
-        await self._make_room_for(None, finish.result, copies=2)
+        await self._require_resources(None, finish.result, copies=2)
         applied = await self._apply(finish.result, plan, activity)
         await self._worker.run(self._learner.save_adapter)
         _log.info("adapter_saved", folder=str(self._state.adapter_folder))
@@ -178,23 +179,30 @@ class Work:
             )
         return self._secrets[epoch]
 
-    async def _make_room_for(
+    def require_memory(self) -> None:
+        """Raises: MEMORY_UNAVAILABLE if this client's rounds need more, as far as that is known before the first."""
+        model = self._learner.model
+        require_memory(round_bytes(model, expected_layout(model, self._me.budget, self._me.protection)))
+
+    async def _require_resources(
         self, update: Layout | None, result: common_pb2.ResultRef | None = None, copies: int = 0
     ) -> None:
-        """Deletes earlier updates if another one follows, and sees that all that will be written has room.
+        """Deletes earlier updates if another one follows, and sees that the work at hand has room on disk and memory.
 
         Args: copies: Times that weights will be written beside those that are there.
-        Raises: DISK_UNAVAILABLE.
+        Raises: DISK_UNAVAILABLE, MEMORY_UNAVAILABLE.
         """
-        needed = copies * weight_bytes(self._learner.model)
+        needed, largest = copies * weight_bytes(self._learner.model), 0
         if result is not None and not await self._worker.run(self._learner.holds, result.round_id):
             arrived = await self._worker.run(self._state.arrived_bytes, result.round_id)
-            needed += max(Result.from_proto(result).total_bytes - arrived, 0)
+            announced = Result.from_proto(result)
+            needed, largest = needed + max(announced.total_bytes - arrived, 0), announced.largest_shard_bytes
         if update is not None:
             await self._worker.run(self._state.drop_spool)
             own = replace(update, max_rank=min(update.max_rank, self._learner.model.rank))
             needed += sum(own.largest_update_bytes(shard) for shard in own.shards)
         self._state.require_room(needed)
+        require_memory(round_bytes(self._learner.model, update, largest))
 
     async def _enter(self, epoch: int) -> EpochSecrets:
         """The secrets of the epoch that a round is in.
@@ -324,10 +332,10 @@ class Work:
         self, reference: common_pb2.ResultRef, secrets: EpochSecrets, activity: Activity
     ) -> dict[str, Float64]:
         result = Result.from_proto(reference)
-        await self._make_room_for(None, reference)
+        await self._require_resources(None, reference)
         check_vote_layout(result.layout, self._learner.model, self._me.protection)
         inbox = await download(self._replicas, self._state, result, activity)
-        restored = await self._worker.run(_restored, result, inbox, None, secrets, activity)
+        restored = await self._worker.run(_whole, result, inbox, secrets, activity)
         inbox.clear()
         return summed_scores(self._learner.model.matrices, restored.tensors)
 
@@ -414,8 +422,9 @@ class Work:
     def _restore_and_apply(
         self, result: Result, inbox: Inbox, plan: Plan | None, secrets: EpochSecrets, activity: Activity
     ) -> None:
-        restored = _restored(result, inbox, plan, secrets, activity)
-        self._learner.apply(result.round_id, restored, secrets.obfuscation)
+        with timed(Stage.DECRYPTING):
+            parts = _restored(result, inbox, plan, secrets, activity)
+            self._learner.apply(result.round_id, parts, secrets.obfuscation)
         inbox.clear()  # last: whoever dies before has the shards still
 
 
@@ -423,17 +432,22 @@ def _key(reference: pb.PlanRef) -> _PlanKey:
     return reference.digest.sha256, reference.vote_round_id
 
 
+def _whole(result: Result, inbox: Inbox, secrets: EpochSecrets, activity: Activity) -> Restored:
+    """Decrypts a downloaded result that has no plan."""
+    with timed(Stage.DECRYPTING):
+        return merged(_restored(result, inbox, None, secrets, activity))
+
+
 def _restored(
     result: Result, inbox: Inbox, plan: Plan | None, secrets: EpochSecrets, activity: Activity
-) -> Restored:
-    """Decrypts a downloaded result."""
+) -> Iterator[Restored]:
+    """Decrypts a downloaded result, part by part."""
     layout = result.layout
-    report = partial(activity.report, Stage.DECRYPTING)
 
     def contents() -> Iterator[ResultShardContent]:
         for done, content in enumerate(result.contents(inbox)):
-            report(done / len(result.shards))
+            activity.report(Stage.DECRYPTING, done / len(result.shards))
             yield content
 
-    with timed(Stage.DECRYPTING):
-        return restore(layout, contents(), orders_of(layout, plan, secrets), secrets.decryptor_for(layout))
+    orders = orders_of(layout, plan, secrets)
+    return restored_parts(layout, contents(), orders, secrets.decryptor_for(layout))

@@ -1,6 +1,6 @@
 """A learner that trains nothing: random updates of a real model's shapes."""
 
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import Final
 
@@ -55,7 +55,9 @@ class SyntheticLearner:
     def resume(self, secrets: EpochSecrets) -> None:
         pass
 
-    def apply(self, round_id: str, restored: Restored, obfuscation: Obfuscation) -> None:  # noqa: ARG002
+    def apply(self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation) -> None:  # noqa: ARG002
+        for _ in parts:
+            pass
         self._applied = round_id
 
     def train(self, number: int, activity: Activity) -> Trained:

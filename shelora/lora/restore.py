@@ -1,6 +1,6 @@
 """From published result shards back to updates in true column order. Only agents do this: it decrypts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from shelora.ckks.parameters import SUM_LIMIT
 from shelora.ckks.wire import FullBlock, decode_block
 from shelora.errors import DomainError, Reason
 from shelora.lora.aggregate import MIN_CONTRIBUTORS, TENSOR_HEADROOM
-from shelora.lora.layout import Layout
+from shelora.lora.layout import Layout, Segment
 from shelora.lora.shards import FactoredUpdate, Float32, Float64, ResultShardContent
 from shelora.messages import result_block_shape
 
@@ -25,7 +25,7 @@ class Decrypts(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Restored:
-    """An aggregate in the clear."""
+    """An aggregate in the clear, or a part of one."""
 
     matrices: dict[str, FactoredUpdate] = field(default_factory=dict)
     tensors: dict[str, Float32] = field(default_factory=dict)
@@ -37,7 +37,29 @@ def restore(
     orders: Mapping[str, NDArray[np.int64]],
     decryptor: Decrypts | None,
 ) -> Restored:
+    """The whole aggregate at once. Arguments and errors as in `restored_parts`."""
+    return merged(restored_parts(layout, results, orders, decryptor))
+
+
+def merged(parts: Iterable[Restored]) -> Restored:
+    """One aggregate of its parts."""
+    whole = Restored()
+    for part in parts:
+        whole.matrices.update(part.matrices)
+        whole.tensors.update(part.tensors)
+    return whole
+
+
+def restored_parts(
+    layout: Layout,
+    results: Iterable[ResultShardContent],
+    orders: Mapping[str, NDArray[np.int64]],
+    decryptor: Decrypts | None,
+) -> Iterator[Restored]:
     """Decrypts result shards and puts columns back in their true places.
+
+    Yields one matrix at a time, or the tensors of a shard: an aggregate has many times a client's rank, in float64, and
+    who cuts every matrix to that rank need not hold all of them.
 
     Args:
         layout: Layout of the round.
@@ -47,15 +69,22 @@ def restore(
 
     Raises: TOO_FEW_CONTRIBUTORS, CIPHERTEXT_*.
     """
-    restored = Restored()
     for content in results:
-        _expect_contributors(content)
-        slots = _slots(layout, content, decryptor)
-        if layout.shards[content.shard].tensors:
-            restored.tensors.update(_tensors(layout, content, slots))
-        else:
-            restored.matrices.update(_matrices(layout, content, slots, orders))
-    return restored
+        yield from _parts(layout, content, orders, decryptor)
+
+
+def _parts(
+    layout: Layout,
+    content: ResultShardContent,
+    orders: Mapping[str, NDArray[np.int64]],
+    decryptor: Decrypts | None,
+) -> Iterator[Restored]:
+    _expect_contributors(content)
+    slots = _slots(layout, content, decryptor)
+    if layout.shards[content.shard].tensors:
+        yield Restored(tensors=_tensors(layout, content, slots))
+    else:
+        yield from _matrices(layout, content, slots, orders)
 
 
 def _expect_contributors(content: ResultShardContent) -> None:
@@ -82,25 +111,21 @@ def _slots(layout: Layout, content: ResultShardContent, decryptor: Decrypts | No
 
 def _matrices(
     layout: Layout, content: ResultShardContent, slots: Float64, orders: Mapping[str, NDArray[np.int64]]
-) -> dict[str, FactoredUpdate]:
+) -> Iterator[Restored]:
     shard = layout.shards[content.shard]
-    matrices = [layout.matrices[i] for i in shard.matrices]
-    ordered = [
-        np.zeros((part.Q.shape[1], m.in_features)) for m, part in zip(matrices, content.matrices, strict=True)
-    ]
+    segments: dict[int, list[Segment]] = {}
     for segment in layout.segments(shard):
-        part = content.matrices[segment.item]
-        q = part.Q.shape[1]
-        values = slots[:q, segment.slot : segment.slot + segment.length]
+        segments.setdefault(segment.item, []).append(segment)
+    for item, (index, part) in enumerate(zip(shard.matrices, content.matrices, strict=True)):
+        matrix = layout.matrices[index]
+        order = orders[matrix.name]
+        M = np.zeros((part.Q.shape[1], matrix.in_features))
         scale = np.exp2(-np.array(part.row_exponents, dtype=np.float64))[:, None]
-        ordered[segment.item][:, segment.column : segment.column + segment.length] = values * scale
-    restored = {}
-    for matrix, part, columns in zip(matrices, content.matrices, ordered, strict=True):
-        columns[:, matrix.protected() :] = part.clear_M
-        M = np.empty_like(columns)
-        M[:, orders[matrix.name]] = columns
-        restored[matrix.name] = FactoredUpdate(part.Q.astype(np.float64), M)
-    return restored
+        for segment in segments.get(item, []):
+            columns = order[segment.column : segment.column + segment.length]
+            M[:, columns] = slots[: len(M), segment.slot : segment.slot + segment.length] * scale
+        M[:, order[matrix.protected() :]] = part.clear_M
+        yield Restored(matrices={matrix.name: FactoredUpdate(part.Q.astype(np.float64), M)})
 
 
 def _tensors(layout: Layout, content: ResultShardContent, slots: Float64) -> dict[str, Float32]:

@@ -4,7 +4,7 @@ So the aggregate of a round is the list of the weights with which updates were c
 or not at all, or in another round, is a number in the wrong place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from client_agent.learning import Evaluation, Trained, Weights
 from client_agent.progress import Activity
 from client_agent.state import AgentState
 from shelora.lora.layout import Matrix, Tensor
-from shelora.lora.restore import Restored
+from shelora.lora.restore import Restored, merged
 from shelora.lora.shards import Float32, LoraFactors
 from shelora.obfuscation import Obfuscation
 from shelora.protocol import Stage
@@ -79,8 +79,8 @@ class MarkedLearner:
         saved = self._state.applied()
         self._position = saved[0]["round"] if saved else ""
 
-    def apply(self, round_id: str, restored: Restored, obfuscation: Obfuscation) -> None:
-        weights = marks_in(restored)
+    def apply(self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation) -> None:
+        weights = marks_in(merged(parts))
         self._applied(self._client_id, round_id, weights)
         self._state.save_applied({"round": round_id}, Weights({}, {TENSOR: weights}))
         self._position = round_id

@@ -11,10 +11,12 @@ import structlog
 from safetensors.numpy import load_file
 from transformers import BertModel
 
+from client_agent import memory
 from client_agent.agent import Agent, Outcome
 from client_agent.config import AgentConfig
 from client_agent.doctor import Verdict, examine
 from client_agent.learner import Learner
+from client_agent.memory import Memory
 from client_agent.session import Session
 from client_agent.state import Inbox
 from shelora.errors import DomainError, Reason
@@ -278,10 +280,11 @@ async def test_the_doctor_names_the_server_that_does_not_answer(make_federation:
     assert findings["network: coordinator"].verdict is Verdict.OK
 
 
-async def test_agents_with_a_full_disk_say_so_wait_and_finish_the_federation(
+async def test_agents_that_lack_memory_or_disk_say_so_wait_and_finish_the_federation(
     make_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One downloads onto /dev/full, where writes fail with ENOSPC; the other is told that nothing is free."""
+    """One downloads onto /dev/full, where writes fail with ENOSPC; the other is told that nothing is free. Memory is
+    short when the first one joins, and when one of them votes."""
     federation = make_federation("full", rounds=1)
     await federation.start()
     one, two = await federation.agent("one"), await federation.agent("two")
@@ -302,10 +305,18 @@ async def test_agents_with_a_full_disk_say_so_wait_and_finish_the_federation(
         found = usage(folder)
         return found._replace(free=0) if fails(folder, "two") else found
 
+    short_of_memory = iter([True, False, False, True])
+
+    def memory_here() -> Memory:
+        return Memory(10**9, 0 if next(short_of_memory, False) else 10**9)
+
+    monkeypatch.setattr(memory, "memory_here", memory_here)
     monkeypatch.setattr(Inbox, "partial", partial)
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     with structlog.testing.capture_logs() as logs:
         assert await outcomes(one, two) == [Outcome.FINISHED] * 2
+    short = [log["event"] for log in logs if log.get("reason") is Reason.MEMORY_UNAVAILABLE]
+    assert short == ["join_failed", "assignment_failed"]
     why = {record["why"] for record in logs if record.get("reason") is Reason.DISK_UNAVAILABLE}
     assert any("No space left on device; make room" in each for each in why)
     assert any("0.0 MB are free" in each for each in why)

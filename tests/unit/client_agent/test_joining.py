@@ -26,6 +26,18 @@ class Session:
         self.joined = True
 
 
+class Roomy:
+    """Work that finds enough memory, after it found too little for some times."""
+
+    def __init__(self, refusals: int = 0) -> None:
+        self.refusals = refusals
+
+    def require_memory(self) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise DomainError(Reason.MEMORY_UNAVAILABLE, "as told")
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backoff, "next_s", lambda _: 0.0)
@@ -33,7 +45,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_an_agent_waits_for_a_coordinator_that_does_not_answer_however_long_it_takes() -> None:
     session = Session(*[Reason.STORE_UNAVAILABLE] * 20, Reason.RECORD_UNREADABLE)
-    follower = _Follower(session, None, LEARNER, 0.0)
+    follower = _Follower(session, Roomy(), LEARNER, 0.0)
     await follower.join()
     assert session.reasons == []
     assert session.joined
@@ -41,12 +53,19 @@ async def test_an_agent_waits_for_a_coordinator_that_does_not_answer_however_lon
 
 async def test_an_agent_that_must_be_changed_first_ends() -> None:
     with pytest.raises(DomainError) as refused:
-        await _Follower(Session(Reason.VERSION_REFUSED), None, LEARNER, 0.0).join()
+        await _Follower(Session(Reason.VERSION_REFUSED), Roomy(), LEARNER, 0.0).join()
     assert refused.value.reason is Reason.VERSION_REFUSED
 
 
 async def test_a_member_follows_a_federation_that_has_ended() -> None:
-    await _Follower(Session(Reason.FEDERATION_CLOSED), None, LEARNER, 0.0).join()
+    await _Follower(Session(Reason.FEDERATION_CLOSED), Roomy(), LEARNER, 0.0).join()
+
+
+async def test_an_agent_with_too_little_memory_waits_with_joining_so_that_no_round_waits_for_it() -> None:
+    session, work = Session(), Roomy(refusals=3)
+    await _Follower(session, work, LEARNER, 0.0).join()
+    assert session.joined
+    assert not work.refusals
 
 
 class FullDisk:

@@ -119,7 +119,7 @@ def test_an_applied_result_is_the_aggregate_and_survives_a_restart(
 ) -> None:
     learner = make_learner()
     restored = result(learner)
-    learner.apply("films/1", restored, SECRETS.obfuscation)
+    learner.apply("films/1", [restored], SECRETS.obfuscation)
     weights = learner.model.weights()
     for name, update in restored.matrices.items():
         product = learner.model.scaling * weights.factors[name].B @ weights.factors[name].A
@@ -132,7 +132,7 @@ def test_an_applied_result_is_the_aggregate_and_survives_a_restart(
 
 def test_directions_the_aggregate_leaves_free_can_be_trained(make_learner: Callable[..., Learner]) -> None:
     learner = make_learner()
-    learner.apply("films/1", result(learner), SECRETS.obfuscation)
+    learner.apply("films/1", [result(learner)], SECRETS.obfuscation)
     for factors in learner.model.weights().factors.values():
         assert not factors.B[:, 2:].any()
         assert np.abs(factors.A[2:]).max(axis=1).min() > 0
@@ -142,7 +142,7 @@ def test_a_result_applied_at_another_rank_is_not_taken_for_this_one(
     make_learner: Callable[..., Learner],
 ) -> None:
     learner = make_learner()
-    learner.apply("films/1", result(learner), SECRETS.obfuscation)
+    learner.apply("films/1", [result(learner)], SECRETS.obfuscation)
     assert not make_learner(LORA__RANK="2").holds("films/1")
 
 

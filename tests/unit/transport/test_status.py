@@ -50,6 +50,7 @@ def test_only_reasons_that_pass_by_themselves_are_tried_again():
     assert transient == {
         Reason.STORE_UNAVAILABLE,
         Reason.STORE_FULL,
+        Reason.MEMORY_UNAVAILABLE,
         Reason.WORKER_FAILED,
         Reason.RATE_LIMITED,
         Reason.RECORD_UNREADABLE,
