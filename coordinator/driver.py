@@ -320,13 +320,13 @@ class Driver:
             case Rest() | Done():
                 return
             case WriteFederation(name, record):
-                await self._write_federation(name, record, federation.revision)
+                await self._write_federation(name, record, federation)
             case OpenKeys(epoch):
                 await self._open_keys(federation, epoch)
             case RetireEpochs(before):
                 await self._authority.retire_epochs(federation.record.federation_id, before)
                 retired = transitions.retired(federation.record, before)
-                await self._write_federation("retire_epochs", retired, federation.revision)
+                await self._write_federation("retire_epochs", retired, federation)
             case CreateRound(record, layout):
                 layout_record, digest = LayoutRecord.of(layout), record.layout_digest
                 await self._store.put_layout(federation.record.federation_id, layout_record, digest)
@@ -335,7 +335,7 @@ class Driver:
                 for item in garbage:
                     await self._close_round(federation.record, item)
                 swept = transitions.swept(federation.record, garbage)
-                await self._write_federation("sweep_garbage", swept, federation.revision)
+                await self._write_federation("sweep_garbage", swept, federation)
             case _:
                 await self._act_on_round(decision, federation.record, round_)
 
@@ -383,10 +383,10 @@ class Driver:
                 raise
             why = f"the key authority refused to make keys: {error.message}"
             failed = transitions.failed(record, why)
-            await self._write_federation("fail_federation", failed, federation.revision)
+            await self._write_federation("fail_federation", failed, federation)
             return
         began = transitions.with_key(record, epoch, key_id)
-        await self._write_federation("open_keys", began, federation.revision)
+        await self._write_federation("open_keys", began, federation)
 
     async def _opened_from(self, record: FederationRecord, epoch: int) -> tuple[int, bytes]:
         """The first epoch from this one on that is not retired, as those of an expired namesake may be; and its key."""
@@ -513,8 +513,10 @@ class Driver:
         )
         return WriteRound("publish_round", published)
 
-    async def _write_federation(self, name: str, record: FederationRecord, revision: int) -> None:
-        if await self._store.write_federation(name, record, revision):
+    async def _write_federation(
+        self, name: str, record: FederationRecord, before: Versioned[FederationRecord]
+    ) -> None:
+        if await self._store.write_federation(name, record, before):
             _log.info(name, federation_id=record.federation_id, phase=record.phase, failure=record.failure)
 
     async def _write_round(

@@ -100,7 +100,7 @@ class Handlers:
         record = FederationRecord(
             federation_id=spec.name, instance=self.new_instance(), spec=spec, created_ms=self.clock_ms()
         )
-        if await self.store.write_federation("create_federation", record, 0):
+        if await self.store.write_federation("create_federation", record, None):
             _log.info("federation_created", federation_id=spec.name)
             return record
         found = (await self.store.federation(spec.name)).record

@@ -3,9 +3,12 @@
 from typing import Final
 
 COMPARE_AND_SET: Final = """
--- KEYS: record, then keys that live as long as it.  ARGV: expected revision (0: no record), data, state, expiry in
--- ms, channel.  Returns 1 if written, 0 if another writer was first.
+-- KEYS: record, then keys that live as long as it, then those that it does not need any more.  ARGV: expected revision
+-- (0: no record), data, state, expiry in ms, channel, number of the keys that live on, expiry of the others in ms.
+-- Returns 1 if written, 0 if another writer was first.
 --
+-- What is not needed expires in the step that says so: no crash in between leaves it, and no late writer takes away
+-- what a newer record needs again.
 -- Race: two writers (driver replicas, a driver and an RPC, a driver that lost its lease) that decided on the same
 -- record. Only the one that saw the newest revision writes; the other must look again and decide anew.
 local revision = tonumber(redis.call('HGET', KEYS[1], 'revision') or '0')
@@ -13,8 +16,8 @@ if revision ~= tonumber(ARGV[1]) then
   return 0
 end
 redis.call('HSET', KEYS[1], 'revision', revision + 1, 'data', ARGV[2], 'state', ARGV[3])
-for _, key in ipairs(KEYS) do
-  redis.call('PEXPIRE', key, ARGV[4])
+for index, key in ipairs(KEYS) do
+  redis.call('PEXPIRE', key, index <= tonumber(ARGV[6]) and ARGV[4] or ARGV[7])
 end
 redis.call('PUBLISH', ARGV[5], '')
 return 1

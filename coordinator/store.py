@@ -39,6 +39,8 @@ MAX_CONFLICTS: Final = 50
 """Attempts of a transaction. Writers of one federation are its RPCs and one driver; fifty lost races are a fault."""
 SHARDS_MS: Final = 3_600_000
 """Life of a round's aggregated shards, in ms, from the last one on."""
+PASSING_MS: Final = 600_000
+"""Life of a plan that no record names, yet or any more, in ms: who reads it now may finish."""
 FULL_RETRY_S: Final = 5.0
 """Seconds after which a write that found no room may be tried again."""
 
@@ -69,8 +71,13 @@ class Store(Protocol):
     async def federation(self, federation_id: str) -> Versioned[FederationRecord]:
         """Raises FEDERATION_UNKNOWN."""
 
-    async def write_federation(self, name: str, record: FederationRecord, revision: int) -> bool:
-        """Writes if the revision is still the newest; 0 creates. False: another writer was first. `name` is counted."""
+    async def write_federation(
+        self, name: str, record: FederationRecord, before: Versioned[FederationRecord] | None
+    ) -> bool:
+        """Writes if what was read before is still the newest; None creates. Plans that are in use no more expire soon.
+
+        False: another writer was first. `name` is counted.
+        """
 
     async def transact(
         self, name: str, federation_id: str, change: Callable[[FederationRecord], FederationRecord]
@@ -86,7 +93,7 @@ class Store(Protocol):
     async def write_round(
         self, name: str, federation: FederationRecord, record: RoundRecord, revision: int
     ) -> bool:
-        """As `write_federation`."""
+        """Writes if the revision is still the newest; 0 creates. False: another writer was first. `name` is counted."""
 
     async def commit(
         self, federation: FederationRecord, sequence: int, update: Update
@@ -169,7 +176,7 @@ class Store(Protocol):
         """Evaluations of a round's result, by client."""
 
     async def put_plan(self, federation_id: str, sha256: str, sealed: bytes) -> None:
-        """Keeps a sealed plan."""
+        """Keeps a sealed plan for some minutes, and as long as its federation once a record names it."""
 
     async def plan(self, federation_id: str, sha256: str) -> bytes:
         """Raises PLAN_UNKNOWN."""
@@ -252,12 +259,16 @@ class RedisStore:
         return found
 
     @_available
-    async def write_federation(self, name: str, record: FederationRecord, revision: int) -> bool:
+    async def write_federation(
+        self, name: str, record: FederationRecord, before: Versioned[FederationRecord] | None
+    ) -> bool:
         federation_id = record.federation_id
         await self._index(federation_id)
-        key = self._keys.federation(federation_id)
+        keys = [self._keys.federation(federation_id), *self._standing(record)]
+        old = set(self._plan_keys(before.record)) - set(keys) if before else set()
+        revision = before.revision if before else 0
         return await self._write(
-            name, federation_id, [key, *self._standing(record)], record, record.phase, revision
+            name, federation_id, keys, record, record.phase, revision, unused=sorted(old)
         )
 
     async def transact(
@@ -269,7 +280,7 @@ class RedisStore:
             if changed == found.record:
                 TRANSACTION_TOTAL.labels(name, "unchanged").inc()
                 return changed
-            if await self.write_federation(name, changed, found.revision):
+            if await self.write_federation(name, changed, found):
                 return changed
         raise DomainError(Reason.STORE_UNAVAILABLE, f"{name} was overtaken {MAX_CONFLICTS} times")
 
@@ -286,6 +297,8 @@ class RedisStore:
             self._keys.commits(federation.federation_id, federation.instance, record.sequence),
             self._keys.layout(federation.federation_id, record.layout_digest),
         ]
+        if record.ranked is not None:  # in force once the round is settled
+            keys.append(self._keys.plan(federation.federation_id, record.ranked.digest.sha256))
         return await self._write(name, federation.federation_id, keys, record, record.round.state, revision)
 
     @_available
@@ -440,7 +453,7 @@ class RedisStore:
     @_available
     async def put_plan(self, federation_id: str, sha256: str, sealed: bytes) -> None:
         key = self._keys.plan(federation_id, sha256)
-        await self._redis.set(key, sealed, px=self._retention_ms)
+        await self._redis.set(key, sealed, px=PASSING_MS)
 
     @_available
     async def plan(self, federation_id: str, sha256: str) -> bytes:
@@ -479,16 +492,25 @@ class RedisStore:
         return Versioned(model.read(data), int(revision))
 
     async def _write(
-        self, name: str, federation_id: str, keys: Sequence[str], record: Record, state: str, revision: int
+        self,
+        name: str,
+        federation_id: str,
+        keys: Sequence[str],
+        record: Record,
+        state: str,
+        revision: int,
+        unused: Sequence[str] = (),
     ) -> bool:
         written = await self._compare_and_set(
-            keys=keys,
+            keys=[*keys, *unused],
             args=[
                 revision,
                 record.model_dump_json(),
                 state,
                 self._retention_ms,
                 self._keys.changes(federation_id),
+                len(keys),
+                PASSING_MS,
             ],
         )
         TRANSACTION_TOTAL.labels(name, "written" if written else "conflict").inc()
@@ -508,10 +530,13 @@ class RedisStore:
         """Keys that must live as long as the federation, whatever happens to it."""
         return [
             self._keys.members(record.federation_id),
-            *(self._keys.plan(record.federation_id, plan.digest.sha256) for plan in record.plans),
+            *self._plan_keys(record),
             *(self._round_key(record, sequence) for sequence in sorted(record.results_in_use)),
             *(self._keys.layout(record.federation_id, digest) for digest in sorted(record.layouts_in_use)),
         ]
+
+    def _plan_keys(self, record: FederationRecord) -> list[str]:
+        return [self._keys.plan(record.federation_id, plan.digest.sha256) for plan in record.plans]
 
     def _round_key(self, federation: FederationRecord, sequence: int) -> str:
         return self._keys.round(federation.federation_id, federation.instance, sequence)

@@ -224,6 +224,10 @@ class Observer:
         for key in map(bytes.decode, self._valkey.keys(f"{self._keys.prefix}*")):
             if key.endswith(":ballots"):
                 self._violated(f"left in the coordinator: {key}")
+        plans = {self._keys.plan(self._federation_id, plan.digest.sha256) for plan in federation.plans}
+        for key in map(bytes.decode, self._valkey.keys(f"{self._keys.plan(self._federation_id, '')}*")):
+            if key not in plans and self._valkey.execute("PTTL", key) > PASSING_MS:
+                self._violated(f"left in the coordinator: {key}")
         for sequence in federation.results_in_use:
             record = self.rounds[federation.round_id(sequence)]
             if self.stored_result(record) is None:

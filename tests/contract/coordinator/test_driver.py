@@ -6,9 +6,12 @@ import re
 import pytest
 from prometheus_client import REGISTRY
 
+from coordinator.keys import Keys
 from coordinator.liveness import Liveness
 from coordinator.metrics import TRAIN_LOSS
 from coordinator.records import Phase
+from coordinator.store import PASSING_MS
+from services.shell.redis_client import connect
 from shelora.errors import DomainError, Reason
 from shelora.v1 import coordinator_pb2 as pb
 from tests.contract.coordinator.world import spec
@@ -254,7 +257,15 @@ async def test_a_rejected_plan_abandons_its_round_and_the_next_leader_plans(fed)
     assert refused.value.reason is Reason.PLAN_UNKNOWN
 
 
-async def test_plans_are_renegotiated_and_a_base_names_the_plan_it_was_made_under(fed):
+async def lasting_plans(redis_url) -> set[str]:
+    """Stored plans that do not expire within minutes, by digest."""
+    prefix = Keys().plan("fed", "")
+    async with connect(redis_url) as client:
+        found = [key.decode() async for key in client.scan_iter(f"{prefix}*")]
+        return {key.removeprefix(prefix) for key in found if await client.pttl(key) > PASSING_MS}
+
+
+async def test_plans_are_renegotiated_and_a_base_names_the_plan_it_was_made_under(fed, redis_url):
     await fed.begin(spec(rounds=3, replan_every_rounds=1))
     seen = {}
     while not (await fed.federation()).ended:
@@ -263,6 +274,9 @@ async def test_plans_are_renegotiated_and_a_base_names_the_plan_it_was_made_unde
         if train.round.number:
             seen[train.round.number] = (train.plan.plan_number, train.base_plan.plan_number)
         await fed.act()
+        assert await lasting_plans(redis_url) <= {
+            plan.digest.sha256 for plan in (await fed.federation()).plans
+        }
     assert seen == {1: (1, 0), 2: (2, 1), 3: (3, 2)}
     kinds = [kind for kind, *_ in outcomes(await fed.shown())]
     assert kinds == ["VOTE", "TRAIN"] * 3

@@ -10,13 +10,14 @@ from coordinator.records import (
     Evaluation,
     LayoutRecord,
     Member,
+    RankedList,
     Report,
     ShardResult,
     Sighting,
     StoredDigest,
     Update,
 )
-from coordinator.store import CommitOutcome, RedisStore
+from coordinator.store import PASSING_MS, CommitOutcome, RedisStore, Versioned
 from services.shell.redis_client import connect
 from shelora.errors import DomainError, Reason
 from shelora.rounds import RoundState
@@ -50,7 +51,7 @@ def an_update(client="a", examples=10, sha256="ab" * 32) -> Update:
 
 
 async def collecting(store) -> None:
-    assert await store.write_federation("create_federation", RECORD, 0)
+    assert await store.write_federation("create_federation", RECORD, None)
     assert await store.write_round("create_round", RECORD, a_round(), 0)
 
 
@@ -61,7 +62,7 @@ async def reason_of(work) -> Reason:
 
 
 async def test_a_federation_comes_back_as_it_was_written(store):
-    assert await store.write_federation("create_federation", RECORD, 0)
+    assert await store.write_federation("create_federation", RECORD, None)
     found = await store.federation("fed")
     assert (found.record, found.revision) == (RECORD, 1)
     assert await store.federation_ids() == ["fed"]
@@ -69,16 +70,16 @@ async def test_a_federation_comes_back_as_it_was_written(store):
 
 
 async def test_a_write_on_an_old_revision_is_refused_and_changes_nothing(store):
-    assert await store.write_federation("create_federation", RECORD, 0)
+    assert await store.write_federation("create_federation", RECORD, None)
     later = RECORD.model_copy(update={"trained": 1})
-    assert not await store.write_federation("create_federation", later, 0)
-    assert await store.write_federation("settle_round", later, 1)
-    assert not await store.write_federation("settle_round", RECORD, 1)
+    assert not await store.write_federation("create_federation", later, None)
+    assert await store.write_federation("settle_round", later, Versioned(RECORD, 1))
+    assert not await store.write_federation("settle_round", RECORD, Versioned(RECORD, 1))
     assert (await store.federation("fed")).record == later
 
 
 async def test_concurrent_transactions_each_take_effect_once(store):
-    assert await store.write_federation("create_federation", RECORD, 0)
+    assert await store.write_federation("create_federation", RECORD, None)
 
     def counted(record):
         return record.model_copy(update={"trained": record.trained + 1})
@@ -88,7 +89,7 @@ async def test_concurrent_transactions_each_take_effect_once(store):
 
 
 async def test_a_transaction_that_changes_nothing_writes_nothing(store):
-    assert await store.write_federation("create_federation", RECORD, 0)
+    assert await store.write_federation("create_federation", RECORD, None)
     await store.transact("start_federation", "fed", lambda r: r.model_copy())
     assert (await store.federation("fed")).revision == 1
 
@@ -252,14 +253,39 @@ async def test_a_write_prolongs_the_life_of_everything_the_federation_stands_on(
     standing = [keys.members("fed"), keys.plan("fed", PLAN.digest.sha256)]
     for key in standing:
         await client.pexpire(key, 60_000)
-    assert await store.write_federation("create_federation", RECORD, 0)
+    assert await store.write_federation("create_federation", RECORD, None)
     assert min([await client.ttl(key) for key in standing]) > 60
+
+
+async def test_a_plan_lives_for_minutes_before_a_record_names_it_and_after_none_does(store, client):
+    key, week_ms = Keys().plan("fed", PLAN.digest.sha256), 7 * 86_400_000
+    await store.put_plan("fed", PLAN.digest.sha256, b"sealed")
+    assert 0 < await client.pttl(key) <= PASSING_MS
+    assert await store.write_federation("create_federation", RECORD, None)
+    assert await client.pttl(key) > week_ms
+    unplanned = Versioned(RECORD.model_copy(update={"plan": None}), 2)
+    assert not await store.write_federation("late", unplanned.record, Versioned(RECORD, 7))
+    assert await client.pttl(key) > week_ms
+    assert await store.write_federation("open_keys", unplanned.record, Versioned(RECORD, 1))
+    assert 0 < await client.pttl(key) <= PASSING_MS
+    assert await store.plan("fed", PLAN.digest.sha256) == b"sealed"
+    assert await store.write_federation("publish_plan", RECORD, unplanned)  # the same ranking again
+    assert await client.pttl(key) > week_ms
+
+
+async def test_a_ranked_list_lives_as_long_as_the_published_vote_that_a_record_will_name_it_by(store, client):
+    digest, key = PLAN.digest, Keys().plan("fed", PLAN.digest.sha256)
+    await collecting(store)
+    await store.put_plan("fed", digest.sha256, b"ranked")
+    ranked = RankedList(digest=digest, tiers=(), tier_columns=())
+    assert await store.write_round("publish_round", RECORD, a_round(ranked=ranked), 1)
+    assert await client.pttl(key) > PASSING_MS
 
 
 async def test_an_expired_federation_leaves_the_list(client):
     now = [1_000]
     store = RedisStore(client, lambda: now[0])
-    assert await store.write_federation("create_federation", RECORD, 0)
+    assert await store.write_federation("create_federation", RECORD, None)
     now[0] += 31 * 86_400_000
     assert await store.federation_ids() == []
 

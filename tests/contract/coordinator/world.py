@@ -203,7 +203,7 @@ class World:
         return checks.update(pb.CommitUpdateRequest(**{**fields, **changes}))
 
     async def publish(self, client: str, work: pb.MakePlan, sealed: bytes | None = None) -> None:
-        sealed = sealed or f"sealed by {client}".encode() * 50_000
+        sealed = sealed or f"plan {work.plan_number} by {client}".encode() * 50_000
         matrices = []
         for matrix in work.matrices:
             counted = common_pb2.Matrix()
