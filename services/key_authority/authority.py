@@ -13,6 +13,7 @@ from services.key_authority.epochs import EpochId, EpochSecrets
 from services.key_authority.vault import Vault
 from services.shell.guard import Denial
 from services.shell.revocations import Revocations
+from services.shell.wholly import begun
 from shelora.ckks.parameters import CkksParameters, profile
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import counter
@@ -86,10 +87,13 @@ class Authority:
         return secrets
 
     async def retire(self, before: EpochId) -> None:
-        """Destroys the keys of all epochs of a federation before one, for good.
+        """Destroys the keys of all epochs of a federation before one, for good. Once begun it is written down as well.
 
         Raises: DomainError STORE_UNAVAILABLE if the disk fails or it cannot be written down.
         """
+        await asyncio.shield(begun(self._retired(before)))
+
+    async def _retired(self, before: EpochId) -> None:
         retired = await asyncio.to_thread(self._vault.retire, before)
         await asyncio.to_thread(self._audit.epochs_retired, retired)
         _log.info(

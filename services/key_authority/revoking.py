@@ -8,6 +8,7 @@ import structlog
 from services.key_authority.audit import AuditLog
 from services.key_authority.register import Register, Revoked
 from services.shell.revocations import Revocations
+from services.shell.wholly import begun
 from shelora.transport.identity import Identity
 from shelora.transport.revocations import Revocation
 
@@ -41,14 +42,23 @@ class Revoker:
     async def revoke(self, identity: Identity) -> Revocation:
         """Ends the certificates of a client or a role. In force when this returns, even if it cannot be written down.
 
+        Once begun it is done wholly: a caller that is cancelled leaves no revocation that this server does not enforce.
+
         Raises: DomainError CLIENT_UNKNOWN, STORE_UNAVAILABLE.
         """
+        revoking = begun(self._revoked(identity))
+        try:
+            return await asyncio.shield(revoking)
+        finally:
+            if revoking.done():
+                self._known.end_calls()  # last: this may be one of them, and nothing may come between it and its answer
+            else:
+                revoking.add_done_callback(lambda _: self._known.end_calls())
+
+    async def _revoked(self, identity: Identity) -> Revocation:
         revocation = await asyncio.to_thread(self._register.revoke, identity, self._clock_ms)
         self._known.refuse([revocation])
-        try:
-            await asyncio.to_thread(self._audit.revoked, revocation)
-        finally:
-            self._known.end_calls()  # last: this may be one of them, and nothing may come between it and its answer
+        await asyncio.to_thread(self._audit.revoked, revocation)
         _log.warning(
             "revoked", identity=identity.uri, at_unix_ms=revocation.at_ms, audit_head=self._audit.head
         )

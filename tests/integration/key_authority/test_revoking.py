@@ -1,6 +1,7 @@
 """Revoking clients and roles: certificates, tokens, names, and what survives restarts, lost files and races."""
 
 import asyncio
+import threading
 
 import grpc
 import pytest
@@ -223,6 +224,38 @@ async def test_revocations_survive_a_restart_and_the_loss_of_the_register(
     with (tmp_path / "keys" / "audit.log").open("rb") as file:
         events = [record.event for record in verified(file)]
     assert events.count(event) == 1
+
+
+@pytest.mark.parametrize("step", ["register", "audit log"])
+async def test_a_revocation_whose_caller_is_cancelled_is_done_wholly(
+    enrolments, revoker, members, custody, revocations, monkeypatch, step
+):
+    _, _, certificate = await enrolled(enrolments)
+    reached, go_on = threading.Event(), threading.Event()
+    where, name = (members, "revoke") if step == "register" else (custody.audit, "revoked")
+    original = getattr(where, name)
+
+    def slow(*arguments):
+        reached.set()
+        go_on.wait()
+        return original(*arguments)
+
+    monkeypatch.setattr(where, name, slow)
+    revoking = asyncio.create_task(revoker.revoke(client()))
+    await asyncio.to_thread(reached.wait)
+    revoking.cancel()
+    await asyncio.wait([revoking])
+    assert revoking.cancelled()
+    ended = asyncio.create_task(refusal(called_without_end(revocations, certificate)))
+    go_on.set()
+    assert await ended is Reason.CERTIFICATE_REVOKED
+    assert not admits(revocations, certificate)
+    assert custody.audit.revocations == {entry.revocation for entry in await revoker.listed(0)}
+
+
+async def called_without_end(revocations, certificate):
+    async with revocations.until_revoked(certificate):
+        await asyncio.Event().wait()
 
 
 async def test_an_operator_that_revokes_the_operators_is_answered_and_cut_off_with_its_calls_under_way(
