@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 HELM := $(VENV)/.helm
 DOCKER ?= docker
+PODMAN ?= podman
 IMAGES := server agent demo
 VERSION := 0.1.0
 PYTHON_IMAGE ?= python:3.11.13-slim-bookworm
@@ -23,7 +24,7 @@ SOURCES := shelora coordinator client_agent services bench examples load tools t
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate test-helm test-compose check fix bench fuzz load chaos test-failures up images protos verify-protos unit clean
+.PHONY: help setup demo test simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures up images protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -44,6 +45,13 @@ test: $(INSTALLED)  ## Run the tests; longer suites have targets of their own
 
 test-helm: $(HELM)  ## Lint the Helm chart, render it with Helm's engine, validate and check every object
 	$(BIN)/python -m pytest deploy/helm/tests
+
+test-pods: $(HELM)  ## Run the Helm chart's pods and break them; skips where there is no podman
+	@if $(PODMAN) info >/dev/null 2>&1; then \
+		$(MAKE) images DOCKER="$(PODMAN)" IMAGES="server agent" && PODMAN="$(PODMAN)" $(BIN)/python -m pytest tests/pods; \
+	else \
+		echo "skipped: no podman answers to '$(PODMAN) info'"; \
+	fi
 
 $(HELM): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

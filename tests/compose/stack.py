@@ -18,8 +18,8 @@ PATIENCE_S = 900
 SERVERS = ("redis", "key-authority", "coordinator", "aggregation-0", "aggregation-1", "operator")
 AGENTS = ("newsroom-1", "newsroom-2", "newsroom-3", "thin-uplink")
 
-_ASK = """
-import asyncio, os
+ASK = """
+import asyncio, os, sys
 from pathlib import Path
 from google.protobuf.json_format import MessageToJson
 from shelora.cli.operator import operator, own_credentials
@@ -27,10 +27,11 @@ from shelora.cli.operator import operator, own_credentials
 async def ask():
     credentials = await own_credentials(Path(os.environ["SHELORA_IDENTITY"]), os.environ["SHELORA_KEY_AUTHORITY"])
     async with operator(os.environ["SHELORA_COORDINATOR"], credentials) as connection:
-        print(MessageToJson(await connection.get("reuters")))
+        print(MessageToJson(await connection.get(sys.argv[1])))
 
 asyncio.run(ask())
 """
+"""Run beside an operator's identity: prints a federation as JSON of its message."""
 
 
 def run(*command: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -108,7 +109,7 @@ class Stack:
 
     def federation(self) -> dict[str, Any]:
         """The demo's federation, as JSON of its message; empty while it cannot be asked for."""
-        done = self.exec("operator", "python3", "-c", _ASK, check=False)
+        done = self.exec("operator", "python3", "-c", ASK, "reuters", check=False)
         return json.loads(done.stdout) if done.returncode == 0 else {}
 
     def finished_rounds(self) -> int:
