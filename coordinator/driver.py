@@ -8,6 +8,7 @@ was overtaken is forgotten. All RPCs a step makes are idempotent.
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -60,6 +61,8 @@ from shelora.transport.channel import is_transient
 
 CENSUS_S: Final = 10.0
 """Seconds after which members are counted again while a round is in progress, whose course does not depend on them."""
+RELEASE_S: Final = 2.0
+"""Seconds to give a lease back in: a process that stops while Redis is silent has little time left."""
 MAX_TTL_S: Final = 30 * 86_400
 """Most that aggregation accepts."""
 
@@ -188,7 +191,13 @@ class Driver:
             self._count_epoch(federation_id, 0)
             if federation_id not in self._finished:  # another replica goes on
                 TRAIN_LOSS.remove(federation_id)
-            await _tolerant(self._store.release(federation_id, token), "release_failed")
+            await self._release(federation_id, token)
+
+    async def _release(self, federation_id: str, token: str) -> None:
+        """Gives the lease back, so that another goes on at once; one that is not given back expires."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RELEASE_S):
+                await _tolerant(self._store.release(federation_id, token), "release_failed")
 
     async def _keep(self, federation_id: str, token: str) -> None:
         """Renews the lease; returns when it is lost or cannot be renewed."""

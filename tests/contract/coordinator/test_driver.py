@@ -443,6 +443,26 @@ async def test_running_drivers_share_federations_by_lease_and_hand_them_over(fed
     assert (await fed.federation()).phase is Phase.FINISHED
 
 
+async def test_a_driver_stops_though_the_store_falls_silent(fed, monkeypatch):
+    held, silent = asyncio.Event(), asyncio.Event()
+    acquire = fed.store.acquire
+
+    async def acquired(*lease):
+        taken = await acquire(*lease)
+        held.set()
+        return taken
+
+    monkeypatch.setattr(fed.store, "acquire", acquired)
+    monkeypatch.setattr(fed.store, "release", lambda *_: silent.wait())
+    monkeypatch.setattr("coordinator.driver.RELEASE_S", 0.01)
+    await fed.begin(spec())
+    driver = asyncio.create_task(fed.new_driver(fed.store).run())
+    async with asyncio.timeout(30):
+        await held.wait()
+        driver.cancel()
+        await asyncio.gather(driver, return_exceptions=True)
+
+
 async def test_round_identifiers_are_unique_between_federations_of_one_name(fed):
     await fed.begin(spec("none"))
     record = await fed.federation()
