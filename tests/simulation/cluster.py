@@ -5,7 +5,8 @@ runs the worker's job (in this thread, so that it can be cut off between any two
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -30,12 +31,17 @@ from services.aggregation import worker as aggregation_worker
 from services.aggregation.keys import PREFIX
 from services.aggregation.settings import AggregationSettings
 from services.aggregation.store import RedisShardStore, WorkerStore
+from services.key_authority.authority import Authority
+from services.key_authority.custody import open_custody
+from services.key_authority.sealer import SealingKey
+from services.key_authority.servicer import KeyAuthorityServicer
+from services.key_authority.vault import Vault
 from services.shell.revocations import Revocations
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.transport.channel import call
 from shelora.transport.replicas import Replicas
-from shelora.v1 import aggregation_pb2_grpc
+from shelora.v1 import aggregation_pb2_grpc, key_authority_pb2_grpc
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1.coordinator_pb2_grpc import CoordinatorStub
 from tests.simulation.clients import AsyncClient, SyncClient, answered
@@ -98,9 +104,14 @@ class Size:
     min_updates: int = 2
     deadline_s: int = 30
     max_attempts: int = 3
+    negotiation: str = ""
+    """How columns are chosen for encryption; "" for no protection."""
+    replan_every: int = 0
+    key_rotation: int = 0
 
     @property
     def spec(self) -> FederationSpec:
+        protection = {"negotiation": self.negotiation, "key_rotation_rounds": self.key_rotation}
         return FederationSpec.model_validate(
             {
                 "name": FEDERATION,
@@ -111,8 +122,9 @@ class Size:
                     "min_updates": self.min_updates,
                     "deadline_s": self.deadline_s,
                     "max_attempts": self.max_attempts,
+                    "replan_every_rounds": self.replan_every,
                 },
-                "protection": {"mode": "none"},
+                "protection": protection if self.negotiation else {"mode": "none"},
             }
         )
 
@@ -141,6 +153,8 @@ class Cluster:
         self._log = log
         self._lives: dict[str, int] = {}
         self._subscriptions: list[Subscription] = []
+        self._custody = ExitStack()
+        self._vault: Vault | None = None
         self.violation: asyncio.Future[str] = loop.create_future()
         self.outcomes: dict[str, Outcome] = {}
         self.valkey = Valkey(lambda: int(1000 * loop.now_s))
@@ -163,6 +177,8 @@ class Cluster:
         for index in range(2):
             self._start_coordinator(f"coordinator-{index}")
             self._start_aggregation(f"aggregation-{index}")
+        if self._size.negotiation:
+            self._start_authority("authority")
         for name in self._size.agents:
             self._loop.call_later(rng.uniform(0, 3), self._start_agent, name)
         self._loop.call_later(rng.uniform(0, 2), self._start_operator)
@@ -211,6 +227,27 @@ class Cluster:
         servicer = services.aggregation.main.build_servicer(_AGGREGATION, RedisShardStore(client), pool)
         server = self.network.serve(process, f"{name}:7103")
         aggregation_pb2_grpc.add_AggregationServicer_to_server(servicer, server)
+
+    def _start_authority(self, name: str) -> None:
+        process = self._process(name, self._start_authority)
+        self._custody.close()  # what the end of a process does
+        opened = open_custody(self._folder / name, SealingKey(bytes(32)))
+        custody = process.run(lambda: self._custody.enter_context(opened))
+        self._vault = custody.vault
+        authority = Authority(custody.vault, custody.audit, Revocations(known=True))
+        server = self.network.serve(process, AUTHORITY)
+        key_authority_pb2_grpc.add_KeyAuthorityServicer_to_server(
+            _MortalAuthority(authority, process), server
+        )
+
+    @property
+    def epochs(self) -> list[int]:
+        """The epochs that have keys."""
+        return [found.epoch for found in self._vault.epochs()] if self._vault else []
+
+    def close(self) -> None:
+        """Ends what is left of processes: open files."""
+        self._custody.close()
 
     def _start_agent(self, name: str) -> None:
         process = self._process(name, self._start_agent)
@@ -262,6 +299,7 @@ class Cluster:
                 "model": {"path": "marks"},
                 "data": {"train": "marks.jsonl"},
                 "lora": {"rank": 1 + index % 2, "alpha": 1 + index % 2},
+                "budget": 1.0 if index % 2 else 0.5,
             }
         )
 
@@ -366,6 +404,29 @@ class Cluster:
     def _publish(self, channel: bytes, message: bytes) -> None:
         for subscription in self._subscriptions:
             subscription.offer(channel, message)
+
+
+class _MortalAuthority(KeyAuthorityServicer):
+    """The key authority, which can die before what a call does, or after it and before its answer."""
+
+    def __init__(self, authority: Authority, process: Process) -> None:
+        super().__init__(authority)
+        self._process = process
+
+    async def OpenEpoch(self, *call: Any) -> Any:
+        return await self._mortal(super().OpenEpoch, *call)
+
+    async def RetireEpochs(self, *call: Any) -> Any:
+        return await self._mortal(super().RetireEpochs, *call)
+
+    async def GetEpochSecrets(self, *call: Any) -> Any:
+        return await self._mortal(super().GetEpochSecrets, *call)
+
+    async def _mortal(self, work: Callable[..., Awaitable[Any]], *call: Any) -> Any:
+        await self._process.operate("script")
+        answer = await work(*call)
+        await self._process.operate("script")
+        return answer
 
 
 class Subscription:

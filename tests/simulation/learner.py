@@ -5,7 +5,7 @@ or not at all, or in another round, is a number in the wrong place.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,16 +21,18 @@ from shelora.obfuscation import Obfuscation
 from shelora.protocol import Stage
 
 MATRIX, TENSOR = "layer.query", "head"
+COLUMNS: Final = 4
+"""Of the matrix: at least the rounds, and enough to encrypt some and others not."""
 
 Applied = Callable[[str, str, Float32], None]
 """Told of every result that a client applied: client, round, weights [rounds, clients]."""
 
 
 class MarkedModel:
-    """One matrix [clients, rounds] and one tensor [rounds, clients]."""
+    """One matrix [clients, COLUMNS] and one tensor [rounds, clients]."""
 
     def __init__(self, rounds: int, clients: int, rank: int) -> None:
-        self.matrices = (Matrix(MATRIX, clients, rounds),)
+        self.matrices = (Matrix(MATRIX, clients, COLUMNS),)
         self.tensors = (Tensor(TENSOR, (rounds, clients), 1.0),)
         self.rank = rank
         self.scaling = 1.0
@@ -110,6 +112,7 @@ def marks_in(restored: Restored) -> Float32:
     """The weights [rounds, clients] in an aggregate. Raises ValueError if matrix and tensor do not agree."""
     update, tensor = restored.matrices[MATRIX], restored.tensors[TENSOR]
     product = (update.Q @ update.M).T
-    if not np.allclose(product, tensor, atol=1e-5):
+    rounds = len(tensor)
+    if not (np.allclose(product[:rounds], tensor, atol=1e-5) and np.allclose(product[rounds:], 0, atol=1e-5)):
         raise ValueError(f"matrix and tensor differ: {product} and {tensor}")
     return tensor

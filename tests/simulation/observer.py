@@ -168,26 +168,28 @@ class Observer:
                 update.report.example_count / total
             )
         self.weights[round_id] = expected
-        found = self.stored_result(record)
-        if found is None:
+        result = self._stored_result(record)
+        if result is None:
             self._violated(f"{round_id} is published, and its result is not stored")
-        elif not np.allclose(found, expected, atol=1e-5):
+            return
+        layout = LayoutRecord.model_validate_json(
+            self._valkey.value(self._keys.layout(self._federation_id, record.layout_digest))
+        ).layout()
+        if layout.encrypts:  # clients look at it
+            return
+        contents = [decode_result(layout, index, data) for index, data in enumerate(result)]
+        found = marks_in(restore(layout, contents, column_orders(None, layout.matrices, None), None))
+        if not np.allclose(found, expected, atol=1e-5):
             self._violated(f"{round_id} is published as\n{found}\nand its commits make\n{expected}")
 
-    def stored_result(self, record: RoundRecord) -> Float32 | None:
-        """The weights in a stored result; None if a shard of it is missing."""
+    def _stored_result(self, record: RoundRecord) -> list[bytes] | None:
+        """The shards of a stored result; None if one is missing."""
         keys = RoundKeys(record.round.round_id)
         found = [
             self._valkey.value(keys.result_bytes(index, bytes.fromhex(digest.sha256)))
             for index, digest in enumerate(record.results)
         ]
-        if None in found:
-            return None
-        layout = LayoutRecord.model_validate_json(
-            self._valkey.value(self._keys.layout(self._federation_id, record.layout_digest))
-        ).layout()
-        contents = [decode_result(layout, index, data) for index, data in enumerate(found)]
-        return marks_in(restore(layout, contents, column_orders(None, layout.matrices, None), None))
+        return None if None in found else found
 
     @property
     def _rounds(self) -> int:
@@ -202,8 +204,11 @@ class Observer:
 
     # The end
 
-    def at_the_end(self) -> None:
-        """What must hold once the federation has ended and everybody has come to rest."""
+    def at_the_end(self, epochs: Sequence[int]) -> None:
+        """What must hold once the federation has ended and everybody has come to rest.
+
+        Args: epochs: Those whose keys the key authority has.
+        """
         federation = self.federation
         assert federation is not None
         for round_id, client_id in sorted(self.acknowledged):
@@ -212,6 +217,9 @@ class Observer:
                 self._violated(f"{client_id} was told that its update of {round_id} counts, and it does not")
         if federation.garbage:
             self._violated(f"garbage is left: {federation.garbage}")
+        needed = [federation.oldest_epoch, federation.epoch] if federation.key_id else []
+        if sorted(set(needed)) != list(epochs):
+            self._violated(f"there are keys of the epochs {list(epochs)}, needed are those of {needed}")
         self._look_for_leftovers(federation)
 
     def _look_for_leftovers(self, federation: FederationRecord) -> None:
@@ -230,7 +238,7 @@ class Observer:
                 self._violated(f"left in the coordinator: {key}")
         for sequence in federation.results_in_use:
             record = self.rounds[federation.round_id(sequence)]
-            if self.stored_result(record) is None:
+            if self._stored_result(record) is None:
                 self._violated(f"the result of {record.round.round_id} is gone")
 
 

@@ -4,10 +4,12 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Coroutine
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from tests.simulation.faults import Crash, Faults, Jitter, Pause, Store
 from tests.simulation.loop import VirtualLoop
+
+_T = TypeVar("_T")
 
 EPOCH_MS: Final = 1_700_000_000_000
 """Unix milliseconds at which a run begins."""
@@ -55,6 +57,10 @@ class Process:
     def spawn(self, work: Coroutine[Any, Any, Any], name: str = "") -> asyncio.Task[Any]:
         """Starts a task of this process."""
         return self._loop.create_task(work, name=name or self.name, context=self._context.copy())
+
+    def run(self, work: Callable[[], _T]) -> _T:
+        """What this process does at once."""
+        return self._context.copy().run(work)
 
     def owns(self, task: asyncio.Task[Any]) -> None:
         """Remembers a task that was started by this process."""

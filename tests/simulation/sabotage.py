@@ -14,9 +14,10 @@ import coordinator.handlers
 import coordinator.store
 import services.aggregation.scripts
 from coordinator import transitions
+from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Signal
 from coordinator.driver import Driver
-from coordinator.records import Garbage
+from coordinator.records import FederationRecord, Garbage
 from coordinator.store import CommitOutcome, RedisStore
 from services.aggregation.uploads import Uploads
 from shelora.errors import DomainError, Reason
@@ -96,6 +97,20 @@ def results_deleted_early() -> AbstractContextManager[Any]:
         return tuple(item.model_copy(update={"results": True}) for item in original(before, after, ended))
 
     return mock.patch.object(transitions, "_garbage", all_of_it)
+
+
+def keys_destroyed_early() -> AbstractContextManager[Any]:
+    """The keys of the newest result are destroyed as soon as there are new ones."""
+    return mock.patch.object(FederationRecord, "oldest_epoch", property(lambda self: self.epoch))
+
+
+def kept_keys() -> AbstractContextManager[Any]:
+    """Old keys are said to be destroyed."""
+
+    async def nothing(*_: Any) -> None:
+        pass
+
+    return mock.patch.object(KeyAuthorityClient, "retire_epochs", nothing)
 
 
 def immortal_fields() -> AbstractContextManager[Any]:
@@ -178,6 +193,8 @@ SABOTAGES: Final = {
         (True, kept_garbage, "call"),
         (True, results_deleted_early, "call"),
         (True, immortal_fields, "call"),
+        (True, kept_keys, "call"),
+        (False, keys_destroyed_early, "crash"),
         (False, deaf_when_a_wake_up_is_lost, "call"),
         (False, leases_for_ever, "crash"),
         (False, commits_after_the_close, "store"),

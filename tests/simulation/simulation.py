@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import re
 import secrets
 import shutil
 import tempfile
@@ -29,8 +30,10 @@ HORIZON_S: Final = 1200.0
 REST_S: Final = 30.0
 """Virtual seconds after the end and the last fault until everything must be cleaned up and every lease given back."""
 _SHM: Final = Path("/dev/shm")
-_UNREPEATABLE: Final = frozenset({"cpu_s", "folder"})
-"""Fields of log records that differ from run to run."""
+_UNREPEATABLE: Final = frozenset({"cpu_s", "folder", "key_id"})
+"""Fields of log records that differ from run to run. SEAL draws keys and errors of its own."""
+_DIGEST: Final = re.compile(r"\b[0-9a-f]{64}\b")
+"""SHA-256 of ciphertexts, among others."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,20 @@ class Schedule:
             deadline_s=rng.choice((10, 30, 60)),
             max_attempts=rng.choice((1, 3, 5)),
         )
-        return cls(seed, size, kinds=kinds)
+        return cls(seed, _protected(size, Random(f"{seed}/protection")), kinds=kinds)
 
     def with_only(self, faults: Sequence[Fault]) -> "Schedule":
         return replace(self, faults=tuple(faults))
+
+
+def _protected(size: Size, rng: Random) -> Size:
+    """Half of the federations encrypt, and some of these vote again or get new keys between rounds."""
+    negotiation = rng.choice(("", "", "sealed", "ope"))
+    if not negotiation:
+        return size
+    return replace(
+        size, negotiation=negotiation, replan_every=rng.randint(0, 1), key_rotation=rng.randint(0, 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -91,9 +104,10 @@ def run(schedule: Schedule, *, traced: bool = False) -> Report:
 
         def log(who: str, what: str) -> None:
             if traced:
-                trace.append(f"{loop.now_s:10.4f}  {who:<14} {what}")
+                trace.append(f"{loop.now_s:10.4f}  {who:<14} {_DIGEST.sub('...', what)}")
 
         cluster = Cluster(loop, str(schedule.seed), faults, schedule.size, folder, log)
+        stack.callback(cluster.close)
         stack.enter_context(_surroundings(loop, schedule.seed, cluster, log, 20 if traced else 40))
         try:
             loop.run_until_complete(_play(loop, cluster, faults))
@@ -120,7 +134,7 @@ async def _play(loop: VirtualLoop, cluster: Cluster, faults: Faults) -> None:
     ended_s = loop.now_s
     while (left_s := max(ended_s, faults.over_s) + REST_S - loop.now_s) > 0 and not cluster.violation.done():
         await asyncio.wait([cluster.violation], timeout=left_s)
-    cluster.observer.at_the_end()
+    cluster.observer.at_the_end(cluster.epochs)
 
 
 @contextmanager
@@ -203,7 +217,8 @@ def _surroundings(
     try:
         with (
             mock.patch.object(time, "monotonic", loop.time),
-            mock.patch.object(secrets, "token_hex", lambda size: CURRENT.get().rng.randbytes(size).hex()),
+            mock.patch.object(secrets, "token_hex", lambda size: _token(size).hex()),
+            mock.patch.object(secrets, "token_bytes", new=_token),
             mock.patch.object(coordinator.main, "now_ms", new=_now_ms),
         ):
             yield
@@ -214,6 +229,10 @@ def _surroundings(
 
 def _now_ms() -> int:
     return CURRENT.get().clock_ms()
+
+
+def _token(size: int) -> bytes:
+    return CURRENT.get().rng.randbytes(size)
 
 
 def _is_crash(error: BaseException | None) -> bool:

@@ -1,7 +1,10 @@
 """Schedules of faults against a whole cluster; `make simulate` runs thousands."""
 
+from collections import Counter
+
 import pytest
 
+from tests.simulation.cluster import Size
 from tests.simulation.faults import (
     Call,
     Crash,
@@ -50,6 +53,57 @@ def test_without_faults_a_federation_finishes():
     report = run(Schedule.of(0).with_only(()))
     assert (report.violation, report.phase, report.met) == ("", "FINISHED", ())
     assert report.virtual_s < 60
+
+
+PROTECTED = (
+    Call("coordinator-1", "OpenEpoch", 1, "drop-response", 1.0),
+    Call("coordinator-1", "RetireEpochs", 1, "drop-response", 1.0),
+    Call("agent-0", "GetEpochSecrets", 1, "drop-response", 1.0),
+    Call("agent-0", "GetPlan", 1, "break", 0.5, 0),
+    Crash("authority", 1, 0.0, 5.0),
+    Crash("authority", 2, 0.0, 5.0),
+    Crash("authority", 3, 0.0, 40.0),
+    Crash("coordinator-0", 40, 0.0, 5.0),
+    Crash("coordinator-1", 80, 0.0, 5.0),
+    Crash("agent-1", 12, 0.0, 2.0),
+    Outage(6.15, 5.0),
+    Loss(1, 0.0),
+    WorkerDeath("aggregation-0", 1, 3),
+    Pause("agent-2", 14, 35.0),
+)
+"""Where keys are made and destroyed, columns voted on and plans made."""
+BY_NEGOTIATION = {
+    "sealed": (*PROTECTED, Call("agent-2", "PublishPlan", 1, "drop-response", 1.0)),
+    "ope": (
+        *PROTECTED,
+        Call("agent-0", "CastBallot", 1, "drop-response", 1.0),
+        Call("agent-1", "CastBallot", 1, "break", 0.5, 1),
+    ),
+}
+
+
+def protected(negotiation: str) -> Schedule:
+    """Votes again and gets new keys after its first round."""
+    return Schedule(0, Size(3, 2, negotiation=negotiation, replan_every=1, key_rotation=1), ())
+
+
+@pytest.mark.parametrize("negotiation", BY_NEGOTIATION)
+def test_without_faults_a_protected_federation_finishes_under_its_second_keys(negotiation):
+    report = run(protected(negotiation), traced=True)
+    assert (report.violation, report.phase, report.met) == ("", "FINISHED", ())
+    logged = Counter(line.split()[3] for line in report.trace if " info " in line)
+    assert (logged["epoch_opened"], logged["epochs_retired"], logged["evaluated"]) == (2, 1, 6)
+
+
+@pytest.mark.parametrize(
+    ("negotiation", "fault"),
+    [(negotiation, fault) for negotiation, faults in BY_NEGOTIATION.items() for fault in faults],
+    ids=str,
+)
+def test_a_protected_federation_keeps_its_promises_whichever_fault_it_meets(negotiation, fault):
+    report = run(protected(negotiation).with_only([fault]))
+    assert report.met == (fault,)
+    assert not report.violation, explained(report)
 
 
 @pytest.mark.parametrize("fault", SINGLE, ids=str)
