@@ -22,6 +22,7 @@ from client_agent.work import Identity, Work
 from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec, TrainingSpec
+from shelora.telemetry.outages import Outage
 from shelora.transport.channel import OpenChannel, is_transient, open_channel
 from shelora.transport.enrolment import keep_renewed, renewal_at
 from shelora.transport.replicas import Replicas
@@ -164,13 +165,14 @@ class Agent:
 
     async def _specification(self, session: Session) -> FederationSpec:
         """The federation's specification, waited for until its operator has created it."""
+        outage = Outage(_log, "waiting_for_federation")
         while True:
             try:
                 spec = await session.specification()
             except DomainError as error:
                 if error.reason is not Reason.FEDERATION_UNKNOWN and not is_transient(error):
                     raise
-                _log.info("waiting_for_federation", federation=self._config.federation, why=error.message)
+                outage.failed(error)
                 await asyncio.sleep(self._retry_s)
             else:
                 if spec.protection.mode == "none":
@@ -202,7 +204,7 @@ class _Follower:
 
         An ended federation has no room for new ones, but members can follow it.
         """
-        wait = Backoff()
+        wait, outage = Backoff(), Outage(_log, "join_failed")
         while True:
             try:
                 self._work.require_memory()
@@ -213,7 +215,7 @@ class _Follower:
                     return
                 if not is_transient(error):
                     raise
-                _log.warning("join_failed", reason=error.reason, why=error.message)
+                outage.failed(error)
                 await wait()
             else:
                 return
@@ -290,7 +292,7 @@ class _Follower:
 
     async def _perform(self, assignment: pb.Assignment, activity: Activity) -> None:
         """Does one assignment, again and again while it fails for reasons that may pass."""
-        wait_s = self._retry_s
+        wait_s, outage = self._retry_s, Outage(_log, "assignment_failed")
         while True:
             try:
                 with self._work.writing():
@@ -300,7 +302,7 @@ class _Follower:
             except DomainError as error:
                 if is_fatal(error) or (error.reason in _OVER and assignment.HasField("finish")):
                     raise
-                _log.warning("assignment_failed", reason=error.reason, why=error.message)
+                outage.failed(error)
                 if error.reason not in _OVER:
                     activity.await_retry()
                     await asyncio.sleep(wait_s)

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
-from typing import Final
+from typing import Final, TypeVar
 
 import grpc
 import structlog
@@ -18,7 +18,16 @@ from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix
 from shelora.messages import matrix_to_proto, tensor_to_proto
 from shelora.protocol import PROTOCOL_VERSION
-from shelora.transport.channel import OpenChannel, call, call_with_stream, is_transient, open_channel
+from shelora.telemetry.outages import Outage
+from shelora.transport.channel import (
+    RETRY_S,
+    TIMEOUT_S,
+    OpenChannel,
+    call,
+    call_with_stream,
+    is_transient,
+    open_channel,
+)
 from shelora.transport.pieces import Digest, collect, cut
 from shelora.transport.status import error_from_rpc
 from shelora.transport.tls import Credentials
@@ -35,6 +44,9 @@ HEARTBEAT_TIMEOUT_S: Final = 15.0
 FIRST_WAIT_S: Final = 2.0
 """Bound of the first wait after a stream broke: a thousand agents come back at five hundred a second."""
 LONGEST_WAIT_S: Final = 30.0
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
 
 _log = structlog.get_logger(__name__)
 
@@ -54,6 +66,8 @@ class Session:
             self._key_channel
         )
 
+        self._offline = Outage(_log, "offline", over="online")
+
     async def close(self) -> None:
         """Closes the connections."""
         await self._coordinator_channel.close()
@@ -68,7 +82,7 @@ class Session:
         request = pb.GetFederationRequest(
             federation_id=self._config.federation, view=pb.FEDERATION_VIEW_SPECIFICATION
         )
-        federation = await call(self._coordinator.GetFederation, request)
+        federation = await self._asked(self._coordinator.GetFederation, request)
         return FederationSpec.from_proto(federation.spec), federation.now_unix_ms / 1000
 
     async def join(self, model: LocalModel, example_count: int) -> None:
@@ -83,7 +97,7 @@ class Session:
             tensors=[tensor_to_proto(t) for t in model.tensors],
             protocol_version=PROTOCOL_VERSION,
         )
-        await call(self._coordinator.Join, request)
+        await self._asked(self._coordinator.Join, request)
 
     async def assignments(self) -> AsyncIterator[pb.Assignment]:
         """Assignments as they come, without end: a stream that ends or breaks is opened anew after a while.
@@ -99,7 +113,7 @@ class Session:
             except grpc.aio.AioRpcError as error:
                 if not is_transient(error):
                     raise error_from_rpc(error, self._config.coordinator) from error
-                _log.info("watch_broken", code=error.code().name)
+                _log.debug("watch_broken", code=error.code().name)
             await wait()
 
     async def heartbeat(self, progress: Progress) -> float:
@@ -113,7 +127,9 @@ class Session:
             stage=progress.stage.value,
             progress=progress.fraction,
         )
-        answer = await call(self._coordinator.Heartbeat, request, timeout_s=HEARTBEAT_TIMEOUT_S, retry_s=0)
+        answer = await self._asked(
+            self._coordinator.Heartbeat, request, timeout_s=HEARTBEAT_TIMEOUT_S, retry_s=0
+        )
         return answer.next_ms / 1000
 
     async def secrets(self, epoch: int) -> EpochSecrets:
@@ -142,7 +158,7 @@ class Session:
             scaling=note.scaling,
             report=self._report(spool, upload_s),
         )
-        return (await call(self._coordinator.CommitUpdate, request)).update_count
+        return (await self._asked(self._coordinator.CommitUpdate, request)).update_count
 
     async def cast_ballot(self, spool: Spool) -> int:
         """Casts a ballot, the one shard of its spool; returns how many are cast.
@@ -218,7 +234,7 @@ class Session:
             sha256=digest.sha256,
             why=why,
         )
-        await call(self._coordinator.RejectPlan, request)
+        await self._asked(self._coordinator.RejectPlan, request)
 
     async def report_evaluation(self, round_id: str, report: pb.EvaluationReport) -> None:
         """Reports what was measured after a result was applied."""
@@ -226,7 +242,36 @@ class Session:
         request = pb.ReportEvaluationRequest(
             federation_id=self._config.federation, round_id=round_id, report=report
         )
-        await call(self._coordinator.ReportEvaluation, request)
+        await self._asked(self._coordinator.ReportEvaluation, request)
+
+    async def _asked(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retry_s: float = RETRY_S,
+    ) -> _Response:
+        """The coordinator's answer. Heartbeats go out all the time, so this knows whether the agent is offline."""
+        try:
+            answer = await call(method, request, timeout_s=timeout_s, retry_s=retry_s)
+        except DomainError as error:
+            if is_transient(error):
+                self._offline.failed(error, **self._while_offline())
+            else:
+                self._offline.ended()
+            raise
+        self._offline.ended()
+        return answer
+
+    def _while_offline(self) -> dict[str, str]:
+        """What its owner wants to know of an agent that is offline."""
+        told = {"then": "goes on with what it has, keeps what is finished, and tries again by itself"}
+        try:
+            expires = self._config.identity.read().facts.expires
+        except DomainError:  # only in tests
+            return told
+        return {**told, "certificate_valid_until": expires.isoformat(timespec="minutes")}
 
     def _watch(self) -> AsyncIterator[pb.Assignment]:
         request = pb.WatchRequest(federation_id=self._config.federation, client_id=self._config.client_id)

@@ -24,6 +24,7 @@ import structlog
 
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import gauge
+from shelora.telemetry.outages import Outage
 from shelora.transport.address import HostPort
 from shelora.transport.certificates import (
     PrivateKey,
@@ -220,7 +221,8 @@ async def renew(keeper: IdentityKeeper, obtain: Obtain) -> Held:
 async def keep_renewed(keeper: IdentityKeeper, obtain: Obtain, void: asyncio.Event | None = None) -> None:
     """Renews the identity after two thirds of its life, again and again. Never returns.
 
-    A failure is logged and tried again soon: a third of the life is left for the authority to come back.
+    A failure is logged, more and more rarely, and tried again soon: a third of the life is left for the authority to
+    come back.
 
     Args:
         keeper: Where the identity is kept.
@@ -228,7 +230,7 @@ async def keep_renewed(keeper: IdentityKeeper, obtain: Obtain, void: asyncio.Eve
         void: Set when the identity is worth nothing any more, to have another at once; cleared then.
     """
     void = void or asyncio.Event()
-    wait_s = 1.0
+    wait_s, outage = 1.0, Outage(_log, "renewal_failed")
     while True:
         facts = keeper.read().facts
         CERTIFICATE_EXPIRY.set(facts.expires.timestamp())
@@ -242,9 +244,10 @@ async def keep_renewed(keeper: IdentityKeeper, obtain: Obtain, void: asyncio.Eve
         try:
             await renew(keeper, obtain)
             void.clear()
+            outage.ended()
             wait_s = 1.0
         except DomainError as error:
-            _log.warning("renewal_failed", reason=error.reason, why=error.message)
+            outage.failed(error, certificate_valid_until=facts.expires.isoformat(timespec="minutes"))
             await asyncio.sleep(random.uniform(wait_s / 2, wait_s))  # noqa: S311 - spreads load, guards nothing
             wait_s = min(2 * wait_s, _LONGEST_RETRY_S)
 

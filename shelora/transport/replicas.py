@@ -15,6 +15,7 @@ import grpc
 import structlog
 
 from shelora.errors import DomainError
+from shelora.telemetry.outages import Outage
 from shelora.transport.channel import RETRY_S, is_transient, retrying
 from shelora.transport.status import error_from_rpc
 from shelora.v1 import aggregation_pb2 as pb
@@ -78,6 +79,7 @@ class Replicas:
         self._order: deque[str] = deque()
         """Addresses, the one longest not chosen first."""
         self._failed_s: dict[str, float] = {}
+        self._outages: dict[str, Outage] = {}
         self._current: Replica | None = None
         self._refresh_due_s = self._clock_s()
         self._refreshing: asyncio.Task[None] | None = None
@@ -107,12 +109,14 @@ class Replicas:
             replica = self.choose()
             address = replica.address
             try:
-                return await operation(replica.stub)
+                answer = await operation(replica.stub)
             except grpc.aio.AioRpcError as error:
                 if is_transient(error):
-                    _log.info("replica_failed", address=address, code=error.code().name)
+                    self._outage(address).failed(error_from_rpc(error, address), address=address)
                     self.failed(replica)
                 raise
+            self._outage(address).ended(address=address)
+            return answer
 
         try:
             return await retrying(retry_s=retry_s)(attempt)
@@ -144,6 +148,7 @@ class Replicas:
         for address in [address for address in self._known if address not in wanted]:
             self._close(self._known.pop(address))
             self._failed_s.pop(address, None)
+            self._outages.pop(address, None)
         self._shuffle(wanted)
         self._order = deque(wanted)
         self._current = None
@@ -177,6 +182,9 @@ class Replicas:
         await asyncio.gather(*filter(None, (self._refreshing, *self._closing)), return_exceptions=True)
         for replica in self._known.values():
             await replica.channel.close()
+
+    def _outage(self, address: str) -> Outage:
+        return self._outages.setdefault(address, Outage(_log, "replica_failed", over="replica_answers"))
 
     def _turned(self) -> Replica:
         chosen = min(self._order, key=self._shunned_s)  # the first of several
