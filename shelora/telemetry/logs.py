@@ -19,6 +19,8 @@ from uuid import UUID
 import structlog
 from structlog.types import EventDict, Processor, WrappedLogger
 
+from shelora.telemetry.metrics import counter
+
 MASK: Final = "***"
 
 MAX_TEXT: Final = 4096
@@ -98,6 +100,11 @@ def _scalar(value: object) -> object:
     return value if isinstance(value, _Plain) else f"<{type(value).__name__} refused>"
 
 
+RECORDS_LOST: Final = counter(
+    "log_records_lost_total", "Log records that could not be written: a full disk, a closed pipe."
+)
+
+
 class _StandardError(logging.Handler):
     """Writes to what standard error is at the time: a test or a progress bar may have replaced it."""
 
@@ -105,8 +112,8 @@ class _StandardError(logging.Handler):
         try:
             sys.stderr.write(self.format(record) + "\n")
             sys.stderr.flush()
-        except Exception:  # noqa: BLE001 - as every logging handler: a log must not break what it reports on
-            self.handleError(record)
+        except Exception:  # noqa: BLE001 - a log must not break what it reports on, and has nowhere else to tell it
+            RECORDS_LOST.inc()
 
 
 class _GuardArguments(logging.Filter):

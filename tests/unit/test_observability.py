@@ -44,6 +44,7 @@ for module in (
     "services.shell.observation",
     "services.shell.rates",
     "services.shell.revocations",
+    "shelora.telemetry.logs",
     "shelora.transport.enrolment",
 ):
     import_module(module)

@@ -2,6 +2,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import signal
 import sys
 import urllib.request
@@ -15,6 +16,7 @@ from services.key_authority.main import app
 from services.key_authority.sealer import SealingKey
 from services.shell.server import Ready
 from shelora.cli.operator import create_token
+from shelora.obfuscation import SECRET_BYTES
 from shelora.transport.certificates import key_to_pem
 from shelora.transport.channel import call, open_channel
 from shelora.transport.enrolment import Token, enroll
@@ -28,20 +30,20 @@ OPEN = pb.OpenEpochRequest(federation_id="clinic", epoch=1, parameters="standard
 GET = pb.GetEpochSecretsRequest(federation_id="clinic", epoch=1, client_id="ward-7")
 
 
-async def started(*flags, **environment):
+async def started(*flags, stderr=asyncio.subprocess.PIPE, **environment):
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "services.key_authority.main",
         *map(str, flags),
-        stderr=asyncio.subprocess.PIPE,
+        stderr=stderr,
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "GRPC_VERBOSITY": "ERROR", **environment},
     )
 
 
 @asynccontextmanager
-async def process(tmp_path, sealing_key_file, **environment):
+async def process(tmp_path, sealing_key_file, stderr=asyncio.subprocess.PIPE, **environment):
     """A running key authority. Yields it and what its ready file says; kills it if the test has not stopped it."""
     ready_file = tmp_path / "ready.json"
     running = await started(
@@ -49,6 +51,7 @@ async def process(tmp_path, sealing_key_file, **environment):
         tmp_path / "data",
         "--log-level=DEBUG",
         "--log-json",
+        stderr=stderr,
         SHELORA_KEY_AUTHORITY_OPERATOR_TOKEN_FILE=str(tmp_path / "operator.token"),
         **({"SHELORA_KEY_AUTHORITY_SEALING_KEY_FILE": str(sealing_key_file)} if sealing_key_file else {}),
         **environment,
@@ -160,6 +163,28 @@ async def test_a_refused_configuration_is_one_line_with_the_remedy_and_exit_code
     sealing_key_file.chmod(0o644)
     line = await refused("--data-dir", tmp_path / "data", "--sealing-key-file", sealing_key_file)
     assert line == f"key-authority: the sealing key is open to other users; run: chmod 600 {sealing_key_file}"
+
+
+@pytest.mark.parametrize("log", ["full disk", "closed pipe"])
+async def test_a_log_that_cannot_be_written_breaks_no_call_and_its_records_are_counted(
+    tmp_path, sealing_key_file, log
+):
+    if log == "full disk":
+        stderr = os.open("/dev/full", os.O_WRONLY)
+    else:
+        nobody_reads, stderr = os.pipe()
+        os.close(nobody_reads)
+    async with process(tmp_path, sealing_key_file, stderr=stderr) as (running, ready):
+        os.close(stderr)
+        secrets = await secrets_from(tmp_path, ready)
+        assert len(secrets.obfuscation_secret) == SECRET_BYTES
+        metrics = await asyncio.to_thread(scraped, ready.metrics_port)
+        running.send_signal(signal.SIGTERM)
+        await running.communicate()
+    assert running.returncode == 0
+    (lost,) = re.findall(r"^shelora_log_records_lost_total (\S+)", metrics, re.MULTILINE)
+    assert float(lost) > 0
+    assert not re.findall(r'code="INTERNAL"[^}]*} [^0]', metrics)
 
 
 async def test_an_operator_token_that_cannot_be_left_is_said(tmp_path, sealing_key_file):
