@@ -209,6 +209,7 @@ class Driver:
         _log.warning("lease_lost", federation_id=federation_id)
 
     async def _drive(self, federation_id: str) -> None:
+        await _tolerant(self._tell_loss(federation_id), "loss_not_told", federation_id=federation_id)
         with self._changes.subscribed(federation_id) as signal:
             while True:
                 decision = await _tolerant(
@@ -221,6 +222,17 @@ class Driver:
                     return
                 if decision is None or isinstance(decision, Rest):
                     await signal.wait(self._pause_s(decision))
+
+    async def _tell_loss(self, federation_id: str) -> None:
+        """Sets the gauge to the loss behind the newest result: whoever aggregated it may be gone."""
+        federation = (await self._store.federation(federation_id)).record
+        sequence = federation.result_sequence
+        result = await self._store.round(federation, sequence) if sequence else None
+        if result is None:
+            return
+        commits = contributors(result.record, await self._store.commits(federation, sequence))
+        if commits:
+            TRAIN_LOSS.labels(federation_id).set(mean_train_loss(commits))
 
     async def _tried(self, federation_id: str) -> Decision | Left:
         """A step; or what tells that it is for another replica, which reads the records that this one does not."""

@@ -83,7 +83,8 @@ STAGE_SECONDS: Final = histogram(
 
 TRAIN_LOSS: Final = gauge(
     "train_loss_nats",
-    "Training loss of the newest training round that this replica aggregated: mean over updates, weighted by examples.",
+    "Training loss of the newest training round: mean over updates, weighted by examples. Told while a federation is "
+    "driven here, and after its end.",
     {"federation": []},
 )
 

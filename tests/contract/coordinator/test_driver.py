@@ -74,6 +74,8 @@ async def test_the_training_loss_is_told_while_a_federation_is_driven_here_and_a
     fed.driver._drive = lambda _: asyncio.sleep(0)
     await fed.driver._hold("fed")
     assert loss() is None
+    await fed.new_driver(fed.store)._hold("fed")  # that of a coordinator that was restarted
+    assert loss() == pytest.approx(1.5)
 
 
 async def test_a_federation_without_protection_needs_no_keys_no_vote_and_no_plan(fed):
