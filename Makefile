@@ -18,13 +18,17 @@ PYTHON_IMAGE ?= python:3.11.13-slim-bookworm
 # usual index alone.
 TORCH_INDEX ?=
 BUILD_OPTIONS ?=
+# linux/amd64 or linux/arm64: images for it, whose tags end in its name; empty: this machine's, under the plain tag.
+PLATFORM ?=
+# Where images go, as registry.example.org/fl/; empty: they stay here.
+REGISTRY ?=
 SOURCES := shelora coordinator client_agent services bench examples load tools tests deploy
 
 # Files of tests side by side, one a core: many of them wait for processes they started.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures up images protos verify-protos unit clean
+.PHONY: help setup demo test simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures up images push protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -95,12 +99,22 @@ test-failures: $(INSTALLED)  ## Kill, drain and add processes in the middle of r
 up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
 	$(BIN)/shelora up
 
-images:  ## Build the container images (PYTHON_IMAGE, TORCH_INDEX, BUILD_OPTIONS="--platform linux/arm64")
+images:  ## Build the container images (PLATFORM=linux/arm64, REGISTRY, PYTHON_IMAGE, TORCH_INDEX, BUILD_OPTIONS)
 	@for image in $(IMAGES); do \
-		DOCKER_BUILDKIT=1 $(DOCKER) build --file deploy/docker/Dockerfile --target $$image --tag shelora-$$image:$(VERSION) \
+		DOCKER_BUILDKIT=1 $(DOCKER) build --file deploy/docker/Dockerfile --target $$image $(PLATFORM:%=--platform %) \
+			--tag $(REGISTRY)shelora-$$image:$(VERSION)$(PLATFORM:linux/%=-%) \
 			--build-arg PYTHON_IMAGE="$(PYTHON_IMAGE)" --build-arg TORCH_INDEX="$(TORCH_INDEX)" $(BUILD_OPTIONS) . || exit 1; \
 	done
-	@$(DOCKER) images --filter reference='shelora-*:$(VERSION)'
+	@$(DOCKER) images --filter reference='$(REGISTRY)shelora-*:$(VERSION)$(PLATFORM:linux/%=-%)'
+
+push:  ## Push the images for amd64 and arm64 to REGISTRY, and one name for both
+	@test -n "$(REGISTRY)" || { echo "say where to: make push REGISTRY=registry.example.org/fl/" >&2; exit 2; }
+	@for image in $(IMAGES); do \
+		name=$(REGISTRY)shelora-$$image:$(VERSION); \
+		$(DOCKER) push --quiet $$name-amd64 && $(DOCKER) push --quiet $$name-arm64 \
+			&& $(DOCKER) manifest create --amend $$name $$name-amd64 $$name-arm64 \
+			&& $(DOCKER) manifest push --purge $$name || exit 1; \
+	done
 
 test-compose: $(INSTALLED)  ## Run the cluster of deploy/compose and break it; skips where there is no container engine
 	@if $(DOCKER) info >/dev/null 2>&1; then \
