@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from client_agent.config import IDENTITY, AgentConfig
+from client_agent.loading import check_loading, unusable
 from shelora.configuration import invalid
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, TrainingSpec
@@ -27,11 +28,12 @@ EXIT_FAILED: Final = 1
 ENROL_RETRY_S: Final = 10.0
 """Seconds to try to reach the authority for: a person waits."""
 EXIT_REFUSED: Final = 2
-"""Configuration, data, model, token or identity are refused. Starting the agent again does not help."""
+"""Configuration, data, model, token, identity or a package are refused. Starting the agent again does not help."""
 
 _REFUSED: Final = frozenset(
     {
         Reason.CONFIGURATION_INVALID,
+        Reason.PACKAGE_UNUSABLE,
         Reason.DATA_INVALID,
         Reason.MODEL_INVALID,
         Reason.MODEL_MISMATCH,
@@ -160,9 +162,9 @@ def _member(config: AgentConfig, token_file: Path | None, authority: str) -> Age
 
 @app.command()
 def doctor(config: ConfigFile) -> None:
-    """Checks certificate, network, clock, TenSEAL, data, model, memory, disk, and says what to mend. Sends nothing.
+    """Checks packages, certificate, network, clock, TenSEAL, data, model, memory, disk, and says what to mend.
 
-    It trains one step as a round of the federation would, so it tells what this very device needs for it.
+    Sends nothing. It trains one step as a round of the federation would, so it tells what this very device needs.
 
     Exit codes: 0 nothing must be mended; 1 something must; 2 the configuration is refused.
     """
@@ -221,9 +223,11 @@ def _check(config: AgentConfig, *, offline: bool, causal_lm: bool, targets: list
 
 
 def _doctor(config: AgentConfig) -> int:
+    console = Console()
+    with console.status("loading packages"):
+        check_loading()
     from client_agent.doctor import examine, failed, report  # noqa: PLC0415 - as above
 
-    console = Console()
     with console.status("examining this device") as status:
         findings = asyncio.run(examine(config, lambda check: status.update(f"examining: {check}")))
     console.print(report(findings))
@@ -245,10 +249,18 @@ async def _asked(config: AgentConfig) -> tuple[TrainingSpec, ProtectionSpec]:
     return spec.training, spec.protection
 
 
+def _loaded(action: Callable[[], int]) -> int:
+    """What it returns. Raises: DomainError; PACKAGE_UNUSABLE for a package that does not load."""
+    try:
+        return action()
+    except ImportError as error:
+        raise unusable(error.name or "a package", str(error).strip()) from error
+
+
 def _exit_with(action: Callable[[], int]) -> None:
     """Ends the process with the action's exit code; refusals are one message, without a traceback."""
     try:
-        code = action()
+        code = _loaded(action)
     except DomainError as error:
         print(f"client-agent: {error.reason}: {error.message}", file=sys.stderr)  # noqa: T201 - for the operator
         code = EXIT_REFUSED if error.reason in _REFUSED else EXIT_FAILED

@@ -1,0 +1,37 @@
+"""Whether packages with native code load on this device: a build for another processor kills whoever loads it."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from shelora.errors import DomainError, Reason
+
+NATIVE: Final = ("numpy", "pyarrow", "tenseal", "torch")
+"""Each may lack a build for some processors, or need libraries that are not there."""
+
+
+def check_loading(packages: Sequence[str] = NATIVE) -> None:
+    """Loads each in a process of its own. Raises: DomainError PACKAGE_UNUSABLE, with what killed it."""
+    for package in packages:
+        command = [sys.executable, "-c", f"import {package}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own arguments
+        if done.returncode:
+            raise unusable(package, _cause(done.returncode, done.stderr))
+
+
+def unusable(package: str, why: str) -> DomainError:
+    """PACKAGE_UNUSABLE, with the remedy."""
+    return DomainError(
+        Reason.PACKAGE_UNUSABLE,
+        f"{package} cannot be loaded on this device: {why}; install the agent anew with a build of {package} for this "
+        "processor, with all libraries that it needs (deploy/edge/README.md)",
+    )
+
+
+def _cause(code: int, stderr: str) -> str:
+    """The signal it died of (SIGILL: the processor lacks an instruction), or the last line of its traceback."""
+    if code < 0:
+        return f"loading it ends with {signal.Signals(-code).name}"
+    return (stderr.strip().splitlines() or [f"exit code {code}"])[-1]
