@@ -19,7 +19,7 @@ import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.table import Table
 
-from client_agent.conditions import Conditions
+from client_agent.conditions import SAMPLE_S, Conditions
 from client_agent.config import AgentConfig
 from client_agent.encoding import Encoder
 from client_agent.inspection import Inspection, inspect
@@ -244,9 +244,12 @@ def judged_disk(needed: int, free: int, folder: Path) -> Finding:
     return Finding("disk", Verdict.FAILED, seen, "make room, or put state_dir on a larger disk")
 
 
-def check_conditions(config: AgentConfig) -> list[Finding]:
-    """Whether the device may compute right now."""
-    why = Conditions(config.resources).obstacle()
+def check_conditions(config: AgentConfig, wait: Callable[[float], None] = time.sleep) -> list[Finding]:
+    """Whether the device may compute right now; others' use of the CPU is measured first."""
+    conditions = Conditions(config.resources)
+    if config.resources.max_other_cpu < 1:
+        wait(SAMPLE_S)
+    why = conditions.obstacle()
     if why:
         return [Finding("power and load", Verdict.WARNING, why, "the agent waits")]
     return [Finding("power and load", Verdict.OK, "the agent may compute now")]

@@ -2,11 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from client_agent.config import AgentConfig
+from client_agent import conditions
+from client_agent.conditions import CpuTimes
+from client_agent.config import AgentConfig, ResourcesConfig
 from client_agent.doctor import (
     Finding,
     Verdict,
     check_certificate,
+    check_conditions,
     check_tenseal,
     examine,
     failed,
@@ -42,6 +45,22 @@ async def test_without_a_certificate_what_needs_one_is_skipped_and_the_remedy_is
 def test_a_certificate_of_another_client_is_named(config):
     finding, credentials = check_certificate(config)
     assert (finding.verdict, credentials) == (Verdict.FAILED, None)
+
+
+def test_others_that_use_the_cpu_are_seen_because_it_is_measured_first(config, monkeypatch):
+    times = iter([CpuTimes(0, 0, 0), CpuTimes(100, 90, 0)])
+    monkeypatch.setattr(conditions, "cpu_times", lambda: next(times))
+    busy = config.model_copy(update={"resources": ResourcesConfig(max_other_cpu=0.3)})
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        monkeypatch.setattr(conditions, "SAMPLE_S", 0.0)  # so long has passed
+
+    (finding,) = check_conditions(busy, wait)
+    assert waited == [5.0]
+    assert finding.verdict is Verdict.WARNING
+    assert "90%" in finding.seen
 
 
 def test_a_tenseal_that_computes_wrongly_is_found(monkeypatch):
