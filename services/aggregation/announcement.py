@@ -17,6 +17,9 @@ PERIOD_S: Final = 5.0
 LIFE_S: Final = 15.0
 """Seconds after which a replica that died is not named any more."""
 
+WITHDRAWAL_S: Final = 2.0
+"""Seconds to take an announcement back in: a process that stops while Redis is silent has little time left."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -36,22 +39,21 @@ async def announced(
     """
     given = HostPort.parse(advertise)
     address = str(HostPort(given.host, given.port or HostPort.parse(serving).port))
-    leaving = asyncio.Event()
-    keeping = asyncio.create_task(_keep(store, address, leaving, period_s), name="announce")
+    keeping = asyncio.create_task(_keep(store, address, period_s), name="announce")
     try:
         yield
     finally:
-        leaving.set()
-        await keeping
-
-
-async def _keep(store: ShardStore, address: str, leaving: asyncio.Event, period_s: float) -> None:
-    while not leaving.is_set():
-        await _tolerated(store.announce(address, int(1000 * LIFE_S)), address)
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
         with suppress(TimeoutError):
-            async with asyncio.timeout(period_s):
-                await leaving.wait()
-    await _tolerated(store.withdraw(address), address)
+            async with asyncio.timeout(WITHDRAWAL_S):
+                await _tolerated(store.withdraw(address), address)
+
+
+async def _keep(store: ShardStore, address: str, period_s: float) -> None:
+    while True:
+        await _tolerated(store.announce(address, int(1000 * LIFE_S)), address)
+        await asyncio.sleep(period_s)
 
 
 async def _tolerated(step: Coroutine[Any, Any, None], address: str) -> None:

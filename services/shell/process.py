@@ -55,8 +55,11 @@ def allow_many_connections() -> None:
 
 def _explain(process: str, error: Exception) -> int:
     """Tells the operator why the process ends. Returns the exit code."""
-    if isinstance(error, DomainError) and error.reason is Reason.CONFIGURATION_INVALID:
+    if not isinstance(error, DomainError):
+        _log.error("process_failed", exc_info=error)
+        return EXIT_FAILED
+    if error.reason is Reason.CONFIGURATION_INVALID:
         print(f"{process}: {error.message}", file=sys.stderr)  # noqa: T201 - for the operator, logs or not
         return EXIT_REFUSED
-    _log.error("process_failed", exc_info=error)
+    _log.error("process_failed", reason=error.reason, why=error.message)
     return EXIT_FAILED

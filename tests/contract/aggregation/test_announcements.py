@@ -1,5 +1,7 @@
 """Replicas announce themselves in Redis, by whose clock an announcement expires."""
 
+import asyncio
+
 import pytest
 
 from services.aggregation.announcement import announced
@@ -47,6 +49,15 @@ async def test_a_store_that_does_not_answer_does_not_stop_a_replica(store, monke
     monkeypatch.setattr(store, "withdraw", silent)
     async with announced(store, "host:1", "127.0.0.1:7103"):
         assert await store.replicas() == []
+
+
+async def test_a_replica_stops_though_the_store_falls_silent(store, monkeypatch):
+    silent = asyncio.Event()
+    for call in ("announce", "withdraw"):
+        monkeypatch.setattr(store, call, lambda *_: silent.wait())
+    monkeypatch.setattr("services.aggregation.announcement.WITHDRAWAL_S", 0.01)
+    async with asyncio.timeout(30), announced(store, "host:1", "127.0.0.1:7103"):
+        await asyncio.sleep(0)
 
 
 async def test_a_malformed_address_is_refused(store):
