@@ -42,8 +42,11 @@ NO_FAULT: Final = frozenset({Reason.PLAN_REFUSED, Reason.EPOCH_RETIRED, Reason.C
 
 
 def edit(record: FederationRecord, **changes: Any) -> FederationRecord:  # noqa: ANN401 - any field
-    """The record with some fields replaced."""
-    return record.model_copy(update=changes)
+    """The record with some fields replaced. Results that agents need no more become garbage."""
+    after = record.model_copy(update=changes)
+    unused = sorted(record.results_in_use - after.results_in_use)
+    garbage = tuple(Garbage(round_id=record.round_id(sequence), results=True) for sequence in unused)
+    return after.model_copy(update={"garbage": (*after.garbage, *garbage)}) if garbage else after
 
 
 def require_open(record: FederationRecord) -> FederationRecord:
@@ -101,7 +104,7 @@ def with_key(record: FederationRecord, epoch: int, key_id: bytes) -> FederationR
     if not record.key_id:  # the first one; who asked for another still does
         asked = record.rotate_from == record.epoch
         return edit(record, epoch=epoch, key_id=key_id.hex(), rotate_from=epoch if asked else 0)
-    after = edit(
+    return edit(
         record,
         epoch=epoch,
         key_id=key_id.hex(),
@@ -111,7 +114,6 @@ def with_key(record: FederationRecord, epoch: int, key_id: bytes) -> FederationR
         negotiation=None,
         overlap=None,
     )
-    return edit(after, garbage=(*record.garbage, *_unused(record, after)))
 
 
 def rotation_asked(record: FederationRecord, from_epoch: int) -> FederationRecord:
@@ -194,7 +196,12 @@ def settled(
     else:
         after = edit(_after_training(record, ended), overlap=overlap)
     notices = ended.dropped[:MAX_NOTICES] if ended.round.kind is RoundKind.TRAIN else ()
-    return edit(after, ticket=None, garbage=_garbage(record, after, ended), notices=notices)
+    return edit(after, ticket=None, garbage=(*after.garbage, _remains(ended, after)), notices=notices)
+
+
+def _remains(ended: RoundRecord, after: FederationRecord) -> Garbage:
+    """What aggregation may delete of an ended round: its updates, and its result unless agents need it."""
+    return Garbage(round_id=ended.round.round_id, results=ended.sequence not in after.results_in_use)
 
 
 def _after_abandonment(record: FederationRecord, ended: RoundRecord) -> FederationRecord:
@@ -266,19 +273,6 @@ def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationR
         result_epoch=ended.epoch,
         phase=Phase.FINISHED if last else record.phase,
     )
-
-
-def _garbage(before: FederationRecord, after: FederationRecord, ended: RoundRecord) -> tuple[Garbage, ...]:
-    """What aggregation may delete: the ended round's updates, and results that no agent needs any more."""
-    published = ended.round.state is RoundState.PUBLISHED
-    done = [Garbage(round_id=ended.round.round_id, results=not published)]
-    return (*before.garbage, *done, *_unused(before, after))
-
-
-def _unused(before: FederationRecord, after: FederationRecord) -> list[Garbage]:
-    """Results that no agent needs any more."""
-    unused = sorted(before.results_in_use - after.results_in_use)
-    return [Garbage(round_id=before.round_id(sequence), results=True) for sequence in unused]
 
 
 def budgets(members: Mapping[str, Member]) -> tuple[float, ...]:

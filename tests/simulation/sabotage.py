@@ -91,12 +91,9 @@ def kept_garbage() -> AbstractContextManager[Any]:
 
 def results_deleted_early() -> AbstractContextManager[Any]:
     """A published result is deleted with the updates of its round."""
-    original = transitions._garbage
-
-    def all_of_it(before: Any, after: Any, ended: Any) -> tuple[Garbage, ...]:
-        return tuple(item.model_copy(update={"results": True}) for item in original(before, after, ended))
-
-    return mock.patch.object(transitions, "_garbage", all_of_it)
+    return mock.patch.object(
+        transitions, "_remains", lambda ended, _: Garbage(round_id=ended.round.round_id, results=True)
+    )
 
 
 def keys_destroyed_early() -> AbstractContextManager[Any]:

@@ -183,9 +183,25 @@ def test_an_abandoned_round_leaves_nothing_behind_and_a_published_one_its_result
     assert [(g.round_id, g.results) for g in abandoned.garbage] == [("fed.00000001.2", True)]
     published = settled(record.model_copy(update={"result_sequence": 1}), a_round(RoundState.PUBLISHED))
     assert [(g.round_id, g.results) for g in published.garbage] == [
-        ("fed.00000001.2", False),
         ("fed.00000001.1", True),
+        ("fed.00000001.2", False),
     ]
+
+
+def test_votes_that_led_to_no_plan_are_garbage_once_nobody_is_left_to_make_one():
+    negotiating = federation(negotiation=PLAN.negotiation, sequence=1)
+    failed = transitions.failed(negotiating, "no candidate is left")
+    assert [(g.round_id, g.results) for g in failed.garbage] == [("fed.00000001.1", True)]
+
+
+def test_votes_of_members_that_encrypt_nothing_are_garbage():
+    vote = ticket(kind=RoundKind.VOTE)
+    record = federation(ticket=vote, sequence=2)
+    ended = a_round(RoundState.PUBLISHED)
+    ended = ended.model_copy(update={"round": replace(ended.round, kind=RoundKind.VOTE)})
+    after = transitions.settled(record, ended, ["one"], of_budgets([0.0]), 1000)
+    assert after.negotiation is None
+    assert [(g.round_id, g.results) for g in after.garbage] == [("fed.00000001.2", True)]
 
 
 def test_votes_of_a_plan_in_use_are_not_garbage():
