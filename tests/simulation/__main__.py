@@ -22,6 +22,8 @@ from tests.simulation.simulation import Report, Schedule, run
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _console = Console(highlight=False)
 CORES: Final = len(sched_getaffinity(0))
+CHUNKS: Final = 25
+"""Of schedules that a process runs: what ended runs leave to the garbage collector slows the next ones down."""
 
 
 @dataclass
@@ -85,12 +87,9 @@ def _sabotaged(name: str | None) -> AbstractContextManager[Any]:
 @contextmanager
 def _running(schedules: Sequence[Schedule], jobs: int, traced: bool) -> Iterator[Iterator[Report]]:
     """The reports in order of the schedules; so many run at once, each in a process of its own."""
-    work = partial(run, traced=traced)
-    if jobs == 1:
-        yield map(work, schedules)
-        return
-    with get_context("fork").Pool(jobs) as pool:  # a fork knows of the sabotage
-        yield pool.imap(work, schedules, chunksize=4)
+    fork = get_context("fork")  # knows of the sabotage
+    with fork.Pool(jobs, maxtasksperchild=CHUNKS) as pool:
+        yield pool.imap(partial(run, traced=traced), schedules, chunksize=4)
 
 
 def _progress(reports: Iterable[Report], total: int, tally: _Tally) -> Iterator[Report]:
