@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.compose.stack import Stack, compose_command, run
+from tests.compose.stack import Stack, compose_command
+from tests.containers import run
 
 GRAFANA = os.environ.get("GRAFANA_IMAGE", "grafana/grafana:12.1.1")
 

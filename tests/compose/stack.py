@@ -4,42 +4,19 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.containers import ASK, PATIENCE_S, run, training, wait
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "compose"
 PROJECT = "shelora-test"
 ADDRESS = "127.0.0.77"
 """Ports are published here, where they meet no other cluster's."""
 ROUNDS = 3
-PATIENCE_S = 900
 SERVERS = ("redis", "key-authority", "coordinator", "aggregation-0", "aggregation-1", "operator")
 AGENTS = ("newsroom-1", "newsroom-2", "newsroom-3", "thin-uplink")
-
-ASK = """
-import asyncio, os, sys
-from pathlib import Path
-from google.protobuf.json_format import MessageToJson
-from shelora.cli.operator import operator, own_credentials
-
-async def ask():
-    credentials = await own_credentials(Path(os.environ["SHELORA_IDENTITY"]), os.environ["SHELORA_KEY_AUTHORITY"])
-    async with operator(os.environ["SHELORA_COORDINATOR"], credentials) as connection:
-        print(MessageToJson(await connection.get(sys.argv[1])))
-
-asyncio.run(ask())
-"""
-"""Run beside an operator's identity: prints a federation as JSON of its message."""
-
-
-def run(*command: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    assert not check or done.returncode == 0, (
-        f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    )
-    return done
 
 
 def compose_command() -> list[str] | None:
@@ -116,20 +93,8 @@ class Stack:
         return len(training(self.federation()))
 
     def wait(self, condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
-        deadline = time.monotonic() + patience_s
-        while not condition():
-            assert time.monotonic() < deadline, f"in vain: {what}\n{self.logs()}"
-            time.sleep(1)
+        wait(condition, what, self.logs, patience_s)
 
     def logs(self) -> str:
         states = self.compose("--profile", "demo", "ps", "--all").stdout
         return states + self.compose("--profile", "demo", "logs", "--no-color", "--tail", "15").stdout
-
-
-def training(federation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The published training rounds. Without evaluations, which agents report later."""
-    return [
-        {field: value for field, value in r.items() if field != "evaluations"}
-        for r in federation.get("history", [])
-        if (r["kind"], r["state"]) == ("ROUND_KIND_TRAIN", "ROUND_STATE_PUBLISHED")
-    ]

@@ -9,7 +9,8 @@ import urllib.request
 
 import pytest
 
-from tests.compose.stack import ADDRESS, AGENTS, ROUNDS, SERVERS, Stack, run, training
+from tests.compose.stack import ADDRESS, AGENTS, ROUNDS, SERVERS, Stack
+from tests.containers import run, training
 
 pytestmark = pytest.mark.timeout(3600)
 

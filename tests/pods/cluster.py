@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
+from tests.containers import PATIENCE_S, run, wait
 from tests.pods.playable import Pod, Volume
 
 PODMAN = shlex.split(os.environ.get("PODMAN", "podman"))
 NETWORK = "shelora-test-pods"
 SERVER_IMAGE = "localhost/shelora-server:0.1.0"
-PATIENCE_S = 900
 
 _PREPARE = """
 import base64, json, os, sys
@@ -47,11 +47,7 @@ sys.exit(answer.status != health_pb2.HealthCheckResponse.SERVING)
 
 
 def podman(*command: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*PODMAN, *command], capture_output=True, text=True, check=False, input=stdin)
-    assert not check or done.returncode == 0, (
-        f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    )
-    return done
+    return run(*PODMAN, *command, check=check, input=stdin)
 
 
 class Cluster:
@@ -108,10 +104,7 @@ class Cluster:
         return str(fact["NetworkSettings"]["Networks"][NETWORK]["IPAddress"])
 
     def wait(self, condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
-        deadline = time.monotonic() + patience_s
-        while not condition():
-            assert time.monotonic() < deadline, f"in vain: {what}\n{self.logs()}"
-            time.sleep(1)
+        wait(condition, what, self.logs, patience_s)
 
     def logs(self) -> str:
         return "\n".join(_log(pod) for pod in self.pods.values())

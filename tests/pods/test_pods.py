@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from deploy.helm.tests.rendering import scenario
-from tests.compose.stack import ASK, training
+from tests.containers import ASK, training
 from tests.e2e.agents import AGENTS, configure, save_tiny_bert, specification
 from tests.pods.agents import agent_pod
 from tests.pods.cluster import PODMAN, Cluster, podman
