@@ -8,8 +8,8 @@ from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from google.protobuf.message import Message
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     Strict,
@@ -258,16 +258,12 @@ class FederationSpec(Spec):
 
     @classmethod
     def from_proto(cls, message: pb.FederationSpec) -> Self:
-        """Raises INVALID_ARGUMENT with a line for every wrong field. Nothing is defaulted: zero means zero."""
-        fields = {
-            "name": message.name,
-            "training": _fields(message.training, TrainingSpec),
-            "round": _fields(message.round, RoundSpec),
-            "protection": _fields(message.protection, ProtectionSpec),
-            "screening": _fields(message.screening, ScreeningSpec),
-        }
+        """What is absent has its default: a caller need not know every field. A zero that was sent is a zero.
+
+        Raises: INVALID_ARGUMENT with a line for every wrong field.
+        """
         try:
-            return cls.model_validate(fields)
+            return cls.model_validate(_sent(message))
         except ValidationError as error:
             refusal = f"the federation is refused:\n{explain(error, cls)}"
             raise DomainError(Reason.INVALID_ARGUMENT, refusal) from None
@@ -282,10 +278,12 @@ class FederationSpec(Spec):
         )
 
 
-def _fields(
-    message: pb.TrainingSpec | pb.RoundSpec | pb.ProtectionSpec | pb.ScreeningSpec, model: type[BaseModel]
-) -> dict[str, Any]:
-    values = {name: getattr(message, name) for name in model.model_fields}
-    return {
-        name: value if isinstance(value, str | int | float) else list(value) for name, value in values.items()
-    }
+def _sent(message: Message) -> dict[str, Any]:
+    """The fields that a message holds, by name, those of its sections included."""
+    return {field.name: _value(value) for field, value in message.ListFields()}
+
+
+def _value(value: Any) -> Any:  # noqa: ANN401 - as protobuf holds fields
+    if isinstance(value, Message):
+        return _sent(value)
+    return value if isinstance(value, str | int | float) else list(value)

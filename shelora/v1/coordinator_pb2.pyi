@@ -129,7 +129,11 @@ Global___FederationView: _TypeAlias = FederationView  # noqa: Y015
 
 @_typing.final
 class TrainingSpec(_message.Message):
-    """What training agents agree on. The operator fixes it; rank, alpha and budget are each client's own."""
+    """What training agents agree on. The operator fixes it; rank, alpha and budget are each client's own.
+
+    In this and the messages below up to FederationSpec, a field that is absent has its default (shelora/federation.py), so
+    that a caller that does not know it changes nothing; a zero that was sent is a zero. New fields are `optional`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -168,28 +172,59 @@ class TrainingSpec(_message.Message):
 
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Suffixes of module names to adapt, as in PEFT's target_modules."""
+        """Suffixes of module names to adapt, as in PEFT's target_modules; empty for the default."""
 
     def __init__(
         self,
         *,
         base_model: _builtins.str = ...,
-        task: _builtins.str = ...,
+        task: _builtins.str | None = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
-        local_steps: _builtins.int = ...,
-        batch_size: _builtins.int = ...,
-        learning_rate: _builtins.float = ...,
-        max_tokens: _builtins.int = ...,
-        calibration_examples: _builtins.int = ...,
-        evaluation_examples: _builtins.int = ...,
-        learning_rate_decay: _builtins.float = ...,
+        local_steps: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        max_tokens: _builtins.int | None = ...,
+        calibration_examples: _builtins.int | None = ...,
+        evaluation_examples: _builtins.int | None = ...,
+        learning_rate_decay: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_max_tokens", b"_max_tokens", "_task", b"_task", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "max_tokens", b"max_tokens", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "max_tokens", b"max_tokens", "target_modules", b"target_modules", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_max_tokens", b"_max_tokens", "_task", b"_task", "base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "max_tokens", b"max_tokens", "target_modules", b"target_modules", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__calibration_examples: _TypeAlias = _typing.Literal["calibration_examples"]  # noqa: Y015
+    _WhichOneofArgType__calibration_examples: _TypeAlias = _typing.Literal["_calibration_examples", b"_calibration_examples"]  # noqa: Y015
+    _WhichOneofReturnType__evaluation_examples: _TypeAlias = _typing.Literal["evaluation_examples"]  # noqa: Y015
+    _WhichOneofArgType__evaluation_examples: _TypeAlias = _typing.Literal["_evaluation_examples", b"_evaluation_examples"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate_decay: _TypeAlias = _typing.Literal["learning_rate_decay"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate_decay: _TypeAlias = _typing.Literal["_learning_rate_decay", b"_learning_rate_decay"]  # noqa: Y015
+    _WhichOneofReturnType__local_steps: _TypeAlias = _typing.Literal["local_steps"]  # noqa: Y015
+    _WhichOneofArgType__local_steps: _TypeAlias = _typing.Literal["_local_steps", b"_local_steps"]  # noqa: Y015
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__task: _TypeAlias = _typing.Literal["task"]  # noqa: Y015
+    _WhichOneofArgType__task: _TypeAlias = _typing.Literal["_task", b"_task"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__calibration_examples) -> _WhichOneofReturnType__calibration_examples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation_examples) -> _WhichOneofReturnType__evaluation_examples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate_decay) -> _WhichOneofReturnType__learning_rate_decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__local_steps) -> _WhichOneofReturnType__local_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__task) -> _WhichOneofReturnType__task | None: ...
 
 Global___TrainingSpec: _TypeAlias = TrainingSpec  # noqa: Y015
 
@@ -231,21 +266,56 @@ class RoundSpec(_message.Message):
     def __init__(
         self,
         *,
-        rounds: _builtins.int = ...,
-        clients: _builtins.int = ...,
-        min_updates: _builtins.int = ...,
-        deadline_s: _builtins.int = ...,
-        max_attempts: _builtins.int = ...,
-        replan_every_rounds: _builtins.int = ...,
-        replan_below_overlap: _builtins.float = ...,
-        target_updates: _builtins.int = ...,
-        over_selection: _builtins.float = ...,
+        rounds: _builtins.int | None = ...,
+        clients: _builtins.int | None = ...,
+        min_updates: _builtins.int | None = ...,
+        deadline_s: _builtins.int | None = ...,
+        max_attempts: _builtins.int | None = ...,
+        replan_every_rounds: _builtins.int | None = ...,
+        replan_below_overlap: _builtins.float | None = ...,
+        target_updates: _builtins.int | None = ...,
+        over_selection: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_deadline_s", b"_deadline_s", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "deadline_s", b"deadline_s", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "deadline_s", b"deadline_s", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_deadline_s", b"_deadline_s", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "deadline_s", b"deadline_s", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__clients: _TypeAlias = _typing.Literal["clients"]  # noqa: Y015
+    _WhichOneofArgType__clients: _TypeAlias = _typing.Literal["_clients", b"_clients"]  # noqa: Y015
+    _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    _WhichOneofReturnType__max_attempts: _TypeAlias = _typing.Literal["max_attempts"]  # noqa: Y015
+    _WhichOneofArgType__max_attempts: _TypeAlias = _typing.Literal["_max_attempts", b"_max_attempts"]  # noqa: Y015
+    _WhichOneofReturnType__min_updates: _TypeAlias = _typing.Literal["min_updates"]  # noqa: Y015
+    _WhichOneofArgType__min_updates: _TypeAlias = _typing.Literal["_min_updates", b"_min_updates"]  # noqa: Y015
+    _WhichOneofReturnType__over_selection: _TypeAlias = _typing.Literal["over_selection"]  # noqa: Y015
+    _WhichOneofArgType__over_selection: _TypeAlias = _typing.Literal["_over_selection", b"_over_selection"]  # noqa: Y015
+    _WhichOneofReturnType__replan_below_overlap: _TypeAlias = _typing.Literal["replan_below_overlap"]  # noqa: Y015
+    _WhichOneofArgType__replan_below_overlap: _TypeAlias = _typing.Literal["_replan_below_overlap", b"_replan_below_overlap"]  # noqa: Y015
+    _WhichOneofReturnType__replan_every_rounds: _TypeAlias = _typing.Literal["replan_every_rounds"]  # noqa: Y015
+    _WhichOneofArgType__replan_every_rounds: _TypeAlias = _typing.Literal["_replan_every_rounds", b"_replan_every_rounds"]  # noqa: Y015
+    _WhichOneofReturnType__rounds: _TypeAlias = _typing.Literal["rounds"]  # noqa: Y015
+    _WhichOneofArgType__rounds: _TypeAlias = _typing.Literal["_rounds", b"_rounds"]  # noqa: Y015
+    _WhichOneofReturnType__target_updates: _TypeAlias = _typing.Literal["target_updates"]  # noqa: Y015
+    _WhichOneofArgType__target_updates: _TypeAlias = _typing.Literal["_target_updates", b"_target_updates"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clients) -> _WhichOneofReturnType__clients | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_attempts) -> _WhichOneofReturnType__max_attempts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_updates) -> _WhichOneofReturnType__min_updates | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__over_selection) -> _WhichOneofReturnType__over_selection | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replan_below_overlap) -> _WhichOneofReturnType__replan_below_overlap | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replan_every_rounds) -> _WhichOneofReturnType__replan_every_rounds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rounds) -> _WhichOneofReturnType__rounds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_updates) -> _WhichOneofReturnType__target_updates | None: ...
 
 Global___RoundSpec: _TypeAlias = RoundSpec  # noqa: Y015
 
@@ -285,21 +355,56 @@ class ProtectionSpec(_message.Message):
     def __init__(
         self,
         *,
-        mode: _builtins.str = ...,
-        parameters: _builtins.str = ...,
-        negotiation: _builtins.str = ...,
-        tensor_bound: _builtins.float = ...,
-        max_directions: _builtins.int = ...,
-        common_weight: _builtins.float = ...,
-        coverage_floor: _builtins.float = ...,
-        max_vote_weight: _builtins.float = ...,
-        key_rotation_rounds: _builtins.int = ...,
+        mode: _builtins.str | None = ...,
+        parameters: _builtins.str | None = ...,
+        negotiation: _builtins.str | None = ...,
+        tensor_bound: _builtins.float | None = ...,
+        max_directions: _builtins.int | None = ...,
+        common_weight: _builtins.float | None = ...,
+        coverage_floor: _builtins.float | None = ...,
+        max_vote_weight: _builtins.float | None = ...,
+        key_rotation_rounds: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__common_weight: _TypeAlias = _typing.Literal["common_weight"]  # noqa: Y015
+    _WhichOneofArgType__common_weight: _TypeAlias = _typing.Literal["_common_weight", b"_common_weight"]  # noqa: Y015
+    _WhichOneofReturnType__coverage_floor: _TypeAlias = _typing.Literal["coverage_floor"]  # noqa: Y015
+    _WhichOneofArgType__coverage_floor: _TypeAlias = _typing.Literal["_coverage_floor", b"_coverage_floor"]  # noqa: Y015
+    _WhichOneofReturnType__key_rotation_rounds: _TypeAlias = _typing.Literal["key_rotation_rounds"]  # noqa: Y015
+    _WhichOneofArgType__key_rotation_rounds: _TypeAlias = _typing.Literal["_key_rotation_rounds", b"_key_rotation_rounds"]  # noqa: Y015
+    _WhichOneofReturnType__max_directions: _TypeAlias = _typing.Literal["max_directions"]  # noqa: Y015
+    _WhichOneofArgType__max_directions: _TypeAlias = _typing.Literal["_max_directions", b"_max_directions"]  # noqa: Y015
+    _WhichOneofReturnType__max_vote_weight: _TypeAlias = _typing.Literal["max_vote_weight"]  # noqa: Y015
+    _WhichOneofArgType__max_vote_weight: _TypeAlias = _typing.Literal["_max_vote_weight", b"_max_vote_weight"]  # noqa: Y015
+    _WhichOneofReturnType__mode: _TypeAlias = _typing.Literal["mode"]  # noqa: Y015
+    _WhichOneofArgType__mode: _TypeAlias = _typing.Literal["_mode", b"_mode"]  # noqa: Y015
+    _WhichOneofReturnType__negotiation: _TypeAlias = _typing.Literal["negotiation"]  # noqa: Y015
+    _WhichOneofArgType__negotiation: _TypeAlias = _typing.Literal["_negotiation", b"_negotiation"]  # noqa: Y015
+    _WhichOneofReturnType__parameters: _TypeAlias = _typing.Literal["parameters"]  # noqa: Y015
+    _WhichOneofArgType__parameters: _TypeAlias = _typing.Literal["_parameters", b"_parameters"]  # noqa: Y015
+    _WhichOneofReturnType__tensor_bound: _TypeAlias = _typing.Literal["tensor_bound"]  # noqa: Y015
+    _WhichOneofArgType__tensor_bound: _TypeAlias = _typing.Literal["_tensor_bound", b"_tensor_bound"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__common_weight) -> _WhichOneofReturnType__common_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coverage_floor) -> _WhichOneofReturnType__coverage_floor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__key_rotation_rounds) -> _WhichOneofReturnType__key_rotation_rounds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_directions) -> _WhichOneofReturnType__max_directions | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_vote_weight) -> _WhichOneofReturnType__max_vote_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mode) -> _WhichOneofReturnType__mode | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__negotiation) -> _WhichOneofReturnType__negotiation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parameters) -> _WhichOneofReturnType__parameters | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tensor_bound) -> _WhichOneofReturnType__tensor_bound | None: ...
 
 Global___ProtectionSpec: _TypeAlias = ProtectionSpec  # noqa: Y015
 
@@ -323,15 +428,26 @@ class ScreeningSpec(_message.Message):
     def __init__(
         self,
         *,
-        max_update_norm: _builtins.float = ...,
-        max_norm_ratio: _builtins.float = ...,
-        max_example_ratio: _builtins.float = ...,
+        max_update_norm: _builtins.float | None = ...,
+        max_norm_ratio: _builtins.float | None = ...,
+        max_example_ratio: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_example_ratio", b"_max_example_ratio", "_max_norm_ratio", b"_max_norm_ratio", "_max_update_norm", b"_max_update_norm", "max_example_ratio", b"max_example_ratio", "max_norm_ratio", b"max_norm_ratio", "max_update_norm", b"max_update_norm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_example_ratio", b"max_example_ratio", "max_norm_ratio", b"max_norm_ratio", "max_update_norm", b"max_update_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_example_ratio", b"_max_example_ratio", "_max_norm_ratio", b"_max_norm_ratio", "_max_update_norm", b"_max_update_norm", "max_example_ratio", b"max_example_ratio", "max_norm_ratio", b"max_norm_ratio", "max_update_norm", b"max_update_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_example_ratio: _TypeAlias = _typing.Literal["max_example_ratio"]  # noqa: Y015
+    _WhichOneofArgType__max_example_ratio: _TypeAlias = _typing.Literal["_max_example_ratio", b"_max_example_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__max_norm_ratio: _TypeAlias = _typing.Literal["max_norm_ratio"]  # noqa: Y015
+    _WhichOneofArgType__max_norm_ratio: _TypeAlias = _typing.Literal["_max_norm_ratio", b"_max_norm_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__max_update_norm: _TypeAlias = _typing.Literal["max_update_norm"]  # noqa: Y015
+    _WhichOneofArgType__max_update_norm: _TypeAlias = _typing.Literal["_max_update_norm", b"_max_update_norm"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_example_ratio) -> _WhichOneofReturnType__max_example_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_norm_ratio) -> _WhichOneofReturnType__max_norm_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_update_norm) -> _WhichOneofReturnType__max_update_norm | None: ...
 
 Global___ScreeningSpec: _TypeAlias = ScreeningSpec  # noqa: Y015
 

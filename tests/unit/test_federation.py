@@ -3,6 +3,7 @@ import yaml
 
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.v1 import coordinator_pb2 as pb
 
 MINIMAL = {
     "name": "reuters",
@@ -111,7 +112,7 @@ def test_a_missing_file_is_named(tmp_path):
         FederationSpec.from_yaml(tmp_path / "nowhere.yaml")
 
 
-def test_an_empty_message_is_refused_field_by_field():
+def test_a_wrong_message_is_refused_field_by_field():
     message = FederationSpec.model_validate(MINIMAL).to_proto()
     message.round.deadline_s = 0
     message.training.ClearField("base_model")
@@ -119,7 +120,92 @@ def test_an_empty_message_is_refused_field_by_field():
         FederationSpec.from_proto(message)
     assert refused.value.reason is Reason.INVALID_ARGUMENT
     assert "round.deadline_s = 0" in refused.value.message
-    assert "training.base_model = ''" in refused.value.message
+    assert "training.base_model: this field has no default: add it" in refused.value.message
+
+
+def unlike_the_defaults() -> FederationSpec:
+    """A federation none of whose fields has its default, so that a lost field shows."""
+    return FederationSpec.model_validate(
+        {
+            "name": "reuters",
+            "training": {
+                "base_model": "all-MiniLM-L6-v2",
+                "task": "causal-lm",
+                "target_modules": ["dense"],
+                "local_steps": 7,
+                "batch_size": 7,
+                "learning_rate": 0.5,
+                "learning_rate_decay": 0.5,
+                "max_tokens": 7,
+                "calibration_examples": 7,
+                "evaluation_examples": 0,
+            },
+            "round": {
+                "rounds": 7,
+                "clients": 9,
+                "min_updates": 3,
+                "deadline_s": 7,
+                "target_updates": 7,
+                "over_selection": 2.0,
+                "max_attempts": 7,
+                "replan_every_rounds": 7,
+                "replan_below_overlap": 0.5,
+            },
+            "protection": {
+                "mode": "none",
+                "parameters": "large",
+                "negotiation": "ope",
+                "tensor_bound": 0.5,
+                "max_directions": 7,
+                "common_weight": 0.0,
+                "coverage_floor": 0.25,
+                "max_vote_weight": 2.0,
+                "key_rotation_rounds": 7,
+            },
+            "screening": {"max_update_norm": 0.0, "max_norm_ratio": 0.0, "max_example_ratio": 0.0},
+        }
+    )
+
+
+DEFAULTED = [
+    (section, field)
+    for section, fields in FederationSpec.model_validate(MINIMAL).model_dump().items()
+    if section != "name"
+    for field in fields
+    if (section, field) not in {("training", "base_model"), ("training", "labels")}
+]
+"""Every field that MINIMAL leaves out."""
+
+
+def test_what_was_sent_is_what_arrives_zeros_too():
+    spec, default = unlike_the_defaults(), FederationSpec.model_validate(MINIMAL)
+    for section, field in DEFAULTED:
+        assert getattr(getattr(spec, section), field) != getattr(getattr(default, section), field)
+    assert (
+        FederationSpec.from_proto(pb.FederationSpec.FromString(spec.to_proto().SerializeToString())) == spec
+    )
+
+
+@pytest.mark.parametrize(("section", "field"), DEFAULTED)
+def test_a_field_that_an_older_caller_does_not_send_has_its_default(section, field):
+    message = FederationSpec.model_validate(MINIMAL).to_proto()
+    getattr(message, section).ClearField(field)
+    assert FederationSpec.from_proto(message) == FederationSpec.model_validate(MINIMAL)
+
+
+@pytest.mark.parametrize("section", ["round", "protection", "screening"])
+def test_a_section_that_an_older_caller_does_not_send_has_its_defaults(section):
+    message = FederationSpec.model_validate(MINIMAL).to_proto()
+    message.ClearField(section)
+    assert FederationSpec.from_proto(message) == FederationSpec.model_validate(MINIMAL)
+
+
+def test_every_field_of_a_specification_knows_whether_it_was_sent():
+    """Else a zero and an absent field are the same on the wire; what has no default need not be told apart."""
+    for section in ("training", "round", "protection", "screening"):
+        message = pb.FederationSpec.DESCRIPTOR.fields_by_name[section].message_type
+        silent = {f.name for f in message.fields if not (f.has_presence or f.is_repeated)}
+        assert silent <= {"base_model"}, f"make these fields of {message.name} optional"
 
 
 def test_a_specification_never_changes():
