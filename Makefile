@@ -28,7 +28,7 @@ SOURCES := shelora coordinator client_agent services bench examples load tools t
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures up images push protos verify-protos unit clean
+.PHONY: help setup demo test simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures test-insiders up images push protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -95,6 +95,9 @@ chaos: $(INSTALLED)  ## Kill, stop and cut off the processes of a running federa
 
 test-failures: $(INSTALLED)  ## Kill, drain and add processes in the middle of rounds, one case a test
 	$(BIN)/python -m pytest tests/chaos/failures.py
+
+test-insiders: $(INSTALLED)  ## Attack a local cluster as strangers and as members with certificates
+	$(BIN)/python -m pytest -o python_files='attack_*.py' tests/insiders
 
 up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
 	$(BIN)/shelora up
