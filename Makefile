@@ -12,7 +12,7 @@ HELM := $(VENV)/.helm
 DOCKER ?= docker
 PODMAN ?= podman
 IMAGES := server agent demo
-VERSION := 0.1.0
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 PYTHON_IMAGE ?= python:3.11.13-slim-bookworm
 # A package index with builds of torch for CPUs only, which are the small ones, for `setup` and `images`; empty takes the
 # usual index alone.

@@ -19,6 +19,7 @@ from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.telemetry.logs import configure_logs
 from shelora.telemetry.metrics import start_metrics_server
 from shelora.transport.enrolment import enroll as enrolled
+from shelora.version import VersionOption
 
 if TYPE_CHECKING:
     from client_agent.agent import Outcome
@@ -66,7 +67,6 @@ SHELORA_AGENT__LORA__RANK=16 sets lora.rank.
 
 _log = structlog.get_logger(__name__)
 app = typer.Typer(
-    help=_HELP,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -75,6 +75,11 @@ app = typer.Typer(
 ConfigFile = Annotated[
     Path, typer.Option("--config", help="YAML file; client_agent/sample.yaml explains every field.")
 ]
+
+
+@app.callback(help=_HELP)
+def _program(version: VersionOption = None) -> None:
+    """Takes the options that come before a command."""
 
 
 @app.command()

@@ -28,6 +28,7 @@ from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
 from shelora.transport.channel import open_channel
 from shelora.transport.replicas import Replicas
+from shelora.version import VersionOption
 
 FULLNESS_POLL_S: Final = 15.0
 """Seconds between two looks at Redis' memory: as often as Prometheus usually asks."""
@@ -66,6 +67,7 @@ def main(
     concurrent_calls: flags.ConcurrentCalls = None,
     upload_bytes_per_s: flags.UploadBytesPerS = None,
     ready_file: flags.ReadyFile = None,
+    version: VersionOption = None,
 ) -> None:
     """Runs federations: members, rounds, plans. Settings: SHELORA_COORDINATOR_* and flags."""
     given: dict[str, Any] = {**locals(), "aggregation_addresses": aggregation_addresses or None}

@@ -26,6 +26,7 @@ from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
 from shelora.transport.channel import open_channel
 from shelora.v1 import aggregation_pb2_grpc
+from shelora.version import VersionOption
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -68,6 +69,7 @@ def main(
     concurrent_calls: flags.ConcurrentCalls = None,
     upload_bytes_per_s: flags.UploadBytesPerS = None,
     ready_file: flags.ReadyFile = None,
+    version: VersionOption = None,
 ) -> None:
     """Stores the shards of updates, aggregates them, serves results. Settings: SHELORA_AGGREGATION_* and flags."""
     given = dict(locals())  # every parameter is a field of the settings, of the same name

@@ -27,6 +27,7 @@ from shelora.errors import DomainError, Reason
 from shelora.transport.enrolment import certify, keep_renewed
 from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import IdentityInMemory, TlsCredentials
+from shelora.version import VersionOption
 
 _HELP = """
 Makes the keys of each epoch of a federation, keeps them, and gives them to the federation's clients. It is also
@@ -102,6 +103,7 @@ def main(
     concurrent_calls: flags.ConcurrentCalls = None,
     upload_bytes_per_s: flags.UploadBytesPerS = None,
     ready_file: flags.ReadyFile = None,
+    version: VersionOption = None,  # noqa: ARG001 - its callback prints it
 ) -> None:
     if context.invoked_subcommand is not None:
         return

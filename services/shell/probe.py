@@ -19,6 +19,10 @@ _STATUS: Final = health_pb2.HealthCheckResponse.ServingStatus
 def main() -> None:
     """Exits with 0 if the server serves, with 1 and a line on standard error if it does not."""
     match sys.argv[1:]:
+        case ["--version"]:
+            from shelora.version import VERSION  # noqa: PLC0415 - probes need not load it
+
+            print(VERSION)  # noqa: T201 - the answer to a command
         case [address] if not address.startswith("-"):
             sys.exit(_probed(address))
         case _:

@@ -41,13 +41,13 @@ from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import enrolment_pb2
+from shelora.version import VersionOption
 
 DEFAULT_FOLDER = Path("runs/local")
 REFRESH_S = 1.0
 _Result = TypeVar("_Result")
 
 app = typer.Typer(
-    help="Private federated LoRA fine-tuning: run a local cluster, create and watch federations.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -57,6 +57,12 @@ token_app = typer.Typer(help="Issue join tokens.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
 app.add_typer(audit_app, name="audit")
 console = Console()
+
+
+@app.callback(help="Private federated LoRA fine-tuning: run a local cluster, create and watch federations.")
+def _program(version: VersionOption = None) -> None:
+    """Takes the options that come before a command."""
+
 
 CoordinatorOption = Annotated[
     str | None,

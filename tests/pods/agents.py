@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from shelora.version import VERSION
 from tests.pods.playable import Pod
 
-AGENT_IMAGE = "localhost/shelora-agent:0.1.0"
+AGENT_IMAGE = f"localhost/shelora-agent:{VERSION}"
 USER = 10001
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
+from shelora.version import VERSION
 from tests.containers import PATIENCE_S, run, wait
 from tests.pods.playable import Pod, Volume
 
 PODMAN = shlex.split(os.environ.get("PODMAN", "podman"))
 NETWORK = "shelora-test-pods"
-SERVER_IMAGE = "localhost/shelora-server:0.1.0"
+SERVER_IMAGE = f"localhost/shelora-server:{VERSION}"
 
 _PREPARE = """
 import base64, json, os, sys
