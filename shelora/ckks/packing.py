@@ -1,6 +1,6 @@
 """Residues as a stream of bits: `bits`-wide little-endian integers, back to back, in 64-bit words.
 
-Residues below a 54-bit prime in 64-bit words waste a sixth of every ciphertext. Both directions are a
+Residues below a 53-bit prime in 64-bit words waste a sixth of every ciphertext. Both directions are a
 gather and a shift with index tables fixed by (count, bits), so numpy does the work without a Python loop
 per value; rows go through in passes small enough to stay in the processor's cache.
 """

@@ -116,8 +116,8 @@ def test_an_empty_block_is_a_header(rows, chunks):
 def test_a_standard_ciphertext_costs_as_documented():
     fresh = BlockShape(STANDARD, KEY, rows=1, chunks=1, seeded=True)
     total = replace(fresh, seeded=False)
-    assert fresh.encoded_bytes - HEADER_BYTES == 2048 * 54 // 8 + 64
-    assert total.encoded_bytes - HEADER_BYTES == 2 * 2048 * 54 // 8
+    assert fresh.encoded_bytes - HEADER_BYTES == 2048 * 53 // 8 + 64
+    assert total.encoded_bytes - HEADER_BYTES == 2 * 2048 * 53 // 8
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_standard_ciphertext_costs_as_documented():
         (4, struct.pack("<H", 2), Reason.CIPHERTEXT_MALFORMED),
         (6, struct.pack("<H", 3), Reason.CIPHERTEXT_MALFORMED),
         (8, struct.pack("<I", 128), Reason.CIPHERTEXT_FOREIGN_PARAMETERS),
-        (12, struct.pack("<I", 28), Reason.CIPHERTEXT_WRONG_SCALE),
+        (12, struct.pack("<I", 27), Reason.CIPHERTEXT_WRONG_SCALE),
         (16, struct.pack("<Q", 97), Reason.CIPHERTEXT_FOREIGN_PARAMETERS),
         (24, bytes(32), Reason.CIPHERTEXT_FOREIGN_PARAMETERS),
         (56, bytes(16), Reason.CIPHERTEXT_FOREIGN_KEY),
@@ -171,7 +171,7 @@ def test_a_block_that_goes_on_is_refused(shape, extra):
     assert refusal(encode_block(make_block(shape)) + extra, shape) is Reason.CIPHERTEXT_MALFORMED
 
 
-@pytest.mark.parametrize("residue", [INSECURE_TOY.modulus, 2**54 - 1])
+@pytest.mark.parametrize("residue", [INSECURE_TOY.modulus, 2**53 - 1])
 @pytest.mark.parametrize("record", [0, 5])
 @pytest.mark.parametrize("polynomial", [0, 1])
 def test_a_coefficient_at_or_above_the_modulus_is_refused(residue, record, polynomial):
@@ -180,7 +180,7 @@ def test_a_coefficient_at_or_above_the_modulus_is_refused(residue, record, polyn
     bad = np.zeros((1, DEGREE), dtype=np.uint64)
     bad[0, 17] = residue
     start = (2 * record + polynomial) * shape.packed_words
-    words[start : start + shape.packed_words] = pack_bits(bad, 54)[0]
+    words[start : start + shape.packed_words] = pack_bits(bad, 53)[0]
     data = encode_block(make_block(shape))[:HEADER_BYTES] + words.tobytes()
     assert refusal(data, shape) is Reason.CIPHERTEXT_COEFFICIENT_RANGE
     with pytest.raises(DomainError):
