@@ -10,12 +10,14 @@ from bench.workload import Cost, Costs, Workload
 from shelora.ckks.parameters import STANDARD
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.ckks.wire import SeededBlock, encode_block
-from shelora.lora.aggregate import Contribution, aggregate_shard
+from shelora.lora.aggregate import aggregate_shard
+from shelora.lora.codec import decode_result, decode_update, encode_update, validate_update
+from shelora.lora.kind import Contribution
 from shelora.lora.layout import Layout, Matrix, build_layout
+from shelora.lora.products import KIND as PRODUCTS
 from shelora.lora.protect import protect
 from shelora.lora.restore import Restored, restore
 from shelora.lora.shards import FactoredUpdate, Float64
-from shelora.messages import decode_result, decode_update, encode_update, validate_update
 from shelora.obfuscation import SECRET_BYTES, Obfuscation
 
 ERROR_ROWS = 400
@@ -142,7 +144,9 @@ class Measurement:
         self._clear = Round(workload, key, 0.0)
         self._clear_updates = self._clear.all_protected(Cost(), Cost())
         shards = self._protected.layout.shards
-        self.found = Ours(sum(map(self._protected.layout.chunk_count, shards)), len(shards))
+        self.found = Ours(
+            sum(PRODUCTS.chunk_count(self._protected.layout, shard) for shard in shards), len(shards)
+        )
         self._results: list[bytes] = []
 
     def part(self) -> None:

@@ -13,10 +13,10 @@ from client_agent.replicas import transfer_timeout_s
 from client_agent.session import digest_from_proto
 from client_agent.state import AgentState, Inbox
 from shelora.errors import DomainError, Reason
-from shelora.lora.aggregate import MIN_CONTRIBUTORS
+from shelora.lora.codec import decode_result
 from shelora.lora.layout import Layout
-from shelora.lora.shards import ResultShardContent
-from shelora.messages import decode_result, layout_from_proto
+from shelora.lora.shards import MIN_CONTRIBUTORS, ResultShardContent
+from shelora.messages import layout_from_proto
 from shelora.protocol import Stage
 from shelora.transport.pieces import Digest
 from shelora.transport.replicas import AggregationStub, Replicas

@@ -13,9 +13,7 @@ from client_agent.learner import load_model, read_data
 from client_agent.model import AdaptedModel
 from client_agent.protection import expected_layout
 from shelora.federation import ProtectionSpec, TrainingSpec
-from shelora.lora.layout import FLOAT_BYTES, Layout
-
-_SEEDED_BYTES_A_COEFFICIENT_BITS = 8
+from shelora.lora.kinds import kind_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,20 +48,12 @@ def guessed_training(config: AgentConfig, target_modules: Sequence[str], *, caus
 def estimated_upload_bytes(model: AdaptedModel, budget: float, protection: ProtectionSpec) -> int:
     """Bytes of one update if the budget's share of every matrix is encrypted; the plan may spread it otherwise."""
     layout = expected_layout(model, budget, protection)
-    clear = sum(FLOAT_BYTES * model.rank * (m.out_features + m.clear) for m in layout.matrices)
-    clear += sum(layout.clear_tensor_bytes(shard) for shard in layout.shards)
-    ciphertexts = sum((model.rank if s.matrices else 1) * layout.chunk_count(s) for s in layout.shards)
-    return clear + ciphertexts * _seeded_bytes(layout)
+    return sum(kind_of(shard).update_bytes(layout, shard, model.rank) for shard in layout.shards)
 
 
 def report(config: AgentConfig, training: TrainingSpec, found: Inspection) -> Group:
     """Tables for a terminal."""
     return Group(_examples_table(training, found), _model_table(config, found))
-
-
-def _seeded_bytes(layout: Layout) -> int:
-    """Bytes of one seeded ciphertext: one polynomial."""
-    return layout.ckks.poly_degree * layout.ckks.coefficient_bits // _SEEDED_BYTES_A_COEFFICIENT_BITS
 
 
 def _examples_table(training: TrainingSpec, found: Inspection) -> Table:

@@ -13,6 +13,7 @@ import psutil
 
 from client_agent.learning import LocalModel, weight_bytes
 from shelora.errors import DomainError, Reason
+from shelora.lora.kinds import largest_update_bytes
 from shelora.lora.layout import Layout
 
 PROTECT_COPIES: Final = 4
@@ -46,7 +47,7 @@ class Memory:
 def update_bytes(layout: Layout, rank: int) -> int:
     """Bytes of memory that protecting an update of that rank takes at most."""
     own = replace(layout, max_rank=min(layout.max_rank, rank))
-    return PROTECT_COPIES * max(map(own.largest_update_bytes, own.shards), default=0)
+    return PROTECT_COPIES * max(largest_update_bytes(own), default=0)
 
 
 def result_bytes(largest_shard_bytes: int) -> int:

@@ -15,9 +15,9 @@ from client_agent.state import AgentState, Spool, UpdateNote
 from shelora.ckks.wire import KEY_ID_BYTES
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec
+from shelora.lora.codec import encode_update
 from shelora.lora.layout import Layout, build_layout, tiers_within
 from shelora.lora.protect import protect
-from shelora.messages import encode_update
 from shelora.negotiation.plan import Plan, check_layout, column_orders
 from shelora.negotiation.votes import vote_layout
 from shelora.protocol import Stage

@@ -28,6 +28,7 @@ from client_agent.uploads import upload
 from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec
+from shelora.lora.kinds import largest_update_bytes
 from shelora.lora.layout import Layout
 from shelora.lora.restore import Restored, merged, restored_parts
 from shelora.lora.shards import Float64, ResultShardContent
@@ -200,7 +201,7 @@ class Work:
         if update is not None:
             await self._worker.run(self._state.drop_spool)
             own = replace(update, max_rank=min(update.max_rank, self._learner.model.rank))
-            needed += sum(own.largest_update_bytes(shard) for shard in own.shards)
+            needed += sum(largest_update_bytes(own))
         self._state.require_room(needed)
         require_memory(round_bytes(self._learner.model, update, largest))
 

@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import Final
 
 from shelora.errors import DomainError, Reason
-from shelora.lora.aggregate import MIN_CONTRIBUTORS, Contribution
+from shelora.lora.kind import Contribution
+from shelora.lora.shards import MIN_CONTRIBUTORS
 from shelora.transport.pieces import SHA256_BYTES, Digest
 
 MAX_ID: Final = 128

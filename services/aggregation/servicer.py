@@ -21,6 +21,7 @@ from services.aggregation.records import (
 from services.aggregation.store import ShardStore
 from services.aggregation.uploads import Announcement, Uploads
 from shelora.errors import DomainError
+from shelora.lora.kinds import largest_update_bytes
 from shelora.lora.layout import Layout
 from shelora.messages import layout_from_proto
 from shelora.telemetry.metrics import at_zero
@@ -158,7 +159,7 @@ def _aggregation_request(request: pb.AggregateShardRequest) -> AggregationReques
 
 
 def _check_sizes(layout: Layout, max_shard_bytes: int) -> None:
-    largest = max((layout.largest_update_bytes(shard) for shard in layout.shards), default=0)
+    largest = max(largest_update_bytes(layout), default=0)
     if largest > max_shard_bytes:
         raise invalid(
             f"a shard of the layout may have {largest} bytes; at most {max_shard_bytes} are accepted"

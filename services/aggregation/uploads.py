@@ -14,9 +14,10 @@ from services.aggregation.records import ShardSlot, Upload
 from services.aggregation.room import Room
 from services.aggregation.store import ShardStore
 from shelora.errors import DomainError, Reason
+from shelora.lora.codec import validate_update
+from shelora.lora.kinds import kind_of
 from shelora.lora.layout import Layout
 from shelora.lora.screening import squared_norm
-from shelora.messages import validate_update
 from shelora.transport.pieces import PIECE_BYTES, Digest
 
 BATCH_BYTES: Final = 1024 * 1024
@@ -195,7 +196,8 @@ async def _next(pieces: AsyncIterator[bytes], idle_s: float) -> bytes | None:
 def _check_announcement(layout: Layout, announced: Announcement) -> None:
     if announced.layout_digest != layout.digest:
         raise DomainError(Reason.LAYOUT_MISMATCH, "the round is open with another layout")
-    largest = layout.largest_update_bytes(layout.shard(announced.slot.shard))
+    shard = layout.shard(announced.slot.shard)
+    largest = kind_of(shard).largest_update_bytes(layout, shard)
     total = announced.digest.total_bytes
     if total > largest:
         raise DomainError(

@@ -4,10 +4,16 @@ A message's serialization is the concatenation of those of its fields. So large 
 views, and protobuf itself writes and reads the concatenation of all others. The bytes are those protobuf writes.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Final, TypeAlias
 
-from google.protobuf.message import Message
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
+
+from shelora.errors import DomainError, Reason
+from shelora.lora.shards import Buffer, Float32
 
 Pieces: TypeAlias = list[bytes | memoryview]
 """A serialization before it is joined."""
@@ -32,6 +38,37 @@ def bytes_field(number: int, content: bytes | memoryview) -> Pieces:
 def message_field(number: int, *content: bytes | memoryview) -> Pieces:
     """A field that holds a serialized message."""
     return [_varint(number << 3 | _LENGTH_DELIMITED) + _varint(sum(map(len, content))), *content]
+
+
+def float_bytes(values: Float32) -> memoryview:
+    """float32 little-endian, row major; a view where the values lie so."""
+    return np.ascontiguousarray(values, dtype="<f4").reshape(-1).view(np.uint8).data
+
+
+def from_bytes(data: Buffer, shape: tuple[int, ...], what: str) -> Float32:
+    """A view of float32 values. Raises SHAPE_MISMATCH, naming `what`, for another number of bytes."""
+    if len(data) != 4 * math.prod(shape):
+        raise DomainError(
+            Reason.SHAPE_MISMATCH,
+            f"the shard does not fit its layout: {what} has {len(data)} bytes for shape {shape}",
+        )
+    values: NDArray[np.float32] = np.frombuffer(data, dtype="<f4")
+    return values.reshape(shape)
+
+
+def take(message: Message, data: Buffer, numbers: Sequence[int]) -> dict[int, list[memoryview]]:
+    """Takes the fields of these numbers out and has `message` parse the others. Raises SHARD_MALFORMED."""
+    try:
+        fields, others = take_fields(memoryview(data), numbers)
+        message.ParseFromString(others)
+    except (ValueError, DecodeError) as error:
+        raise DomainError(Reason.SHARD_MALFORMED, "the shard is not a valid message") from error
+    return fields
+
+
+def last(contents: list[memoryview]) -> Buffer:
+    """The value of a field that is not repeated: the last one, as in protobuf."""
+    return contents[-1] if contents else b""
 
 
 def take_fields(data: memoryview, numbers: Iterable[int]) -> tuple[dict[int, list[memoryview]], bytes]:

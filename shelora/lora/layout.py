@@ -39,6 +39,10 @@ MAX_CHUNKS = 32
 """Ciphertext chunks at which a shard is closed: 32 chunks of 32 aggregated rows are 28 MB at the standard profile."""
 WELL_FILLED = 0.9
 """Share of a shard's last chunk that must be filled for closing at the soft limit."""
+PRODUCTS = "products"
+"""Kind of a shard of matrices: factors, selected columns of them under CKKS (`shelora.lora.products`)."""
+WHOLE = "whole"
+"""Kind of a shard of tensors: averaged whole, in the clear or under CKKS (`shelora.lora.whole`)."""
 FLOAT_BYTES = 4
 """Clear values travel as float32."""
 
@@ -103,28 +107,33 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A run of matrices or a run of tensors, by index into the layout."""
+    """A run of matrices or a run of tensors, by index into the layout, and the kind that says how it travels."""
 
     matrices: tuple[int, ...] = ()
     tensors: tuple[int, ...] = ()
+    kind: str = ""
+    """Name of a kind (`shelora.lora.kinds`); by default that of its items under CKKS, PRODUCTS or WHOLE."""
 
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Consecutive slots of a shard that hold columns of one matrix (of one tier) or values of one tensor."""
-
-    item: int
-    """Position in the shard's matrices or tensors."""
-    slot: int
-    """First slot, even: two slots that share a complex number of CKKS share their weights."""
-    length: int
-    column: int
-    """First position in the matrix's column order; 0 for tensors."""
+    def __post_init__(self) -> None:
+        if not self.kind:
+            object.__setattr__(self, "kind", self.usual_kind)
+        if not 1 <= len(self.kind) <= MAX_NAME:
+            raise refuse(f"the kind of a shard must have 1 to {MAX_NAME} characters")
 
     @property
-    def slots(self) -> int:
-        """Slots it takes up: its length, made even."""
-        return even(self.length)
+    def usual_kind(self) -> str:
+        """The kind that a shard has if none is named."""
+        return WHOLE if self.tensors else PRODUCTS
+
+    @property
+    def items(self) -> tuple[int, ...]:
+        """Its matrices or its tensors."""
+        return self.matrices or self.tensors
+
+    def form(self) -> dict[str, object]:
+        """Its part of a layout's canonical form. A kind is named only where it is not the usual one."""
+        form: dict[str, object] = {"matrices": self.matrices, "tensors": self.tensors}
+        return form if self.kind == self.usual_kind else {**form, "kind": self.kind}
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,12 @@ class Layout:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the canonical form: JSON with sorted keys, no spaces, bytes in hex."""
-        form = {"format": FORMAT, **asdict(self), "key_id": self.key_id.hex()}
+        form = {
+            "format": FORMAT,
+            **asdict(self),
+            "key_id": self.key_id.hex(),
+            "shards": [shard.form() for shard in self.shards],
+        }
         return hashlib.sha256(json.dumps(form, sort_keys=True, separators=(",", ":")).encode()).digest()
 
     def shard(self, index: int) -> Shard:
@@ -192,56 +206,6 @@ class Layout:
                 Reason.SHARD_UNKNOWN, f"the layout has {len(self.shards)} shards, not a shard {index}"
             )
         return self.shards[index]
-
-    def segments(self, shard: Shard, tiers: int | None = None) -> tuple[Segment, ...]:
-        """Slots of the encrypted values of a shard, for a client that encrypts `tiers` tiers (all by default).
-
-        The segments of fewer tiers are a prefix of those of more.
-        """
-        if shard.tensors:
-            sizes = [self.tensors[i].size for i in shard.tensors] if self.encrypt_tensors else []
-            return tuple(_consecutive((item, size, 0) for item, size in enumerate(sizes)))
-        count = len(self.tiers) if tiers is None else tiers
-        return tuple(
-            _consecutive(
-                (item, self.matrices[index].tier_columns[tier], self.matrices[index].protected(tier))
-                for tier in range(count)
-                for item, index in enumerate(shard.matrices)
-            )
-        )
-
-    def slot_count(self, shard: Shard, tiers: int | None = None) -> int:
-        """Slots a row of a shard, for a client that encrypts `tiers` tiers (all by default)."""
-        segments = self.segments(shard, tiers)
-        return segments[-1].slot + segments[-1].slots if segments else 0
-
-    def chunk_count(self, shard: Shard, tiers: int | None = None) -> int:
-        """Ciphertexts a row of a shard."""
-        return -(-self.slot_count(shard, tiers) // self.ckks.slots)
-
-    def clear_tensor_bytes(self, shard: Shard) -> int:
-        """Bytes of the tensors of a shard that are averaged in the clear."""
-        return 0 if self.encrypt_tensors else FLOAT_BYTES * sum(self.tensors[i].size for i in shard.tensors)
-
-    def largest_update_bytes(self, shard: Shard) -> int:
-        """Bound of a serialized UpdateShard in bytes, for refusing a transfer before it begins."""
-        rank = self.max_rank if shard.matrices else 1
-        clear = sum(
-            FLOAT_BYTES * rank * (self.matrices[i].out_features + self.matrices[i].in_features)
-            for i in shard.matrices
-        )
-        per_ciphertext = self.ckks.poly_degree * 8 + 64
-        encrypted = rank * self.chunk_count(shard) * per_ciphertext
-        return clear + self.clear_tensor_bytes(shard) + encrypted + 2**16
-
-
-def _consecutive(runs: Iterator[tuple[int, int, int]]) -> Iterator[Segment]:
-    """Lays runs of (item, length, column) one after the other, leaving out empty ones."""
-    slot = 0
-    for item, length, column in runs:
-        if length:
-            yield Segment(item, slot, length, column)
-            slot += even(length)
 
 
 def even(length: int) -> int:

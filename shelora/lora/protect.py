@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from shelora.ckks.wire import SeededBlock, encode_block
 from shelora.errors import DomainError, Reason
+from shelora.lora import products, whole
 from shelora.lora.layout import Layout, Matrix, Tensor
 from shelora.lora.shards import Float32, Float64, LoraFactors, MatrixPart, UpdateShardContent
 
@@ -44,14 +45,17 @@ def protect(
 
     Raises: SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, naming the matrix or tensor.
     """
+    fill = {
+        products.KIND.name: lambda index: matrix_shard(
+            layout, index, factors, encrypted_tiers, orders, encryptor
+        ),
+        whole.KIND.name: lambda index: tensor_shard(layout, index, tensors, encryptor),
+    }
     for index, shard in enumerate(layout.shards):
-        if shard.tensors:
-            yield _tensor_shard(layout, index, tensors, encryptor)
-        else:
-            yield _matrix_shard(layout, index, factors, encrypted_tiers, orders, encryptor)
+        yield fill[shard.kind](index)
 
 
-def _matrix_shard(
+def matrix_shard(
     layout: Layout,
     index: int,
     factors: Mapping[str, LoraFactors],
@@ -59,12 +63,13 @@ def _matrix_shard(
     orders: Mapping[str, NDArray[np.int64]],
     encryptor: Encrypts | None,
 ) -> UpdateShardContent:
+    """A shard of matrices; arguments and errors as in `protect`."""
     shard = layout.shards[index]
     matrices = [layout.matrices[i] for i in shard.matrices]
     rank = _common_rank(layout, factors)
     ordered = [_ordered(m, factors.get(m.name), rank, orders[m.name]) for m in matrices]
-    rows = np.zeros((rank, layout.slot_count(shard, tiers)))
-    for segment in layout.segments(shard, tiers):
+    rows = np.zeros((rank, products.KIND.slot_count(layout, shard, tiers)))
+    for segment in products.KIND.segments(layout, shard, tiers):
         columns = slice(segment.column, segment.column + segment.length)
         rows[:, segment.slot : segment.slot + segment.length] = ordered[segment.item].A[:, columns]
     return UpdateShardContent(
@@ -79,14 +84,15 @@ def _matrix_shard(
     )
 
 
-def _tensor_shard(
+def tensor_shard(
     layout: Layout, index: int, values: Mapping[str, Float32], encryptor: Encrypts | None
 ) -> UpdateShardContent:
+    """A shard of tensors; arguments and errors as in `protect`."""
     shard = layout.shards[index]
     tensors = [layout.tensors[i] for i in shard.tensors]
     checked = [_checked_tensor(t, values.get(t.name)) for t in tensors]
-    row = np.zeros((1, layout.slot_count(shard)))
-    for segment in layout.segments(shard):
+    row = np.zeros((1, whole.KIND.slot_count(layout, shard)))
+    for segment in whole.KIND.segments(layout, shard):
         # A value at the bound may pass it by the rounding of float32, and slots hold at most 1.
         values_of_one = checked[segment.item].ravel().astype(np.float64) / tensors[segment.item].bound
         row[0, segment.slot : segment.slot + segment.length] = np.clip(values_of_one, -1, 1)

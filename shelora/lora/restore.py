@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from shelora.ckks.parameters import SUM_LIMIT
 from shelora.ckks.wire import FullBlock, decode_block
 from shelora.errors import DomainError, Reason
-from shelora.lora.aggregate import MIN_CONTRIBUTORS, TENSOR_HEADROOM
-from shelora.lora.layout import Layout, Segment
-from shelora.lora.shards import FactoredUpdate, Float32, Float64, ResultShardContent
-from shelora.messages import result_block_shape
+from shelora.lora import products, whole
+from shelora.lora.layout import Layout
+from shelora.lora.shards import MIN_CONTRIBUTORS, FactoredUpdate, Float32, Float64, ResultShardContent
+from shelora.lora.slots import Segment, Slotted
+from shelora.lora.whole import TENSOR_HEADROOM
 
 
 class Decrypts(Protocol):
@@ -80,11 +81,11 @@ def _parts(
     decryptor: Decrypts | None,
 ) -> Iterator[Restored]:
     _expect_contributors(content)
-    slots = _slots(layout, content, decryptor)
-    if layout.shards[content.shard].tensors:
-        yield Restored(tensors=_tensors(layout, content, slots))
-    else:
-        yield from _matrices(layout, content, slots, orders)
+    open_ = {
+        products.KIND.name: lambda: restored_matrices(layout, content, orders, decryptor),
+        whole.KIND.name: lambda: restored_tensors(layout, content, decryptor),
+    }
+    yield from open_[layout.shards[content.shard].kind]()
 
 
 def _expect_contributors(content: ResultShardContent) -> None:
@@ -95,9 +96,9 @@ def _expect_contributors(content: ResultShardContent) -> None:
         )
 
 
-def _slots(layout: Layout, content: ResultShardContent, decryptor: Decrypts | None) -> Float64:
-    shape = result_block_shape(layout, content)
-    slot_count = layout.slot_count(layout.shards[content.shard])
+def _slots(kind: Slotted, layout: Layout, content: ResultShardContent, decryptor: Decrypts | None) -> Float64:
+    shape = kind.result_block_shape(layout, content)
+    slot_count = kind.slot_count(layout, layout.shards[content.shard])
     if shape is None:
         return np.zeros((0, slot_count))
     if decryptor is None:
@@ -109,12 +110,16 @@ def _slots(layout: Layout, content: ResultShardContent, decryptor: Decrypts | No
     return np.clip(slots, -SUM_LIMIT, SUM_LIMIT, out=slots)
 
 
-def _matrices(
-    layout: Layout, content: ResultShardContent, slots: Float64, orders: Mapping[str, NDArray[np.int64]]
+def restored_matrices(
+    layout: Layout,
+    content: ResultShardContent,
+    orders: Mapping[str, NDArray[np.int64]],
+    decryptor: Decrypts | None,
 ) -> Iterator[Restored]:
-    shard = layout.shards[content.shard]
+    """The matrices of a result shard, one at a time; errors as in `restored_parts`."""
+    shard, slots = layout.shards[content.shard], _slots(products.KIND, layout, content, decryptor)
     segments: dict[int, list[Segment]] = {}
-    for segment in layout.segments(shard):
+    for segment in products.KIND.segments(layout, shard):
         segments.setdefault(segment.item, []).append(segment)
     for item, (index, part) in enumerate(zip(shard.matrices, content.matrices, strict=True)):
         matrix = layout.matrices[index]
@@ -128,6 +133,14 @@ def _matrices(
         yield Restored(matrices={matrix.name: FactoredUpdate(part.Q.astype(np.float64), M)})
 
 
+def restored_tensors(
+    layout: Layout, content: ResultShardContent, decryptor: Decrypts | None
+) -> Iterator[Restored]:
+    """The tensors of a result shard together; errors as in `restored_parts`."""
+    slots = _slots(whole.KIND, layout, content, decryptor)
+    yield Restored(tensors=_tensors(layout, content, slots))
+
+
 def _tensors(layout: Layout, content: ResultShardContent, slots: Float64) -> dict[str, Float32]:
     shard = layout.shards[content.shard]
     tensors = [layout.tensors[i] for i in shard.tensors]
@@ -139,5 +152,5 @@ def _tensors(layout: Layout, content: ResultShardContent, slots: Float64) -> dic
         )
         .astype(np.float32)
         .reshape(tensors[s.item].shape)
-        for s in layout.segments(shard)
+        for s in whole.KIND.segments(layout, shard)
     }

@@ -17,19 +17,14 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-import numpy as np
-
+from shelora.lora.kinds import kind_of
 from shelora.lora.layout import Layout
 from shelora.lora.shards import UpdateShardContent
 
 
 def squared_norm(layout: Layout, content: UpdateShardContent) -> float:
-    """A shard's part Σ_i n_i (Σ_j ‖b_ij‖)² of the squared norm, without the scaling; 0 for tensors."""
-    matrices = [layout.matrices[i] for i in layout.shards[content.shard].matrices]
-    return sum(
-        matrix.in_features * float(np.linalg.norm(part.B.astype(np.float64), axis=0).sum()) ** 2
-        for matrix, part in zip(matrices, content.matrices, strict=True)
-    )
+    """A shard's part Σ_i n_i (Σ_j ‖b_ij‖)² of the squared norm, without the scaling; 0 where servers see no norm."""
+    return kind_of(layout.shards[content.shard]).squared_norm(layout, content)
 
 
 def update_norm(scaling: float, squared_norms: Sequence[float]) -> float:

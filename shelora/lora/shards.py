@@ -1,4 +1,4 @@
-"""Contents of update shards and result shards, as values. `shelora.messages` turns them into bytes and back."""
+"""Contents of update shards and result shards, as values. `shelora.lora.codec` turns them into bytes and back."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -10,6 +10,9 @@ Float32: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
 Buffer: TypeAlias = bytes | memoryview
 """Serialized bytes: one's own, or a view of the shard they came in."""
+
+MIN_CONTRIBUTORS = 2
+"""An aggregate of one update is that update: it is neither made nor decrypted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

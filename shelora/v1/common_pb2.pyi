@@ -96,6 +96,11 @@ class Shard(_message.Message):
 
     MATRICES_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """Kind of the shard by name (docs/strategies.md): how its values are sent, summed and opened. Empty: "products" for
+    matrices, "whole" for tensors. An agent or server refuses a kind that it does not know.
+    """
     @_builtins.property
     def matrices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices into Layout.matrices, a run without gaps."""
@@ -109,10 +114,11 @@ class Shard(_message.Message):
         *,
         matrices: _abc.Iterable[_builtins.int] | None = ...,
         tensors: _abc.Iterable[_builtins.int] | None = ...,
+        kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["matrices", b"matrices", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "matrices", b"matrices", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

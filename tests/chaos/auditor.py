@@ -11,7 +11,8 @@ from coordinator.aggregation import contributions
 from coordinator.decisions import contributors
 from coordinator.records import Commit, FederationRecord, RoundRecord
 from coordinator.store import RedisStore
-from shelora.lora.aggregate import Contribution, aggregate_shard
+from shelora.lora.aggregate import aggregate_shard
+from shelora.lora.kind import Contribution
 from shelora.lora.layout import Layout
 from shelora.rounds import RoundState
 

@@ -14,11 +14,13 @@ from shelora.ckks.secret import Encryptor, SecretKey
 from shelora.ckks.wire import HEADER_BYTES, encode_block
 from shelora.cli.cluster import LocalCluster
 from shelora.errors import DomainError, Reason
+from shelora.lora.codec import decode_update, encode_update
+from shelora.lora.kinds import kind_of
 from shelora.lora.layout import Layout
 from shelora.lora.protect import protect
 from shelora.lora.screening import squared_norm, update_norm
 from shelora.lora.shards import LoraFactors, UpdateShardContent
-from shelora.messages import decode_update, encode_update, layout_from_proto, matrix_to_proto, tensor_to_proto
+from shelora.messages import layout_from_proto, matrix_to_proto, tensor_to_proto
 from shelora.transport.channel import call, call_with_stream, open_channel
 from shelora.transport.pieces import Digest, cut
 from shelora.transport.tls import IdentityFolder, TlsCredentials
@@ -167,7 +169,7 @@ def _update(layout: Layout) -> Iterator[bytes]:
 
 def _rubbish(layout: Layout, index: int) -> Iterator[bytes]:
     """Serialized shards, each wrong in one way."""
-    rows = np.zeros((1, layout.slot_count(layout.shards[index])))
+    rows = np.zeros((1, kind_of(layout.shards[index]).slot_count(layout, layout.shards[index])))
     foreign = encode_block(Encryptor(SecretKey.generate(layout.ckks)).encrypt(rows))
     own = _replaced(foreign, KEY_ID, layout.key_id)
     yield b"\xff" * 1000

@@ -41,9 +41,10 @@ from shelora.ckks.secret import Decryptor, SecretKey
 from shelora.ckks.wire import BlockShape, FullBlock, SeededBlock, decode_block, encode_block
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.lora.codec import decode_result, validate_update
 from shelora.lora.layout import Tensor
 from shelora.lora.restore import restore
-from shelora.messages import decode_result, layout_from_proto, layout_to_proto, validate_update
+from shelora.messages import layout_from_proto, layout_to_proto
 from shelora.negotiation.ballots import Ballot
 from shelora.negotiation.plan import Plan, open_plan, seal_plan
 from shelora.rounds import Round, RoundKind

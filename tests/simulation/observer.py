@@ -14,9 +14,9 @@ import numpy as np
 from coordinator.keys import Keys
 from coordinator.records import Commit, FederationRecord, LayoutRecord, Phase, RoundRecord, Update
 from services.aggregation.keys import PREFIX, RoundKeys
+from shelora.lora.codec import decode_result
 from shelora.lora.restore import restore
 from shelora.lora.shards import Float32
-from shelora.messages import decode_result
 from shelora.negotiation.plan import column_orders
 from shelora.rounds import TRANSITIONS, RoundKind, RoundState
 from shelora.v1 import coordinator_pb2 as pb

@@ -9,19 +9,18 @@ from hypothesis import strategies as st
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.ckks.wire import HEADER_BYTES
 from shelora.errors import DomainError, Reason
-from shelora.lora.layout import Matrix, Shard, Tensor
-from shelora.lora.protect import protect
-from shelora.lora.shards import MatrixPart
-from shelora.messages import (
+from shelora.lora.codec import (
     decode_result,
     decode_update,
     encode_result,
     encode_update,
-    layout_from_proto,
-    layout_to_proto,
     parse_update,
     validate_update,
 )
+from shelora.lora.layout import Matrix, Shard, Tensor
+from shelora.lora.protect import protect
+from shelora.lora.shards import MatrixPart
+from shelora.messages import layout_from_proto, layout_to_proto
 from shelora.v1 import common_pb2 as pb
 from tests.unit.lora.cohorts import TOY_KEY, Cohort, Encryptor, Member, layout_of, lora_factors, planned
 from tests.vectors import make_lora_vectors as vectors

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from shelora.lora.codec import encode_result, encode_update
 from shelora.lora.layout import Layout, Matrix, Shard, Tensor
 from shelora.lora.shards import MatrixAggregate, MatrixPart, ResultShardContent, UpdateShardContent
-from shelora.messages import encode_result, encode_update
 from shelora.obfuscation import Obfuscation
 
 FILE: Final = Path(__file__).parent / "lora_golden.json"

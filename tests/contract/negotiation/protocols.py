@@ -7,11 +7,12 @@ import numpy as np
 
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
-from shelora.lora.aggregate import Contribution, aggregate_shard
+from shelora.lora.aggregate import aggregate_shard
+from shelora.lora.codec import decode_result, encode_update, validate_update
+from shelora.lora.kind import Contribution
 from shelora.lora.layout import Matrix
 from shelora.lora.protect import protect
 from shelora.lora.restore import restore
-from shelora.messages import decode_result, encode_update, validate_update
 from shelora.negotiation.ballots import Ballot, Tally
 from shelora.negotiation.ope import Ope
 from shelora.negotiation.plan import Plan, check_plan, open_plan, plan_context, seal_plan

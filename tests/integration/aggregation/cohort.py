@@ -8,11 +8,11 @@ import numpy as np
 
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
+from shelora.lora.codec import decode_result, encode_update
 from shelora.lora.layout import Layout, Matrix, Shard, Tensor
 from shelora.lora.protect import protect
 from shelora.lora.restore import restore
 from shelora.lora.shards import LoraFactors, UpdateShardContent
-from shelora.messages import decode_result, encode_update
 from shelora.v1 import aggregation_pb2 as pb
 
 RANK = 4

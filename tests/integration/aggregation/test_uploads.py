@@ -12,6 +12,7 @@ from shelora.ckks.parameters import INSECURE_TOY
 from shelora.ckks.secret import Encryptor, SecretKey
 from shelora.ckks.wire import HEADER_BYTES, encode_block
 from shelora.errors import Reason
+from shelora.lora.kinds import kind_of
 from shelora.lora.screening import squared_norm
 from shelora.lora.shards import MatrixPart
 from shelora.transport.pieces import PIECE_BYTES, Digest, cut
@@ -248,7 +249,7 @@ def with_block(cohort, change) -> bytes:
 
 
 async def test_more_bytes_than_a_shard_can_have_are_refused_before_any_is_read(caller, cohort, keys):
-    largest = cohort.layout.largest_update_bytes(cohort.layout.shards[1])
+    largest = kind_of(cohort.layout.shards[1]).largest_update_bytes(cohort.layout, cohort.layout.shards[1])
     digest = common_pb2.ShardDigest(sha256=bytes(32), total_bytes=largest + 1)
     await caller.open(cohort.layout)
     call = caller.stub.PutShard()
@@ -339,7 +340,7 @@ async def test_a_matrix_of_another_shape_is_refused(caller, cohort, keys):
 
 async def test_ciphertexts_under_another_key_are_refused(caller, cohort, keys):
     foreign = Encryptor(SecretKey.generate(INSECURE_TOY))
-    slots = cohort.layout.slot_count(cohort.layout.shards[1])
+    slots = kind_of(cohort.layout.shards[1]).slot_count(cohort.layout, cohort.layout.shards[1])
     data = cohort.altered(CLIENT, 1, ciphertexts=encode_block(foreign.encrypt(np.zeros((4, slots)))))
     assert await refused(caller, cohort, data, keys) is Reason.CIPHERTEXT_FOREIGN_KEY
 

@@ -12,12 +12,13 @@ from client_agent.memory import FIXED_BYTES, Memory, memory_here, require_memory
 from shelora.ckks.parameters import STANDARD
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.errors import DomainError, Reason
-from shelora.lora.aggregate import Contribution, aggregate_shard
+from shelora.lora.aggregate import aggregate_shard
+from shelora.lora.codec import decode_result, encode_update
+from shelora.lora.kind import Contribution
 from shelora.lora.layout import Layout, Matrix, build_layout
 from shelora.lora.protect import protect
 from shelora.lora.restore import restored_parts
 from shelora.lora.shards import LoraFactors
-from shelora.messages import decode_result, encode_update
 from shelora.obfuscation import SECRET_BYTES, Obfuscation
 
 RANK = 64

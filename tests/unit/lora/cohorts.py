@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
-from shelora.lora.aggregate import Contribution, aggregate_shard
+from shelora.lora.aggregate import aggregate_shard
+from shelora.lora.codec import decode_result, encode_update, validate_update
+from shelora.lora.kind import Contribution
 from shelora.lora.layout import Layout, Matrix, Shard, Tensor
 from shelora.lora.protect import protect
 from shelora.lora.restore import restore
 from shelora.lora.shards import LoraFactors
-from shelora.messages import decode_result, encode_update, validate_update
 from shelora.negotiation.plan import column_orders, make_plan
 from shelora.obfuscation import Obfuscation
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from shelora.errors import DomainError, Reason
-from shelora.lora.aggregate import Contribution
+from shelora.lora.codec import decode_result
+from shelora.lora.kind import Contribution
 from shelora.lora.layout import Tensor
 from shelora.lora.restore import restore
 from shelora.lora.shards import LoraFactors
-from shelora.messages import decode_result
 from tests.unit.lora.cohorts import Cohort, Member, layout_of, lora_factors, planned
 
 ROOT = Path(__file__).parents[3]

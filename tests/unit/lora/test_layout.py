@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from shelora.ckks.parameters import INSECURE_TOY, PROFILES, STANDARD
 from shelora.ckks.secret import Encryptor
 from shelora.errors import DomainError, Reason
+from shelora.lora.codec import encode_update
+from shelora.lora.kinds import kind_of
 from shelora.lora.layout import (
     HARD_CLEAR_BYTES,
     MAX_CHUNKS,
@@ -21,7 +23,6 @@ from shelora.lora.layout import (
 )
 from shelora.lora.protect import protect
 from shelora.lora.shards import LoraFactors
-from shelora.messages import encode_update
 from tests.unit.lora.cohorts import TOY_KEY, layout_of, planned
 from tests.vectors.make_lora_vectors import golden, golden_layout
 
@@ -55,8 +56,8 @@ def clear_bytes(layout, shard):
 
 def test_the_published_shapes_at_one_percent_fill_two_chunks():
     layout = built([Matrix(f"m{i}", 3200, 3200, (32,)) for i in range(104)])
-    assert [layout.chunk_count(shard) for shard in layout.shards] == [1, 1]
-    assert layout.slot_count(layout.shards[0]) > 0.9 * STANDARD.slots
+    assert [kind_of(shard).chunk_count(layout, shard) for shard in layout.shards] == [1, 1]
+    assert kind_of(layout.shards[0]).slot_count(layout, layout.shards[0]) > 0.9 * STANDARD.slots
 
 
 @settings(max_examples=60)
@@ -75,13 +76,13 @@ def test_shards_are_runs_that_keep_their_limits_and_are_not_closed_early(shapes,
     for shard, following in zip(layout.shards, (*layout.shards[1:], None), strict=True):
         if len(shard.matrices) > 1:
             assert clear_bytes(layout, shard) <= HARD_CLEAR_BYTES
-            assert layout.chunk_count(shard) <= MAX_CHUNKS
+            assert kind_of(shard).chunk_count(layout, shard) <= MAX_CHUNKS
         if following is not None:
             joined = Shard((*shard.matrices, following.matrices[0]))
-            filled = layout.slot_count(shard) % STANDARD.slots / STANDARD.slots
+            filled = kind_of(shard).slot_count(layout, shard) % STANDARD.slots / STANDARD.slots
             assert (
                 clear_bytes(layout, joined) > HARD_CLEAR_BYTES
-                or layout.slot_count(joined) > MAX_CHUNKS * STANDARD.slots
+                or kind_of(joined).slot_count(layout, joined) > MAX_CHUNKS * STANDARD.slots
                 or (clear_bytes(layout, shard) >= SOFT_CLEAR_BYTES and (filled == 0 or filled >= 0.9))
             )
 
@@ -95,7 +96,7 @@ def test_tensors_fill_shards_of_their_own():
     tensors = [Tensor(f"t{i}", (20_001,)) for i in range(8)]
     layout = built([Matrix("m", 8, 8, (1,))], tensors)
     assert [shard.tensors for shard in layout.shards] == [(), (0, 1, 2), (3, 4, 5), (6, 7)]
-    assert max(layout.chunk_count(shard) for shard in layout.shards) <= MAX_CHUNKS
+    assert max(kind_of(shard).chunk_count(layout, shard) for shard in layout.shards) <= MAX_CHUNKS
 
 
 @settings(max_examples=60)
@@ -108,15 +109,17 @@ def test_segments_cover_every_protected_column_once_and_fewer_tiers_are_a_prefix
     matrices, _ = planned(shapes, budgets, seed)
     layout = layout_of(matrices, tiers=budgets)
     shard = layout.shards[0]
-    every = layout.segments(shard)
+    every = kind_of(shard).segments(layout, shard)
     for tiers in range(len(budgets) + 1):
-        some = layout.segments(shard, tiers)
+        some = kind_of(shard).segments(layout, shard, tiers)
         assert every[: len(some)] == some
         for item, matrix in enumerate(matrices):
             columns = [c for s in some if s.item == item for c in range(s.column, s.column + s.length)]
             assert columns == list(range(matrix.protected(tiers)))
-        assert layout.slot_count(shard, tiers) == sum(s.slots for s in some)
-        assert layout.chunk_count(shard, tiers) == -(-layout.slot_count(shard, tiers) // INSECURE_TOY.slots)
+        assert kind_of(shard).slot_count(layout, shard, tiers) == sum(s.slots for s in some)
+        assert kind_of(shard).chunk_count(layout, shard, tiers) == -(
+            -kind_of(shard).slot_count(layout, shard, tiers) // INSECURE_TOY.slots
+        )
     ends = [0, *(s.slot + s.slots for s in every)]
     assert [s.slot for s in every] == ends[:-1]
     assert all(s.slot % 2 == 0 and s.length > 0 for s in every)
@@ -147,9 +150,9 @@ def test_the_byte_limit_bounds_every_update_and_leaves_little_room(
     for content in protect(layout, factors, values, min(tiers, len(budgets)), orders, Encryptor(TOY_KEY)):
         shard = layout.shards[content.shard]
         size = len(encode_update(layout, content))
-        assert size <= layout.largest_update_bytes(shard)
+        assert size <= kind_of(shard).largest_update_bytes(layout, shard)
         if content.encrypted_tiers == len(budgets):
-            assert layout.largest_update_bytes(shard) <= 2 * size + 2**17
+            assert kind_of(shard).largest_update_bytes(layout, shard) <= 2 * size + 2**17
 
 
 def test_the_digest_is_the_one_that_was_published():

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from shelora.ckks.secret import Decryptor, Encryptor
 from shelora.ckks.wire import decode_block
 from shelora.errors import DomainError, Reason
+from shelora.lora.kinds import kind_of
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.protect import protect
 from shelora.lora.shards import LoraFactors
-from shelora.messages import update_block_shape
 from tests.unit.lora.cohorts import TOY_KEY, layout_of, lora_factors, planned
 
 ENCRYPTOR = Encryptor(TOY_KEY)
@@ -60,17 +60,19 @@ def test_a_client_encrypts_its_tiers_and_sends_the_rest_in_column_order(tiers):
     layout = layout_of(matrices, tiers=[0.2, 0.7])
     factors = lora_factors(rng, matrices, 3)
     (content,) = contents_of(layout, factors, tiers=tiers, orders=orders)
-    shape = update_block_shape(layout, content)
+    shape = kind_of(layout.shards[content.shard]).update_block_shape(layout, content)
     rows = np.zeros((3, 0))
     if shape is not None:
         block = decode_block(content.ciphertexts, shape)
-        rows = Decryptor(TOY_KEY).decrypt(block, layout.slot_count(layout.shards[0], tiers))
+        rows = Decryptor(TOY_KEY).decrypt(
+            block, kind_of(layout.shards[0]).slot_count(layout, layout.shards[0], tiers)
+        )
     for item, matrix in enumerate(matrices):
         A = factors[matrix.name].A
         scaled = np.ldexp(A, -np.frexp(np.abs(A).max(axis=1))[1][:, None])[:, orders[matrix.name]]
         protected = matrix.protected(tiers)
         assert (content.matrices[item].clear_A == scaled[:, protected:]).all()
-        for segment in layout.segments(layout.shards[0], tiers):
+        for segment in kind_of(layout.shards[0]).segments(layout, layout.shards[0], tiers):
             if segment.item == item:
                 found = rows[:, segment.slot : segment.slot + segment.length]
                 sent = scaled[:, segment.column : segment.column + segment.length]
@@ -126,9 +128,10 @@ def test_a_value_at_the_bound_is_encrypted_even_if_float32_rounds_it_up(bound, s
     layout = layout_of((), [Tensor("head", (3,), bound)])
     value = np.full(3, sign * bound, dtype=np.float32)
     (content,) = contents_of(layout, {}, {"head": value})
-    shape = update_block_shape(layout, content)
+    shape = kind_of(layout.shards[content.shard]).update_block_shape(layout, content)
     found = Decryptor(TOY_KEY).decrypt(
-        decode_block(content.ciphertexts, shape), layout.slot_count(layout.shards[0])
+        decode_block(content.ciphertexts, shape),
+        kind_of(layout.shards[0]).slot_count(layout, layout.shards[0]),
     )
     assert np.abs(found[0, :3] - sign).max() < 1e-5
 

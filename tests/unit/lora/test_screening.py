@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shelora.ckks.secret import Encryptor
+from shelora.lora.codec import encode_update, validate_update
 from shelora.lora.protect import protect
 from shelora.lora.screening import counted_examples, largest_believed, squared_norm, update_norm
-from shelora.messages import encode_update, validate_update
 from tests.unit.lora.cohorts import TOY_KEY, cohorts
 
 NORMS = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12)

@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from shelora.ckks.parameters import STANDARD
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.errors import DomainError, Reason
-from shelora.lora.aggregate import Contribution, aggregate_shard
+from shelora.lora.aggregate import aggregate_shard
+from shelora.lora.codec import decode_result, encode_update, validate_update
+from shelora.lora.kind import Contribution
 from shelora.lora.layout import Matrix
 from shelora.lora.protect import protect
 from shelora.lora.restore import restore
-from shelora.messages import decode_result, encode_update, validate_update
 from shelora.negotiation.plan import check_plan, make_plan
 from shelora.negotiation.votes import cast_votes, summed_scores, vote_bound, vote_layout
 from tests.unit.lora.cohorts import TOY_KEY

@@ -1,0 +1,330 @@
+"""Shards of matrices under CKKS: B in the clear, a client's columns of A encrypted, their products never formed.
+
+Aggregation decrypts nothing. It goes over the contributions in passes, one client's shard in memory at a time, so that
+memory does not grow with the cohort: find Q and R, accumulate M. Where the ranks add up to more than `max_directions`,
+R is not kept and a pass between them finds the norms of its rows (docs/protocol.md, "Aggregation").
+
+Slots of encrypted row t hold M[t] * 2^e with the largest e for which ||R_t||_1 * 2^e <= 1/2: rows of A are at most 1
+in magnitude, so no slot passes 1/2 and the CKKS modulus is used fully whatever the size of the update.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shelora.ckks.parameters import SUM_LIMIT
+from shelora.ckks.wire import BlockReader, encode_block
+from shelora.lora.algebra import NEGLIGIBLE, DirectionSketch, coordinates
+from shelora.lora.fields import from_bytes, last, take
+from shelora.lora.kind import (
+    Accumulates,
+    Cohort,
+    Contribution,
+    Engine,
+    Fields,
+    UpdateHead,
+    check_values,
+    expect,
+)
+from shelora.lora.layout import FLOAT_BYTES, PRODUCTS, Layout, Matrix, Shard, refuse
+from shelora.lora.shards import (
+    Buffer,
+    Float32,
+    Float64,
+    MatrixAggregate,
+    MatrixPart,
+    ResultShardContent,
+    UpdateShardContent,
+)
+from shelora.lora.slots import Segment, Slotted, consecutive
+from shelora.v1 import common_pb2 as pb
+
+_LARGEST_A: Final = 1.0
+"""Rows of A are normalized to at most one."""
+_MAX_EXPONENT: Final = 1000
+"""Row exponents beyond this leave the range of float64."""
+
+
+class Products(Slotted):
+    """The kind `products`."""
+
+    name: Final = PRODUCTS
+
+    def require(self, layout: Layout, shard: Shard) -> None:
+        """As of `Kind`."""
+        if not shard.matrices:
+            raise refuse("a shard of products holds matrices")
+
+    def segments(self, layout: Layout, shard: Shard, tiers: int | None = None) -> tuple[Segment, ...]:
+        """As of `Slotted`: tier by tier, matrix by matrix."""
+        count = len(layout.tiers) if tiers is None else tiers
+        return tuple(
+            consecutive(
+                (item, layout.matrices[index].tier_columns[tier], layout.matrices[index].protected(tier))
+                for tier in range(count)
+                for item, index in enumerate(shard.matrices)
+            )
+        )
+
+    def clear_bytes(self, layout: Layout, shard: Shard, rank: int, tiers: int) -> int:
+        """As of `Slotted`: B, and the columns of A that are not encrypted."""
+        matrices = [layout.matrices[i] for i in shard.matrices]
+        return sum(
+            FLOAT_BYTES * rank * (m.out_features + m.in_features - m.protected(tiers)) for m in matrices
+        )
+
+    def update_rows(self, rank: int) -> int:
+        """As of `Slotted`: those of A."""
+        return rank
+
+    def result_rows(self, content: ResultShardContent) -> int:
+        """As of `Slotted`: those of the largest M."""
+        return max((m.Q.shape[1] for m in content.matrices), default=0)
+
+    def read_update(self, layout: Layout, head: UpdateHead, fields: Fields) -> UpdateShardContent:
+        """As of `Kind`."""
+        shard = layout.shards[head.shard]
+        expect(1 <= head.rank <= layout.max_rank, f"rank {head.rank}")
+        expect(head.encrypted_tiers <= len(layout.tiers), f"encrypted_tiers {head.encrypted_tiers}")
+        expect(len(fields.matrices) == len(shard.matrices), f"{len(fields.matrices)} matrices")
+        expect(not fields.tensors, f"{len(fields.tensors)} clear tensors")
+        return UpdateShardContent(
+            shard=head.shard,
+            rank=head.rank,
+            encrypted_tiers=head.encrypted_tiers,
+            matrices=tuple(
+                _matrix_part(layout.matrices[i], part, head.rank, head.encrypted_tiers)
+                for i, part in zip(shard.matrices, fields.matrices, strict=True)
+            ),
+            clear_tensors=(),
+            ciphertexts=fields.ciphertexts,
+        )
+
+    def check_update(self, layout: Layout, content: UpdateShardContent) -> None:
+        """As of `Kind`."""
+        for i, part in zip(layout.shards[content.shard].matrices, content.matrices, strict=True):
+            check_values(part.B, f"B of {layout.matrices[i].name}")
+            check_values(part.clear_A, f"A of {layout.matrices[i].name}", _LARGEST_A)
+
+    def read_result(
+        self, layout: Layout, shard: int, contributor_count: int, fields: Fields
+    ) -> ResultShardContent:
+        """As of `Kind`."""
+        matrices = [layout.matrices[i] for i in layout.shards[shard].matrices]
+        expect(len(fields.matrices) == len(matrices), f"{len(fields.matrices)} matrices")
+        expect(not fields.tensors, f"{len(fields.tensors)} clear tensors")
+        aggregates = tuple(
+            _matrix_aggregate(layout, matrix, part)
+            for matrix, part in zip(matrices, fields.matrices, strict=True)
+        )
+        for matrix, aggregate in zip(matrices, aggregates, strict=True):
+            check_values(aggregate.Q, f"Q of {matrix.name}")
+            check_values(aggregate.clear_M, f"M of {matrix.name}")
+        return ResultShardContent(
+            shard=shard,
+            contributor_count=contributor_count,
+            matrices=aggregates,
+            clear_tensors=(),
+            ciphertexts=fields.ciphertexts,
+        )
+
+    def squared_norm(self, layout: Layout, content: UpdateShardContent) -> float:
+        """As of `Kind`: Σ_i n_i (Σ_j ‖b_ij‖)² over matrices i of n_i columns."""
+        matrices = [layout.matrices[i] for i in layout.shards[content.shard].matrices]
+        return sum(
+            matrix.in_features * float(np.linalg.norm(part.B.astype(np.float64), axis=0).sum()) ** 2
+            for matrix, part in zip(matrices, content.matrices, strict=True)
+        )
+
+    def aggregate(self, cohort: Cohort, engine: Engine) -> ResultShardContent:
+        """As of `Kind`: Q, clear columns of M, ciphertexts of the others."""
+        return _aggregate(cohort, engine)
+
+
+KIND: Final = Products()
+
+
+def _matrix_part(matrix: Matrix, data: Buffer, rank: int, tiers: int) -> MatrixPart:
+    clear = matrix.in_features - matrix.protected(tiers)
+    fields = take(pb.MatrixUpdate(), data, (1, 2))
+    return MatrixPart(
+        B=from_bytes(last(fields[1]), (matrix.out_features, rank), f"B of {matrix.name}"),
+        clear_A=from_bytes(last(fields[2]), (rank, clear), f"A of {matrix.name}"),
+    )
+
+
+def _matrix_aggregate(layout: Layout, matrix: Matrix, data: Buffer) -> MatrixAggregate:
+    part = pb.MatrixResult()
+    fields = take(part, data, (2, 3))
+    q, exponents, energy = part.directions, part.row_exponents, part.energy_left_out
+    expect(q <= min(layout.max_directions, matrix.out_features), f"{q} directions of {matrix.name}")
+    expect(len(exponents) == q, f"row exponents of {matrix.name}")
+    expect(all(abs(e) <= _MAX_EXPONENT for e in exponents), f"range of row exponents of {matrix.name}")
+    expect(0 <= energy <= 1, f"energy left out of {matrix.name}")
+    return MatrixAggregate(
+        Q=from_bytes(last(fields[2]), (matrix.out_features, q), f"Q of {matrix.name}"),
+        clear_M=from_bytes(last(fields[3]), (q, matrix.clear), f"M of {matrix.name}"),
+        row_exponents=tuple(exponents),
+        energy_left_out=energy,
+    )
+
+
+def _blocks(cohort: Cohort) -> Iterator[list[Float64]]:
+    """For each client w_i s_i B_i [out, rank] of every matrix."""
+    for contribution, content in cohort:
+        yield [contribution.block(part.B) for part in content.matrices]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """What is known of one matrix before M is accumulated."""
+
+    Q: Float32
+    exponents: tuple[int, ...]
+    energy_left_out: float = 0.0
+    R: Float64 | None = None
+    """Coordinates of all clients side by side, or None if they are too many to keep."""
+    basis: Float64 | None = None
+    """Q before it was rounded, if coordinates are to be found by it."""
+
+    @property
+    def scale(self) -> Float64:
+        """2^e a row, [q, 1]."""
+        return np.exp2(np.array(self.exponents, dtype=np.float64))[:, None]
+
+    def coordinates(self, contribution: Contribution, B: Float32, first: int) -> Float64:
+        """R_i [q, rank] of a client whose columns of R start at `first`."""
+        if self.R is not None:
+            return self.R[:, first : first + B.shape[1]]
+        assert self.basis is not None
+        return coordinates(self.basis, contribution.block(B))
+
+
+def _aggregate(cohort: Cohort, engine: Engine) -> ResultShardContent:
+    layout, shard = cohort.layout, cohort.shard
+    rows = _rows(cohort, len(shard.matrices))
+    clear = [
+        np.zeros((r.Q.shape[1], layout.matrices[i].clear)) for r, i in zip(rows, shard.matrices, strict=True)
+    ]
+    slots = _EncryptedSlots.create(cohort, engine, max(r.Q.shape[1] for r in rows))
+    first = 0
+    for contribution, content in cohort:
+        parts = content.matrices
+        R = [r.coordinates(contribution, part.B, first) for r, part in zip(rows, parts, strict=True)]
+        for M, part, R_i in zip(clear, parts, R, strict=True):
+            M += R_i @ part.clear_A[:, part.clear_A.shape[1] - M.shape[1] :]  # noqa: PLW2901 - in place
+        if slots is not None:
+            slots.add(content, [r.scale * R_i for r, R_i in zip(rows, R, strict=True)])
+        first += content.rank
+    clear.reverse()  # so that each M is let go as it is rounded
+    return ResultShardContent(
+        shard=cohort.index,
+        contributor_count=len(cohort.contributions),
+        matrices=tuple(
+            MatrixAggregate(r.Q, clear.pop().astype(np.float32), r.exponents, r.energy_left_out) for r in rows
+        ),
+        clear_tensors=(),
+        ciphertexts=slots.finish() if slots is not None else b"",
+    )
+
+
+def _rows(cohort: Cohort, count: int) -> list[_Rows]:
+    sketches = [DirectionSketch(cohort.layout.max_directions) for _ in range(count)]
+    for blocks in _blocks(cohort):
+        for sketch, block in zip(sketches, blocks, strict=True):
+            sketch.add(block)
+    if not sketches[0].exact:  # all see the same ranks
+        return _cut_rows(cohort, [sketch.directions()[0] for sketch in sketches])
+    return [_exact_rows(*sketch.directions()) for sketch in sketches]
+
+
+def _exact_rows(basis: Float64, R: Float64 | None) -> _Rows:
+    assert R is not None
+    used, exponents = _used(np.abs(R).sum(axis=1))
+    return _Rows(_columns(basis, used).astype(np.float32), exponents, R=R[used])
+
+
+def _cut_rows(cohort: Cohort, bases: list[Float64]) -> list[_Rows]:
+    """Norms of the rows of R, and how much of the stacked B lies outside Q, by another pass."""
+    norms = [np.zeros(basis.shape[1]) for basis in bases]
+    kept = np.zeros(len(bases))
+    total = np.zeros(len(bases))
+    for blocks in _blocks(cohort):
+        for item, (basis, block) in enumerate(zip(bases, blocks, strict=True)):
+            R_i = coordinates(basis, block)
+            norms[item] += np.abs(R_i).sum(axis=1)
+            kept[item] += (R_i**2).sum()
+            total[item] += (block**2).sum()
+    left_out = np.where(total > 0, np.maximum(0, 1 - kept / np.where(total > 0, total, 1)), 0)
+    left_out[left_out < NEGLIGIBLE] = 0
+    return [_cut_row(*parts) for parts in zip(bases, norms, left_out.tolist(), strict=True)]
+
+
+def _cut_row(basis: Float64, norms: Float64, energy_left_out: float) -> _Rows:
+    used, exponents = _used(norms)
+    kept = _columns(basis, used)
+    return _Rows(kept.astype(np.float32), exponents, energy_left_out, basis=kept)
+
+
+def _columns(basis: Float64, used: NDArray[np.intp]) -> Float64:
+    return basis if len(used) == basis.shape[1] else np.ascontiguousarray(basis[:, used])
+
+
+def _used(norms: Float64) -> tuple[NDArray[np.intp], tuple[int, ...]]:
+    """Rows of R that some update uses, and the exponent of each from its norm."""
+    used = np.flatnonzero(norms > NEGLIGIBLE * norms.max(initial=0))
+    return used, tuple(math.floor(math.log2(SUM_LIMIT / norm)) for norm in norms[used])
+
+
+class _EncryptedSlots:
+    """The encrypted slots of a shard of matrices: ciphertexts of those who encrypt, plaintext of those who do not."""
+
+    def __init__(self, layout: Layout, index: int, accumulator: Accumulates, row_count: int) -> None:
+        self._layout = layout
+        self._shard = layout.shards[index]
+        self._segments = KIND.segments(layout, self._shard)
+        self._accumulator = accumulator
+        self._clear = np.zeros((row_count, KIND.slot_count(layout, self._shard)))
+
+    @classmethod
+    def create(cls, cohort: Cohort, engine: Engine, row_count: int) -> "_EncryptedSlots | None":
+        """None if nothing of the shard is encrypted or the aggregate is zero."""
+        layout, segments = cohort.layout, KIND.segments(cohort.layout, cohort.shard)
+        if not segments or not row_count:
+            return None
+        sums = engine(layout.ckks, layout.key_id).accumulator([s.slots for s in segments], row_count)
+        return cls(layout, cohort.index, sums, row_count)
+
+    def add(self, content: UpdateShardContent, scaled: list[Float64]) -> None:
+        """Adds one client's columns; scaled[item] is 2^e R_i [q, rank] of each matrix."""
+        encrypted = len(KIND.segments(self._layout, self._shard, content.encrypted_tiers))
+        shape = KIND.update_block_shape(self._layout, content)
+        if shape is not None:
+            block = BlockReader(content.ciphertexts, shape)
+            self._accumulator.add(block, self._weights(scaled, content.rank, encrypted))
+        for segment in self._segments[encrypted:]:
+            self._add_clear(content, segment, scaled[segment.item])
+
+    def _weights(self, scaled: list[Float64], rank: int, encrypted: int) -> Float64:
+        """[rows, rank, segments]; zero in segments the client sends in the clear."""
+        weights = np.zeros((self._clear.shape[0], rank, len(self._segments)))
+        for position, segment in enumerate(self._segments[:encrypted]):
+            R = scaled[segment.item]
+            weights[: R.shape[0], :, position] = R
+        return weights
+
+    def _add_clear(self, content: UpdateShardContent, segment: Segment, R: Float64) -> None:
+        part = content.matrices[segment.item]
+        matrix = self._layout.matrices[self._shard.matrices[segment.item]]
+        start = segment.column - matrix.protected(content.encrypted_tiers)
+        columns = part.clear_A[:, start : start + segment.length]
+        self._clear[: R.shape[0], segment.slot : segment.slot + segment.length] += R @ columns
+
+    def finish(self) -> bytes:
+        if self._clear.any():
+            self._accumulator.add_clear(self._clear)
+        return encode_block(self._accumulator.finish())
