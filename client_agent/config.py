@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     Field,
@@ -17,7 +16,7 @@ from pydantic import (
     ValidationInfo,
 )
 
-from shelora.configuration import StrictModel, explain, invalid, read_yaml
+from shelora.configuration import StrictModel, explain, invalid, parse_yaml, read_yaml
 from shelora.errors import DomainError
 from shelora.transport.address import HostPort
 from shelora.transport.identity import Identity, Role
@@ -26,19 +25,38 @@ from shelora.transport.tls import IdentityFolder, TlsCredentials
 ENV_PREFIX: Final = "SHELORA_AGENT__"
 IDENTITY: Final = "identity"
 """Folder in `state_dir` for key and certificate."""
-_SUFFIXES: Final = (".jsonl", ".csv", ".parquet")
+SUFFIXES: Final = (".jsonl", ".csv", ".parquet")
+"""How the names of data files end: what they hold."""
+_COMPRESSED: Final = (".gz", ".zip", ".bz2", ".xz", ".zst")
 _FOLDER: Final = "folder"
 """Key of the validation context: the folder that relative paths start from."""
 
 
+def unsupported_name(path: Path) -> str:
+    """Why data in a file of that name is not read; "" if it is. Suffixes may be in capitals."""
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        return ""
+    if suffix in _COMPRESSED:
+        return "it is compressed: unpack it first"
+    return f"the file name must end in one of {', '.join(SUFFIXES)}"
+
+
 def _absolute(path: Path, info: ValidationInfo) -> Path:
     folder: Path = (info.context or {}).get(_FOLDER, Path())
-    return (folder / path.expanduser()).absolute()
+    try:
+        os.fsencode(path)
+        whole = folder / path.expanduser()
+    except (UnicodeEncodeError, RuntimeError) as error:  # of a home folder that nobody has
+        raise ValueError(f"no file can have this name: {error}") from error
+    if "\0" in str(whole):
+        raise ValueError("no file can have this name: it holds a NUL")
+    return whole.absolute()
 
 
 def _data_file(path: Path) -> Path:
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"the file name must end in one of {', '.join(_SUFFIXES)}")
+    if why := unsupported_name(path):
+        raise ValueError(why)
     return path
 
 
@@ -181,7 +199,10 @@ class AgentConfig(StrictModel):
 
     def with_local_model(self, folder: Path) -> Self:
         """The same with `model.path` made absolute if it exists in `folder`; otherwise it is a name on the hub."""
-        local = folder / Path(self.model.path).expanduser()
+        try:
+            local = folder / Path(self.model.path).expanduser()
+        except RuntimeError as error:
+            raise invalid(f"model.path = {self.model.path}: {error}") from error
         if not _exists(local):
             return self
         return self.model_copy(
@@ -195,6 +216,8 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except PermissionError:
         return True
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def _override(values: dict[str, Any], environment: Mapping[str, str]) -> None:
@@ -208,7 +231,4 @@ def _override(values: dict[str, Any], environment: Mapping[str, str]) -> None:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise invalid(f"environment {name}: {parent} is not a section")
-        try:
-            place[field] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise invalid(f"environment {name} is not a valid YAML value") from error
+        place[field] = parse_yaml(text, f"environment {name}:")

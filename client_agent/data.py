@@ -1,21 +1,21 @@
 """Examples from files, read strictly: whoever's file is wrong learns the file, the line and the field."""
 
-import csv
 import hashlib
-import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Final
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from client_agent.tables import invalid, listed, quoted, read_rows
 
-from client_agent.access import denied
-from shelora.errors import DomainError, Reason
-
-_PARQUET_ROWS = 4096
-"""Rows of a Parquet file held at once."""
+_TEXT_SETTING: Final = "data.text_field"
+_LABEL_SETTING: Final = "data.label_field"
+LEAST_LABELS: Final = 2
+_EXACT: Final = 2**53
+"""Floats below are exact where they are whole numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,117 +50,82 @@ class Examples:
 
 
 def read_examples(path: Path, text_field: str, label_field: str, labels: Sequence[str]) -> Examples:
-    """Reads a .jsonl, .csv or .parquet file.
+    """Reads a .jsonl, .csv or .parquet file; of its fields those two alone.
 
     Args: labels: Class names in order of their index; empty if examples have no label.
     Raises: DomainError DATA_INVALID naming file, line (row of a Parquet file, from 1) and field.
     """
     index = {name: position for position, name in enumerate(labels)}
+    fields = {text_field: _TEXT_SETTING} | ({label_field: _LABEL_SETTING} if labels else {})
     texts: list[str] = []
     numbers: list[int] = []
-    for place, row in _rows(path):
-        texts.append(_text(row, text_field, place))
+    for place, row in read_rows(path, fields):
+        texts.append(_text(row[text_field], text_field, place))
         if labels:
-            numbers.append(_label(row, label_field, index, place))
+            numbers.append(_label(row[label_field], label_field, index, place))
     if not texts:
         raise invalid(f"{path} holds no examples")
     return Examples(tuple(texts), tuple(numbers))
 
 
 def found_labels(path: Path, label_field: str) -> tuple[str, ...]:
-    """The distinct labels of a file, sorted. Raises: DomainError DATA_INVALID."""
-    return tuple(sorted({_label_name(row, label_field, place) for place, row in _rows(path)}))
+    """The distinct labels of a file, sorted, at least two. Raises: DomainError DATA_INVALID."""
+    rows = read_rows(path, {label_field: _LABEL_SETTING})
+    found = {_label_names(row[label_field], label_field, place)[0] for place, row in rows}
+    if len(found) < LEAST_LABELS:
+        raise invalid(f"{path} holds {len(found)} labels in {label_field!r}, and a classifier needs two")
+    return tuple(sorted(found))
 
 
-def invalid(message: str) -> DomainError:
-    """A DATA_INVALID error."""
-    return DomainError(Reason.DATA_INVALID, message)
+def place_of(path: Path, text_field: str, index: int) -> str:
+    """Where the example of that index, from 0, lies in its file."""
+    return next(islice(read_rows(path, {text_field: _TEXT_SETTING}), index, None))[0]
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """Every row with its place in words. Raises: DomainError DATA_INVALID."""
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
-        raise invalid(f"{path}: the file name must end in one of {', '.join(readers)}")
-    try:
-        yield from readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise invalid(f"{path} is not UTF-8 at byte {error.start}") from error
-    except PermissionError as error:
-        raise invalid(denied(path)) from error
-    except OSError as error:
-        raise invalid(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.rstrip("\r\n"))
-            except json.JSONDecodeError as error:
-                raise invalid(f"{place}, column {error.colno}: not valid JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise invalid(f"{place}: must be a JSON object")
-            yield place, row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, restkey="")
-        try:
-            for row in reader:
-                place = f"{path}, line {reader.line_num}"
-                if "" in row:
-                    raise invalid(
-                        f"{place}: more fields than the header names; quote texts that contain commas"
-                    )
-                yield place, row
-        except csv.Error as error:
-            raise invalid(f"{path}, line {reader.line_num}: {error}") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except pa.ArrowException as error:
-        raise invalid(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def _text(row: Mapping[str, object], field: str, place: str) -> str:
-    value = _field(row, field, place, "data.text_field")
+def _text(value: object, field: str, place: str) -> str:
     if not isinstance(value, str):
-        raise invalid(f"{place}: field {field!r} must be text, not {type(value).__name__}")
+        raise invalid(f"{place}: field {field!r} must be text, not {_kind(value)}")
     if not value.strip():
         raise invalid(f"{place}: field {field!r} is empty")
+    if not value.isascii() and (half := next((c for c in value if "\ud800" <= c <= "\udfff"), "")):
+        raise invalid(
+            f"{place}: field {field!r} holds half of a character ({half!r} of a surrogate pair): remove it"
+        )
     return value
 
 
-def _label(row: Mapping[str, object], field: str, index: Mapping[str, int], place: str) -> int:
-    name = _label_name(row, field, place)
-    if name not in index:
-        known = ", ".join(index)
-        raise invalid(f"{place}: label {name!r} is not one of the federation's: {known}")
-    return index[name]
+def _label(value: object, field: str, index: Mapping[str, int], place: str) -> int:
+    names = _label_names(value, field, place)
+    for name in names:
+        if name in index:
+            return index[name]
+    raise invalid(f"{place}: label {quoted(names[0])} is not one of the federation's: {listed(index)}")
 
 
-def _label_name(row: Mapping[str, object], field: str, place: str) -> str:
-    value = _field(row, field, place, "data.label_field")
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise invalid(f"{place}: field {field!r} must be a class name, not {type(value).__name__}")
-    return str(value)
+def _label_names(value: object, field: str, place: str) -> tuple[str, ...]:
+    """The class names that a value may stand for: pandas writes true as True, and 1 beside a null as 1.0."""
+    match value:
+        case str() if value.strip():
+            return (value,)
+        case str():
+            raise invalid(f"{place}: field {field!r} is empty")
+        case bool():
+            return str(value).lower(), str(value)
+        case int():
+            return (str(value),)
+        case float() if math.isfinite(value):
+            whole = value.is_integer() and abs(value) < _EXACT
+            return (str(int(value)), repr(value)) if whole else (repr(value),)
+    raise invalid(f"{place}: field {field!r} must be a class name, not {_kind(value)}")
 
 
-def _field(row: Mapping[str, object], field: str, place: str, setting: str) -> object:
-    value = row.get(field)
-    if value is None:
-        there = ", ".join(map(str, row)) or "none"
-        raise invalid(f"{place}: field {field!r} is missing (set {setting}); fields there: {there}")
-    return value
+def _kind(value: object) -> str:
+    """A value's kind in the words of JSON."""
+    match value:
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number" if math.isfinite(value) else "NaN or a number without bounds"
+        case tuple():
+            return "an object"
+    return "a list"

@@ -31,18 +31,22 @@ def invalid(message: str) -> DomainError:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file; raises CONFIGURATION_INVALID if it cannot be read, is not YAML or has no fields."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise invalid(f"{path} cannot be read: {error}") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # PyYAML lets int() and date() speak for themselves
-        raise invalid(f"{path} is not valid YAML: {error}") from error
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise invalid(f"{path} must hold fields such as 'name: value'")
     return values
+
+
+def parse_yaml(text: str, source: str) -> Any:  # noqa: ANN401 - whatever it holds
+    """The value of a YAML text. Raises: CONFIGURATION_INVALID naming the source."""
+    try:
+        return yaml.safe_load(text)
+    # PyYAML lets int() and date() speak for themselves
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise invalid(f"{source} is not valid YAML: {error}") from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

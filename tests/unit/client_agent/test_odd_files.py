@@ -1,0 +1,232 @@
+"""Whatever a file holds, an agent reads it or says in one line what is wrong: never a traceback."""
+
+import csv
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import client_agent
+from client_agent.config import AgentConfig
+from client_agent.data import found_labels, place_of, read_examples
+from shelora.errors import DomainError, Reason
+
+LABELS = ("bad", "good", "0", "true")
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252")
+SAMPLE = (Path(client_agent.__file__).parent / "sample.yaml").read_text()
+HUGE = "a number of thousands of digits, which Python neither reads nor writes"
+odd = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+texts = st.text(st.characters(), max_size=20) | st.sampled_from(
+    ["", "\0", "\ud83d", '"', "a\r\nb", ",", "good"]
+)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**400, 2**63, 2**64, HUGE])
+    | st.floats()
+    | texts
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3)
+)
+names = st.sampled_from(["text", "label", "", "text ", "other"]) | texts
+
+
+@contextmanager
+def written(name: str, content: bytes) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        yield path
+
+
+def check(path: Path) -> None:
+    """Reads the file; whatever is refused is refused in one printable line that names it."""
+    for read in (
+        lambda: read_examples(path, "text", "label", LABELS),
+        lambda: read_examples(path, "text", "label", ()),
+        lambda: found_labels(path, "label"),
+    ):
+        refused = refusal(read)
+        if refused:
+            assert refused.reason is Reason.DATA_INVALID
+            assert str(path) in refused.message
+            assert refused.message.isprintable(), refused.message
+            assert len(refused.message) < len(str(path)) + 2000
+    if not refusal(lambda: read_examples(path, "text", "label", ())):
+        examples = read_examples(path, "text", "label", ())
+        "".join(examples.texts).encode()  # tokenizers take UTF-8
+        assert place_of(path, "text", len(examples) - 1).startswith(str(path))
+
+
+def refusal(call: Callable[[], object]) -> DomainError | None:
+    """What the call was refused with; other errors are failures."""
+    try:
+        call()
+    except DomainError as error:
+        return error
+    return None
+
+
+@odd
+@given(
+    name=st.sampled_from(["a.csv", "a.jsonl", "a.parquet", "A.CSV", "a.csv.gz"]),
+    content=st.binary(max_size=300),
+)
+def test_any_bytes(name: str, content: bytes) -> None:
+    with written(name, content) as path:
+        check(path)
+
+
+@odd
+@given(
+    header=st.lists(names, max_size=4),
+    rows=st.lists(st.lists(texts | st.sampled_from(["bad", "fine words"]), max_size=5), max_size=4),
+    delimiter=st.sampled_from(",,,;\t"),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONE]),
+    encoding=st.sampled_from(ENCODINGS),
+    cut=st.integers(0, 3),
+)
+def test_any_csv(
+    header: list[str], rows: list[list[str]], delimiter: str, quoting: Any, encoding: str, cut: int
+) -> None:
+    with tempfile.TemporaryFile("w+", newline="", encoding="utf-8", errors="surrogatepass") as file:
+        with suppress(csv.Error):  # of rows that cannot be written so
+            csv.writer(file, delimiter=delimiter, quoting=quoting, escapechar="\\").writerows([header, *rows])
+        file.seek(0)
+        content = file.read().encode(encoding, "replace")
+    with written("a.csv", content[: len(content) - cut]) as path:
+        check(path)
+
+
+@odd
+@given(
+    rows=st.lists(st.dictionaries(names, values, max_size=3) | values, max_size=4),
+    indent=st.sampled_from([None, None, 1]),
+    escaped=st.booleans(),
+    encoding=st.sampled_from(ENCODINGS),
+)
+@example(rows=[{"text": "fine", "label": HUGE}], indent=None, escaped=True, encoding="utf-8")
+def test_any_jsonl(rows: list[Any], indent: int | None, escaped: bool, encoding: str) -> None:
+    lines = [dumped(row, indent=indent, ensure_ascii=escaped) for row in rows]
+    with written("a.jsonl", "\n".join(lines).encode(encoding, "replace")) as path:
+        check(path)
+
+
+def dumped(value: Any, **options: Any) -> str:
+    return json.dumps(value, **options).replace(f'"{HUGE}"', "9" * 5000)
+
+
+arrow_types = st.sampled_from(
+    [
+        pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.binary(3), pa.bool_(), pa.null(),
+        pa.int8(), pa.uint64(), pa.float16(), pa.float64(), pa.decimal128(20, 2), pa.decimal256(60, 2), pa.date32(),
+        pa.date64(),
+        pa.time32("s"), pa.time64("ns"), pa.timestamp("ns"), pa.timestamp("s", tz="Nowhere/Land"), pa.duration("ns"),
+        pa.list_(pa.int8()), pa.large_list(pa.string()), pa.list_(pa.int8(), 2), pa.map_(pa.string(), pa.int8()),
+        pa.struct([("text", pa.string())]), pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int8(), pa.int64()),
+    ]
+)  # fmt: skip
+
+
+def array(kind: pa.DataType, fill: int) -> pa.Array:
+    """Three values of the type, from bytes that it may not hold."""
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        words = [b"good", bytes([fill]) * 3, None if fill % 2 else b"fine"]
+        return pa.array(words, pa.binary()).view(kind)
+    if pa.types.is_primitive(kind) and kind.bit_width >= 8:
+        size = kind.bit_width // 8
+        return pa.Array.from_buffers(kind, 3, [None, pa.py_buffer(bytes([fill]) * (3 * size))])
+    if pa.types.is_dictionary(kind):
+        words = pa.array(["good", "bad"]) if pa.types.is_string(kind.value_type) else pa.array([0, 2**62])
+        return pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.int8()), words)
+    return pa.nulls(3, kind)
+
+
+@odd
+@given(
+    columns=st.lists(st.tuples(names, arrow_types, st.integers(0, 255)), max_size=5),
+    cut=st.sampled_from([0, 0, 1, 50]),
+)
+def test_any_parquet(columns: list[tuple[str, pa.DataType, int]], cut: int) -> None:
+    arrays = [array(kind, fill) for _, kind, fill in columns]
+    names = [name.encode("utf-8", "replace").decode() for name, *_ in columns]
+    with written("a.parquet", b"") as path:
+        try:
+            pq.write_table(pa.Table.from_arrays(arrays, names), path)
+        except (pa.ArrowException, ValueError, OverflowError):
+            return  # no such file can be
+        path.write_bytes(path.read_bytes()[: -cut or None])
+        check(path)
+
+
+def load(content: bytes, environment: dict[str, str]) -> None:
+    with written("agent.yaml", content) as path:
+        refused = refusal(lambda: AgentConfig.load(path, environment))
+        if refused:
+            assert refused.reason is Reason.CONFIGURATION_INVALID
+            assert (
+                str(path) in refused.message
+                or "environment" in refused.message
+                or "model.path" in refused.message
+            )
+            assert len(refused.message) < 20_000
+
+
+@odd
+@given(content=st.binary(max_size=100) | texts.map(lambda text: text.encode("utf-8", "surrogatepass")))
+@example(content=b"a: 2020-99-99")
+@example(content=b"a: &a [*a]")
+@example(content=b"[" * 1500)
+def test_any_yaml(content: bytes) -> None:
+    load(content, {})
+
+
+sections = st.sampled_from(
+    sorted({*yaml.safe_load(SAMPLE), "model.path", "data.train", "data.test", "lora.rank", "x.y"})
+)
+
+
+@odd
+@given(
+    field=sections,
+    value=values | st.sampled_from(["~nobody/x", "a\0b", "\ud83d.csv", "x" * 5000, "/" * 5000, "/dev/null"]),
+)
+@example(field="data.train", value="~nobody-there/a.csv")
+@example(field="data.train", value="\ud83d.csv")
+@example(field="data.train", value="a\0.csv")
+@example(field="model.path", value="~nobody-there/a")
+@example(field="model.path", value="a\0")
+@example(field="model.path", value="\ud83d")
+@example(field="model.path", value="x" * 5000)
+@example(field="state_dir", value="\ud83d")
+def test_any_value_in_a_configuration(field: str, value: Any) -> None:
+    content = yaml.safe_load(SAMPLE)
+    place = content
+    *parents, last = field.split(".")
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[last] = value
+    load(dumped(content).encode(), {})
+
+
+@odd
+@given(
+    name=st.sampled_from(["DATA", "DATA__TRAIN", "BUDGET", "", "__", "LORA__RANK__X", "STATE_DIR"]),
+    value=st.text(max_size=20),
+)
+@example(name="BUDGET", value="2020-99-99")
+@example(name="BUDGET", value="[" * 1500)
+@example(name="BUDGET", value="9" * 5000)
+def test_any_value_in_the_environment(name: str, value: str) -> None:
+    load(SAMPLE.encode(), {f"SHELORA_AGENT__{name}": value})
