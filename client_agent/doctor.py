@@ -17,7 +17,7 @@ from typing import Final
 import grpc
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.table import Table
+from rich.text import Text
 
 from client_agent.conditions import SAMPLE_S, Conditions
 from client_agent.config import AgentConfig
@@ -30,6 +30,7 @@ from shelora.ckks.parameters import profile
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.errors import DomainError
 from shelora.federation import FederationSpec
+from shelora.terminal import Records
 from shelora.transport.channel import is_transient, open_channel
 from shelora.transport.status import distrusts, error_from_rpc
 from shelora.transport.tls import Credentials
@@ -100,7 +101,7 @@ def failed(findings: list[Finding]) -> bool:
     return any(finding.verdict is Verdict.FAILED for finding in findings)
 
 
-def report(findings: list[Finding]) -> Table:
+def report(findings: list[Finding]) -> Records:
     """A table for a terminal."""
     styles = {
         Verdict.OK: "green",
@@ -108,12 +109,12 @@ def report(findings: list[Finding]) -> Table:
         Verdict.FAILED: "bold red",
         Verdict.SKIPPED: "dim",
     }
-    table = Table(title="This device", title_justify="left")
-    for heading in ("check", "", "seen", "to mend"):
-        table.add_column(heading, overflow="fold")
+    table = Records(
+        "check", "result", "seen", "to mend", title="This device", sentences=["seen", "to mend"], lines=True
+    )
     for finding in findings:
-        verdict = f"[{styles[finding.verdict]}]{finding.verdict}[/]"
-        table.add_row(finding.check, verdict, finding.seen, finding.remedy)
+        verdict = Text(finding.verdict, style=styles[finding.verdict])
+        table.add(finding.check, verdict, finding.seen, finding.remedy)
     return table
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group
-from rich.table import Table
 
 from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from client_agent.config import AgentConfig
@@ -14,6 +13,7 @@ from client_agent.model import AdaptedModel
 from client_agent.protection import expected_layout
 from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.lora.kinds import kind_of
+from shelora.terminal import Records
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,19 +56,11 @@ def report(config: AgentConfig, training: TrainingSpec, found: Inspection) -> Gr
     return Group(_examples_table(training, found), _model_table(config, found))
 
 
-def _examples_table(training: TrainingSpec, found: Inspection) -> Table:
-    table = Table(title="Examples", title_justify="left")
-    table.add_column("label")
-    table.add_column("train", justify="right")
-    table.add_column("test", justify="right")
+def _examples_table(training: TrainingSpec, found: Inspection) -> Records:
+    table = Records("label", "train", "test", title="Examples", numbers=["train", "test"], lines=True)
     test = _counts(found.test, training.labels)
     for name, count in _counts(found.examples, training.labels).items():
-        table.add_row(
-            name,
-            f"{count:,}",
-            f"{test[name]:,}" if found.test else "-",
-            style="bold" if name == "all" else "",
-        )
+        table.add(name, f"{count:,}", f"{test[name]:,}" if found.test else "-")
     return table
 
 
@@ -76,18 +68,16 @@ def _counts(examples: Examples | None, labels: Sequence[str]) -> Mapping[str, in
     return {} if examples is None else {**examples.count_by_label(labels), "all": len(examples)}
 
 
-def _model_table(config: AgentConfig, found: Inspection) -> Table:
+def _model_table(config: AgentConfig, found: Inspection) -> Records:
     model = found.model
-    table = Table(title="Model", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    table = Records("model", "", title="Model", sentences=[""], lines=True)
     shapes = sorted({(m.out_features, m.in_features) for m in model.matrices})
-    table.add_row("adapted matrices", f"{len(model.matrices)}")
-    table.add_row("their shapes", ", ".join(f"{out} x {in_}" for out, in_ in shapes))
-    table.add_row("tensors trained whole", ", ".join(t.name for t in model.tensors) or "none")
-    table.add_row("rank", f"{model.rank}")
-    table.add_row("trainable parameters", f"{model.trainable_count:,}")
-    table.add_row("device", model.device.type)
-    table.add_row("columns encrypted", f"{config.budget:.2%}")
-    table.add_row("upload a round, about", f"{found.upload_bytes / 1e6:,.2f} MB")
+    table.add("adapted matrices", f"{len(model.matrices)}")
+    table.add("their shapes", ", ".join(f"{out} x {in_}" for out, in_ in shapes))
+    table.add("tensors trained whole", ", ".join(t.name for t in model.tensors) or "none")
+    table.add("rank", f"{model.rank}")
+    table.add("trainable parameters", f"{model.trainable_count:,}")
+    table.add("device", model.device.type)
+    table.add("columns encrypted", f"{config.budget:.2%}")
+    table.add("upload a round, about", f"{found.upload_bytes / 1e6:,.2f} MB")
     return table

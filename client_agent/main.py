@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import structlog
 import typer
-from rich.console import Console
 
 from client_agent.config import IDENTITY, AgentConfig
 from client_agent.loading import check_loading, unusable
@@ -18,6 +17,7 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.telemetry.logs import configure_logs
 from shelora.telemetry.metrics import start_metrics_server
+from shelora.terminal import CommandLine, Terminal
 from shelora.transport.enrolment import enroll as enrolled
 from shelora.version import VersionOption
 
@@ -66,7 +66,7 @@ SHELORA_AGENT__LORA__RANK=16 sets lora.rank.
 """
 
 _log = structlog.get_logger(__name__)
-app = typer.Typer(
+app = CommandLine(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -181,10 +181,9 @@ def _enroll(token: str, authority: str, state_dir: Path, client: str) -> int:
         enrolled(token, authority, state_dir / IDENTITY, client_id=client, retry_s=ENROL_RETRY_S)
     )
     facts = held.facts
-    Console().print(
+    Terminal().say(
         f"enrolled as {facts.identity}; the certificate in {state_dir / IDENTITY} is valid until "
-        f"{facts.expires:%Y-%m-%d %H:%M} UTC, and the running agent renews it",
-        highlight=False,
+        f"{facts.expires:%Y-%m-%d %H:%M} UTC, and the running agent renews it"
     )
     return 0
 
@@ -223,18 +222,18 @@ def _check(config: AgentConfig, *, offline: bool, causal_lm: bool, targets: list
         training, protection = guessed_training(config, targets, causal_lm=causal_lm), ProtectionSpec()
     else:
         training, protection = asyncio.run(_asked(config))
-    Console().print(report(config, training, inspect(config, training, protection)))
+    Terminal().print(report(config, training, inspect(config, training, protection)))
     return 0
 
 
 def _doctor(config: AgentConfig) -> int:
-    console = Console()
-    with console.status("loading packages"):
+    console = Terminal()
+    with console.stages("loading packages"):
         check_loading()
     from client_agent.doctor import examine, failed, report  # noqa: PLC0415 - as above
 
-    with console.status("examining this device") as status:
-        findings = asyncio.run(examine(config, lambda check: status.update(f"examining: {check}")))
+    with console.stages("examining this device") as tell:
+        findings = asyncio.run(examine(config, lambda check: tell(f"examining: {check}")))
     console.print(report(findings))
     return EXIT_FAILED if failed(findings) else 0
 
@@ -267,7 +266,7 @@ def _exit_with(action: Callable[[], int]) -> None:
     try:
         code = _loaded(action)
     except DomainError as error:
-        print(f"client-agent: {error.reason}: {error.message}", file=sys.stderr)  # noqa: T201 - for the operator
+        Terminal(stderr=True).refuse(error, "client-agent: ")
         code = EXIT_REFUSED if error.reason in _REFUSED else EXIT_FAILED
     sys.exit(code)
 

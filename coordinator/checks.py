@@ -13,6 +13,7 @@ from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix, Tensor, build_layout
 from shelora.messages import matrix_from_proto
 from shelora.protocol import PROTOCOL_VERSION, Stage
+from shelora.text import printable
 from shelora.transport.pieces import SHA256_BYTES
 from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
@@ -94,6 +95,11 @@ def sighting(stage: str, progress: float, now_ms: int) -> Sighting:
     require(stage in STAGES, f"stage must be one of {', '.join(sorted(STAGES))}")
     require(0 <= progress <= 1, "progress must be 0 to 1")
     return Sighting(stage=stage, progress=progress, at_ms=now_ms)
+
+
+def why(text: str) -> str:
+    """A member's reason, as logs and terminals may show it."""
+    return printable(text[:MAX_WHY])
 
 
 def update(request: pb.CommitUpdateRequest) -> Update:

@@ -26,6 +26,7 @@ from services.shell.process import run_process
 from services.shell.redis_client import RedisClient, connect
 from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
+from shelora.terminal import CommandLine
 from shelora.transport.channel import open_channel
 from shelora.transport.replicas import Replicas
 from shelora.version import VersionOption
@@ -33,7 +34,7 @@ from shelora.version import VersionOption
 FULLNESS_POLL_S: Final = 15.0
 """Seconds between two looks at Redis' memory: as often as Prometheus usually asks."""
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = CommandLine(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -136,7 +136,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                 request.client_id,
                 request.plan_number,
                 request.sha256.hex(),
-                request.why[: checks.MAX_WHY],
+                checks.why(request.why),
             )
             return pb.RejectPlanResponse()
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from load.figures import figures, tables, write_summary
@@ -14,10 +13,13 @@ from load.plots import plot_cost, plot_memory
 from load.run import Measured, Plan, run
 from shelora.cli.main import interruptible
 from shelora.errors import DomainError
+from shelora.terminal import CommandLine, Terminal
 
-console = Console()
+console = Terminal()
+app = CommandLine(add_completion=False)
 
 
+@app.command()
 def main(
     agents: Annotated[
         list[int], typer.Option(min=2, help="Agents of the federation; repeat for a run of each size.")
@@ -46,10 +48,10 @@ def main(
                 console.print(*tables(figures(runs[-1])))
                 _report(runs, folder)
     except DomainError as error:
-        console.print(f"[red]the run failed: {error.reason}[/red]\n{error.message}", highlight=False)
+        console.refuse(error, "the run failed: ")
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("[yellow]interrupted; every process was stopped[/yellow]")
+        console.say("interrupted; every process was stopped", style="yellow")
         sys.exit(130)
     sys.exit(_verdict(runs, folder))
 
@@ -59,10 +61,15 @@ def _run(plan: Plan, folder: Path) -> Measured:
     (folder / "agents").mkdir(parents=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
+        told = ""
         task = progress.add_task(f"{plan.agents} agents", total=plan.agents)
 
         def tell(what: str, done: int, total: int) -> None:
+            nonlocal told
             progress.update(task, description=f"{plan.agents} agents, {what}", completed=done, total=total)
+            if not console.is_terminal and what != told:
+                console.say(f"{plan.agents} agents, {what}")
+            told = what
 
         measured = run(plan, folder, tell)
     shutil.rmtree(folder / "agents")
@@ -79,12 +86,12 @@ def _report(runs: list[Measured], folder: Path) -> None:
 def _verdict(runs: list[Measured], folder: Path) -> int:
     problems = [f"{run.plan.agents} agents: {problem}" for run in runs for problem in run.problems]
     for problem in problems:
-        console.print(f"[red]{problem}[/red]", highlight=False)
+        console.say(problem, style="red")
     if not problems:
-        console.print("no call failed; every agent finished, and every update counted")
-    console.print(f"left in {folder}: summary.json, cost.png, memory.png", highlight=False)
+        console.say("no call failed; every agent finished, and every update counted")
+    console.say(f"left in {folder}: summary.json, cost.png, memory.png")
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from google.protobuf.message import Message
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     Strict,
@@ -23,9 +24,17 @@ from pydantic_core import PydanticCustomError
 from shelora.ckks.parameters import PROFILES, STANDARD
 from shelora.configuration import StrictModel, explain, invalid, read_yaml
 from shelora.errors import DomainError, Reason
+from shelora.text import printable
 from shelora.v1 import coordinator_pb2 as pb
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+def _printable(text: str) -> str:
+    if printable(text) != text:
+        raise PydanticCustomError("characters", "remove the control characters")
+    return text
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)]
 Names = Annotated[tuple[Name, ...], Strict(strict=False)]
 """A list in YAML, a tuple here."""
 

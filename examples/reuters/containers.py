@@ -15,7 +15,6 @@ from typing import Annotated, Final
 
 import typer
 import yaml
-from rich.console import Console
 
 from examples.reuters.assets import MINILM, REUTERS
 from examples.reuters.cohort import (
@@ -30,13 +29,14 @@ from shelora import files
 from shelora.cli.operator import create_token, operator, own_credentials
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.terminal import Terminal
 from shelora.transport.identity import Role
 from shelora.transport.tls import Credentials, IdentityFolder
 
 TOKEN: Final = "token"  # noqa: S105 - a file name
 METRICS_PORT: Final = 9464
 
-console = Console(width=160)
+console = Terminal()
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def main(
             write_configuration(servers, profile, agents / profile.name, assets / MINILM.target)
         started = asyncio.run(admit_and_start(servers, spec, identity, agents))
     except DomainError as error:
-        console.print(f"{error.reason}: {error.message}", highlight=False)
+        console.refuse(error)
         sys.exit(1)
     what = f"started, with {len(AGENTS)} agents and {rounds} rounds" if started else "has ended already"
-    console.print(f"{spec.name}: {what}", highlight=False)
+    console.say(f"{spec.name}: {what}")
 
 
 def write_configuration(servers: Servers, profile: AgentProfile, home: Path, model: Path) -> None:

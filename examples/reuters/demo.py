@@ -12,13 +12,12 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 import yaml
-from rich.console import Console
-from rich.live import Live
 
 from examples.reuters.assets import MINILM, REUTERS, fetch
 from examples.reuters.cohort import (
@@ -35,9 +34,11 @@ from examples.reuters.report import plot_rounds, summarize
 from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.main import interruptible
 from shelora.cli.operator import Operator, operator
-from shelora.cli.render import federation_view, round_figures, rounds_table, size, training_rounds
+from shelora.cli.render import round_figures, rounds_table, size, training_rounds
+from shelora.cli.screen import FederationScreen
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.terminal import CommandLine, Terminal
 from shelora.v1 import coordinator_pb2 as pb
 
 ASSETS: Final = Path("assets")
@@ -45,9 +46,11 @@ REFRESH_S: Final = 0.5
 ADAPTER_OF: Final = "newsroom-3"
 """The agent whose adapter the demo keeps: the one of the largest rank."""
 
-console = Console()
+console = Terminal()
+app = CommandLine(add_completion=False)
 
 
+@app.command()
 def main(
     protection: Annotated[
         Protection, typer.Option(help="selective, or none for comparison.")
@@ -60,25 +63,29 @@ def main(
         with interruptible():
             run(protection, folder, started)
     except DomainError as error:
-        console.print(f"[red]the demo failed: {error.reason}[/red]\n{error.message}", highlight=False)
+        console.refuse(error, "the demo failed: ")
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("[yellow]interrupted; every process was stopped[/yellow]")
+        console.say("interrupted; every process was stopped", style="yellow")
         sys.exit(130)
 
 
 def run(protection: Protection, folder: Path, started: float) -> None:
     """The whole demo; raises DomainError with the reason if anything fails."""
-    with console.status("fetching model and data (about 120 MB the first time)"):
+    with console.stages("fetching model and data (about 120 MB the first time)"):
         model, data = fetch(MINILM, ASSETS), fetch(REUTERS, ASSETS)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     spec = federation_spec(protection)
     counts = write_data(data, folder / "agents")
-    console.print("examples: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
-    with LocalCluster(folder / "cluster", fixed_ports=False, workers=2) as cluster:
+    console.say("examples: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    with ExitStack() as stack:
+        with console.stages("starting a cluster") as tell:
+            cluster = stack.enter_context(
+                LocalCluster(folder / "cluster", fixed_ports=False, workers=2, tell=tell)
+            )
         agents = [start_agent(cluster, profile, folder, model) for profile in AGENTS]
-        console.print(f"{len(agents)} agents enrolled with a token each; {cluster.trust}", highlight=False)
+        console.say(f"{len(agents)} agents enrolled with a token each; {cluster.trust}")
         federation = asyncio.run(follow(cluster, agents, spec))
     finish(federation, spec, folder, time.monotonic() - started)
 
@@ -97,13 +104,14 @@ async def follow(cluster: LocalCluster, agents: Sequence[Process], spec: Federat
     async with operator(cluster.addresses.coordinator, cluster.credentials) as connection:
         await connection.create(spec.to_proto())
         federation = await connection.start(spec.name)
-        with Live(federation_view(federation), console=console, refresh_per_second=2) as live:
+        with FederationScreen(console) as screen:
+            screen.show(federation)
             while federation.phase == pb.PHASE_RUNNING:
                 require_alive(cluster, agents)
                 await asyncio.sleep(REFRESH_S)
                 federation = await connection.get(spec.name)
-                live.update(federation_view(federation))
-            return await last_reports(connection, agents, federation, live)
+                screen.show(federation)
+            return await last_reports(connection, agents, federation, screen)
 
 
 def require_alive(cluster: LocalCluster, agents: Sequence[Process]) -> None:
@@ -117,7 +125,7 @@ def require_alive(cluster: LocalCluster, agents: Sequence[Process]) -> None:
 
 
 async def last_reports(
-    connection: Operator, agents: Sequence[Process], federation: pb.Federation, live: Live
+    connection: Operator, agents: Sequence[Process], federation: pb.Federation, screen: FederationScreen
 ) -> pb.Federation:
     """Waits until the agents have exited; raises if the federation or an agent failed."""
     if federation.phase == pb.PHASE_FAILED:
@@ -125,12 +133,12 @@ async def last_reports(
     while any(agent.popen.poll() is None for agent in agents):
         await asyncio.sleep(REFRESH_S)
         federation = await connection.get(federation.federation_id)
-        live.update(federation_view(federation))
+        screen.show(federation)
     for agent in agents:
         if agent.popen.returncode:
             agent.require_alive()
     federation = await connection.get(federation.federation_id)
-    live.update(federation_view(federation))
+    screen.show(federation)
     return federation
 
 
@@ -147,13 +155,12 @@ def finish(federation: pb.Federation, spec: FederationSpec, folder: Path, wall_s
     shutil.copytree(folder / "agents" / ADAPTER_OF / "state" / "adapter", folder / "adapter")
     console.print(rounds_table([round_figures(r) for r in training_rounds(federation)]))
     up, down = (size(summary[f"{way}_bytes_per_agent_per_round"]) for way in ("upload", "download"))
-    console.print(
+    console.say(
         f"final test accuracy {summary['final_test_accuracy']:.1%} on {summary['final_test_examples']} test examples"
         f" · {up} up and {down} down an agent and round · {wall_s:.0f} s\n"
-        f"left in {folder}: summary.json, rounds.png, adapter/ (load it with PeftModel.from_pretrained)",
-        highlight=False,
+        f"left in {folder}: summary.json, rounds.png, adapter/ (load it with PeftModel.from_pretrained)"
     )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -24,11 +24,12 @@ from services.shell.membership import join
 from services.shell.process import run_process
 from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
+from shelora.terminal import CommandLine
 from shelora.transport.channel import open_channel
 from shelora.v1 import aggregation_pb2_grpc
 from shelora.version import VersionOption
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = CommandLine(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from services.shell.revocations import Revocations
 from services.shell.server import Listener, serve
 from shelora import files
 from shelora.errors import DomainError, Reason
+from shelora.terminal import CommandLine
 from shelora.transport.enrolment import certify, keep_renewed
 from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import IdentityInMemory, TlsCredentials
@@ -61,7 +62,7 @@ Exit codes: 0 after SIGTERM or SIGINT, 2 if the configuration is refused, 1 for 
 
 _log = structlog.get_logger(__name__)
 
-app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode=None)
+app = CommandLine(add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode=None)
 
 
 @app.callback(help=_HELP, invoke_without_command=True)

@@ -5,20 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Final
+from typing import Annotated, BinaryIO, Final
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from shelora.audit import LOG_NAME, AuditRecord, verified
 from shelora.cli.reporting import reported
 from shelora.errors import DomainError, Reason
+from shelora.terminal import Records, Terminal
 
 SHOWN: Final = 50
 SHORT: Final = 8
 """Digits of an identifier in the table; the file has all of them."""
-_PLAIN: Final[dict[str, Any]] = {"box": None, "padding": (0, 1, 0, 0), "header_style": "bold"}
 
 audit_app = typer.Typer(help="Check and show the log of who was given keys.", no_args_is_help=True)
 
@@ -44,11 +42,11 @@ def verify(
                 Reason.AUDIT_BROKEN,
                 "the chain holds, but the noted head is not in it: the log was rewritten, cut short, or is another one",
             )
-    console = Console()
-    console.print(f"{last.sequence + 1} records, none changed; the last is of {last.time}")
+    console = Terminal()
+    console.say(f"{last.sequence + 1} records, none changed; the last is of {last.time}")
     console.print(f"head {last.hash}", soft_wrap=True)
     if head is None:
-        console.print("note the head elsewhere and give it with --head the next time", style="dim")
+        console.say("note the head elsewhere and give it with --head the next time", style="dim")
 
 
 @audit_app.command()
@@ -59,19 +57,15 @@ def show(
     """Show the last records of a log, after checking all of it."""
     with reported(), _log(path) as file:
         records = deque(verified(file), maxlen=last)
-    Console().print(records_table(records))
+    Terminal().print(records_table(records))
 
 
-def records_table(records: deque[AuditRecord]) -> Table:
+def records_table(records: deque[AuditRecord]) -> Records:
     """One line a record."""
-    table = Table(**_PLAIN)
-    table.add_column("record", justify="right", no_wrap=True)
-    for heading in ("time (UTC)", "event"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("federation", "epoch", "client", "detail"):
-        table.add_column(heading, overflow="fold")
+    headings = ("record", "time (UTC)", "event", "federation", "epoch", "client", "detail")
+    table = Records(*headings, numbers=["record"], sentences=["detail"])
     for record in records:
-        table.add_row(
+        table.add(
             str(record.sequence),
             record.time[: len("2026-01-01T00:00:00")].replace("T", " "),
             record.event.replace("_", " "),

@@ -137,6 +137,7 @@ class LocalCluster:
         announce: Aggregation replicas announce themselves, so that agents and coordinators learn of more.
         settings: More settings by kind of server (`coordinator`, `aggregation`), in upper case without prefix.
         relay: What all connections but those of enrolment go through.
+        tell: Takes what is being started.
     """
 
     def __init__(
@@ -150,7 +151,9 @@ class LocalCluster:
         announce: bool = False,
         settings: Mapping[str, Mapping[str, str]] | None = None,
         relay: Relay | None = None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._tell = tell
         self._folder = folder.absolute()
         self._fixed = fixed_ports
         self._coordinators = coordinators
@@ -385,6 +388,7 @@ class LocalCluster:
         return f"redis://{self._fronted('redis', f'127.0.0.1:{port}')}/0"
 
     def _run(self, name: str, launch: "_Launch") -> None:
+        self._tell(f"starting {name}")
         self._launches[name] = launch
         self._servers[name] = process = self._process(name, launch)
         self._stack.callback(self._stop, name)

@@ -5,16 +5,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from shelora.cli.audit import audit_app
 from shelora.cli.cluster import Addresses, LocalCluster
@@ -31,10 +28,12 @@ from shelora.cli.render import federation_view, federations_table, revocations_t
 from shelora.cli.reporting import reported
 from shelora.cli.revoking import consequences
 from shelora.cli.revoking import holder as to_revoke
+from shelora.cli.screen import FederationScreen
 from shelora.cli.secret_files import make_secrets
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.telemetry.logs import configure_logs
+from shelora.terminal import CommandLine, Records, Terminal
 from shelora.transport.enrolment import enroll as enrolled
 from shelora.transport.enrolment import keep_renewed, renewal_at
 from shelora.transport.identity import Identity, Role
@@ -47,7 +46,7 @@ DEFAULT_FOLDER = Path("runs/local")
 REFRESH_S = 1.0
 _Result = TypeVar("_Result")
 
-app = typer.Typer(
+app = CommandLine(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -56,7 +55,7 @@ app.add_typer(federation_app, name="federation")
 token_app = typer.Typer(help="Issue join tokens.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
 app.add_typer(audit_app, name="audit")
-console = Console()
+console = Terminal()
 
 
 @app.callback(help="Private federated LoRA fine-tuning: run a local cluster, create and watch federations.")
@@ -108,12 +107,17 @@ def up(
 
     State survives: a cluster started again in the same folder goes on where it stopped.
     """
-    with reported(), interruptible():
-        cluster = LocalCluster(
-            folder, fixed_ports=not any_ports, aggregation_replicas=aggregation_replicas, workers=workers
-        )
-        with console.status("starting"), cluster:
-            _until_interrupted(cluster, folder)
+    with reported(), interruptible(), ExitStack() as stack:
+        with console.stages(f"starting a cluster in {folder}") as tell:
+            cluster = LocalCluster(
+                folder,
+                fixed_ports=not any_ports,
+                aggregation_replicas=aggregation_replicas,
+                workers=workers,
+                tell=tell,
+            )
+            stack.enter_context(cluster)
+        _until_interrupted(cluster, folder)
 
 
 @app.command()
@@ -124,9 +128,10 @@ def status(
 ) -> None:
     """Show all federations."""
     federations = _ask(lambda o: o.list(), Target.of(coordinator, identity, key_authority))
-    console.print(
-        federations_table(federations) if federations else "no federations: `shelora federation create`"
-    )
+    if federations:
+        console.print(federations_table(federations))
+    else:
+        console.say("no federations: `shelora federation create`")
 
 
 @federation_app.command()
@@ -188,11 +193,12 @@ def show(
         federation = await o.get(name)
         if not watch:
             return federation
-        with Live(federation_view(federation), console=console, transient=True) as live:
+        with FederationScreen(console, transient=True) as screen:
+            screen.show(federation)
             while federation.phase in {pb.PHASE_CREATED, pb.PHASE_RUNNING}:
                 await asyncio.sleep(REFRESH_S)
                 federation = await o.get(name)
-                live.update(federation_view(federation))
+                screen.show(federation)
         return federation
 
     console.print(federation_view(_ask(follow, Target.of(coordinator, identity, key_authority))))
@@ -263,12 +269,12 @@ def revoke(
         holder = to_revoke(role, federation, client)
         target = Target.of(None, identity, key_authority)
         if role is not Role.CLIENT:
-            console.print(consequences(role), highlight=False, markup=False, soft_wrap=True)
+            console.say(consequences(role))
             if not yes:
                 typer.confirm("Revoke them?", abort=True)
         asyncio.run(work(target, holder))
     whom = holder if role is Role.CLIENT else f"all certificates of {holder} issued so far"
-    console.print(f"revoked {whom}", highlight=False)
+    console.say(f"revoked {whom}")
 
 
 @app.command()
@@ -281,7 +287,10 @@ def revocations(identity: IdentityOption = None, key_authority: KeyAuthorityOpti
 
     with reported():
         found = asyncio.run(work(Target.of(None, identity, key_authority)))
-    console.print(revocations_table(found) if found else "nobody was revoked")
+    if found:
+        console.print(revocations_table(found))
+    else:
+        console.say("nobody was revoked")
 
 
 @app.command()
@@ -308,10 +317,9 @@ def enroll(
     with reported():
         held = (_still_valid(folder) if stay else None) or asyncio.run(work())
         facts = held.facts
-        console.print(
+        console.say(
             f"enrolled as {facts.identity}; the certificate in {identity} is valid until "
-            f"{facts.expires:%Y-%m-%d %H:%M} UTC",
-            highlight=False,
+            f"{facts.expires:%Y-%m-%d %H:%M} UTC"
         )
         if stay:
             _renew_until_stopped(folder, key_authority)
@@ -325,8 +333,8 @@ def secrets(
     with reported():
         made = make_secrets(folder)
     for path in made:
-        console.print(f"made {path}", highlight=False, soft_wrap=True)
-    console.print(f"{len(made)} secrets made; {folder} is complete", highlight=False, soft_wrap=True)
+        console.say(f"made {path}")
+    console.say(f"{len(made)} secrets made; {folder} is complete")
 
 
 @contextmanager
@@ -411,31 +419,31 @@ def _ask(work: Callable[[Operator], Coroutine[Any, Any, _Result]], target: Targe
     raise AssertionError("unreachable: reported exits")
 
 
-def _addresses_table(addresses: Addresses, folder: Path) -> Table:
-    table = Table("process", "address", "metrics", title=f"local cluster in {folder}", title_justify="left")
+def _addresses_table(addresses: Addresses, folder: Path) -> Records:
+    table = Records("process", "address", "metrics", title=f"local cluster in {folder}", lines=True)
     metrics = addresses.metrics
-    table.add_row("coordinator", addresses.coordinator, metrics.get("coordinator", ""))
-    table.add_row("key authority", addresses.key_authority, metrics.get("key-authority", ""))
+    table.add("coordinator", addresses.coordinator, metrics.get("coordinator", ""))
+    table.add("key authority", addresses.key_authority, metrics.get("key-authority", ""))
     for replica, address in enumerate(addresses.aggregation):
         name = f"aggregation-{replica}" if len(addresses.aggregation) > 1 else "aggregation"
-        table.add_row(name, address, metrics.get(name, ""))
-    table.add_row("redis", addresses.redis_url, "")
-    table.add_row("enrolment", addresses.enrolment, "")
-    table.add_row("operator's identity", addresses.operator_identity, "")
+        table.add(name, address, metrics.get(name, ""))
+    table.add("redis", addresses.redis_url, "")
+    table.add("enrolment", addresses.enrolment, "")
+    table.add("operator's identity", addresses.operator_identity, "")
     return table
 
 
 def _until_interrupted(cluster: LocalCluster, folder: Path) -> None:
     try:
         console.print(_addresses_table(cluster.addresses, folder))
-        console.print(cluster.trust, highlight=False)
-        console.print("Ctrl-C stops the cluster; its state stays in the folder.")
+        console.say(cluster.trust)
+        console.say("Ctrl-C stops the cluster; its state stays in the folder.")
         while True:
             cluster.require_alive()
             cluster.renew_operator()
             time.sleep(REFRESH_S)
     except KeyboardInterrupt:
-        console.print("stopping")
+        console.say("stopping")
 
 
 if __name__ == "__main__":

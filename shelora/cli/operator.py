@@ -4,8 +4,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from shelora.text import printable
 from shelora.transport.certificates import utc_now
 from shelora.transport.channel import call, open_channel
 from shelora.transport.enrolment import renew, renewal_at
@@ -23,8 +27,24 @@ RETRY_S: Final = 10.0
 """A person waits: shorter than between servers."""
 
 
+_Message = TypeVar("_Message", bound=Message)
+
+
+def shown(message: _Message) -> _Message:
+    """A message from a server, in place, its texts as a terminal may show them: members have chosen some of them."""
+    for field, value in message.ListFields():
+        if field.type == FieldDescriptor.TYPE_STRING and field.is_repeated:
+            value[:] = [printable(text) for text in value]
+        elif field.type == FieldDescriptor.TYPE_STRING:
+            setattr(message, field.name, printable(value))
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            for part in value if field.is_repeated else [value]:
+                shown(part)
+    return message
+
+
 class Operator:
-    """The operator's calls. Each raises DomainError with the coordinator's reason."""
+    """The operator's calls. Each raises DomainError with the coordinator's reason; texts in answers are printable."""
 
     def __init__(self, stub: "CoordinatorAsyncStub") -> None:
         """Takes an asynchronous stub."""
@@ -32,18 +52,19 @@ class Operator:
 
     async def create(self, spec: pb.FederationSpec) -> pb.Federation:
         """Creates a federation, or returns it if it exists with the same specification."""
-        return await call(self._stub.CreateFederation, pb.CreateFederationRequest(spec=spec), retry_s=RETRY_S)
+        request = pb.CreateFederationRequest(spec=spec)
+        return shown(await call(self._stub.CreateFederation, request, retry_s=RETRY_S))
 
     async def start(self, federation: str) -> pb.Federation:
         """Lets a federation begin as soon as enough agents have joined."""
         request = pb.StartFederationRequest(federation_id=federation)
-        return await call(self._stub.StartFederation, request, retry_s=RETRY_S)
+        return shown(await call(self._stub.StartFederation, request, retry_s=RETRY_S))
 
     async def rotate(self, federation: str) -> pb.Federation:
         """Has a federation change to new keys after the round in progress."""
         present = await self.get(federation)
         request = pb.RotateKeysRequest(federation_id=federation, from_epoch=present.epoch)
-        return await call(self._stub.RotateKeys, request, retry_s=RETRY_S)
+        return shown(await call(self._stub.RotateKeys, request, retry_s=RETRY_S))
 
     async def get(self, federation: str) -> pb.Federation:
         """Reads a federation, its history page by page."""
@@ -55,12 +76,12 @@ class Operator:
             page = await call(self._stub.GetFederation, request, retry_s=RETRY_S)
             found.history.extend(page.history)
         found.more_history = False
-        return found
+        return shown(found)
 
     async def list(self) -> list[pb.Federation]:
         """All federations by name."""
         response = await call(self._stub.ListFederations, pb.ListFederationsRequest(), retry_s=RETRY_S)
-        return list(response.federations)
+        return list(shown(response).federations)
 
 
 @asynccontextmanager
@@ -120,7 +141,7 @@ async def list_revocations(key_authority: str, credentials: Credentials) -> list
         while True:
             after = revocations[-1].at_unix_ms if revocations else 0
             request = enrolment_pb2.ListRevocationsRequest(after_unix_ms=after)
-            found = (await call(stub.ListRevocations, request, retry_s=RETRY_S)).revocations
+            found = shown(await call(stub.ListRevocations, request, retry_s=RETRY_S)).revocations
             if not found:
                 return revocations
             revocations += found

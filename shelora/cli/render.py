@@ -3,21 +3,19 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
+from shelora.terminal import Records
 from shelora.transport.identity import Role
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import enrolment_pb2
 
-_PLAIN: Final[dict[str, Any]] = {"box": None, "padding": (0, 1, 0, 0), "header_style": "bold"}
-"""Tables without lines: all columns fit 80 characters."""
 MAX_DROPPED: Final = 20
 """Updates refused or left out that are shown, the newest."""
 _STATE = {
@@ -89,8 +87,17 @@ def federation_view(federation: pb.Federation) -> RenderableType:
     dropped = dropped_updates(federation)
     if dropped:
         parts.append(_dropped_table(dropped[-MAX_DROPPED:]))
-    title = f"federation {federation.federation_id} · {_PHASE.get(federation.phase, 'unknown')}{_epoch(federation)}"
-    return Panel(Group(*parts), title=title, title_align="left", box=box.HORIZONTALS, padding=0)
+    return Panel(Group(*parts), box=box.HORIZONTALS, padding=0)
+
+
+def standing(federation: pb.Federation) -> str:
+    """Where a federation stands, in one line."""
+    return f"{_title(federation)}: {_now(federation)}"
+
+
+def _title(federation: pb.Federation) -> str:
+    phase = _PHASE.get(federation.phase, "unknown")
+    return f"federation {federation.federation_id} · {phase}{_epoch(federation)}"
 
 
 def _epoch(federation: pb.Federation) -> str:
@@ -109,22 +116,21 @@ def dropped_updates(federation: pb.Federation) -> list[tuple[str, pb.DroppedUpda
 
 def federations_table(federations: Sequence[pb.Federation]) -> RenderableType:
     """One line a federation."""
-    table = Table("federation", "phase", "agents", "rounds", "now")
+    table = Records("federation", "phase", "agents", "rounds", "now", sentences=["now"], lines=True)
     for federation in federations:
         done = f"{federation.trained_rounds} of {federation.spec.round.rounds}"
         name, phase = federation.federation_id, _PHASE.get(federation.phase, "unknown")
-        table.add_row(name, phase, str(federation.member_count), done, _now(federation))
+        table.add(name, phase, str(federation.member_count), done, _now(federation))
     return table
 
 
-def rounds_table(rounds: Sequence[RoundFigures]) -> Table:
+def rounds_table(rounds: Sequence[RoundFigures]) -> Records:
     """One line a training round: quality, traffic, seconds."""
     title = "\ntraining rounds: means over agents, times in seconds"
-    table = Table(title=title, title_justify="left", **_PLAIN)
-    for heading in ("round", "loss", "accuracy", "up", "down", "train", "encrypt", "aggregate", "decrypt"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("round", "loss", "accuracy", "up", "down", "train", "encrypt", "aggregate", "decrypt")
+    table = Records(*headings, title=title, numbers=headings)
     for figures in rounds:
-        table.add_row(
+        table.add(
             str(figures.number),
             _number(figures.train_loss, ".3f"),
             _number(figures.test_accuracy, ".1%"),
@@ -149,7 +155,9 @@ def size(count: float) -> str:
 def _headline(federation: pb.Federation) -> Text:
     spec = federation.spec
     protection = "every agent's budget encrypted" if spec.protection.mode == "selective" else "UNPROTECTED"
-    text = Text(f"{spec.training.base_model}, {protection}\n{_now(federation)}")
+    text = Text.assemble(
+        (_title(federation), "bold"), f"\n{spec.training.base_model}, {protection}\n{_now(federation)}"
+    )
     if federation.failure:
         text.append(f"\n{federation.failure}", style="red")
     return text
@@ -176,37 +184,33 @@ def _progress(current: pb.RoundSummary) -> str:
     return f"{current.update_count} of {current.cohort_count} updates, {size(current.upload_bytes)}{dropped}"
 
 
-def _members_table(federation: pb.Federation) -> Table:
-    table = Table(**_PLAIN)
-    for heading in ("agent", "rank", "encrypts", "examples", "stage", "progress", "seen"):
-        table.add_column(heading, no_wrap=True)
+def _members_table(federation: pb.Federation) -> Records:
+    table = Records("agent", "rank", "encrypts", "examples", "stage", "progress", "seen")
     for member in federation.members:
         seen = f"{member.idle_ms / 1000:.0f} s" if member.idle_ms < 2**62 else "-"
         budget = f"{member.budget:.0%}" if federation.spec.protection.mode == "selective" else "nothing"
         bar = ProgressBar(total=1, completed=member.progress, width=10)
         row: list[RenderableType] = [member.client_id, str(member.rank), budget, str(member.example_count)]
-        table.add_row(*row, member.stage or "-", bar if member.stage else "", seen)
+        table.add(*row, member.stage or "-", bar if member.stage else "", seen)
     return table
 
 
-def revocations_table(revocations: Iterable[enrolment_pb2.Revocation]) -> Table:
+def revocations_table(revocations: Iterable[enrolment_pb2.Revocation]) -> Records:
     """One line a revocation."""
-    table = Table("role", "federation", "client", "revoked (UTC)", "since then", **_PLAIN)
+    table = Records("role", "federation", "client", "revoked (UTC)", "since then")
     for revocation in revocations:
         at = datetime.fromtimestamp(revocation.at_unix_ms / 1000, UTC)
         since = "enrolled again" if revocation.enrolled_again else ""
         holder = (revocation.role or Role.CLIENT, revocation.federation_id, revocation.client_id)
-        table.add_row(*holder, f"{at:%Y-%m-%d %H:%M:%S}", since)
+        table.add(*holder, f"{at:%Y-%m-%d %H:%M:%S}", since)
     return table
 
 
-def _dropped_table(dropped: Sequence[tuple[str, pb.DroppedUpdate]]) -> Table:
-    table = Table(title="\nupdates refused or left out", title_justify="left", **_PLAIN)
-    for heading in ("round", "agent", "reason"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("why")
+def _dropped_table(dropped: Sequence[tuple[str, pb.DroppedUpdate]]) -> Records:
+    title = "\nupdates refused or left out"
+    table = Records("round", "agent", "reason", "why", title=title, sentences=["why"])
     for name, drop in dropped:
-        table.add_row(name, drop.client_id, drop.reason, drop.why)
+        table.add(name, drop.client_id, drop.reason, drop.why)
     return table
 
 

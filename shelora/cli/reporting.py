@@ -4,9 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 from shelora.errors import DomainError
+from shelora.terminal import Terminal
 
 
 @contextmanager
@@ -15,7 +14,5 @@ def reported() -> Iterator[None]:
     try:
         yield
     except DomainError as error:
-        Console(stderr=True).print(
-            f"[red]{error.reason}[/red] {error.message}", highlight=False, soft_wrap=True
-        )
+        Terminal(stderr=True).refuse(error)
         sys.exit(1)

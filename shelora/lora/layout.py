@@ -65,6 +65,8 @@ class Matrix:
     def __post_init__(self) -> None:
         if not 1 <= len(self.name) <= MAX_NAME:
             raise refuse(f"a matrix name must have 1 to {MAX_NAME} characters")
+        if not self.name.isprintable():
+            raise refuse("a matrix name must have no control characters")
         if not (1 <= self.out_features <= MAX_DIMENSION and 1 <= self.in_features <= MAX_DIMENSION):
             raise refuse(f"matrix {self.name}: features must be 1 to {MAX_DIMENSION}")
         if min(self.tier_columns, default=0) < 0 or sum(self.tier_columns) > self.in_features:
@@ -92,6 +94,8 @@ class Tensor:
         object.__setattr__(self, "bound", float(self.bound))  # 1 and 1.0 make one digest
         if not 1 <= len(self.name) <= MAX_NAME:
             raise refuse(f"a tensor name must have 1 to {MAX_NAME} characters")
+        if not self.name.isprintable():
+            raise refuse("a tensor name must have no control characters")
         if min(self.shape, default=1) < 1 or self.size > MAX_TENSOR_VALUES:
             raise refuse(f"tensor {self.name}: it must hold 1 to {MAX_TENSOR_VALUES} values")
         if len(self.shape) > MAX_TENSOR_DIMENSIONS:

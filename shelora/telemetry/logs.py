@@ -20,6 +20,7 @@ import structlog
 from structlog.types import EventDict, Processor, WrappedLogger
 
 from shelora.telemetry.metrics import counter
+from shelora.text import printable
 
 MASK: Final = "***"
 
@@ -139,15 +140,21 @@ def _named(process: str) -> Processor:
     return add_process
 
 
+def _shown(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """The text of a library as a terminal may show it; fields, and JSON, are escaped by who renders them."""
+    return {**event, "event": printable(str(event["event"]), lines=True)}
+
+
 def _formatter(shared: Sequence[Processor], *, json: bool) -> logging.Formatter:
     # Tracebacks without local variables, which hold payloads: structlog's defaults would show them.
     rendered: Sequence[Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if json
         else [
+            _shown,
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-            )
+            ),
         ]
     )
     return structlog.stdlib.ProcessorFormatter(

@@ -14,6 +14,7 @@ import grpc
 import structlog
 
 from shelora.errors import DomainError, Reason, RetryLaterError
+from shelora.text import printable
 
 REASON_METADATA: Final = "shelora-reason"
 """Key of the trailing metadata that carries the reason."""
@@ -198,6 +199,7 @@ def error_from_rpc(error: grpc.RpcError, address: str = "") -> DomainError:
 
     Without a (known) reason, a failure that may pass becomes STORE_UNAVAILABLE, any other INTERNAL; then the
     message starts with the name of the status. A server that is not who it should be becomes SERVER_UNTRUSTED.
+    What the server says is made printable.
 
     Args:
         error: What gRPC raised.
@@ -205,7 +207,7 @@ def error_from_rpc(error: grpc.RpcError, address: str = "") -> DomainError:
     """
     if not isinstance(error, grpc.aio.AioRpcError):
         return DomainError(Reason.INTERNAL, "the RPC failed without a status")
-    details = error.details() or ""
+    details = printable(error.details() or "")
     reason = _reason_of(error)
     if reason is not None:
         return DomainError(reason, details)

@@ -15,20 +15,22 @@ import pytest
 SHELORA = [sys.executable, "-m", "shelora.cli.main"]
 REPOSITORY = Path(__file__).parents[2]
 START_TIMEOUT_S = 60
+FOLDER = "local [v2]"
+"""Of the cluster: rich would take the brackets for markup."""
 
 
 @pytest.fixture
 def running_up(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """`shelora up` in its own folder, ready to serve."""
     process = subprocess.Popen(
-        [*SHELORA, "up", "--any-ports", "--folder", str(tmp_path / "local"), "--workers", "1"],
+        [*SHELORA, "up", "--any-ports", "--folder", str(tmp_path / FOLDER), "--workers", "1"],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not (tmp_path / "local" / "cluster.json").exists():
+    while not (tmp_path / FOLDER / "cluster.json").exists():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -40,16 +42,19 @@ def running_up(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def addresses(tmp_path: Path) -> dict:
-    return json.loads((tmp_path / "local" / "cluster.json").read_text())
+    return json.loads((tmp_path / FOLDER / "cluster.json").read_text())
 
 
-def shelora(*arguments: str, at: dict) -> subprocess.CompletedProcess[str]:
+def shelora(
+    *arguments: str, at: dict, columns: int = 160, **environment: str
+) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "SHELORA_COORDINATOR": at["coordinator"],
         "SHELORA_KEY_AUTHORITY": at["key_authority"],
         "SHELORA_IDENTITY": at["operator_identity"],
-        "COLUMNS": "160",
+        "COLUMNS": str(columns),
+        **environment,
     }
     return subprocess.run(
         [*SHELORA, *arguments],
@@ -68,10 +73,13 @@ def test_up_stops_every_process_it_started(running_up, tmp_path, stop):
     started = psutil.Process(running_up.pid).children(recursive=True)
     assert len(started) >= 4
     running_up.send_signal(stop)
-    assert running_up.wait(60) == 0
+    output, _ = running_up.communicate(timeout=60)
+    assert running_up.returncode == 0, output
+    assert "starting key-authority\n" in output  # progress into a pipe
+    assert FOLDER in output
     _, alive = psutil.wait_procs(started, timeout=5)
     assert not alive
-    assert not (tmp_path / "local" / "cluster.json").exists()
+    assert not (tmp_path / FOLDER / "cluster.json").exists()
 
 
 def test_up_fails_with_the_log_of_a_server_that_dies(running_up, tmp_path):
@@ -96,6 +104,11 @@ def test_a_federation_is_created_started_shown_and_listed(running_up, tmp_path):
     assert "running" in started.stdout
     assert "waiting for 4 agents" in shelora("federation", "show", "reuters", at=at).stdout
     assert "reuters" in shelora("status", at=at).stdout
+    for command in (["status"], ["federation", "show", "reuters"], ["federation", "start", "reuters"]):
+        narrow = shelora(*command, at=at, columns=40, LC_ALL="C").stdout
+        assert narrow.isascii()
+        assert "waiting for 4 agents" in " ".join(narrow.split())
+        assert max(map(len, narrow.splitlines())) <= 40
 
 
 def test_mistakes_are_answered_with_the_reason(running_up, tmp_path):
@@ -183,6 +196,6 @@ def test_a_token_makes_an_agent_a_member_once(running_up, tmp_path):
 
 
 def test_the_audit_log_of_the_local_cluster_is_verified(running_up, tmp_path):
-    verified = shelora("audit", "verify", str(tmp_path / "local" / "key-authority"), at=addresses(tmp_path))
+    verified = shelora("audit", "verify", str(tmp_path / FOLDER / "key-authority"), at=addresses(tmp_path))
     assert verified.returncode == 0, verified.stderr
     assert "none changed" in verified.stdout

@@ -219,3 +219,17 @@ def test_a_ratio_that_drops_the_median_itself_is_refused(tmp_path, name, value):
     message = refusal(tmp_path, {**MINIMAL, "screening": {name: value}})
     assert f"screening.{name} must be 0 (off) or at least" in message
     assert FederationSpec.from_yaml(written(tmp_path, {**MINIMAL, "screening": {name: 0.0}}))
+
+
+@pytest.mark.parametrize("field", ["base_model", "labels", "target_modules"])
+def test_names_have_no_control_characters(field):
+    spec = FederationSpec.model_validate(
+        {"name": "f", "training": {"base_model": "b", "labels": ["x", "y"], "target_modules": ["q"]}}
+    ).to_proto()
+    hostile = "cold\x1b[2J"
+    if field == "base_model":
+        spec.training.base_model = hostile
+    else:
+        getattr(spec.training, field)[0] = hostile
+    with pytest.raises(DomainError, match="control characters"):
+        FederationSpec.from_proto(spec)

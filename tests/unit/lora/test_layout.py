@@ -285,3 +285,11 @@ def test_a_layout_says_whether_it_encrypts():
     assert not replace(bare, encrypt_tensors=False, key_id=b"").encrypts
     assert not replace(bare, tensors=(), shards=(Shard((0, 1)),), key_id=b"").encrypts
     assert replace(BASE, encrypt_tensors=False).encrypts
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "a\nb", "a\u202eb"])
+def test_names_have_no_control_characters(name):
+    with pytest.raises(DomainError, match="control characters"):
+        Matrix(name, 4, 4)
+    with pytest.raises(DomainError, match="control characters"):
+        Tensor(name, (4,), 1.0)

@@ -138,3 +138,13 @@ def test_records_below_the_level_are_dropped(capsys):
 def test_an_unknown_level_is_refused():
     with pytest.raises(ValueError, match="LOUD"):
         configure_logs("tester", "loud")
+
+
+def test_a_record_for_people_is_one_line_and_moves_no_cursor(capsys):
+    configure_logs("test")
+    structlog.get_logger("x").warning("plan_rejected", why="fine\x1b[2J\nforged_record client_id=alice")
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "\x1b" not in shown
+    logging.getLogger("library").warning("two\nlines\x1b[2J")
+    assert "two\nlines\\x1b[2J" in capsys.readouterr().err

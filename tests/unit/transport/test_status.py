@@ -120,3 +120,9 @@ def test_a_reason_of_a_newer_version_falls_back_to_the_status():
 
 def test_an_rpc_error_without_a_status_becomes_internal():
     assert error_from_rpc(grpc.RpcError()).reason is Reason.INTERNAL
+
+
+def test_what_a_server_says_cannot_move_the_cursor():
+    error = error_from_rpc(rpc_error(grpc.StatusCode.NOT_FOUND, "gone\x1b[2J\nfine", "ROUND_UNKNOWN"))
+    assert error.message == "gone\\x1b[2J\\nfine"
+    assert "\\x9b" in error_from_rpc(rpc_error(grpc.StatusCode.UNAVAILABLE, "\x9b2J")).message
