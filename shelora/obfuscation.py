@@ -1,4 +1,5 @@
-"""What agents derive from the obfuscation secret: column orders, initial factors, keys and labels of plans.
+"""What agents derive from the obfuscation secret: column orders, initial factors, keys and labels of plans,
+keys of committees.
 
 Columns travel in a secret order, the same for all agents and unknown to every server, and LoRA starts from a secret
 A. Without them the clear part of an update gives training text away even when nearly all columns are encrypted
@@ -72,6 +73,14 @@ class Obfuscation:
     def plan_key(self) -> bytes:
         """AES-256 key under which agents exchange plans."""
         return self._derive("plan-key", "")
+
+    def committee_key(self) -> bytes:
+        """HMAC key that orders the clients of a cohort, so that no server chooses a committee."""
+        return self._derive("committee-order", "")
+
+    def answer_key(self) -> bytes:
+        """AES-256 key under which committee members answer all clients."""
+        return self._derive("committee-answer", "")
 
     def _uniform(self, purpose: str, name: str, shape: tuple[int, ...], bound: float) -> NDArray[np.float32]:
         unit = self._unit(purpose, name, math.prod(shape))

@@ -120,6 +120,49 @@ def _facts(parsed: x509.Certificate) -> Certificate:
     )
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Whom a genuine certificate names, and the key that signs for it."""
+
+    identity: Identity
+    key: ec.EllipticCurvePublicKey
+    not_before: datetime
+    not_after: datetime
+
+    def valid(self, at: datetime) -> bool:
+        """Whether the certificate is valid at a time."""
+        return self.not_before <= at <= self.not_after
+
+
+@lru_cache(maxsize=4096)
+def holder(der: bytes, authority: bytes) -> Holder:
+    """Whom a certificate names, once it is known to be of an authority.
+
+    For statements that travel through servers, where no TLS connection vouches for the signer. The time is not checked.
+
+    Args:
+        der: The certificate, from anyone.
+        authority: The pinned certificate of the authority, in DER.
+
+    Raises: DomainError UNAUTHENTICATED if the authority did not issue it to an identity of this system, with a key on
+        P-256.
+    """
+    try:
+        parsed = x509.load_der_x509_certificate(der)
+        parsed.verify_directly_issued_by(x509.load_der_x509_certificate(authority))
+        facts, key = _facts(parsed), parsed.public_key()
+        certifies = parsed.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except Exception as error:  # the parser raises several kinds for malformed certificates
+        raise DomainError(
+            Reason.UNAUTHENTICATED, "the certificate is not of the federation's authority"
+        ) from error
+    if certifies or not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
+        raise DomainError(
+            Reason.UNAUTHENTICATED, "the certificate has no key on P-256 that signs for its holder"
+        )
+    return Holder(facts.identity, key, parsed.not_valid_before_utc, parsed.not_valid_after_utc)
+
+
 def der_to_pem(der: bytes) -> bytes:
     """A certificate in PEM. Raises: DomainError INVALID_ARGUMENT if it is none."""
     try:

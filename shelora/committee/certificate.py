@@ -1,0 +1,109 @@
+"""The certificate: one set of contributors that a quorum of the committee signed, for one round number."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Final
+
+from shelora.committee.context import DIGEST_BYTES, Committee, RoundContext
+from shelora.committee.dealing import dealings_digest
+from shelora.committee.statements import Kind, Trust, parsed, signed_bytes
+from shelora.errors import DomainError, Reason
+from shelora.v1 import committee_pb2 as pb
+
+MAX_TOTAL_WEIGHT: Final = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContributorSet:
+    """The one set of updates that a round number opens, as its bytes say."""
+
+    contributors: tuple[str, ...]
+    """Sorted, at least `min_updates`."""
+    dealings_digest: bytes
+    total_weight: int
+    content: bytes
+    """What members sign."""
+    digest: bytes
+    """SHA-256 over the context and the content: what a member notes, what answers are sealed to."""
+
+    @classmethod
+    def of(cls, context: RoundContext, dealings: Mapping[str, tuple[bytes, int]]) -> "ContributorSet":
+        """The set of these dealings: name to (`dealing_digest`, weight).
+
+        Raises: DomainError: NOT_IN_COHORT; SET_REFUSED: fewer than `min_updates`.
+        """
+        message = pb.ContributorSet(
+            contributors=context.bits(frozenset(dealings)),
+            dealings_digest=dealings_digest([(name, digest) for name, (digest, _) in dealings.items()]),
+            total_weight=sum(weight for _, weight in dealings.values()),
+        )
+        return cls.read(context, message.SerializeToString(deterministic=True))
+
+    @classmethod
+    def read(cls, context: RoundContext, content: bytes) -> "ContributorSet":
+        """Reads untrusted bytes. Raises: DomainError(SET_REFUSED): malformed, or fewer than `min_updates`."""
+        try:
+            message = parsed(pb.ContributorSet, content)
+            names = context.names(message.contributors)
+        except DomainError as error:
+            raise _refused(error.message) from None
+        if len(names) < context.min_updates:
+            raise _refused(f"it names {len(names)} updates and {context.min_updates} are needed")
+        if len(message.dealings_digest) != DIGEST_BYTES:
+            raise _refused(f"dealings_digest must have {DIGEST_BYTES} bytes")
+        if not len(names) <= message.total_weight <= len(names) * context.most_weight:
+            raise _refused("total_weight is not the sum of that many weights")
+        return cls(
+            contributors=names,
+            dealings_digest=message.dealings_digest,
+            total_weight=message.total_weight,
+            content=content,
+            digest=sha256(signed_bytes(Kind.SET, context, content)).digest(),
+        )
+
+
+def assemble(context: RoundContext, statements: Collection[pb.Signed]) -> pb.Certificate | None:
+    """A certificate from members' statements of a set, if a quorum made one of the same content; else None.
+
+    For servers: authors must have been verified and be different members.
+    """
+    by_content: dict[bytes, list[pb.Signed]] = {}
+    for statement in statements:
+        by_content.setdefault(statement.content, []).append(statement)
+    for content, same in sorted(by_content.items()):
+        if len(same) >= context.rule.quorum:
+            signatures = [pb.SetSignature(signature=s.signature, certificate=s.certificate) for s in same]
+            return pb.Certificate(content=content, signatures=signatures)
+    return None
+
+
+def verified_set(
+    context: RoundContext, committee: Committee, certificate: pb.Certificate, trust: Trust
+) -> ContributorSet:
+    """The set that a certificate certifies.
+
+    Raises: DomainError: SET_REFUSED; SIGNATURE_REFUSED: one of the signatures; QUORUM_MISSING: fewer members than a
+        quorum signed it.
+    """
+    if len(certificate.signatures) > context.rule.size:
+        raise _refused("its certificate has more signatures than the committee has members")
+    members = {
+        trust.author(
+            pb.Signed(content=certificate.content, signature=s.signature, certificate=s.certificate),
+            Kind.SET,
+            context,
+        )
+        for s in certificate.signatures
+    }
+    signed = members & set(committee.members)
+    if len(signed) < context.rule.quorum:
+        raise DomainError(
+            Reason.QUORUM_MISSING,
+            f"{len(signed)} members of the committee certify the set and {context.rule.quorum} must",
+        )
+    return ContributorSet.read(context, certificate.content)
+
+
+def _refused(message: str) -> DomainError:
+    return DomainError(Reason.SET_REFUSED, f"the set of contributors: {message}")

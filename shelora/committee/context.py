@@ -1,0 +1,203 @@
+"""The context of a round: all that its statements are about, as a checked value with one digest."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import Final
+
+from shelora.additive.parameters import MAX_CONTRIBUTORS, AdditiveParameters, profile
+from shelora.committee.rules import SMALLEST_COHORT, CommitteeRule, ordered
+from shelora.errors import DomainError, Reason
+from shelora.v1 import committee_pb2 as pb
+
+DIGEST_BYTES: Final = 32
+MAX_WEIGHT: Final = 2**31 - 1
+
+_DOMAIN: Final = b"shelora/committee/v1/context"
+_ORDER_DOMAIN: Final = b"shelora/committee/v1/order"
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_KIND: Final = re.compile(r"[A-Z]{1,16}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundContext:
+    """What a round of complete protection is about; the fields are those of the message RoundContext.
+
+    Raises: DomainError(INVALID_ARGUMENT), naming the field.
+    """
+
+    federation_id: str
+    instance: str
+    round_id: str
+    kind: str
+    round_number: int
+    attempt: int
+    epoch: int
+    layout_digest: bytes
+    parameters: AdditiveParameters
+    cohort: tuple[str, ...]
+    most_contributors: int
+    rule: CommitteeRule
+    min_updates: int
+    most_weight: int
+
+    def __post_init__(self) -> None:
+        for field in ("federation_id", "instance"):
+            _require(
+                bool(_NAME.fullmatch(getattr(self, field))), f"{field} must be 1 to 64 of [A-Za-z0-9._-]"
+            )
+        _require(1 <= len(self.round_id) <= 256, "round_id must have 1 to 256 characters")
+        _require(bool(_KIND.fullmatch(self.kind)), "kind must be 1 to 16 capital letters")
+        for field in ("round_number", "attempt", "epoch"):
+            _require(1 <= getattr(self, field) < 2**32, f"{field} must be 1 to 2^32 - 1")
+        _require(len(self.layout_digest) == DIGEST_BYTES, "layout_digest must have 32 bytes")
+        self._check_cohort()
+        size, most = len(self.cohort), self.most_contributors
+        _require(size <= most <= MAX_CONTRIBUTORS, "most_contributors must hold the cohort")
+        _require(self.rule.size <= size, "the committee is larger than the cohort")
+        _require(self.parameters.degree % self.rule.packing == 0, "packing must divide the degree")
+        _require(2 <= self.min_updates <= size, "min_updates must be 2 to the size of the cohort")
+        _require(1 <= self.most_weight <= MAX_WEIGHT, "most_weight must be 1 to 2^31 - 1")
+        self.parameters.scale(most)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical form, 32 bytes: every field behind its length, in the order of the message."""
+        rule = self.rule
+        texts = (self.federation_id, self.instance, self.round_id, self.kind)
+        numbers = (self.round_number, self.attempt, self.epoch)
+        limits = (
+            self.most_contributors,
+            rule.size,
+            rule.threshold,
+            rule.packing,
+            self.min_updates,
+            self.most_weight,
+        )
+        return joined_digest(
+            _DOMAIN,
+            *(text.encode() for text in texts),
+            *map(_number, numbers),
+            self.layout_digest,
+            self.parameters.digest,
+            _number(len(self.cohort)),
+            *(name.encode() for name in self.cohort),
+            *map(_number, limits),
+        )
+
+    @property
+    def shares(self) -> int:
+        """Values of a share without its masks, N / l."""
+        return self.parameters.degree // self.rule.packing
+
+    def committee(self, order_key: bytes) -> "Committee":
+        """Who sits on the committee. Args: order_key: from the epoch's secret, `Obfuscation.committee_key`.
+
+        It depends on the round's number and cohort, not on the attempt: attempts with one cohort have one committee.
+        """
+        subject = joined_digest(
+            _ORDER_DOMAIN, self.instance.encode(), self.kind.encode(), _number(self.round_number)
+        )
+        return Committee(ordered(order_key, subject, self.cohort, self.rule.size))
+
+    def names(self, bits: bytes) -> tuple[str, ...]:
+        """The clients of the cohort that bits name. Raises: DomainError(INVALID_ARGUMENT): not bits over the cohort."""
+        size = len(self.cohort)
+        value = int.from_bytes(bits, "little")
+        _require(len(bits) == -(-size // 8) and value < 1 << size, "a set of clients has one bit a client")
+        return tuple(name for index, name in enumerate(self.cohort) if value >> index & 1)
+
+    def bits(self, names: frozenset[str]) -> bytes:
+        """What `names` reads. Raises: DomainError(NOT_IN_COHORT)."""
+        if not names <= self._members:
+            raise DomainError(Reason.NOT_IN_COHORT, "a client that the round did not ask is no contributor")
+        value = sum(1 << index for index, name in enumerate(self.cohort) if name in names)
+        return value.to_bytes(-(-len(self.cohort) // 8), "little")
+
+    @cached_property
+    def _members(self) -> frozenset[str]:
+        return frozenset(self.cohort)
+
+    def _check_cohort(self) -> None:
+        size = len(self.cohort)
+        _require(
+            SMALLEST_COHORT <= size <= MAX_CONTRIBUTORS, f"cohort must have 2 to {MAX_CONTRIBUTORS} clients"
+        )
+        _require(all(map(_NAME.fullmatch, self.cohort)), "cohort: names must be 1 to 64 of [A-Za-z0-9._-]")
+        increasing = all(a < b for a, b in zip(self.cohort, self.cohort[1:], strict=False))
+        _require(increasing, "cohort must be sorted, without repeats")
+
+    def to_proto(self) -> pb.RoundContext:
+        return pb.RoundContext(
+            federation_id=self.federation_id,
+            instance=self.instance,
+            round_id=self.round_id,
+            kind=self.kind,
+            round_number=self.round_number,
+            attempt=self.attempt,
+            epoch=self.epoch,
+            layout_digest=self.layout_digest,
+            parameters=self.parameters.name,
+            cohort=self.cohort,
+            most_contributors=self.most_contributors,
+            committee_size=self.rule.size,
+            threshold=self.rule.threshold,
+            packing=self.rule.packing,
+            min_updates=self.min_updates,
+            most_weight=self.most_weight,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.RoundContext) -> "RoundContext":
+        """Reads an untrusted message. Raises: DomainError(INVALID_ARGUMENT), naming the field."""
+        _require(len(message.cohort) <= MAX_CONTRIBUTORS, f"cohort must have 2 to {MAX_CONTRIBUTORS} clients")
+        return cls(
+            federation_id=message.federation_id,
+            instance=message.instance,
+            round_id=message.round_id,
+            kind=message.kind,
+            round_number=message.round_number,
+            attempt=message.attempt,
+            epoch=message.epoch,
+            layout_digest=message.layout_digest,
+            parameters=profile(message.parameters),
+            cohort=tuple(message.cohort),
+            most_contributors=message.most_contributors,
+            rule=CommitteeRule(message.committee_size, message.threshold, message.packing),
+            min_updates=message.min_updates,
+            most_weight=message.most_weight,
+        )
+
+
+@dataclass(frozen=True)
+class Committee:
+    """The members in their order."""
+
+    members: tuple[str, ...]
+
+    def position(self, name: str) -> int | None:
+        """Position of a client, 1 to m; None if it is no member."""
+        return self.members.index(name) + 1 if name in self.members else None
+
+    def name(self, position: int) -> str | None:
+        """The client at a position; None if there is no such position."""
+        return self.members[position - 1] if 1 <= position <= len(self.members) else None
+
+
+def joined_digest(*parts: bytes) -> bytes:
+    """SHA-256 over parts, each behind its length, so that no two lists of parts have one digest."""
+    digest = sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(8, "little")
+
+
+def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as the condition it states
+    if not condition:
+        raise DomainError(Reason.INVALID_ARGUMENT, f"round context: {message}")

@@ -1,0 +1,62 @@
+"""The keys of a round's committee, as every client must have them to deal."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from shelora.committee.context import Committee, RoundContext, joined_digest
+from shelora.committee.statements import Kind, Trust, parsed
+from shelora.errors import DomainError, Reason
+from shelora.v1 import committee_pb2 as pb
+
+KEY_BYTES: Final = 32
+_DOMAIN: Final = b"shelora/committee/v1/keys"
+
+
+@dataclass(frozen=True)
+class KeySet:
+    """Public keys of the members that posted one, by position; at least a quorum."""
+
+    keys: Mapping[int, bytes]
+    digest: bytes
+    """SHA-256 over context, positions and keys, 32 bytes: dealers with different keys have different ones."""
+
+    @classmethod
+    def of(
+        cls, context: RoundContext, committee: Committee, statements: Iterable[pb.Signed], trust: Trust
+    ) -> "KeySet":
+        """The keys among statements that are the committee's.
+
+        Statements of clients that are no members, or malformed, are left out; so is a member with two keys.
+
+        Raises: DomainError(COMMITTEE_REFUSED): fewer than a quorum are left; the message names the missing.
+        """
+        found: dict[int, set[bytes]] = {}
+        for statement in statements:
+            if entry := _entry(context, committee, statement, trust):
+                found.setdefault(entry[0], set()).add(entry[1])
+        keys = {
+            position: next(iter(found[position])) for position in sorted(found) if len(found[position]) == 1
+        }
+        if len(keys) < context.rule.quorum:
+            missing = ", ".join(n for p, n in enumerate(committee.members, 1) if p not in keys)
+            raise DomainError(
+                Reason.COMMITTEE_REFUSED,
+                f"{len(keys)} members of the committee have a key and {context.rule.quorum} must; without: {missing}",
+            )
+        parts = (part for position, key in keys.items() for part in (bytes([position]), key))
+        return cls(MappingProxyType(keys), joined_digest(_DOMAIN, context.digest, *parts))
+
+
+def _entry(
+    context: RoundContext, committee: Committee, statement: pb.Signed, trust: Trust
+) -> tuple[int, bytes] | None:
+    try:
+        author = trust.author(statement, Kind.COMMITTEE_KEY, context)
+        message = parsed(pb.CommitteeKey, statement.content)
+    except DomainError:
+        return None
+    if len(message.public_key) != KEY_BYTES or committee.name(message.position) != author:
+        return None
+    return message.position, message.public_key

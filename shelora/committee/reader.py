@@ -1,0 +1,116 @@
+"""Opening a round: from certificate and answers to the sum S of the contributors' secrets, with every check there is.
+
+What is left to the sum itself is the guard of `shelora.additive.secret.SumOpener`.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shelora.additive.sampler import Csprng
+from shelora.additive.secret import SumOpener, check_secret_sum
+from shelora.committee.certificate import ContributorSet, verified_set
+from shelora.committee.context import Committee, RoundContext
+from shelora.committee.field import Int64Array, decode_values, signed
+from shelora.committee.sealing import open_answer
+from shelora.committee.shamir import PackedSharing
+from shelora.committee.statements import Kind, Trust, parsed
+from shelora.errors import DomainError, Reason
+from shelora.v1 import committee_pb2 as pb
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedRound:
+    """What a client learns before it decrypts the sum."""
+
+    context: RoundContext = field(repr=False)
+    contributors: tuple[str, ...]
+    """Sorted, at least `min_updates`."""
+    total_weight: int
+    secret_sum: Int64Array = field(repr=False)
+    """S, [N]."""
+    liars: tuple[str, ...]
+    """Members whose answers were malformed or wrong; the sum is right without them."""
+
+    def sum_opener(self) -> SumOpener:
+        """Decrypts the shards of the sum."""
+        return SumOpener(
+            self.context.parameters,
+            self.secret_sum,
+            self.context.digest,
+            len(self.contributors),
+            self.context.most_contributors,
+        )
+
+
+def open_round(
+    context: RoundContext,
+    committee: Committee,
+    opening: pb.Opening,
+    answer_key: bytes,
+    trust: Trust,
+    rng: Csprng,
+) -> OpenedRound:
+    """Opens S.
+
+    Args:
+        context: As this client computed it from its assignment.
+        committee: As this client computed it, never as a server says.
+        opening: What came with the result.
+        answer_key: From the epoch's secret, 32 bytes: `Obfuscation.answer_key`.
+        trust: Verifies signatures.
+        rng: Source of the random combinations in which liars are looked for.
+
+    Raises: DomainError: as `verified_set`; ANSWERS_REFUSED: too few sound answers, or they do not fit together and
+        cannot be told apart; SUM_UNREADABLE: S is larger than any honest sum.
+    """
+    chosen = verified_set(context, committee, opening.certificate, trust)
+    if len(opening.answers) > context.rule.size:
+        raise DomainError(Reason.ANSWERS_REFUSED, "more answers than the committee has members")
+    answers: dict[int, Int64Array] = {}
+    liars: set[int] = set()
+    for statement in opening.answers:
+        position, answer = _answer(context, committee, chosen, statement, answer_key, trust)
+        if answer is None or position in answers:
+            liars.add(position)
+        else:
+            answers[position] = answer
+    positions = sorted(answers.keys() - liars)
+    stacked = np.array([answers[p] for p in positions], dtype=np.int64).reshape(
+        len(positions), context.shares
+    )
+    opened = PackedSharing(context.rule).open(positions, stacked, rng)
+    secret_sum = signed(opened.secrets)
+    check_secret_sum(context.parameters, secret_sum, len(chosen.contributors))
+    return OpenedRound(
+        context=context,
+        contributors=chosen.contributors,
+        total_weight=chosen.total_weight,
+        secret_sum=secret_sum,
+        liars=tuple(committee.members[p - 1] for p in sorted({*liars, *opened.liars})),
+    )
+
+
+def _answer(
+    context: RoundContext,
+    committee: Committee,
+    chosen: ContributorSet,
+    statement: pb.Signed,
+    answer_key: bytes,
+    trust: Trust,
+) -> tuple[int, Int64Array | None]:
+    """Position and content of an answer; no content if its member signed something else than an answer.
+
+    Raises: DomainError: SIGNATURE_REFUSED; ANSWERS_REFUSED: the signer is no member.
+    """
+    author = trust.author(statement, Kind.ANSWER, context)
+    position = committee.position(author)
+    if position is None:
+        raise DomainError(Reason.ANSWERS_REFUSED, f"{author} answers and is no member of the committee")
+    try:
+        sealed = parsed(pb.Answer, statement.content).sealed
+        return position, decode_values(
+            open_answer(answer_key, chosen.digest, position, sealed), context.shares
+        )
+    except DomainError:
+        return position, None
