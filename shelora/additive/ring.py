@@ -81,7 +81,7 @@ class Multiplier:
         return product.astype(np.int64)
 
     def _forward(self, values: npt.NDArray[np.int32] | FloatArray) -> ComplexArray:
-        folded = np.empty((*values.shape[:-1], self._half), dtype=np.complex128)
+        folded: ComplexArray = np.empty((*values.shape[:-1], self._half), dtype=np.complex128)
         folded.real = values[..., : self._half]
         folded.imag = values[..., self._half :]
         folded *= self._twist
