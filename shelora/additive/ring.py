@@ -85,10 +85,11 @@ class Multiplier:
         folded.real = values[..., : self._half]
         folded.imag = values[..., self._half :]
         folded *= self._twist
-        np.fft.fft(folded, axis=-1, out=folded)
-        return folded
+        spectrum: ComplexArray = np.fft.fft(folded, axis=-1, out=folded)
+        return spectrum
 
 
 @lru_cache(maxsize=4)
 def _twist(degree: int) -> ComplexArray:
-    return np.exp(1j * np.pi * np.arange(degree // 2) / degree)
+    twist: ComplexArray = np.exp(1j * np.pi * np.arange(degree // 2) / degree)
+    return twist
