@@ -131,9 +131,12 @@ class Member:
     def certify(self, contributors: Collection[str]) -> pb.Signed:
         """Signs the set of these contributors' dealings, the one set of this round number, once it is noted.
 
+        The list of dealings is closed, as by `check`.
+
         Raises: DomainError: SET_REFUSED: fewer than `min_updates`, or no sound share of one is held; ROUND_SPENT:
             another set was certified for this number, in whichever attempt.
         """
+        self.check()
         missing = sorted(set(contributors) - self._held.keys())
         if missing:
             raise DomainError(Reason.SET_REFUSED, f"no sound share is held of {', '.join(missing)}")
