@@ -109,14 +109,12 @@ class AdditiveParameters:
     def scale(self, most_contributors: int) -> int:
         """What a value of 1 becomes: the largest integer at which a sum of `most_contributors` stays within the guard.
 
-        Raises: DomainError(INVALID_ARGUMENT): not 1 to MAX_CONTRIBUTORS, or too many for this modulus.
+        Raises: DomainError(INVALID_ARGUMENT): not 1 to MAX_CONTRIBUTORS.
         """
         counted = 1 <= most_contributors <= MAX_CONTRIBUTORS
         _require(counted, f"a sum has 1 to {MAX_CONTRIBUTORS} contributors")
         room = self.modulus / 2 * GUARD - self.noise_bound(most_contributors)
-        scale = math.floor(room / most_contributors)
-        _require(scale >= 1, "the modulus has no room for so many contributors")
-        return scale
+        return math.floor(room / most_contributors)
 
     def _check_security(self) -> None:
         narrow = self.modulus_bits <= MAX_MODULUS_BITS_128.get(self.degree, 0)

@@ -55,7 +55,7 @@ class SecretKey:
             most_contributors: K_max of the round; it fixes the scale.
             rng: Source of the errors.
 
-        Raises: DomainError: INVALID_ARGUMENT: no scale for so many contributors; SECRET_UNAVAILABLE: a second call.
+        Raises: DomainError: INVALID_ARGUMENT: most_contributors; SECRET_UNAVAILABLE: a second call.
         """
         scale = self.parameters.scale(most_contributors)
         if self._used:
