@@ -20,7 +20,7 @@ class KeySet:
 
     keys: Mapping[int, bytes]
     digest: bytes
-    """SHA-256 over context, positions and keys, 32 bytes: dealers with different keys have different ones."""
+    """As `keys_digest` returns it."""
 
     @classmethod
     def of(
@@ -45,8 +45,13 @@ class KeySet:
                 Reason.COMMITTEE_REFUSED,
                 f"{len(keys)} members of the committee have a key and {context.rule.quorum} must; without: {missing}",
             )
-        parts = (part for position, key in keys.items() for part in (bytes([position]), key))
-        return cls(MappingProxyType(keys), joined_digest(_DOMAIN, context.digest, *parts))
+        return cls(MappingProxyType(keys), keys_digest(context, keys))
+
+
+def keys_digest(context: RoundContext, keys: Mapping[int, bytes]) -> bytes:
+    """SHA-256 over context, positions and keys, 32 bytes: dealers with different keys have different ones."""
+    parts = (part for position in sorted(keys) for part in (bytes([position]), keys[position]))
+    return joined_digest(_DOMAIN, context.digest, *parts)
 
 
 def _entry(

@@ -35,10 +35,19 @@ from services.aggregation.answers import read_answer, refused_line, stored_line
 from services.aggregation.records import AggregationRequest, CommittedContribution, StoredResult
 from services.key_authority.epochs import EpochSecrets, from_bytes, to_bytes
 from services.key_authority.sealer import Binding
+from shelora.additive import INSECURE_TOY as ADDITIVE_TOY
+from shelora.additive import Adder, ShardShape
+from shelora.additive.secret import SumOpener
+from shelora.additive.wire import sum_header, summand_header
 from shelora.audit import AuditEntry, AuditEvent, AuditRecord, verified
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.ckks.secret import Decryptor, SecretKey
 from shelora.ckks.wire import BlockShape, FullBlock, SeededBlock, decode_block, encode_block
+from shelora.committee.certificate import ContributorSet, verified_set
+from shelora.committee.context import RoundContext
+from shelora.committee.dealing import check_dealt, read_dealing, shown_to
+from shelora.committee.statements import Kind
+from shelora.committee.verdict import Checked
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.codec import decode_result, validate_update
@@ -50,6 +59,7 @@ from shelora.negotiation.plan import Plan, open_plan, seal_plan
 from shelora.rounds import Round, RoundKind
 from shelora.transport.certificates import (
     der_to_pem,
+    holder,
     key_to_pem,
     new_key,
     pem_to_der,
@@ -61,9 +71,10 @@ from shelora.transport.enrolment import Token
 from shelora.transport.identity import Identity
 from shelora.transport.pieces import Digest
 from shelora.transport.tls import IDENTITY_FILE, IdentityFolder
-from shelora.v1 import common_pb2
+from shelora.v1 import committee_pb2, common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 from tests.identities import COORDINATOR, SEALER, TestAuthority, client
+from tests.unit.committee.rounds import World, context_of
 from tests.unit.lora.cohorts import TOY_KEY, Cohort, layout_of, lora_factors, planned
 from tests.unit.lora.cohorts import Member as CohortMember
 
@@ -386,11 +397,51 @@ def _secrets() -> EpochSecrets:
     return EpochSecrets(INSECURE_TOY.name, bytes(16), TOY_KEY.to_bytes(), KEY)
 
 
+_ADDITIVE = ShardShape(ADDITIVE_TOY, 0, 100)
+
+
+def _additive_sum(data: bytes) -> object:
+    opener = SumOpener(ADDITIVE_TOY, np.zeros(64, dtype=np.int64), KEY, contributors=2, most_contributors=2)
+    return opener.open(data, _ADDITIVE)
+
+
+def _planes() -> bytes:
+    return bytes(_ADDITIVE.encoded_bytes - len(summand_header(_ADDITIVE)))
+
+
+@cache
+def _round() -> tuple[World, committee_pb2.Certificate, list[committee_pb2.Signed]]:
+    world = World(context_of(3)).collect()
+    world.check()
+    certificate = world.certify(world.context.cohort)
+    return world, certificate, world.release(certificate)
+
+
+def _dealt_share(message: committee_pb2.DealtShare) -> object:
+    world, _, _ = _round()
+    member = world.member(world.committee.members[0])  # the same key every time
+    if refusal := member.receive("ward-001", message, world.keys):
+        raise refusal
+    return member
+
+
+def _shown() -> bytes:
+    world, _, _ = _round()
+    return shown_to(world.context, world.dealt["ward-001"], 1).SerializeToString()
+
+
+def _opening() -> bytes:
+    _, certificate, answers = _round()
+    return committee_pb2.Opening(certificate=certificate, answers=answers).SerializeToString()
+
+
 _BINDING = Binding("epoch secrets", "5e" * 16, "clinic", 1)
 _RESTORING = SHARDS | CIPHERTEXTS | {Reason.TOO_FEW_CONTRIBUTORS}
 _INVALID = frozenset({Reason.INVALID_ARGUMENT})
 _CONFIGURATION = frozenset({Reason.CONFIGURATION_INVALID})
 _UNAVAILABLE = frozenset({Reason.SECRET_UNAVAILABLE})
+_DEALING = frozenset({Reason.DEALING_REFUSED})
+_CERTIFYING = frozenset({Reason.SET_REFUSED, Reason.SIGNATURE_REFUSED, Reason.QUORUM_MISSING})
 
 DECODERS: dict[str, Decoder] = {
     decoder.name: decoder
@@ -438,6 +489,12 @@ DECODERS: dict[str, Decoder] = {
             lambda: [pem_to_der(held.certificate) for held in _held()] + [_authority().root.der],
             _INVALID,
         ),
+        Decoder(
+            "client-certificate",
+            lambda data: holder(data, _authority().root.der),
+            lambda: [pem_to_der(held.certificate) for held in _held()],
+            frozenset({Reason.UNAUTHENTICATED}),
+        ),
         Decoder("identity-file", _identity_file, _identity_files, _CONFIGURATION),
         Decoder(
             "sealed-file",
@@ -472,6 +529,78 @@ DECODERS: dict[str, Decoder] = {
             _message(pb.FederationSpec, FederationSpec.from_proto),
             lambda: [_specification().to_proto().SerializeToString()],
             _INVALID,
+        ),
+        Decoder(
+            "additive-summand",
+            lambda data: Adder(_ADDITIVE).add(data),
+            lambda: [summand_header(_ADDITIVE) + _planes()],
+            CIPHERTEXTS,
+        ),
+        Decoder(
+            "additive-sum",
+            _additive_sum,
+            # Under a sum of secrets that is zero, zeros are a sum of nothing but half a unit of rounding each.
+            lambda: [sum_header(_ADDITIVE, 2) + _planes()],
+            CIPHERTEXTS | {Reason.SUM_UNREADABLE},
+        ),
+        Decoder(
+            "round-context",
+            _message(committee_pb2.RoundContext, RoundContext.from_proto),
+            lambda: [context_of(3).to_proto().SerializeToString()],
+            _INVALID,
+        ),
+        Decoder(
+            "statement",
+            _message(
+                committee_pb2.Signed, lambda m: _round()[0].trust.author(m, Kind.DEALING, context_of(3))
+            ),
+            lambda: [_round()[0].dealt["ward-001"].dealing.SerializeToString()],
+            frozenset({Reason.SIGNATURE_REFUSED}),
+        ),
+        Decoder(
+            "dealing",
+            lambda data: read_dealing(context_of(3), data),
+            lambda: [_round()[0].dealt["ward-001"].dealing.content],
+            _DEALING,
+        ),
+        Decoder(
+            "dealt-shares",
+            _message(committee_pb2.DealtShares, lambda m: check_dealt(context_of(3), m)),
+            lambda: [_round()[0].dealt["ward-001"].SerializeToString()],
+            _DEALING,
+        ),
+        Decoder(
+            "dealt-share",
+            _message(committee_pb2.DealtShare, _dealt_share),
+            lambda: [_shown()],
+            _DEALING | {Reason.SIGNATURE_REFUSED},
+        ),
+        Decoder(
+            "committee-check",
+            lambda data: Checked.read(context_of(3), data),
+            lambda: [next(iter(_round()[0].members.values())).check().content],
+            _INVALID,
+        ),
+        Decoder(
+            "contributor-set",
+            lambda data: ContributorSet.read(context_of(3), data),
+            lambda: [_round()[1].content],
+            frozenset({Reason.SET_REFUSED}),
+        ),
+        Decoder(
+            "set-certificate",
+            _message(
+                committee_pb2.Certificate,
+                lambda m: verified_set(context_of(3), _round()[0].committee, m, _round()[0].trust),
+            ),
+            lambda: [_round()[1].SerializeToString()],
+            _CERTIFYING,
+        ),
+        Decoder(
+            "opening",
+            _message(committee_pb2.Opening, lambda m: _round()[0].open(m.certificate, m.answers)),
+            lambda: [_opening()],
+            _CERTIFYING | {Reason.ANSWERS_REFUSED, Reason.SUM_UNREADABLE},
         ),
         Decoder("weights-file", _in_state(_weights), _weight_files, frozenset()),
         Decoder(
