@@ -16,12 +16,12 @@ from services.key_authority.custody import Custody, open_custody
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Grant
 from services.key_authority.revoking import Revoker
-from services.key_authority.servicer import SERVICE_NAMES, register
+from services.key_authority.servicer import SERVICE_NAMES, register, register_enrolment
 from services.key_authority.settings import KeyAuthoritySettings
 from services.shell import flags
 from services.shell.process import run_process
 from services.shell.revocations import Revocations
-from services.shell.server import Listener, serve
+from services.shell.server import StrangersPort, serve
 from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.terminal import CommandLine
@@ -163,7 +163,11 @@ async def _serve(settings: KeyAuthoritySettings, custody: Custody) -> None:
         background=[partial(keep_renewed, own, obtain)],
         credentials=TlsCredentials(own),
         revocations=revocations,
-        enrolment=Listener(settings.enrolment_listen, TlsCredentials(own, anonymous_clients=True)),
+        enrolment=StrangersPort(
+            settings.enrolment_listen,
+            TlsCredentials(own, anonymous_clients=True),
+            partial(register_enrolment, enrolments, revoker),
+        ),
         on_denied=authority.denied,
     )
 

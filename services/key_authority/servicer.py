@@ -133,4 +133,9 @@ def _grant(request: enrolment_pb2.CreateTokenRequest) -> Grant:
 def register(authority: Authority, enrolments: Enrolments, revoker: Revoker, server: grpc.aio.Server) -> None:
     """Adds the key authority's services to a server that has not started."""
     pb_grpc.add_KeyAuthorityServicer_to_server(KeyAuthorityServicer(authority), server)
+    register_enrolment(enrolments, revoker, server)
+
+
+def register_enrolment(enrolments: Enrolments, revoker: Revoker, server: grpc.aio.Server) -> None:
+    """Adds enrolment alone, of which a stranger may call what the guard admits."""
     enrolment_pb2_grpc.add_EnrolmentServicer_to_server(EnrolmentServicer(enrolments, revoker), server)

@@ -1,7 +1,13 @@
-"""Admits a call if its caller's certificate and rate allow it. On every RPC of every server, before the servicer."""
+"""Admits a call if its caller's rate and certificate allow it. On every RPC of every server, before the servicer.
+
+In this order: rate, certificate, role, and only then a request is read, its size checked, its bytes counted, and it is
+parsed and its scope checked. So a refused call costs no more than its headers, and a refusal counts like a call. gRPC
+itself would read and parse the request of a unary call first; here every handler takes a stream of bytes, which is the
+same on the wire.
+"""
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,13 +16,15 @@ from typing import Any, Final, TypeAlias
 import grpc
 import structlog
 
+from services.shell.arrival import in_time, parsed
 from services.shell.rates import Caller, Rates
+from services.shell.repeats import Repeats
 from services.shell.revocations import Revocations
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import counter
 from shelora.transport.certificates import Certificate, read_certificate, utc_now
 from shelora.transport.identity import SERVERS, Identity
-from shelora.transport.permissions import check_role, check_scope
+from shelora.transport.permissions import check_role, check_scope, largest_request
 from shelora.transport.revocations import RevokedError
 from shelora.transport.status import translated
 
@@ -32,6 +40,12 @@ _REASONS: Final = [
 ]
 DENIALS: Final = counter("rpc_denied_total", "RPCs refused for who called.", {"reason": _REASONS})
 TLS_VERSION: Final = b"TLSv1.3"
+
+ARRIVAL_S: Final = 30.0
+"""Seconds in which the first request of a call must have arrived: longer than our channels' own deadline."""
+
+PARSED_WEIGHT: Final = 64
+"""Bytes of a stream that a byte of a request of its own counts for: it is parsed at once while all others wait."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -68,6 +82,7 @@ class Guard(grpc.aio.ServerInterceptor):
         revocations: What it knows of them.
         on_denied: Told of every refusal.
         clock: What certificates are held against.
+        arrival_s: As ARRIVAL_S.
     """
 
     def __init__(
@@ -76,11 +91,14 @@ class Guard(grpc.aio.ServerInterceptor):
         revocations: Revocations,
         on_denied: OnDenied = untold,
         clock: Callable[[], datetime] = utc_now,
+        arrival_s: float = ARRIVAL_S,
     ) -> None:
         self._rates = rates
         self._revocations = revocations
         self._on_denied = on_denied
         self._clock = clock
+        self._arrival_s = arrival_s
+        self._repeats: Repeats[Denial] = Repeats(_log_repeats)
 
     async def intercept_service(
         self,
@@ -89,56 +107,41 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> _MaybeHandler:
         """Wraps every handler; an unknown method (None) passes to its UNIMPLEMENTED."""
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        method = handler_call_details.method
-        admission = _Admission(method, self._rates, self._revocations, self._on_denied, self._clock)
-        return _wrapped(handler, admission)
+        return handler and _wrapped(handler, self, handler_call_details.method)
 
-
-def certificate_of(context: _Context) -> Certificate | None:
-    """The caller's certificate as TLS verified it; None if it showed none."""
-    shown = list((context.auth_context() or {}).get("x509_pem_cert", ()))
-    return read_certificate(shown[0]) if shown else None
-
-
-class _Admission:
-    """The checks of one method."""
-
-    def __init__(
-        self,
-        method: str,
-        rates: Rates,
-        revocations: Revocations,
-        on_denied: OnDenied,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._method = method
-        self._rates = rates
-        self._revocations = revocations
-        self._on_denied = on_denied
-        self._clock = clock
+    def flush(self) -> None:
+        """Logs the refusals that are only counted yet."""
+        self._repeats.flush()
 
     @asynccontextmanager
-    async def admitted(self, request: Any, context: _Context, *, streaming: bool) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
+    async def admitted(
+        self,
+        arriving: AsyncIterator[bytes],
+        context: _Context,
+        handler: Any,  # noqa: ANN401 - of gRPC
+        method: str,
+    ) -> AsyncIterator[Any]:
         """The request, or the stream of them, for the servicer while it serves.
 
-        Raises: DomainError UNAUTHENTICATED, CERTIFICATE_EXPIRED, CERTIFICATE_REVOKED (also of a call under way),
-        PERMISSION_DENIED, STORE_UNAVAILABLE, counted, logged and told; RATE_LIMITED.
+        Raises: DomainError RATE_LIMITED; UNAUTHENTICATED, CERTIFICATE_EXPIRED, CERTIFICATE_REVOKED (also of a call
+        under way), PERMISSION_DENIED, STORE_UNAVAILABLE, counted, logged and told; TRANSFER_TOO_LARGE,
+        TRANSFER_TRUNCATED, INVALID_ARGUMENT for what is no request.
         """
-        async with self._denials_told(context):
-            certificate = self._caller(context)
-            identity = certificate.identity if certificate else None
-            check_role(self._method, identity)
-            if not streaming:
-                check_scope(request, identity)
-        try:
-            with self._rated(identity, context) as caller:
+        with self._rated(_claimed(context), context) as caller:
+            async with self._denials_told(method, context):
+                certificate = self._certificate(context)
+                identity = certificate.identity if certificate else None
+                check_role(method, identity)
+            call = _Call(method=method, identity=identity, caller=caller, context=context, handler=handler)
+            requests = self._requests(arriving, call)
+            try:
                 async with self._revocations.until_revoked(certificate):
-                    yield self._requests(request, identity, caller, context) if streaming else request
-        except RevokedError as error:
-            await self._tell(error, context)
-            raise
+                    yield requests if handler.request_streaming else await anext(requests)
+            except RevokedError as error:
+                await self._tell(error, method, context)
+                raise
+            finally:
+                await requests.aclose()
 
     def _rated(self, identity: Identity | None, context: _Context) -> AbstractContextManager[Caller | None]:
         """Counts the call of a client, or of a host that shows no certificate. Raises RATE_LIMITED."""
@@ -146,22 +149,23 @@ class _Admission:
             return self._rates.call(context.peer().rpartition(":")[0])
         return nullcontext() if identity.role in SERVERS else self._rates.call(identity.uri)
 
-    async def _requests(
-        self,
-        requests: AsyncIterator[Any],
-        identity: Identity | None,
-        caller: Caller | None,
-        context: _Context,
-    ) -> AsyncIterator[Any]:
-        """Each request of a stream, checked as it arrives, and no faster than its caller may send."""
-        async for request in requests:
-            async with self._denials_told(context):
-                check_scope(request, identity)
-            if caller is not None:
-                await self._rates.receive(caller, request.ByteSize())
+    async def _requests(self, arriving: AsyncIterator[bytes], call: "_Call") -> AsyncGenerator[Any, None]:
+        """Each request, checked as it arrives, and no faster than its caller may send."""
+        async for raw in in_time(arriving, self._arrival_s):
+            if len(raw) > (most := largest_request(call.method)):
+                raise DomainError(
+                    Reason.TRANSFER_TOO_LARGE,
+                    f"the request has {len(raw)} bytes, at most {most} are accepted",
+                )
+            if call.caller is not None:
+                weight = 1 if call.handler.request_streaming else PARSED_WEIGHT
+                await self._rates.receive(call.caller, weight * len(raw))
+            request = parsed(call.handler.request_deserializer, raw)
+            async with self._denials_told(call.method, call.context):
+                check_scope(request, call.identity)
             yield request
 
-    def _caller(self, context: _Context) -> Certificate | None:
+    def _certificate(self, context: _Context) -> Certificate | None:
         """The caller's certificate; None if the port asks for none."""
         if list((context.auth_context() or {}).get("ssl_tls_version", ())) != [TLS_VERSION]:
             raise DomainError(Reason.UNAUTHENTICATED, "the connection is not TLS 1.3")
@@ -180,17 +184,36 @@ class _Admission:
         return certificate
 
     @asynccontextmanager
-    async def _denials_told(self, context: _Context) -> AsyncIterator[None]:
+    async def _denials_told(self, method: str, context: _Context) -> AsyncIterator[None]:
         try:
             yield
         except DomainError as error:
-            await self._tell(error, context)
+            await self._tell(error, method, context)
             raise
 
-    async def _tell(self, error: DomainError, context: _Context) -> None:
+    async def _tell(self, error: DomainError, method: str, context: _Context) -> None:
         DENIALS.labels(error.reason).inc()
-        _log.warning("rpc_denied", method=self._method, reason=error.reason, why=error.message)
-        await self._on_denied(Denial(self._method, _claimed(context), error.reason))
+        denial = Denial(method, _claimed(context), error.reason)
+        if self._repeats.is_new(denial):
+            _log.warning("rpc_denied", method=method, reason=error.reason, why=error.message)
+        await self._on_denied(denial)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A call whose caller is known."""
+
+    method: str
+    identity: Identity | None
+    caller: Caller | None
+    context: _Context
+    handler: Any
+
+
+def certificate_of(context: _Context) -> Certificate | None:
+    """The caller's certificate as TLS verified it; None if it showed none."""
+    shown = list((context.auth_context() or {}).get("x509_pem_cert", ()))
+    return read_certificate(shown[0]) if shown else None
 
 
 def _claimed(context: _Context) -> Identity | None:
@@ -201,39 +224,45 @@ def _claimed(context: _Context) -> Identity | None:
     return certificate.identity if certificate else None
 
 
-def _wrapped(handler: Any, admission: _Admission) -> _Handler:  # noqa: ANN401 - one type, four shapes
-    """`handler` behind the admission, of the same shape (unary or stream on either side)."""
-    sides = (handler.request_streaming, handler.response_streaming)
-    shape = "_".join("stream" if streaming else "unary" for streaming in sides)
-    admit = _answering_stream if handler.response_streaming else _answering_once
-    wrap = getattr(grpc, f"{shape}_rpc_method_handler")
-    wrapped: _Handler = wrap(
-        admit(getattr(handler, shape), admission, streaming=handler.request_streaming),
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
+def _log_repeats(denial: Denial, count: int) -> None:
+    identity = denial.caller.uri if denial.caller else ""
+    _log.warning(
+        "rpc_denied_again", method=denial.method, reason=denial.reason, identity=identity, count=count
     )
-    return wrapped
 
 
-def _answering_once(behavior: Any, admission: _Admission, *, streaming: bool) -> Any:  # noqa: ANN401 - a handler of gRPC
-    async def guarded(request: Any, context: _Context) -> Any:  # noqa: ANN401 - any message
+def _wrapped(handler: Any, guard: Guard, method: str) -> _Handler:  # noqa: ANN401 - one type, four shapes
+    """`handler` behind the guard. It takes a stream of serialized requests, whatever it took before."""
+    sides = (handler.request_streaming, handler.response_streaming)
+    behavior = getattr(handler, "_".join("stream" if streaming else "unary" for streaming in sides))
+    if handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(
+            _answering_stream(behavior, handler, guard, method), None, handler.response_serializer
+        )
+    return grpc.stream_unary_rpc_method_handler(
+        _answering_once(behavior, handler, guard, method), None, handler.response_serializer
+    )
+
+
+def _answering_once(behavior: Any, handler: Any, guard: Guard, method: str) -> Any:  # noqa: ANN401 - of gRPC
+    async def guarded(arriving: AsyncIterator[bytes], context: _Context) -> Any:  # noqa: ANN401 - any message
         async with (
             translated(context),
-            admission.admitted(request, context, streaming=streaming) as admitted,
+            guard.admitted(arriving, context, handler, method) as admitted,
         ):
             return await behavior(admitted, context)
 
     return guarded
 
 
-def _answering_stream(behavior: Any, admission: _Admission, *, streaming: bool) -> Any:  # noqa: ANN401 - a handler of gRPC
+def _answering_stream(behavior: Any, handler: Any, guard: Guard, method: str) -> Any:  # noqa: ANN401 - of gRPC
     if not inspect.isasyncgenfunction(behavior):  # it writes to the context itself
-        return _answering_once(behavior, admission, streaming=streaming)
+        return _answering_once(behavior, handler, guard, method)
 
-    async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
+    async def guarded(arriving: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
         async with (
             translated(context),
-            admission.admitted(request, context, streaming=streaming) as admitted,
+            guard.admitted(arriving, context, handler, method) as admitted,
             aclosing(behavior(admitted, context)) as responses,
         ):
             async for response in responses:

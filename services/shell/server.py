@@ -13,25 +13,27 @@ from contextlib import (
     contextmanager,
     suppress,
 )
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.shell.arrival import in_time, parsed
 from services.shell.guard import Guard, OnDenied, untold
 from services.shell.observation import RpcObserver
-from services.shell.rates import Rates
+from services.shell.rates import RateLimits, Rates
 from services.shell.revocations import Revocations
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import start_metrics_server
 from shelora.transport.address import HostPort, check_plaintext
-from shelora.transport.channel import SERVER_OPTIONS
+from shelora.transport.channel import SERVER_OPTIONS, STRANGER_OPTIONS
+from shelora.transport.status import translated
 from shelora.transport.tls import Credentials
 
 Register = Callable[[grpc.aio.Server], None]
@@ -43,20 +45,33 @@ Announcing = Callable[[str], AbstractAsyncContextManager[None]]
 Background = Callable[[], Coroutine[Any, Any, None]]
 """Work beside the calls, until it is cancelled at the end of the drain. Returning early is fine."""
 
-_PROBES_AT_ONCE = 16
+PROBES_AT_ONCE: Final = 256
+"""Health checks in progress: each takes a millisecond, or PROBE_S if its caller sends nothing."""
+PROBE_S: Final = 1.0
+
+STRANGERS_AT_ONCE: Final = 64
+"""Calls in progress of callers without a certificate, all together."""
+STRANGERS_CALLS: Final = 8
+"""Calls in progress of one host among them."""
+STRANGER_ARRIVAL_S: Final = 5.0
+"""Seconds in which a request of theirs must have arrived."""
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Listener:
-    """A port to serve on."""
+class StrangersPort:
+    """Another port, for callers without a certificate: a server of its own, with limits of its own."""
 
     listen: str
     """`host:port`; port 0 picks a free one."""
 
-    credentials: Credentials | None
-    """What secures its connections."""
+    credentials: Credentials
+    """What secures its connections; asks callers for no certificate."""
+
+    register: Register
+    """Adds the services that a stranger may call."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,7 @@ async def serve(
     on_stop: Sequence[Callable[[], Awaitable[None]]] = (),
     credentials: Credentials,
     revocations: Revocations,
-    enrolment: Listener | None = None,
+    enrolment: StrangersPort | None = None,
     on_denied: OnDenied = untold,
     announcing: Announcing | None = None,
 ) -> None:
@@ -126,11 +141,15 @@ async def serve(
             stack.push_async_callback(close)
         metrics_port = stack.enter_context(_metrics(settings))
         tasks = await stack.enter_async_context(_background(background))
-        ports = [Listener(settings.listen, credentials), *([enrolment] if enrolment else [])]
-        addresses = await stack.enter_async_context(
-            _listening(settings, service_names, register, on_drain, ports, revocations, on_denied)
+        address = await stack.enter_async_context(
+            _listening(settings, service_names, register, on_drain, credentials, revocations, on_denied)
         )
-        ready = Ready(addresses[0], metrics_port, os.getpid(), *addresses[1:])
+        enrolling = ""
+        if enrolment is not None:
+            enrolling = await stack.enter_async_context(
+                _open_to_strangers(settings, service_names, enrolment, revocations, on_denied)
+            )
+        ready = Ready(address, metrics_port, os.getpid(), enrolling)
         if announcing is not None:
             await stack.enter_async_context(announcing(ready.address))
         stack.enter_context(_announced(settings.ready_file, ready))
@@ -157,10 +176,11 @@ async def running_server(
     Yields: Its address, `127.0.0.1:port`.
     """
     settings = settings or ServerSettings(listen="127.0.0.1:0", shutdown_grace_s=0.0)
-    ports = [Listener(settings.listen, credentials)]
     revocations = revocations or Revocations(known=True)
-    async with _listening(settings, service_names, register, (), ports, revocations, on_denied) as addresses:
-        yield addresses[0]
+    async with _listening(
+        settings, service_names, register, (), credentials, revocations, on_denied
+    ) as address:
+        yield address
 
 
 @asynccontextmanager
@@ -169,32 +189,68 @@ async def _listening(
     service_names: Sequence[str],
     register: Register,
     on_drain: Sequence[Callable[[], None]],
-    ports: Sequence[Listener],
+    credentials: Credentials | None,
     revocations: Revocations,
     on_denied: OnDenied,
-) -> AsyncIterator[list[str]]:
-    """A started server; drains on exit. Yields the addresses of its ports."""
-    guard = Guard(Rates(settings.rate_limits), revocations, on_denied)
-    guarded = [] if any(port.credentials is None for port in ports) else [guard]
-    server = grpc.aio.server(interceptors=[RpcObserver(service_names), *guarded], options=SERVER_OPTIONS)
+) -> AsyncIterator[str]:
+    """A started server; drains on exit. Yields its address."""
+    guards = [Guard(Rates(settings.rate_limits), revocations, on_denied)] if credentials else []
+    server = grpc.aio.server(interceptors=[RpcObserver(service_names), *guards], options=SERVER_OPTIONS)
     register(server)
     reflection.enable_server_reflection(
         (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    addresses = [_bind(server, port) for port in ports]
+    address = _bind(server, settings.listen, credentials)
     async with _probed(settings.health_listen, health_servicer):
         await server.start()
         for name in service_names:
             await health_servicer.set(name, _SERVING)
         try:
-            yield addresses
+            yield address
         finally:
             await health_servicer.enter_graceful_shutdown()
             for announce in on_drain:
                 announce()
             await server.stop(settings.shutdown_grace_s)
+            for guard in guards:
+                guard.flush()
+
+
+@asynccontextmanager
+async def _open_to_strangers(
+    settings: ServerSettings,
+    service_names: Sequence[str],
+    port: StrangersPort,
+    revocations: Revocations,
+    on_denied: OnDenied,
+) -> AsyncIterator[str]:
+    """A started server for strangers. Yields its address."""
+    guard = Guard(
+        Rates(_strangers_limits(settings.rate_limits)),
+        revocations,
+        on_denied,
+        arrival_s=STRANGER_ARRIVAL_S,
+    )
+    server = grpc.aio.server(
+        interceptors=[RpcObserver(service_names), guard],
+        options=STRANGER_OPTIONS,
+        maximum_concurrent_rpcs=STRANGERS_AT_ONCE,
+    )
+    port.register(server)
+    address = _bind(server, port.listen, port.credentials)
+    await server.start()
+    try:
+        yield address
+    finally:
+        await server.stop(settings.shutdown_grace_s)
+        guard.flush()
+
+
+def _strangers_limits(limits: RateLimits) -> RateLimits:
+    """The same rates, fewer calls at once."""
+    return replace(limits, concurrent=min(limits.concurrent or STRANGERS_CALLS, STRANGERS_CALLS))
 
 
 @asynccontextmanager
@@ -203,8 +259,8 @@ async def _probed(listen: str | None, health_servicer: health.aio.HealthServicer
     if listen is None:
         yield
         return
-    server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=_PROBES_AT_ONCE)
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    server = grpc.aio.server(options=STRANGER_OPTIONS, maximum_concurrent_rpcs=PROBES_AT_ONCE)
+    server.add_generic_rpc_handlers((_check_alone(health_servicer),))
     _bound(listen, lambda: server.add_insecure_port(listen))
     await server.start()
     try:
@@ -213,15 +269,28 @@ async def _probed(listen: str | None, health_servicer: health.aio.HealthServicer
         await server.stop(None)
 
 
-def _bind(server: grpc.aio.Server, port: Listener) -> str:
+def _check_alone(health_servicer: health.aio.HealthServicer) -> grpc.GenericRpcHandler:
+    """`Check` of the health service without its streams: whoever holds some of those open blinds the probes."""
+
+    async def check(arriving: AsyncIterator[bytes], context: Any) -> Any:  # noqa: ANN401 - of gRPC
+        async with translated(context):
+            raw = await anext(in_time(arriving, PROBE_S))
+            return await health_servicer.Check(parsed(health_pb2.HealthCheckRequest.FromString, raw), context)
+
+    answer = health_pb2.HealthCheckResponse.SerializeToString
+    handler: Any = grpc.stream_unary_rpc_method_handler(check, None, answer)
+    return grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": handler})
+
+
+def _bind(server: grpc.aio.Server, listen: str, credentials: Credentials | None) -> str:
     """Binds a port. Returns the address that clients on this machine use."""
-    target = HostPort.parse(port.listen)
-    if (credentials := port.credentials) is None:
-        check_plaintext(port.listen)
-        number = _bound(port.listen, lambda: server.add_insecure_port(port.listen))
+    target = HostPort.parse(listen)
+    if credentials is None:
+        check_plaintext(listen)
+        number = _bound(listen, lambda: server.add_insecure_port(listen))
     else:
         secured = credentials.server_credentials()
-        number = _bound(port.listen, lambda: server.add_secure_port(port.listen, secured))
+        number = _bound(listen, lambda: server.add_secure_port(listen, secured))
     return str(HostPort(_reachable(target.host), number))
 
 

@@ -32,6 +32,9 @@ federation's history and the layout of a model with thousands of matrices, which
 KEEPALIVE_MS: Final = 30_000
 """Idle time after which a connection is probed; NATs and load balancers forget one after minutes."""
 
+MAX_CONNECTIONS: Final = 30_000
+"""Connections of one server: more than a federation has members, less than the files that a process may open."""
+
 TIMEOUT_S: Final = 20.0
 """Default deadline of one attempt at a unary call."""
 
@@ -90,8 +93,33 @@ SERVER_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.max_connection_age_grace_ms", 600_000),
     # A second process on the same port is a mistake; the default would share the port between both.
     ("grpc.so_reuseport", 0),
+    # Before its handshake is done a connection is a stranger's; the default waits for two minutes.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
 )
 """Options of every server, the counterpart of those that `open_channel` sets."""
+
+STRANGER_MESSAGE_BYTES: Final = 16 * 1024
+"""Largest message where callers show no certificate: a token and a signing request have 1 KiB."""
+
+STRANGER_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
+    ("grpc.max_send_message_length", STRANGER_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", STRANGER_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 4096),
+    ("grpc.absolute_max_metadata_size", 8192),
+    ("grpc.max_concurrent_streams", 4),
+    ("grpc.max_allowed_incoming_connections", 256),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    # Whoever enrols or probes makes one short call.
+    ("grpc.max_connection_idle_ms", 10_000),
+    ("grpc.max_connection_age_ms", 60_000),
+    ("grpc.max_connection_age_grace_ms", 10_000),
+    # Without probes of the bandwidth no more is buffered of a stream than the 64 KiB of HTTP/2.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.so_reuseport", 0),
+)
+"""Options of a port where anybody may call. gRPC has resource quotas for that, but not in Python: these bound what each
+connection may hold, and how many there are."""
 
 
 def open_channel(address: str, credentials: Credentials | None = None) -> grpc.aio.Channel:

@@ -68,7 +68,33 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
 )
 """Roles that may call each RPC, by its full name. docs/threat-model.md gives the reasons."""
 
+SMALL_REQUEST_BYTES: Final = 64 * 2**10
+"""Largest request of a call that is not listed below."""
+
+LARGEST_REQUESTS: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "/shelora.v1.Coordinator/CreateFederation": 2**20,
+        # Matrices and tensors of a model: 16 384 of each at most, some 70 bytes each.
+        "/shelora.v1.Coordinator/Join": 4 * 2**20,
+        "/shelora.v1.Coordinator/PublishPlan": 4 * 2**20,
+        "/shelora.v1.Aggregation/OpenRound": 4 * 2**20,
+        # A digest a shard.
+        "/shelora.v1.Coordinator/CommitUpdate": 2 * 2**20,
+        # A contribution a client of the cohort.
+        "/shelora.v1.Aggregation/AggregateShard": 4 * 2**20,
+        # Pieces of 256 KiB.
+        "/shelora.v1.Coordinator/CastBallot": 2**19,
+        "/shelora.v1.Aggregation/PutShard": 2**19,
+    }
+)
+"""Bytes of a request of the other calls; of a stream, of each of its requests."""
+
 _SCOPED: Final = frozenset({"federation_id", "client_id", "round_id"})
+
+
+def largest_request(method: str) -> int:
+    """Bytes that a request of `method` (`/service/method`) may have."""
+    return LARGEST_REQUESTS.get(method, SMALL_REQUEST_BYTES)
 
 
 def check_role(method: str, identity: Identity | None) -> None:

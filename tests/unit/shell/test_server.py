@@ -311,6 +311,7 @@ async def test_probes_learn_without_a_certificate_whether_it_serves_and_nothing_
             for call in (
                 pb_grpc.CoordinatorStub(channel).Heartbeat(mine()),
                 reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(())).read(),
+                health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()).read(),
             ):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await call
@@ -318,10 +319,8 @@ async def test_probes_learn_without_a_certificate_whether_it_serves_and_nothing_
             waiting = asyncio.ensure_future(pb_grpc.CoordinatorStub(secured).Heartbeat(mine(stage="wait")))
             await town.entered.wait()
             drained = asyncio.create_task(draining.aclose())
-            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
-            while (await watch.read()).status == SERVING:
+            while await health_of(channel, SERVICE) == SERVING:
                 pass
-            watch.cancel()
             assert await health_of(channel, "") == NOT_SERVING
             town.released.set()
             await waiting
