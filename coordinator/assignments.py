@@ -54,9 +54,12 @@ class Finish:
 
 @dataclass(frozen=True)
 class Halt:
-    """The federation has failed."""
+    """The federation has failed, or is being deleted."""
 
     why: str
+    result_sequence: int = 0
+    """Round whose result is kept; 0 for none."""
+    plan: Plan | None = None
 
 
 Work: TypeAlias = Wait | Vote | MakePlan | Train | Finish | Halt
@@ -97,13 +100,15 @@ def assignment_for(
 def _work(
     federation: FederationRecord, round_: RoundRecord | None, client_id: str, *, committed: bool
 ) -> Work:
+    if federation.deleting:
+        return Halt("its operator deletes the federation")
     match federation.phase:
         case Phase.CREATED:
             return Wait("the operator has not started the federation")
         case Phase.FINISHED:
             return Finish(federation.result_sequence, federation.result_plan)
         case Phase.FAILED:
-            return Halt(federation.failure)
+            return Halt(federation.failure, federation.result_sequence, federation.result_plan)
         case Phase.RUNNING if federation.ticket is None:
             return _between_rounds(federation, client_id)
         case _:
@@ -116,7 +121,8 @@ def _between_rounds(federation: FederationRecord, client_id: str) -> Work:
         leads = negotiation.leader == client_id
         return MakePlan(negotiation) if leads else Wait("another agent makes the plan")
     if not federation.sequence:
-        return Wait(f"waiting until {federation.spec.round.clients} agents have joined")
+        enough = f"waiting until {federation.spec.round.clients} agents"
+        return Wait(f"{enough} with the same model have joined")
     return Wait("the next round is about to begin")
 
 
@@ -145,5 +151,5 @@ def _identifier(federation: FederationRecord, work: Work) -> str:
             return f"plan/{federation.federation_id}.{federation.instance}/{negotiation.plan_number}"
         case Finish(sequence):
             return f"finish/{federation.round_id(sequence)}"
-        case Halt(why) | Wait(why):
+        case Halt(why=why) | Wait(why):
             return f"{type(work).__name__.lower()}/{hashlib.sha256(why.encode()).hexdigest()[:16]}"

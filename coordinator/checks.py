@@ -7,12 +7,12 @@ from importlib import metadata
 from typing import Final
 
 from coordinator.aggregation import digest_from_proto
-from coordinator.records import Evaluation, Member, Report, Sighting, StoredDigest, Update
+from coordinator.records import Dropped, Evaluation, Member, Model, Report, Sighting, StoredDigest, Update
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
-from shelora.lora.layout import Matrix, Tensor, build_layout
+from shelora.lora.layout import Tensor, build_layout
 from shelora.messages import matrix_from_proto
-from shelora.protocol import PROTOCOL_VERSION, Stage
+from shelora.protocol import MAX_WHY, PROTOCOL_VERSION, Stage
 from shelora.text import printable
 from shelora.transport.pieces import SHA256_BYTES
 from shelora.v1 import common_pb2
@@ -22,8 +22,10 @@ KEY_ID_BYTES: Final = 16
 MAX_RANK: Final = 1024
 MAX_EXAMPLES: Final = 10**9
 MAX_SCALING: Final = 1e4
-MAX_WHY: Final = 500
+MAX_ASSIGNMENT: Final = 256
 STAGES: Final = frozenset(Stage)
+REASONS: Final = frozenset(Reason)
+_SESSION: Final = re.compile(r"[A-Za-z0-9]{1,64}")
 _CLIENT: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -70,7 +72,7 @@ def member(request: pb.JoinRequest, certified_ms: int = 0) -> Member:
 
 def model(
     spec: FederationSpec, matrices: Sequence[common_pb2.Matrix], tensors: Sequence[common_pb2.Tensor]
-) -> tuple[list[Matrix], list[Tensor]]:
+) -> Model:
     """A model's matrices, and its tensors under the federation's bound; a layout of them can be built."""
     require(len(matrices) > 0, "matrices must hold at least one adapted matrix")
     require(all(not m.tier_columns for m in matrices), "matrices must come without tier_columns")
@@ -87,14 +89,50 @@ def model(
         max_rank=1,
         max_directions=spec.protection.max_directions,
     )
-    return checked, bounded
+    return Model(matrices=tuple(checked), tensors=tuple(bounded))
 
 
-def sighting(stage: str, progress: float, now_ms: int) -> Sighting:
+def sighting(request: pb.HeartbeatRequest, now_ms: int) -> Sighting:
     """What a heartbeat says."""
-    require(stage in STAGES, f"stage must be one of {', '.join(sorted(STAGES))}")
-    require(0 <= progress <= 1, "progress must be 0 to 1")
-    return Sighting(stage=stage, progress=progress, at_ms=now_ms)
+    require(request.stage in STAGES, f"stage must be one of {', '.join(sorted(STAGES))}")
+    require(0 <= request.progress <= 1, "progress must be 0 to 1")
+    return Sighting(
+        stage=request.stage,
+        progress=request.progress,
+        at_ms=now_ms,
+        reason=reason(request.reason) if request.reason else None,
+        why=words(request.why),
+    )
+
+
+def reason(name: str) -> Reason:
+    """A reason by its name."""
+    require(name in REASONS, "reason must be a Reason")
+    return Reason(name)
+
+
+def words(value: str) -> str:
+    """What a client says in words: it is shown on terminals."""
+    require(len(value) <= MAX_WHY, f"why must have at most {MAX_WHY} characters")
+    require(printable(value) == value, "why must hold printable characters only, in one line")
+    return value
+
+
+def session(value: str) -> str:
+    """The name of an agent's process; "" of one that has none."""
+    require(not value or bool(_SESSION.fullmatch(value)), "session must have up to 64 of A-Z, a-z, 0-9")
+    return value
+
+
+def given_up(request: pb.GiveUpRequest) -> Dropped:
+    """Why a client gives an assignment up."""
+    require(0 < len(request.assignment_id) <= MAX_ASSIGNMENT, "assignment_id must be that of the assignment")
+    return Dropped(
+        client_id=client_id(request.client_id),
+        reason=reason(request.reason),
+        why=words(request.why),
+        gave_up=True,
+    )
 
 
 def why(text: str) -> str:

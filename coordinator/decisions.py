@@ -7,7 +7,7 @@ step is derived from what is stored, a driver that starts after a crash takes up
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from coordinator import transitions
 from coordinator.records import (
@@ -25,7 +25,21 @@ from coordinator.records import (
 from shelora.errors import Reason
 from shelora.lora.layout import Layout, build_layout
 from shelora.negotiation.votes import vote_layout
-from shelora.rounds import Event, Round, RoundKind, RoundState, select_cohort, should_close
+from shelora.rounds import (
+    Event,
+    Round,
+    RoundKind,
+    RoundState,
+    Turnout,
+    grace_ends_ms,
+    select_cohort,
+    should_close,
+)
+
+GATHERING: Final = frozenset({RoundState.SELECTING, RoundState.COLLECTING})
+"""States of a round that has no updates to lose but those that clients can send again."""
+LEAD_MS: Final = 60_000
+"""Time after which a leader that does not say that it makes the plan is replaced."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,16 @@ class View:
     """Who committed them, in order; only read when it has ended."""
     overlap: float | None = None
     """Mean overlap with the plan that its updates report; only read when it has ended."""
+    objectors: AbstractSet[str] = frozenset()
+    """Members that reject the plan in force, without those that have committed to the round all the same."""
+    given_up: Sequence[Dropped] = ()
+    """Clients that gave the round up and have not committed."""
+    unawaited: int = 0
+    """Clients of a collecting round that are not waited for and have not committed, though they may."""
+    laggards: AbstractSet[str] = frozenset()
+    """Clients that missed the newest round that closed; only read when the next one is made."""
+    working: AbstractSet[str] = frozenset()
+    """Members that say they do what they were asked; only read while a plan is made."""
     revoked: Mapping[str, int] = field(default_factory=dict)
     """Clients of the federation that this process knows to be revoked, with the time up to which they are."""
 
@@ -67,6 +91,18 @@ class OpenKeys:
     """Have the key authority make the keys of an epoch, then begin it."""
 
     epoch: int
+
+
+@dataclass(frozen=True)
+class FixModel:
+    """Fix the federation's model: that of this member."""
+
+    member: str
+
+
+@dataclass(frozen=True)
+class Delete:
+    """Delete everything of a federation: at aggregation, the key authority, in the store."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +160,8 @@ class Sweep:
 Decision: TypeAlias = (
     Rest
     | Done
+    | FixModel
+    | Delete
     | OpenKeys
     | RetireEpochs
     | WriteFederation
@@ -138,13 +176,12 @@ Decision: TypeAlias = (
 def decide(view: View, now_ms: int) -> Decision:
     """The next step. `now_ms`: Unix milliseconds."""
     federation = view.federation
+    if federation.deleting:
+        return Delete()
     fresh = {name: at for name, at in view.revoked.items() if at > federation.revoked.get(name, 0)}
     if fresh and not federation.ended:
         return WriteFederation("revoke_clients", transitions.revoked(federation, fresh))
-    if federation.phase is Phase.RUNNING:
-        step = _within_round(view, federation.ticket, now_ms) if federation.ticket else _between(view, now_ms)
-    else:
-        step = Done() if federation.ended else Rest()
+    step = _step(view, now_ms)
     if not isinstance(step, Rest | Done):
         return step
     if federation.garbage:
@@ -154,13 +191,25 @@ def decide(view: View, now_ms: int) -> Decision:
     return step
 
 
+def _step(view: View, now_ms: int) -> Decision:
+    """What brings the federation nearer to its end."""
+    federation = view.federation
+    if federation.phase is not Phase.RUNNING:
+        return Done() if federation.ended else Rest()
+    if federation.ticket is not None:
+        return _within_round(view, federation.ticket, now_ms)
+    if federation.stopped:
+        return WriteFederation("end_stopped", transitions.stopped_now(federation))
+    return _between(view, now_ms)
+
+
 def _between(view: View, now_ms: int) -> Decision:
     """No round is in progress: gather clients, open keys, agree on a plan, or begin a round."""
     federation = view.federation
     if not federation.sequence and len(view.members) < federation.spec.round.clients:
         return Rest()
     if federation.model is None:
-        return Rest()
+        return _elect(view)
     if federation.selective and (federation.rotation_due or not federation.key_id):
         return OpenKeys(federation.epoch + 1 if federation.key_id else federation.epoch)
     if federation.negotiation is not None:
@@ -169,6 +218,13 @@ def _between(view: View, now_ms: int) -> Decision:
         return Rest()
     kind = RoundKind.VOTE if _needs_vote(view) else RoundKind.TRAIN
     return WriteFederation("begin_round", transitions.begun(federation, kind))
+
+
+def _elect(view: View) -> Decision:
+    """The model that more than half of those who joined have in common; waits for others while there is none."""
+    shapes = transitions.elected_shapes(view.members)
+    holder = next((name for name, member in view.members.items() if member.shapes == shapes), None)
+    return FixModel(holder) if shapes and holder else Rest()
 
 
 def _needs_vote(view: View) -> bool:
@@ -182,10 +238,11 @@ def _needs_vote(view: View) -> bool:
 
 
 def _negotiate(view: View, negotiation: Negotiation, now_ms: int) -> Decision:
-    """Waits for the leader's plan; names the next candidate if it is silent or gone."""
+    """Waits for the leader's plan; names the next candidate if it is silent, idle or gone."""
     federation = view.federation
     overdue = now_ms >= negotiation.deadline_ms
-    waiting = bool(negotiation.leader) and not overdue
+    idle = now_ms >= negotiation.led_ms + LEAD_MS and negotiation.leader not in view.working
+    waiting = bool(negotiation.leader) and not (overdue or idle)
     candidate = next((name for name in negotiation.candidates if name in view.alive), None)
     if waiting and (negotiation.leader in view.alive or candidate is None):
         return Rest(negotiation.deadline_ms)
@@ -193,40 +250,78 @@ def _negotiate(view: View, negotiation: Negotiation, now_ms: int) -> Decision:
         return WriteFederation("name_leader", transitions.led(federation, candidate, now_ms))
     if not overdue and negotiation.candidates:
         return Rest(negotiation.deadline_ms)
-    why = "no client published a plan that the others accept, and no candidate is left"
-    return WriteFederation("fail_federation", transitions.failed(federation, why))
+    after = transitions.unplanned(federation)
+    return WriteFederation("fail_federation" if after.ended else "end_negotiation", after)
 
 
 def _within_round(view: View, ticket: Ticket, now_ms: int) -> Decision:
     federation, record = view.federation, view.round
-    stale = ticket.kind is RoundKind.TRAIN and ticket.plan != federation.plan
     if record is None:
-        if stale or federation.rotation_due:
+        if _is_stale(federation, ticket) or federation.rotation_due or federation.stopped:
             return WriteFederation("cancel_ticket", transitions.cancelled(federation))
         return _create(view, ticket)
     if record.round.ended:
         after = transitions.settled(
-            federation, record, view.voters, view.members, now_ms, overlap=view.overlap
+            federation,
+            record,
+            view.voters,
+            view.members,
+            now_ms,
+            overlap=view.overlap,
+            given_up=view.given_up,
         )
         return WriteFederation("settle_round", after)
-    if stale:
-        return abandon(record, Reason.PLAN_REFUSED, now_ms)
-    if (
-        record.round.kind is RoundKind.VOTE and federation.rotation_due
-    ):  # for a plan that would be void at once
-        return abandon(record, Reason.EPOCH_RETIRED, now_ms)
+    if reason := _why_void(federation, ticket, record.round):
+        return abandon(record, reason, now_ms)
     return _in_progress(view, record, now_ms)
+
+
+def _is_stale(federation: FederationRecord, ticket: Ticket) -> bool:
+    """Whether the plan of a round has been discarded."""
+    return ticket.kind is RoundKind.TRAIN and ticket.plan != federation.plan
+
+
+def _why_void(federation: FederationRecord, ticket: Ticket, round_: Round) -> Reason | None:
+    """Why nobody needs a round's result any more; None if it is needed."""
+    if _is_stale(federation, ticket):
+        return Reason.PLAN_REFUSED
+    if round_.kind is RoundKind.VOTE and federation.rotation_due:  # its plan would be void at once
+        return Reason.EPOCH_RETIRED
+    if federation.stopped and round_.state in GATHERING:
+        return Reason.FEDERATION_CLOSED
+    return None
 
 
 def _in_progress(view: View, record: RoundRecord, now_ms: int) -> Decision:
     """A round goes on, without those of its cohort that were revoked."""
     if gone := revoked_since(record, view.federation.revoked):
         return _without_revoked(record, gone, now_ms)
+    if _is_refused(view, record):
+        return WriteFederation("drop_plan", transitions.without_plan(view.federation, now_ms))
     if record.round.state is RoundState.SELECTING:
         return OpenRound(record)
     if record.round.state is RoundState.AGGREGATING:
         return Aggregate(record)
     return _collect(view, record, now_ms)
+
+
+def _objecting(view: View, record: RoundRecord) -> set[str]:
+    """Clients of a training round's cohort that reject its plan."""
+    return set() if record.round.kind is RoundKind.VOTE else set(record.round.cohort) & view.objectors
+
+
+def _is_refused(view: View, record: RoundRecord) -> bool:
+    """Whether the plan of a round is to be discarded: by more than half, or as too few are left to train by it.
+
+    Not once a round under it has closed: those who took part found it right.
+    """
+    federation, round_ = view.federation, record.round
+    if federation.plan is None or federation.plan.number == federation.accepted_plan:
+        return False
+    if round_.state not in GATHERING:
+        return False
+    objecting, asked = len(_objecting(view, record)), len(round_.cohort)
+    return bool(objecting) and (2 * objecting > asked or asked - objecting < round_.min_updates)
 
 
 def revoked_since(record: RoundRecord, revoked: Mapping[str, int]) -> list[str]:
@@ -251,10 +346,11 @@ def _without_revoked(record: RoundRecord, gone: Sequence[str], now_ms: int) -> W
 
 
 def _create(view: View, ticket: Ticket) -> Decision:
-    """Selects the cohort among the members alive now. Waits while they are too few."""
+    """Selects the cohort among the members alive now that accept the plan. Waits while they are too few."""
     federation = view.federation
     rules, training = federation.spec.round, ticket.kind is RoundKind.TRAIN
-    if len(view.alive) < rules.min_updates or federation.model is None:
+    willing = view.alive - view.objectors if ticket.plan else view.alive
+    if len(willing) < rules.min_updates or federation.model is None:
         return Rest()
     round_id = federation.round_id(ticket.sequence)
     layout = layout_of(federation, federation.model, ticket, view.members)
@@ -265,7 +361,7 @@ def _create(view: View, ticket: Ticket) -> Decision:
         attempt=ticket.attempt,
         min_updates=rules.min_updates,
         deadline_s=rules.deadline_s,
-        cohort=select_cohort(round_id, view.alive, rules.cohort_limit if training else 0),
+        cohort=select_cohort(round_id, willing, rules.cohort_limit if training else 0),
         target_updates=rules.target_updates if training else 0,
     )
     record = RoundRecord(
@@ -276,6 +372,7 @@ def _create(view: View, ticket: Ticket) -> Decision:
         plan_number=ticket.plan.number if ticket.plan else 0,
         epoch=federation.epoch,
         revoked_ms=federation.revoked_ms,
+        laggards=tuple(name for name in round_.cohort if name in view.laggards),
     )
     return CreateRound(record, layout)
 
@@ -304,15 +401,24 @@ def layout_of(
 
 
 def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:
-    due = should_close(record.round, view.update_count, now_ms, absent=len(record.dropped))
+    round_, objecting = record.round, _objecting(view, record)
+    gone = objecting | {drop.client_id for drop in view.given_up}
+    absent = len(record.dropped) + len(gone - record.dropped_ids)
+    turnout = Turnout(view.update_count, absent, view.unawaited)
+    ends_ms = grace_ends_ms(round_, record.most_ms, view.federation.spec.round.grace)
+    due = should_close(round_, turnout, now_ms, ends_ms)
     if due is Event.CLOSE:
         closed = record.model_copy(
             update={"round": record.round.advance(Event.CLOSE, now_ms), "closed_ms": now_ms}
         )
         return WriteRound("close_round", closed)
     if due is Event.ABANDON:
-        return abandon(record, Reason.TOO_FEW_UPDATES, now_ms)
-    return Rest(record.round.deadline_ms)
+        reason = Reason.PLAN_REFUSED if objecting and now_ms < round_.deadline_ms else Reason.TOO_FEW_UPDATES
+        return abandon(record, reason, now_ms)
+    most = turnout.updates >= round_.min_updates and 2 * turnout.updates > len(round_.cohort)
+    if most and not record.most_ms:
+        return WriteRound("note_majority", record.model_copy(update={"most_ms": now_ms}))
+    return Rest(min(round_.deadline_ms, ends_ms or round_.deadline_ms))
 
 
 def abandon(record: RoundRecord, reason: Reason, now_ms: int) -> WriteRound:

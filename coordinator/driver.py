@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import structlog
@@ -22,7 +22,9 @@ from coordinator.decisions import (
     Aggregate,
     CreateRound,
     Decision,
+    Delete,
     Done,
+    FixModel,
     OpenKeys,
     OpenRound,
     Rest,
@@ -59,6 +61,9 @@ from shelora.negotiation.ranking import total_columns
 from shelora.rounds import Event, RoundKind, RoundState
 from shelora.transport.channel import is_transient
 
+ENDED_S: Final = 30.0
+"""Seconds after which a federation that has ended is looked at again: its operator may extend or delete it."""
+_TOO_FEW: Final = Reason.TOO_FEW_UPDATES
 CENSUS_S: Final = 10.0
 """Seconds after which members are counted again while a round is in progress, whose course does not depend on them."""
 RELEASE_S: Final = 2.0
@@ -97,7 +102,7 @@ class DriverPolicy:
 
 
 class Left:
-    """A federation is left to another replica."""
+    """A federation is left to another replica, or gone."""
 
 
 class Driver:
@@ -135,7 +140,8 @@ class Driver:
         self._new_token = new_token
         self._policy = policy or DriverPolicy()
         self._driving: dict[str, asyncio.Task[None]] = {}
-        self._finished: set[str] = set()
+        self._finished: dict[str, tuple[int, tuple[int, int]]] = {}
+        """Federations that have ended: Unix milliseconds and version of the state at the last look at them."""
         self._member_counts: dict[str, tuple[int, int]] = {}
         self._censuses: dict[str, int] = {}
         """Unix milliseconds of the last look at all members, by federation."""
@@ -156,21 +162,34 @@ class Driver:
 
     async def _scan(self) -> None:
         listed = set(await self._store.federation_ids())
-        for expired in self._finished - listed:  # the name may be given again
-            self._finished.remove(expired)
+        for expired in self._finished.keys() - listed:  # the name may be given again
+            del self._finished[expired]
             TRAIN_LOSS.remove(expired)
-        for federation_id in sorted(listed - self._finished - self._driving.keys()):
+        seen_ms = self._clock_ms() - int(1000 * ENDED_S)
+        resting = {
+            name
+            for name, (at_ms, version) in self._finished.items()
+            if at_ms > seen_ms and version == self._changes.version(name)
+        }
+        for federation_id in sorted(listed - resting - self._driving.keys()):
             if await _tolerant(self._is_started(federation_id), "scan_failed", federation_id=federation_id):
                 self._spawn(federation_id)
 
     async def _is_started(self, federation_id: str) -> bool:
         """Whether there is something to drive; not in a federation that is listed but was never written."""
         try:
-            return (await self._store.federation(federation_id)).record.phase is not Phase.CREATED
+            record = (await self._store.federation(federation_id)).record
         except DomainError as error:
             if error.reason is not Reason.FEDERATION_UNKNOWN:
                 raise
             return False
+        if record.ended and federation_id in self._finished and not record.deleting:
+            self._note_ended(federation_id)
+            return False
+        return record.phase is not Phase.CREATED or record.deleting
+
+    def _note_ended(self, federation_id: str) -> None:
+        self._finished[federation_id] = self._clock_ms(), self._changes.version(federation_id)
 
     def _spawn(self, federation_id: str) -> None:
         task = asyncio.create_task(self._hold(federation_id), name=f"drive-{federation_id}")
@@ -218,7 +237,7 @@ class Driver:
                 if isinstance(decision, Left):
                     return
                 if isinstance(decision, Done):
-                    self._finished.add(federation_id)
+                    self._note_ended(federation_id)
                     return
                 if decision is None or isinstance(decision, Rest):
                     await signal.wait(self._pause_s(decision))
@@ -239,9 +258,9 @@ class Driver:
         try:
             return await self.step(federation_id)
         except DomainError as error:
-            if error.reason is not Reason.RECORD_UNREADABLE:
+            if error.reason not in {Reason.RECORD_UNREADABLE, Reason.FEDERATION_UNKNOWN}:
                 raise
-            _log.warning("federation_left", federation_id=federation_id, why=error.message)
+            _log.info("federation_left", federation_id=federation_id, why=error.message)
             return Left()
 
     def _pause_s(self, decision: Rest | None) -> float:
@@ -263,38 +282,99 @@ class Driver:
         return decision
 
     async def _view(self, federation: FederationRecord, round_: RoundRecord | None) -> View:
-        members, alive = await self._members(federation, round_)
+        members, alive, working = await self._members(federation, round_)
         self._count_epoch(federation.federation_id, federation.epoch if federation.key_id else 0)
-        revoked = self._revoked(federation.federation_id)
+        objectors = await self._objectors(federation)
+        view = View(
+            federation=federation,
+            round=round_,
+            members=members,
+            alive=alive,
+            update_count=0,
+            voters=[],
+            objectors=objectors,
+            working=working,
+            revoked=self._revoked(federation.federation_id),
+        )
         if round_ is None:
-            return View(federation, None, members, alive, 0, [], revoked=revoked)
-        if not round_.round.ended:
-            count = await self._counted(federation, round_)
-            return View(federation, round_, members, alive, count, [], revoked=revoked)
-        commits = await self._store.commits(federation, round_.sequence)
-        counted = [commit for commit in commits if commit.update.client_id not in round_.dropped_ids]
-        voters = [commit.update.client_id for commit in counted]
-        return View(federation, round_, members, alive, len(counted), voters, mean_overlap(counted), revoked)
+            return replace(view, laggards=await self._laggards(federation)) if federation.ticket else view
+        if round_.round.ended:
+            commits = await self._store.commits(federation, round_.sequence)
+            counted = [commit for commit in commits if commit.update.client_id not in round_.dropped_ids]
+            voters = [commit.update.client_id for commit in counted]
+            given_up = await self._store.refusals(federation, round_.sequence)
+            return replace(
+                view,
+                update_count=len(counted),
+                voters=voters,
+                overlap=mean_overlap(counted),
+                given_up=given_up,
+            )
+        return await self._progress(view, round_) if round_.round.state is RoundState.COLLECTING else view
 
-    async def _counted(self, federation: FederationRecord, record: RoundRecord) -> int:
-        """How many updates a collecting round has that count."""
-        if record.round.state is not RoundState.COLLECTING:
-            return 0
-        count = await self._store.commit_count(federation, record.sequence)
-        for client_id in record.dropped_ids:
-            count -= await self._store.commit_of(federation, record.sequence, client_id) is not None
-        return count
+    async def _progress(self, view: View, record: RoundRecord) -> View:
+        """What has become of a collecting round so far, without a look at every client of it."""
+        federation, sequence = view.federation, record.sequence
+        refusals = await self._store.refusals(federation, sequence)
+        quit_ = [drop for drop in refusals if drop.gave_up and drop.client_id in record.round.cohort]
+        special = {*record.dropped_ids, *record.laggards, *view.objectors, *(d.client_id for d in quit_)}
+        committed = await self._store.committed(federation, sequence, sorted(special))
+        missing = set(record.laggards) - committed - record.dropped_ids - {d.client_id for d in quit_}
+        missing -= await self._working_again(federation, record, missing - view.objectors)
+        count = await self._store.commit_count(federation, sequence)
+        return replace(
+            view,
+            update_count=count - len(committed & record.dropped_ids),
+            objectors=view.objectors - committed,
+            given_up=[drop for drop in quit_ if drop.client_id not in committed],
+            unawaited=len(missing - view.objectors),
+        )
+
+    async def _working_again(
+        self, federation: FederationRecord, record: RoundRecord, laggards: AbstractSet[str]
+    ) -> AbstractSet[str]:
+        """Those that missed the round before and are waited for all the same.
+
+        Within two heartbeats of the round's opening all of them: they may not have said yet that they work.
+        """
+        if not laggards:
+            return set()
+        interval_s = self._policy.liveness.interval_s(
+            await self._store.member_count(federation.federation_id)
+        )
+        if self._clock_ms() < record.round.opened_ms + 2000 * interval_s:
+            return laggards
+        seen = await self._store.sightings(federation.federation_id, sorted(laggards))
+        return {
+            name
+            for name, sighting in seen.items()
+            if sighting.working and sighting.at_ms >= record.round.opened_ms
+        }
+
+    async def _objectors(self, federation: FederationRecord) -> AbstractSet[str]:
+        """Members that reject the plan in force."""
+        if federation.plan is None:
+            return set()
+        return (await self._store.objections(federation, federation.plan.number)).keys()
+
+    async def _laggards(self, federation: FederationRecord) -> AbstractSet[str]:
+        """Who missed the newest round, if that one waited for its clients."""
+        newest = federation.sequence - 1  # the one before that of the ticket
+        found = await self._store.round(federation, newest) if newest else None
+        if found is None or not (found.record.closed_ms or found.record.round.reason is _TOO_FEW):
+            return set()
+        return set(found.record.round.cohort) - await self._store.committers(federation, newest)
 
     async def _members(
         self, federation: FederationRecord, round_: RoundRecord | None
-    ) -> tuple[Mapping[str, Member], AbstractSet[str]]:
-        """The members, and those alive, where a decision needs them; else none, but now and then for the gauge.
+    ) -> tuple[Mapping[str, Member], AbstractSet[str], AbstractSet[str]]:
+        """The members, those alive and those at work where a decision needs them; else none, but for the gauge.
 
         A look at all members costs in proportion to them: it must not follow every commit of every one of them.
         """
         federation_id = federation.federation_id
         if not (await self._decides_on_members(federation, round_) or self._is_census_due(federation_id)):
-            return {}, set()
+            return {}, set(), set()
         members = federation.admitted(await self._store.members(federation_id))
         sightings = await self._store.sightings(federation_id, list(members))
         now_ms = self._clock_ms()
@@ -302,7 +382,7 @@ class Driver:
         alive = {name for name, seen in sightings.items() if seen.at_ms >= heard_ms}
         self._count_members(federation_id, (len(alive), len(members) - len(alive)))
         self._censuses[federation_id] = now_ms
-        return members, alive
+        return members, alive, {name for name in alive if sightings[name].working}
 
     async def _decides_on_members(self, federation: FederationRecord, round_: RoundRecord | None) -> bool:
         if round_ is not None:
@@ -342,23 +422,38 @@ class Driver:
                 return
             case WriteFederation(name, record):
                 await self._write_federation(name, record, federation)
+            case CreateRound(record, layout):
+                layout_record, digest = LayoutRecord.of(layout), record.layout_digest
+                await self._store.put_layout(federation.record.federation_id, layout_record, digest)
+                if record.sequence == 1:
+                    await self._store.drop_shapes(federation.record.federation_id)
+                await self._write_round("create_round", federation.record, record, 0)
+            case OpenRound() | WriteRound() | Aggregate():
+                await self._act_on_round(decision, federation.record, round_)
+            case _:
+                await self._act_on_federation(decision, federation)
+
+    async def _act_on_federation(
+        self,
+        decision: OpenKeys | RetireEpochs | FixModel | Sweep | Delete,
+        federation: Versioned[FederationRecord],
+    ) -> None:
+        match decision:
             case OpenKeys(epoch):
                 await self._open_keys(federation, epoch)
             case RetireEpochs(before):
                 await self._authority.retire_epochs(federation.record.federation_id, before)
                 retired = transitions.retired(federation.record, before)
                 await self._write_federation("retire_epochs", retired, federation)
-            case CreateRound(record, layout):
-                layout_record, digest = LayoutRecord.of(layout), record.layout_digest
-                await self._store.put_layout(federation.record.federation_id, layout_record, digest)
-                await self._write_round("create_round", federation.record, record, 0)
+            case FixModel(member):
+                await self._fix_model(federation, member)
             case Sweep(garbage):
                 for item in garbage:
                     await self._close_round(federation.record, item)
                 swept = transitions.swept(federation.record, garbage)
                 await self._write_federation("sweep_garbage", swept, federation)
-            case _:
-                await self._act_on_round(decision, federation.record, round_)
+            case Delete():
+                await self._delete(federation.record)
 
     async def _act_on_round(
         self,
@@ -408,6 +503,26 @@ class Driver:
             return
         began = transitions.with_key(record, epoch, key_id)
         await self._write_federation("open_keys", began, federation)
+
+    async def _fix_model(self, federation: Versioned[FederationRecord], member: str) -> None:
+        """Fixes the model of a federation as that of a member."""
+        model = await self._store.shapes(federation.record.federation_id, member)
+        if model is not None:
+            await self._write_federation(
+                "fix_model", transitions.with_model(federation.record, model), federation
+            )
+
+    async def _delete(self, federation: FederationRecord) -> None:
+        """Deletes everything of a federation; its record last, so that it is tried again until all is gone."""
+        federation_id = federation.federation_id
+        kept = federation.results_in_use | ({federation.ticket.sequence} if federation.ticket else set())
+        rounds = {federation.round_id(sequence) for sequence in kept}
+        for round_id in sorted(rounds | {item.round_id for item in federation.garbage}):
+            await self._aggregation.close_round(round_id, results=True)
+        if federation.selective:
+            await self._authority.retire_epochs(federation_id, federation.epoch + 1)
+        await self._store.delete(federation)
+        _log.info("federation_deleted", federation_id=federation_id)
 
     async def _opened_from(self, record: FederationRecord, epoch: int) -> tuple[int, bytes]:
         """The first epoch from this one on that is not retired, as those of an expired namesake may be; and its key."""

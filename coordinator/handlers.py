@@ -9,7 +9,7 @@ import structlog
 
 from coordinator import checks, transitions
 from coordinator.aggregation import AggregationPool, lacks
-from coordinator.assignments import Assignment, assignment_for
+from coordinator.assignments import Assignment, MakePlan, Train, Vote, assignment_for
 from coordinator.ballots import most_bytes, opened_ballot, takes_ballots
 from coordinator.changes import Changes
 from coordinator.liveness import USUAL, Liveness
@@ -19,6 +19,7 @@ from coordinator.records import (
     Evaluation,
     FederationRecord,
     Member,
+    Phase,
     RoundRecord,
     Sighting,
     StoredDigest,
@@ -63,6 +64,8 @@ class Limits:
     """Federations, ended ones included until their state expires."""
     max_members: int = 20_000
     """Members of one federation."""
+    result_life_s: int = 7 * 86_400
+    """Seconds that aggregation keeps the result of a federation that has ended, at least."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,41 @@ class Handlers:
             "ask_rotation", federation_id, lambda r: transitions.rotation_asked(r, from_epoch)
         )
 
+    async def stop(self, federation_id: str) -> FederationRecord:
+        """Has a federation end with its newest result. Raises FEDERATION_UNKNOWN."""
+        record = await self.store.transact("ask_stop", federation_id, transitions.stop_asked)
+        _log.info("stop_asked", federation_id=federation_id, trained=record.trained)
+        return record
+
+    async def extend(self, federation_id: str, rounds: int) -> FederationRecord:
+        """Has a federation train so many rounds in all.
+
+        Raises: FEDERATION_UNKNOWN, INVALID_ARGUMENT, FEDERATION_CLOSED.
+        """
+        before = (await self.store.federation(federation_id)).record
+        if before.phase is Phase.FINISHED and transitions.extended(before, rounds) != before:
+            await self._require_result(before)
+        record = await self.store.transact(
+            "extend_federation", federation_id, lambda r: transitions.extended(r, rounds)
+        )
+        _log.info("federation_extended", federation_id=federation_id, rounds=record.rounds)
+        return record
+
+    async def _require_result(self, record: FederationRecord) -> None:
+        """Raises: FEDERATION_CLOSED unless aggregation still keeps the result that a finished federation ended with."""
+        found = await self.store.round(record, record.result_sequence)
+        if found is None or self.clock_ms() > found.record.round.ended_ms + 1000 * self.limits.result_life_s:
+            raise DomainError(
+                Reason.FEDERATION_CLOSED,
+                f"federation {record.federation_id} finished so long ago that its last result is stored no longer "
+                "(result_ttl_days): create another one; agents keep the adapter",
+            )
+
+    async def delete(self, federation_id: str) -> None:
+        """Has everything of a federation deleted. Raises FEDERATION_UNKNOWN."""
+        await self.store.transact("ask_deletion", federation_id, transitions.deletion_asked)
+        _log.info("deletion_asked", federation_id=federation_id)
+
     async def federations(self) -> list[FederationRecord]:
         """All federations, by name. One that expires meanwhile is left out."""
         records = []
@@ -150,11 +188,9 @@ class Handlers:
         tensors: Sequence[common_pb2.Tensor],
     ) -> FederationRecord:
         """Makes a client a member. Raises INVALID_ARGUMENT, MODEL_MISMATCH, FEDERATION_CLOSED, LIMIT_REACHED."""
-        spec = (await self.store.federation(federation_id)).record.spec
-        model = checks.model(spec, matrices, tensors)
-        record = await self.store.transact(
-            "fix_model", federation_id, lambda r: transitions.with_model(r, *model)
-        )
+        record = (await self.store.federation(federation_id)).record
+        model = checks.model(record.spec, matrices, tensors)
+        transitions.required_model(record, model)
         if not await self.store.is_member(federation_id, member.client_id):
             count = await self.store.member_count(federation_id)
             if count >= self.limits.max_members:
@@ -164,31 +200,77 @@ class Handlers:
         await self._touch(
             federation_id, member.client_id
         )  # before it is a member, so that it is never one unseen
-        await self.store.put_member(federation_id, member)
+        if not record.sequence:
+            await self.store.put_shapes(federation_id, member.client_id, model)
+        await self.store.put_member(federation_id, member.model_copy(update={"shapes": model.digest}))
         _log.info("client_joined", federation_id=federation_id, client_id=member.client_id, rank=member.rank)
         return record
 
-    async def heartbeat(self, federation_id: str, client_id: str, seen: Sighting) -> float:
-        """Keeps what a member says of itself. Returns seconds until it is to do so again. Raises CLIENT_UNKNOWN."""
-        members = await self.store.see(federation_id, client_id, seen)
+    async def heartbeat(self, federation_id: str, client_id: str, seen: Sighting, session: str = "") -> float:
+        """Keeps what a member says of itself. Returns seconds until it is to do so again.
+
+        Raises: CLIENT_UNKNOWN, CLIENT_REPLACED.
+        """
+        members = await self.store.see(federation_id, client_id, seen, session)
         if not members:
             await self._require_member(federation_id, client_id)
+        if members < 0:
+            _log.warning("copy_refused", federation_id=federation_id, client_id=client_id)
+            raise DomainError(
+                Reason.CLIENT_REPLACED,
+                f"another process with the identity of {client_id} takes part since: two copies of a client count as "
+                "one. Stop one of them, and enrol it under a name of its own",
+            )
         return self.liveness.interval_s(members)
 
+    async def give_up(self, federation_id: str, assignment_id: str, said: Dropped) -> None:
+        """Takes an assignment from a client that cannot do it; nothing if it has another one by now.
+
+        Raises: CLIENT_UNKNOWN.
+        """
+        client_id = said.client_id
+        await self._require_member(federation_id, client_id)
+        federation, round_ = await self._look(federation_id)
+        assignment = assignment_for(federation, round_, client_id, committed=False)
+        if assignment.assignment_id != assignment_id:
+            return
+        match assignment.work:
+            case Vote(record) | Train(record):
+                if await self.store.commit_of(federation, record.sequence, client_id) is None:
+                    await self.store.put_refusal(federation, record.sequence, said)
+            case MakePlan(negotiation):
+                number = negotiation.plan_number
+                await self.store.transact(
+                    "give_up_lead",
+                    federation_id,
+                    lambda r: transitions.without_leader(r, client_id, number),
+                )
+        _log.warning(
+            "assignment_given_up",
+            federation_id=federation_id,
+            client_id=client_id,
+            reason=said.reason,
+            why=said.why,
+        )
+
     async def watch(
-        self, federation_id: str, client_id: str
+        self, federation_id: str, client_id: str, session: str = ""
     ) -> AsyncGenerator[tuple[FederationRecord, Assignment], None]:
         """Assignments as they change, each with the record it was derived from.
 
         Ends after the last assignment of the federation, or when the process drains. Raises CLIENT_UNKNOWN.
         """
-        await self._require_member(federation_id, client_id)
+        member = await self._require_member(federation_id, client_id)
+        if session:
+            await self.store.begin_session(federation_id, client_id, session)
         await self._touch(federation_id, client_id)
         await_evaluations(federation_id)  # they come to where their client watches
         last, commit = "", _OwnCommit()
         with self.changes.subscribed(federation_id, client_id) as signal:
             while not self.changes.closed:
                 federation, assignment = await self._assignment(federation_id, client_id, commit)
+                if not federation.fits(member):  # joining again tells it how its model differs
+                    raise _not_joined()
                 if assignment.assignment_id != last:
                     yield federation, assignment
                 last = assignment.assignment_id
@@ -342,12 +424,15 @@ class Handlers:
     async def reject_plan(
         self, federation_id: str, client_id: str, number: int, sha256: str, why: str
     ) -> None:
-        """Discards a plan that a member refuses. Raises CLIENT_UNKNOWN, PLAN_UNKNOWN."""
+        """Notes that a member refuses a plan; the driver discards it if too many do.
+
+        Raises: CLIENT_UNKNOWN, PLAN_UNKNOWN.
+        """
         await self._require_member(federation_id, client_id)
-        now_ms = self.clock_ms()
-        await self.store.transact(
-            "reject_plan", federation_id, lambda r: transitions.without_plan(r, number, sha256, now_ms)
-        )
+        federation = (await self.store.federation(federation_id)).record
+        if transitions.require_in_force(federation, number, sha256):
+            objection = Dropped(client_id=client_id, reason=Reason.PLAN_REFUSED, why=why, gave_up=True)
+            await self.store.put_objection(federation, number, objection)
         _log.warning(
             "plan_rejected", federation_id=federation_id, client_id=client_id, plan_number=number, why=why
         )
@@ -369,10 +454,12 @@ class Handlers:
             raise DomainError(Reason.ROUND_UNKNOWN, "the federation has no such round (any more)")
         return found.record
 
-    async def _require_member(self, federation_id: str, client_id: str) -> None:
-        if not await self.store.is_member(federation_id, client_id):
+    async def _require_member(self, federation_id: str, client_id: str) -> Member:
+        member = await self.store.member(federation_id, client_id)
+        if member is None:
             await self.store.federation(federation_id)  # FEDERATION_UNKNOWN says more
-            raise DomainError(Reason.CLIENT_UNKNOWN, "this client has not joined the federation: join first")
+            raise _not_joined()
+        return member
 
     async def _touch(self, federation_id: str, client_id: str) -> None:
         await self.store.touch(federation_id, client_id, self.clock_ms())
@@ -406,6 +493,10 @@ async def _counted(commit: Coroutine[Any, Any, tuple[CommitOutcome, int]]) -> in
 def _require_in_cohort(record: RoundRecord, client_id: str) -> None:
     if client_id not in record.round.cohort or client_id in record.dropped_ids:
         raise DomainError(Reason.NOT_IN_COHORT, "this client was not asked for an update in this round")
+
+
+def _not_joined() -> DomainError:
+    return DomainError(Reason.CLIENT_UNKNOWN, "this client has not joined the federation: join first")
 
 
 def _limit(message: str) -> DomainError:

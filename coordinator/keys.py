@@ -27,6 +27,18 @@ class Keys:
         """Hash from client to Member."""
         return f"{self._base(federation_id)}:members"
 
+    def shapes(self, federation_id: str) -> str:
+        """Hash from client to Model, until the first round."""
+        return f"{self._base(federation_id)}:shapes"
+
+    def sessions(self, federation_id: str) -> str:
+        """Hash from client to the process of it that takes part."""
+        return f"{self._base(federation_id)}:sessions"
+
+    def copies(self, federation_id: str) -> str:
+        """Hash from client to the time at which another process of it was last refused, Unix milliseconds."""
+        return f"{self._base(federation_id)}:copies"
+
     def sighting(self, federation_id: str, client_id: str) -> str:
         """Sighting, with a short expiry."""
         return f"{self._base(federation_id)}:seen:{client_id}"
@@ -54,6 +66,10 @@ class Keys:
     def refusals(self, federation_id: str, instance: str, sequence: int) -> str:
         """Hash from client to Dropped: updates refused at their commit, the newest of each client."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:refusals"
+
+    def objections(self, federation_id: str, instance: str, plan_number: int) -> str:
+        """Hash from client to Dropped: who rejects a plan, and why."""
+        return f"{self._base(federation_id)}:{instance}:plan:{plan_number}:objections"
 
     def ballots(self, federation_id: str, instance: str, sequence: int) -> str:
         """Hash from client to its encoded ballot, until the vote is over."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Layout, Matrix, Shard, Tensor
+from shelora.protocol import Stage
 from shelora.rounds import Round, RoundKind
 
 MAX_NOTICES: Final = 100
@@ -62,11 +63,16 @@ class Phase(StrEnum):
 
 
 class Model(Record):
-    """What the first client's model looks like; every later one must match."""
+    """What the clients' model looks like."""
 
     matrices: tuple[Matrix, ...]
     tensors: tuple[Tensor, ...]
     """With the federation's bound."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex; equal for equal shapes."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 class StoredDigest(Record):
@@ -90,12 +96,14 @@ class Negotiation(Record):
     """Who may still become leader, in order of their votes."""
     deadline_ms: int
     """Unix milliseconds until which the leader may publish."""
+    led_ms: int = 0
+    """Unix milliseconds at which the leader was named; 0 before the first."""
     plan_number: int = 0
     """Number the leader publishes under; a new one for every leader, so a late leader's plan is told from it."""
     leader: str = ""
     """"" between two leaders."""
     rejected: int = 0
-    """Number of the plan rejected last, so that a repeated rejection succeeds."""
+    """Number of the plan discarded last, so that a late rejection of it succeeds."""
 
 
 class Plan(Record):
@@ -136,7 +144,9 @@ class Dropped(Record):
     client_id: str
     reason: Reason
     why: str
-    """What the client should do, in words; names nobody else."""
+    """What the client should do, in words; names nobody else. Its own words if it gave up."""
+    gave_up: bool = False
+    """Whether the client said so itself, so that nobody waits for it."""
 
 
 class FederationRecord(Record):
@@ -179,6 +189,8 @@ class FederationRecord(Record):
     """Plan numbers given out."""
     plan: Plan | None = None
     """Plan that new rounds train by."""
+    accepted_plan: int = 0
+    """Number of the newest plan under which a round has closed: no rejection discards it any more."""
     negotiation: Negotiation | None = None
     result_sequence: int = 0
     """Sequence of the newest published training round; 0 for none."""
@@ -189,12 +201,23 @@ class FederationRecord(Record):
     result_epoch: int = 0
     """Epoch in which it was made; 0 for none."""
     garbage: tuple[Garbage, ...] = ()
+    extra_rounds: int = 0
+    """Training rounds beyond those of the specification."""
+    stopped: bool = False
+    """Whether its operator stopped it."""
+    deleting: bool = False
+    """Whether it is being deleted, which nothing takes back."""
     notices: tuple[Dropped, ...] = ()
     """What the newest training round left out, at most MAX_NOTICES of it: those clients are told."""
 
     @property
     def ended(self) -> bool:
         return self.phase in {Phase.FINISHED, Phase.FAILED}
+
+    @property
+    def rounds(self) -> int:
+        """Training rounds in all."""
+        return self.spec.round.rounds + self.extra_rounds
 
     @property
     def selective(self) -> bool:
@@ -222,13 +245,22 @@ class FederationRecord(Record):
         """Whether a client that joined is still a member: it is not if the certificate it joined with is revoked."""
         return member.certified_ms > self.revoked.get(member.client_id, -1)
 
+    def fits(self, member: "Member") -> bool:
+        """Whether a client that joined has the federation's model, as far as that is fixed."""
+        return self.model is None or member.shapes in {"", self.model.digest}
+
     def admitted(self, joined: Mapping[str, "Member"]) -> dict[str, "Member"]:
         """Those of the clients that joined which are members still, by name."""
-        return {name: member for name, member in joined.items() if self.admits(member)}
+        known = {"", self.model.digest} if self.model else None
+        return {
+            name: member
+            for name, member in joined.items()
+            if self.admits(member) and (known is None or member.shapes in known)
+        }
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """The model's matrices; none before the first client joined."""
+        """The model's matrices; none before it is fixed."""
         return self.model.matrices if self.model else ()
 
     @property
@@ -300,6 +332,10 @@ class RoundRecord(Record):
     """Epoch of the keys that its layout and its plan are under."""
     revoked_ms: int = 0
     """Time of the newest revocation that its cohort takes into account, Unix milliseconds."""
+    laggards: tuple[str, ...] = ()
+    """Of the cohort, those that missed the round before: not waited for unless they are seen working."""
+    most_ms: int = 0
+    """Unix milliseconds at which most of the cohort, enough for a result, had committed; 0 before."""
     closed_ms: int = 0
     """Unix milliseconds at which collecting ended; 0 before."""
     dropped: tuple[Dropped, ...] = ()
@@ -329,6 +365,8 @@ class Member(Record):
     example_count: int
     certified_ms: int = 0
     """When the certificate was issued that it joined with, Unix milliseconds."""
+    shapes: str = ""
+    """Digest of its model; "" of a member that joined before models were compared."""
 
 
 class Sighting(Record):
@@ -338,6 +376,15 @@ class Sighting(Record):
     progress: float
     at_ms: int
     """Unix milliseconds."""
+    reason: Reason | None = None
+    """What keeps it from its work, as it says itself."""
+    why: str = ""
+    """The same in words."""
+
+    @property
+    def working(self) -> bool:
+        """Whether it says that it does what it was asked."""
+        return self.stage not in {"", Stage.IDLE, Stage.PAUSED, Stage.FINISHED}
 
 
 class Report(Record):

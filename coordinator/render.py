@@ -19,6 +19,7 @@ from coordinator.store import Store
 from services.shell.sharing import Shared
 from shelora.errors import DomainError, Reason
 from shelora.messages import layout_to_proto, matrix_to_proto
+from shelora.protocol import Stage
 from shelora.rounds import RoundState
 from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
@@ -27,6 +28,9 @@ NEVER_SEEN_MS: Final = 2**63 - 1
 HISTORY_BYTES: Final = 2**20
 """Size at which a page of history is full. The round that fills it, members and the current round come on top: each
 about 100 bytes a client and report, so that a federation of 10 000 agents stays within a message."""
+GONE_MS: Final = 60_000
+"""Silence after which what a member last said of itself is not shown any more, if its federation has ended."""
+_MISFIT: Final = (Reason.MODEL_MISMATCH.value, "its model is not that of most members")
 KEPT_ASSIGNMENTS: Final = 64
 """Rendered assignments kept for the next agent: an identifier names the work by all that fixes it."""
 
@@ -56,9 +60,12 @@ class Renderer:
             member_count=await self._member_count(record),
             trained_rounds=record.trained,
             now_unix_ms=now_ms,
+            stopped=record.stopped,
+            deleting=record.deleting,
             epoch=record.epoch if record.key_id else 0,
             rotation_pending=record.rotation_due and not record.ended,
         )
+        federation.spec.round.rounds = record.rounds
         if view == pb.FEDERATION_VIEW_UNSPECIFIED:
             federation.members.extend(await self._members(record, now_ms))
             if (current := await self._current(record, self._summary)) is not None:
@@ -83,9 +90,27 @@ class Renderer:
         return count
 
     async def _members(self, record: FederationRecord, now_ms: int) -> list[pb.Member]:
-        members = record.admitted(await self._store.members(record.federation_id))
+        joined = await self._store.members(record.federation_id)
+        members = {name: member for name, member in joined.items() if record.admits(member)}
         sightings = await self._store.sightings(record.federation_id, list(members))
-        return [member_to_proto(m, sightings.get(name), now_ms) for name, m in members.items()]
+        copies = await self._store.copies(record.federation_id)
+        troubles = await self._troubles(record)
+        troubles |= {name: _MISFIT for name, member in members.items() if not record.fits(member)}
+        shown = []
+        for name, member in members.items():
+            message = member_to_proto(member, sightings.get(name), now_ms, troubles.get(name))
+            message.copy_refused_unix_ms = copies.get(name, 0)
+            if record.ended and message.idle_ms > GONE_MS and message.stage != Stage.FINISHED:
+                message.stage, message.progress = "", 0.0
+            shown.append(message)
+        return shown
+
+    async def _troubles(self, record: FederationRecord) -> dict[str, tuple[str, str]]:
+        """Members that refuse the plan in force, with their words."""
+        if record.plan is None:
+            return {}
+        objections = await self._store.objections(record, record.plan.number)
+        return {name: (said.reason.value, said.why) for name, said in objections.items()}
 
     async def _add_history(self, federation: pb.Federation, record: FederationRecord, after: int) -> None:
         """Adds ended rounds until the page is full; one at least, however large it is."""
@@ -129,7 +154,8 @@ class Renderer:
         commits = await self._store.commits(federation, record.sequence)
         committed = {commit.update.client_id for commit in commits}
         refusals = await self._store.refusals(federation, record.sequence)
-        dropped = [*record.dropped, *(drop for drop in refusals if drop.client_id not in committed)]
+        left_out = record.dropped_ids | committed
+        dropped = [*record.dropped, *(drop for drop in refusals if drop.client_id not in left_out)]
         evaluations = await self._store.evaluations(federation, record.sequence)
         summary.update_count = len(commits)
         summary.upload_bytes = sum(commit.update.report.upload_bytes for commit in commits)
@@ -158,8 +184,12 @@ class Renderer:
         match assignment.work:
             case Wait(why):
                 message.wait.why = why
-            case Halt(why):
+            case Halt(why, sequence, plan):
                 message.halt.why = why
+                if sequence:
+                    message.halt.result.CopyFrom(await self._result(federation, sequence))
+                if sequence and (reference := await self._plan(federation, plan)):
+                    message.halt.plan.CopyFrom(reference)
             case Vote(round_):
                 message.vote.CopyFrom(pb.Vote(round=await self._round(federation, round_)))
             case MakePlan(negotiation):
@@ -227,7 +257,12 @@ class Renderer:
         return layout_to_proto((await self._store.layout(federation.federation_id, digest)).layout())
 
 
-def member_to_proto(member: Member, seen: Sighting | None, now_ms: int) -> pb.Member:
+def member_to_proto(
+    member: Member, seen: Sighting | None, now_ms: int, trouble: tuple[str, str] | None = None
+) -> pb.Member:
+    """A member. `trouble`: a Reason and words that count more than what it says itself."""
+    said = (seen.reason or "", seen.why) if seen else ("", "")
+    reason, why = trouble or said
     return pb.Member(
         client_id=member.client_id,
         rank=member.rank,
@@ -236,6 +271,8 @@ def member_to_proto(member: Member, seen: Sighting | None, now_ms: int) -> pb.Me
         idle_ms=max(0, now_ms - seen.at_ms) if seen else NEVER_SEEN_MS,
         stage=seen.stage if seen else "",
         progress=seen.progress if seen else 0.0,
+        reason=reason,
+        why=why,
     )
 
 

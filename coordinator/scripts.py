@@ -51,12 +51,20 @@ return {1, ordinal}
 """
 
 SEE: Final = """
--- KEYS: members, sighting.  ARGV: client, sighting, expiry in ms.
--- Returns the number of members, 0 if the client is none.
+-- KEYS: members, sighting, sessions, copies.  ARGV: client, sighting, expiry in ms, session ("" if unknown), Unix ms.
+-- Returns the number of members, 0 if the client is none, -1 if another process of it has taken over since.
 --
--- One round trip in place of three: agents beat all the time.
+-- One round trip in place of four: agents beat all the time.
+-- Race: two processes with one identity beat at once. Only that of the newest session is heard, and who beats beside it
+-- is noted, in one step.
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
   return 0
+end
+local newest = redis.call('HGET', KEYS[3], ARGV[1])
+if ARGV[4] ~= '' and newest and newest ~= ARGV[4] then
+  redis.call('HSET', KEYS[4], ARGV[1], ARGV[5])
+  redis.call('PEXPIRE', KEYS[4], redis.call('PTTL', KEYS[3]))
+  return -1
 end
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
 return redis.call('HLEN', KEYS[1])

@@ -1,12 +1,13 @@
 """The gRPC face of the coordinator: parse, call, render."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
 
 import grpc
 
 from coordinator import checks
+from coordinator.assignments import Assignment
 from coordinator.handlers import Handlers
 from coordinator.records import FederationRecord
 from coordinator.render import Renderer
@@ -61,6 +62,22 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             record = await self._handlers.rotate(request.federation_id, request.from_epoch)
             return await self._federation(record)
 
+    async def StopFederation(self, request: pb.StopFederationRequest, context: _Context) -> pb.Federation:
+        async with translated(context):
+            return await self._federation(await self._handlers.stop(request.federation_id))
+
+    async def ExtendFederation(self, request: pb.ExtendFederationRequest, context: _Context) -> pb.Federation:
+        async with translated(context):
+            record = await self._handlers.extend(request.federation_id, request.rounds)
+            return await self._federation(record)
+
+    async def DeleteFederation(
+        self, request: pb.DeleteFederationRequest, context: _Context
+    ) -> pb.DeleteFederationResponse:
+        async with translated(context):
+            await self._handlers.delete(request.federation_id)
+            return pb.DeleteFederationResponse()
+
     async def Join(self, request: pb.JoinRequest, context: _Context) -> pb.JoinResponse:
         async with translated(context):
             certificate = certificate_of(context)  # None only in tests
@@ -74,15 +91,28 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.Assignment]:
         async with (
             translated(context),
-            aclosing(self._handlers.watch(request.federation_id, request.client_id)) as assignments,
+            aclosing(self._watched(request)) as assignments,
         ):
             async for federation, assignment in assignments:
                 yield await self._render.assignment(federation, assignment)
 
+    def _watched(self, request: pb.WatchRequest) -> AsyncGenerator[tuple[FederationRecord, Assignment], None]:
+        session = checks.session(request.session)
+        return self._handlers.watch(request.federation_id, request.client_id, session)
+
+    async def GiveUp(self, request: pb.GiveUpRequest, context: _Context) -> pb.GiveUpResponse:
+        async with translated(context):
+            said = checks.given_up(request)
+            await self._handlers.give_up(request.federation_id, request.assignment_id, said)
+            return pb.GiveUpResponse()
+
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: _Context) -> pb.HeartbeatResponse:
         async with translated(context):
-            seen = checks.sighting(request.stage, request.progress, self._handlers.clock_ms())
-            next_s = await self._handlers.heartbeat(request.federation_id, request.client_id, seen)
+            seen, session = (
+                checks.sighting(request, self._handlers.clock_ms()),
+                checks.session(request.session),
+            )
+            next_s = await self._handlers.heartbeat(request.federation_id, request.client_id, seen, session)
             return pb.HeartbeatResponse(next_ms=round(1000 * next_s))
 
     async def CommitUpdate(

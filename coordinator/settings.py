@@ -101,7 +101,11 @@ class CoordinatorSettings(MemberSettings):
     @property
     def limits(self) -> Limits:
         """How much it takes on."""
-        return Limits(max_federations=self.max_federations, max_members=self.max_members)
+        return Limits(
+            max_federations=self.max_federations,
+            max_members=self.max_members,
+            result_life_s=self.result_ttl_days * 86_400,
+        )
 
     @property
     def liveness(self) -> Liveness:

@@ -7,6 +7,7 @@ lease for seconds. Every method raises STORE_UNAVAILABLE if Redis does not answe
 
 import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -21,6 +22,7 @@ from coordinator.records import (
     FederationRecord,
     LayoutRecord,
     Member,
+    Model,
     Record,
     RoundRecord,
     ShardResult,
@@ -109,8 +111,34 @@ class Store(Protocol):
     async def commit_count(self, federation: FederationRecord, sequence: int) -> int:
         """Number of committed updates."""
 
+    async def committed(
+        self, federation: FederationRecord, sequence: int, client_ids: Sequence[str]
+    ) -> AbstractSet[str]:
+        """Those of some clients that have committed."""
+
+    async def committers(self, federation: FederationRecord, sequence: int) -> AbstractSet[str]:
+        """Everyone who has committed."""
+
     async def put_refusal(self, federation: FederationRecord, sequence: int, refusal: Dropped) -> None:
-        """Keeps why a client's update was refused; another refusal replaces it."""
+        """Keeps why a client's update was refused, or the client gave up; another refusal replaces it."""
+
+    async def put_objection(self, federation: FederationRecord, plan_number: int, objection: Dropped) -> None:
+        """Keeps why a client rejects a plan."""
+
+    async def objections(self, federation: FederationRecord, plan_number: int) -> dict[str, Dropped]:
+        """Who rejects a plan, by client."""
+
+    async def put_shapes(self, federation_id: str, client_id: str, model: Model) -> None:
+        """Keeps the model of a client until the first round."""
+
+    async def shapes(self, federation_id: str, client_id: str) -> Model | None:
+        """The model of a client; None if it is not kept (any more)."""
+
+    async def drop_shapes(self, federation_id: str) -> None:
+        """Deletes the models of all clients."""
+
+    async def delete(self, federation: FederationRecord) -> None:
+        """Deletes everything of a federation, its record last."""
 
     async def refusals(self, federation: FederationRecord, sequence: int) -> list[Dropped]:
         """Refused updates, by client."""
@@ -141,11 +169,17 @@ class Store(Protocol):
     async def is_member(self, federation_id: str, client_id: str) -> bool:
         """Whether a client has joined."""
 
-    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> int:
+    async def see(self, federation_id: str, client_id: str, sighting: Sighting, session: str = "") -> int:
         """Keeps what a member said of itself until the sighting expires.
 
-        Returns the number of members; 0: the client is none.
+        Returns the number of members; 0: the client is none; -1: another session of it began since.
         """
+
+    async def begin_session(self, federation_id: str, client_id: str, session: str) -> None:
+        """Makes a process the one that takes part as this client."""
+
+    async def copies(self, federation_id: str) -> dict[str, int]:
+        """When another process than the one taking part was last refused, Unix milliseconds by client."""
 
     async def touch(self, federation_id: str, client_id: str, at_ms: int) -> None:
         """Notes that a client called, also before it is a member; what it last said of itself stays."""
@@ -340,9 +374,98 @@ class RedisStore:
         return int(await self._redis.hlen(key))
 
     @_available
+    async def committed(
+        self, federation: FederationRecord, sequence: int, client_ids: Sequence[str]
+    ) -> AbstractSet[str]:
+        if not client_ids:
+            return set()
+        key = self._keys.commits(federation.federation_id, federation.instance, sequence)
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for client_id in client_ids:
+                pipeline.hexists(key, client_id)
+            found = zip(client_ids, await pipeline.execute(), strict=True)
+        return {client_id for client_id, there in found if there}
+
+    @_available
+    async def committers(self, federation: FederationRecord, sequence: int) -> AbstractSet[str]:
+        key = self._keys.commits(federation.federation_id, federation.instance, sequence)
+        return {name.decode() for name in await self._redis.hkeys(key)}
+
+    @_available
     async def put_refusal(self, federation: FederationRecord, sequence: int, refusal: Dropped) -> None:
         key = self._keys.refusals(federation.federation_id, federation.instance, sequence)
         await self._put_field(key, refusal.client_id, refusal)
+        if refusal.gave_up:  # it concerns the driver
+            await self._redis.publish(self._keys.changes(federation.federation_id), refusal.client_id)
+
+    @_available
+    async def put_objection(self, federation: FederationRecord, plan_number: int, objection: Dropped) -> None:
+        key = self._keys.objections(federation.federation_id, federation.instance, plan_number)
+        await self._put_field(key, objection.client_id, objection)
+        await self._redis.publish(self._keys.changes(federation.federation_id), objection.client_id)
+
+    @_available
+    async def objections(self, federation: FederationRecord, plan_number: int) -> dict[str, Dropped]:
+        key = self._keys.objections(federation.federation_id, federation.instance, plan_number)
+        return {name.decode(): Dropped.read(data) for name, data in sorted((await self._hash(key)).items())}
+
+    @_available
+    async def put_shapes(self, federation_id: str, client_id: str, model: Model) -> None:
+        await self._put_field(self._keys.shapes(federation_id), client_id, model)
+
+    @_available
+    async def shapes(self, federation_id: str, client_id: str) -> Model | None:
+        data = await self._redis.hget(self._keys.shapes(federation_id), client_id)
+        return None if data is None else Model.read(data)
+
+    @_available
+    async def drop_shapes(self, federation_id: str) -> None:
+        await self._redis.unlink(self._keys.shapes(federation_id))
+
+    async def delete(self, federation: FederationRecord) -> None:
+        federation_id = federation.federation_id
+        for client_id in await self.members(federation_id):
+            await self._unlink(self._keys.sighting(federation_id, client_id))
+        for sequence in range(1, federation.sequence + 1):
+            await self._unlink(*await self._round_keys(federation, sequence))
+        for number in range(1, federation.plan_count + 1):
+            await self._unlink(self._keys.objections(federation_id, federation.instance, number))
+        await self._unlink(
+            *(self._keys.layout(federation_id, digest) for digest in federation.layouts_in_use),
+            *self._plan_keys(federation),
+            self._keys.shapes(federation_id),
+            self._keys.sessions(federation_id),
+            self._keys.copies(federation_id),
+            self._keys.members(federation_id),
+        )
+        await self._forget(federation_id)
+
+    async def _round_keys(self, federation: FederationRecord, sequence: int) -> list[str]:
+        """All keys of a round, and that of its layout."""
+        names = (federation.federation_id, federation.instance, sequence)
+        found = await self.round(federation, sequence)
+        keys = self._keys
+        own = [keys.round(*names), keys.commits(*names), keys.refusals(*names), keys.ballots(*names)]
+        own.append(keys.evaluations(*names))
+        if found is None:
+            return own
+        generations = range(len(found.record.dropped) + 1)
+        layout = keys.layout(federation.federation_id, found.record.layout_digest)
+        ranked = found.record.ranked
+        plan = [keys.plan(federation.federation_id, ranked.digest.sha256)] if ranked else []
+        return [*own, layout, *plan, *(keys.shards(*names, generation) for generation in generations)]
+
+    @_available
+    async def _unlink(self, *keys: str) -> None:
+        if keys:
+            await self._redis.unlink(*keys)
+
+    @_available
+    async def _forget(self, federation_id: str) -> None:
+        """Deletes the record, and tells everyone who waits for it."""
+        await self._redis.unlink(self._keys.federation(federation_id))
+        await self._redis.zrem(self._keys.index, federation_id)
+        await self._redis.publish(self._keys.changes(federation_id), "")
 
     @_available
     async def refusals(self, federation: FederationRecord, sequence: int) -> list[Dropped]:
@@ -395,9 +518,30 @@ class RedisStore:
         return bool(await self._redis.hexists(self._keys.members(federation_id), client_id))
 
     @_available
-    async def see(self, federation_id: str, client_id: str, sighting: Sighting) -> int:
-        keys = [self._keys.members(federation_id), self._keys.sighting(federation_id, client_id)]
-        return int(await self._see(keys, [client_id, sighting.model_dump_json(), self._sighting_ms]))
+    async def see(self, federation_id: str, client_id: str, sighting: Sighting, session: str = "") -> int:
+        keys = [
+            self._keys.members(federation_id),
+            self._keys.sighting(federation_id, client_id),
+            self._keys.sessions(federation_id),
+            self._keys.copies(federation_id),
+        ]
+        said = sighting.model_dump_json()
+        return int(await self._see(keys, [client_id, said, self._sighting_ms, session, sighting.at_ms]))
+
+    @_available
+    async def begin_session(self, federation_id: str, client_id: str, session: str) -> None:
+        key = self._keys.sessions(federation_id)
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.hset(key, client_id, session)
+            pipeline.pexpire(key, self._retention_ms)
+            await pipeline.execute()
+
+    @_available
+    async def copies(self, federation_id: str) -> dict[str, int]:
+        return {
+            name.decode(): int(at_ms)
+            for name, at_ms in (await self._hash(self._keys.copies(federation_id))).items()
+        }
 
     @_available
     async def touch(self, federation_id: str, client_id: str, at_ms: int) -> None:

@@ -3,11 +3,13 @@
 A function that finds nothing to change returns the record it was given, so a repeated request writes nothing.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from coordinator.records import (
     MAX_NOTICES,
+    Dropped,
     FederationRecord,
     Garbage,
     Member,
@@ -23,6 +25,10 @@ from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, Tensor
 from shelora.rounds import RoundKind, RoundState
 
+MAX_ROUNDS: Final = 10_000
+"""Training rounds of a federation."""
+MAX_NAMED: Final = 5
+"""Clients that the words for a failure name."""
 MAX_TIERS: Final = 16
 """Tiers of a plan: each costs slots in every matrix, whatever the number of clients."""
 
@@ -37,7 +43,14 @@ WHY: Final[Mapping[Reason, str]] = {
 }
 """Words for the reasons of abandonment that operators meet."""
 
-NO_FAULT: Final = frozenset({Reason.PLAN_REFUSED, Reason.EPOCH_RETIRED, Reason.CERTIFICATE_REVOKED})
+NO_FAULT: Final = frozenset(
+    {
+        Reason.PLAN_REFUSED,
+        Reason.EPOCH_RETIRED,
+        Reason.CERTIFICATE_REVOKED,
+        Reason.FEDERATION_CLOSED,
+    }
+)
 """Reasons that do not count as attempts: bounded by the candidates to lead, by what operators ask and revoke."""
 
 
@@ -52,8 +65,10 @@ def edit(record: FederationRecord, **changes: Any) -> FederationRecord:  # noqa:
 def require_open(record: FederationRecord) -> FederationRecord:
     """Raises FEDERATION_CLOSED after the end."""
     if record.ended:
-        state = "finished" if record.phase is Phase.FINISHED else "failed"
-        raise DomainError(Reason.FEDERATION_CLOSED, f"federation {record.federation_id} has {state}")
+        state = "has finished" if record.phase is Phase.FINISHED else "has failed"
+        raise DomainError(Reason.FEDERATION_CLOSED, f"federation {record.federation_id} {state}")
+    if record.deleting:
+        raise DomainError(Reason.FEDERATION_CLOSED, f"federation {record.federation_id} is being deleted")
     return record
 
 
@@ -63,19 +78,73 @@ def started(record: FederationRecord) -> FederationRecord:
     return edit(record, phase=Phase.RUNNING)
 
 
-def with_model(
-    record: FederationRecord, matrices: Sequence[Matrix], tensors: Sequence[Tensor]
-) -> FederationRecord:
-    """Fixes the model with the first client; later ones must match.
+def stop_asked(record: FederationRecord) -> FederationRecord:
+    """Notes that the operator stops the federation; nothing changes after its end."""
+    if record.ended or record.deleting:
+        return record
+    stopped = edit(record, stopped=True)
+    return stopped_now(stopped) if record.phase is Phase.CREATED else stopped
+
+
+def stopped_now(record: FederationRecord) -> FederationRecord:
+    """Ends a federation that was stopped, with its newest result; without any it has failed."""
+    if not record.result_sequence:
+        return failed(record, "its operator stopped it before a round was published")
+    return edit(record, phase=Phase.FINISHED, ticket=None, negotiation=None)
+
+
+def extended(record: FederationRecord, rounds: int) -> FederationRecord:
+    """Has the federation train `rounds` rounds in all. One that finished goes on from its result.
+
+    Raises: INVALID_ARGUMENT for fewer rounds than there are, or too many; FEDERATION_CLOSED if it has failed.
+    """
+    if record.phase is Phase.FAILED or record.deleting:
+        gone = "is being deleted" if record.deleting else "has failed"
+        raise DomainError(
+            Reason.FEDERATION_CLOSED,
+            f"federation {record.federation_id} {gone} and cannot go on: create another one; agents keep the adapter "
+            "of the newest result",
+        )
+    if not record.rounds <= rounds <= MAX_ROUNDS:
+        raise DomainError(
+            Reason.INVALID_ARGUMENT,
+            f"rounds must be {record.rounds}, as many as there are now, to {MAX_ROUNDS}, not {rounds}: to end it "
+            "earlier, stop it",
+        )
+    if rounds == record.rounds:
+        return record
+    extra = rounds - record.spec.round.rounds
+    phase = Phase.RUNNING if record.phase is Phase.FINISHED else record.phase
+    return edit(record, extra_rounds=extra, stopped=False, phase=phase, attempt=1)
+
+
+def deletion_asked(record: FederationRecord) -> FederationRecord:
+    """Begins the end of a federation: its agents are told, then everything of it goes."""
+    return edit(record, deleting=True)
+
+
+def required_model(record: FederationRecord, model: Model) -> FederationRecord:
+    """The record as it is, for a client with a model that fits. Nothing is fixed by who comes first.
 
     Raises: MODEL_MISMATCH naming the first difference; FEDERATION_CLOSED after the end.
     """
     require_open(record)
-    if record.model is None:
-        return edit(record, model=Model(matrices=tuple(matrices), tensors=tuple(tensors)))
-    _require_same("matrix", record.model.matrices, matrices)
-    _require_same("tensor", record.model.tensors, tensors)
+    if record.model is not None:
+        _require_same("matrix", record.model.matrices, model.matrices)
+        _require_same("tensor", record.model.tensors, model.tensors)
     return record
+
+
+def elected_shapes(members: Mapping[str, Member]) -> str | None:
+    """The digest of the model that more than half of the members have; None if no model has as many."""
+    counts = Counter(member.shapes for member in members.values())
+    shapes, votes = counts.most_common(1)[0] if counts else ("", 0)
+    return shapes if 2 * votes > len(members) else None
+
+
+def with_model(record: FederationRecord, model: Model) -> FederationRecord:
+    """Fixes the federation's model; who has another is no member any more."""
+    return edit(record, model=model)
 
 
 def _require_same(kind: str, known: Sequence[Matrix | Tensor], given: Sequence[Matrix | Tensor]) -> None:
@@ -139,7 +208,8 @@ def revoked(record: FederationRecord, clients: Mapping[str, int]) -> FederationR
 
     Args: clients: with the time up to which their certificates are revoked, Unix milliseconds.
     """
-    return edit(record, revoked={**record.revoked, **clients}, rotate_from=record.epoch)
+    model = record.model if record.sequence else None  # no round yet: the others decide anew
+    return edit(record, revoked={**record.revoked, **clients}, rotate_from=record.epoch, model=model)
 
 
 def retired(record: FederationRecord, before: int) -> FederationRecord:
@@ -181,14 +251,17 @@ def settled(
     members: Mapping[str, Member],
     now_ms: int,
     overlap: float | None = None,
+    given_up: Sequence[Dropped] = (),
 ) -> FederationRecord:
     """Takes the outcome of an ended round into the federation.
 
     Args: voters: who committed, in order; for a published vote the candidates to lead. members: by client. overlap:
-    mean overlap with the plan that updates report.
+    mean overlap with the plan that updates report. given_up: what clients said that gave up.
     """
+    if ended.closed_ms and record.ticket and record.ticket.plan:
+        record = edit(record, accepted_plan=record.ticket.plan.number)
     if ended.round.state is RoundState.ABANDONED:
-        after = _after_abandonment(record, ended)
+        after = _after_abandonment(record, ended, absence(ended, voters, given_up))
     elif ended.round.kind is RoundKind.VOTE and record.ballots:
         after = _after_ballots(record, ended, now_ms)
     elif ended.round.kind is RoundKind.VOTE:
@@ -204,7 +277,19 @@ def _remains(ended: RoundRecord, after: FederationRecord) -> Garbage:
     return Garbage(round_id=ended.round.round_id, results=ended.sequence not in after.results_in_use)
 
 
-def _after_abandonment(record: FederationRecord, ended: RoundRecord) -> FederationRecord:
+def absence(ended: RoundRecord, committed: Sequence[str], given_up: Sequence[Dropped]) -> str:
+    """Why updates are missing from a round, in words: what clients said themselves, then who said nothing."""
+    said = [drop for drop in given_up if drop.client_id not in committed]
+    parts = [f"{drop.client_id}: {drop.reason}, {drop.why}" for drop in said[:MAX_NAMED]]
+    known = {*committed, *ended.dropped_ids, *(drop.client_id for drop in said)}
+    silent = [name for name in ended.round.cohort if name not in known]
+    if silent:
+        more = f" and {len(silent) - MAX_NAMED} more" if len(silent) > MAX_NAMED else ""
+        parts.append(f"nothing came from {', '.join(silent[:MAX_NAMED])}{more}")
+    return "; ".join(parts)
+
+
+def _after_abandonment(record: FederationRecord, ended: RoundRecord, absent: str) -> FederationRecord:
     reason = ended.round.reason
     if reason in NO_FAULT:
         return edit(record, attempt=1)
@@ -213,7 +298,8 @@ def _after_abandonment(record: FederationRecord, ended: RoundRecord) -> Federati
     name = f"round {ended.round.number}" if ended.round.kind is RoundKind.TRAIN else "the vote"
     words = WHY.get(reason, "see the coordinator's log") if reason else ""
     why = words.format(least=record.spec.round.min_updates)
-    return failed(record, f"{name} was abandoned {record.attempt} times, at last for {reason}: {why}")
+    said = f". {absent}" if absent else ""
+    return failed(record, f"{name} was abandoned {record.attempt} times, at last for {reason}: {why}{said}")
 
 
 def _after_vote(
@@ -262,7 +348,7 @@ def _after_ballots(record: FederationRecord, ended: RoundRecord, now_ms: int) ->
 
 
 def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationRecord:
-    last = ended.round.number >= record.spec.round.rounds
+    last = ended.round.number >= record.rounds
     return edit(
         record,
         attempt=1,
@@ -298,9 +384,33 @@ def led(record: FederationRecord, leader: str, now_ms: int) -> FederationRecord:
             "leader": leader,
             "candidates": tuple(name for name in negotiation.candidates if name != leader),
             "deadline_ms": now_ms + 1000 * record.spec.round.deadline_s,
+            "led_ms": now_ms,
         }
     )
     return edit(record, plan_count=number, negotiation=named)
+
+
+def without_leader(record: FederationRecord, client_id: str, number: int) -> FederationRecord:
+    """Takes the lead from a client that gave it up; the next candidate follows."""
+    negotiation = record.negotiation
+    if negotiation is None or (negotiation.leader, negotiation.plan_number) != (client_id, number):
+        return record
+    return edit(record, negotiation=negotiation.model_copy(update={"leader": ""}))
+
+
+def unplanned(record: FederationRecord) -> FederationRecord:
+    """Ends a negotiation that led to no plan.
+
+    The plan before it stays in force, or the one that the newest result was made under comes back if its keys are still
+    those of today. Where there is neither, but a result, another vote follows; without a result the federation fails.
+    """
+    if record.plan is not None:
+        return edit(record, negotiation=None)
+    if record.result_plan is not None and record.result_epoch == record.epoch:
+        return edit(record, negotiation=None, plan=record.result_plan)
+    if record.result_sequence:
+        return edit(record, negotiation=None)
+    return failed(record, "no client published a plan that the others accept, and no candidate is left")
 
 
 def _negotiation(record: FederationRecord) -> Negotiation:
@@ -356,18 +466,23 @@ def _tier_columns(
     return tuple(m.tier_columns for m in matrices)
 
 
-def without_plan(record: FederationRecord, number: int, sha256: str, now_ms: int) -> FederationRecord:
-    """Discards a plan that a member found not to match the votes; the next candidate leads.
+def require_in_force(record: FederationRecord, number: int, sha256: str) -> bool:
+    """Whether a plan is in force; False for the one discarded last, so that a late rejection succeeds.
 
-    Raises: PLAN_UNKNOWN if that plan is not in force (any more).
+    Raises: PLAN_UNKNOWN for any other.
     """
     negotiation, plan = record.negotiation, record.plan
+    if plan is not None and (plan.number, plan.digest.sha256) == (number, sha256):
+        return True
     if negotiation is not None and number == negotiation.rejected:
+        return False
+    raise DomainError(Reason.PLAN_UNKNOWN, f"plan {number} is not in force")
+
+
+def without_plan(record: FederationRecord, now_ms: int) -> FederationRecord:
+    """Discards the plan in force, which too many members found not to match the votes; the next candidate leads."""
+    if record.plan is None:
         return record
-    if plan is None or (plan.number, plan.digest.sha256) != (number, sha256):
-        raise DomainError(Reason.PLAN_UNKNOWN, f"plan {number} is not in force")
-    if negotiation is not None:  # its successor is being made already
-        return edit(record, plan=None, negotiation=negotiation.model_copy(update={"rejected": number}))
     deadline_ms = now_ms + 1000 * record.spec.round.deadline_s
-    again = plan.negotiation.model_copy(update={"leader": "", "rejected": number, "deadline_ms": deadline_ms})
-    return edit(record, plan=None, negotiation=again)
+    update = {"leader": "", "rejected": record.plan.number, "deadline_ms": deadline_ms}
+    return edit(record, plan=None, negotiation=record.plan.negotiation.model_copy(update=update))

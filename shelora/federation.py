@@ -117,6 +117,11 @@ class RoundSpec(Spec):
     """Clients asked for every update wanted, so that those who drop out or are slow do not matter. Only with
     `target_updates`; without it every client is asked. Votes ask every client."""
 
+    grace: Annotated[float, Field(ge=0, le=1000)] = 3.0
+    """Once more than half of the clients asked have committed, and `min_updates`, the round waits for the others this
+    many times as long again, at least a minute, then closes; 0 waits until the deadline. Raise it if devices differ
+    much."""
+
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     """Attempts at a round before the federation fails; an attempt fails when too few clients answer."""
 

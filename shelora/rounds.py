@@ -40,6 +40,9 @@ class Event(StrEnum):
     ABANDON = "ABANDON"
 
 
+LEAST_GRACE_MS: Final = 60_000
+"""A round that most have committed to waits at least so long for the others."""
+
 ENDED: Final = frozenset({RoundState.PUBLISHED, RoundState.ABANDONED})
 
 TRANSITIONS: Final[Mapping[tuple[RoundState, Event], RoundState]] = MappingProxyType(
@@ -124,20 +127,46 @@ def select_cohort(round_id: str, clients: Iterable[str], limit: int) -> tuple[st
     return tuple(sorted(drawn[: limit or None]))
 
 
-def should_close(round_: Round, update_count: int, now_ms: int, absent: int = 0) -> Event | None:
+@dataclass(frozen=True, slots=True)
+class Turnout:
+    """How far a collecting round has come."""
+
+    updates: int
+    """Updates that count."""
+    absent: int = 0
+    """Clients of the cohort whose update cannot come (any more)."""
+    unawaited: int = 0
+    """Clients of the cohort that may still commit, but are not waited for."""
+
+
+def should_close(
+    round_: Round, turnout: Turnout, now_ms: int, grace_ends_ms: int | None = None
+) -> Event | None:
     """What a collecting round is due for, if anything.
 
-    Args: update_count: updates that count; absent: clients of the cohort that are not waited for.
+    Args: grace_ends_ms: until when it waits for the last, Unix milliseconds; None: until its deadline.
 
-    CLOSE once the target is reached or the whole cohort committed, or at the deadline with at least `min_updates`;
-    ABANDON (for TOO_FEW_UPDATES) at the deadline with fewer. None for a round that is not collecting.
+    CLOSE, with at least `min_updates`, once the target is reached or everyone who is waited for has committed, or at
+    the end of the grace or the deadline. ABANDON at the deadline with fewer, or once that many cannot come any more.
+    None for a round that is not collecting.
     """
     if round_.state is not RoundState.COLLECTING:
         return None
-    enough = update_count >= round_.min_updates
-    present = len(round_.cohort) - absent
-    if enough and update_count >= min(round_.target_updates or present, present):
-        return Event.CLOSE
-    if now_ms < round_.deadline_ms:
+    present = len(round_.cohort) - turnout.absent
+    if turnout.updates < round_.min_updates:
+        hopeless = present < round_.min_updates
+        return Event.ABANDON if hopeless or now_ms >= round_.deadline_ms else None
+    awaited = present - turnout.unawaited
+    complete = turnout.updates >= min(round_.target_updates or awaited, awaited)
+    ends_ms = min(round_.deadline_ms, grace_ends_ms or round_.deadline_ms)
+    return Event.CLOSE if complete or now_ms >= ends_ms else None
+
+
+def grace_ends_ms(round_: Round, most_ms: int, grace: float) -> int | None:
+    """When a round ends that most have committed to by `most_ms`, Unix milliseconds; None: at its deadline.
+
+    Args: grace: as a multiple of the time that most took; 0 for none.
+    """
+    if not (grace and most_ms):
         return None
-    return Event.CLOSE if enough else Event.ABANDON
+    return most_ms + max(LEAST_GRACE_MS, int(grace * (most_ms - round_.opened_ms)))

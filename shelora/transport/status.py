@@ -50,7 +50,7 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.FEDERATION_CLOSED: _Code.FAILED_PRECONDITION,
         Reason.EPOCH_RETIRED: _Code.FAILED_PRECONDITION,
         Reason.CLIENT_UNKNOWN: _Code.NOT_FOUND,
-        Reason.CLIENT_MISMATCH: _Code.PERMISSION_DENIED,
+        Reason.CLIENT_REPLACED: _Code.FAILED_PRECONDITION,
         Reason.MODEL_MISMATCH: _Code.FAILED_PRECONDITION,
         Reason.PLAN_UNKNOWN: _Code.NOT_FOUND,
         Reason.PLAN_REFUSED: _Code.FAILED_PRECONDITION,

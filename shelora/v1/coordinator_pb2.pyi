@@ -243,6 +243,7 @@ class RoundSpec(_message.Message):
     REPLAN_BELOW_OVERLAP_FIELD_NUMBER: _builtins.int
     TARGET_UPDATES_FIELD_NUMBER: _builtins.int
     OVER_SELECTION_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
     rounds: _builtins.int
     """Training rounds, 1 to 10000."""
     clients: _builtins.int
@@ -263,6 +264,10 @@ class RoundSpec(_message.Message):
     """Updates at which a training round closes without waiting for slower clients, at least min_updates; 0 for all asked."""
     over_selection: _builtins.float
     """Clients asked for every update wanted, 1 to 10; only with target_updates."""
+    grace: _builtins.float
+    """Once more than half of those asked, and min_updates, have committed, the round waits for the others this many times
+    as long again, at least 60 s, then closes: 0 to 1000; 0 waits until the deadline.
+    """
     def __init__(
         self,
         *,
@@ -275,15 +280,18 @@ class RoundSpec(_message.Message):
         replan_below_overlap: _builtins.float | None = ...,
         target_updates: _builtins.int | None = ...,
         over_selection: _builtins.float | None = ...,
+        grace: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_deadline_s", b"_deadline_s", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "deadline_s", b"deadline_s", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_deadline_s", b"_deadline_s", "_grace", b"_grace", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "deadline_s", b"deadline_s", "grace", b"grace", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_deadline_s", b"_deadline_s", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "deadline_s", b"deadline_s", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_deadline_s", b"_deadline_s", "_grace", b"_grace", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "deadline_s", b"deadline_s", "grace", b"grace", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clients: _TypeAlias = _typing.Literal["clients"]  # noqa: Y015
     _WhichOneofArgType__clients: _TypeAlias = _typing.Literal["_clients", b"_clients"]  # noqa: Y015
     _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
     _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    _WhichOneofReturnType__grace: _TypeAlias = _typing.Literal["grace"]  # noqa: Y015
+    _WhichOneofArgType__grace: _TypeAlias = _typing.Literal["_grace", b"_grace"]  # noqa: Y015
     _WhichOneofReturnType__max_attempts: _TypeAlias = _typing.Literal["max_attempts"]  # noqa: Y015
     _WhichOneofArgType__max_attempts: _TypeAlias = _typing.Literal["_max_attempts", b"_max_attempts"]  # noqa: Y015
     _WhichOneofReturnType__min_updates: _TypeAlias = _typing.Literal["min_updates"]  # noqa: Y015
@@ -302,6 +310,8 @@ class RoundSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clients) -> _WhichOneofReturnType__clients | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grace) -> _WhichOneofReturnType__grace | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_attempts) -> _WhichOneofReturnType__max_attempts | None: ...
     @_typing.overload
@@ -498,6 +508,9 @@ class Member(_message.Message):
     IDLE_MS_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    COPY_REFUSED_UNIX_MS_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     rank: _builtins.int
     """Rank of its factors."""
@@ -511,6 +524,12 @@ class Member(_message.Message):
     """What it last said it was doing, a Stage name in lower case, or ""."""
     progress: _builtins.float
     """Progress in that stage, 0 to 1."""
+    reason: _builtins.str
+    """What keeps it from its work, a Reason; "" if it said nothing of the kind."""
+    why: _builtins.str
+    """The same in words, at most 500 characters, printable."""
+    copy_refused_unix_ms: _builtins.int
+    """When another process with this identity was last refused, Unix milliseconds; 0 for never."""
     def __init__(
         self,
         *,
@@ -521,10 +540,13 @@ class Member(_message.Message):
         idle_ms: _builtins.int = ...,
         stage: _builtins.str = ...,
         progress: _builtins.float = ...,
+        reason: _builtins.str = ...,
+        why: _builtins.str = ...,
+        copy_refused_unix_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "client_id", b"client_id", "example_count", b"example_count", "idle_ms", b"idle_ms", "progress", b"progress", "rank", b"rank", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "client_id", b"client_id", "copy_refused_unix_ms", b"copy_refused_unix_ms", "example_count", b"example_count", "idle_ms", b"idle_ms", "progress", b"progress", "rank", b"rank", "reason", b"reason", "stage", b"stage", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -630,21 +652,25 @@ class DroppedUpdate(_message.Message):
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    GAVE_UP_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     reason: _builtins.str
     """A Reason."""
     why: _builtins.str
-    """What the client should do, in words."""
+    """What the client should do, in words; or what it said itself if it gave up."""
+    gave_up: _builtins.bool
+    """Whether the client gave up by itself: nobody waited for it any more."""
     def __init__(
         self,
         *,
         client_id: _builtins.str = ...,
         reason: _builtins.str = ...,
         why: _builtins.str = ...,
+        gave_up: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "reason", b"reason", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "gave_up", b"gave_up", "reason", b"reason", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -765,6 +791,8 @@ class Federation(_message.Message):
     NOW_UNIX_MS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     ROTATION_PENDING_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
+    DELETING_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     phase: Global___Phase.ValueType
     failure: _builtins.str
@@ -781,6 +809,10 @@ class Federation(_message.Message):
     """Epoch of the keys, from 1; 0 before there are any."""
     rotation_pending: _builtins.bool
     """Whether new keys come after the round in progress."""
+    stopped: _builtins.bool
+    """Whether its operator stopped it before its last round."""
+    deleting: _builtins.bool
+    """Whether it is being deleted."""
     @_builtins.property
     def spec(self) -> Global___FederationSpec: ...
     @_builtins.property
@@ -809,10 +841,12 @@ class Federation(_message.Message):
         now_unix_ms: _builtins.int = ...,
         epoch: _builtins.int = ...,
         rotation_pending: _builtins.bool = ...,
+        stopped: _builtins.bool = ...,
+        deleting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "spec", b"spec", "trained_rounds", b"trained_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "deleting", b"deleting", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "spec", b"spec", "stopped", b"stopped", "trained_rounds", b"trained_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -942,6 +976,82 @@ class RotateKeysRequest(_message.Message):
 Global___RotateKeysRequest: _TypeAlias = RotateKeysRequest  # noqa: Y015
 
 @_typing.final
+class StopFederationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation_id", b"federation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopFederationRequest: _TypeAlias = StopFederationRequest  # noqa: Y015
+
+@_typing.final
+class ExtendFederationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    rounds: _builtins.int
+    """Training rounds in all, to 10000."""
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        rounds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation_id", b"federation_id", "rounds", b"rounds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendFederationRequest: _TypeAlias = ExtendFederationRequest  # noqa: Y015
+
+@_typing.final
+class DeleteFederationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation_id", b"federation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteFederationRequest: _TypeAlias = DeleteFederationRequest  # noqa: Y015
+
+@_typing.final
+class DeleteFederationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteFederationResponse: _TypeAlias = DeleteFederationResponse  # noqa: Y015
+
+@_typing.final
 class JoinRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1022,19 +1132,27 @@ class WatchRequest(_message.Message):
 
     FEDERATION_ID_FIELD_NUMBER: _builtins.int
     CLIENT_ID_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     client_id: _builtins.str
+    session: _builtins.str
+    """Drawn by each process of an agent, up to 64 of [A-Za-z0-9]; tells two processes with one identity apart. Absent:
+    they are not told apart.
+    """
     def __init__(
         self,
         *,
         federation_id: _builtins.str = ...,
         client_id: _builtins.str = ...,
+        session: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_session", b"_session", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "federation_id", b"federation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_session", b"_session", "client_id", b"client_id", "federation_id", b"federation_id", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__session: _TypeAlias = _typing.Literal["session"]  # noqa: Y015
+    _WhichOneofArgType__session: _TypeAlias = _typing.Literal["_session", b"_session"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__session) -> _WhichOneofReturnType__session | None: ...
 
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 
@@ -1324,16 +1442,28 @@ class Halt(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WHY_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     why: _builtins.str
     """Why, in words."""
+    @_builtins.property
+    def result(self) -> _common_pb2.ResultRef:
+        """The newest result, to be kept. Unset if no round was published, or the federation is deleted."""
+
+    @_builtins.property
+    def plan(self) -> Global___PlanRef:
+        """Plan under which `result` was made, in its epoch. Unset if nothing is protected."""
+
     def __init__(
         self,
         *,
         why: _builtins.str = ...,
+        result: _common_pb2.ResultRef | None = ...,
+        plan: Global___PlanRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "result", b"result", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1347,14 +1477,23 @@ class HeartbeatRequest(_message.Message):
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     client_id: _builtins.str
     stage: _builtins.str
     """"idle", "scoring", "training", "encrypting", "uploading", "downloading", "decrypting",
-    "evaluating" or "paused" (the device is busy or unplugged).
+    "evaluating", "paused" (the device is busy or unplugged, or work waits to be tried again) or "finished".
     """
     progress: _builtins.float
     """Progress in that stage, 0 to 1."""
+    reason: _builtins.str
+    """What keeps it from its work, a Reason. Absent or "": nothing."""
+    why: _builtins.str
+    """The same in words, at most 500 printable characters, without payloads."""
+    session: _builtins.str
+    """As in WatchRequest."""
     def __init__(
         self,
         *,
@@ -1362,12 +1501,26 @@ class HeartbeatRequest(_message.Message):
         client_id: _builtins.str = ...,
         stage: _builtins.str = ...,
         progress: _builtins.float = ...,
+        reason: _builtins.str | None = ...,
+        why: _builtins.str | None = ...,
+        session: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reason", b"_reason", "_session", b"_session", "_why", b"_why", "reason", b"reason", "session", b"session", "why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "federation_id", b"federation_id", "progress", b"progress", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reason", b"_reason", "_session", b"_session", "_why", b"_why", "client_id", b"client_id", "federation_id", b"federation_id", "progress", b"progress", "reason", b"reason", "session", b"session", "stage", b"stage", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__reason: _TypeAlias = _typing.Literal["reason"]  # noqa: Y015
+    _WhichOneofArgType__reason: _TypeAlias = _typing.Literal["_reason", b"_reason"]  # noqa: Y015
+    _WhichOneofReturnType__session: _TypeAlias = _typing.Literal["session"]  # noqa: Y015
+    _WhichOneofArgType__session: _TypeAlias = _typing.Literal["_session", b"_session"]  # noqa: Y015
+    _WhichOneofReturnType__why: _TypeAlias = _typing.Literal["why"]  # noqa: Y015
+    _WhichOneofArgType__why: _TypeAlias = _typing.Literal["_why", b"_why"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reason) -> _WhichOneofReturnType__reason | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__session) -> _WhichOneofReturnType__session | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__why) -> _WhichOneofReturnType__why | None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
 
@@ -1392,6 +1545,55 @@ class HeartbeatResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
+
+@_typing.final
+class GiveUpRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    ASSIGNMENT_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    client_id: _builtins.str
+    assignment_id: _builtins.str
+    """The assignment that it gives up: a vote, a training round, a plan. Up to 256 characters."""
+    reason: _builtins.str
+    """A Reason."""
+    why: _builtins.str
+    """The same in words, at most 500 printable characters, without payloads."""
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+        assignment_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "client_id", b"client_id", "federation_id", b"federation_id", "reason", b"reason", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GiveUpRequest: _TypeAlias = GiveUpRequest  # noqa: Y015
+
+@_typing.final
+class GiveUpResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GiveUpResponse: _TypeAlias = GiveUpResponse  # noqa: Y015
 
 @_typing.final
 class CommitUpdateRequest(_message.Message):
@@ -1682,7 +1884,7 @@ class RejectPlanRequest(_message.Message):
     sha256: _builtins.bytes
     """SHA-256 of the rejected plan, 32 bytes."""
     why: _builtins.str
-    """What does not match, without any score."""
+    """What does not match, without any score; 500 characters are kept."""
     def __init__(
         self,
         *,

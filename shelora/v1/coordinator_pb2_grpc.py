@@ -60,6 +60,21 @@ class CoordinatorStub:
                 request_serializer=shelora_dot_v1_dot_coordinator__pb2.RotateKeysRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_coordinator__pb2.Federation.FromString,
                 _registered_method=True)
+        self.StopFederation = channel.unary_unary(
+                '/shelora.v1.Coordinator/StopFederation',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.StopFederationRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.Federation.FromString,
+                _registered_method=True)
+        self.ExtendFederation = channel.unary_unary(
+                '/shelora.v1.Coordinator/ExtendFederation',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.ExtendFederationRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.Federation.FromString,
+                _registered_method=True)
+        self.DeleteFederation = channel.unary_unary(
+                '/shelora.v1.Coordinator/DeleteFederation',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.DeleteFederationRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.DeleteFederationResponse.FromString,
+                _registered_method=True)
         self.Join = channel.unary_unary(
                 '/shelora.v1.Coordinator/Join',
                 request_serializer=shelora_dot_v1_dot_coordinator__pb2.JoinRequest.SerializeToString,
@@ -74,6 +89,11 @@ class CoordinatorStub:
                 '/shelora.v1.Coordinator/Heartbeat',
                 request_serializer=shelora_dot_v1_dot_coordinator__pb2.HeartbeatRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_coordinator__pb2.HeartbeatResponse.FromString,
+                _registered_method=True)
+        self.GiveUp = channel.unary_unary(
+                '/shelora.v1.Coordinator/GiveUp',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.GiveUpRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.GiveUpResponse.FromString,
                 _registered_method=True)
         self.CommitUpdate = channel.unary_unary(
                 '/shelora.v1.Coordinator/CommitUpdate',
@@ -151,8 +171,37 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StopFederation(self, request, context):
+        """Ends a federation early: a round that still collects is abandoned, one that is being aggregated is published, then
+        the newest result is the final one. Without any result the federation has failed. Idempotent; changes nothing
+        after the end. Fails with FEDERATION_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExtendFederation(self, request, context):
+        """Sets how many training rounds there are, more than before. A finished (or stopped) federation goes on from its
+        result once its agents are started again. Idempotent: the number it has already changes nothing.
+        Fails with FEDERATION_UNKNOWN, INVALID_ARGUMENT for fewer rounds, FEDERATION_CLOSED if it has failed or the last
+        result is no longer stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteFederation(self, request, context):
+        """Deletes a federation, whatever its phase: agents are told, then its keys are retired and everything of it is
+        deleted from both stores. Done when the federation is unknown; its name can be given again then.
+        Idempotent. Fails with FEDERATION_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Join(self, request, context):
-        """Makes a client a member, or finds it one. The first client fixes the model's matrices and tensors.
+        """Makes a client a member, or finds it one. Once enough clients have joined, the matrices and tensors that more than
+        half of them have in common are the federation's; who has others is no member any more.
         Idempotent: joining again updates rank, budget and example count, effective from the next round.
         Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
         LIMIT_REACHED if there are too many members.
@@ -164,6 +213,7 @@ class CoordinatorServicer:
     def Watch(self, request, context):
         """Streams what the client should do now: one assignment at once, then one whenever it changes. The stream ends when
         the server shuts down or the federation ends; reconnect with backoff. Fails with CLIENT_UNKNOWN before Join.
+        Of several processes with one identity the one that opened its stream last takes part.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,7 +221,15 @@ class CoordinatorServicer:
 
     def Heartbeat(self, request, context):
         """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
-        Fails with CLIENT_UNKNOWN.
+        Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GiveUp(self, request, context):
+        """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
+        Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -213,8 +271,9 @@ class CoordinatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RejectPlan(self, request, context):
-        """Says that a plan does not match the votes. The coordinator discards it and names another leader.
-        Idempotent. Fails with PLAN_UNKNOWN if the plan was replaced already.
+        """Says that a plan does not match the votes. The client takes no part in rounds under that plan. If more than half
+        of a round's cohort say so, before a round under the plan has closed, the plan is discarded and another leader
+        named. Idempotent. Fails with PLAN_UNKNOWN if the plan was replaced already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -255,6 +314,21 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     request_deserializer=shelora_dot_v1_dot_coordinator__pb2.RotateKeysRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_coordinator__pb2.Federation.SerializeToString,
             ),
+            'StopFederation': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopFederation,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.StopFederationRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.Federation.SerializeToString,
+            ),
+            'ExtendFederation': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExtendFederation,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.ExtendFederationRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.Federation.SerializeToString,
+            ),
+            'DeleteFederation': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteFederation,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.DeleteFederationRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.DeleteFederationResponse.SerializeToString,
+            ),
             'Join': grpc.unary_unary_rpc_method_handler(
                     servicer.Join,
                     request_deserializer=shelora_dot_v1_dot_coordinator__pb2.JoinRequest.FromString,
@@ -269,6 +343,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Heartbeat,
                     request_deserializer=shelora_dot_v1_dot_coordinator__pb2.HeartbeatRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_coordinator__pb2.HeartbeatResponse.SerializeToString,
+            ),
+            'GiveUp': grpc.unary_unary_rpc_method_handler(
+                    servicer.GiveUp,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.GiveUpRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.GiveUpResponse.SerializeToString,
             ),
             'CommitUpdate': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitUpdate,
@@ -448,6 +527,87 @@ class Coordinator:
             _registered_method=True)
 
     @staticmethod
+    def StopFederation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/StopFederation',
+            shelora_dot_v1_dot_coordinator__pb2.StopFederationRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.Federation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtendFederation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/ExtendFederation',
+            shelora_dot_v1_dot_coordinator__pb2.ExtendFederationRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.Federation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteFederation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/DeleteFederation',
+            shelora_dot_v1_dot_coordinator__pb2.DeleteFederationRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.DeleteFederationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Join(request,
             target,
             options=(),
@@ -518,6 +678,33 @@ class Coordinator:
             '/shelora.v1.Coordinator/Heartbeat',
             shelora_dot_v1_dot_coordinator__pb2.HeartbeatRequest.SerializeToString,
             shelora_dot_v1_dot_coordinator__pb2.HeartbeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GiveUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/GiveUp',
+            shelora_dot_v1_dot_coordinator__pb2.GiveUpRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.GiveUpResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,8 +52,25 @@ class CoordinatorStub:
     Idempotent: once the federation has left `from_epoch`, a repeat changes nothing. Fails with FEDERATION_UNKNOWN,
     FEDERATION_CLOSED, INVALID_ARGUMENT under protection "none" or for an epoch that has not begun.
     """
+    StopFederation: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.StopFederationRequest, _coordinator_pb2.Federation]
+    """Ends a federation early: a round that still collects is abandoned, one that is being aggregated is published, then
+    the newest result is the final one. Without any result the federation has failed. Idempotent; changes nothing
+    after the end. Fails with FEDERATION_UNKNOWN.
+    """
+    ExtendFederation: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ExtendFederationRequest, _coordinator_pb2.Federation]
+    """Sets how many training rounds there are, more than before. A finished (or stopped) federation goes on from its
+    result once its agents are started again. Idempotent: the number it has already changes nothing.
+    Fails with FEDERATION_UNKNOWN, INVALID_ARGUMENT for fewer rounds, FEDERATION_CLOSED if it has failed or the last
+    result is no longer stored.
+    """
+    DeleteFederation: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.DeleteFederationRequest, _coordinator_pb2.DeleteFederationResponse]
+    """Deletes a federation, whatever its phase: agents are told, then its keys are retired and everything of it is
+    deleted from both stores. Done when the federation is unknown; its name can be given again then.
+    Idempotent. Fails with FEDERATION_UNKNOWN.
+    """
     Join: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.JoinRequest, _coordinator_pb2.JoinResponse]
-    """Makes a client a member, or finds it one. The first client fixes the model's matrices and tensors.
+    """Makes a client a member, or finds it one. Once enough clients have joined, the matrices and tensors that more than
+    half of them have in common are the federation's; who has others is no member any more.
     Idempotent: joining again updates rank, budget and example count, effective from the next round.
     Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
     LIMIT_REACHED if there are too many members.
@@ -61,10 +78,15 @@ class CoordinatorStub:
     Watch: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchRequest, _coordinator_pb2.Assignment]
     """Streams what the client should do now: one assignment at once, then one whenever it changes. The stream ends when
     the server shuts down or the federation ends; reconnect with backoff. Fails with CLIENT_UNKNOWN before Join.
+    Of several processes with one identity the one that opened its stream last takes part.
     """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.HeartbeatRequest, _coordinator_pb2.HeartbeatResponse]
     """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
-    Fails with CLIENT_UNKNOWN.
+    Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over.
+    """
+    GiveUp: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GiveUpRequest, _coordinator_pb2.GiveUpResponse]
+    """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
+    Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
     """
     CommitUpdate: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]
     """Commits a client's update once all its shards are stored. Counted exactly once.
@@ -85,8 +107,9 @@ class CoordinatorStub:
     GetPlan: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.GetPlanRequest, _coordinator_pb2.GetPlanResponse]
     """Streams the plan: sealed for agents, or under "ope" the ranked list of labels. Read only. Fails with PLAN_UNKNOWN."""
     RejectPlan: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RejectPlanRequest, _coordinator_pb2.RejectPlanResponse]
-    """Says that a plan does not match the votes. The coordinator discards it and names another leader.
-    Idempotent. Fails with PLAN_UNKNOWN if the plan was replaced already.
+    """Says that a plan does not match the votes. The client takes no part in rounds under that plan. If more than half
+    of a round's cohort say so, before a round under the plan has closed, the plan is discarded and another leader
+    named. Idempotent. Fails with PLAN_UNKNOWN if the plan was replaced already.
     """
     ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportEvaluationRequest, _coordinator_pb2.ReportEvaluationResponse]
     """Reports what an agent measured after it applied a result. Idempotent: a second report replaces the first."""
@@ -115,8 +138,25 @@ class CoordinatorAsyncStub(CoordinatorStub):
     Idempotent: once the federation has left `from_epoch`, a repeat changes nothing. Fails with FEDERATION_UNKNOWN,
     FEDERATION_CLOSED, INVALID_ARGUMENT under protection "none" or for an epoch that has not begun.
     """
+    StopFederation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StopFederationRequest, _coordinator_pb2.Federation]  # type: ignore[assignment]
+    """Ends a federation early: a round that still collects is abandoned, one that is being aggregated is published, then
+    the newest result is the final one. Without any result the federation has failed. Idempotent; changes nothing
+    after the end. Fails with FEDERATION_UNKNOWN.
+    """
+    ExtendFederation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ExtendFederationRequest, _coordinator_pb2.Federation]  # type: ignore[assignment]
+    """Sets how many training rounds there are, more than before. A finished (or stopped) federation goes on from its
+    result once its agents are started again. Idempotent: the number it has already changes nothing.
+    Fails with FEDERATION_UNKNOWN, INVALID_ARGUMENT for fewer rounds, FEDERATION_CLOSED if it has failed or the last
+    result is no longer stored.
+    """
+    DeleteFederation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.DeleteFederationRequest, _coordinator_pb2.DeleteFederationResponse]  # type: ignore[assignment]
+    """Deletes a federation, whatever its phase: agents are told, then its keys are retired and everything of it is
+    deleted from both stores. Done when the federation is unknown; its name can be given again then.
+    Idempotent. Fails with FEDERATION_UNKNOWN.
+    """
     Join: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.JoinRequest, _coordinator_pb2.JoinResponse]  # type: ignore[assignment]
-    """Makes a client a member, or finds it one. The first client fixes the model's matrices and tensors.
+    """Makes a client a member, or finds it one. Once enough clients have joined, the matrices and tensors that more than
+    half of them have in common are the federation's; who has others is no member any more.
     Idempotent: joining again updates rank, budget and example count, effective from the next round.
     Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
     LIMIT_REACHED if there are too many members.
@@ -124,10 +164,15 @@ class CoordinatorAsyncStub(CoordinatorStub):
     Watch: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchRequest, _coordinator_pb2.Assignment]  # type: ignore[assignment]
     """Streams what the client should do now: one assignment at once, then one whenever it changes. The stream ends when
     the server shuts down or the federation ends; reconnect with backoff. Fails with CLIENT_UNKNOWN before Join.
+    Of several processes with one identity the one that opened its stream last takes part.
     """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.HeartbeatRequest, _coordinator_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
-    Fails with CLIENT_UNKNOWN.
+    Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over.
+    """
+    GiveUp: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GiveUpRequest, _coordinator_pb2.GiveUpResponse]  # type: ignore[assignment]
+    """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
+    Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
     """
     CommitUpdate: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]  # type: ignore[assignment]
     """Commits a client's update once all its shards are stored. Counted exactly once.
@@ -148,8 +193,9 @@ class CoordinatorAsyncStub(CoordinatorStub):
     GetPlan: _aio.UnaryStreamMultiCallable[_coordinator_pb2.GetPlanRequest, _coordinator_pb2.GetPlanResponse]  # type: ignore[assignment]
     """Streams the plan: sealed for agents, or under "ope" the ranked list of labels. Read only. Fails with PLAN_UNKNOWN."""
     RejectPlan: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RejectPlanRequest, _coordinator_pb2.RejectPlanResponse]  # type: ignore[assignment]
-    """Says that a plan does not match the votes. The coordinator discards it and names another leader.
-    Idempotent. Fails with PLAN_UNKNOWN if the plan was replaced already.
+    """Says that a plan does not match the votes. The client takes no part in rounds under that plan. If more than half
+    of a round's cohort say so, before a round under the plan has closed, the plan is discarded and another leader
+    named. Idempotent. Fails with PLAN_UNKNOWN if the plan was replaced already.
     """
     ReportEvaluation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportEvaluationRequest, _coordinator_pb2.ReportEvaluationResponse]  # type: ignore[assignment]
     """Reports what an agent measured after it applied a result. Idempotent: a second report replaces the first."""
@@ -207,12 +253,47 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def StopFederation(
+        self,
+        request: _coordinator_pb2.StopFederationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.Federation, _abc.Awaitable[_coordinator_pb2.Federation]]:
+        """Ends a federation early: a round that still collects is abandoned, one that is being aggregated is published, then
+        the newest result is the final one. Without any result the federation has failed. Idempotent; changes nothing
+        after the end. Fails with FEDERATION_UNKNOWN.
+        """
+
+    @_abc_1.abstractmethod
+    def ExtendFederation(
+        self,
+        request: _coordinator_pb2.ExtendFederationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.Federation, _abc.Awaitable[_coordinator_pb2.Federation]]:
+        """Sets how many training rounds there are, more than before. A finished (or stopped) federation goes on from its
+        result once its agents are started again. Idempotent: the number it has already changes nothing.
+        Fails with FEDERATION_UNKNOWN, INVALID_ARGUMENT for fewer rounds, FEDERATION_CLOSED if it has failed or the last
+        result is no longer stored.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteFederation(
+        self,
+        request: _coordinator_pb2.DeleteFederationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.DeleteFederationResponse, _abc.Awaitable[_coordinator_pb2.DeleteFederationResponse]]:
+        """Deletes a federation, whatever its phase: agents are told, then its keys are retired and everything of it is
+        deleted from both stores. Done when the federation is unknown; its name can be given again then.
+        Idempotent. Fails with FEDERATION_UNKNOWN.
+        """
+
+    @_abc_1.abstractmethod
     def Join(
         self,
         request: _coordinator_pb2.JoinRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.JoinResponse, _abc.Awaitable[_coordinator_pb2.JoinResponse]]:
-        """Makes a client a member, or finds it one. The first client fixes the model's matrices and tensors.
+        """Makes a client a member, or finds it one. Once enough clients have joined, the matrices and tensors that more than
+        half of them have in common are the federation's; who has others is no member any more.
         Idempotent: joining again updates rank, budget and example count, effective from the next round.
         Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
         LIMIT_REACHED if there are too many members.
@@ -226,6 +307,7 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_coordinator_pb2.Assignment], _abc.AsyncIterator[_coordinator_pb2.Assignment]]:
         """Streams what the client should do now: one assignment at once, then one whenever it changes. The stream ends when
         the server shuts down or the federation ends; reconnect with backoff. Fails with CLIENT_UNKNOWN before Join.
+        Of several processes with one identity the one that opened its stream last takes part.
         """
 
     @_abc_1.abstractmethod
@@ -235,7 +317,17 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.HeartbeatResponse, _abc.Awaitable[_coordinator_pb2.HeartbeatResponse]]:
         """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
-        Fails with CLIENT_UNKNOWN.
+        Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over.
+        """
+
+    @_abc_1.abstractmethod
+    def GiveUp(
+        self,
+        request: _coordinator_pb2.GiveUpRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.GiveUpResponse, _abc.Awaitable[_coordinator_pb2.GiveUpResponse]]:
+        """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
+        Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
         """
 
     @_abc_1.abstractmethod
@@ -286,8 +378,9 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.RejectPlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.RejectPlanResponse, _abc.Awaitable[_coordinator_pb2.RejectPlanResponse]]:
-        """Says that a plan does not match the votes. The coordinator discards it and names another leader.
-        Idempotent. Fails with PLAN_UNKNOWN if the plan was replaced already.
+        """Says that a plan does not match the votes. The client takes no part in rounds under that plan. If more than half
+        of a round's cohort say so, before a round under the plan has closed, the plan is discarded and another leader
+        named. Idempotent. Fails with PLAN_UNKNOWN if the plan was replaced already.
         """
 
     @_abc_1.abstractmethod

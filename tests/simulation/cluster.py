@@ -69,6 +69,7 @@ _READS: Final = frozenset(
         "HGETALL",
         "HLEN",
         "HEXISTS",
+        "HKEYS",
         "EXISTS",
         "STRLEN",
         "GETRANGE",

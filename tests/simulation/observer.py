@@ -20,7 +20,7 @@ from shelora.lora.shards import Float32
 from shelora.negotiation.plan import column_orders
 from shelora.rounds import TRANSITIONS, RoundKind, RoundState
 from shelora.v1 import coordinator_pb2 as pb
-from tests.simulation.learner import marks_in
+from tests.simulation.learner import TOLERANCE, marks_in
 from tests.simulation.valkey import Command, Valkey
 
 _PHASES: Final = {
@@ -91,7 +91,7 @@ class Observer:
         expected = self.weights.get(round_id)
         if expected is None:
             self._violated(f"{client_id} applied a result of {round_id}, which was not published")
-        elif not np.allclose(weights, expected, atol=1e-5):
+        elif not np.allclose(weights, expected, atol=TOLERANCE):
             self._violated(f"{client_id} applied {weights} for {round_id}; published was {expected}")
 
     # Records
@@ -127,7 +127,10 @@ class Observer:
             self._violated(f"{round_id} changes after it ended: {before} to {record}")
         elif before.round.state is not state and (before.round.state, state) not in _STEPS:
             self._violated(f"{round_id} goes from {before.round.state} to {state}")
-        elif before.round.state is state and before.dropped == record.dropped:
+        elif before.round.state is state and (before.dropped, before.most_ms) == (
+            record.dropped,
+            record.most_ms,
+        ):
             self._violated(f"{round_id} is written again as {state}: {before} to {record}")
         if state is RoundState.PUBLISHED:
             self._look_at_result(record)
@@ -179,7 +182,7 @@ class Observer:
             return
         contents = [decode_result(layout, index, data) for index, data in enumerate(result)]
         found = marks_in(restore(layout, contents, column_orders(None, layout.matrices, None), None))
-        if not np.allclose(found, expected, atol=1e-5):
+        if not np.allclose(found, expected, atol=TOLERANCE):
             self._violated(f"{round_id} is published as\n{found}\nand its commits make\n{expected}")
 
     def _stored_result(self, record: RoundRecord) -> list[bytes] | None:

@@ -213,6 +213,9 @@ class Valkey:
     def _hlen(self, key: bytes) -> int:
         return len(self._kind(key, dict))
 
+    def _hkeys(self, key: bytes) -> list[bytes]:
+        return list(self._kind(key, dict))
+
     def _hexists(self, key: bytes, field: bytes) -> int:
         return int(field in self._kind(key, dict))
 

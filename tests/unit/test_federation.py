@@ -147,6 +147,7 @@ def unlike_the_defaults() -> FederationSpec:
                 "deadline_s": 7,
                 "target_updates": 7,
                 "over_selection": 2.0,
+                "grace": 0.0,
                 "max_attempts": 7,
                 "replan_every_rounds": 7,
                 "replan_below_overlap": 0.5,

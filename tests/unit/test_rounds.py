@@ -12,6 +12,8 @@ from shelora.rounds import (
     Round,
     RoundKind,
     RoundState,
+    Turnout,
+    grace_ends_ms,
     select_cohort,
     should_close,
 )
@@ -88,7 +90,7 @@ def test_a_reason_belongs_to_abandonment_and_only_to_it(event):
     ],
 )
 def test_a_round_closes_when_all_committed_or_at_its_deadline(updates, now_ms, expected):
-    assert should_close(COLLECTING, updates, now_ms) is expected
+    assert should_close(COLLECTING, Turnout(updates), now_ms) is expected
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_a_round_closes_when_all_committed_or_at_its_deadline(updates, now_ms, e
     [(2, 1, None), (2, 2, Event.CLOSE), (2, 3, Event.CLOSE), (5, 2, None), (5, 3, Event.CLOSE)],
 )
 def test_a_round_closes_at_its_target_or_when_all_it_asked_have_answered(target, updates, expected):
-    assert should_close(replace(COLLECTING, target_updates=target), updates, 5_001) is expected
+    assert should_close(replace(COLLECTING, target_updates=target), Turnout(updates), 5_001) is expected
 
 
 def test_every_round_asks_other_clients_the_same_on_every_replica_and_all_as_often():
@@ -118,4 +120,35 @@ def test_without_a_limit_or_with_one_that_is_large_every_client_is_asked():
 
 @pytest.mark.parametrize("state", sorted(set(RoundState) - {RoundState.COLLECTING}))
 def test_only_a_collecting_round_is_due_for_anything(state):
-    assert should_close(in_state(state), 5, 10**15) is None
+    assert should_close(in_state(state), Turnout(5), 10**15) is None
+
+
+@pytest.mark.parametrize(
+    ("updates", "absent", "unawaited", "expected"),
+    [
+        (2, 0, 0, None),
+        (2, 1, 0, Event.CLOSE),
+        (2, 0, 1, Event.CLOSE),
+        (1, 1, 0, None),
+        (1, 0, 2, None),
+        (1, 2, 0, Event.ABANDON),
+        (0, 2, 0, Event.ABANDON),
+        (0, 3, 0, Event.ABANDON),
+    ],
+)
+def test_nobody_waits_for_those_who_cannot_come_and_too_few_end_it_at_once(
+    updates, absent, unawaited, expected
+):
+    assert should_close(COLLECTING, Turnout(updates, absent, unawaited), 5_001) is expected
+
+
+def test_a_round_that_most_have_committed_to_waits_for_the_rest_in_proportion():
+    wide = replace(COLLECTING, deadline_s=100_000)
+    assert grace_ends_ms(wide, 5_000 + 100_000, 2.0) == 5_000 + 300_000
+    assert grace_ends_ms(wide, 6_000, 2.0) == 6_000 + 60_000, "a minute at least"
+    assert grace_ends_ms(wide, 0, 2.0) is None
+    assert grace_ends_ms(wide, 105_000, 0) is None
+    assert should_close(wide, Turnout(2), 65_999, 66_000) is None
+    assert should_close(wide, Turnout(2), 66_000, 66_000) is Event.CLOSE
+    assert should_close(wide, Turnout(1), 66_000, 66_000) is None, "not with fewer than a result needs"
+    assert should_close(COLLECTING, Turnout(2), 15_000, 66_000) is Event.CLOSE, "nor beyond the deadline"

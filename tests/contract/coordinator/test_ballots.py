@@ -127,7 +127,8 @@ async def test_too_few_ballots_abandon_the_vote(fed):
 async def test_a_rejected_list_fails_the_federation_because_only_the_coordinator_can_make_one(fed):
     await fed.begin(spec(**OPE))
     train = await until_training(fed)
-    await fed.handlers.reject_plan("fed", "c", 1, train.plan.digest.sha256.hex(), "it does not fit")
+    for client in "bc":
+        await fed.handlers.reject_plan("fed", client, 1, train.plan.digest.sha256.hex(), "it does not fit")
     await fed.settle()
     assert "no client published a plan that the others accept" in (await fed.federation()).failure
 

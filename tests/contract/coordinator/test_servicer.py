@@ -120,12 +120,12 @@ async def test_an_agent_of_another_protocol_is_told_which_version_to_install(stu
         await stub.Join(join(protocol_version=version))
 
 
-async def test_a_join_with_another_model_is_refused_naming_the_matrix(stub):
-    await created(stub)
-    await stub.Join(join())
+async def test_a_join_with_another_model_is_refused_naming_the_matrix(stub, fed):
+    await fed.begin(spec())
+    await fed.settle()
     wider = common_pb2.Matrix(name="layer.0.query", out_features=8, in_features=13)
     async with refused(Reason.MODEL_MISMATCH, "layer.0.query [8, 13]"):
-        await stub.Join(join("b", matrices=[wider, MATRICES[1]]))
+        await stub.Join(join("d", matrices=[wider, MATRICES[1]]))
 
 
 async def test_joining_again_updates_the_member(stub):
@@ -299,7 +299,11 @@ async def test_a_plan_goes_through_in_pieces_and_only_from_the_leader(stub, fed)
     reject = pb.RejectPlanRequest(
         federation_id="fed", client_id="c", plan_number=1, sha256=Digest.of(sealed).sha256, why="no"
     )
+    await fed.settle()
     await stub.RejectPlan(reject)
+    reject.client_id = "b"
+    await stub.RejectPlan(reject)
+    await fed.settle()
     await stub.RejectPlan(reject)
     async with refused(Reason.PLAN_UNKNOWN):
         await stub.GetPlan(pb.GetPlanRequest(federation_id="fed", plan_number=1)).read()

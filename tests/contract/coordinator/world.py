@@ -70,6 +70,8 @@ class World:
     now_ms: int = 1_000_000
     silent: set[str] = field(default_factory=set)
     """Members that neither beat nor act."""
+    idle: set[str] = field(default_factory=set)
+    """Members that beat and never do what they are assigned."""
     budgets: dict[str, float] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     """What members say they hold, 10 by default."""
@@ -148,9 +150,10 @@ class World:
         federation = await self.federation()
         for client, member in (await self.store.members("fed")).items():
             if client not in self.silent and federation.admits(member):
-                seen = Sighting(stage="training", progress=0.5, at_ms=self.now_ms)
-                await self.store.see("fed", client, seen)
-                await self.do(client, await self.assignment(client))
+                stage = "idle" if client in self.idle else "training"
+                await self.store.see("fed", client, Sighting(stage=stage, progress=0.5, at_ms=self.now_ms))
+                if client not in self.idle:
+                    await self.do(client, await self.assignment(client))
 
     async def do(self, client: str, assignment: pb.Assignment) -> None:
         match assignment.WhichOneof("work"):

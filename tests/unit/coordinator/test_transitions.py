@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import transitions
-from coordinator.records import FederationRecord, Member, Phase
+from coordinator.records import FederationRecord, Member, Model, Phase
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, Tensor
 from shelora.rounds import RoundKind, RoundState
@@ -30,11 +30,38 @@ def refusal(change) -> DomainError:
     return refused.value
 
 
-def test_the_first_client_fixes_the_model_and_an_equal_one_changes_nothing():
-    empty = federation(model=None)
-    fixed = transitions.with_model(empty, MATRICES, TENSORS)
-    assert fixed.model == federation().model
-    assert transitions.with_model(fixed, list(MATRICES), list(TENSORS)) is fixed
+def test_no_joining_client_fixes_the_model():
+    empty, model = federation(model=None), Model(matrices=MATRICES[:1], tensors=())
+    assert transitions.required_model(empty, model) is empty
+    record = federation()
+    assert transitions.required_model(record, record.model) is record
+
+
+@pytest.mark.parametrize(
+    ("shapes", "elected"),
+    [("xyy", "y"), ("xy", None), ("xxyy", None), ("x", "x"), ("", None), ("xyzyy", "y"), ("xyz", None)],
+)
+def test_the_model_is_that_of_more_than_half(shapes, elected):
+    joined = {
+        str(i): MEMBERS["a"].model_copy(update={"client_id": str(i), "shapes": digest})
+        for i, digest in enumerate(shapes)
+    }
+    assert transitions.elected_shapes(joined) == elected
+
+
+def test_who_has_another_model_is_no_member_once_it_is_fixed():
+    record = federation(model=None)
+    odd = MEMBERS["c"].model_copy(update={"shapes": "odd"})
+    joined = {**MEMBERS, "c": odd}
+    assert record.admitted(joined) == joined
+    fixed = transitions.with_model(record, federation().model)
+    own = MEMBERS["a"].model_copy(update={"shapes": fixed.model.digest})
+    assert fixed.admitted({**joined, "a": own}).keys() == {"a", "b"}, "b joined before models were compared"
+
+
+def test_a_revocation_before_the_first_round_lets_the_others_decide_on_the_model_anew():
+    assert transitions.revoked(federation(sequence=0), {"a": 5}).model is None
+    assert transitions.revoked(federation(sequence=1), {"a": 5}).model is not None
 
 
 @pytest.mark.parametrize(
@@ -50,16 +77,14 @@ def test_the_first_client_fixes_the_model_and_an_equal_one_changes_nothing():
 )
 def test_another_model_is_refused_naming_the_first_difference(matrices, tensors, words):
     with pytest.raises(DomainError, match=words) as refused:
-        transitions.with_model(federation(), matrices, tensors)
+        transitions.required_model(federation(), Model(matrices=matrices, tensors=tensors))
     assert refused.value.reason is Reason.MODEL_MISMATCH
 
 
 @pytest.mark.parametrize("phase", [Phase.FINISHED, Phase.FAILED])
 def test_an_ended_federation_takes_no_clients_and_does_not_start_again(phase):
     ended = federation(phase=phase)
-    assert (
-        refusal(lambda: transitions.with_model(ended, MATRICES, TENSORS)).reason is Reason.FEDERATION_CLOSED
-    )
+    assert refusal(lambda: transitions.required_model(ended, ended.model)).reason is Reason.FEDERATION_CLOSED
     assert refusal(lambda: transitions.started(ended)).reason is Reason.FEDERATION_CLOSED
 
 
@@ -106,31 +131,49 @@ def test_a_plan_that_does_not_fit_the_model_or_the_tiers_is_refused(matrices):
 
 def test_a_rejected_plan_leaves_the_other_candidates():
     record = federation(plan=PLAN, plan_count=1)
-    after = transitions.without_plan(record, 1, DIGEST.sha256, 5_000)
+    after = transitions.without_plan(record, 5_000)
     assert after.plan is None
     assert after.negotiation is not None
     assert (after.negotiation.leader, after.negotiation.candidates) == ("", ("b", "c"))
-    assert transitions.without_plan(after, 1, DIGEST.sha256, 6_000) is after
+    assert transitions.without_plan(after, 6_000) is after
     led = transitions.led(after, "b", 7_000)
     assert led.negotiation is not None
     assert (led.negotiation.plan_number, led.negotiation.candidates) == (2, ("c",))
 
 
-def test_rejecting_the_old_plan_keeps_the_negotiation_of_its_successor():
-    record = federation(
-        plan=PLAN, negotiation=NEGOTIATION.model_copy(update={"plan_number": 2, "leader": "b"})
-    )
-    after = transitions.without_plan(record, 1, DIGEST.sha256, 5_000)
-    assert after.plan is None
-    assert after.negotiation is not None
-    assert (after.negotiation.plan_number, after.negotiation.leader) == (2, "b")
+OLD = PLAN.model_copy(update={"number": 7})
+
+
+@pytest.mark.parametrize(
+    ("fields", "plan", "phase"),
+    [
+        ({"plan": OLD}, OLD, Phase.RUNNING),
+        ({"result_plan": OLD, "result_epoch": 1, "result_sequence": 1}, OLD, Phase.RUNNING),
+        ({"result_plan": OLD, "result_epoch": 1, "result_sequence": 1, "epoch": 2}, None, Phase.RUNNING),
+        ({}, None, Phase.FAILED),
+    ],
+    ids=["the plan in force", "the plan of the result", "of other keys", "no result"],
+)
+def test_a_federation_with_a_result_outlives_a_negotiation_without_a_plan(fields, plan, phase):
+    after = transitions.unplanned(federation(negotiation=NEGOTIATION, **fields))
+    assert (after.plan, after.phase, after.negotiation) == (plan, phase, None)
+
+
+def test_a_leader_that_gives_up_makes_room_for_the_next_and_nobody_else_can():
+    record = federation(negotiation=NEGOTIATION)
+    assert transitions.without_leader(record, "b", 1) is record
+    assert transitions.without_leader(record, "a", 2) is record
+    assert transitions.without_leader(record, "a", 1).negotiation.leader == ""
 
 
 def test_rejecting_what_is_not_in_force_is_refused():
     for number, sha256 in ((2, DIGEST.sha256), (1, "ff" * 32)):
         record = federation(plan=PLAN)
-        refused = refusal(lambda r=record, n=number, s=sha256: transitions.without_plan(r, n, s, 1))
+        refused = refusal(lambda r=record, n=number, s=sha256: transitions.require_in_force(r, n, s))
         assert refused.reason is Reason.PLAN_UNKNOWN
+    assert transitions.require_in_force(federation(plan=PLAN), 1, DIGEST.sha256)
+    discarded = transitions.without_plan(federation(plan=PLAN), 5_000)
+    assert not transitions.require_in_force(discarded, 1, DIGEST.sha256)
 
 
 def settled(record, ended, now_ms=50_000):

@@ -1,0 +1,198 @@
+"""How an operator ends a federation, lets it go on, and has nothing of it left."""
+
+import asyncio
+
+import pytest
+import redis
+
+from coordinator.records import Phase
+from shelora.errors import DomainError, Reason
+from tests.contract.coordinator.test_driver import outcomes
+from tests.contract.coordinator.world import spec
+
+
+async def until_trained(fed, rounds: int) -> None:
+    await fed.settle()
+    while (await fed.federation()).trained < rounds:
+        await fed.act()
+        fed.now_ms += 1000
+        await fed.settle()
+
+
+async def test_stopping_makes_the_newest_result_the_final_one(fed):
+    await fed.begin(spec(rounds=5))
+    await until_trained(fed, 2)
+    for _ in range(2):
+        await fed.handlers.stop("fed")
+    await fed.settle()
+    record, shown = await fed.federation(), await fed.shown()
+    assert (record.phase, record.trained, record.ticket) == (Phase.FINISHED, 2, None)
+    assert shown.stopped
+    assert outcomes(shown)[-1][3:] == ("ABANDONED", "FEDERATION_CLOSED"), "the round in progress"
+    finish = (await fed.assignment("a")).finish
+    assert finish.result.round_number == 2
+    assert (record.garbage, fed.aggregation.updates) == ((), {})
+
+
+async def test_stopping_while_a_round_is_aggregated_keeps_the_round(fed):
+    await fed.begin(spec("none", rounds=5))
+    await fed.settle()
+    await fed.act()
+    await fed.driver.step("fed")  # closes it
+    await fed.handlers.stop("fed")
+    await fed.settle()
+    record = await fed.federation()
+    assert (record.phase, record.trained) == (Phase.FINISHED, 1)
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_stopping_without_a_result_fails_it_in_words(fed, running):
+    if running:
+        await fed.begin(spec())
+        await fed.settle()
+    else:
+        await fed.handlers.create(spec())
+    await fed.handlers.stop("fed")
+    await fed.settle()
+    record = await fed.federation()
+    assert (record.phase, record.failure) == (
+        Phase.FAILED,
+        "its operator stopped it before a round was published",
+    )
+    assert not (await fed.handlers.stop("fed")).stopped or record.stopped
+
+
+async def test_a_failed_federation_gives_its_agents_the_newest_result(fed):
+    await fed.begin(spec(rounds=5, max_attempts=1))
+    await until_trained(fed, 1)
+    fed.now_ms += 60_000
+    await fed.settle()
+    halt = (await fed.assignment("a")).halt
+    assert halt.why.startswith("round 2 was abandoned")
+    assert (halt.result.round_number, halt.plan.plan_number) == (1, 1)
+
+
+async def test_extending_a_running_federation_adds_rounds_once_however_often_it_is_asked(fed):
+    await fed.begin(spec())
+    await until_trained(fed, 1)
+    for _ in range(2):
+        await fed.handlers.extend("fed", 4)
+    assert (await fed.shown()).spec.round.rounds == 4
+    record = await fed.play()
+    assert (record.phase, record.trained) == (Phase.FINISHED, 4)
+    assert record.spec == spec(), "creating it again finds it"
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+async def test_a_finished_federation_goes_on_from_its_result(fed, stopped):
+    await fed.begin(spec())
+    if stopped:
+        await until_trained(fed, 1)
+        await fed.handlers.stop("fed")
+    before = await fed.play()
+    await fed.handlers.extend("fed", 3)
+    record = await fed.play()
+    assert (before.phase, record.phase, record.trained, record.stopped) == (
+        Phase.FINISHED,
+        Phase.FINISHED,
+        3,
+        False,
+    )
+
+
+async def test_what_cannot_be_extended_says_why(fed):
+    await fed.begin(spec())
+    with pytest.raises(
+        DomainError, match="rounds must be 2, as many as there are now, to 10000, not 1"
+    ) as few:
+        await fed.handlers.extend("fed", 1)
+    assert few.value.reason is Reason.INVALID_ARGUMENT
+    await fed.play()
+    fed.now_ms += 8 * 86_400_000
+    with pytest.raises(DomainError, match="its last result is stored no longer") as late:
+        await fed.handlers.extend("fed", 3)
+    assert late.value.reason is Reason.FEDERATION_CLOSED
+
+
+async def test_a_failed_federation_is_not_extended(fed):
+    await fed.begin(spec())
+    await fed.settle()
+    await fed.handlers.stop("fed")
+    await fed.settle()
+    with pytest.raises(DomainError, match="has failed and cannot go on") as failed:
+        await fed.handlers.extend("fed", 3)
+    assert failed.value.reason is Reason.FEDERATION_CLOSED
+
+
+async def test_a_driver_finds_a_finished_federation_that_was_extended(fed):
+    await fed.begin(spec("none", rounds=1))
+    driving = asyncio.create_task(fed.driver.run())
+    try:
+        async with asyncio.timeout(30):
+            for rounds in (1, 2):
+                while (await fed.federation()).trained < rounds or "fed" not in fed.driver._finished:
+                    await fed.act()
+                    await asyncio.sleep(0.01)
+                await fed.handlers.extend("fed", rounds + 1)
+                fed.changes.wake_all()
+                await asyncio.sleep(0)
+    finally:
+        driving.cancel()
+        await asyncio.gather(driving, return_exceptions=True)
+
+
+@pytest.mark.parametrize("negotiation", ["sealed", "ope"])
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+async def test_deleting_leaves_nothing_and_frees_the_name(fed, redis_url, negotiation, rounds):
+    await fed.begin(spec(negotiation=negotiation, rounds=2))
+    await until_trained(fed, rounds)
+    await fed.act()
+    epoch = (await fed.federation()).epoch
+    await fed.handlers.delete("fed")
+    assert (await fed.assignment("a")).halt.why == "its operator deletes the federation"
+    for call in (fed.join("late"), fed.handlers.extend("fed", 9), fed.handlers.start("fed")):
+        with pytest.raises(DomainError) as closed:
+            await call
+        assert closed.value.reason is Reason.FEDERATION_CLOSED
+    await fed.driver._hold("fed")
+    with pytest.raises(DomainError) as gone:
+        await fed.federation()
+    assert gone.value.reason is Reason.FEDERATION_UNKNOWN
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.keys("*") == []
+    assert (fed.aggregation.updates, fed.aggregation.result_rounds()) == ({}, set())
+    assert fed.authority.retired_before == epoch + 1
+    fed.silent = set()
+    await fed.begin(spec(negotiation=negotiation))
+    assert (await fed.play()).phase is Phase.FINISHED
+
+
+async def test_deleting_goes_on_where_it_broke_off(fed, redis_url, monkeypatch):
+    await fed.begin(spec())
+    await until_trained(fed, 1)
+    await fed.handlers.delete("fed")
+
+    async def broken(_federation_id: str) -> None:
+        raise DomainError(Reason.STORE_UNAVAILABLE, "gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fed.store, "_forget", broken)
+        with pytest.raises(DomainError):
+            await fed.driver.step("fed")
+    await fed.driver._hold("fed")
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.keys("*") == []
+
+
+async def test_a_federation_that_was_never_started_is_deleted_too(fed):
+    await fed.handlers.create(spec())
+    await fed.join("a")
+    await fed.handlers.delete("fed")
+    driving = asyncio.create_task(fed.driver.run())
+    try:
+        async with asyncio.timeout(30):
+            while await fed.store.federation_ids():  # noqa: ASYNC110 - the store tells nobody
+                await asyncio.sleep(0.01)
+    finally:
+        driving.cancel()
+        await asyncio.gather(driving, return_exceptions=True)
