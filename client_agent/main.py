@@ -1,7 +1,6 @@
 """The command line of the agent."""
 
 import asyncio
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from client_agent.loading import check_loading, unusable
 from shelora.configuration import invalid
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, TrainingSpec
+from shelora.stopping import stop_signals
 from shelora.telemetry.logs import configure_logs
 from shelora.telemetry.metrics import start_metrics_server
 from shelora.terminal import CommandLine, Terminal
@@ -208,7 +208,7 @@ async def _followed(config: AgentConfig) -> "Outcome":
 
     agent = Agent(config, Learner)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         loop.add_signal_handler(number, agent.stop)
     return await agent.run()
 

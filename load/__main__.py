@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from load.figures import figures, tables, write_summary
 from load.plots import plot_cost, plot_memory
 from load.run import Measured, Plan, run
-from shelora.cli.main import interruptible
+from shelora.cli.supervision import clear, interruptible
 from shelora.errors import DomainError
 from shelora.terminal import CommandLine, Terminal
 
@@ -37,11 +37,11 @@ def main(
     The agents are real, with certificates, connections, encryption and decryption of their own, but train nothing:
     updates are random. Exits with 1 if any call failed, any agent did not finish, or any update was missed.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     runs: list[Measured] = []
     try:
         with interruptible():
+            clear(folder)
+            folder.mkdir(parents=True)
             for count in sorted(set(agents)):
                 plan = Plan(count, rounds, min(processes, count), directions, starts_per_s)
                 runs.append(_run(plan, folder / f"{count}"))

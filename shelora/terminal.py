@@ -74,11 +74,20 @@ class Terminal(Console):
         """
         if not self.is_terminal:
             self.say(first)
-            yield self.say
+            yield self._lines(first)
             return
         spinner = "line" if self.options.ascii_only else "dots"
         with self.status(Text(first), spinner=spinner) as status:
             yield lambda stage: status.update(Text(stage))
+
+    def _lines(self, told: str) -> Callable[[str], None]:
+        def tell(stage: str) -> None:
+            nonlocal told
+            if stage != told:
+                self.say(stage)
+            told = stage
+
+        return tell
 
 
 class Records(ConsoleRenderable):

@@ -32,10 +32,10 @@ from examples.reuters.cohort import (
 )
 from examples.reuters.report import plot_rounds, summarize
 from shelora.cli.cluster import LocalCluster, Process
-from shelora.cli.main import interruptible
 from shelora.cli.operator import Operator, operator
 from shelora.cli.render import round_figures, rounds_table, size, training_rounds
 from shelora.cli.screen import FederationScreen
+from shelora.cli.supervision import clear, interruptible
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.terminal import CommandLine, Terminal
@@ -74,7 +74,7 @@ def run(protection: Protection, folder: Path, started: float) -> None:
     """The whole demo; raises DomainError with the reason if anything fails."""
     with console.stages("fetching model and data (about 120 MB the first time)"):
         model, data = fetch(MINILM, ASSETS), fetch(REUTERS, ASSETS)
-    shutil.rmtree(folder, ignore_errors=True)
+    clear(folder)
     folder.mkdir(parents=True)
     spec = federation_spec(protection)
     counts = write_data(data, folder / "agents")

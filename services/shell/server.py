@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import (
@@ -30,6 +29,7 @@ from services.shell.rates import RateLimits, Rates
 from services.shell.revocations import Revocations
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
+from shelora.stopping import stop_signals
 from shelora.telemetry.metrics import start_metrics_server
 from shelora.transport.address import HostPort, check_plaintext
 from shelora.transport.channel import SERVER_OPTIONS, STRANGER_OPTIONS
@@ -343,15 +343,16 @@ async def _background(work: Sequence[Background]) -> AsyncIterator[Sequence[asyn
 
 @contextmanager
 def _stop_signals() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM and SIGINT set. A repeated signal changes nothing: the grace bounds the drain."""
+    """An event that the signals to stop set. A repeated signal changes nothing: the grace bounds the drain."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = stop_signals()
+    for number in numbers:
         loop.add_signal_handler(number, stop.set)
     try:
         yield stop
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 

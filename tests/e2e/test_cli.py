@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -20,25 +21,35 @@ FOLDER = "local [v2]"
 
 
 @pytest.fixture
-def running_up(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def up(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts `shelora up` in its own folder; stopped in the end."""
+    with ExitStack() as stack:
+
+        def start() -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [*SHELORA, "up", "--any-ports", "--folder", str(tmp_path / FOLDER), "--workers", "1"],
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.terminate)
+            return process
+
+        yield start
+
+
+@pytest.fixture
+def running_up(tmp_path: Path, up: Callable[[], subprocess.Popen[str]]) -> subprocess.Popen[str]:
     """`shelora up` in its own folder, ready to serve."""
-    process = subprocess.Popen(
-        [*SHELORA, "up", "--any-ports", "--folder", str(tmp_path / FOLDER), "--workers", "1"],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = up()
     deadline = time.monotonic() + START_TIMEOUT_S
     while not (tmp_path / FOLDER / "cluster.json").exists():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    yield process
-    if process.poll() is None:
-        process.terminate()
-        process.wait(60)
-    process.stdout.close()
+    return process
 
 
 def addresses(tmp_path: Path) -> dict:
@@ -68,11 +79,14 @@ def shelora(
     )
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "sigterm", "terminal-closed"]
+)
 def test_up_stops_every_process_it_started(running_up, tmp_path, stop):
     started = psutil.Process(running_up.pid).children(recursive=True)
     assert len(started) >= 4
     running_up.send_signal(stop)
+    running_up.send_signal(stop)  # closing a terminal sends two
     output, _ = running_up.communicate(timeout=60)
     assert running_up.returncode == 0, output
     assert "starting key-authority\n" in output  # progress into a pipe
@@ -80,6 +94,39 @@ def test_up_stops_every_process_it_started(running_up, tmp_path, stop):
     _, alive = psutil.wait_procs(started, timeout=5)
     assert not alive
     assert not (tmp_path / FOLDER / "cluster.json").exists()
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_what_a_killed_up_started_ends_in_order_before_another_starts_there(running_up, up, tmp_path):
+    started = psutil.Process(running_up.pid).children(recursive=True)
+    second = up()
+    refused, _ = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert "CONFIGURATION_INVALID a cluster runs in" in refused
+    assert f"started by process {running_up.pid}" in refused
+    assert alive(started) == started
+    running_up.kill()
+    running_up.wait()
+    third = up()
+    assert third.stdout.readline().startswith("starting a cluster in")
+    assert third.stdout.readline() == "waiting for the processes of a cluster that was killed\n"
+    assert "starting redis" in third.stdout.readline()
+    assert not alive(started)
+    assert '"event": "draining"' in (tmp_path / FOLDER / "logs" / "coordinator.log").read_text()
+    # A guardian can be killed as well; then the next one ends what is left.
+    assert "starting key-authority" in third.stdout.readline()
+    left = psutil.Process(third.pid).children(recursive=True)
+    next(child for child in left if "shelora.cli.guardian" in child.cmdline()).kill()
+    third.kill()
+    third.wait()
+    assert alive(left)
+    fourth = up()
+    assert fourth.stdout.readline().startswith("starting a cluster in")
+    assert "starting redis" in fourth.stdout.readline()
+    assert not alive(left)
 
 
 def test_up_fails_with_the_log_of_a_server_that_dies(running_up, tmp_path):
@@ -104,11 +151,10 @@ def test_a_federation_is_created_started_shown_and_listed(running_up, tmp_path):
     assert "running" in started.stdout
     assert "waiting for 4 agents" in shelora("federation", "show", "reuters", at=at).stdout
     assert "reuters" in shelora("status", at=at).stdout
-    for command in (["status"], ["federation", "show", "reuters"], ["federation", "start", "reuters"]):
-        narrow = shelora(*command, at=at, columns=40, LC_ALL="C").stdout
-        assert narrow.isascii()
-        assert "waiting for 4 agents" in " ".join(narrow.split())
-        assert max(map(len, narrow.splitlines())) <= 40
+    narrow = shelora("federation", "show", "reuters", at=at, columns=40, LC_ALL="C").stdout
+    assert narrow.isascii()
+    assert "waiting for 4 agents" in " ".join(narrow.split())
+    assert max(map(len, narrow.splitlines())) <= 40
 
 
 def test_mistakes_are_answered_with_the_reason(running_up, tmp_path):

@@ -125,6 +125,7 @@ def test_progress_into_a_pipe_is_a_line_a_stage():
     console = Terminal(file=stream)
     with console.stages("starting [/a]") as tell:
         tell("starting redis")
+        tell("starting redis")
     assert stream.getvalue().splitlines() == ["starting [/a]", "starting redis"]
 
 
