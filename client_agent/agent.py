@@ -175,7 +175,7 @@ class Agent:
                 outage.failed(error)
                 await asyncio.sleep(self._retry_s)
             else:
-                if spec.protection.mode == "none":
+                if not spec.protection.strategy.needs_keys:
                     _log.warning("updates_are_not_protected", federation=spec.name)
                 return spec
 

@@ -1,11 +1,8 @@
 """What a server may ask of an update, and how the update is made: checked, ordered, encrypted, spooled."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from client_agent.keys import EpochSecrets
 from client_agent.learning import LocalModel, Weights
@@ -13,72 +10,35 @@ from client_agent.metrics import timed
 from client_agent.progress import Activity
 from client_agent.state import AgentState, Spool, UpdateNote
 from shelora.ckks.wire import KEY_ID_BYTES
-from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec
 from shelora.lora.codec import encode_update
-from shelora.lora.layout import Layout, build_layout, tiers_within
-from shelora.lora.protect import protect
-from shelora.negotiation.plan import Plan, check_layout, column_orders
+from shelora.lora.layout import Layout, tiers_within
+from shelora.negotiation.plan import Plan
 from shelora.negotiation.votes import vote_layout
 from shelora.protocol import Stage
+from shelora.strategies.agents.port import AgentStrategy, RoundContext, require_layout
+from shelora.strategies.port import RoundTerms
 
 _log = structlog.get_logger(__name__)
 
 
 def expected_layout(model: LocalModel, budget: float, protection: ProtectionSpec) -> Layout:
     """The layout of this client's updates if it were alone; the plan may spread its budget otherwise over matrices."""
-    selective = protection.mode == "selective"
-    tiers = (budget,) if selective and budget else ()
-    return build_layout(
-        parameters=protection.parameters,
-        key_id=bytes(KEY_ID_BYTES),
-        matrices=[
-            replace(m, tier_columns=tuple(round(m.in_features * t) for t in tiers)) for m in model.matrices
-        ],
-        tensors=model.tensors,
+    strategy = protection.strategy
+    tiers = (budget,) if strategy.needs_plan and budget else ()
+    round_ = RoundTerms(
+        key_id=bytes(KEY_ID_BYTES) if strategy.needs_keys else b"",
         tiers=tiers,
-        encrypt_tensors=selective,
+        tier_columns=[tuple(round(m.in_features * tier) for tier in tiers) for m in model.matrices],
         max_rank=model.rank,
-        max_directions=protection.max_directions,
     )
+    return strategy.layout(model, protection, round_)
 
 
 def check_vote_layout(layout: Layout, model: LocalModel, protection: ProtectionSpec) -> None:
     """Raises: DomainError LAYOUT_MISMATCH unless the layout is that of this model's encrypted votes."""
     expected = vote_layout(model.matrices, protection.parameters, layout.key_id)
-    _expect(layout.digest == expected.digest, "it is not that of this model's encrypted votes")
-
-
-def check_model(layout: Layout, model: LocalModel) -> None:
-    """Raises: DomainError LAYOUT_MISMATCH unless matrices and tensors are the model's."""
-    _expect(
-        tuple(replace(m, tier_columns=()) for m in layout.matrices) == model.matrices, "it has other matrices"
-    )
-    asked = [(t.name, t.shape) for t in layout.tensors]
-    _expect(asked == [(t.name, t.shape) for t in model.tensors], "it has other tensors")
-
-
-def check_train_layout(
-    layout: Layout, model: LocalModel, protection: ProtectionSpec, plan: Plan | None, budget: float
-) -> None:
-    """Refuses a layout that is of another model, or that protects less than the federation promised.
-
-    Raises: DomainError LAYOUT_MISMATCH; PLAN_REFUSED if its column counts are not the plan's.
-    """
-    check_model(layout, model)
-    _expect(
-        all(t.bound == protection.tensor_bound for t in layout.tensors), "it has another bound of tensors"
-    )
-    _expect(
-        model.rank <= layout.max_rank, f"its largest rank is {layout.max_rank}, this client's is {model.rank}"
-    )
-    _expect((plan is None) == (not layout.tiers), "it has tiers without a plan, or a plan without tiers")
-    if plan is not None:
-        check_layout(plan, layout.matrices)
-    if protection.mode == "selective":
-        _expect(layout.encrypt_tensors, "it asks for tensors in the clear")
-        _expect(bool(layout.tiers) or not budget, "it has no columns to encrypt")
-        _expect(layout.parameters == protection.parameters, "it names another CKKS profile")
+    require_layout(layout.digest == expected.digest, "it is not that of this model's encrypted votes")
 
 
 def encrypted_tiers(layout: Layout, budget: float) -> int:
@@ -90,9 +50,18 @@ def encrypted_tiers(layout: Layout, budget: float) -> int:
     return count
 
 
-def orders_of(layout: Layout, plan: Plan | None, secrets: EpochSecrets) -> Mapping[str, NDArray[np.int64]]:
-    """Column order by matrix; the true order only under protection "none"."""
-    return column_orders(plan, layout.matrices, secrets.obfuscation if secrets.secret else None)
+def round_context(
+    model: LocalModel, layout: Layout, plan: Plan | None, budget: float, secrets: EpochSecrets
+) -> RoundContext:
+    """What a strategy may use of a round under that layout. Raises: SECRET_UNAVAILABLE for another epoch's."""
+    return RoundContext(
+        model=model,
+        obfuscation=secrets.obfuscation,
+        encryptor=secrets.encryptor_for(layout),
+        decryptor=secrets.decryptor_for(layout),
+        plan=plan,
+        encrypted_tiers=encrypted_tiers(layout, budget),
+    )
 
 
 def spool_update(
@@ -101,9 +70,8 @@ def spool_update(
     weights: Weights,
     note: UpdateNote,
     *,
-    budget: float,
-    plan: Plan | None,
-    secrets: EpochSecrets,
+    strategy: AgentStrategy,
+    context: RoundContext,
     activity: Activity,
 ) -> Spool:
     """Protects an update shard by shard and spools it.
@@ -111,22 +79,9 @@ def spool_update(
     Args: note: Its `encrypt_s` is replaced by the seconds this takes.
     Raises: Stopped; DomainError VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, SHAPE_MISMATCH.
     """
-    contents = protect(
-        layout,
-        weights.factors,
-        weights.tensors,
-        encrypted_tiers(layout, budget),
-        orders_of(layout, plan, secrets),
-        secrets.encryptor_for(layout),
-    )
     writer = state.begin_spool(note.round_id)
     with timed(Stage.ENCRYPTING) as watch:
-        for done, content in enumerate(contents):
+        for done, content in enumerate(strategy.protect(layout, weights, context)):
             activity.report(Stage.ENCRYPTING, done / len(layout.shards))
             writer.add(encode_update(layout, content))
     return writer.finish(replace(note, encrypt_s=watch.seconds))
-
-
-def _expect(condition: bool, what: str) -> None:  # noqa: FBT001 - reads as a sentence at the call
-    if not condition:
-        raise DomainError(Reason.LAYOUT_MISMATCH, f"the layout is refused: {what}")

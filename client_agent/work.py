@@ -9,16 +9,15 @@ import structlog
 
 from client_agent.downloads import Result, download
 from client_agent.keys import EpochSecrets
-from client_agent.learning import LocalLearner, Weights, weight_bytes
+from client_agent.learning import LocalLearner, weight_bytes
 from client_agent.memory import require_memory, round_bytes
 from client_agent.metrics import ROUNDS, Stopwatch, timed
+from client_agent.negotiators import Desk, negotiator_of
 from client_agent.progress import Activity
 from client_agent.protection import (
-    check_model,
-    check_train_layout,
     check_vote_layout,
     expected_layout,
-    orders_of,
+    round_context,
     spool_update,
 )
 from client_agent.session import Session, digest_from_proto
@@ -30,15 +29,14 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec
 from shelora.lora.kinds import largest_update_bytes
 from shelora.lora.layout import Layout
-from shelora.lora.restore import Restored, merged, restored_parts
+from shelora.lora.restore import Restored, restore
 from shelora.lora.shards import Float64, ResultShardContent
 from shelora.messages import layout_from_proto, matrix_from_proto
-from shelora.negotiation.ope import Ope
-from shelora.negotiation.plan import Plan, check_plan, open_plan, plan_context, seal_plan
-from shelora.negotiation.ranking import Ranking, total_columns
+from shelora.negotiation.plan import Plan, plan_context, seal_plan
 from shelora.negotiation.sealed import Sealed
 from shelora.negotiation.votes import summed_scores
 from shelora.protocol import Stage
+from shelora.strategies.agents.registry import agent_strategy_of
 from shelora.transport.replicas import Replicas
 from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
@@ -90,6 +88,17 @@ class Work:
         self._state = state
         self._learner = learner
         self._worker = worker
+        self._strategy = agent_strategy_of(identity.protection.mode)
+        self._negotiator = negotiator_of(
+            identity.protection.negotiation,
+            Desk(
+                federation_id=identity.federation_id,
+                matrices=learner.model.matrices,
+                session=session,
+                send=self._send,
+                summed_votes=self._summed_votes,
+            ),
+        )
         self._secrets: dict[int, EpochSecrets] = {}
         """Of the epochs that the newest assignment needs, at most two; others are forgotten."""
         self._newest_epoch = 0
@@ -109,13 +118,7 @@ class Work:
             await self._require_resources(layout)
             secrets = await self._enter(vote.round.epoch)
             spool = await self._worker.run(self._spool_vote, vote.round.round_id, layout, secrets, activity)
-        if self._by_ballots:
-            count = await self._session.cast_ballot(spool)
-            _log.info(
-                "ballot_cast", round=spool.note.round_id, bytes_sent=spool.total_bytes, ballot_count=count
-            )
-        else:
-            await self._send(spool, activity)
+        await self._negotiator.send(spool, activity)
 
     async def make_plan(self, task: pb.MakePlan, activity: Activity) -> None:
         """Ranks the summed votes and publishes the sealed plan."""
@@ -141,7 +144,7 @@ class Work:
             await self._require_resources(layout, base, copies=2)
             secrets = await self._enter(train.round.epoch)
             plan = await self._checked_plan(train, layout, secrets, activity)
-            check_train_layout(layout, self._learner.model, self._me.protection, plan, self._me.budget)
+            self._strategy.check(layout, self._learner.model, self._me.protection, plan, self._me.budget)
             await self._begin_from(train, secrets, activity)
             self._forget_others(train.round.epoch)
             spool = await self._worker.run(self._spool_update, train, layout, plan, secrets, activity)
@@ -171,11 +174,11 @@ class Work:
         return self._state.writing()
 
     async def secrets(self, epoch: int) -> EpochSecrets:
-        """The secrets of an epoch, fetched once. Without protection nothing is secret, and none are fetched."""
+        """The secrets of an epoch, fetched once. A strategy without keys has none."""
         if epoch not in self._secrets:
             self._secrets[epoch] = (
                 EpochSecrets.unprotected(self._me.federation_id, epoch)
-                if self._me.protection.mode == "none"
+                if not self._me.protection.strategy.needs_keys
                 else await self._session.secrets(epoch)
             )
         return self._secrets[epoch]
@@ -244,7 +247,7 @@ class Work:
             return Applied()
         result = Result.from_proto(reference)
         secrets = await self.secrets(reference.epoch)
-        check_model(result.layout, self._learner.model)
+        self._strategy.check_result(result.layout, self._learner.model)
         plan = await self._opened_plan(plan_ref, secrets) if plan_ref else None
         watch = Stopwatch()
         inbox = await download(self._replicas, self._state, result, activity)
@@ -283,7 +286,7 @@ class Work:
         try:
             plan = await self._opened_plan(reference, secrets)
             if _key(reference) not in self._checked:
-                await self._check_plan(plan, reference, layout, secrets, activity)
+                await self._negotiator.check(plan, reference, layout, secrets, activity)
                 self._checked.add(_key(reference))
         except DomainError as error:
             if error.reason is Reason.PLAN_REFUSED:
@@ -297,37 +300,8 @@ class Work:
             content = await self._session.fetch_plan(
                 reference.plan_number, digest_from_proto(reference.digest)
             )
-            self._plans[key] = self._open(content, reference, secrets)
+            self._plans[key] = self._negotiator.open(content, reference, secrets)
         return self._plans[key]
-
-    def _open(self, content: bytes, reference: pb.PlanRef, secrets: EpochSecrets) -> Plan:
-        """Raises: PLAN_REFUSED."""
-        if self._by_ballots:
-            ranking = Ranking.decode(content)
-            return self._ope(reference.vote_round_id, secrets).plan(ranking, ranking.tiers)
-        context = plan_context(self._me.federation_id, reference.plan_number)
-        return open_plan(content, secrets.obfuscation.plan_key(), context)
-
-    async def _check_plan(
-        self, plan: Plan, reference: pb.PlanRef, layout: Layout, secrets: EpochSecrets, activity: Activity
-    ) -> None:
-        """Checks a plan against what agents can see of the votes: their sums, or under "ope" nothing.
-
-        Raises: PLAN_REFUSED.
-        """
-        matrices = self._learner.model.matrices
-        if self._by_ballots:
-            plan.require_fit(total_columns(matrices), layout.tiers)
-        else:
-            scores = await self._summed_votes(reference.votes, secrets, activity)
-            check_plan(plan, scores, matrices, layout.tiers)
-
-    @property
-    def _by_ballots(self) -> bool:
-        return self._me.protection.negotiation == "ope"
-
-    def _ope(self, vote_round_id: str, secrets: EpochSecrets) -> Ope:
-        return Ope(self._learner.model.matrices, secrets.obfuscation, vote_round_id)
 
     async def _summed_votes(
         self, reference: common_pb2.ResultRef, secrets: EpochSecrets, activity: Activity
@@ -336,7 +310,7 @@ class Work:
         await self._require_resources(None, reference)
         check_vote_layout(result.layout, self._learner.model, self._me.protection)
         inbox = await download(self._replicas, self._state, result, activity)
-        restored = await self._worker.run(_whole, result, inbox, secrets, activity)
+        restored = await self._worker.run(_summed, result, inbox, secrets, activity)
         inbox.clear()
         return summed_scores(self._learner.model.matrices, restored.tensors)
 
@@ -355,12 +329,10 @@ class Work:
         stake = stake_of(self._state.standing(), self._me.protection, self._me.budget)
         # Aggregation weight 1: votes count alike, however many examples their clients hold.
         note = UpdateNote(round_id, layout.digest, 1, 1.0, 1, 0.0, watch.seconds, 0.0)
-        if self._by_ballots:
-            writer = self._state.begin_spool(round_id)
-            writer.add(self._ope(round_id, secrets).cast(scores, stake).encode())
-            return writer.finish(note)
-        votes = Sealed(self._learner.model.matrices).cast(scores, stake)
-        return self._spooled(layout, Weights({}, votes), note, None, secrets, activity)
+        writer = self._state.begin_spool(round_id)
+        for vote in self._negotiator.cast(layout, scores, stake, round_id, secrets):
+            writer.add(vote)
+        return writer.finish(replace(note, encrypt_s=watch.seconds - note.train_s))
 
     def _spool_update(
         self,
@@ -384,7 +356,15 @@ class Work:
             encrypt_s=0.0,
             overlap=overlap,
         )
-        return self._spooled(layout, trained.weights, note, plan, secrets, activity)
+        return spool_update(
+            self._state,
+            layout,
+            trained.weights,
+            note,
+            strategy=self._strategy,
+            context=round_context(self._learner.model, layout, plan, self._me.budget, secrets),
+            activity=activity,
+        )
 
     def _assessed(self, plan: Plan, vote_round_id: str, activity: Activity) -> float | None:
         """Takes a new plan into account for the next vote; what is reported of drift."""
@@ -400,31 +380,12 @@ class Work:
             activity=activity,
         )
 
-    def _spooled(
-        self,
-        layout: Layout,
-        weights: Weights,
-        note: UpdateNote,
-        plan: Plan | None,
-        secrets: EpochSecrets,
-        activity: Activity,
-    ) -> Spool:
-        return spool_update(
-            self._state,
-            layout,
-            weights,
-            note,
-            budget=self._me.budget,
-            plan=plan,
-            secrets=secrets,
-            activity=activity,
-        )
-
     def _restore_and_apply(
         self, result: Result, inbox: Inbox, plan: Plan | None, secrets: EpochSecrets, activity: Activity
     ) -> None:
         with timed(Stage.DECRYPTING):
-            parts = _restored(result, inbox, plan, secrets, activity)
+            known = round_context(self._learner.model, result.layout, plan, self._me.budget, secrets)
+            parts = self._strategy.restored(result.layout, _contents(result, inbox, activity), known)
             self._learner.apply(result.round_id, parts, secrets.obfuscation)
         inbox.clear()  # last: whoever dies before has the shards still
 
@@ -433,22 +394,15 @@ def _key(reference: pb.PlanRef) -> _PlanKey:
     return reference.digest.sha256, reference.vote_round_id
 
 
-def _whole(result: Result, inbox: Inbox, secrets: EpochSecrets, activity: Activity) -> Restored:
-    """Decrypts a downloaded result that has no plan."""
+def _summed(result: Result, inbox: Inbox, secrets: EpochSecrets, activity: Activity) -> Restored:
+    """Decrypts a downloaded vote."""
     with timed(Stage.DECRYPTING):
-        return merged(_restored(result, inbox, None, secrets, activity))
+        decryptor = secrets.decryptor_for(result.layout)
+        return restore(result.layout, _contents(result, inbox, activity), {}, decryptor)
 
 
-def _restored(
-    result: Result, inbox: Inbox, plan: Plan | None, secrets: EpochSecrets, activity: Activity
-) -> Iterator[Restored]:
-    """Decrypts a downloaded result, part by part."""
-    layout = result.layout
-
-    def contents() -> Iterator[ResultShardContent]:
-        for done, content in enumerate(result.contents(inbox)):
-            activity.report(Stage.DECRYPTING, done / len(result.shards))
-            yield content
-
-    orders = orders_of(layout, plan, secrets)
-    return restored_parts(layout, contents(), orders, secrets.decryptor_for(layout))
+def _contents(result: Result, inbox: Inbox, activity: Activity) -> Iterator[ResultShardContent]:
+    """The shards of a downloaded result, one in memory at a time."""
+    for done, content in enumerate(result.contents(inbox)):
+        activity.report(Stage.DECRYPTING, done / len(result.shards))
+        yield content

@@ -10,9 +10,10 @@ from coordinator.aggregation import digest_from_proto
 from coordinator.records import Dropped, Evaluation, Member, Model, Report, Sighting, StoredDigest, Update
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
-from shelora.lora.layout import Tensor, build_layout
+from shelora.lora.layout import Tensor
 from shelora.messages import matrix_from_proto
 from shelora.protocol import MAX_WHY, PROTOCOL_VERSION, Stage
+from shelora.strategies.port import RoundTerms
 from shelora.text import printable
 from shelora.transport.pieces import SHA256_BYTES
 from shelora.v1 import common_pb2
@@ -76,20 +77,12 @@ def model(
     """A model's matrices, and its tensors under the federation's bound; a layout of them can be built."""
     require(len(matrices) > 0, "matrices must hold at least one adapted matrix")
     require(all(not m.tier_columns for m in matrices), "matrices must come without tier_columns")
-    checked = [matrix_from_proto(m) for m in matrices]
-    bound, selective = spec.protection.tensor_bound, spec.protection.mode == "selective"
-    bounded = [Tensor(t.name, tuple(t.shape), bound) for t in tensors]
-    build_layout(
-        parameters=spec.protection.parameters,
-        key_id=bytes(KEY_ID_BYTES) if selective and bounded else b"",
-        matrices=checked,
-        tensors=bounded,
-        tiers=(),
-        encrypt_tensors=selective,
-        max_rank=1,
-        max_directions=spec.protection.max_directions,
-    )
-    return Model(matrices=tuple(checked), tensors=tuple(bounded))
+    checked = tuple(matrix_from_proto(m) for m in matrices)
+    bounded = tuple(Tensor(t.name, tuple(t.shape), spec.protection.tensor_bound) for t in tensors)
+    found = Model(matrices=checked, tensors=bounded)
+    round_ = RoundTerms(key_id=bytes(KEY_ID_BYTES), max_rank=1)
+    spec.protection.strategy.layout(found, spec.protection, round_)
+    return found
 
 
 def sighting(request: pb.HeartbeatRequest, now_ms: int) -> Sighting:

@@ -6,7 +6,7 @@ step is derived from what is stored, a driver that starts after a crash takes up
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from coordinator import transitions
@@ -23,7 +23,7 @@ from coordinator.records import (
     Ticket,
 )
 from shelora.errors import Reason
-from shelora.lora.layout import Layout, build_layout
+from shelora.lora.layout import Layout
 from shelora.negotiation.votes import vote_layout
 from shelora.rounds import (
     Event,
@@ -35,6 +35,7 @@ from shelora.rounds import (
     select_cohort,
     should_close,
 )
+from shelora.strategies.port import RoundTerms
 
 GATHERING: Final = frozenset({RoundState.SELECTING, RoundState.COLLECTING})
 """States of a round that has no updates to lose but those that clients can send again."""
@@ -210,7 +211,7 @@ def _between(view: View, now_ms: int) -> Decision:
         return Rest()
     if federation.model is None:
         return _elect(view)
-    if federation.selective and (federation.rotation_due or not federation.key_id):
+    if federation.strategy.needs_keys and (federation.rotation_due or not federation.key_id):
         return OpenKeys(federation.epoch + 1 if federation.key_id else federation.epoch)
     if federation.negotiation is not None:
         return _negotiate(view, federation.negotiation, now_ms)
@@ -229,7 +230,7 @@ def _elect(view: View) -> Decision:
 
 def _needs_vote(view: View) -> bool:
     federation = view.federation
-    if not (federation.selective and transitions.budgets(view.members)):
+    if not (federation.strategy.needs_plan and transitions.budgets(view.members)):
         return False
     rules = federation.spec.round
     due = 0 < rules.replan_every_rounds <= federation.trained - federation.planned_at
@@ -386,18 +387,14 @@ def layout_of(
     if ticket.kind is RoundKind.VOTE:
         return vote_layout(model.matrices, protection.parameters, key_id)
     plan = ticket.plan
-    columns = plan.tier_columns if plan else ((),) * len(model.matrices)
-    encrypts = plan is not None or (federation.selective and bool(model.tensors))
-    return build_layout(
-        parameters=protection.parameters,
-        key_id=key_id if encrypts else b"",
-        matrices=[replace(m, tier_columns=c) for m, c in zip(model.matrices, columns, strict=True)],
-        tensors=model.tensors,
+    round_ = RoundTerms(
+        key_id=key_id,
         tiers=plan.negotiation.tiers if plan else (),
-        encrypt_tensors=federation.selective,
+        tier_columns=plan.tier_columns if plan else (),
         max_rank=max(member.rank for member in members.values()),
-        max_directions=protection.max_directions,
+        cohort_limit=federation.spec.round.cohort_limit or len(members),
     )
+    return federation.strategy.layout(model, protection, round_)
 
 
 def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:

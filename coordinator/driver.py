@@ -6,7 +6,7 @@ was overtaken is forgotten. All RPCs a step makes are idempotent.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,7 +16,6 @@ import structlog
 
 from coordinator import transitions
 from coordinator.aggregation import AggregationPool, contributions, lacks
-from coordinator.ballots import is_of, opened_ballot, ranked_list, takes_ballots
 from coordinator.changes import Changes
 from coordinator.decisions import (
     Aggregate,
@@ -55,9 +54,8 @@ from coordinator.records import (
 )
 from coordinator.screening import outliers
 from coordinator.store import Store, Versioned
+from coordinator.votes import takes_ballots, votes_of
 from shelora.errors import DomainError, Reason
-from shelora.negotiation.ballots import Tally
-from shelora.negotiation.ranking import total_columns
 from shelora.rounds import Event, RoundKind, RoundState
 from shelora.transport.channel import is_transient
 
@@ -519,7 +517,7 @@ class Driver:
         rounds = {federation.round_id(sequence) for sequence in kept}
         for round_id in sorted(rounds | {item.round_id for item in federation.garbage}):
             await self._aggregation.close_round(round_id, results=True)
-        if federation.selective:
+        if federation.strategy.needs_keys:
             await self._authority.retire_epochs(federation_id, federation.epoch + 1)
         await self._store.delete(federation)
         _log.info("federation_deleted", federation_id=federation_id)
@@ -539,8 +537,8 @@ class Driver:
     async def _close_round(self, federation: FederationRecord, garbage: Garbage) -> None:
         """Has everything of an ended round deleted, wherever it lies."""
         sequence = federation.sequence_of(garbage.round_id)
-        if federation.ballots and sequence is not None:
-            await self._store.drop_ballots(federation, sequence)
+        if sequence is not None:
+            await votes_of(federation).drop(self._store, federation, sequence)
         await self._aggregation.close_round(garbage.round_id, results=garbage.results)
 
     async def _open_round(self, federation: FederationRecord, record: RoundRecord) -> WriteRound:
@@ -590,19 +588,10 @@ class Driver:
         """Ranks the ballots of a vote; leads to its publication."""
         members = await self._store.members(federation.federation_id)
         tiers = transitions.budgets(federation.admitted(members))
-        tally, missing = Tally(total_columns(federation.matrices)), []
-        for update in (commit.update for commit in commits):
-            data = await self._store.ballot(federation, record.sequence, update.client_id)
-            if data is None or not is_of(data, update):  # lost, or replaced while it was being committed
-                missing.append(update.client_id)
-            else:
-                tally.add(await asyncio.to_thread(opened_ballot, data, federation))
-        if missing:
-            return _without(record, _lost(missing))
-        ranked, encoded = await asyncio.to_thread(ranked_list, tally, federation, tiers)
-        if ranked is not None:
-            await self._store.put_plan(federation.federation_id, ranked.digest.sha256, encoded)
-        record = record.model_copy(update={"ranked": ranked})
+        counted = await votes_of(federation).count(self._store, federation, record, commits, tiers)
+        if counted.missing:
+            return _without(record, _lost(counted.missing))
+        record = record.model_copy(update={"ranked": counted.ranked})
         return self._published(record, len(commits), [])
 
     async def _aggregate_shards(
@@ -673,7 +662,7 @@ def _without(record: RoundRecord, left_out: Sequence[Dropped]) -> WriteRound:
     return WriteRound("drop_contributor", record.model_copy(update={"dropped": dropped}))
 
 
-def _lost(client_ids: Sequence[str]) -> list[Dropped]:
+def _lost(client_ids: Iterable[str]) -> list[Dropped]:
     """Updates that are not stored any more."""
     why = "the update was lost from the store after it was committed: nothing to do"
     return [Dropped(client_id=name, reason=Reason.SHARD_MISSING, why=why) for name in client_ids]

@@ -10,7 +10,6 @@ import structlog
 from coordinator import checks, transitions
 from coordinator.aggregation import AggregationPool, lacks
 from coordinator.assignments import Assignment, MakePlan, Train, Vote, assignment_for
-from coordinator.ballots import most_bytes, opened_ballot, takes_ballots
 from coordinator.changes import Changes
 from coordinator.liveness import USUAL, Liveness
 from coordinator.metrics import REFUSALS_TOTAL, UPDATES_TOTAL, await_evaluations, tell_evaluation
@@ -27,6 +26,7 @@ from coordinator.records import (
 )
 from coordinator.screening import require_believable
 from coordinator.store import CommitOutcome, Store
+from coordinator.votes import most_bytes, opened_ballot, takes_ballots
 from services.shell.sharing import Shared
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec

@@ -17,6 +17,7 @@ from shelora.federation import FederationSpec
 from shelora.lora.layout import Layout, Matrix, Shard, Tensor
 from shelora.protocol import Stage
 from shelora.rounds import Round, RoundKind
+from shelora.strategies.port import Strategy
 
 MAX_NOTICES: Final = 100
 """A federation's record is rewritten at every step: it holds no more. The round's own record holds all."""
@@ -84,7 +85,7 @@ class StoredDigest(Record):
 
 
 class Negotiation(Record):
-    """A plan being made: a vote was published, a leader ranks the sums. Under "ope" the plan is there at once."""
+    """A plan being made: a vote was published, a leader ranks the sums. After ballots the plan is there at once."""
 
     votes_sequence: int
     """Sequence of the vote."""
@@ -220,13 +221,14 @@ class FederationRecord(Record):
         return self.spec.round.rounds + self.extra_rounds
 
     @property
-    def selective(self) -> bool:
-        return self.spec.protection.mode == "selective"
+    def strategy(self) -> Strategy:
+        """How its updates are protected."""
+        return self.spec.protection.strategy
 
     @property
     def rotation_due(self) -> bool:
         """Whether new keys come next, between two rounds."""
-        if not self.selective:
+        if not self.strategy.needs_keys:
             return False
         old = 0 < self.spec.protection.key_rotation_rounds <= self.trained - self.rotated_at
         return old or self.rotate_from == self.epoch
@@ -262,11 +264,6 @@ class FederationRecord(Record):
     def matrices(self) -> tuple[Matrix, ...]:
         """The model's matrices; none before it is fixed."""
         return self.model.matrices if self.model else ()
-
-    @property
-    def ballots(self) -> bool:
-        """Whether votes are ballots that the coordinator ranks."""
-        return self.spec.protection.negotiation == "ope"
 
     def round_id(self, sequence: int) -> str:
         """Identifier of a round, unique for all federations and attempts."""

@@ -16,6 +16,7 @@ from coordinator.records import (
     Sighting,
 )
 from coordinator.store import Store
+from coordinator.votes import votes_of
 from services.shell.sharing import Shared
 from shelora.errors import DomainError, Reason
 from shelora.messages import layout_to_proto, matrix_to_proto
@@ -235,7 +236,7 @@ class Renderer:
         return pb.PlanRef(
             plan_number=plan.number,
             digest=digest_to_proto(plan.digest),
-            votes=None if federation.ballots else await self._result(federation, sequence),
+            votes=None if votes_of(federation).by_ballots else await self._result(federation, sequence),
             vote_round_id=federation.round_id(sequence),
         )
 

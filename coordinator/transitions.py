@@ -21,6 +21,7 @@ from coordinator.records import (
     StoredDigest,
     Ticket,
 )
+from coordinator.votes import votes_of
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, Tensor
 from shelora.rounds import RoundKind, RoundState
@@ -191,8 +192,9 @@ def rotation_asked(record: FederationRecord, from_epoch: int) -> FederationRecor
     Raises: FEDERATION_CLOSED; INVALID_ARGUMENT without keys, or for an epoch that has not begun.
     """
     require_open(record)
-    if not record.selective:
-        raise DomainError(Reason.INVALID_ARGUMENT, 'under protection "none" there are no keys to rotate')
+    if not record.strategy.needs_keys:
+        mode = record.strategy.name
+        raise DomainError(Reason.INVALID_ARGUMENT, f'under protection "{mode}" there are no keys to rotate')
     if from_epoch > record.epoch:
         raise DomainError(
             Reason.INVALID_ARGUMENT,
@@ -262,10 +264,9 @@ def settled(
         record = edit(record, accepted_plan=record.ticket.plan.number)
     if ended.round.state is RoundState.ABANDONED:
         after = _after_abandonment(record, ended, absence(ended, voters, given_up))
-    elif ended.round.kind is RoundKind.VOTE and record.ballots:
-        after = _after_ballots(record, ended, now_ms)
     elif ended.round.kind is RoundKind.VOTE:
-        after = _after_vote(record, ended, voters, members, now_ms)
+        outcome = votes_of(record).outcome(record, ended, voters, budgets(members), now_ms)
+        after = edit(record, attempt=1, planned_at=record.trained, overlap=None, **outcome)
     else:
         after = edit(_after_training(record, ended), overlap=overlap)
     notices = ended.dropped[:MAX_NOTICES] if ended.round.kind is RoundKind.TRAIN else ()
@@ -300,51 +301,6 @@ def _after_abandonment(record: FederationRecord, ended: RoundRecord, absent: str
     why = words.format(least=record.spec.round.min_updates)
     said = f". {absent}" if absent else ""
     return failed(record, f"{name} was abandoned {record.attempt} times, at last for {reason}: {why}{said}")
-
-
-def _after_vote(
-    record: FederationRecord,
-    ended: RoundRecord,
-    voters: Sequence[str],
-    members: Mapping[str, Member],
-    now_ms: int,
-) -> FederationRecord:
-    tiers = budgets(members)
-    negotiation = Negotiation(
-        votes_sequence=ended.sequence,
-        votes_layout=ended.layout_digest,
-        tiers=tiers,
-        candidates=tuple(voters),
-        deadline_ms=now_ms + 1000 * record.spec.round.deadline_s,
-    )
-    return edit(
-        record,
-        attempt=1,
-        planned_at=record.trained,
-        overlap=None,
-        negotiation=negotiation if tiers else None,
-    )
-
-
-def _after_ballots(record: FederationRecord, ended: RoundRecord, now_ms: int) -> FederationRecord:
-    """Puts the ranked list in force: no agent makes the plan, and no other can if members reject it."""
-    after = edit(record, attempt=1, planned_at=record.trained, overlap=None)
-    ranked = ended.ranked
-    if ranked is None:
-        return after
-    number = record.plan_count + 1
-    negotiation = Negotiation(
-        votes_sequence=ended.sequence,
-        votes_layout=ended.layout_digest,
-        tiers=ranked.tiers,
-        candidates=(),
-        deadline_ms=now_ms,
-        plan_number=number,
-    )
-    plan = Plan(
-        number=number, digest=ranked.digest, negotiation=negotiation, tier_columns=ranked.tier_columns
-    )
-    return edit(after, plan=plan, plan_count=number)
 
 
 def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationRecord:

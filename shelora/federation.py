@@ -24,6 +24,8 @@ from pydantic_core import PydanticCustomError
 from shelora.ckks.parameters import PROFILES, STANDARD
 from shelora.configuration import StrictModel, explain, invalid, read_yaml
 from shelora.errors import DomainError, Reason
+from shelora.strategies.port import Strategy
+from shelora.strategies.registry import strategies, strategy_of
 from shelora.text import printable
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -157,8 +159,9 @@ class RoundSpec(Spec):
 class ProtectionSpec(Spec):
     """How updates are protected."""
 
-    mode: Literal["selective", "none"] = "selective"
-    """`selective` encrypts each client's budget of columns and all tensors; `none` nothing, for comparison only."""
+    mode: str = "selective"
+    """How updates are protected: `selective` encrypts each client's budget of columns and all tensors; `none` nothing,
+    for comparison only."""
 
     parameters: str = STANDARD.name
     """CKKS profile by name; the default is 128-bit secure and the smallest on the wire."""
@@ -188,9 +191,29 @@ class ProtectionSpec(Spec):
     replaces them in any case, and so does `shelora federation rotate`."""
 
     @property
+    def strategy(self) -> Strategy:
+        """The public half of the strategy that `mode` names."""
+        return strategy_of(self.mode)
+
+    @property
     def largest_vote(self) -> float:
         """Most votes that one client has."""
         return self.max_vote_weight if self.coverage_floor else 1.0
+
+    @field_validator("mode")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in strategies():
+            raise PydanticCustomError("mode", "use {known}", {"known": " or ".join(map(repr, strategies()))})
+        return name
+
+    @model_validator(mode="after")
+    def _accepted(self) -> Self:
+        try:
+            self.strategy.accepts(self)
+        except DomainError as error:
+            raise PydanticCustomError("mode", "{why}", {"why": error.message}) from None
+        return self
 
     @field_validator("parameters")
     @classmethod

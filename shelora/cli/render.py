@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from shelora.strategies.registry import strategies, strategy_of
 from shelora.terminal import Records
 from shelora.transport.identity import Role
 from shelora.v1 import coordinator_pb2 as pb
@@ -154,13 +155,23 @@ def size(count: float) -> str:
 
 def _headline(federation: pb.Federation) -> Text:
     spec = federation.spec
-    protection = "every agent's budget encrypted" if spec.protection.mode == "selective" else "UNPROTECTED"
+    protection = _summary(spec.protection.mode)
     text = Text.assemble(
         (_title(federation), "bold"), f"\n{spec.training.base_model}, {protection}\n{_now(federation)}"
     )
     if federation.failure:
         text.append(f"\n{federation.failure}", style="red")
     return text
+
+
+def _summary(mode: str) -> str:
+    """What a strategy protects; its name if this version does not know it."""
+    return strategy_of(mode).summary if mode in strategies() else mode
+
+
+def _encrypts(mode: str, budget: float) -> str:
+    """What a client of that budget encrypts."""
+    return strategy_of(mode).encrypts(budget) if mode in strategies() else "-"
 
 
 def _now(federation: pb.Federation) -> str:
@@ -188,7 +199,7 @@ def _members_table(federation: pb.Federation) -> Records:
     table = Records("agent", "rank", "encrypts", "examples", "stage", "progress", "seen")
     for member in federation.members:
         seen = f"{member.idle_ms / 1000:.0f} s" if member.idle_ms < 2**62 else "-"
-        budget = f"{member.budget:.0%}" if federation.spec.protection.mode == "selective" else "nothing"
+        budget = _encrypts(federation.spec.protection.mode, member.budget)
         bar = ProgressBar(total=1, completed=member.progress, width=10)
         row: list[RenderableType] = [member.client_id, str(member.rank), budget, str(member.example_count)]
         table.add(*row, member.stage or "-", bar if member.stage else "", seen)

@@ -15,7 +15,7 @@ from shelora.lora.layout import Matrix
 from shelora.lora.shards import Float64
 from shelora.negotiation.ballots import Ballot
 from shelora.negotiation.plan import Plan, joined_scores
-from shelora.negotiation.protocol import MAX_VOTE_WEIGHT, Ranker, Stake
+from shelora.negotiation.protocol import MAX_VOTE_WEIGHT, Stake
 from shelora.negotiation.ranking import Ranking, tier_ends, total_columns
 from shelora.negotiation.votes import VOTE_BOUND, normalized
 from shelora.obfuscation import Obfuscation
@@ -26,8 +26,6 @@ LEVELS: Final = 2**16
 
 class Ope:
     """The protocol `ope` for one vote."""
-
-    ranker: Final = Ranker.COORDINATOR
 
     def __init__(self, matrices: Sequence[Matrix], obfuscation: Obfuscation, vote: str) -> None:
         """`vote`: identifies the vote; labels and numbers of two votes have nothing in common."""

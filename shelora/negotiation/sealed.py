@@ -4,19 +4,16 @@ The coordinator learns how many columns of each matrix lie in each tier, and agg
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from shelora.lora.layout import Matrix
 from shelora.lora.shards import Float32, Float64
 from shelora.negotiation.plan import Plan, make_plan
-from shelora.negotiation.protocol import Ranker, Stake
+from shelora.negotiation.protocol import Stake
 from shelora.negotiation.votes import cast_votes
 
 
 class Sealed:
     """The protocol `sealed` for one vote."""
-
-    ranker: Final = Ranker.AGENT
 
     def __init__(self, matrices: Sequence[Matrix]) -> None:
         self._matrices = tuple(matrices)

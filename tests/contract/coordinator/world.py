@@ -20,6 +20,7 @@ from coordinator.liveness import USUAL, Liveness
 from coordinator.records import FederationRecord, Sighting
 from coordinator.render import Renderer
 from coordinator.store import RedisStore, Store
+from coordinator.votes import votes_of
 from services.shell.redis_client import connect
 from shelora.federation import FederationSpec
 from shelora.messages import layout_from_proto, matrix_from_proto
@@ -157,7 +158,7 @@ class World:
 
     async def do(self, client: str, assignment: pb.Assignment) -> None:
         match assignment.WhichOneof("work"):
-            case "vote" if (await self.federation()).ballots:
+            case "vote" if votes_of(await self.federation()).by_ballots:
                 await self.cast(client, assignment.vote.round)
             case "vote":
                 await self.commit(client, assignment.vote.round)

@@ -5,10 +5,7 @@ import pytest
 
 from shelora.errors import DomainError, Reason
 from shelora.negotiation.coverage import coverage, next_weight
-from shelora.negotiation.ope import Ope
-from shelora.negotiation.protocol import Ranker, Stake
-from shelora.negotiation.sealed import Sealed
-from shelora.obfuscation import Obfuscation
+from shelora.negotiation.protocol import Stake
 from tests.contract.negotiation.protocols import COLUMNS, MATRICES, PROTOCOLS, Client, joined, split
 
 
@@ -108,11 +105,6 @@ def test_scores_that_are_none_are_refused_by_name(negotiate, damage, reason):
     with pytest.raises(DomainError, match=r"layer\.0\.query") as refused:
         negotiate([Client(damaged), *cohort(2)], (1.0,))
     assert refused.value.reason is reason
-
-
-def test_a_protocol_says_who_ranks():
-    assert Sealed(MATRICES).ranker is Ranker.AGENT
-    assert Ope(MATRICES, Obfuscation(bytes(32), 1), "v").ranker is Ranker.COORDINATOR
 
 
 FLOOR, LARGEST, BUDGET = 0.6, 16.0, 0.5

@@ -38,7 +38,7 @@ class Releasing:
 
 def working(session: Releasing) -> Work:
     me = Identity("clinic", "ward-7", 1.0, ProtectionSpec())
-    nothing = SimpleNamespace()
+    nothing = SimpleNamespace(model=SimpleNamespace(matrices=()))
     return Work(me, session=session, replicas=nothing, state=nothing, learner=nothing, worker=nothing)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from client_agent.keys import EpochSecrets
 from client_agent.model import AdaptedModel
-from client_agent.protection import check_train_layout, check_vote_layout, encrypted_tiers, orders_of
+from client_agent.protection import check_vote_layout, encrypted_tiers, round_context
 from shelora.ckks.parameters import profile
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
@@ -16,6 +16,7 @@ from shelora.federation import ProtectionSpec
 from shelora.lora.layout import Layout, Matrix, build_layout
 from shelora.negotiation.plan import Plan, make_plan
 from shelora.negotiation.votes import vote_layout
+from shelora.strategies.agents.she_lora import PLAIN, SHE_LORA
 from shelora.v1 import key_authority_pb2
 
 PROTECTION = ProtectionSpec()
@@ -53,7 +54,7 @@ def secrets_of(key: SecretKey, **changes: Any) -> key_authority_pb2.GetEpochSecr
 
 def test_a_layout_under_the_plan_is_accepted(model: AdaptedModel) -> None:
     plan = plan_of(model)
-    check_train_layout(layout_of(model, plan), model, PROTECTION, plan, 1.0)
+    SHE_LORA.check(layout_of(model, plan), model, PROTECTION, plan, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_a_layout_that_protects_less_or_is_of_another_model_is_refused(
 ) -> None:
     plan = plan_of(model)
     with pytest.raises(DomainError, match=said) as caught:
-        check_train_layout(layout_of(model, plan, **changes), model, PROTECTION, plan, 1.0)
+        SHE_LORA.check(layout_of(model, plan, **changes), model, PROTECTION, plan, 1.0)
     assert caught.value.reason is Reason.LAYOUT_MISMATCH
 
 
@@ -78,14 +79,14 @@ def test_a_layout_of_other_matrices_is_refused(model: AdaptedModel) -> None:
     plan = plan_of(model)
     matrices = [replace(m, name=f"{m.name}.x") for m in plan.matrices_with_counts(model.matrices)]
     with pytest.raises(DomainError, match="other matrices"):
-        check_train_layout(layout_of(model, plan, matrices=matrices), model, PROTECTION, plan, 1.0)
+        SHE_LORA.check(layout_of(model, plan, matrices=matrices), model, PROTECTION, plan, 1.0)
 
 
 def test_a_layout_that_leaves_the_plan_out_is_refused(model: AdaptedModel) -> None:
     bare = layout_of(model, plan_of(model), matrices=model.matrices, tiers=())
     with pytest.raises(DomainError, match="no columns to encrypt"):
-        check_train_layout(bare, model, PROTECTION, None, 1.0)
-    check_train_layout(bare, model, PROTECTION, None, 0.0)
+        SHE_LORA.check(bare, model, PROTECTION, None, 1.0)
+    SHE_LORA.check(bare, model, PROTECTION, None, 0.0)
 
 
 def test_a_layout_with_other_column_counts_than_the_plan_is_refused(model: AdaptedModel) -> None:
@@ -94,7 +95,7 @@ def test_a_layout_with_other_column_counts_than_the_plan_is_refused(model: Adapt
         {m.name: np.arange(32.0) + i for i, m in enumerate(model.matrices)}, model.matrices, plan.tiers
     )
     with pytest.raises(DomainError) as caught:
-        check_train_layout(layout_of(model, other), model, PROTECTION, plan, 1.0)
+        SHE_LORA.check(layout_of(model, other), model, PROTECTION, plan, 1.0)
     assert caught.value.reason is Reason.PLAN_REFUSED
 
 
@@ -119,8 +120,11 @@ def test_columns_are_in_secret_order_whenever_there_is_a_secret(model: AdaptedMo
     bare = layout_of(model, plan_of(model), matrices=model.matrices, tiers=(), tensors=[])
     assert not bare.encrypts
     name = model.matrices[0].name
-    assert list(orders_of(bare, None, secrets)[name]) != list(range(32))
-    assert list(orders_of(bare, None, EpochSecrets.unprotected("films", 1))[name]) == list(range(32))
+    assert list(SHE_LORA.orders(bare, round_context(model, bare, None, 0.0, secrets))[name]) != list(
+        range(32)
+    )
+    unprotected = round_context(model, bare, None, 0.0, EpochSecrets.unprotected("films", 1))
+    assert list(PLAIN.orders(bare, unprotected)[name]) == list(range(32))
 
 
 def test_secrets_open_only_layouts_under_their_own_key(model: AdaptedModel) -> None:

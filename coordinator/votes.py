@@ -1,0 +1,217 @@
+"""The coordinator's half of a negotiation: where votes go, and what becomes of them. One object a protocol.
+
+`protection.negotiation` names it; docs/negotiation.md says who learns what. Agents' half: `client_agent.negotiators`.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, Final, Protocol
+
+from coordinator.records import (
+    Commit,
+    FederationRecord,
+    Negotiation,
+    Plan,
+    RankedList,
+    RoundRecord,
+    StoredDigest,
+    Update,
+)
+from shelora.negotiation.ballots import Ballot, Tally, ballot_bytes
+from shelora.negotiation.ranking import Ranking, tier_ends, total_columns
+from shelora.rounds import RoundKind
+
+
+class BallotStore(Protocol):
+    """What of the coordinator's store a vote by ballots needs."""
+
+    async def ballot(self, federation: FederationRecord, sequence: int, client_id: str) -> bytes | None:
+        """A client's ballot; None if there is none (any more)."""
+
+    async def drop_ballots(self, federation: FederationRecord, sequence: int) -> None:
+        """Deletes all ballots of a vote."""
+
+    async def put_plan(self, federation_id: str, digest: str, plan: bytes) -> None:
+        """Keeps a published plan."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What came of counting ballots."""
+
+    missing: tuple[str, ...] = ()
+    """Clients whose committed ballot is not stored; nothing is ranked then."""
+    ranked: RankedList | None = None
+    """None if no member affords encryption."""
+
+
+class Votes(Protocol):
+    """The coordinator's half of a negotiation protocol. Stateless."""
+
+    @property
+    def by_ballots(self) -> bool:
+        """Whether votes are ballots that come here. If not, they are updates that aggregation adds up."""
+
+    def outcome(
+        self,
+        federation: FederationRecord,
+        ended: RoundRecord,
+        voters: Sequence[str],
+        tiers: tuple[float, ...],
+        now_ms: int,
+    ) -> Mapping[str, Any]:
+        """The fields of a federation's record that a published vote changes: a negotiation begins, or a plan is there.
+
+        Args: voters: who committed, in order; tiers: budgets of the members, none if nobody affords encryption.
+        """
+
+    async def count(
+        self,
+        store: BallotStore,
+        federation: FederationRecord,
+        record: RoundRecord,
+        commits: Sequence[Commit],
+        tiers: tuple[float, ...],
+    ) -> Counted:
+        """Counts ballots and keeps the ranked list. Only if votes are ballots."""
+
+    async def drop(self, store: BallotStore, federation: FederationRecord, sequence: int) -> None:
+        """Deletes what is kept here of a vote."""
+
+
+class Sealed:
+    """Encrypted votes, added up by aggregation; an agent ranks the sums."""
+
+    by_ballots: Final = False
+
+    def outcome(
+        self,
+        federation: FederationRecord,
+        ended: RoundRecord,
+        voters: Sequence[str],
+        tiers: tuple[float, ...],
+        now_ms: int,
+    ) -> Mapping[str, Any]:
+        """As of `Votes`: one of the voters makes the plan."""
+        if not tiers:
+            return {"negotiation": None}
+        negotiation = Negotiation(
+            votes_sequence=ended.sequence,
+            votes_layout=ended.layout_digest,
+            tiers=tiers,
+            candidates=tuple(voters),
+            deadline_ms=now_ms + 1000 * federation.spec.round.deadline_s,
+        )
+        return {"negotiation": negotiation}
+
+    async def count(self, *_: object) -> Counted:
+        """Nothing comes here."""
+        return Counted()
+
+    async def drop(self, *_: object) -> None:
+        """Nothing is kept here."""
+
+
+class Ballots:
+    """Ballots of secret labels, ranked here."""
+
+    by_ballots: Final = True
+
+    def outcome(
+        self,
+        federation: FederationRecord,
+        ended: RoundRecord,
+        voters: Sequence[str],  # noqa: ARG002 - nobody leads
+        tiers: tuple[float, ...],  # noqa: ARG002 - those of the ranked list count
+        now_ms: int,
+    ) -> Mapping[str, Any]:
+        """As of `Votes`: the ranked list is in force; no agent makes the plan, and none makes another one."""
+        ranked = ended.ranked
+        if ranked is None:
+            return {}
+        number = federation.plan_count + 1
+        negotiation = Negotiation(
+            votes_sequence=ended.sequence,
+            votes_layout=ended.layout_digest,
+            tiers=ranked.tiers,
+            candidates=(),
+            deadline_ms=now_ms,
+            plan_number=number,
+        )
+        plan = Plan(
+            number=number, digest=ranked.digest, negotiation=negotiation, tier_columns=ranked.tier_columns
+        )
+        return {"plan": plan, "plan_count": number}
+
+    async def count(
+        self,
+        store: BallotStore,
+        federation: FederationRecord,
+        record: RoundRecord,
+        commits: Sequence[Commit],
+        tiers: tuple[float, ...],
+    ) -> Counted:
+        """As of `Votes`, one ballot in memory at a time."""
+        tally, missing = Tally(total_columns(federation.matrices)), []
+        for update in (commit.update for commit in commits):
+            data = await store.ballot(federation, record.sequence, update.client_id)
+            if data is None or not _is_of(data, update):  # lost, or replaced while it was being committed
+                missing.append(update.client_id)
+            else:
+                tally.add(await asyncio.to_thread(opened_ballot, data, federation))
+        if missing:
+            return Counted(missing=tuple(missing))
+        ranked, encoded = await asyncio.to_thread(_ranked_list, tally, federation, tiers)
+        if ranked is not None:
+            await store.put_plan(federation.federation_id, ranked.digest.sha256, encoded)
+        return Counted(ranked=ranked)
+
+    async def drop(self, store: BallotStore, federation: FederationRecord, sequence: int) -> None:
+        """As of `Votes`."""
+        await store.drop_ballots(federation, sequence)
+
+
+_PROTOCOLS: Final[Mapping[str, Votes]] = {"sealed": Sealed(), "ope": Ballots()}
+
+
+def votes_of(federation: FederationRecord) -> Votes:
+    """The negotiation of a federation."""
+    return _PROTOCOLS[federation.spec.protection.negotiation]
+
+
+def takes_ballots(federation: FederationRecord, record: RoundRecord) -> bool:
+    """Whether a round is a vote whose ballots come here, and not to aggregation."""
+    return votes_of(federation).by_ballots and record.round.kind is RoundKind.VOTE
+
+
+def most_bytes(federation: FederationRecord) -> int:
+    """Size of a ballot that names every column."""
+    return ballot_bytes(total_columns(federation.matrices))
+
+
+def opened_ballot(data: bytes, federation: FederationRecord, budget: float = 1.0) -> Ballot:
+    """Raises BALLOT_REFUSED."""
+    total = total_columns(federation.matrices)
+    return Ballot.decode(data, total, tier_ends([budget], total)[0])
+
+
+def _is_of(data: bytes, update: Update) -> bool:
+    """Whether this is the ballot that was committed."""
+    return [sha256(data).hexdigest()] == [digest.sha256 for digest in update.shards]
+
+
+def _ranked_list(
+    tally: Tally, federation: FederationRecord, tiers: tuple[float, ...]
+) -> tuple[RankedList | None, bytes]:
+    """What is kept of the ranking, and its encoded form; None if no member affords encryption."""
+    if not tiers:
+        return None, b""
+    matrices = federation.matrices
+    length = tier_ends(tiers, total_columns(matrices))[-1]
+    ranking = Ranking(tiers, tally.rank(length, federation.spec.protection.common_weight))
+    encoded = ranking.encode()
+    digest = StoredDigest(sha256=sha256(encoded).hexdigest(), total_bytes=len(encoded))
+    columns = tuple(m.tier_columns for m in ranking.matrices_with_counts(matrices))
+    return RankedList(digest=digest, tiers=tiers, tier_columns=columns), encoded

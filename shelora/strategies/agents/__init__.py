@@ -1,0 +1,1 @@
+"""Secret halves of strategies: what protects and opens updates. Servers cannot import them."""
