@@ -5,7 +5,7 @@ canonical form of messages is needed. Revocation is not seen here: servers refus
 """
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final, NoReturn, TypeVar
 
@@ -67,8 +67,23 @@ class Signer:
 class Trust:
     """Verifies statements of one federation's clients against its pinned authority."""
 
-    def __init__(self, authority: bytes, federation_id: str, clock: Callable[[], datetime]) -> None:
-        """Args: authority: The pinned root certificate in DER. clock: UTC time certificates are held against."""
+    def __init__(
+        self,
+        authority: bytes,
+        federation_id: str,
+        clock: Callable[[], datetime],
+        grace: timedelta = timedelta(),
+    ) -> None:
+        """What statements are held against.
+
+        Args:
+            authority: The pinned root certificate in DER.
+            federation_id: Whose clients may sign.
+            clock: UTC time certificates are held against.
+            grace: How long after its end a certificate still vouches. None for members and dealers; readers of results
+                need some, because certificates live for a day and a client may come back later than that.
+        """
+        self._grace = grace
         self._authority = authority
         self._federation = federation_id
         self._clock = clock
@@ -103,7 +118,7 @@ class Trust:
         identity = found.identity
         if identity.role is not Role.CLIENT or identity.federation_id != self._federation:
             raise _refused(f"a statement is signed by {identity}, who is no client of this federation")
-        if not found.valid(self._clock()):
+        if not found.not_before <= self._clock() <= found.not_after + self._grace:
             raise _refused(f"the certificate of {identity.client_id} is not valid now")
         return found
 

@@ -129,10 +129,6 @@ class Holder:
     not_before: datetime
     not_after: datetime
 
-    def valid(self, at: datetime) -> bool:
-        """Whether the certificate is valid at a time."""
-        return self.not_before <= at <= self.not_after
-
 
 @lru_cache(maxsize=4096)
 def holder(der: bytes, authority: bytes) -> Holder:

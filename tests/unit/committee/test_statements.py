@@ -6,11 +6,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from services.key_authority.ca import _new_root as new_root
-from shelora.committee.statements import Kind, Signer
+from shelora.committee.statements import Kind, Signer, Trust
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import holder, new_key
 from shelora.transport.identity import Role
-from tests.unit.committee.rounds import NOW, certificate_of, context_of, root, trust
+from tests.unit.committee.rounds import FEDERATION, NOW, certificate_of, context_of, root, trust
 
 CONTEXT = context_of(3)
 
@@ -55,6 +55,13 @@ def test_a_certificate_of_another_authority_federation_or_role_is_refused():
 def test_a_certificate_is_held_against_the_clock():
     assert "not valid now" in message_of(statement(), at=NOW + timedelta(hours=25))
     assert "not valid now" in message_of(statement(), at=NOW - timedelta(hours=1))
+
+
+def test_a_reader_that_comes_late_may_take_an_expired_certificate():
+    late = NOW + timedelta(hours=30)
+    assert "not valid now" in message_of(statement(), at=late)
+    patient = Trust(root().der, FEDERATION, lambda: late, grace=timedelta(days=1))
+    assert patient.author(statement(), Kind.CHECK, CONTEXT) == "ward-001"
 
 
 def test_the_authoritys_own_certificate_names_no_client():
