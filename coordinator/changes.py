@@ -15,7 +15,9 @@ import structlog
 from redis.exceptions import RedisError
 
 from coordinator.keys import Keys
-from services.shell.redis_client import RedisClient
+from services.shell.redis_client import RedisClient, refusal
+from shelora.errors import DomainError, Reason
+from shelora.telemetry.outages import Outage
 
 _READ_S: Final = 5.0
 """Seconds one read of the subscription waits."""
@@ -86,16 +88,19 @@ class Changes:
 
     async def run(self) -> None:
         """Listens until cancelled; reconnects, and wakes everyone then, for what was missed."""
+        outage = Outage(_log, "changes_disconnected", over="changes_connected")
         while True:
             try:
-                await self._listen()
+                await self._listen(outage)
             except (RedisError, OSError) as error:
-                _log.warning("changes_disconnected", error=type(error).__name__)
+                why = refusal(error) or type(error).__name__
+                outage.failed(DomainError(Reason.STORE_UNAVAILABLE, why))
                 await asyncio.sleep(_RECONNECT_S)
 
-    async def _listen(self) -> None:
+    async def _listen(self, outage: Outage) -> None:
         async with self._redis.pubsub(ignore_subscribe_messages=True) as subscription:
             await subscription.psubscribe(self._keys.every_change)
+            outage.ended()
             self.wake_all()
             while True:
                 message = await subscription.get_message(timeout=_READ_S)

@@ -57,6 +57,7 @@ from coordinator.store import Store, Versioned
 from coordinator.votes import takes_ballots, votes_of
 from shelora.errors import DomainError, Reason
 from shelora.rounds import Event, RoundKind, RoundState
+from shelora.telemetry.outages import Outage
 from shelora.transport.channel import is_transient
 
 ENDED_S: Final = 30.0
@@ -148,15 +149,25 @@ class Driver:
     async def run(self) -> None:
         """Looks for federations to drive until cancelled; gives every lease back then."""
         try:
+            outage = Outage(_log, "scan_failed", over="scan_succeeded")
             with self._changes.subscribed() as signal:
                 while True:
-                    await _tolerant(self._scan(), "scan_failed")
+                    await _tolerant(self._told_once(outage), "scan_failed")
                     await signal.wait(self._policy.tick_s)
         finally:
             tasks = list(self._driving.values())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _told_once(self, outage: Outage) -> None:
+        """A look, of whose failures the first is told: Redis may refuse for hours."""
+        try:
+            await self._scan()
+        except DomainError as error:
+            outage.failed(error)
+        else:
+            outage.ended()
 
     async def _scan(self) -> None:
         listed = set(await self._store.federation_ids())

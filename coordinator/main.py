@@ -15,6 +15,7 @@ from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Changes
 from coordinator.driver import Driver
 from coordinator.handlers import Handlers
+from coordinator.keys import Keys
 from coordinator.metrics import tell_fullness
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from coordinator.settings import CoordinatorSettings
@@ -23,7 +24,9 @@ from services.shell import flags
 from services.shell.fullness import watch_fullness
 from services.shell.membership import join
 from services.shell.process import run_process
+from services.shell.readiness import Readiness
 from services.shell.redis_client import RedisClient, connect
+from services.shell.redis_watch import require_accepted, watch_redis
 from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
 from shelora.terminal import CommandLine
@@ -33,6 +36,8 @@ from shelora.version import VersionOption
 
 FULLNESS_POLL_S: Final = 15.0
 """Seconds between two looks at Redis' memory: as often as Prometheus usually asks."""
+
+KEYS: Final = Keys().prefix
 
 app = CommandLine(add_completion=False, pretty_exceptions_enable=False)
 
@@ -77,8 +82,9 @@ def main(
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serves until the process is told to stop."""
-    membership = await join(settings)
     client = connect(settings.redis, settings.redis_connections, settings.redis_timeout_s)
+    await require_accepted(client, KEYS)
+    membership, readiness = await join(settings), Readiness()
     aggregation = Replicas(
         settings.aggregation_addresses,
         lambda address: open_channel(address, membership.credentials),
@@ -95,6 +101,7 @@ async def run(settings: CoordinatorSettings) -> None:
         background=[
             changes.run,
             driver.run,
+            partial(watch_redis, client, KEYS, readiness),
             partial(watch_fullness, client, tell_fullness, FULLNESS_POLL_S),
             aggregation.keep_fresh,
             membership.keep_renewed,
@@ -111,6 +118,7 @@ async def run(settings: CoordinatorSettings) -> None:
         on_stop=[aggregation.close, authority.close, client.aclose],
         credentials=membership.credentials,
         revocations=revocations,
+        readiness=readiness,
     )
 
 

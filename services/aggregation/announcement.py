@@ -9,6 +9,7 @@ import structlog
 
 from services.aggregation.store import ShardStore
 from shelora.errors import DomainError
+from shelora.telemetry.outages import Outage
 from shelora.transport.address import HostPort
 
 PERIOD_S: Final = 5.0
@@ -47,18 +48,21 @@ async def announced(
         await asyncio.gather(keeping, return_exceptions=True)
         with suppress(TimeoutError):
             async with asyncio.timeout(WITHDRAWAL_S):
-                await _tolerated(store.withdraw(address), address)
+                await _tolerated(store.withdraw(address), address, Outage(_log, "announcement_failed"))
 
 
 async def _keep(store: ShardStore, address: str, period_s: float) -> None:
+    outage = Outage(_log, "announcement_failed")
     while True:
-        await _tolerated(store.announce(address, int(1000 * LIFE_S)), address)
+        await _tolerated(store.announce(address, int(1000 * LIFE_S)), address, outage)
         await asyncio.sleep(period_s)
 
 
-async def _tolerated(step: Coroutine[Any, Any, None], address: str) -> None:
+async def _tolerated(step: Coroutine[Any, Any, None], address: str, outage: Outage) -> None:
     """A store that does not answer costs an announcement: it is repeated, or it expires."""
     try:
         await step
     except DomainError as error:
-        _log.warning("announcement_failed", address=address, reason=error.reason)
+        outage.failed(error, address=address)
+    else:
+        outage.ended()

@@ -3,7 +3,7 @@
 import secrets
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import grpc
 import typer
@@ -11,6 +11,7 @@ import typer
 from services.aggregation.aggregations import Aggregations
 from services.aggregation.announcement import announced
 from services.aggregation.downloads import Downloads
+from services.aggregation.keys import PREFIX
 from services.aggregation.room import POLL_S as ROOM_POLL_S
 from services.aggregation.room import Room
 from services.aggregation.servicer import SERVICE_NAME, AggregationServicer
@@ -22,12 +23,16 @@ from services.shell import flags
 from services.shell.fullness import watch_fullness
 from services.shell.membership import join
 from services.shell.process import run_process
+from services.shell.readiness import Readiness
+from services.shell.redis_watch import require_accepted, watch_redis
 from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
 from shelora.terminal import CommandLine
 from shelora.transport.channel import open_channel
 from shelora.v1 import aggregation_pb2_grpc
 from shelora.version import VersionOption
+
+KEYS: Final = PREFIX.rstrip(":")
 
 app = CommandLine(add_completion=False, pretty_exceptions_enable=False)
 
@@ -79,12 +84,13 @@ def main(
 
 async def run(settings: AggregationSettings) -> None:
     """Serves until the process is told to stop."""
-    membership = await join(settings)
     store = connect(
         settings.redis,
         connections=settings.redis_connections,
         timeout_s=settings.redis_timeout_s,
     )
+    await require_accepted(store.redis, KEYS)
+    membership, readiness = await join(settings), Readiness()
     authority = open_channel(settings.key_authority_address, membership.credentials)
     revocations = Revocations()
     pool = WorkerPool(settings.pool_limits, settings.worker_environment)
@@ -100,6 +106,7 @@ async def run(settings: AggregationSettings) -> None:
         service_names=[SERVICE_NAME],
         register=register,
         background=[
+            partial(watch_redis, store.redis, KEYS, readiness),
             partial(watch_fullness, store, room.tell, ROOM_POLL_S),
             membership.keep_renewed,
             partial(follow, revocations, authority, settings.revocation_poll_s, on_own=membership.void.set),
@@ -108,6 +115,7 @@ async def run(settings: AggregationSettings) -> None:
         credentials=membership.credentials,
         revocations=revocations,
         announcing=partial(announced, store, settings.advertise) if settings.advertise else None,
+        readiness=readiness,
     )
 
 

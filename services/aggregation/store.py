@@ -150,6 +150,11 @@ class RedisShardStore:
         self._announce = client.register_script(scripts.ANNOUNCE)
         self._announced = client.register_script(scripts.ANNOUNCED)
 
+    @property
+    def redis(self) -> RedisClient:
+        """The client, for questions about Redis itself."""
+        return self._client
+
     async def info(self, section: str) -> Any:  # noqa: ANN401 - a mapping of Redis' own names
         """A section of Redis' INFO. Raises what the client raises."""
         return await self._client.info(section)

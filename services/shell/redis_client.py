@@ -4,12 +4,19 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
+from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import OutOfMemoryError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    OutOfMemoryError,
+    RedisError,
+    ResponseError,
+)
 
 from shelora.errors import DomainError, Reason, RetryLaterError
 
@@ -34,20 +41,79 @@ def connect(
         connections: Most connections at once.
         timeout_s: Seconds that connecting, and the wait for a free connection, may take.
         options: Of redis-py's connections.
+
+    Raises: DomainError CONFIGURATION_INVALID if the URL cannot be used; it is not shown, as it may hold a password.
     """
-    pool: Any = BlockingConnectionPool.from_url(
-        url,
-        max_connections=connections,
-        timeout=timeout_s,
-        socket_timeout=None,
-        socket_connect_timeout=timeout_s,
-        retry=Retry(NoBackoff(), 1),
-        **options,
-    )
+    _check_scheme(url)
+    try:
+        pool: Any = BlockingConnectionPool.from_url(
+            url,
+            max_connections=connections,
+            timeout=timeout_s,
+            socket_timeout=None,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 1),
+            **options,
+        )
+        pool.make_connection()  # which alone looks at the options of the URL
+    except (ValueError, TypeError) as error:
+        raise _unusable(f"cannot be read: {error}") from None
     client: Any = (
         Redis  # `from_pool`, which makes the client own the pool, is missing in some stubs of redis-py
     )
     return client.from_pool(pool)
+
+
+def refusal(error: BaseException) -> str | None:
+    """What Redis said when it refused, in its own first line, with the remedy where we know one.
+
+    None for an error that is no refusal: no connection, no answer.
+    """
+    if not isinstance(error, ResponseError | AuthenticationError | BusyLoadingError):
+        return None
+    code = str(getattr(error, "status_code", None) or "")
+    said = (str(error).splitlines() or [""])[0]
+    line = said if said.startswith(code) else f"{code} {said}"
+    remedy = _REMEDIES.get(line.partition(" ")[0])
+    return f"{line} ({remedy})" if remedy else line
+
+
+def passes(error: BaseException) -> bool:
+    """Whether a refusal may pass without a change of this server's settings."""
+    line = refusal(error) or ""
+    return line.partition(" ")[0] in _PASSING
+
+
+_NO_CLUSTER: Final = "a Redis Cluster is not supported: give the address of one Redis or Valkey server"
+_REMEDIES: Final = {
+    **dict.fromkeys(("MOVED", "ASK", "CLUSTERDOWN", "CROSSSLOT"), _NO_CLUSTER),
+    "WRONGPASS": "check user and password of redis_url, or redis_password_file",
+    "NOAUTH": "give a password: redis_password_file",
+    "NOPERM": "give this user the rights that docs/operations.md names",
+    "READONLY": "this is a replica: give the address of the primary",
+    "OOM": "raise Redis' maxmemory",
+}
+_PASSING: Final = frozenset(
+    {"OOM", "LOADING", "MASTERDOWN", "TRYAGAIN", "BUSY", "MISCONF", "NOREPLICAS", "UNKILLABLE", "BUSYKEY"}
+)
+
+
+def _check_scheme(url: str) -> None:
+    scheme, separator, _ = url.strip().partition("://")
+    if not separator:
+        raise _unusable("has no scheme: write redis://host:6379/0, or rediss:// for TLS")
+    if "sentinel" in scheme or "cluster" in scheme:
+        raise _unusable(
+            f"{scheme}:// is not supported: give the address of one Redis or Valkey server, redis://host:6379/0"
+        )
+    if scheme not in {"redis", "rediss", "unix"}:
+        raise _unusable(f"{scheme}:// is not supported: write redis://, rediss:// (TLS) or unix://")
+    if scheme != "unix" and "," in urlsplit(url).netloc.rpartition("@")[2]:
+        raise _unusable("names several servers: give the address of one Redis or Valkey server")
+
+
+def _unusable(what: str) -> DomainError:
+    return DomainError(Reason.CONFIGURATION_INVALID, f"redis_url {what}")
 
 
 @dataclass(frozen=True)
@@ -61,13 +127,21 @@ class Failures:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Raises: STORE_FULL if Redis has no room, STORE_UNAVAILABLE if it does not answer."""
+        """Raises: STORE_FULL if Redis has no room, STORE_UNAVAILABLE if it does not answer, or refuses.
+
+        Callers do not learn what Redis said, which names users and addresses: the log does (`watch_redis`).
+        """
         try:
             yield
         except OutOfMemoryError as error:
             raise self.full() from error
         except (RedisError, OSError) as error:
-            raise DomainError(Reason.STORE_UNAVAILABLE, f"{self.store} does not answer; try again") from error
+            what = (
+                "does not answer"
+                if refusal(error) is None
+                else "is refused by Redis, why is in the server's log"
+            )
+            raise DomainError(Reason.STORE_UNAVAILABLE, f"{self.store} {what}; try again") from error
 
     @asynccontextmanager
     async def within(self, timeout_s: float) -> AsyncIterator[None]:

@@ -26,6 +26,7 @@ from services.shell.arrival import in_time, parsed
 from services.shell.guard import Guard, OnDenied, untold
 from services.shell.observation import RpcObserver
 from services.shell.rates import RateLimits, Rates
+from services.shell.readiness import Readiness
 from services.shell.revocations import Revocations
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
@@ -57,6 +58,7 @@ STRANGER_ARRIVAL_S: Final = 5.0
 """Seconds in which a request of theirs must have arrived."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _log = structlog.get_logger(__name__)
 
 
@@ -112,6 +114,7 @@ async def serve(
     enrolment: StrangersPort | None = None,
     on_denied: OnDenied = untold,
     announcing: Announcing | None = None,
+    readiness: Readiness | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, or until background work crashes; then drains.
 
@@ -130,6 +133,7 @@ async def serve(
         enrolment: Another port, for callers without a certificate.
         on_denied: Told of every call that is refused for who called.
         announcing: Tells others that this server serves.
+        readiness: Whether probes that ask for its services are to call it; without one, always.
 
     Raises:
         DomainError: CONFIGURATION_INVALID if it may not or cannot listen where the settings say.
@@ -142,7 +146,9 @@ async def serve(
         metrics_port = stack.enter_context(_metrics(settings))
         tasks = await stack.enter_async_context(_background(background))
         address = await stack.enter_async_context(
-            _listening(settings, service_names, register, on_drain, credentials, revocations, on_denied)
+            _listening(
+                settings, service_names, register, on_drain, credentials, revocations, on_denied, readiness
+            )
         )
         enrolling = ""
         if enrolment is not None:
@@ -192,8 +198,14 @@ async def _listening(
     credentials: Credentials | None,
     revocations: Revocations,
     on_denied: OnDenied,
+    readiness: Readiness | None = None,
 ) -> AsyncIterator[str]:
     """A started server; drains on exit. Yields its address."""
+
+    async def publish(ready: bool) -> None:  # noqa: FBT001 - as Readiness tells it
+        for name in service_names:
+            await health_servicer.set(name, _SERVING if ready else _NOT_SERVING)
+
     guards = [Guard(Rates(settings.rate_limits), revocations, on_denied)] if credentials else []
     server = grpc.aio.server(interceptors=[RpcObserver(service_names), *guards], options=SERVER_OPTIONS)
     register(server)
@@ -205,8 +217,7 @@ async def _listening(
     address = _bind(server, settings.listen, credentials)
     async with _probed(settings.health_listen, health_servicer):
         await server.start()
-        for name in service_names:
-            await health_servicer.set(name, _SERVING)
+        await (readiness or Readiness()).publish(publish)
         try:
             yield address
         finally:

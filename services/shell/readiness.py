@@ -1,0 +1,22 @@
+"""Whether a server wants to be called, as readiness probes are told."""
+
+from collections.abc import Awaitable, Callable
+
+
+class Readiness:
+    """Ready, until told otherwise. Known to probes by the names of the server's services; liveness is not concerned."""
+
+    def __init__(self) -> None:
+        self.ready = True
+        self._publish: Callable[[bool], Awaitable[None]] | None = None
+
+    async def publish(self, publish: Callable[[bool], Awaitable[None]]) -> None:
+        """From now on, and now, probes learn of it."""
+        self._publish = publish
+        await publish(self.ready)
+
+    async def tell(self, ready: bool) -> None:  # noqa: FBT001 - the one thing it is told
+        """Its state now."""
+        changed, self.ready = ready != self.ready, ready
+        if changed and self._publish is not None:
+            await self._publish(ready)

@@ -1,0 +1,76 @@
+"""Whether Redis lets this server work: asked at start and ever after, told in Redis' own words, once."""
+
+import asyncio
+from typing import Final
+
+import structlog
+from redis.exceptions import RedisError
+
+from services.shell.readiness import Readiness
+from services.shell.redis_client import RedisClient, passes, refusal
+from shelora.errors import DomainError, Reason
+
+TIMEOUT_S: Final = 5.0
+POLL_S: Final = 5.0
+_SCRIPT: Final = "return redis.call('EXISTS', KEYS[1], KEYS[2])"
+
+_log = structlog.get_logger(__name__)
+
+
+async def require_accepted(redis: RedisClient, prefix: str) -> None:
+    """Returns once Redis has accepted what this server does, or is silent or busy, which may pass.
+
+    Args:
+        redis: A client.
+        prefix: Of the server's keys.
+
+    Raises: DomainError CONFIGURATION_INVALID, in Redis' words, if it refuses for a reason that does not pass.
+    """
+    try:
+        await _tried(redis, prefix)
+    except (RedisError, OSError) as error:
+        said = refusal(error)
+        if said is not None and not passes(error):
+            raise DomainError(
+                Reason.CONFIGURATION_INVALID, f"redis_url: Redis refuses this server: {said}"
+            ) from None
+
+
+async def watch_redis(redis: RedisClient, prefix: str, readiness: Readiness, poll_s: float = POLL_S) -> None:
+    """Asks every `poll_s` seconds, logs every change once, and tells readiness of refusals. Never returns.
+
+    A silent Redis leaves a server ready: it comes back by itself, and clients try again.
+    """
+    told = ""
+    while True:
+        event, why = await _state(redis, prefix)
+        if f"{event} {why}" != told and (told or why):
+            if why:
+                _log.warning(event, why=why)
+            else:
+                _log.info(event)
+        told = f"{event} {why}"
+        await readiness.tell(event != "redis_refuses")
+        await asyncio.sleep(poll_s)
+
+
+async def _state(redis: RedisClient, prefix: str) -> tuple[str, str]:
+    """Event and cause."""
+    try:
+        await _tried(redis, prefix)
+    except (RedisError, OSError) as error:
+        said = refusal(error)
+        return ("redis_refuses", said) if said else ("redis_silent", _first_line(error))
+    return "redis_accepts", ""
+
+
+async def _tried(redis: RedisClient, prefix: str) -> None:
+    """A write, and a script with two keys, which no node of a cluster accepts."""
+    keys = [f"{prefix}:watch:{name}" for name in ("a", "b")]
+    async with asyncio.timeout(TIMEOUT_S):
+        await redis.set(keys[0], "1", px=1000)
+        await redis.eval(_SCRIPT, len(keys), *keys)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or f"no answer within {TIMEOUT_S:g} s"
