@@ -86,8 +86,8 @@ def conditional(deviation: float) -> float:
 def ternary_pair() -> Lwe:
     """What is left of a ternary secret when the sum of two is known: 2/9 of the coefficients are certain.
 
-    Of the others, 4/7 are one of two neighbours (variance 1/4), 3/7 any of three (variance 2/3). Errors as in SEAL, of a
-    deviation of 3.2, of which the sum is known as well.
+    Of the others, 4/7 are one of two neighbours (variance 1/4), 3/7 any of three (variance 2/3). Errors as in SEAL, of
+    deviation 3.2, of which the sum is known as well.
     """
     variance = (4 / 7) * (1 / 4) + (3 / 7) * (2 / 3)
     return Lwe(
