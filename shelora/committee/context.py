@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Final
 
 from shelora.additive.parameters import MAX_CONTRIBUTORS, AdditiveParameters, profile
-from shelora.committee.rules import SMALLEST_COHORT, CommitteeRule, ordered
+from shelora.committee.rules import SMALLEST_COHORT, CommitteeRule, committee_rule, ordered
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
 
@@ -56,6 +56,10 @@ class RoundContext:
         size, most = len(self.cohort), self.most_contributors
         _require(size <= most <= MAX_CONTRIBUTORS, "most_contributors must hold the cohort")
         _require(self.rule.size <= size, "the committee is larger than the cohort")
+        least = committee_rule(size).threshold
+        _require(
+            self.rule.threshold >= least, f"the committee of {size} clients must tolerate {least} of them"
+        )
         _require(self.parameters.degree % self.rule.packing == 0, "packing must divide the degree")
         _require(2 <= self.min_updates <= size, "min_updates must be 2 to the size of the cohort")
         _require(1 <= self.most_weight <= MAX_WEIGHT, "most_weight must be 1 to 2^31 - 1")
@@ -100,6 +104,20 @@ class RoundContext:
             _ORDER_DOMAIN, self.instance.encode(), self.kind.encode(), _number(self.round_number)
         )
         return Committee(ordered(order_key, subject, self.cohort, self.rule.size))
+
+    def may_follow(self, earlier: "RoundContext", order_key: bytes) -> bool:
+        """Whether an update that was dealt under an earlier attempt may be dealt again under this one.
+
+        Only if the same committee decides, by the same rule, about the same number: it certifies one set for it. Else
+        two sums may be opened that differ by one client, and their difference is that client's update.
+        """
+        return (
+            (self.federation_id, self.instance, self.epoch)
+            == (earlier.federation_id, earlier.instance, earlier.epoch)
+            and (self.kind, self.round_number, self.rule)
+            == (earlier.kind, earlier.round_number, earlier.rule)
+            and self.committee(order_key) == earlier.committee(order_key)
+        )
 
     def names(self, bits: bytes) -> tuple[str, ...]:
         """The clients of the cohort that bits name. Raises: DomainError(INVALID_ARGUMENT): not bits over the cohort."""
@@ -149,8 +167,16 @@ class RoundContext:
         )
 
     @classmethod
-    def from_proto(cls, message: pb.RoundContext) -> "RoundContext":
-        """Reads an untrusted message. Raises: DomainError(INVALID_ARGUMENT), naming the field."""
+    def from_proto(cls, message: pb.RoundContext, *, insecure: bool = False) -> "RoundContext":
+        """Reads an untrusted message.
+
+        What the federation promised (`min_updates`, `most_weight`, profile, layout) is the caller's to compare.
+
+        Args: insecure: Whether a profile for tests is taken.
+        Raises: DomainError(INVALID_ARGUMENT), naming the field.
+        """
+        parameters = profile(message.parameters)
+        _require(parameters.secure or insecure, "parameters: this profile is for tests only")
         _require(len(message.cohort) <= MAX_CONTRIBUTORS, f"cohort must have 2 to {MAX_CONTRIBUTORS} clients")
         return cls(
             federation_id=message.federation_id,
@@ -161,7 +187,7 @@ class RoundContext:
             attempt=message.attempt,
             epoch=message.epoch,
             layout_digest=message.layout_digest,
-            parameters=profile(message.parameters),
+            parameters=parameters,
             cohort=tuple(message.cohort),
             most_contributors=message.most_contributors,
             rule=CommitteeRule(message.committee_size, message.threshold, message.packing),

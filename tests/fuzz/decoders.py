@@ -545,7 +545,7 @@ DECODERS: dict[str, Decoder] = {
         ),
         Decoder(
             "round-context",
-            _message(committee_pb2.RoundContext, RoundContext.from_proto),
+            _message(committee_pb2.RoundContext, lambda m: RoundContext.from_proto(m, insecure=True)),
             lambda: [context_of(3).to_proto().SerializeToString()],
             _INVALID,
         ),

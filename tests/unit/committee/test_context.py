@@ -66,7 +66,36 @@ def test_a_cohort_is_two_or_more_different_names(cohort):
 @pytest.mark.parametrize("context", [context_of(2), context_of(40, parameters=COMPACT)])
 def test_a_context_survives_the_wire(context):
     message = pb.RoundContext.FromString(context.to_proto().SerializeToString())
-    assert RoundContext.from_proto(message) == context
+    assert RoundContext.from_proto(message, insecure=True) == context
+
+
+def test_a_profile_for_tests_is_refused_from_servers():
+    with pytest.raises(DomainError) as error:
+        RoundContext.from_proto(context_of(2).to_proto())
+    assert "tests only" in error.value.message
+
+
+def test_a_committee_that_tolerates_fewer_than_its_cohort_needs_is_refused():
+    with pytest.raises(DomainError) as error:
+        context_of(300, rule=CommitteeRule(3, 1, 1))
+    assert "must tolerate 21" in error.value.message
+
+
+def test_an_update_is_dealt_again_only_to_the_committee_that_certifies_one_set():
+    key, first = b"k" * 32, context_of(40)
+    assert context_of(40, attempt=2, round_id="again").may_follow(first, key)
+    assert context_of(40, attempt=2, min_updates=3).may_follow(first, key)
+    member = first.committee(key).members[0]
+    others = tuple(name for name in first.cohort if name != member)
+    for change in (
+        {"round_number": 2},
+        {"kind": "VOTE"},
+        {"instance": "00000002"},
+        {"epoch": 2},
+        {"rule": CommitteeRule(16, 6, 2)},
+        {"cohort": others},
+    ):
+        assert not context_of(40, **change).may_follow(first, key)
 
 
 @pytest.mark.parametrize("field", [f.name for f in pb.RoundContext.DESCRIPTOR.fields])
@@ -74,7 +103,7 @@ def test_a_message_without_one_of_its_fields_is_refused(field):
     message = context_of(8).to_proto()
     message.ClearField(field)
     with pytest.raises(DomainError) as error:
-        RoundContext.from_proto(message)
+        RoundContext.from_proto(message, insecure=True)
     assert error.value.reason is Reason.INVALID_ARGUMENT
 
 
