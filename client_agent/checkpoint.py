@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from client_agent.access import denial
+from client_agent.tables import first_line
 from shelora.errors import DomainError, Reason
 
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
@@ -41,26 +44,42 @@ class Checkpoint:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     head: tuple[str, ...]
-    """Names of modules that are trained and averaged whole, in the model's order: the classification head, and a
-    pooler that the checkpoint lacks. None for causal-lm."""
+    """Names of modules that are trained and averaged whole, in the model's order: the classifier, and what else of the
+    head or of a pooler the checkpoint lacks. None for causal-lm."""
+    notes: tuple[str, ...] = ()
+    """What whoever trains it should know."""
 
 
 def load_checkpoint(path: str, task: str, labels: Sequence[str]) -> Checkpoint:
     """Loads a folder, a `.gguf` file or a name on the hub. Reads safetensors or GGUF only, never pickles.
 
-    Raises: DomainError MODEL_INVALID if it may not be read, cannot be loaded, has no padding token, or lacks a weight
-    that would stay frozen: it would be random, and different at every agent.
+    Raises: DomainError MODEL_INVALID if there is nothing, it may not be read, is not made for the task, cannot be
+    loaded, has no padding token, or lacks a weight that would stay frozen: it would be random, and different at every
+    agent.
     """
     if task not in _LOADERS:
         raise invalid(f"task {task!r} is not known; known are {', '.join(_LOADERS)}")
-    if why := denial(Path(path)):
+    if why := _absence(path) or denial(Path(path)):
         raise invalid(f"model.path: {why}")
     with quiet():
-        model, missing = _load_model(path, task, labels)
+        _check_kind(path, task)
+        model, absent, misshapen = _load_model(path, task, labels)
         tokenizer = _load_tokenizer(path)
     _set_padding(path, model, tokenizer)
-    head = _head(model) if task == SEQUENCE_CLASSIFICATION else ()
-    return Checkpoint(model, tokenizer, _with_poolers(path, model, head, missing))
+    missing = absent | misshapen
+    head = _head(model, missing) if task == SEQUENCE_CLASSIFICATION else ()
+    whole = _with_poolers(path, model, head, missing)
+    return Checkpoint(model, tokenizer, whole, tuple(_notes(model, head, absent)))
+
+
+def usual_targets(path: str) -> tuple[str, ...]:
+    """What PEFT adapts in models of that architecture; query and value where it knows none. Raises: MODEL_INVALID."""
+    if why := _absence(path) or denial(Path(path)):
+        raise invalid(f"model.path: {why}")
+    place, options = _source(path)
+    with quiet(), _loading(path, "the configuration"):
+        kind = AutoConfig.from_pretrained(place, **options).model_type
+    return tuple(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ("query", "value")))
 
 
 def invalid(message: str) -> DomainError:
@@ -86,7 +105,8 @@ def _quiet() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")
+            for known in (r"`is_gradient_checkpointing` is deprecated", "fan_in_fan_out is set to False"):
+                warnings.filterwarnings("ignore", message=known)
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -94,16 +114,82 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _absence(path: str) -> str:
+    """Why nothing is at that path; "" if something is, or if it may be a name on the hub."""
+    if _exists(path):
+        if (Path(path) / "adapter_config.json").is_file():
+            return f"{path} holds an adapter; name its base model, or a model that both were merged into"
+        return ""
+    if path.startswith(("/", ".", "~")) or path.endswith(".gguf") or path.count("/") > 1:
+        return (
+            f"there is no folder or file {path} (relative paths start from the configuration file's folder)"
+        )
+    return ""
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except PermissionError:
+        return True
+    except (OSError, ValueError):  # no name that a file can have
+        return False
+
+
 def _source(path: str) -> tuple[str, dict[str, Any]]:
     """The arguments that name a checkpoint to transformers: a GGUF file is named inside its folder."""
+    options: dict[str, Any] = {"trust_remote_code": False}
     if path.endswith(".gguf"):
         file = Path(path)
-        return str(file.parent), {"gguf_file": file.name}
-    return path, {"local_files_only": True} if Path(path).exists() else {}
+        return str(file.parent), options | {"gguf_file": file.name}
+    return path, options | ({"local_files_only": True} if _exists(path) else {})
 
 
-def _load_model(path: str, task: str, labels: Sequence[str]) -> tuple[PreTrainedModel, frozenset[str]]:
-    """The model, and the names of its parameters that the checkpoint does not give."""
+@contextmanager
+def _loading(path: str, what: str) -> Iterator[None]:
+    """Turns whatever transformers raises into one line: a checkpoint can make it raise anything."""
+    try:
+        yield
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            why = f"{path} needs code of its own, which is never run; take a model that transformers knows"
+        elif _exists(path):
+            why = (
+                f"{what} of {path} cannot be loaded: {first_line(error)}; see that the folder is whole "
+                "(config.json, tokenizer.json, model.safetensors)"
+            )
+        else:
+            why = (
+                f"there is no folder {path} beside the configuration file, nor can {what} be had from the Hugging "
+                f"Face hub by that name: {first_line(error)}"
+            )
+        raise invalid(f"model.path: {why}") from error
+
+
+def _check_kind(path: str, task: str) -> None:
+    """Raises: MODEL_INVALID if the architecture is none for the task, or the weights are quantized."""
+    place, options = _source(path)
+    if "gguf_file" in options:  # a language model in any case, whose weights become float32
+        return
+    with _loading(path, "the configuration"):
+        config = AutoConfig.from_pretrained(place, **options)
+    if type(config) not in _LOADERS[task]._model_mapping:  # noqa: SLF001 - its error names every class there is
+        able = [known for known, loader in _LOADERS.items() if type(config) in loader._model_mapping]  # noqa: SLF001
+        remedy = f"it is for {' or '.join(able)}" if able else "take a model of texts"
+        raise invalid(
+            f"model.path: {path} is a {config.model_type} model and cannot be trained for {task}, the federation's "
+            f"task; {remedy}"
+        )
+    if getattr(config, "quantization_config", None):
+        raise invalid(
+            f"model.path: the weights of {path} are quantized; take the checkpoint in full precision"
+        )
+
+
+def _load_model(
+    path: str, task: str, labels: Sequence[str]
+) -> tuple[PreTrainedModel, frozenset[str], frozenset[str]]:
+    """The model, and the names of its parameters that the checkpoint lacks, or has in another shape."""
     place, options = _source(path)
     if "gguf_file" not in options:
         options["use_safetensors"] = True
@@ -114,22 +200,17 @@ def _load_model(path: str, task: str, labels: Sequence[str]) -> tuple[PreTrained
             "id2label": names,
             "label2id": {v: k for k, v in names.items()},
         }
-    try:
+    with _loading(path, "the model"):
         model, info = _LOADERS[task].from_pretrained(
             place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise invalid(f"model.path: {path} cannot be loaded for {task}: {error}") from error
-    mismatched = {entry[0] for entry in info["mismatched_keys"]}
-    return model, frozenset(info["missing_keys"]) | mismatched
+    return model, frozenset(info["missing_keys"]), frozenset(entry[0] for entry in info["mismatched_keys"])
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     place, options = _source(path)
-    try:
+    with _loading(path, "the tokenizer"):
         return AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise invalid(f"model.path: the tokenizer of {path} cannot be loaded: {error}") from error
 
 
 def _set_padding(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -140,13 +221,26 @@ def _set_padding(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _head(model: PreTrainedModel) -> tuple[str, ...]:
-    """Top-level modules with parameters beside the base model: what the task puts on top of it."""
-    return tuple(
+def _head(model: PreTrainedModel, missing: Iterable[str]) -> tuple[str, ...]:
+    """Top-level modules beside the base model that are trained: the classifier, which is last, and incomplete ones."""
+    beside = [
         name
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
-    )
+    ]
+    lacking = [name for name in beside if any(under(parameter, [name]) for parameter in missing)]
+    return tuple(name for name in beside if name in lacking or name == beside[-1])
+
+
+def _notes(model: PreTrainedModel, head: Sequence[str], absent: Iterable[str]) -> Iterator[str]:
+    """A line for every part of a classifier that was trained before, and will not be used."""
+    for name in head:
+        own = {f"{name}.{parameter}" for parameter, _ in model.get_submodule(name).named_parameters()}
+        if own.isdisjoint(absent):
+            yield (
+                f"the checkpoint is a classifier already; the federation starts its {name} anew, from values that no "
+                "server knows"
+            )
 
 
 def _with_poolers(
@@ -160,13 +254,13 @@ def _with_poolers(
         parts = parameter.split(".")
         if not head or _POOLER not in parts:
             raise invalid(
-                f"model.path: {path} lacks {parameter}, which would be random and differ between agents; "
-                "use a checkpoint that holds it"
+                f"model.path: {path} lacks {parameter}, or has it in another shape than config.json says; it would be "
+                "random and differ between agents: use a checkpoint that holds it"
             )
         trained.add(".".join(parts[: parts.index(_POOLER) + 1]))
     order = tuple(name for name, _ in model.named_modules() if name in trained)
     for name in order:
-        _check_linear(name, model.get_submodule(name))
+        _check_trainable(name, model.get_submodule(name))
     return order
 
 
@@ -175,9 +269,15 @@ def under(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _check_linear(name: str, module: nn.Module) -> None:
+def is_norm(module: nn.Module) -> bool:
+    """Whether it scales and shifts what it has normalized: LayerNorm, RMSNorm and their kin."""
+    return type(module).__name__.endswith("Norm")
+
+
+def _check_trainable(name: str, module: nn.Module) -> None:
     for inner_name, inner in module.named_modules(prefix=name):
-        if not isinstance(inner, nn.Linear) and any(True for _ in inner.parameters(recurse=False)):
+        known = isinstance(inner, nn.Linear) or is_norm(inner)
+        if not known and any(True for _ in inner.parameters(recurse=False)):
             raise invalid(
-                f"the head module {inner_name} is a {type(inner).__name__}; only linear layers are supported"
+                f"the head module {inner_name} is a {type(inner).__name__}; only linear layers and norms are supported"
             )

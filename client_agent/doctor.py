@@ -21,7 +21,6 @@ from rich.text import Text
 
 from client_agent.conditions import SAMPLE_S, Conditions
 from client_agent.config import AgentConfig
-from client_agent.encoding import Encoder
 from client_agent.inspection import Inspection, inspect
 from client_agent.memory import memory_here
 from client_agent.session import Session
@@ -198,9 +197,18 @@ def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
         return [
             Finding("data and model", Verdict.FAILED, error.message, "see the configuration's data and model")
         ]
+    model, lengths = found.prepared.model, found.prepared.lengths
     findings = [
-        Finding("data", Verdict.OK, f"{len(found.examples):,} examples"),
-        Finding("model", Verdict.OK, f"{len(found.model.matrices)} matrices on {found.model.device.type}"),
+        Finding(
+            "data",
+            Verdict.OK,
+            f"{len(found.prepared.examples):,} examples, {lengths.cut:,} of them cut to {lengths.limit:,} tokens",
+        ),
+        Finding("model", Verdict.OK, f"{len(model.matrices)} matrices on {model.device.type}"),
+        *(
+            Finding("model", Verdict.WARNING, note, "take the checkpoint that it was made from")
+            for note in model.notes
+        ),
     ]
     try:
         seconds = _one_step(config, spec, found)
@@ -286,15 +294,17 @@ async def _answered(stub: health_pb2_grpc.HealthStub) -> None:
 def _one_step(config: AgentConfig, spec: FederationSpec, found: Inspection) -> float:
     """Seconds of a training step, the first one left out: it is slower."""
     training = spec.training
-    encoder = Encoder(found.model.tokenizer, training.max_tokens, append_end=not training.labels)
+    ready = found.prepared
     run = TrainingRun(1, training.batch_size, 1e-6, seed=1, micro_batch=config.resources.micro_batch)
-    seconds = [train(found.model, encoder, found.examples, run, lambda _: None).seconds for _ in range(2)]
+    seconds = [
+        train(ready.model, ready.encoder, ready.examples, run, lambda _: None).seconds for _ in range(2)
+    ]
     return seconds[-1]
 
 
 def _disk_needed(found: Inspection) -> int:
     """An update on its way out, the result on its way in, three sets of weights, and some room."""
-    return 3 * found.upload_bytes + 3 * FLOAT_BYTES * found.model.trainable_count + SPARE_DISK_BYTES
+    return 3 * found.upload_bytes + 3 * FLOAT_BYTES * found.prepared.model.trainable_count + SPARE_DISK_BYTES
 
 
 def _existing(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from client_agent.data import Examples
+from shelora.errors import DomainError, Reason
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,24 +27,50 @@ class Batch:
 
 
 class Encoder:
-    """Tokenizes and pads. Stateless but for the tokenizer.
+    """Tokenizes, cuts and pads. Stateless but for the tokenizer.
+
+    The special tokens that a tokenizer puts around a text, such as [CLS] or <s>, are not put a second time around a
+    text that holds them already. A text that is cut keeps its beginning; for causal-lm no end follows it then, or the
+    model would learn to end where the limit is.
 
     Args:
-        max_tokens: Tokens an example is cut to.
-        append_end: Whether an end token follows each text (causal-lm: the model learns where texts end).
+        limit: Tokens an example is cut to.
+        append_end: Whether an end token follows each whole text (causal-lm: the model learns where texts end).
+
+    Raises: DomainError MODEL_INVALID if special tokens leave no room for a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, append_end: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int, *, append_end: bool) -> None:
         self._tokenizer = tokenizer
         self._pad = int(tokenizer.pad_token_id)
-        self._end = [int(tokenizer.eos_token_id)] if append_end and tokenizer.eos_token_id is not None else []
-        self._limit = min(max_tokens, tokenizer.model_max_length)
+        self._head, self._tail = _frame(tokenizer)
+        self._ends_matter = append_end
+        end = tokenizer.eos_token_id
+        if append_end and end is not None and end not in self._tail:
+            self._tail = [*self._tail, int(end)]
+        self.limit = min(limit, tokenizer.model_max_length)
+        needed = max(2, len(self._head) + 1) if append_end else len(self._head) + 1 + len(self._tail)
+        if self.limit < needed:
+            raise DomainError(
+                Reason.MODEL_INVALID,
+                f"texts are cut to {self.limit} tokens, and the special tokens leave no room for a text: the operator "
+                f"must create the federation with max_tokens of at least {needed}, or the model be another",
+            )
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every text, each cut to the limit, the end token included."""
-        limit = max(1, self._limit - len(self._end))
-        encoded = self._tokenizer(list(texts), truncation=True, max_length=limit, return_attention_mask=False)
-        return [[*ids, *self._end][: self._limit] for ids in encoded["input_ids"]]
+        """Token ids of every text, special tokens included, each cut to the limit."""
+        return [self._cut(body) for body in self._bodies(texts)]
+
+    def measure(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """Tokens of every text before it is cut, special tokens included, and the largest token id."""
+        bodies = self._bodies(texts)
+        lengths = [sum(map(len, self._framed(body))) for body in bodies]
+        return lengths, max((max(body) for body in bodies if body), default=0)
+
+    def tokens(self, text: str) -> list[str]:
+        """What `ids` gives, for people."""
+        tokens: list[str] = self._tokenizer.convert_ids_to_tokens(self.ids([text])[0])
+        return tokens
 
     def batch(self, examples: Examples) -> Batch:
         """The batch of these examples."""
@@ -57,3 +84,33 @@ class Encoder:
             attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
             targets=torch.tensor(list(labels), dtype=torch.int64),
         )
+
+    def _bodies(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids without special tokens but those that the texts hold themselves, uncut."""
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def _framed(self, body: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """What comes before the text, the text, and what comes after it."""
+        head = [] if body[: len(self._head)] == self._head else self._head
+        tail = [] if self._tail and body[-len(self._tail) :] == self._tail else self._tail
+        return head, body, tail
+
+    def _cut(self, body: list[int]) -> list[int]:
+        head, body, tail = self._framed(body)
+        if len(head) + len(body) + len(tail) <= self.limit:
+            return [*head, *body, *tail]
+        kept = [] if self._ends_matter else self._tail
+        return [*head, *body[: self.limit - len(head) - len(kept)], *kept]
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    before = special.index(0) if 0 in special else len(ids)
+    after = special[::-1].index(0) if 0 in special else 0
+    return ids[:before], ids[len(ids) - after :]

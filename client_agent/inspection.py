@@ -2,47 +2,64 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
+from pydantic import ValidationError
 from rich.console import Group
+from rich.text import Text
 
-from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION, usual_targets
 from client_agent.config import AgentConfig
 from client_agent.data import Examples, found_labels
-from client_agent.learner import load_model, read_data
 from client_agent.model import AdaptedModel
+from client_agent.preparation import Prepared, prepare
 from client_agent.protection import expected_layout
+from client_agent.survey import WHOLE
+from client_agent.tables import invalid
+from shelora.configuration import explain
 from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.lora.kinds import kind_of
 from shelora.terminal import Records
+
+SHOWN_TOKENS: Final = 40
+"""Tokens of an example that are shown."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inspection:
     """What a check found."""
 
-    examples: Examples
-    test: Examples | None
-    model: AdaptedModel
+    prepared: Prepared
     upload_bytes: int
     """Estimate of the bytes of one update."""
 
 
 def inspect(config: AgentConfig, training: TrainingSpec, protection: ProtectionSpec) -> Inspection:
-    """Reads the data and loads the model. Raises: DomainError DATA_INVALID, MODEL_INVALID."""
-    examples, test = read_data(config, training)
-    model = load_model(config, training)
-    return Inspection(examples, test, model, estimated_upload_bytes(model, config.budget, protection))
+    """Does what `run` does before it joins. Raises: DomainError DATA_INVALID, MODEL_INVALID."""
+    prepared = prepare(config, training)
+    return Inspection(prepared, estimated_upload_bytes(prepared.model, config.budget, protection))
 
 
 def guessed_training(config: AgentConfig, target_modules: Sequence[str], *, causal_lm: bool) -> TrainingSpec:
-    """A specification to check against without a coordinator: its labels are those of the training file."""
+    """A specification to check against without a coordinator: its labels are those of the training file.
+
+    Args: target_modules: None are named: those that are usual for the model's architecture.
+    Raises: DomainError DATA_INVALID, MODEL_INVALID.
+    """
+    task = CAUSAL_LM if causal_lm else SEQUENCE_CLASSIFICATION
     labels = () if causal_lm else found_labels(config.data.train, config.data.label_field)
-    return TrainingSpec(
-        base_model=config.model.path,
-        task=CAUSAL_LM if causal_lm else SEQUENCE_CLASSIFICATION,
-        labels=labels,
-        target_modules=tuple(target_modules),
-    )
+    fields = {
+        "base_model": Path(config.model.path).name,
+        "task": task,
+        "labels": labels,
+        "target_modules": tuple(target_modules) or usual_targets(config.model.path),
+    }
+    try:
+        return TrainingSpec.model_validate(fields)
+    except ValidationError as error:
+        why = "; ".join(line.strip() for line in explain(error, TrainingSpec).splitlines())
+        raise invalid(f"{config.data.train} suits no federation: {why}") from None
 
 
 def estimated_upload_bytes(model: AdaptedModel, budget: float, protection: ProtectionSpec) -> int:
@@ -52,11 +69,16 @@ def estimated_upload_bytes(model: AdaptedModel, budget: float, protection: Prote
 
 
 def report(config: AgentConfig, training: TrainingSpec, found: Inspection) -> Group:
-    """Tables for a terminal."""
-    return Group(_examples_table(training, found), _model_table(config, found))
+    """Tables for a terminal, one example as the model sees it, and what else one should know."""
+    return Group(
+        _examples_table(training, found.prepared),
+        _tokens_table(training, found.prepared),
+        _model_table(config, found),
+        *(Text(f"note: {note}") for note in found.prepared.model.notes),
+    )
 
 
-def _examples_table(training: TrainingSpec, found: Inspection) -> Records:
+def _examples_table(training: TrainingSpec, found: Prepared) -> Records:
     table = Records("label", "train", "test", title="Examples", numbers=["train", "test"], lines=True)
     test = _counts(found.test, training.labels)
     for name, count in _counts(found.examples, training.labels).items():
@@ -64,12 +86,32 @@ def _examples_table(training: TrainingSpec, found: Inspection) -> Records:
     return table
 
 
+def _tokens_table(training: TrainingSpec, found: Prepared) -> Records:
+    lengths = found.lengths
+    table = Records("tokens", "", title="Training examples in tokens", sentences=[""], lines=True)
+    for percentile, length in lengths.percentiles().items():
+        table.add("longest" if percentile == WHOLE else f"{percentile} % have at most", f"{length:,}")
+    reason = "by the federation" if lengths.limit == training.max_tokens else "as the model takes no more"
+    table.add("cut to", f"{lengths.limit:,} {reason}")
+    table.add("cut", f"{lengths.cut:,} of {len(found.examples):,} ({lengths.cut / len(found.examples):.1%})")
+    table.add("the first one", _shortened(found.encoder.tokens(found.examples.texts[0])))
+    return table
+
+
+def _shortened(tokens: Sequence[str]) -> str:
+    """The tokens with spaces between them; what lies in the middle of many is left out."""
+    if len(tokens) <= SHOWN_TOKENS:
+        return " ".join(tokens)
+    half = SHOWN_TOKENS // 2
+    return " ".join([*tokens[:half], "...", *tokens[-half:]])
+
+
 def _counts(examples: Examples | None, labels: Sequence[str]) -> Mapping[str, int]:
     return {} if examples is None else {**examples.count_by_label(labels), "all": len(examples)}
 
 
 def _model_table(config: AgentConfig, found: Inspection) -> Records:
-    model = found.model
+    model = found.prepared.model
     table = Records("model", "", title="Model", sentences=[""], lines=True)
     shapes = sorted({(m.out_features, m.in_features) for m in model.matrices})
     table.add("adapted matrices", f"{len(model.matrices)}")

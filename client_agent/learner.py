@@ -7,17 +7,14 @@ from typing import Final
 import structlog
 import torch
 
-from client_agent.checkpoint import CAUSAL_LM, load_checkpoint
 from client_agent.conditions import Conditions
 from client_agent.config import AgentConfig
-from client_agent.data import Examples, read_examples
 from client_agent.drawing import sample, seed_of
-from client_agent.encoding import Encoder
 from client_agent.evaluation import evaluate
 from client_agent.keys import EpochSecrets
 from client_agent.learning import Evaluation, Trained, Weights
 from client_agent.metrics import TRAINING_STEPS, timed
-from client_agent.model import AdaptedModel, choose_device
+from client_agent.preparation import prepare
 from client_agent.progress import Activity
 from client_agent.scoring import sensitivity_scores
 from client_agent.state import AgentState
@@ -45,8 +42,11 @@ class Learner:
         self._client_id = config.client_id
         self._micro_batch = config.resources.micro_batch
         self._conditions = Conditions(config.resources)
-        self.examples, self.test = read_data(config, spec)
-        self.model = load_model(config, spec)
+        prepared = prepare(config, spec)
+        self.examples, self.test, self.model = prepared.examples, prepared.test, prepared.model
+        self._encoder = prepared.encoder
+        for note in self.model.notes:
+            _log.warning("model_noted", what=note)
         self._identity = {
             "federation": config.federation,
             "model": spec.base_model,
@@ -58,7 +58,6 @@ class Learner:
             "dropout": repr(config.lora.dropout),
             "data": self.examples.fingerprint(),
         }
-        self._encoder = Encoder(self.model.tokenizer, spec.max_tokens, append_end=spec.task == CAUSAL_LM)
         self._position: str | None = None
 
     def holds(self, round_id: str) -> bool:
@@ -190,23 +189,3 @@ def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, obfuscatio
             fill_A = obfuscation.initial_A(name, rank, update.M.shape[1])
             factors[name] = reparameterize(update, rank, scaling, fill_A)
     return Weights(factors, tensors)
-
-
-def read_data(config: AgentConfig, spec: TrainingSpec) -> tuple[Examples, Examples | None]:
-    """Training and test examples. Raises: DomainError DATA_INVALID."""
-    data = config.data
-    train_examples = read_examples(data.train, data.text_field, data.label_field, spec.labels)
-    if data.test is None:
-        return train_examples, None
-    return train_examples, read_examples(data.test, data.text_field, data.label_field, spec.labels)
-
-
-def load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:
-    """The adapted model. Raises: DomainError MODEL_INVALID."""
-    return AdaptedModel(
-        load_checkpoint(config.model.path, spec.task, spec.labels),
-        task=spec.task,
-        target_modules=spec.target_modules,
-        lora=config.lora,
-        device=choose_device(config.model.device),
-    )

@@ -137,15 +137,19 @@ def check(
     ] = False,
     target_modules: Annotated[
         list[str] | None,
-        typer.Option("--target-module", help="With --offline: suffix of modules to adapt; may be repeated."),
+        typer.Option(
+            "--target-module",
+            help="With --offline: suffix of modules to adapt, in place of usual ones; may be repeated.",
+        ),
     ] = None,
 ) -> None:
     """Reads the configuration, the data and the model, and shows what would be trained and sent. Sends nothing.
 
-    Task, labels and adapted modules come from the federation, so its coordinator is asked for them; --offline does
+    It finds what `run` would find: every text is tokenized, and the gradient of the longest one is computed. Task,
+    labels and adapted modules come from the federation, so its coordinator is asked for them; --offline does
     without.
     """
-    targets = target_modules or ["query", "value", "q_proj", "v_proj"]
+    targets = target_modules or []
     _exit_with(
         lambda: _check(AgentConfig.load(config), offline=offline, causal_lm=causal_lm, targets=targets)
     )

@@ -11,11 +11,22 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Checkpoint, invalid, quiet, under
+from client_agent.checkpoint import (
+    CAUSAL_LM,
+    SEQUENCE_CLASSIFICATION,
+    Checkpoint,
+    invalid,
+    is_norm,
+    quiet,
+    under,
+)
 from client_agent.config import LoraSettings
 from client_agent.encoding import Batch
 from client_agent.learning import Weights
+from client_agent.tables import first_line, listed
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.shards import Float32, Float64, LoraFactors
 
@@ -24,6 +35,7 @@ _PREFIX = "base_model.model."
 """What PEFT puts before the name of a module of the base model."""
 _COPY = f".modules_to_save.{_ADAPTER}"
 """What PEFT puts between a module trained whole and its parameter."""
+_LINEAR = (nn.Linear, Conv1D)
 _TASKS = {SEQUENCE_CLASSIFICATION: TaskType.SEQ_CLS, CAUSAL_LM: TaskType.CAUSAL_LM}
 
 
@@ -40,7 +52,7 @@ class InitialValues(Protocol):
 class AdaptedModel:
     """A base model with one LoRA adapter. Not thread-safe: one thread at a time uses it.
 
-    Raises: DomainError MODEL_INVALID if a target module does not exist or is not a linear layer.
+    Raises: DomainError MODEL_INVALID if a target matches no module, or one that is not a linear layer.
     """
 
     def __init__(
@@ -57,10 +69,17 @@ class AdaptedModel:
         self.rank = lora.rank
         self.scaling = lora.scaling
         self.tokenizer = checkpoint.tokenizer
+        self.notes = checkpoint.notes
+        self.most_positions = _most_positions(checkpoint.model)
+        """Tokens that the model can take, as far as it says so."""
+        self.vocabulary = _rows(checkpoint.model.get_input_embeddings())
+        """Token ids that the model knows: those below."""
+        self._norms = frozenset(_norm_weights(checkpoint.model))
+        _check_targets(checkpoint, target_modules)
         config = _peft_config(checkpoint.head, task, target_modules, lora)
         self._peft = _adapt(checkpoint, config).to(device)
         self._peft.eval()
-        self._layers = dict(_lora_layers(self._peft, checkpoint.head))
+        self._layers = dict(_lora_layers(self._peft))
         self._parameters = dict(_whole_parameters(self._peft))
         self.matrices = tuple(
             Matrix(name, layer.out_features, layer.in_features) for name, layer in self._layers.items()
@@ -90,6 +109,12 @@ class AdaptedModel:
     def base_weight_sums(self) -> dict[str, Float64]:
         """sum_k |W_kj| of every adapted matrix W [out, in], [in_features] by name."""
         return {name: _column_sums(layer) for name, layer in self._layers.items()}
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of token ids [examples, tokens] without padding."""
+        ids = ids.to(self.device)
+        logits: torch.Tensor = self._peft(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits.float()
 
     def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [k, classes] and targets [k]: of every example, or of every next token for causal-lm."""
@@ -127,7 +152,7 @@ class AdaptedModel:
                 parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
 
     def initialise(self, values: InitialValues) -> None:
-        """B = 0, A and tensors from `values`: the state in which every agent starts."""
+        """B = 0, norms scale by 1, A and other tensors from `values`: the state in which every agent starts."""
         factors = {
             m.name: LoraFactors(
                 B=np.zeros((m.out_features, self.rank), dtype=np.float32),
@@ -135,7 +160,13 @@ class AdaptedModel:
             )
             for m in self.matrices
         }
-        self.load(Weights(factors, {t.name: values.initial_tensor(t.name, t.shape) for t in self.tensors}))
+        tensors = {
+            t.name: np.ones(t.shape, dtype=np.float32)
+            if t.name in self._norms
+            else values.initial_tensor(t.name, t.shape)
+            for t in self.tensors
+        }
+        self.load(Weights(factors, tensors))
 
     def save_adapter(self, folder: Path) -> None:
         """Writes what `PeftModel.from_pretrained(base, folder)` loads, and the tokenizer."""
@@ -177,25 +208,64 @@ def _peft_config(
     )
 
 
+def _check_targets(checkpoint: Checkpoint, target_modules: Sequence[str]) -> None:
+    """Raises: MODEL_INVALID naming a target that matches nothing, which PEFT leaves out without a word, or no layer."""
+    modules = {n: m for n, m in checkpoint.model.named_modules() if not under(n, checkpoint.head)}
+    linear = dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, _LINEAR))
+    for target in target_modules:
+        matching = [n for n in modules if f".{n}".endswith(f".{target}")]
+        if not matching:
+            raise invalid(
+                f"the federation's target_modules name {target!r}, and the model has no such module; its linear "
+                f"layers are {listed(linear)}"
+            )
+        for name in matching:
+            _check_adaptable(name, modules[name])
+
+
+def _check_adaptable(name: str, module: nn.Module) -> None:
+    if not isinstance(module, _LINEAR):
+        raise invalid(
+            f"the federation adapts {name}, of the kind {type(module).__name__}; only linear layers can be adapted, "
+            "and no experts that lie in one stacked parameter"
+        )
+
+
 def _adapt(checkpoint: Checkpoint, config: LoraConfig) -> PeftModel:
     try:
         with quiet():
             return get_peft_model(checkpoint.model, config)
-    except ValueError as error:
-        raise invalid(f"the federation's target_modules do not fit the model: {error}") from error
+    except Exception as error:  # PEFT raises many kinds, by the module that it meets
+        raise invalid(f"the federation's target_modules do not fit the model: {first_line(error)}") from error
 
 
-def _lora_layers(model: PeftModel, head: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
     """Adapted modules in the model's order, by their name in the base model."""
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         own = name.removeprefix(_PREFIX)
-        if _ADAPTER not in module.lora_A or under(own, head):
-            raise invalid(
-                f"the federation adapts {own}, a {type(module).__name__}; only linear layers can be adapted"
-            )
+        _check_adaptable(own, module.get_base_layer())
         yield own, module
+
+
+def _most_positions(model: PreTrainedModel) -> int:
+    """Positions by the configuration and by tables of learned ones; where it says nothing, more than any text has."""
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = [stated] if isinstance(stated, int) and stated > 0 else []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position_embeddings" in name.rpartition(".")[2]:
+            padding = module.padding_idx  # as in RoBERTa, whose positions begin behind it
+            limits.append(module.num_embeddings - (0 if padding is None else padding + 1))
+    return min(limits, default=2**31)
+
+
+def _rows(embedding: nn.Module) -> int:
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 2**31
+
+
+def _norm_weights(model: nn.Module) -> Iterator[str]:
+    return (f"{name}.weight" for name, module in model.named_modules() if is_norm(module))
 
 
 def _whole_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:

@@ -278,8 +278,11 @@ def _known(value: object, field: str, place: str) -> object:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says first; its kind if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """What an exception says first, with its kind where that is but a name."""
+    said, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if said.endswith(":") and more:
+        said = f"{said} {more[0]}"
+    return said if " " in said else f"{type(error).__name__} {said}".strip()
 
 
 _READERS: Final = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}

@@ -51,7 +51,7 @@ def train(
     """Updates the model's trainable parameters in place.
 
     Args: report: Called before every step; what it raises ends training within that step.
-    Raises: DomainError VALUE_NOT_FINITE if the loss is NaN or infinite.
+    Raises: DomainError VALUE_NOT_FINITE if the loss is NaN or infinite; DATA_INVALID if a batch has no targets.
     """
     started = time.monotonic()
     optimizer = torch.optim.AdamW(model.trainable(), lr=run.learning_rate, weight_decay=0.0)
@@ -80,6 +80,8 @@ def _step(
     """One optimizer step on the mean over all targets of the parts; returns that mean."""
     optimizer.zero_grad(set_to_none=True)
     count = sum(model.target_count(part) for part in parts)
+    if not count:
+        raise DomainError(Reason.DATA_INVALID, f"no text of step {number + 1} has a second token to predict")
     value = sum(_accumulate(model, part, count) for part in parts)
     if not math.isfinite(value):
         raise DomainError(

@@ -76,13 +76,23 @@ class TrainingSpec(Spec):
     later rounds let their average settle."""
 
     max_tokens: Annotated[int, Field(ge=1, le=131_072)] = 128
-    """Tokens an example is cut to; time and memory of a step grow with it."""
+    """Tokens an example is cut to, at least 2 for causal-lm; time and memory of a step grow with it."""
 
     calibration_examples: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Examples that sensitivity scores are measured on; the ranking settles within some dozens."""
 
     evaluation_examples: Annotated[int, Field(ge=0, le=2**31 - 1)] = 256
     """Test examples after each round, 0 for none; after the last round, all."""
+
+    @model_validator(mode="after")
+    def _texts_have_a_next_token(self) -> Self:
+        if self.task == "causal-lm" and self.max_tokens < 2:
+            raise PydanticCustomError(
+                "max_tokens",
+                "max_tokens = {value} leaves no next token to predict: causal-lm needs at least 2",
+                {"value": self.max_tokens},
+            )
+        return self
 
     @model_validator(mode="after")
     def _labels_fit_the_task(self) -> Self:

@@ -159,7 +159,7 @@ class TrainingSpec(_message.Message):
     learning_rate: _builtins.float
     """AdamW learning rate, greater than 0."""
     max_tokens: _builtins.int
-    """Tokens an example is cut to, 1 to 131072."""
+    """Tokens an example is cut to, 1 (2 for causal-lm) to 131072."""
     calibration_examples: _builtins.int
     """Examples the sensitivity scores are measured on, 1 to 100000."""
     evaluation_examples: _builtins.int

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from client_agent.data import Examples
 from client_agent.doctor import Finding, Verdict
 from client_agent.doctor import report as doctor_report
-from client_agent.inspection import Inspection, _examples_table
+from client_agent.inspection import _examples_table
 from shelora.cli.cluster import Addresses
 from shelora.cli.main import _addresses_table, app
 from shelora.cli.operator import shown
@@ -52,7 +53,8 @@ VIEWS = {
     "status": lambda name: federations_table([pb.Federation(federation_id=name)]),
     "revocations": lambda name: revocations_table([enrolment_pb2.Revocation(client_id=name)]),
     "check": lambda name: _examples_table(
-        TrainingSpec(base_model="m", labels=(name, "b")), Inspection(Examples(("t",), (0,)), None, None, 0)
+        TrainingSpec(base_model="m", labels=(name, "b")),
+        SimpleNamespace(examples=Examples(("t",), (0,)), test=None),
     ),
     "doctor": lambda name: doctor_report([Finding(name, Verdict.FAILED, name, f"mend {name}")]),
     "up": lambda name: _addresses_table(ADDRESSES, Path(name)),

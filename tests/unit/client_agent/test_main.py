@@ -13,7 +13,17 @@ def test_an_offline_check_shows_data_and_model(agent_folder: Path) -> None:
     result = CliRunner().invoke(app, ["check", "--offline", "--config", str(agent_folder / "agent.yaml")])
     assert result.exit_code == 0, result.output
     shown = " ".join(result.output.split())
-    for expected in ("bad │ 10 │ 10", "all │ 20 │ 20", "adapted matrices │ 4", "32 x 32", "1,090", "MB"):
+    for expected in (
+        "bad │ 10 │ 10",
+        "all │ 20 │ 20",
+        "adapted matrices │ 4",
+        "32 x 32",
+        "1,090",
+        "MB",
+        "longest │ 6",
+        "cut │ 0 of 20 (0.0%)",
+        "[CLS] the movie was good [SEP]",
+    ):
         assert expected in shown, shown
 
 

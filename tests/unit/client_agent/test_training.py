@@ -136,10 +136,3 @@ def test_evaluation_by_length_agrees_with_one_example_at_a_time(
     single = [evaluate(model, encoder, examples.select([i]), ignore) for i in range(len(examples))]
     assert whole.correct == sum(one.correct for one in single)
     assert whole.loss == pytest.approx(sum(one.loss for one in single) / len(single), rel=1e-5)
-
-
-def test_long_texts_are_cut_to_the_limit(model: AdaptedModel) -> None:
-    encoder = Encoder(model.tokenizer, 8, append_end=True)
-    (ids,) = encoder.ids(["good " * 50])
-    assert len(ids) == 8
-    assert ids[-1] == model.tokenizer.eos_token_id

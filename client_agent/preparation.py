@@ -1,0 +1,116 @@
+"""What an agent trains with, read and tried out before it joins: `check`, `doctor` and `run` find the same."""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.nn import functional
+
+from client_agent.checkpoint import CAUSAL_LM, invalid, load_checkpoint
+from client_agent.config import AgentConfig
+from client_agent.data import Examples, read_examples
+from client_agent.encoding import Batch, Encoder
+from client_agent.model import AdaptedModel, choose_device
+from client_agent.survey import Survey, survey
+from client_agent.tables import first_line
+from shelora.errors import DomainError, Reason
+from shelora.federation import TrainingSpec
+
+_PROBED_TOKENS: Final = 16
+"""Tokens that show whether a model sees what comes later."""
+_CAUSAL_TOLERANCE: Final = 1e-4
+"""Largest change of logits, relative to the largest of them, that is rounding."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Prepared:
+    """Everything that training needs, and fits together."""
+
+    examples: Examples
+    test: Examples | None
+    model: AdaptedModel
+    encoder: Encoder
+    lengths: Survey
+    """Of the training examples."""
+
+
+def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
+    """Reads the data, loads the model, tokenizes every text, and computes the gradient of the longest example.
+
+    Raises: DomainError DATA_INVALID, MODEL_INVALID, MEMORY_UNAVAILABLE.
+    """
+    data = config.data
+    examples = read_examples(data.train, data.text_field, data.label_field, spec.labels)
+    test = None
+    if data.test is not None:
+        test = read_examples(data.test, data.text_field, data.label_field, spec.labels)
+    model = _load_model(config, spec)
+    causal = spec.task == CAUSAL_LM
+    encoder = Encoder(model.tokenizer, min(spec.max_tokens, model.most_positions), append_end=causal)
+    lengths = survey(data.train, data.text_field, examples, encoder)
+    _check_vocabulary(model, lengths)
+    if data.test is not None and test is not None:
+        _check_vocabulary(model, survey(data.test, data.text_field, test, encoder))
+    _rehearse(model, encoder.batch(examples.select([lengths.longest])))
+    return Prepared(examples=examples, test=test, model=model, encoder=encoder, lengths=lengths)
+
+
+def _load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:
+    """The adapted model. Raises: DomainError MODEL_INVALID."""
+    return AdaptedModel(
+        load_checkpoint(config.model.path, spec.task, spec.labels),
+        task=spec.task,
+        target_modules=spec.target_modules,
+        lora=config.lora,
+        device=choose_device(config.model.device),
+    )
+
+
+def _check_vocabulary(model: AdaptedModel, lengths: Survey) -> None:
+    if lengths.largest_id >= model.vocabulary:
+        raise invalid(
+            f"model.path: the tokenizer gives token {lengths.largest_id}, and the model knows {model.vocabulary:,} "
+            "tokens: take the tokenizer that belongs to the model"
+        )
+
+
+def _rehearse(model: AdaptedModel, batch: Batch) -> None:
+    """Computes a loss and its gradient once; the model's state does not change."""
+    try:
+        if model.task == CAUSAL_LM:
+            _check_causal(model, batch)
+        logits, targets = model.predict(batch)
+        loss = functional.cross_entropy(logits.float(), targets)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        value = float(loss.item())
+    except DomainError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise DomainError(
+            Reason.MEMORY_UNAVAILABLE, f"one example does not fit: {first_line(error)}"
+        ) from error
+    except Exception as error:  # a model can make torch raise anything
+        tokens = batch.input_ids.shape[1]
+        raise invalid(
+            f"the model cannot be trained on a text of {tokens} tokens: {first_line(error)}"
+        ) from error
+    finally:
+        for parameter in model.trainable():
+            parameter.grad = None
+    if not math.isfinite(value):
+        raise invalid(f"the model's loss is {value} before any training: are its weights damaged?")
+
+
+def _check_causal(model: AdaptedModel, batch: Batch) -> None:
+    """Raises: MODEL_INVALID if the last token changes what is predicted before it."""
+    ids = batch.input_ids[:, :_PROBED_TOKENS]
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % model.vocabulary
+    with torch.inference_mode():
+        first, second = (model.logits(probe)[:, :-1] for probe in (ids, other))
+    if (first - second).abs().max() > _CAUSAL_TOLERANCE * first.abs().max():
+        raise invalid(
+            "the model sees the tokens that it is to predict, as an encoder does: take a decoder for causal-lm, or ask "
+            "for a federation with task sequence-classification"
+        )
