@@ -13,7 +13,7 @@ from shelora.additive.sampler import Csprng
 from shelora.committee.certificate import assemble
 from shelora.committee.context import RoundContext
 from shelora.committee.dealer import Dealer
-from shelora.committee.dealing import check_dealt, shown_to
+from shelora.committee.dealing import check_dealt, dealing_digest, shown_to
 from shelora.committee.keys import KeySet
 from shelora.committee.member import Member
 from shelora.committee.reader import open_round
@@ -157,6 +157,11 @@ class World:
             checked = Checked.read(self.context, self.members[member].check().content)
             checks[checked.position] = checked
         return checks
+
+    @property
+    def dealings(self):
+        """What members hold of every dealing: digest and weight."""
+        return {name: (dealing_digest(dealt.dealing), 2) for name, dealt in self.dealt.items()}
 
     def verdict(self, checks):
         for dealt in self.dealt.values():
