@@ -6,7 +6,8 @@ if and only if the work changes, on whichever replica it is derived.
 
 import hashlib
 from dataclasses import dataclass
-from typing import TypeAlias
+from enum import StrEnum
+from typing import Final, TypeAlias
 
 from coordinator.records import FederationRecord, Negotiation, Phase, Plan, RoundRecord
 from shelora.rounds import RoundKind, RoundState
@@ -44,6 +45,22 @@ class Train:
     base_plan: Plan | None
 
 
+class ServeStep(StrEnum):
+    """What a member of a committee does next."""
+
+    CHECK = "CHECK"
+    SIGN = "SIGN"
+    ANSWER = "ANSWER"
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve on the committee of a round that has stopped collecting."""
+
+    round: RoundRecord
+    step: ServeStep
+
+
 @dataclass(frozen=True)
 class Finish:
     """Apply the final result."""
@@ -62,7 +79,10 @@ class Halt:
     plan: Plan | None = None
 
 
-Work: TypeAlias = Wait | Vote | MakePlan | Train | Finish | Halt
+_OPEN: Final = frozenset({RoundState.KEYING, RoundState.COLLECTING})
+"""States of a round in which agents train."""
+
+Work: TypeAlias = Wait | Vote | MakePlan | Train | Serve | Finish | Halt
 
 
 @dataclass(frozen=True)
@@ -131,8 +151,8 @@ def _in_round(
 ) -> Work:
     if round_ is None or round_.round.state is RoundState.SELECTING:
         return Wait("a round is about to open")
-    if round_.round.state is not RoundState.COLLECTING:
-        return Wait("the updates are being aggregated")
+    if round_.round.state not in _OPEN:
+        return _once_closed(round_, client_id)
     if committed:
         return Wait("the update is committed; waiting for the other agents")
     if client_id not in round_.round.cohort or client_id in round_.dropped_ids:
@@ -143,10 +163,24 @@ def _in_round(
     return Train(round_, plan, federation.result_sequence, federation.result_plan)
 
 
+def _once_closed(round_: RoundRecord, client_id: str) -> Work:
+    """No update counts any more: the committee's members serve."""
+    certifying = round_.round.state is RoundState.CERTIFYING
+    if client_id in round_.order and not round_.round.ended:
+        if not certifying:
+            return Serve(round_, ServeStep.ANSWER)
+        return Serve(round_, ServeStep.SIGN if round_.proposed else ServeStep.CHECK)
+    if certifying:
+        return Wait("the committee is agreeing on the updates that count")
+    return Wait("the updates are being aggregated")
+
+
 def _identifier(federation: FederationRecord, work: Work) -> str:
     match work:
         case Vote(round_) | Train(round_):
             return f"{round_.round.kind.lower()}/{round_.round.round_id}"
+        case Serve(round_, step):
+            return f"serve/{round_.round.round_id}/{step.lower()}"
         case MakePlan(negotiation):
             return f"plan/{federation.federation_id}.{federation.instance}/{negotiation.plan_number}"
         case Finish(sequence):

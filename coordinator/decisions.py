@@ -9,7 +9,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-from coordinator import transitions
+from coordinator import committees, transitions
+from coordinator.committees import Proceedings, Until
 from coordinator.records import (
     Commit,
     Dropped,
@@ -37,7 +38,7 @@ from shelora.rounds import (
 )
 from shelora.strategies.port import RoundTerms
 
-GATHERING: Final = frozenset({RoundState.SELECTING, RoundState.COLLECTING})
+GATHERING: Final = frozenset({RoundState.SELECTING, RoundState.KEYING, RoundState.COLLECTING})
 """States of a round that has no updates to lose but those that clients can send again."""
 LEAD_MS: Final = 60_000
 """Time after which a leader that does not say that it makes the plan is replaced."""
@@ -72,6 +73,8 @@ class View:
     """Members that say they do what they were asked; only read while a plan is made."""
     revoked: Mapping[str, int] = field(default_factory=dict)
     """Clients of the federation that this process knows to be revoked, with the time up to which they are."""
+    proceedings: Proceedings = field(default_factory=Proceedings)
+    """Of the round's committee; empty without one."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,13 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
+class PublishOpened:
+    """Publish an aggregated round with the answers that open it."""
+
+    record: RoundRecord
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Have aggregation delete what no one needs any more."""
 
@@ -170,6 +180,7 @@ Decision: TypeAlias = (
     | OpenRound
     | WriteRound
     | Aggregate
+    | PublishOpened
     | Sweep
 )
 
@@ -299,11 +310,39 @@ def _in_progress(view: View, record: RoundRecord, now_ms: int) -> Decision:
         return _without_revoked(record, gone, now_ms)
     if _is_refused(view, record):
         return WriteFederation("drop_plan", transitions.without_plan(view.federation, now_ms))
-    if record.round.state is RoundState.SELECTING:
-        return OpenRound(record)
-    if record.round.state is RoundState.AGGREGATING:
+    match record.round.state:
+        case RoundState.SELECTING:
+            return OpenRound(record)
+        case RoundState.KEYING | RoundState.CERTIFYING:
+            return _convene(view, record, now_ms)
+        case RoundState.AGGREGATING:
+            return _finish(view, record, now_ms)
+        case _:
+            return _collect(view, record, now_ms)
+
+
+def _convene(view: View, record: RoundRecord, now_ms: int) -> Decision:
+    """The committee's steps: its keys, its checks, its signatures."""
+    grace_s = view.federation.spec.round.committee_s
+    if record.round.state is RoundState.KEYING:
+        after = committees.seated(record, view.proceedings, now_ms, grace_s)
+    else:
+        context = committees.context_of(view.federation, record)
+        after = committees.certified(context, record, view.proceedings, now_ms, grace_s)
+    if isinstance(after, Until):
+        return Rest(after.ms)
+    return WriteRound(committees.STEP_NAMES[after.round.state], after)
+
+
+def _finish(view: View, record: RoundRecord, now_ms: int) -> Decision:
+    """Aggregates what counts; with a committee the answers that open the sum are waited for."""
+    if not record.round.convenes or not view.proceedings.aggregated:
         return Aggregate(record)
-    return _collect(view, record, now_ms)
+    grace_s = view.federation.spec.round.committee_s
+    answers = committees.has_answers(record, view.proceedings, now_ms, grace_s)
+    if isinstance(answers, Until):
+        return Rest(answers.ms)
+    return PublishOpened(record) if answers else abandon(record, Reason.ANSWERS_MISSING, now_ms)
 
 
 def _objecting(view: View, record: RoundRecord) -> set[str]:
@@ -335,13 +374,17 @@ def revoked_since(record: RoundRecord, revoked: Mapping[str, int]) -> list[str]:
 
 
 def _without_revoked(record: RoundRecord, gone: Sequence[str], now_ms: int) -> WriteRound:
-    """Goes on without revoked clients, whatever they have committed; not with fewer than a result needs."""
+    """Goes on without revoked clients, whatever they have committed; not with fewer than a result needs.
+
+    Nor with a set that was proposed to a committee with one of them: no other set follows.
+    """
     why = "the client's certificate was revoked"
     dropped = (
         *record.dropped,
         *(Dropped(client_id=name, reason=Reason.CERTIFICATE_REVOKED, why=why) for name in gone),
     )
-    if len(record.round.cohort) - len(dropped) < record.round.min_updates:
+    few = len(record.round.cohort) - len(dropped) < record.round.min_updates
+    if few or set(gone).intersection(record.contributors):
         return abandon(record, Reason.CERTIFICATE_REVOKED, now_ms)
     return WriteRound("drop_contributor", record.model_copy(update={"dropped": dropped}))
 
@@ -353,7 +396,11 @@ def _create(view: View, ticket: Ticket) -> Decision:
     willing = view.alive - view.objectors if ticket.plan else view.alive
     if len(willing) < rules.min_updates or federation.model is None:
         return Rest()
+    asked = willing - frozenset(federation.silent)
+    if len(asked) < rules.min_updates:
+        return WriteFederation("readmit_silent", transitions.readmitted(federation))
     round_id = federation.round_id(ticket.sequence)
+    cohort = select_cohort(round_id, asked, rules.cohort_limit if training else 0)
     layout = layout_of(federation, federation.model, ticket, view.members)
     round_ = Round(
         round_id=round_id,
@@ -362,8 +409,9 @@ def _create(view: View, ticket: Ticket) -> Decision:
         attempt=ticket.attempt,
         min_updates=rules.min_updates,
         deadline_s=rules.deadline_s,
-        cohort=select_cohort(round_id, willing, rules.cohort_limit if training else 0),
+        cohort=cohort,
         target_updates=rules.target_updates if training else 0,
+        draw=ticket.draw,
     )
     record = RoundRecord(
         round=round_,
@@ -374,6 +422,7 @@ def _create(view: View, ticket: Ticket) -> Decision:
         epoch=federation.epoch,
         revoked_ms=federation.revoked_ms,
         laggards=tuple(name for name in round_.cohort if name in view.laggards),
+        most_weight=max(view.members[name].example_count for name in cohort),
     )
     return CreateRound(record, layout)
 
@@ -398,6 +447,8 @@ def layout_of(
 
 
 def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:
+    if record.round.convenes and not committees.is_able(record, view.proceedings):
+        return abandon(record, Reason.COMMITTEE_INCOMPLETE, now_ms)
     round_, objecting = record.round, _objecting(view, record)
     gone = objecting | {drop.client_id for drop in view.given_up}
     absent = len(record.dropped) + len(gone - record.dropped_ids)
@@ -406,7 +457,11 @@ def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:
     due = should_close(round_, turnout, now_ms, ends_ms)
     if due is Event.CLOSE:
         closed = record.model_copy(
-            update={"round": record.round.advance(Event.CLOSE, now_ms), "closed_ms": now_ms}
+            update={
+                "round": record.round.advance(Event.CLOSE, now_ms),
+                "closed_ms": now_ms,
+                "step_ms": now_ms,
+            }
         )
         return WriteRound("close_round", closed)
     if due is Event.ABANDON:

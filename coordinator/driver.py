@@ -6,6 +6,7 @@ was overtaken is forgotten. All RPCs a step makes are idempotent.
 """
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -17,6 +18,8 @@ import structlog
 from coordinator import transitions
 from coordinator.aggregation import AggregationPool, contributions, lacks
 from coordinator.changes import Changes
+from coordinator.committees import Proceedings, context_of
+from coordinator.convening import checked_in, dealings_in, opening_of, views_in
 from coordinator.decisions import (
     Aggregate,
     CreateRound,
@@ -26,6 +29,7 @@ from coordinator.decisions import (
     FixModel,
     OpenKeys,
     OpenRound,
+    PublishOpened,
     Rest,
     RetireEpochs,
     Sweep,
@@ -51,6 +55,8 @@ from coordinator.records import (
     Phase,
     RoundRecord,
     ShardResult,
+    Statement,
+    StoredDigest,
 )
 from coordinator.screening import outliers
 from coordinator.store import Store, Versioned
@@ -319,6 +325,7 @@ class Driver:
                 overlap=mean_overlap(counted),
                 given_up=given_up,
             )
+        view = replace(view, proceedings=await self._proceedings(federation, round_))
         return await self._progress(view, round_) if round_.round.state is RoundState.COLLECTING else view
 
     async def _progress(self, view: View, record: RoundRecord) -> View:
@@ -373,6 +380,34 @@ class Driver:
         if found is None or not (found.record.closed_ms or found.record.round.reason is _TOO_FEW):
             return set()
         return set(found.record.round.cohort) - await self._store.committers(federation, newest)
+
+    async def _proceedings(self, federation: FederationRecord, record: RoundRecord) -> Proceedings:
+        """What the round's committee has come to, as far as its state asks for it."""
+        if not record.round.convenes:
+            return Proceedings()
+        state, place = record.round.state, (federation, record.sequence)
+        departed = await self._store.speakers(Statement.DEPARTURE, *place)
+        if state is RoundState.KEYING:
+            return Proceedings(
+                orders=await self._store.orders(*place),
+                views=views_in(await self._store.statements(Statement.VIEW, *place)),
+                departed=departed,
+            )
+        if state not in {RoundState.CERTIFYING, RoundState.AGGREGATING}:
+            return Proceedings(departed=departed)
+        context = context_of(federation, record)
+        checks = await self._store.statements(Statement.CHECK, *place)
+        dealings = {} if record.proposed else await self._store.dealings(*place)
+        counted = {name: dealt for name, dealt in dealings.items() if name not in record.dropped_ids}
+        shards = await self._store.shards(federation, record)
+        return Proceedings(
+            departed=departed,
+            dealings=dealings_in(context, counted),
+            checks=checked_in(context, record, checks),
+            signed=await self._store.speakers(Statement.SIGNATURE, *place),
+            answered=await self._store.speakers(Statement.ANSWER, *place),
+            aggregated=len(shards) == record.shard_count,
+        )
 
     async def _members(
         self, federation: FederationRecord, round_: RoundRecord | None
@@ -437,7 +472,7 @@ class Driver:
                 if record.sequence == 1:
                     await self._store.drop_shapes(federation.record.federation_id)
                 await self._write_round("create_round", federation.record, record, 0)
-            case OpenRound() | WriteRound() | Aggregate():
+            case OpenRound() | WriteRound() | Aggregate() | PublishOpened():
                 await self._act_on_round(decision, federation.record, round_)
             case _:
                 await self._act_on_federation(decision, federation)
@@ -466,7 +501,7 @@ class Driver:
 
     async def _act_on_round(
         self,
-        decision: OpenRound | WriteRound | Aggregate,
+        decision: OpenRound | WriteRound | Aggregate | PublishOpened,
         federation: FederationRecord,
         round_: Versioned[RoundRecord] | None,
     ) -> None:
@@ -476,6 +511,8 @@ class Driver:
             write = await self._or_abandoned(decision.record, self._open_round(federation, decision.record))
         elif isinstance(decision, Aggregate):
             write = await self._or_abandoned(decision.record, self._aggregate(federation, decision.record))
+        elif isinstance(decision, PublishOpened):
+            write = await self._publish_opened(federation, decision.record)
         else:
             write = decision
         if write is None:  # overtaken: decide anew
@@ -550,6 +587,8 @@ class Driver:
         sequence = federation.sequence_of(garbage.round_id)
         if sequence is not None:
             await votes_of(federation).drop(self._store, federation, sequence)
+        if sequence is not None and federation.strategy.needs_committee:
+            await self._store.drop_committee(federation, sequence)
         await self._aggregation.close_round(garbage.round_id, results=garbage.results)
 
     async def _open_round(self, federation: FederationRecord, record: RoundRecord) -> WriteRound:
@@ -558,8 +597,9 @@ class Driver:
             rules = federation.spec.round
             ttl_s = rules.deadline_s * (1 + rules.max_attempts) + self._policy.result_ttl_s
             await self._aggregation.open_round(record.round.round_id, layout.layout(), min(ttl_s, MAX_TTL_S))
-        opened = record.round.advance(Event.OPEN, self._clock_ms())
-        return WriteRound("open_round", record.model_copy(update={"round": opened}))
+        now_ms = self._clock_ms()
+        opened = record.round.advance(Event.OPEN, now_ms)
+        return WriteRound("open_round", record.model_copy(update={"round": opened, "step_ms": now_ms}))
 
     async def _aggregate(self, federation: FederationRecord, record: RoundRecord) -> WriteRound | None:
         """Aggregates what is left to aggregate; leads to publication, or to fewer contributors.
@@ -568,7 +608,7 @@ class Driver:
         """
         commits = contributors(record, await self._store.commits(federation, record.sequence))
         screened = any(drop.reason is not Reason.CERTIFICATE_REVOKED for drop in record.dropped)
-        if record.round.kind is RoundKind.TRAIN and not screened:
+        if record.round.kind is RoundKind.TRAIN and not screened and not record.round.convenes:
             found = outliers(federation.spec.screening, commits)
             if found:
                 return _without(record, found)
@@ -580,7 +620,8 @@ class Driver:
 
     async def _aggregated(
         self, federation: FederationRecord, record: RoundRecord, commits: list[Commit]
-    ) -> WriteRound:
+    ) -> WriteRound | None:
+        """Leads to publication; None if the answers of a committee are waited for."""
         if takes_ballots(federation, record):
             return await self._rank(federation, record, commits)
         try:
@@ -588,7 +629,11 @@ class Driver:
         except DomainError as error:
             if error.reason is not Reason.SHARD_MISSING:
                 raise
+            if record.round.convenes:  # the certified set cannot change
+                return abandon(record, error.reason, self._clock_ms())
             return await self._drop(record, commits)
+        if record.round.convenes:
+            return None
         if record.round.kind is RoundKind.TRAIN:
             TRAIN_LOSS.labels(federation.federation_id).set(mean_train_loss(commits))
         return self._published(record, len(commits), [shards[i] for i in range(record.shard_count)])
@@ -621,6 +666,21 @@ class Driver:
 
         await _all(*(aggregate(index) for index in range(record.shard_count) if index not in shards))
         return shards
+
+    async def _publish_opened(self, federation: FederationRecord, record: RoundRecord) -> WriteRound | None:
+        """Puts down what opens the sum; leads to publication. None if a contributor was revoked meanwhile."""
+        commits = contributors(record, await self._store.commits(federation, record.sequence))
+        shards = await self._store.shards(federation, record)
+        if len(shards) != record.shard_count:  # they have expired: aggregate again
+            return None
+        opening = await opening_of(self._store, federation, record)
+        digest = StoredDigest(sha256=hashlib.sha256(opening).hexdigest(), total_bytes=len(opening))
+        await self._store.put_opening(federation.federation_id, digest.sha256, opening)
+        record = record.model_copy(update={"opening": digest})
+        if revoked_since(record, self._revoked(federation.federation_id)):
+            return None
+        TRAIN_LOSS.labels(federation.federation_id).set(mean_train_loss(commits))
+        return self._published(record, len(commits), [shards[i] for i in range(record.shard_count)])
 
     async def _drop(self, record: RoundRecord, commits: list[Commit]) -> WriteRound:
         """Leaves out the clients whose committed shards aggregation does not have (any more)."""

@@ -11,6 +11,7 @@ from coordinator import checks, transitions
 from coordinator.aggregation import AggregationPool, lacks
 from coordinator.assignments import Assignment, MakePlan, Train, Vote, assignment_for
 from coordinator.changes import Changes
+from coordinator.convening import Convening
 from coordinator.liveness import USUAL, Liveness
 from coordinator.metrics import REFUSALS_TOTAL, UPDATES_TOTAL, await_evaluations, tell_evaluation
 from coordinator.records import (
@@ -34,7 +35,7 @@ from shelora.lora.layout import Matrix
 from shelora.lora.screening import update_norm
 from shelora.rounds import RoundKind, RoundState
 from shelora.transport.pieces import Digest, collect
-from shelora.v1 import common_pb2
+from shelora.v1 import committee_pb2, common_pb2
 
 MAX_PLAN_BYTES: Final = 64 * 2**20
 """Largest sealed plan: four bytes a column, so sixteen million columns."""
@@ -93,6 +94,13 @@ class Handlers:
     limits: Limits = Limits()
     liveness: Liveness = USUAL
     looks: Shared[_LookKey, _Look] = field(default_factory=lambda: Shared(WATCHED_FEDERATIONS))
+    root: bytes = b""
+    """Certificate of the authority in DER, whose clients' statements are believed; those of nobody without."""
+
+    @property
+    def convening(self) -> Convening:
+        """The use cases of committees."""
+        return Convening(self.store, self.changes, self.clock_ms, self.root)
 
     async def create(self, spec: FederationSpec) -> FederationRecord:
         """Creates a federation, or finds it created.
@@ -299,24 +307,45 @@ class Handlers:
         found = await self.store.round(federation, ticket.sequence) if ticket else None
         return federation, found.record if found else None
 
-    async def commit(self, federation_id: str, round_id: str, update: Update) -> int:
+    async def commit(
+        self,
+        federation_id: str,
+        round_id: str,
+        update: Update,
+        dealt: committee_pb2.DealtShares | None = None,
+    ) -> int:
         """Counts an update once. Returns the update count of the first receipt.
 
         Raises: ROUND_UNKNOWN, UPDATE_REWRITTEN, ROUND_NOT_COLLECTING, NOT_IN_COHORT, LAYOUT_MISMATCH,
-        INVALID_ARGUMENT, SHARD_MISSING, EXAMPLES_MISMATCH, NORM_TOO_LARGE.
+        INVALID_ARGUMENT, SHARD_MISSING, EXAMPLES_MISMATCH, NORM_TOO_LARGE, DEALING_REFUSED, SIGNATURE_REFUSED.
         """
-        return await _counted(self._commit(federation_id, round_id, update))
+        return await _counted(self._commit(federation_id, round_id, update, dealt))
 
-    async def _commit(self, federation_id: str, round_id: str, update: Update) -> tuple[CommitOutcome, int]:
+    async def _commit(
+        self,
+        federation_id: str,
+        round_id: str,
+        update: Update,
+        dealt: committee_pb2.DealtShares | None,
+    ) -> tuple[CommitOutcome, int]:
         federation = (await self.store.federation(federation_id)).record
         await self._touch(federation_id, update.client_id)
         record = await self._round(federation, round_id)
+        checks.require(
+            record.round.convenes == (dealt is not None),
+            "dealt must be set in a round with a committee, and only there",
+        )
+        kept = None
+        if dealt is not None:
+            shards = [bytes.fromhex(shard.sha256) for shard in update.shards]
+            kept = self.convening.dealt(federation, record, update.client_id, shards, dealt)
+            update = update.model_copy(update={"dealing": kept.digest})
         earlier = await self.store.commit_of(federation, record.sequence, update.client_id)
         if earlier is None:
             if record.round.state is not RoundState.COLLECTING:
                 return CommitOutcome.NOT_COLLECTING, 0
             update = await self._checked(federation, record, update)
-        return await self.store.commit(federation, record.sequence, update)
+        return await self.store.commit(federation, record.sequence, update, kept)
 
     async def cast_ballot(
         self, federation_id: str, round_id: str, update: Update, pieces: AsyncIterator[bytes]

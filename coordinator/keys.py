@@ -75,6 +75,26 @@ class Keys:
         """Hash from client to its encoded ballot, until the vote is over."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:ballots"
 
+    def statements(self, federation_id: str, instance: str, sequence: int, kind: str) -> str:
+        """Hash from client to what it stated to or as the committee of a round, until the round is over."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:committee:{kind}"
+
+    def orders(self, federation_id: str, instance: str, sequence: int) -> str:
+        """Hash of the committees that clients work out: names by digest."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:committee:orders"
+
+    def dealings(self, federation_id: str, instance: str, sequence: int) -> str:
+        """Hash from client to the Dealing of its update, without the shares, until the round is over."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:committee:dealings"
+
+    def shares(self, federation_id: str, instance: str, sequence: int, place: int) -> str:
+        """Hash from client to the share sealed to the member of that place, until the round is over."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:committee:shares:{place}"
+
+    def opening(self, federation_id: str, sha256: str) -> str:
+        """Serialized Opening of that digest."""
+        return f"{self._base(federation_id)}:opening:{sha256}"
+
     def shards(self, federation_id: str, instance: str, sequence: int, generation: int) -> str:
         """Hash from shard index to ShardResult; another generation for another set of contributors."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:shards:{generation}"

@@ -30,6 +30,7 @@ from services.shell.redis_watch import require_accepted, watch_redis
 from services.shell.revocations import Revocations, follow
 from services.shell.server import serve
 from shelora.terminal import CommandLine
+from shelora.transport.certificates import pem_to_der
 from shelora.transport.channel import open_channel
 from shelora.transport.replicas import Replicas
 from shelora.version import VersionOption
@@ -92,7 +93,8 @@ async def run(settings: CoordinatorSettings) -> None:
     )
     authority = open_channel(settings.key_authority_address, membership.credentials)
     changes, revocations = Changes(client), Revocations()
-    handlers, driver = compose(settings, client, changes, revocations, aggregation, authority)
+    root = pem_to_der(membership.credentials.held.authority)
+    handlers, driver = compose(settings, client, changes, revocations, aggregation, authority, root)
     servicer = CoordinatorServicer(handlers)
     await serve(
         settings,
@@ -129,8 +131,12 @@ def compose(
     revocations: Revocations,
     aggregation: Replicas,
     authority: grpc.aio.Channel,
+    root: bytes,
 ) -> tuple[Handlers, Driver]:
-    """The use cases and the driver over the same store."""
+    """The use cases and the driver over the same store.
+
+    Args: root: certificate of the authority in DER, whose clients' statements are believed.
+    """
     sighting = timedelta(seconds=settings.sighting_s)
     store = RedisStore(client, now_ms, settings.retention, sighting, settings.redis_timeout_s)
     pool = AggregationPool(
@@ -145,6 +151,7 @@ def compose(
         settings.watch_poll_s,
         settings.limits,
         settings.liveness,
+        root=root,
     )
     driver = Driver(
         store=store,

@@ -7,6 +7,7 @@ shards) has keys of its own. Rules live in `coordinator.decisions`; these classe
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Literal, Self
 
@@ -16,7 +17,7 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Layout, Matrix, Shard, Tensor
 from shelora.protocol import Stage
-from shelora.rounds import Round, RoundKind
+from shelora.rounds import Round, RoundKind, RoundState
 from shelora.strategies.port import Strategy
 
 MAX_NOTICES: Final = 100
@@ -129,6 +130,8 @@ class Ticket(Record):
     attempt: int
     plan: Plan | None = None
     """Plan the round trains by."""
+    draw: int = 0
+    """Which batches are trained on; 0 without a committee."""
 
 
 class Garbage(Record):
@@ -181,6 +184,10 @@ class FederationRecord(Record):
     """Attempt that the next round is."""
     trained: int = 0
     """Training rounds published."""
+    draws: int = 0
+    """Draws that are spent: their updates are in a sum, or might be."""
+    silent: tuple[str, ...] = ()
+    """Clients that kept a committee from being seated: not asked again before the next result, if others are enough."""
     overlap: float | None = None
     """Mean of what the newest training round's updates said of their overlap with the plan; None if they said nothing,
     or there was a vote since."""
@@ -201,6 +208,8 @@ class FederationRecord(Record):
     """Plan under which that result was made."""
     result_epoch: int = 0
     """Epoch in which it was made; 0 for none."""
+    result_opening: StoredDigest | None = None
+    """What opens it; None without a committee."""
     garbage: tuple[Garbage, ...] = ()
     extra_rounds: int = 0
     """Training rounds beyond those of the specification."""
@@ -346,6 +355,20 @@ class RoundRecord(Record):
     """Of a published vote by ballots; None if no member affords encryption."""
     aggregate_cpu_s: float = 0.0
     aggregate_wall_s: float = 0.0
+    order: tuple[str, ...] = ()
+    """Members of the committee in its order, once it is seated."""
+    silent: tuple[str, ...] = ()
+    """Clients that kept the committee from being seated."""
+    step_ms: int = 0
+    """When the committee's present step began, Unix milliseconds."""
+    contributors: tuple[str, ...] = ()
+    """The one set of updates that the committee is asked to certify, sorted; empty before."""
+    proposed: str = ""
+    """The same as members sign it: a serialized ContributorSet in hex."""
+    most_weight: int = 1
+    """With a committee, the largest weight of an update."""
+    opening: StoredDigest | None = None
+    """What opens the published sum; None without a committee."""
 
     @property
     def dropped_ids(self) -> frozenset[str]:
@@ -416,11 +439,13 @@ class Update(Record):
     report: Report
     norm: float = 0.0
     """As aggregation measured it (`shelora.lora.screening`); 0 for a vote."""
+    dealing: str = ""
+    """SHA-256 of its dealing in hex; "" without a committee."""
 
     @property
     def manifest_digest(self) -> str:
         """SHA-256 in hex of what fixes the update; a repeat may differ in its report only."""
-        manifest = self.model_dump_json(exclude={"report", "norm"})
+        manifest = self.model_dump_json(exclude={"report", "norm"} | (set() if self.dealing else {"dealing"}))
         counted = json.dumps([manifest, self.report.example_count])
         return hashlib.sha256(counted.encode()).hexdigest()
 
@@ -431,6 +456,55 @@ class Commit(Record):
     ordinal: int
     """From 1."""
     update: Update
+
+
+class Statement(StrEnum):
+    """What clients state to the committee of a round, or as its members. The value is part of a key's name."""
+
+    VIEW = "views"
+    """The committee as a client works it out, with its key if it is a member."""
+    DEPARTURE = "departures"
+    """A member has lost its key."""
+    CHECK = "checks"
+    """Which shares a member refuses, and its answers to the test of the others."""
+    SIGNATURE = "signatures"
+    """A member's signature of the proposed set."""
+    ANSWER = "answers"
+    """The sum of a member's shares over the certified set."""
+
+    @property
+    def states(self) -> frozenset[RoundState]:
+        """States of the round in which it may be stated."""
+        return _STATES[self]
+
+
+_STATES: Final = {
+    Statement.VIEW: frozenset({RoundState.KEYING}),
+    Statement.DEPARTURE: frozenset(
+        {RoundState.KEYING, RoundState.COLLECTING, RoundState.CERTIFYING, RoundState.AGGREGATING}
+    ),
+    Statement.CHECK: frozenset({RoundState.CERTIFYING}),
+    Statement.SIGNATURE: frozenset({RoundState.CERTIFYING}),
+    Statement.ANSWER: frozenset({RoundState.AGGREGATING}),
+}
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """One client's key of one round, shared among the committee, as it came with the update."""
+
+    dealing: bytes
+    """A serialized Dealing without its shares."""
+    shares: tuple[bytes, ...]
+    """By place in the committee's order."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it, in hex."""
+        hashed = hashlib.sha256(self.dealing)
+        for share in self.shares:
+            hashed.update(hashlib.sha256(share).digest())
+        return hashed.hexdigest()
 
 
 class Evaluation(Record):

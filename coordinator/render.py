@@ -4,7 +4,19 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeAlias
 
 from coordinator.aggregation import digest_to_proto
-from coordinator.assignments import Assignment, Finish, Halt, MakePlan, Train, Vote, Wait
+from coordinator.assignments import (
+    Assignment,
+    Finish,
+    Halt,
+    MakePlan,
+    Serve,
+    ServeStep,
+    Train,
+    Vote,
+    Wait,
+)
+from coordinator.committees import context_of
+from coordinator.convening import certificate_of
 from coordinator.records import (
     Commit,
     Evaluation,
@@ -14,6 +26,7 @@ from coordinator.records import (
     Plan,
     RoundRecord,
     Sighting,
+    Statement,
 )
 from coordinator.store import Store
 from coordinator.votes import votes_of
@@ -197,6 +210,8 @@ class Renderer:
                 message.make_plan.CopyFrom(await self._make_plan(federation, negotiation))
             case Train() as train:
                 message.train.CopyFrom(await self._train(federation, train))
+            case Serve(round_, step):
+                message.serve.CopyFrom(await self._serve(federation, round_, step))
             case Finish(sequence, plan):
                 result = await self._result(federation, sequence)
                 message.finish.CopyFrom(pb.Finish(result=result, plan=await self._plan(federation, plan)))
@@ -210,7 +225,19 @@ class Renderer:
             layout=await self._layout(federation, record.layout_digest),
             deadline_unix_ms=record.round.deadline_ms,
             epoch=record.epoch,
+            context=context_of(federation, record).to_proto() if record.round.convenes else None,
         )
+
+    async def _serve(self, federation: FederationRecord, record: RoundRecord, step: ServeStep) -> pb.Serve:
+        serve = pb.Serve(
+            round=await self._round(federation, record), step=pb.Serve.Step.Value(f"STEP_{step}")
+        )
+        if step is ServeStep.SIGN:
+            serve.proposed = bytes.fromhex(record.proposed)
+        if step is ServeStep.ANSWER:
+            signed = await self._store.statements(Statement.SIGNATURE, federation, record.sequence)
+            serve.certificate.CopyFrom(certificate_of(record, signed))
+        return serve
 
     async def _make_plan(self, federation: FederationRecord, negotiation: Negotiation) -> pb.MakePlan:
         return pb.MakePlan(

@@ -24,7 +24,8 @@ return 1
 """
 
 COMMIT: Final = """
--- KEYS: round, commits.  ARGV: client, manifest digest, update, expiry in ms, channel.
+-- KEYS: round, commits; with a committee the dealings, then the shares of each member.
+-- ARGV: client, manifest digest, update, expiry in ms, channel; with a committee the dealing, then each share.
 -- Returns {outcome, count}: 1 committed now, 2 committed before (count is that of the first receipt), 3 committed
 -- before with another manifest, 4 the round is not collecting.
 --
@@ -46,8 +47,38 @@ end
 local ordinal = redis.call('HLEN', KEYS[2]) + 1
 redis.call('HSET', KEYS[2], ARGV[1], ordinal .. ' ' .. ARGV[2] .. ' ' .. ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[4])
+for index = 3, #KEYS do
+  redis.call('HSET', KEYS[index], ARGV[1], ARGV[index + 3])
+  redis.call('PEXPIRE', KEYS[index], ARGV[4])
+end
 redis.call('PUBLISH', ARGV[5], ARGV[1])
 return {1, ordinal}
+"""
+
+STATE: Final = """
+-- KEYS: round, statements; for a view the orders.
+-- ARGV: client, content, expiry in ms, channel, states of the round (",KEYING,"); for a view its order's digest, names.
+-- Returns 1 stated now, 2 stated before, 3 another content was stated before, 4 the round is in another state.
+--
+-- Race: a statement against the round's next step. The driver reads statements after it wrote the state that ends their
+-- step, so what it acts on is what was counted; nothing is added later.
+-- Race: two statements of one client. The first one stored is the only one.
+local known = redis.call('HGET', KEYS[2], ARGV[1])
+if known then
+  return known == ARGV[2] and 2 or 3
+end
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state or not string.find(ARGV[5], ',' .. state .. ',', 1, true) then
+  return 4
+end
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+if KEYS[3] then
+  redis.call('HSET', KEYS[3], ARGV[6], ARGV[7])
+  redis.call('PEXPIRE', KEYS[3], ARGV[3])
+end
+redis.call('PUBLISH', ARGV[4], ARGV[1])
+return 1
 """
 
 SEE: Final = """

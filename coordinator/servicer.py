@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import grpc
 
@@ -12,14 +12,15 @@ from coordinator.handlers import Handlers
 from coordinator.records import FederationRecord
 from coordinator.render import Renderer
 from services.shell.guard import certificate_of
+from shelora.committee.rules import MAX_MEMBERS
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.messages import matrix_from_proto
 from shelora.transport.pieces import Digest, cut
 from shelora.transport.revocations import issued_ms
 from shelora.transport.status import translated
+from shelora.v1 import committee_pb2, coordinator_pb2_grpc
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.v1 import coordinator_pb2_grpc
 
 SERVICE_NAME: Final = "shelora.v1.Coordinator"
 
@@ -120,7 +121,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     ) -> pb.CommitUpdateResponse:
         async with translated(context):
             update = checks.update(request)
-            count = await self._handlers.commit(request.federation_id, request.round_id, update)
+            dealt = request.dealt if request.HasField("dealt") else None
+            count = await self._handlers.commit(request.federation_id, request.round_id, update, dealt)
             return pb.CommitUpdateResponse(update_count=count)
 
     async def CastBallot(
@@ -178,8 +180,72 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             await self._handlers.report_evaluation(request.federation_id, request.round_id, evaluation)
             return pb.ReportEvaluationResponse()
 
+    async def PostCommitteeKey(
+        self, request: pb.PostCommitteeKeyRequest, context: _Context
+    ) -> pb.PostCommitteeKeyResponse:
+        async with translated(context):
+            key = request.key if request.HasField("key") else None
+            order = tuple(request.order[: MAX_MEMBERS + 1])
+            await self._handlers.convening.post_key(*_scope(request), order, key)
+            return pb.PostCommitteeKeyResponse()
+
+    async def GetCommitteeKeys(
+        self, request: pb.GetCommitteeKeysRequest, context: _Context
+    ) -> pb.GetCommitteeKeysResponse:
+        async with translated(context):
+            return pb.GetCommitteeKeysResponse(keys=await self._handlers.convening.keys(*_scope(request)))
+
+    async def LeaveCommittee(
+        self, request: pb.LeaveCommitteeRequest, context: _Context
+    ) -> pb.LeaveCommitteeResponse:
+        async with translated(context):
+            await self._handlers.convening.leave(*_scope(request))
+            return pb.LeaveCommitteeResponse()
+
+    async def GetShares(
+        self, request: pb.GetSharesRequest, context: _Context
+    ) -> AsyncIterator[committee_pb2.DealtShare]:
+        async with (
+            translated(context),
+            aclosing(self._handlers.convening.shares(*_scope(request))) as shares,
+        ):
+            async for share in shares:
+                yield share
+
+    async def PostCheck(self, request: pb.PostCheckRequest, context: _Context) -> pb.PostCheckResponse:
+        async with translated(context):
+            await self._handlers.convening.check(*_scope(request), request.check)
+            return pb.PostCheckResponse()
+
+    async def SignSet(self, request: pb.SignSetRequest, context: _Context) -> pb.SignSetResponse:
+        async with translated(context):
+            await self._handlers.convening.sign(*_scope(request), request.signature)
+            return pb.SignSetResponse()
+
+    async def PostAnswer(self, request: pb.PostAnswerRequest, context: _Context) -> pb.PostAnswerResponse:
+        async with translated(context):
+            await self._handlers.convening.answer(*_scope(request), request.answer)
+            return pb.PostAnswerResponse()
+
+    async def GetOpening(self, request: pb.GetOpeningRequest, context: _Context) -> pb.GetOpeningResponse:
+        async with translated(context):
+            opening = await self._handlers.convening.opening(request.federation_id, request.round_id)
+            return pb.GetOpeningResponse.FromString(opening)
+
     async def _federation(self, record: FederationRecord) -> pb.Federation:
         return await self._render.federation(record, self._handlers.clock_ms())
+
+
+class _OfClient(Protocol):
+    """A request of one client about one round."""
+
+    federation_id: str
+    round_id: str
+    client_id: str
+
+
+def _scope(request: _OfClient) -> tuple[str, str, str]:
+    return request.federation_id, request.round_id, checks.client_id(request.client_id)
 
 
 async def _pieces(

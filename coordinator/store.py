@@ -6,6 +6,8 @@ lease for seconds. Every method raises STORE_UNAVAILABLE if Redis does not answe
 """
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from coordinator.keys import Keys
 from coordinator.metrics import TRANSACTION_TOTAL
 from coordinator.records import (
     Commit,
+    Dealt,
     Dropped,
     Evaluation,
     FederationRecord,
@@ -27,10 +30,12 @@ from coordinator.records import (
     RoundRecord,
     ShardResult,
     Sighting,
+    Statement,
     Update,
 )
-from coordinator.scripts import COMMIT, COMPARE_AND_SET, RELEASE, RENEW, SEE, TOUCH
+from coordinator.scripts import COMMIT, COMPARE_AND_SET, RELEASE, RENEW, SEE, STATE, TOUCH
 from services.shell.redis_client import Failures, RedisClient
+from shelora.committee.rules import MAX_MEMBERS
 from shelora.errors import DomainError, Reason, RetryLaterError
 
 _R = TypeVar("_R", bound=Record)
@@ -62,6 +67,15 @@ class CommitOutcome(IntEnum):
     REPEATED = 2
     REWRITTEN = 3
     NOT_COLLECTING = 4
+
+
+class StateOutcome(IntEnum):
+    """What became of a statement; the numbers are the script's."""
+
+    STATED = 1
+    REPEATED = 2
+    REWRITTEN = 3
+    OVER = 4
 
 
 class Store(Protocol):
@@ -98,9 +112,12 @@ class Store(Protocol):
         """Writes if the revision is still the newest; 0 creates. False: another writer was first. `name` is counted."""
 
     async def commit(
-        self, federation: FederationRecord, sequence: int, update: Update
+        self, federation: FederationRecord, sequence: int, update: Update, dealt: Dealt | None = None
     ) -> tuple[CommitOutcome, int]:
-        """Counts an update of a collecting round once. Returns the update count of the (first) receipt."""
+        """Counts an update of a collecting round once. Returns the update count of the (first) receipt.
+
+        `dealt`: kept in the same step; None without a committee.
+        """
 
     async def commit_of(self, federation: FederationRecord, sequence: int, client_id: str) -> Commit | None:
         """The committed update of a client."""
@@ -118,6 +135,48 @@ class Store(Protocol):
 
     async def committers(self, federation: FederationRecord, sequence: int) -> AbstractSet[str]:
         """Everyone who has committed."""
+
+    async def state(
+        self,
+        kind: Statement,
+        federation: FederationRecord,
+        sequence: int,
+        client_id: str,
+        content: bytes,
+        order: tuple[str, ...] = (),
+    ) -> StateOutcome:
+        """Keeps what a client states, once, while the round is in a state of that kind. `order`: of a view."""
+
+    async def statements(
+        self, kind: Statement, federation: FederationRecord, sequence: int
+    ) -> dict[str, bytes]:
+        """What clients have stated, by client, sorted."""
+
+    async def statement(
+        self, kind: Statement, federation: FederationRecord, sequence: int, client_id: str
+    ) -> bytes | None:
+        """What a client has stated."""
+
+    async def speakers(self, kind: Statement, federation: FederationRecord, sequence: int) -> frozenset[str]:
+        """Who has stated something of that kind."""
+
+    async def orders(self, federation: FederationRecord, sequence: int) -> dict[str, tuple[str, ...]]:
+        """The committees that clients have stated, by `order_digest`."""
+
+    async def dealings(self, federation: FederationRecord, sequence: int) -> dict[str, bytes]:
+        """The Dealings of committed updates, without shares, by client, sorted."""
+
+    async def shares(self, federation: FederationRecord, sequence: int, place: int) -> dict[str, bytes]:
+        """The shares sealed to the member of a place, by client."""
+
+    async def drop_committee(self, federation: FederationRecord, sequence: int) -> None:
+        """Deletes all statements, dealings and shares of a round."""
+
+    async def put_opening(self, federation_id: str, sha256: str, opening: bytes) -> None:
+        """Keeps an opening for some minutes, and as long as its federation once a record in use names it."""
+
+    async def opening(self, federation_id: str, sha256: str) -> bytes:
+        """Raises RESULT_UNKNOWN."""
 
     async def put_refusal(self, federation: FederationRecord, sequence: int, refusal: Dropped) -> None:
         """Keeps why a client's update was refused, or the client gave up; another refusal replaces it."""
@@ -275,6 +334,7 @@ class RedisStore:
         self._keys = keys or Keys()
         self._compare_and_set = redis.register_script(COMPARE_AND_SET)
         self._commit = redis.register_script(COMMIT)
+        self._state = redis.register_script(STATE)
         self._see = redis.register_script(SEE)
         self._touch = redis.register_script(TOUCH)
         self._renew = redis.register_script(RENEW)
@@ -299,10 +359,10 @@ class RedisStore:
         federation_id = record.federation_id
         await self._index(federation_id)
         keys = [self._keys.federation(federation_id), *self._standing(record)]
-        old = set(self._plan_keys(before.record)) - set(keys) if before else set()
+        old = {*self._plan_keys(before.record), *self._opening_keys(before.record)} if before else set()
         revision = before.revision if before else 0
         return await self._write(
-            name, federation_id, keys, record, record.phase, revision, unused=sorted(old)
+            name, federation_id, keys, record, record.phase, revision, unused=sorted(old - set(keys))
         )
 
     async def transact(
@@ -333,27 +393,110 @@ class RedisStore:
         ]
         if record.ranked is not None:  # in force once the round is settled
             keys.append(self._keys.plan(federation.federation_id, record.ranked.digest.sha256))
+        if record.opening is not None:
+            keys.append(self._keys.opening(federation.federation_id, record.opening.sha256))
         return await self._write(name, federation.federation_id, keys, record, record.round.state, revision)
 
     @_available
     async def commit(
-        self, federation: FederationRecord, sequence: int, update: Update
+        self, federation: FederationRecord, sequence: int, update: Update, dealt: Dealt | None = None
     ) -> tuple[CommitOutcome, int]:
-        federation_id = federation.federation_id
+        scope = (federation.federation_id, federation.instance, sequence)
+        parts: dict[str, bytes] = {}
+        if dealt is not None:
+            parts = {self._keys.dealings(*scope): dealt.dealing}
+            parts |= {self._keys.shares(*scope, i): share for i, share in enumerate(dealt.shares)}
         outcome, count = await self._commit(
-            keys=[
-                self._round_key(federation, sequence),
-                self._keys.commits(federation_id, federation.instance, sequence),
-            ],
+            keys=[self._round_key(federation, sequence), self._keys.commits(*scope), *parts],
             args=[
                 update.client_id,
                 update.manifest_digest,
                 update.model_dump_json(),
                 self._retention_ms,
-                self._keys.changes(federation_id),
+                self._keys.changes(federation.federation_id),
+                *parts.values(),
             ],
         )
         return CommitOutcome(outcome), int(count)
+
+    @_available
+    async def state(
+        self,
+        kind: Statement,
+        federation: FederationRecord,
+        sequence: int,
+        client_id: str,
+        content: bytes,
+        order: tuple[str, ...] = (),
+    ) -> StateOutcome:
+        keys = [self._round_key(federation, sequence), self._statements_key(kind, federation, sequence)]
+        kept: list[str] = []
+        if order:
+            keys.append(self._keys.orders(federation.federation_id, federation.instance, sequence))
+            kept = [order_digest(order), json.dumps(order)]
+        outcome = await self._state(
+            keys=keys,
+            args=[
+                client_id,
+                content,
+                self._retention_ms,
+                self._keys.changes(federation.federation_id),
+                f",{','.join(sorted(kind.states))},",
+                *kept,
+            ],
+        )
+        return StateOutcome(int(outcome))
+
+    @_available
+    async def statements(
+        self, kind: Statement, federation: FederationRecord, sequence: int
+    ) -> dict[str, bytes]:
+        return await self._by_client(self._statements_key(kind, federation, sequence))
+
+    @_available
+    async def statement(
+        self, kind: Statement, federation: FederationRecord, sequence: int, client_id: str
+    ) -> bytes | None:
+        found = await self._redis.hget(self._statements_key(kind, federation, sequence), client_id)
+        return None if found is None else bytes(found)
+
+    @_available
+    async def speakers(self, kind: Statement, federation: FederationRecord, sequence: int) -> frozenset[str]:
+        names = await self._redis.hkeys(self._statements_key(kind, federation, sequence))
+        return frozenset(name.decode() for name in names)
+
+    @_available
+    async def orders(self, federation: FederationRecord, sequence: int) -> dict[str, tuple[str, ...]]:
+        key = self._keys.orders(federation.federation_id, federation.instance, sequence)
+        fields = await self._hash(key)
+        return {digest.decode(): tuple(json.loads(names)) for digest, names in sorted(fields.items())}
+
+    @_available
+    async def dealings(self, federation: FederationRecord, sequence: int) -> dict[str, bytes]:
+        return await self._by_client(
+            self._keys.dealings(federation.federation_id, federation.instance, sequence)
+        )
+
+    @_available
+    async def shares(self, federation: FederationRecord, sequence: int, place: int) -> dict[str, bytes]:
+        return await self._by_client(
+            self._keys.shares(federation.federation_id, federation.instance, sequence, place)
+        )
+
+    @_available
+    async def drop_committee(self, federation: FederationRecord, sequence: int) -> None:
+        await self._redis.unlink(*self._committee_keys(federation, sequence))
+
+    @_available
+    async def put_opening(self, federation_id: str, sha256: str, opening: bytes) -> None:
+        await self._redis.set(self._keys.opening(federation_id, sha256), opening, px=PASSING_MS)
+
+    @_available
+    async def opening(self, federation_id: str, sha256: str) -> bytes:
+        found = await self._redis.get(self._keys.opening(federation_id, sha256))
+        if found is None:
+            raise DomainError(Reason.RESULT_UNKNOWN, "what opens the result has expired")
+        return bytes(found)
 
     @_available
     async def commit_of(self, federation: FederationRecord, sequence: int, client_id: str) -> Commit | None:
@@ -451,8 +594,12 @@ class RedisStore:
             return own
         generations = range(len(found.record.dropped) + 1)
         layout = keys.layout(federation.federation_id, found.record.layout_digest)
-        ranked = found.record.ranked
+        ranked, opening = found.record.ranked, found.record.opening
         plan = [keys.plan(federation.federation_id, ranked.digest.sha256)] if ranked else []
+        if opening is not None:
+            plan.append(keys.opening(federation.federation_id, opening.sha256))
+        if found.record.round.convenes:
+            plan += self._committee_keys(federation, sequence)
         return [*own, layout, *plan, *(keys.shards(*names, generation) for generation in generations)]
 
     @_available
@@ -667,6 +814,9 @@ class RedisStore:
             pipeline.pexpire(key, life_ms or self._retention_ms)
             await pipeline.execute()
 
+    async def _by_client(self, key: str) -> dict[str, bytes]:
+        return {name.decode(): bytes(value) for name, value in sorted((await self._hash(key)).items())}
+
     async def _hash(self, key: str) -> Mapping[bytes, bytes]:
         return cast("Mapping[bytes, bytes]", await self._redis.hgetall(key))  # the client decodes nothing
 
@@ -675,9 +825,24 @@ class RedisStore:
         return [
             self._keys.members(record.federation_id),
             *self._plan_keys(record),
+            *self._opening_keys(record),
             *(self._round_key(record, sequence) for sequence in sorted(record.results_in_use)),
             *(self._keys.layout(record.federation_id, digest) for digest in sorted(record.layouts_in_use)),
         ]
+
+    def _committee_keys(self, federation: FederationRecord, sequence: int) -> list[str]:
+        """Keys of all statements, dealings and shares of a round."""
+        scope = (federation.federation_id, federation.instance, sequence)
+        return [
+            *(self._keys.statements(*scope, kind) for kind in Statement),
+            *(self._keys.shares(*scope, place) for place in range(MAX_MEMBERS)),
+            self._keys.orders(*scope),
+            self._keys.dealings(*scope),
+        ]
+
+    def _opening_keys(self, record: FederationRecord) -> list[str]:
+        opening = record.result_opening
+        return [self._keys.opening(record.federation_id, opening.sha256)] if opening else []
 
     def _plan_keys(self, record: FederationRecord) -> list[str]:
         return [self._keys.plan(record.federation_id, plan.digest.sha256) for plan in record.plans]
@@ -685,9 +850,17 @@ class RedisStore:
     def _round_key(self, federation: FederationRecord, sequence: int) -> str:
         return self._keys.round(federation.federation_id, federation.instance, sequence)
 
+    def _statements_key(self, kind: Statement, federation: FederationRecord, sequence: int) -> str:
+        return self._keys.statements(federation.federation_id, federation.instance, sequence, kind)
+
     def _shards_key(self, federation: FederationRecord, record: RoundRecord) -> str:
         generation = len(record.dropped)
         return self._keys.shards(federation.federation_id, federation.instance, record.sequence, generation)
+
+
+def order_digest(order: Sequence[str]) -> str:
+    """SHA-256 in hex of a committee in its order."""
+    return hashlib.sha256(json.dumps(order).encode()).hexdigest()
 
 
 def _commit_from(data: bytes) -> Commit:

@@ -33,12 +33,19 @@ MAX_NAMED: Final = 5
 MAX_TIERS: Final = 16
 """Tiers of a plan: each costs slots in every matrix, whatever the number of clients."""
 
+_STEADY: Final = "see that agents run without interruption, or raise round.committee_s"
+
 WHY: Final[Mapping[Reason, str]] = {
     Reason.TOO_FEW_UPDATES: "fewer than {least} clients sent an update in time; see that enough agents run, or "
     "raise round.deadline_s",
     Reason.SHARD_MISSING: "updates of too many clients were lost from aggregation's store",
     Reason.NORM_OUTLIER: "too few updates were left after those that are too large beside the others; see "
     "`shelora federation show`, and raise screening.max_norm_ratio if those updates are honest",
+    Reason.COMMITTEE_INCOMPLETE: f"members of the committee were silent or restarted; {_STEADY}",
+    Reason.QUORUM_MISSING: f"too few members of the committee signed the set of updates; {_STEADY}",
+    Reason.ANSWERS_MISSING: f"too few members of the committee opened the sum; {_STEADY}",
+    Reason.DEALING_REFUSED: "too few updates were left whose keys the committee accepts; see that all agents are of "
+    "one version",
     Reason.ROUND_UNKNOWN: "aggregation's store lost the round",
     Reason.WORKER_FAILED: "aggregation's workers kept failing",
 }
@@ -232,6 +239,7 @@ def begun(record: FederationRecord, kind: RoundKind) -> FederationRecord:
         number=record.trained + 1 if kind is RoundKind.TRAIN else 0,
         attempt=record.attempt,
         plan=record.plan if kind is RoundKind.TRAIN else None,
+        draw=record.draws + 1 if record.strategy.needs_committee and kind is RoundKind.TRAIN else 0,
     )
     return edit(record, sequence=ticket.sequence, ticket=ticket)
 
@@ -239,6 +247,15 @@ def begun(record: FederationRecord, kind: RoundKind) -> FederationRecord:
 def cancelled(record: FederationRecord) -> FederationRecord:
     """Takes the ticket back before its round exists."""
     return edit(record, ticket=None)
+
+
+def readmitted(record: FederationRecord) -> FederationRecord:
+    """Asks clients again that kept a committee from being seated: without them there are too few. Costs an attempt."""
+    after = edit(record, silent=(), ticket=None, attempt=record.attempt + 1)
+    if record.attempt < record.spec.round.max_attempts:
+        return after
+    why = WHY[Reason.COMMITTEE_INCOMPLETE]
+    return failed(after, f"no committee came about in {record.attempt} attempts: {why}")
 
 
 def swept(record: FederationRecord, garbage: Sequence[Garbage]) -> FederationRecord:
@@ -269,6 +286,8 @@ def settled(
         after = edit(record, attempt=1, planned_at=record.trained, overlap=None, **outcome)
     else:
         after = edit(_after_training(record, ended), overlap=overlap)
+    if ended.round.spent:
+        after = edit(after, draws=ended.round.draw)
     notices = ended.dropped[:MAX_NOTICES] if ended.round.kind is RoundKind.TRAIN else ()
     return edit(after, ticket=None, garbage=(*after.garbage, _remains(ended, after)), notices=notices)
 
@@ -294,6 +313,8 @@ def _after_abandonment(record: FederationRecord, ended: RoundRecord, absent: str
     reason = ended.round.reason
     if reason in NO_FAULT:
         return edit(record, attempt=1)
+    if ended.silent:  # nothing was uploaded, and each time there are fewer
+        return edit(record, silent=tuple(sorted({*record.silent, *ended.silent})))
     if record.attempt < record.spec.round.max_attempts:
         return edit(record, attempt=record.attempt + 1)
     name = f"round {ended.round.number}" if ended.round.kind is RoundKind.TRAIN else "the vote"
@@ -313,6 +334,8 @@ def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationR
         result_layout=ended.layout_digest,
         result_plan=record.ticket.plan if record.ticket else None,
         result_epoch=ended.epoch,
+        result_opening=ended.opening,
+        silent=(),
         phase=Phase.FINISHED if last else record.phase,
     )
 

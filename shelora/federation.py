@@ -137,6 +137,10 @@ class RoundSpec(Spec):
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     """Attempts at a round before the federation fails; an attempt fails when too few clients answer."""
 
+    committee_s: Annotated[int, Field(ge=1, le=600)] = 60
+    """Seconds that a committee waits for a silent member at each of its steps (keys, checks, signatures, answers). Too
+    few, and rounds are lost to agents that are slow to answer; many, and one dead agent makes each of them longer."""
+
     replan_every_rounds: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Training rounds after which the plan is negotiated anew, 0 for never: sensitivities drift slowly."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeAlias
 
 from shelora.errors import DomainError, Reason
 
@@ -25,7 +25,11 @@ class RoundState(StrEnum):
     """Where a round is; PUBLISHED and ABANDONED are ends."""
 
     SELECTING = "SELECTING"
+    KEYING = "KEYING"
+    """The committee's members post their keys, and everyone trains. Only with a committee, as CERTIFYING."""
     COLLECTING = "COLLECTING"
+    CERTIFYING = "CERTIFYING"
+    """The committee checks shares and agrees on one set of updates."""
     AGGREGATING = "AGGREGATING"
     PUBLISHED = "PUBLISHED"
     ABANDONED = "ABANDONED"
@@ -35,7 +39,13 @@ class Event(StrEnum):
     """What can happen to a round."""
 
     OPEN = "OPEN"
+    """Agents may train."""
+    SEAT = "SEAT"
+    """The committee is complete."""
     CLOSE = "CLOSE"
+    """No further update counts."""
+    CERTIFY = "CERTIFY"
+    """The committee has certified one set of updates."""
     PUBLISH = "PUBLISH"
     ABANDON = "ABANDON"
 
@@ -45,17 +55,31 @@ LEAST_GRACE_MS: Final = 60_000
 
 ENDED: Final = frozenset({RoundState.PUBLISHED, RoundState.ABANDONED})
 
-TRANSITIONS: Final[Mapping[tuple[RoundState, Event], RoundState]] = MappingProxyType(
-    {
-        (RoundState.SELECTING, Event.OPEN): RoundState.COLLECTING,
-        (RoundState.COLLECTING, Event.CLOSE): RoundState.AGGREGATING,
-        (RoundState.AGGREGATING, Event.PUBLISH): RoundState.PUBLISHED,
-        (RoundState.SELECTING, Event.ABANDON): RoundState.ABANDONED,
-        (RoundState.COLLECTING, Event.ABANDON): RoundState.ABANDONED,
-        (RoundState.AGGREGATING, Event.ABANDON): RoundState.ABANDONED,
-    }
+Transitions: TypeAlias = Mapping[tuple[RoundState, Event], RoundState]
+
+
+def _with_abandonment(*path: tuple[RoundState, Event, RoundState]) -> Transitions:
+    """The table of a path: each of its states may also be abandoned."""
+    steps = {(origin, event): target for origin, event, target in path}
+    steps |= {(origin, Event.ABANDON): RoundState.ABANDONED for origin, _, _ in path}
+    return MappingProxyType(steps)
+
+
+TRANSITIONS: Final = _with_abandonment(
+    (RoundState.SELECTING, Event.OPEN, RoundState.COLLECTING),
+    (RoundState.COLLECTING, Event.CLOSE, RoundState.AGGREGATING),
+    (RoundState.AGGREGATING, Event.PUBLISH, RoundState.PUBLISHED),
 )
-"""The whole state machine: what is not in the table is refused."""
+"""The whole state machine of a round without a committee: what is not in the table is refused."""
+
+COMMITTEE_TRANSITIONS: Final = _with_abandonment(
+    (RoundState.SELECTING, Event.OPEN, RoundState.KEYING),
+    (RoundState.KEYING, Event.SEAT, RoundState.COLLECTING),
+    (RoundState.COLLECTING, Event.CLOSE, RoundState.CERTIFYING),
+    (RoundState.CERTIFYING, Event.CERTIFY, RoundState.AGGREGATING),
+    (RoundState.AGGREGATING, Event.PUBLISH, RoundState.PUBLISHED),
+)
+"""The same of a round whose sum a committee of its clients opens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +100,9 @@ class Round:
     """Clients asked for an update, sorted; fixed from the start."""
     target_updates: int = 0
     """Updates at which it closes without waiting for the rest of the cohort; 0 for all of them."""
+    draw: int = 0
+    """With a committee, which batches are trained on, from 1: attempts at one draw repeat the same update, and members
+    certify one set of it. 0 without a committee."""
     state: RoundState = RoundState.SELECTING
     reason: Reason | None = None
     """Why it was abandoned."""
@@ -83,10 +110,22 @@ class Round:
     """Unix milliseconds at which collecting began; 0 before."""
     ended_ms: int = 0
     """Unix milliseconds at which it was published or abandoned; 0 before."""
+    closed: bool = False
+    """Whether it stopped collecting with enough updates."""
 
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+    @property
+    def convenes(self) -> bool:
+        """Whether a committee of the cohort opens the sum."""
+        return self.draw > 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether members may have signed a set of this draw: its updates are never summed in another one."""
+        return self.convenes and self.closed
 
     @property
     def deadline_ms(self) -> int:
@@ -99,7 +138,8 @@ class Round:
         Args: now_ms: Unix milliseconds; reason: why, for ABANDON and only for it.
         Raises: INVALID_TRANSITION: the table has no such step from this state.
         """
-        state = TRANSITIONS.get((self.state, event))
+        table = COMMITTEE_TRANSITIONS if self.convenes else TRANSITIONS
+        state = table.get((self.state, event))
         if state is None:
             raise DomainError(
                 Reason.INVALID_TRANSITION, f"{event} is not possible for a round that is {self.state}"
@@ -114,6 +154,7 @@ class Round:
             reason=reason,
             opened_ms=now_ms if event is Event.OPEN else self.opened_ms,
             ended_ms=now_ms if state in ENDED else 0,
+            closed=self.closed or event is Event.CLOSE,
         )
 
 

@@ -13,6 +13,7 @@ class Plain:
     name: Final = "none"
     needs_keys: Final = False
     needs_plan: Final = False
+    needs_committee: Final = False
     summary: Final = "UNPROTECTED"
 
     def encrypts(self, budget: float) -> str:

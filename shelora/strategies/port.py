@@ -72,6 +72,10 @@ class Strategy(Protocol):
         """Whether clients agree on columns to encrypt before they train."""
 
     @property
+    def needs_committee(self) -> bool:
+        """Whether a committee of each training round's clients opens its sum; nobody else can."""
+
+    @property
     def summary(self) -> str:
         """What it protects, in some words, for a status line."""
 

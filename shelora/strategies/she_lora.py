@@ -16,6 +16,7 @@ class SheLora:
     name: Final = "selective"
     needs_keys: Final = True
     needs_plan: Final = True
+    needs_committee: Final = False
     summary: Final = "every agent's budget encrypted"
 
     def encrypts(self, budget: float) -> str:

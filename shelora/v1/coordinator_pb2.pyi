@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from shelora.v1 import committee_pb2 as _committee_pb2
 from shelora.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -87,6 +88,10 @@ class _RoundStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundState
     """The result can be fetched."""
     ROUND_STATE_ABANDONED: _RoundState.ValueType  # 5
     """Ended without a result; a new attempt follows if any is left."""
+    ROUND_STATE_KEYING: _RoundState.ValueType  # 6
+    """Seating the committee while agents train; between selecting and collecting, only with a committee."""
+    ROUND_STATE_CERTIFYING: _RoundState.ValueType  # 7
+    """The committee agrees on one set of updates; between collecting and aggregating, only with a committee."""
 
 class RoundState(_RoundState, metaclass=_RoundStateEnumTypeWrapper): ...
 
@@ -101,6 +106,10 @@ ROUND_STATE_PUBLISHED: RoundState.ValueType  # 4
 """The result can be fetched."""
 ROUND_STATE_ABANDONED: RoundState.ValueType  # 5
 """Ended without a result; a new attempt follows if any is left."""
+ROUND_STATE_KEYING: RoundState.ValueType  # 6
+"""Seating the committee while agents train; between selecting and collecting, only with a committee."""
+ROUND_STATE_CERTIFYING: RoundState.ValueType  # 7
+"""The committee agrees on one set of updates; between collecting and aggregating, only with a committee."""
 Global___RoundState: _TypeAlias = RoundState  # noqa: Y015
 
 class _FederationView:
@@ -244,6 +253,7 @@ class RoundSpec(_message.Message):
     TARGET_UPDATES_FIELD_NUMBER: _builtins.int
     OVER_SELECTION_FIELD_NUMBER: _builtins.int
     GRACE_FIELD_NUMBER: _builtins.int
+    COMMITTEE_S_FIELD_NUMBER: _builtins.int
     rounds: _builtins.int
     """Training rounds, 1 to 10000."""
     clients: _builtins.int
@@ -268,6 +278,8 @@ class RoundSpec(_message.Message):
     """Once more than half of those asked, and min_updates, have committed, the round waits for the others this many times
     as long again, at least 60 s, then closes: 0 to 1000; 0 waits until the deadline.
     """
+    committee_s: _builtins.int
+    """Seconds that a committee waits for a silent member at each of its steps, 1 to 600."""
     def __init__(
         self,
         *,
@@ -281,13 +293,16 @@ class RoundSpec(_message.Message):
         target_updates: _builtins.int | None = ...,
         over_selection: _builtins.float | None = ...,
         grace: _builtins.float | None = ...,
+        committee_s: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_deadline_s", b"_deadline_s", "_grace", b"_grace", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "deadline_s", b"deadline_s", "grace", b"grace", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_committee_s", b"_committee_s", "_deadline_s", b"_deadline_s", "_grace", b"_grace", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "committee_s", b"committee_s", "deadline_s", b"deadline_s", "grace", b"grace", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_deadline_s", b"_deadline_s", "_grace", b"_grace", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "deadline_s", b"deadline_s", "grace", b"grace", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_committee_s", b"_committee_s", "_deadline_s", b"_deadline_s", "_grace", b"_grace", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "committee_s", b"committee_s", "deadline_s", b"deadline_s", "grace", b"grace", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clients: _TypeAlias = _typing.Literal["clients"]  # noqa: Y015
     _WhichOneofArgType__clients: _TypeAlias = _typing.Literal["_clients", b"_clients"]  # noqa: Y015
+    _WhichOneofReturnType__committee_s: _TypeAlias = _typing.Literal["committee_s"]  # noqa: Y015
+    _WhichOneofArgType__committee_s: _TypeAlias = _typing.Literal["_committee_s", b"_committee_s"]  # noqa: Y015
     _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
     _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
     _WhichOneofReturnType__grace: _TypeAlias = _typing.Literal["grace"]  # noqa: Y015
@@ -308,6 +323,8 @@ class RoundSpec(_message.Message):
     _WhichOneofArgType__target_updates: _TypeAlias = _typing.Literal["_target_updates", b"_target_updates"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clients) -> _WhichOneofReturnType__clients | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__committee_s) -> _WhichOneofReturnType__committee_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
     @_typing.overload
@@ -1168,6 +1185,7 @@ class RoundRef(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     number: _builtins.int
     """Number among training rounds from 1; 0 for a vote."""
@@ -1178,6 +1196,10 @@ class RoundRef(_message.Message):
     """Epoch of the keys that the layout and the plan are under. Never less than in an earlier round."""
     @_builtins.property
     def layout(self) -> _common_pb2.Layout: ...
+    @_builtins.property
+    def context(self) -> _committee_pb2.RoundContext:
+        """What is signed over in a round whose sum a committee opens. Unset without one."""
+
     def __init__(
         self,
         *,
@@ -1187,10 +1209,11 @@ class RoundRef(_message.Message):
         layout: _common_pb2.Layout | None = ...,
         deadline_unix_ms: _builtins.int = ...,
         epoch: _builtins.int = ...,
+        context: _committee_pb2.RoundContext | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_unix_ms", b"deadline_unix_ms", "epoch", b"epoch", "layout", b"layout", "number", b"number", "round_id", b"round_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "context", b"context", "deadline_unix_ms", b"deadline_unix_ms", "epoch", b"epoch", "layout", b"layout", "number", b"number", "round_id", b"round_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1243,6 +1266,7 @@ class Assignment(_message.Message):
     TRAIN_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     HALT_FIELD_NUMBER: _builtins.int
+    SERVE_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Changes whenever the work changes; an agent does each assignment once."""
@@ -1262,6 +1286,8 @@ class Assignment(_message.Message):
     def finish(self) -> Global___Finish: ...
     @_builtins.property
     def halt(self) -> Global___Halt: ...
+    @_builtins.property
+    def serve(self) -> Global___Serve: ...
     def __init__(
         self,
         *,
@@ -1272,13 +1298,14 @@ class Assignment(_message.Message):
         train: Global___Train | None = ...,
         finish: Global___Finish | None = ...,
         halt: Global___Halt | None = ...,
+        serve: Global___Serve | None = ...,
         notice: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "halt", b"halt", "make_plan", b"make_plan", "train", b"train", "vote", b"vote", "wait", b"wait", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "halt", b"halt", "make_plan", b"make_plan", "serve", b"serve", "train", b"train", "vote", b"vote", "wait", b"wait", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "finish", b"finish", "halt", b"halt", "make_plan", b"make_plan", "notice", b"notice", "train", b"train", "vote", b"vote", "wait", b"wait", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "finish", b"finish", "halt", b"halt", "make_plan", b"make_plan", "notice", b"notice", "serve", b"serve", "train", b"train", "vote", b"vote", "wait", b"wait", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["wait", "vote", "make_plan", "train", "finish", "halt"]  # noqa: Y015
+    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["wait", "vote", "make_plan", "train", "finish", "halt", "serve"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
 
@@ -1434,6 +1461,64 @@ class Finish(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finish: _TypeAlias = Finish  # noqa: Y015
+
+@_typing.final
+class Serve(_message.Message):
+    """Serve on the committee of a round that has stopped collecting."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Step:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StepEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Serve._Step.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STEP_UNSPECIFIED: Serve._Step.ValueType  # 0
+        STEP_CHECK: Serve._Step.ValueType  # 1
+        """Fetch the shares, check them, post the check."""
+        STEP_SIGN: Serve._Step.ValueType  # 2
+        """Sign the set of these contributors, unless another of this draw was signed before."""
+        STEP_ANSWER: Serve._Step.ValueType  # 3
+        """Verify the certificate, post the answer."""
+
+    class Step(_Step, metaclass=_StepEnumTypeWrapper): ...
+    STEP_UNSPECIFIED: Serve.Step.ValueType  # 0
+    STEP_CHECK: Serve.Step.ValueType  # 1
+    """Fetch the shares, check them, post the check."""
+    STEP_SIGN: Serve.Step.ValueType  # 2
+    """Sign the set of these contributors, unless another of this draw was signed before."""
+    STEP_ANSWER: Serve.Step.ValueType  # 3
+    """Verify the certificate, post the answer."""
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    PROPOSED_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    step: Global___Serve.Step.ValueType
+    proposed: _builtins.bytes
+    """The proposed set, a serialized ContributorSet; empty before. Only for STEP_SIGN."""
+    @_builtins.property
+    def round(self) -> Global___RoundRef: ...
+    @_builtins.property
+    def certificate(self) -> _committee_pb2.Certificate:
+        """The certified set. Only for STEP_ANSWER."""
+
+    def __init__(
+        self,
+        *,
+        round: Global___RoundRef | None = ...,
+        step: Global___Serve.Step.ValueType = ...,
+        proposed: _builtins.bytes = ...,
+        certificate: _committee_pb2.Certificate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "round", b"round"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "proposed", b"proposed", "round", b"round", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Serve: _TypeAlias = Serve  # noqa: Y015
 
 @_typing.final
 class Halt(_message.Message):
@@ -1607,6 +1692,7 @@ class CommitUpdateRequest(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     SCALING_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    DEALT_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     round_id: _builtins.str
     client_id: _builtins.str
@@ -1624,6 +1710,10 @@ class CommitUpdateRequest(_message.Message):
     def report(self) -> Global___UpdateReport:
         """What the update says of itself; example_count is the aggregation weight."""
 
+    @_builtins.property
+    def dealt(self) -> _committee_pb2.DealtShares:
+        """The update's key, shared among the committee; part of the manifest. Unset without a committee."""
+
     def __init__(
         self,
         *,
@@ -1635,10 +1725,11 @@ class CommitUpdateRequest(_message.Message):
         rank: _builtins.int = ...,
         scaling: _builtins.float = ...,
         report: Global___UpdateReport | None = ...,
+        dealt: _committee_pb2.DealtShares | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dealt", b"dealt", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "federation_id", b"federation_id", "layout_digest", b"layout_digest", "rank", b"rank", "report", b"report", "round_id", b"round_id", "scaling", b"scaling", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "dealt", b"dealt", "federation_id", b"federation_id", "layout_digest", b"layout_digest", "rank", b"rank", "report", b"report", "round_id", b"round_id", "scaling", b"scaling", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1957,3 +2048,357 @@ class ReportEvaluationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportEvaluationResponse: _TypeAlias = ReportEvaluationResponse  # noqa: Y015
+
+@_typing.final
+class PostCommitteeKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    round_id: _builtins.str
+    client_id: _builtins.str
+    @_builtins.property
+    def order(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The committee in order, as many clients of the cohort as the context says."""
+
+    @_builtins.property
+    def key(self) -> _committee_pb2.Signed:
+        """The client's signed CommitteeKey if it is a member; else unset."""
+
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+        order: _abc.Iterable[_builtins.str] | None = ...,
+        key: _committee_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "federation_id", b"federation_id", "key", b"key", "order", b"order", "round_id", b"round_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PostCommitteeKeyRequest: _TypeAlias = PostCommitteeKeyRequest  # noqa: Y015
+
+@_typing.final
+class PostCommitteeKeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PostCommitteeKeyResponse: _TypeAlias = PostCommitteeKeyResponse  # noqa: Y015
+
+@_typing.final
+class GetCommitteeKeysRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    round_id: _builtins.str
+    client_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "federation_id", b"federation_id", "round_id", b"round_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCommitteeKeysRequest: _TypeAlias = GetCommitteeKeysRequest  # noqa: Y015
+
+@_typing.final
+class GetCommitteeKeysResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[_committee_pb2.Signed]:
+        """Signed CommitteeKeys in the committee's order."""
+
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_committee_pb2.Signed] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCommitteeKeysResponse: _TypeAlias = GetCommitteeKeysResponse  # noqa: Y015
+
+@_typing.final
+class LeaveCommitteeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    round_id: _builtins.str
+    client_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "federation_id", b"federation_id", "round_id", b"round_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveCommitteeRequest: _TypeAlias = LeaveCommitteeRequest  # noqa: Y015
+
+@_typing.final
+class LeaveCommitteeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveCommitteeResponse: _TypeAlias = LeaveCommitteeResponse  # noqa: Y015
+
+@_typing.final
+class GetSharesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    round_id: _builtins.str
+    client_id: _builtins.str
+    """The member."""
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "federation_id", b"federation_id", "round_id", b"round_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSharesRequest: _TypeAlias = GetSharesRequest  # noqa: Y015
+
+@_typing.final
+class PostCheckRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    CHECK_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    round_id: _builtins.str
+    client_id: _builtins.str
+    @_builtins.property
+    def check(self) -> _committee_pb2.Signed:
+        """The signed Check."""
+
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+        check: _committee_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "client_id", b"client_id", "federation_id", b"federation_id", "round_id", b"round_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PostCheckRequest: _TypeAlias = PostCheckRequest  # noqa: Y015
+
+@_typing.final
+class PostCheckResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PostCheckResponse: _TypeAlias = PostCheckResponse  # noqa: Y015
+
+@_typing.final
+class SignSetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    round_id: _builtins.str
+    client_id: _builtins.str
+    @_builtins.property
+    def signature(self) -> _committee_pb2.SetSignature:
+        """The member's signature of the proposed set."""
+
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+        signature: _committee_pb2.SetSignature | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "federation_id", b"federation_id", "round_id", b"round_id", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignSetRequest: _TypeAlias = SignSetRequest  # noqa: Y015
+
+@_typing.final
+class SignSetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignSetResponse: _TypeAlias = SignSetResponse  # noqa: Y015
+
+@_typing.final
+class PostAnswerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    round_id: _builtins.str
+    client_id: _builtins.str
+    @_builtins.property
+    def answer(self) -> _committee_pb2.Signed:
+        """The signed Answer."""
+
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+        answer: _committee_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "client_id", b"client_id", "federation_id", b"federation_id", "round_id", b"round_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PostAnswerRequest: _TypeAlias = PostAnswerRequest  # noqa: Y015
+
+@_typing.final
+class PostAnswerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PostAnswerResponse: _TypeAlias = PostAnswerResponse  # noqa: Y015
+
+@_typing.final
+class GetOpeningRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    round_id: _builtins.str
+    """Round of the result."""
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation_id", b"federation_id", "round_id", b"round_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetOpeningRequest: _TypeAlias = GetOpeningRequest  # noqa: Y015
+
+@_typing.final
+class GetOpeningResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    OPENING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def context(self) -> _committee_pb2.RoundContext:
+        """What was signed over."""
+
+    @_builtins.property
+    def opening(self) -> _committee_pb2.Opening:
+        """Certificate and answers."""
+
+    def __init__(
+        self,
+        *,
+        context: _committee_pb2.RoundContext | None = ...,
+        opening: _committee_pb2.Opening | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "opening", b"opening"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "opening", b"opening"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetOpeningResponse: _TypeAlias = GetOpeningResponse  # noqa: Y015

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from shelora.v1 import committee_pb2 as shelora_dot_v1_dot_committee__pb2
 from shelora.v1 import coordinator_pb2 as shelora_dot_v1_dot_coordinator__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -124,6 +125,46 @@ class CoordinatorStub:
                 '/shelora.v1.Coordinator/ReportEvaluation',
                 request_serializer=shelora_dot_v1_dot_coordinator__pb2.ReportEvaluationRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_coordinator__pb2.ReportEvaluationResponse.FromString,
+                _registered_method=True)
+        self.PostCommitteeKey = channel.unary_unary(
+                '/shelora.v1.Coordinator/PostCommitteeKey',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.PostCommitteeKeyRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.PostCommitteeKeyResponse.FromString,
+                _registered_method=True)
+        self.GetCommitteeKeys = channel.unary_unary(
+                '/shelora.v1.Coordinator/GetCommitteeKeys',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.GetCommitteeKeysRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.GetCommitteeKeysResponse.FromString,
+                _registered_method=True)
+        self.LeaveCommittee = channel.unary_unary(
+                '/shelora.v1.Coordinator/LeaveCommittee',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.LeaveCommitteeRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.LeaveCommitteeResponse.FromString,
+                _registered_method=True)
+        self.GetShares = channel.unary_stream(
+                '/shelora.v1.Coordinator/GetShares',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.GetSharesRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_committee__pb2.DealtShare.FromString,
+                _registered_method=True)
+        self.PostCheck = channel.unary_unary(
+                '/shelora.v1.Coordinator/PostCheck',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.PostCheckRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.PostCheckResponse.FromString,
+                _registered_method=True)
+        self.SignSet = channel.unary_unary(
+                '/shelora.v1.Coordinator/SignSet',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.SignSetRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.SignSetResponse.FromString,
+                _registered_method=True)
+        self.PostAnswer = channel.unary_unary(
+                '/shelora.v1.Coordinator/PostAnswer',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.PostAnswerRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.PostAnswerResponse.FromString,
+                _registered_method=True)
+        self.GetOpening = channel.unary_unary(
+                '/shelora.v1.Coordinator/GetOpening',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.GetOpeningRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.GetOpeningResponse.FromString,
                 _registered_method=True)
 
 
@@ -286,6 +327,73 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PostCommitteeKey(self, request, context):
+        """Rounds with a committee (docs/committee.md). What clients sign is described in committee.proto. All of these are for
+        clients of the round's cohort; they fail with ROUND_UNKNOWN, or NOT_IN_COHORT for others. Statements (Post…, Sign…)
+        are idempotent by content: a repeat succeeds, also after the round moved on; another content fails with
+        STATEMENT_REWRITTEN, a first statement outside of its step with STEP_OVER.
+
+        States the committee's order as a client works it out, with its key if it is a member. While the round is keying.
+        Fails with INVALID_ARGUMENT, SIGNATURE_REFUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCommitteeKeys(self, request, context):
+        """Returns the committee's keys once all are there. Waits some seconds for that, then fails with COMMITTEE_INCOMPLETE:
+        ask again. Read only. Fails with STEP_OVER if the round was abandoned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeaveCommittee(self, request, context):
+        """Says that a member has lost its key, by a restart: it takes no part in the committee. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetShares(self, request, context):
+        """Streams what a member is shown of every dealer, in order of their names. Read only. From the round's close on; fails
+        with STEP_OVER before, and for who is no member.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PostCheck(self, request, context):
+        """Says whose shares a member holds and whose it refuses. While the round is certifying and no set is proposed. Fails
+        with SIGNATURE_REFUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SignSet(self, request, context):
+        """Signs the proposed set of updates. While the round is certifying and that set is proposed. Fails with SET_REFUSED for
+        another set, SIGNATURE_REFUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PostAnswer(self, request, context):
+        """Gives the sum of a member's shares over the certified set. While the round is aggregating. Fails with
+        SIGNATURE_REFUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetOpening(self, request, context):
+        """Returns what opens a published result. Read only. For every client of the federation. Fails with RESULT_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -378,6 +486,46 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.ReportEvaluation,
                     request_deserializer=shelora_dot_v1_dot_coordinator__pb2.ReportEvaluationRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_coordinator__pb2.ReportEvaluationResponse.SerializeToString,
+            ),
+            'PostCommitteeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.PostCommitteeKey,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.PostCommitteeKeyRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.PostCommitteeKeyResponse.SerializeToString,
+            ),
+            'GetCommitteeKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCommitteeKeys,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.GetCommitteeKeysRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.GetCommitteeKeysResponse.SerializeToString,
+            ),
+            'LeaveCommittee': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaveCommittee,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.LeaveCommitteeRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.LeaveCommitteeResponse.SerializeToString,
+            ),
+            'GetShares': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetShares,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.GetSharesRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_committee__pb2.DealtShare.SerializeToString,
+            ),
+            'PostCheck': grpc.unary_unary_rpc_method_handler(
+                    servicer.PostCheck,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.PostCheckRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.PostCheckResponse.SerializeToString,
+            ),
+            'SignSet': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignSet,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.SignSetRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.SignSetResponse.SerializeToString,
+            ),
+            'PostAnswer': grpc.unary_unary_rpc_method_handler(
+                    servicer.PostAnswer,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.PostAnswerRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.PostAnswerResponse.SerializeToString,
+            ),
+            'GetOpening': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOpening,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.GetOpeningRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.GetOpeningResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -867,6 +1015,222 @@ class Coordinator:
             '/shelora.v1.Coordinator/ReportEvaluation',
             shelora_dot_v1_dot_coordinator__pb2.ReportEvaluationRequest.SerializeToString,
             shelora_dot_v1_dot_coordinator__pb2.ReportEvaluationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PostCommitteeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/PostCommitteeKey',
+            shelora_dot_v1_dot_coordinator__pb2.PostCommitteeKeyRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.PostCommitteeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCommitteeKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/GetCommitteeKeys',
+            shelora_dot_v1_dot_coordinator__pb2.GetCommitteeKeysRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.GetCommitteeKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaveCommittee(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/LeaveCommittee',
+            shelora_dot_v1_dot_coordinator__pb2.LeaveCommitteeRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.LeaveCommitteeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetShares(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shelora.v1.Coordinator/GetShares',
+            shelora_dot_v1_dot_coordinator__pb2.GetSharesRequest.SerializeToString,
+            shelora_dot_v1_dot_committee__pb2.DealtShare.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PostCheck(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/PostCheck',
+            shelora_dot_v1_dot_coordinator__pb2.PostCheckRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.PostCheckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignSet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/SignSet',
+            shelora_dot_v1_dot_coordinator__pb2.SignSetRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.SignSetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PostAnswer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/PostAnswer',
+            shelora_dot_v1_dot_coordinator__pb2.PostAnswerRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.PostAnswerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOpening(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/GetOpening',
+            shelora_dot_v1_dot_coordinator__pb2.GetOpeningRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.GetOpeningResponse.FromString,
             options,
             channel_credentials,
             insecure,

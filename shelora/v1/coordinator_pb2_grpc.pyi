@@ -5,6 +5,7 @@ Membership, rounds, plans. Sees neither updates nor secrets."""
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from shelora.v1 import committee_pb2 as _committee_pb2
 from shelora.v1 import coordinator_pb2 as _coordinator_pb2
 import abc as _abc_1
 import grpc as _grpc
@@ -113,6 +114,39 @@ class CoordinatorStub:
     """
     ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportEvaluationRequest, _coordinator_pb2.ReportEvaluationResponse]
     """Reports what an agent measured after it applied a result. Idempotent: a second report replaces the first."""
+    PostCommitteeKey: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PostCommitteeKeyRequest, _coordinator_pb2.PostCommitteeKeyResponse]
+    """Rounds with a committee (docs/committee.md). What clients sign is described in committee.proto. All of these are for
+    clients of the round's cohort; they fail with ROUND_UNKNOWN, or NOT_IN_COHORT for others. Statements (Post…, Sign…)
+    are idempotent by content: a repeat succeeds, also after the round moved on; another content fails with
+    STATEMENT_REWRITTEN, a first statement outside of its step with STEP_OVER.
+
+    States the committee's order as a client works it out, with its key if it is a member. While the round is keying.
+    Fails with INVALID_ARGUMENT, SIGNATURE_REFUSED.
+    """
+    GetCommitteeKeys: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetCommitteeKeysRequest, _coordinator_pb2.GetCommitteeKeysResponse]
+    """Returns the committee's keys once all are there. Waits some seconds for that, then fails with COMMITTEE_INCOMPLETE:
+    ask again. Read only. Fails with STEP_OVER if the round was abandoned.
+    """
+    LeaveCommittee: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.LeaveCommitteeRequest, _coordinator_pb2.LeaveCommitteeResponse]
+    """Says that a member has lost its key, by a restart: it takes no part in the committee. Idempotent."""
+    GetShares: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.GetSharesRequest, _committee_pb2.DealtShare]
+    """Streams what a member is shown of every dealer, in order of their names. Read only. From the round's close on; fails
+    with STEP_OVER before, and for who is no member.
+    """
+    PostCheck: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PostCheckRequest, _coordinator_pb2.PostCheckResponse]
+    """Says whose shares a member holds and whose it refuses. While the round is certifying and no set is proposed. Fails
+    with SIGNATURE_REFUSED.
+    """
+    SignSet: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SignSetRequest, _coordinator_pb2.SignSetResponse]
+    """Signs the proposed set of updates. While the round is certifying and that set is proposed. Fails with SET_REFUSED for
+    another set, SIGNATURE_REFUSED.
+    """
+    PostAnswer: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PostAnswerRequest, _coordinator_pb2.PostAnswerResponse]
+    """Gives the sum of a member's shares over the certified set. While the round is aggregating. Fails with
+    SIGNATURE_REFUSED.
+    """
+    GetOpening: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetOpeningRequest, _coordinator_pb2.GetOpeningResponse]
+    """Returns what opens a published result. Read only. For every client of the federation. Fails with RESULT_UNKNOWN."""
 
 @_typing.type_check_only
 class CoordinatorAsyncStub(CoordinatorStub):
@@ -199,6 +233,39 @@ class CoordinatorAsyncStub(CoordinatorStub):
     """
     ReportEvaluation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportEvaluationRequest, _coordinator_pb2.ReportEvaluationResponse]  # type: ignore[assignment]
     """Reports what an agent measured after it applied a result. Idempotent: a second report replaces the first."""
+    PostCommitteeKey: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PostCommitteeKeyRequest, _coordinator_pb2.PostCommitteeKeyResponse]  # type: ignore[assignment]
+    """Rounds with a committee (docs/committee.md). What clients sign is described in committee.proto. All of these are for
+    clients of the round's cohort; they fail with ROUND_UNKNOWN, or NOT_IN_COHORT for others. Statements (Post…, Sign…)
+    are idempotent by content: a repeat succeeds, also after the round moved on; another content fails with
+    STATEMENT_REWRITTEN, a first statement outside of its step with STEP_OVER.
+
+    States the committee's order as a client works it out, with its key if it is a member. While the round is keying.
+    Fails with INVALID_ARGUMENT, SIGNATURE_REFUSED.
+    """
+    GetCommitteeKeys: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetCommitteeKeysRequest, _coordinator_pb2.GetCommitteeKeysResponse]  # type: ignore[assignment]
+    """Returns the committee's keys once all are there. Waits some seconds for that, then fails with COMMITTEE_INCOMPLETE:
+    ask again. Read only. Fails with STEP_OVER if the round was abandoned.
+    """
+    LeaveCommittee: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.LeaveCommitteeRequest, _coordinator_pb2.LeaveCommitteeResponse]  # type: ignore[assignment]
+    """Says that a member has lost its key, by a restart: it takes no part in the committee. Idempotent."""
+    GetShares: _aio.UnaryStreamMultiCallable[_coordinator_pb2.GetSharesRequest, _committee_pb2.DealtShare]  # type: ignore[assignment]
+    """Streams what a member is shown of every dealer, in order of their names. Read only. From the round's close on; fails
+    with STEP_OVER before, and for who is no member.
+    """
+    PostCheck: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PostCheckRequest, _coordinator_pb2.PostCheckResponse]  # type: ignore[assignment]
+    """Says whose shares a member holds and whose it refuses. While the round is certifying and no set is proposed. Fails
+    with SIGNATURE_REFUSED.
+    """
+    SignSet: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SignSetRequest, _coordinator_pb2.SignSetResponse]  # type: ignore[assignment]
+    """Signs the proposed set of updates. While the round is certifying and that set is proposed. Fails with SET_REFUSED for
+    another set, SIGNATURE_REFUSED.
+    """
+    PostAnswer: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PostAnswerRequest, _coordinator_pb2.PostAnswerResponse]  # type: ignore[assignment]
+    """Gives the sum of a member's shares over the certified set. While the round is aggregating. Fails with
+    SIGNATURE_REFUSED.
+    """
+    GetOpening: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetOpeningRequest, _coordinator_pb2.GetOpeningResponse]  # type: ignore[assignment]
+    """Returns what opens a published result. Read only. For every client of the federation. Fails with RESULT_UNKNOWN."""
 
 class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     """Runs federations. All calls come from operators and agents; the coordinator calls no agent."""
@@ -390,5 +457,86 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.ReportEvaluationResponse, _abc.Awaitable[_coordinator_pb2.ReportEvaluationResponse]]:
         """Reports what an agent measured after it applied a result. Idempotent: a second report replaces the first."""
+
+    @_abc_1.abstractmethod
+    def PostCommitteeKey(
+        self,
+        request: _coordinator_pb2.PostCommitteeKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.PostCommitteeKeyResponse, _abc.Awaitable[_coordinator_pb2.PostCommitteeKeyResponse]]:
+        """Rounds with a committee (docs/committee.md). What clients sign is described in committee.proto. All of these are for
+        clients of the round's cohort; they fail with ROUND_UNKNOWN, or NOT_IN_COHORT for others. Statements (Post…, Sign…)
+        are idempotent by content: a repeat succeeds, also after the round moved on; another content fails with
+        STATEMENT_REWRITTEN, a first statement outside of its step with STEP_OVER.
+
+        States the committee's order as a client works it out, with its key if it is a member. While the round is keying.
+        Fails with INVALID_ARGUMENT, SIGNATURE_REFUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def GetCommitteeKeys(
+        self,
+        request: _coordinator_pb2.GetCommitteeKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.GetCommitteeKeysResponse, _abc.Awaitable[_coordinator_pb2.GetCommitteeKeysResponse]]:
+        """Returns the committee's keys once all are there. Waits some seconds for that, then fails with COMMITTEE_INCOMPLETE:
+        ask again. Read only. Fails with STEP_OVER if the round was abandoned.
+        """
+
+    @_abc_1.abstractmethod
+    def LeaveCommittee(
+        self,
+        request: _coordinator_pb2.LeaveCommitteeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.LeaveCommitteeResponse, _abc.Awaitable[_coordinator_pb2.LeaveCommitteeResponse]]:
+        """Says that a member has lost its key, by a restart: it takes no part in the committee. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def GetShares(
+        self,
+        request: _coordinator_pb2.GetSharesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_committee_pb2.DealtShare], _abc.AsyncIterator[_committee_pb2.DealtShare]]:
+        """Streams what a member is shown of every dealer, in order of their names. Read only. From the round's close on; fails
+        with STEP_OVER before, and for who is no member.
+        """
+
+    @_abc_1.abstractmethod
+    def PostCheck(
+        self,
+        request: _coordinator_pb2.PostCheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.PostCheckResponse, _abc.Awaitable[_coordinator_pb2.PostCheckResponse]]:
+        """Says whose shares a member holds and whose it refuses. While the round is certifying and no set is proposed. Fails
+        with SIGNATURE_REFUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def SignSet(
+        self,
+        request: _coordinator_pb2.SignSetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.SignSetResponse, _abc.Awaitable[_coordinator_pb2.SignSetResponse]]:
+        """Signs the proposed set of updates. While the round is certifying and that set is proposed. Fails with SET_REFUSED for
+        another set, SIGNATURE_REFUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def PostAnswer(
+        self,
+        request: _coordinator_pb2.PostAnswerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.PostAnswerResponse, _abc.Awaitable[_coordinator_pb2.PostAnswerResponse]]:
+        """Gives the sum of a member's shares over the certified set. While the round is aggregating. Fails with
+        SIGNATURE_REFUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def GetOpening(
+        self,
+        request: _coordinator_pb2.GetOpeningRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.GetOpeningResponse, _abc.Awaitable[_coordinator_pb2.GetOpeningResponse]]:
+        """Returns what opens a published result. Read only. For every client of the federation. Fails with RESULT_UNKNOWN."""
 
 def add_CoordinatorServicer_to_server(servicer: CoordinatorServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

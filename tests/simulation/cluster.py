@@ -215,7 +215,7 @@ class Cluster:
         )
         authority = self.network.channel(process, AUTHORITY)
         handlers, driver = coordinator.main.compose(
-            _COORDINATOR, client, changes, Revocations(known=True), aggregation, authority
+            _COORDINATOR, client, changes, Revocations(known=True), aggregation, authority, b""
         )
         register(CoordinatorServicer(handlers), self.network.serve(process, COORDINATOR))
         for work in (changes.run(), driver.run()):

@@ -18,7 +18,7 @@ from shelora.lora.codec import decode_result
 from shelora.lora.restore import restore
 from shelora.lora.shards import Float32
 from shelora.negotiation.plan import column_orders
-from shelora.rounds import TRANSITIONS, RoundKind, RoundState
+from shelora.rounds import COMMITTEE_TRANSITIONS, TRANSITIONS, RoundKind, RoundState
 from shelora.v1 import coordinator_pb2 as pb
 from tests.simulation.learner import TOLERANCE, marks_in
 from tests.simulation.valkey import Command, Valkey
@@ -28,7 +28,9 @@ _PHASES: Final = {
     (Phase.RUNNING, Phase.FINISHED),
     (Phase.RUNNING, Phase.FAILED),
 }
-_STEPS: Final = {(before, after) for (before, _), after in TRANSITIONS.items()}
+_STEPS: Final = {
+    (before, after) for table in (TRANSITIONS, COMMITTEE_TRANSITIONS) for (before, _), after in table.items()
+}
 
 PASSING_MS: Final = 600_000
 """What expires within this time is not left behind: the mark of a closed round, the bytes of a worker that died."""
@@ -97,7 +99,7 @@ class Observer:
     # Records
 
     def _look_at_commit(self, keys: Sequence[str], answer: Any) -> None:
-        if not (keys[0].startswith(self._keys.prefix) and keys[-1].endswith(":commits") and len(keys) == 2):
+        if not (keys[0].startswith(self._keys.prefix) and len(keys) > 1 and keys[1].endswith(":commits")):
             return
         state = (self._valkey.value(keys[0]) or {}).get(b"state")
         if isinstance(answer, list) and answer[0] == 1 and state != b"COLLECTING":

@@ -150,6 +150,7 @@ def unlike_the_defaults() -> FederationSpec:
                 "over_selection": 2.0,
                 "grace": 0.0,
                 "max_attempts": 7,
+                "committee_s": 7,
                 "replan_every_rounds": 7,
                 "replan_below_overlap": 0.5,
             },

@@ -6,6 +6,7 @@ import pytest
 
 from shelora.errors import DomainError, Reason
 from shelora.rounds import (
+    COMMITTEE_TRANSITIONS,
     ENDED,
     TRANSITIONS,
     Event,
@@ -40,20 +41,35 @@ LEGAL = {
 }
 
 
-def in_state(state: RoundState) -> Round:
-    return Round("r", RoundKind.VOTE, 0, 1, 2, 10, ("a", "b"), state=state, opened_ms=1)
+LEGAL_WITH_COMMITTEE = {
+    ("SELECTING", "OPEN", "KEYING"),
+    ("KEYING", "SEAT", "COLLECTING"),
+    ("COLLECTING", "CLOSE", "CERTIFYING"),
+    ("CERTIFYING", "CERTIFY", "AGGREGATING"),
+    ("AGGREGATING", "PUBLISH", "PUBLISHED"),
+    ("SELECTING", "ABANDON", "ABANDONED"),
+    ("KEYING", "ABANDON", "ABANDONED"),
+    ("COLLECTING", "ABANDON", "ABANDONED"),
+    ("CERTIFYING", "ABANDON", "ABANDONED"),
+    ("AGGREGATING", "ABANDON", "ABANDONED"),
+}
 
 
+def in_state(state: RoundState, draw: int = 0) -> Round:
+    return Round("r", RoundKind.VOTE, 0, 1, 2, 10, ("a", "b"), draw=draw, state=state, opened_ms=1)
+
+
+@pytest.mark.parametrize(("draw", "legal"), [(0, LEGAL), (1, LEGAL_WITH_COMMITTEE)])
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(RoundState, Event)))
-def test_every_state_and_event_either_follows_the_table_or_is_refused(state, event):
+def test_every_state_and_event_either_follows_the_table_or_is_refused(state, event, draw, legal):
     reason = Reason.TOO_FEW_UPDATES if event is Event.ABANDON else None
-    targets = [target for origin, name, target in LEGAL if (origin, name) == (state, event)]
+    targets = [target for origin, name, target in legal if (origin, name) == (state, event)]
     if not targets:
         with pytest.raises(DomainError) as refused:
-            in_state(state).advance(event, 99, reason)
+            in_state(state, draw).advance(event, 99, reason)
         assert refused.value.reason is Reason.INVALID_TRANSITION
         return
-    after = in_state(state).advance(event, 99, reason)
+    after = in_state(state, draw).advance(event, 99, reason)
     assert [after.state] == targets
     assert after.reason is reason
     assert after.ended == (after.state in ENDED)
@@ -62,6 +78,20 @@ def test_every_state_and_event_either_follows_the_table_or_is_refused(state, eve
 
 def test_the_table_holds_exactly_the_legal_steps():
     assert {(state, event, target) for (state, event), target in TRANSITIONS.items()} == LEGAL
+    steps = {(state, event, target) for (state, event), target in COMMITTEE_TRANSITIONS.items()}
+    assert steps == LEGAL_WITH_COMMITTEE
+
+
+def test_a_draw_is_spent_from_the_close_on_and_stays_so():
+    round_ = in_state(RoundState.SELECTING, draw=3)
+    for event in (Event.OPEN, Event.SEAT):
+        round_ = round_.advance(event, 2)
+    assert not round_.spent
+    assert not round_.advance(Event.ABANDON, 3, Reason.TOO_FEW_UPDATES).spent
+    closed = round_.advance(Event.CLOSE, 3)
+    assert closed.spent
+    assert closed.advance(Event.ABANDON, 4, Reason.QUORUM_MISSING).spent
+    assert not replace(closed, draw=0).spent, "without a committee nothing is"
 
 
 def test_opening_starts_the_clock_and_later_events_keep_it():

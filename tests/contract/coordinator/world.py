@@ -156,6 +156,9 @@ class World:
                 if client not in self.idle:
                     await self.do(client, await self.assignment(client))
 
+    async def beat(self, client: str) -> None:
+        await self.store.see("fed", client, Sighting(stage="training", progress=0.5, at_ms=self.now_ms))
+
     async def do(self, client: str, assignment: pb.Assignment) -> None:
         match assignment.WhichOneof("work"):
             case "vote" if votes_of(await self.federation()).by_ballots:

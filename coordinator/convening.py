@@ -1,0 +1,314 @@
+"""The use cases of a round's committee: who may state what, in which step; what is handed on to whom.
+
+What clients sign is verified here too, though agents trust nobody's word for it: what a member signed wrongly would
+otherwise be counted, and found out only when it is too late for another round.
+"""
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+import structlog
+
+from coordinator import checks
+from coordinator.changes import Changes
+from coordinator.committees import context_of, rule_of
+from coordinator.records import Dealt, FederationRecord, RoundRecord, Statement
+from coordinator.store import StateOutcome, Store, order_digest
+from shelora.committee.context import RoundContext
+from shelora.committee.dealing import check_dealt, dealing_digest, read_dealing, shown_to, update_digest
+from shelora.committee.statements import Kind, Trust, parsed
+from shelora.committee.verdict import Checked
+from shelora.errors import DomainError, Reason
+from shelora.v1 import committee_pb2
+from shelora.v1 import coordinator_pb2 as pb
+
+KEYS_WAIT_S: Final = 10.0
+"""Seconds that a client's call for the committee's keys waits for them."""
+_ORDER_HEX: Final = 64
+
+_log = structlog.get_logger(__name__)
+
+
+def views_in(statements: Mapping[str, bytes]) -> dict[str, str]:
+    """Digest of the committee in stored views, by client."""
+    return {name: statement[:_ORDER_HEX].decode() for name, statement in statements.items()}
+
+
+def key_of(statement: bytes) -> committee_pb2.Signed | None:
+    """The signed key in a stored view; None if the client is no member."""
+    signed = statement[_ORDER_HEX:]
+    return committee_pb2.Signed.FromString(signed) if signed else None
+
+
+def dealings_in(context: RoundContext, dealings: Mapping[str, bytes]) -> dict[str, tuple[bytes, int]]:
+    """Digest and weight of stored dealings, by client."""
+    read = {name: committee_pb2.Signed.FromString(dealing) for name, dealing in dealings.items()}
+    return {
+        name: (dealing_digest(dealing), read_dealing(context, dealing.content).weight)
+        for name, dealing in read.items()
+    }
+
+
+def checked_in(context: RoundContext, record: RoundRecord, checks: Mapping[str, bytes]) -> dict[int, Checked]:
+    """Stored checks by the position of their member."""
+    return {
+        record.order.index(name) + 1: Checked.read(context, committee_pb2.Signed.FromString(check).content)
+        for name, check in checks.items()
+    }
+
+
+async def opening_of(store: Store, federation: FederationRecord, record: RoundRecord) -> bytes:
+    """What opens an aggregated round: a serialized GetOpeningResponse."""
+    place = (federation, record.sequence)
+    signatures = await store.statements(Statement.SIGNATURE, *place)
+    answers = await store.statements(Statement.ANSWER, *place)
+    return pb.GetOpeningResponse(
+        context=context_of(federation, record).to_proto(),
+        opening=committee_pb2.Opening(
+            certificate=certificate_of(record, signatures),
+            answers=[committee_pb2.Signed.FromString(answer) for answer in answers.values()],
+        ),
+    ).SerializeToString(deterministic=True)
+
+
+def certificate_of(record: RoundRecord, signatures: Mapping[str, bytes]) -> committee_pb2.Certificate:
+    """The certificate of the proposed set, of its stored signatures by member."""
+    read = (committee_pb2.Signed.FromString(signed) for signed in signatures.values())
+    return committee_pb2.Certificate(
+        content=bytes.fromhex(record.proposed),
+        signatures=[
+            committee_pb2.SetSignature(signature=signed.signature, certificate=signed.certificate)
+            for signed in read
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class Convening:
+    """The coordinator's use cases for committees.
+
+    Attributes:
+        store: State.
+        changes: Wake-ups.
+        clock_ms: Unix milliseconds.
+        root: Certificate of the authority in DER, whose clients' statements are believed.
+    """
+
+    store: Store
+    changes: Changes
+    clock_ms: Callable[[], int]
+    root: bytes
+
+    def trust(self, federation_id: str) -> Trust:
+        """Who is believed in a federation."""
+        return Trust(self.root, federation_id, lambda: datetime.fromtimestamp(self.clock_ms() / 1000, UTC))
+
+    async def post_key(
+        self,
+        federation_id: str,
+        round_id: str,
+        client_id: str,
+        order: tuple[str, ...],
+        key: committee_pb2.Signed | None,
+    ) -> None:
+        """Counts which committee a client works out, and keeps its key.
+
+        Raises: ROUND_UNKNOWN, NOT_IN_COHORT, INVALID_ARGUMENT, SIGNATURE_REFUSED, STATEMENT_REWRITTEN, STEP_OVER.
+        """
+        federation, record = await self._round(federation_id, round_id, client_id)
+        cohort = set(record.round.cohort)
+        checks.require(
+            len(order) == len(set(order)) == rule_of(record).size and cohort.issuperset(order),
+            f"order must name {rule_of(record).size} clients of the round's cohort",
+        )
+        member = client_id in order
+        checks.require(member == (key is not None), "key must be set for a member, and only then")
+        if key is not None:
+            context = context_of(federation, record)
+            self.trust(federation_id).verify(key, Kind.COMMITTEE_KEY, context, client_id)
+            content = parsed(committee_pb2.CommitteeKey, key.content)
+            checks.require(
+                content.position == order.index(client_id) + 1, "key: position must be that in the order"
+            )
+        statement = order_digest(order).encode() + (key.SerializeToString(deterministic=True) if key else b"")
+        await self._state(Statement.VIEW, federation, record, client_id, statement, order)
+
+    async def keys(self, federation_id: str, round_id: str, client_id: str) -> list[committee_pb2.Signed]:
+        """The keys of a seated committee, in its order; waits for it a while.
+
+        Raises: ROUND_UNKNOWN, NOT_IN_COHORT, COMMITTEE_INCOMPLETE: not yet, STEP_OVER: never.
+        """
+        ends_ms = self.clock_ms() + 1000 * KEYS_WAIT_S
+        with self.changes.subscribed(federation_id, client_id) as signal:
+            while True:
+                federation, record = await self._round(federation_id, round_id, client_id)
+                if record.order:
+                    return await self._keys(federation, record)
+                if record.round.ended:
+                    raise _over()
+                left_ms = ends_ms - self.clock_ms()
+                if left_ms <= 0 or self.changes.closed:
+                    raise DomainError(
+                        Reason.COMMITTEE_INCOMPLETE, "members of the committee have not given their keys yet"
+                    )
+                await signal.wait(left_ms / 1000)
+
+    async def _keys(self, federation: FederationRecord, record: RoundRecord) -> list[committee_pb2.Signed]:
+        found = [
+            await self.store.statement(Statement.VIEW, federation, record.sequence, name)
+            for name in record.order
+        ]
+        keys = [key_of(statement) for statement in found if statement]
+        if len(keys) != len(found):
+            raise _over()  # the round is over, and what was stated is deleted
+        return [key for key in keys if key is not None]
+
+    async def leave(self, federation_id: str, round_id: str, client_id: str) -> None:
+        """Notes that a member lost its key. Raises: ROUND_UNKNOWN, NOT_IN_COHORT."""
+        federation, record = await self._round(federation_id, round_id, client_id)
+        outcome = await self.store.state(Statement.DEPARTURE, federation, record.sequence, client_id, b"left")
+        if outcome is StateOutcome.STATED:
+            _log.info("member_left_committee", round_id=round_id, client_id=client_id)
+
+    async def shares(
+        self, federation_id: str, round_id: str, client_id: str
+    ) -> AsyncGenerator[committee_pb2.DealtShare, None]:
+        """What a member is shown of every dealer, by name.
+
+        Raises: ROUND_UNKNOWN, NOT_IN_COHORT, STEP_OVER.
+        """
+        federation, record = await self._round(federation_id, round_id, client_id)
+        if client_id not in record.order or not record.round.closed or record.round.ended:
+            raise _over()
+        dealings = await self.store.dealings(federation, record.sequence)
+        place = record.order.index(client_id)
+        shares = await self.store.shares(federation, record.sequence, place)
+        for name, dealing in dealings.items():
+            if name in shares and name not in record.dropped_ids:
+                shown = committee_pb2.DealtShare.FromString(shares[name])
+                shown.dealing.MergeFromString(dealing)
+                yield shown
+
+    async def check(
+        self, federation_id: str, round_id: str, client_id: str, check: committee_pb2.Signed
+    ) -> None:
+        """Keeps what a member found. Raises: as `sign`."""
+        federation, record = await self._round(federation_id, round_id, client_id)
+        found = Checked.read(context_of(federation, record), check.content)
+        own = client_id in record.order and record.order.index(client_id) + 1 == found.position
+        checks.require(own, "check: position must be the member's")
+        await self._by_member(Statement.CHECK, Kind.CHECK, federation, record, client_id, check)
+
+    async def sign(
+        self, federation_id: str, round_id: str, client_id: str, signature: committee_pb2.SetSignature
+    ) -> None:
+        """Keeps a member's signature of the proposed set.
+
+        Raises: ROUND_UNKNOWN, NOT_IN_COHORT, SET_REFUSED, SIGNATURE_REFUSED, STATEMENT_REWRITTEN, STEP_OVER.
+        """
+        federation, record = await self._round(federation_id, round_id, client_id)
+        if not record.proposed:
+            raise _over()
+        signed = committee_pb2.Signed(
+            content=bytes.fromhex(record.proposed),
+            signature=signature.signature,
+            certificate=signature.certificate,
+        )
+        await self._by_member(Statement.SIGNATURE, Kind.SET, federation, record, client_id, signed)
+
+    async def answer(
+        self, federation_id: str, round_id: str, client_id: str, answer: committee_pb2.Signed
+    ) -> None:
+        """Keeps the sum of a member's shares. Raises: as `sign`."""
+        federation, record = await self._round(federation_id, round_id, client_id)
+        await self._by_member(Statement.ANSWER, Kind.ANSWER, federation, record, client_id, answer)
+
+    async def opening(self, federation_id: str, round_id: str) -> bytes:
+        """A serialized GetOpeningResponse. Raises: RESULT_UNKNOWN."""
+        federation = (await self.store.federation(federation_id)).record
+        sequence = federation.sequence_of(round_id)
+        found = await self.store.round(federation, sequence) if sequence else None
+        if found is None or found.record.opening is None:
+            raise DomainError(Reason.RESULT_UNKNOWN, "no committee has opened that result")
+        return await self.store.opening(federation_id, found.record.opening.sha256)
+
+    def dealt(
+        self,
+        federation: FederationRecord,
+        record: RoundRecord,
+        client_id: str,
+        shards: list[bytes],
+        dealt: committee_pb2.DealtShares,
+    ) -> Dealt:
+        """The dealing of an update as it is kept.
+
+        Args: shards: SHA-256 of each shard of the update.
+        Raises: DEALING_REFUSED, SIGNATURE_REFUSED.
+        """
+        context = context_of(federation, record)
+        dealing = check_dealt(context, dealt)
+        self.trust(federation.federation_id).verify(dealt.dealing, Kind.DEALING, context, client_id)
+        if dealing.update_digest != update_digest(shards):
+            raise DomainError(Reason.DEALING_REFUSED, "the dealing is of another update than the commit")
+        size = context.rule.size
+        shown = [shown_to(context, dealt, position) for position in range(1, size + 1)]
+        shares = tuple(_without_dealing(share) if share else b"" for share in shown)
+        return Dealt(dealt.dealing.SerializeToString(deterministic=True), shares)
+
+    async def _by_member(
+        self,
+        statement: Statement,
+        kind: Kind,
+        federation: FederationRecord,
+        record: RoundRecord,
+        client_id: str,
+        signed: committee_pb2.Signed,
+    ) -> None:
+        if client_id not in record.order:
+            raise DomainError(Reason.NOT_IN_COHORT, "this client is no member of the round's committee")
+        self.trust(federation.federation_id).verify(signed, kind, context_of(federation, record), client_id)
+        content = signed.SerializeToString(deterministic=True)
+        await self._state(statement, federation, record, client_id, content)
+
+    async def _state(
+        self,
+        kind: Statement,
+        federation: FederationRecord,
+        record: RoundRecord,
+        client_id: str,
+        content: bytes,
+        order: tuple[str, ...] = (),
+    ) -> None:
+        outcome = await self.store.state(kind, federation, record.sequence, client_id, content, order)
+        if outcome is StateOutcome.REWRITTEN:
+            raise DomainError(
+                Reason.STATEMENT_REWRITTEN,
+                "this client has stated something else to the committee of this round",
+            )
+        if outcome is StateOutcome.OVER:
+            raise _over()
+
+    async def _round(
+        self, federation_id: str, round_id: str, client_id: str
+    ) -> tuple[FederationRecord, RoundRecord]:
+        federation = (await self.store.federation(federation_id)).record
+        await self.store.touch(federation_id, client_id, self.clock_ms())
+        sequence = federation.sequence_of(round_id)
+        found = await self.store.round(federation, sequence) if sequence else None
+        if found is None:
+            raise DomainError(Reason.ROUND_UNKNOWN, "the federation has no such round (any more)")
+        record = found.record
+        checks.require(record.round.convenes, "this round has no committee")
+        if client_id not in record.round.cohort:
+            raise DomainError(Reason.NOT_IN_COHORT, "this client was not asked for an update in this round")
+        return federation, record
+
+
+def _without_dealing(shown: committee_pb2.DealtShare) -> bytes:
+    return committee_pb2.DealtShare(share=shown.share, path=shown.path).SerializeToString(deterministic=True)
+
+
+def _over() -> DomainError:
+    return DomainError(Reason.STEP_OVER, "the committee of this round is at another step")
