@@ -81,27 +81,24 @@ def assemble(context: RoundContext, statements: Collection[pb.Signed]) -> pb.Cer
 def verified_set(
     context: RoundContext, committee: Committee, certificate: pb.Certificate, trust: Trust
 ) -> ContributorSet:
-    """The set that a certificate certifies.
+    """The set that a certificate certifies. A signature that does not verify counts for nothing.
 
-    Raises: DomainError: SET_REFUSED; SIGNATURE_REFUSED: one of the signatures; QUORUM_MISSING: fewer members than a
-        quorum signed it.
+    Raises: DomainError: SET_REFUSED; QUORUM_MISSING: fewer members than a quorum signed it; the message says what was
+        wrong with another signature.
     """
     if len(certificate.signatures) > context.rule.size:
         raise _refused("its certificate has more signatures than the committee has members")
-    members = {
-        trust.author(
-            pb.Signed(content=certificate.content, signature=s.signature, certificate=s.certificate),
-            Kind.SET,
-            context,
-        )
-        for s in certificate.signatures
-    }
-    signed = members & set(committee.members)
+    signed, why = set[str](), ""
+    for s in certificate.signatures:
+        statement = pb.Signed(content=certificate.content, signature=s.signature, certificate=s.certificate)
+        try:
+            signed.add(trust.author(statement, Kind.SET, context))
+        except DomainError as error:
+            why = f"; {error.message}"
+    signed &= set(committee.members)
     if len(signed) < context.rule.quorum:
-        raise DomainError(
-            Reason.QUORUM_MISSING,
-            f"{len(signed)} members of the committee certify the set and {context.rule.quorum} must",
-        )
+        wanted = f"{len(signed)} members of the committee certify the set and {context.rule.quorum} must"
+        raise DomainError(Reason.QUORUM_MISSING, wanted + why)
     return ContributorSet.read(context, certificate.content)
 
 

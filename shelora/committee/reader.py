@@ -3,6 +3,7 @@
 What is left to the sum itself is the guard of `shelora.additive.secret.SumOpener`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,15 +68,14 @@ def open_round(
     chosen = verified_set(context, committee, opening.certificate, trust)
     if len(opening.answers) > context.rule.size:
         raise DomainError(Reason.ANSWERS_REFUSED, "more answers than the committee has members")
-    answers: dict[int, Int64Array] = {}
-    liars: set[int] = set()
-    for statement in opening.answers:
-        position, answer = _answer(context, committee, chosen, statement, answer_key, trust)
-        if answer is None or position in answers:
-            liars.add(position)
-        else:
-            answers[position] = answer
-    positions = sorted(answers.keys() - liars)
+    found: dict[int, list[Int64Array | None]] = {}
+    for statement in _distinct(opening.answers):
+        position = _position(context, committee, statement, trust)
+        if position is not None:
+            found.setdefault(position, []).append(_answer(context, chosen, position, statement, answer_key))
+    answers = {p: given[0] for p, given in found.items() if len(given) == 1 and given[0] is not None}
+    liars = found.keys() - answers.keys()  # an honest member signs one answer, and a sound one
+    positions = sorted(answers)
     stacked = np.array([answers[p] for p in positions], dtype=np.int64).reshape(
         len(positions), context.shares
     )
@@ -91,26 +91,25 @@ def open_round(
     )
 
 
-def _answer(
-    context: RoundContext,
-    committee: Committee,
-    chosen: ContributorSet,
-    statement: pb.Signed,
-    answer_key: bytes,
-    trust: Trust,
-) -> tuple[int, Int64Array | None]:
-    """Position and content of an answer; no content if its member signed something else than an answer.
+def _distinct(statements: Iterable[pb.Signed]) -> Iterable[pb.Signed]:
+    """One statement of each content: a server that repeats an answer makes no liar of its member."""
+    return {statement.content: statement for statement in statements}.values()
 
-    Raises: DomainError: SIGNATURE_REFUSED; ANSWERS_REFUSED: the signer is no member.
-    """
-    author = trust.author(statement, Kind.ANSWER, context)
-    position = committee.position(author)
-    if position is None:
-        raise DomainError(Reason.ANSWERS_REFUSED, f"{author} answers and is no member of the committee")
+
+def _position(context: RoundContext, committee: Committee, statement: pb.Signed, trust: Trust) -> int | None:
+    """Position of the member that signed an answer; None if no member did: then it counts for nothing."""
+    try:
+        return committee.position(trust.author(statement, Kind.ANSWER, context))
+    except DomainError:
+        return None
+
+
+def _answer(
+    context: RoundContext, chosen: ContributorSet, position: int, statement: pb.Signed, answer_key: bytes
+) -> Int64Array | None:
+    """What a member answered; None if it signed something else than an answer."""
     try:
         sealed = parsed(pb.Answer, statement.content).sealed
-        return position, decode_values(
-            open_answer(answer_key, chosen.digest, position, sealed), context.shares
-        )
+        return decode_values(open_answer(answer_key, chosen.digest, position, sealed), context.shares)
     except DomainError:
-        return position, None
+        return None

@@ -441,7 +441,7 @@ _INVALID = frozenset({Reason.INVALID_ARGUMENT})
 _CONFIGURATION = frozenset({Reason.CONFIGURATION_INVALID})
 _UNAVAILABLE = frozenset({Reason.SECRET_UNAVAILABLE})
 _DEALING = frozenset({Reason.DEALING_REFUSED})
-_CERTIFYING = frozenset({Reason.SET_REFUSED, Reason.SIGNATURE_REFUSED, Reason.QUORUM_MISSING})
+_CERTIFYING = frozenset({Reason.SET_REFUSED, Reason.QUORUM_MISSING})
 
 DECODERS: dict[str, Decoder] = {
     decoder.name: decoder

@@ -458,6 +458,18 @@ def test_a_malformed_answer_counts_as_none_and_its_member_is_named():
     assert opened.liars == (members[0],)
 
 
+def test_a_server_that_repeats_an_answer_makes_no_liar_of_its_member():
+    world = World(context_of(5)).collect()
+    world.check()
+    certificate = world.certify(world.context.cohort)
+    answers = world.release(certificate)
+    assert world.open(certificate, [answers[0], *answers[:4]]).liars == ()
+    members = list(world.members)
+    both = [lying_answer(world, certificate, members[0]), *answers]
+    refused_with(Reason.ANSWERS_REFUSED, world.open, certificate, both)  # more answers than members
+    assert world.open(certificate, both[:5]).liars == (members[0],)
+
+
 def test_one_hostile_member_evicts_at_most_one_honest_client():
     context = context_of(8)
     dealers = frozenset(context.cohort)
@@ -513,14 +525,23 @@ def test_a_key_of_small_order_is_refused_by_the_dealer():
     refused_with(Reason.COMMITTEE_REFUSED, dealer.deal, [bytes(32)], 1)
 
 
-def test_answers_of_another_committee_are_refused():
+def test_answers_and_signatures_of_others_count_for_nothing():
     world = World(context_of(8)).collect()
     world.check()
     certificate = world.certify(world.context.cohort)
     stranger = next(n for n in world.context.cohort if world.committee.position(n) is None)
-    message = pb.Answer(position=1, sealed=bytes(64)).SerializeToString()
-    answer = signer(stranger).sign(Kind.ANSWER, world.context, message)
-    assert stranger in refused_with(Reason.ANSWERS_REFUSED, world.open, certificate, [answer])
+    content = pb.Answer(position=1, sealed=bytes(64)).SerializeToString()
+    foreign = signer(stranger).sign(Kind.ANSWER, world.context, content)
+    forged = signer(world.committee.members[6]).sign(Kind.SET, world.context, content)
+    answers = world.release(certificate, world.committee.members[:5])
+    certificate.signatures[0].signature = b"garbage"
+    opened = world.open(certificate, [foreign, forged, *answers])
+    assert opened.liars == ()
+    assert np.array_equal(opened.secret_sum, sum(world.secrets.values()))
+    assert "0 members answered" in refused_with(Reason.ANSWERS_REFUSED, world.open, certificate, [foreign])
+    for signature in certificate.signatures:
+        signature.signature = b"garbage"
+    assert "is not signed by it" in refused_with(Reason.QUORUM_MISSING, world.open, certificate, answers)
 
 
 def test_a_client_that_was_not_asked_does_not_deal():
