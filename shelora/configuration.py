@@ -1,6 +1,7 @@
 """Configuration files: strict models, YAML, and errors that name the field, its value and the remedy."""
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from shelora.errors import DomainError, Reason
 
 MAX_SHOWN_CHARACTERS: Final = 60
 """Characters of a refused value that an error shows."""
+LARGEST_SHOWN_BITS: Final = 1024
 
 
 class StrictModel(BaseModel):
@@ -43,10 +45,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str, source: str) -> Any:  # noqa: ANN401 - whatever it holds
     """The value of a YAML text. Raises: CONFIGURATION_INVALID naming the source."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     # PyYAML lets int() and date() speak for themselves
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise invalid(f"{source} is not valid YAML: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a field is given once, and `1e-3` is a number, as in YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's
+        """Raises: ValueError naming both places of a field that is given twice."""
+        seen: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            first = seen.setdefault((key.tag, str(key.value)), key)
+            if first is not key and key.tag != _MERGE:
+                places = " and ".join(f"line {k.start_mark.line + 1}" for k in (first, key))
+                raise ValueError(f"{key.value} is given twice, in {places}: keep one")
+        return super().construct_mapping(node, deep)
+
+
+_MERGE: Final = "tag:yaml.org,2002:merge"
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -82,27 +106,70 @@ def _shown(problem: ErrorDetails) -> str:
     """` = value`, cut short; nothing for an absent field or a problem of several fields."""
     if problem["type"] == "missing" or isinstance(problem["input"], Mapping | BaseModel):
         return ""
-    text = _bounded().repr(problem["input"])
+    text = _Bounded().repr(problem["input"])
     return f" = {text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + '...'}"
 
 
-def _bounded() -> reprlib.Repr:
+class _Bounded(reprlib.Repr):
     """Shows the beginning alone: some lines of YAML, whose anchors repeat one another, can stand for gigabytes."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 3, 2 * MAX_SHOWN_CHARACTERS, 2 * MAX_SHOWN_CHARACTERS
-    return short
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 2 * MAX_SHOWN_CHARACTERS, 2 * MAX_SHOWN_CHARACTERS
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python itself refuses to write a number of thousands of digits."""
+        if x.bit_length() > LARGEST_SHOWN_BITS:
+            return f"a number of {x.bit_length()} bits"
+        return super().repr_int(x, level)
 
 
 def _remedy(problem: ErrorDetails, owner: type[BaseModel], path: Sequence[int | str]) -> str:
-    match problem["type"]:
-        case "missing":
-            return "this field has no default: add it"
-        case "extra_forbidden":
-            return f"there is no such field{_suggestion(owner, path)}"
-        case "string_pattern_mismatch":
-            return "it has other characters or another length than allowed"
-    message = problem["msg"].removeprefix("Value error, ")
-    return message.replace("Input should be", "use", 1)
+    if problem["type"] == "extra_forbidden":
+        return f"there is no such field{_suggestion(owner, path)}"
+    return remedy(problem)
+
+
+def remedy(problem: ErrorDetails) -> str:
+    """What to do about a wrong value, in users' words."""
+    words = REMEDIES.get(problem["type"])
+    if words is None:  # of our own validators, which speak to users
+        return problem["msg"].removeprefix("Value error, ")
+    return words.format(**problem.get("ctx", {}))
+
+
+REMEDIES: Final = {
+    "missing": "this field has no default: add it",
+    "extra_forbidden": "there is no such field",
+    "string_type": "write text; in quotes, if it looks like a number, a date, yes or no",
+    "string_too_short": "write at least {min_length} characters",
+    "string_too_long": "write at most {max_length} characters",
+    "string_pattern_mismatch": "it has other characters or another length than allowed",
+    "int_type": "write a whole number",
+    "int_parsing": "write a whole number",
+    "int_from_float": "write a whole number",
+    "int_parsing_size": "write a smaller number",
+    "float_type": "write a number",
+    "float_parsing": "write a number",
+    "finite_number": "write a finite number",
+    "bool_type": "write true or false",
+    "bool_parsing": "write true or false",
+    "greater_than": "use more than {gt:g}",
+    "greater_than_equal": "use at least {ge:g}",
+    "less_than": "use less than {lt:g}",
+    "less_than_equal": "use at most {le:g}",
+    "literal_error": "use {expected}",
+    "enum": "use {expected}",
+    "tuple_type": "write a list, as [a, b]",
+    "list_type": "write a list, as [a, b]",
+    "too_short": "list at least {min_length}",
+    "too_long": "list at most {max_length}",
+    "model_type": "write fields below it, each as 'name: value'",
+    "dict_type": "write fields below it, each as 'name: value'",
+    "path_type": "write a path",
+    "is_instance_of": "write a {class}",
+}
+"""What to do, by pydantic's type of the error; `{...}` are its details."""
 
 
 def _suggestion(owner: type[BaseModel], path: Sequence[int | str]) -> str:

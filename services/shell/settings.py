@@ -6,10 +6,11 @@ from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import quote, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from services.shell.rates import RateLimits
 from services.shell.revocations import POLL_S
+from shelora.configuration import remedy
 from shelora.errors import DomainError, Reason
 
 BURST_S: Final = 10
@@ -86,12 +87,18 @@ class ServerSettings(BaseSettings):
             return cls(**{name: value for name, value in flags.items() if value is not None})
         except ValidationError as error:
             raise DomainError(Reason.CONFIGURATION_INVALID, cls._explained(error)) from None
+        except SettingsError as error:  # names the field, not its value
+            named = str(error).partition('"')[2].partition('"')[0]
+            variable = (cls.model_config.get("env_prefix", "") + named).upper()
+            raise DomainError(
+                Reason.CONFIGURATION_INVALID, f"{named} (environment variable {variable}): write JSON"
+            ) from None
 
     @classmethod
     def _explained(cls, error: ValidationError) -> str:
         prefix = cls.model_config.get("env_prefix", "")
         lines = [
-            f"{name} (environment variable {(prefix + name).upper()}): {problem['msg']}"
+            f"{name} (environment variable {(prefix + name).upper()}): {remedy(problem)}"
             for problem in error.errors(include_input=False, include_url=False)
             for name in [".".join(map(str, problem["loc"]))]
         ]

@@ -51,9 +51,9 @@ def test_every_field_of_the_wire_has_a_field_here_and_back():
 @pytest.mark.parametrize(
     ("section", "fields", "expected"),
     [
-        ("round", {"min_updates": 1}, "round.min_updates = 1: use greater than or equal to 2"),
-        ("round", {"deadline_s": "soon"}, "round.deadline_s = 'soon': use a valid integer"),
-        ("round", {"rounds": 10_001}, "round.rounds = 10001: use less than or equal to 10000"),
+        ("round", {"min_updates": 1}, "round.min_updates = 1: use at least 2"),
+        ("round", {"deadline_s": "soon"}, "round.deadline_s = 'soon': write a whole number"),
+        ("round", {"rounds": 10_001}, "round.rounds = 10001: use at most 10000"),
         (
             "round",
             {"min_update": 2},
@@ -66,7 +66,7 @@ def test_every_field_of_the_wire_has_a_field_here_and_back():
         ("training", {"task": "causal-lm"}, "labels must be empty for causal-lm"),
         ("training", {"task": "causal-lm", "labels": [], "max_tokens": 1}, "causal-lm needs at least 2"),
         ("training", {"learning_rate": float("nan")}, "training.learning_rate = nan"),
-        ("training", {"learning_rate": 0.0}, "training.learning_rate = 0.0: use greater than 0"),
+        ("training", {"learning_rate": 0.0}, "training.learning_rate = 0.0: use more than 0"),
         ("training", {"target_modules": []}, "training.target_modules = []"),
         ("training", {"zzz": 1}, "there is no such field; known are base_model"),
         (
@@ -78,7 +78,7 @@ def test_every_field_of_the_wire_has_a_field_here_and_back():
         (
             "protection",
             {"max_vote_weight": 65},
-            "protection.max_vote_weight = 65: use less than or equal to 64",
+            "protection.max_vote_weight = 65: use at most 64",
         ),
         (
             "protection",
