@@ -60,7 +60,7 @@ def test_no_wrong_value_of_any_field_is_explained_in_the_librarys_words(model):
                 assert not JARGON.search(remedy(problem)), problem
             assert not JARGON.search(explain(error, model))
     assert seen & LIBRARY <= REMEDIES.keys(), "errors of the library without words of ours"
-    assert {"missing", "extra_forbidden", "string_type"} <= seen
+    assert {"missing", "string_type"} <= seen
 
 
 def refusal(tmp_path, text):
