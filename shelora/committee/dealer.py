@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from shelora.additive.sampler import Csprng
 from shelora.additive.secret import Encryption, SecretKey
@@ -37,6 +38,7 @@ class Dealer:
         self._keys = keys
         self._signer = signer
         self._rng = rng
+        self._sharing = PackedSharing(context.rule)
         self._secret: SecretKey | None = SecretKey.draw(context.parameters, rng)
         self.encryption: Encryption = self._secret.encryption(context.digest, context.most_contributors, rng)
         """Encrypts the update's shards, in order."""
@@ -57,18 +59,9 @@ class Dealer:
         if self._secret is None:
             raise DomainError(Reason.SECRET_UNAVAILABLE, "this secret was dealt; a new attempt draws another")
         secret, self._secret = self._secret, None
-        sharing = PackedSharing(context.rule)
-        polynomials = _polynomials(sharing, secret.coefficients, self._rng)
+        polynomials = _polynomials(self._sharing, secret.coefficients, self._rng)
         ephemeral = new_exchange_key(self._rng)
-        shares = [
-            pb.SealedShare(
-                position=position,
-                sealed=seal_share(context, self._signer.name, position, ephemeral, key, encode_values(share)),
-            )
-            for (position, key), share in zip(
-                self._keys.keys.items(), sharing.shares(polynomials, tuple(self._keys.keys)), strict=True
-            )
-        ]
+        shares = self._sealed(polynomials, ephemeral)
         dealing = pb.Dealing(
             update_digest=update_digest(shard_digests),
             weight=weight,
@@ -80,6 +73,16 @@ class Dealer:
         dealing.proof = encode_values(proof.reshape(-1))
         statement = self._signer.sign(Kind.DEALING, context, dealing.SerializeToString(deterministic=True))
         return pb.DealtShares(dealing=statement, shares=shares)
+
+    def _sealed(self, polynomials: Int64Array, ephemeral: X25519PrivateKey) -> list[pb.SealedShare]:
+        """One share a member, by increasing position."""
+        positions = sorted(self._keys.keys)
+        sealed = []
+        for position, share in zip(positions, self._sharing.shares(polynomials, positions), strict=True):
+            key, content = self._keys.keys[position], encode_values(share)
+            box = seal_share(self.context, self._signer.name, position, ephemeral, key, content)
+            sealed.append(pb.SealedShare(position=position, sealed=box))
+        return sealed
 
     def __repr__(self) -> str:
         return f"Dealer({self.context.round_id}, {self._signer.name})"

@@ -6,28 +6,21 @@ attempt out.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Final, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
-import numpy.typing as npt
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from shelora.additive.sampler import Csprng
-from shelora.committee import merkle
 from shelora.committee.certificate import ContributorSet, verified_set
 from shelora.committee.context import Committee, RoundContext
-from shelora.committee.dealing import COMBINATIONS, dealing_digest, read_dealing, refused
-from shelora.committee.field import PRIME, Int64Array, decode_values, encode_values
+from shelora.committee.dealing import refused
+from shelora.committee.field import PRIME, encode_values
+from shelora.committee.holding import Held, Inspector
 from shelora.committee.keys import KeySet
-from shelora.committee.proof import fits, multipliers
-from shelora.committee.sealing import new_exchange_key, open_share, seal_answer
-from shelora.committee.shamir import PackedSharing
+from shelora.committee.sealing import new_exchange_key, seal_answer
 from shelora.committee.statements import Kind, Signer, Trust
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
-
-_MAX_PATH: Final = 6
 
 
 class CertifiedSets(Protocol):
@@ -38,16 +31,6 @@ class CertifiedSets(Protocol):
 
     def note(self, instance: str, kind: str, round_number: int, set_digest: bytes) -> None:
         """Notes a set; it is on disk when this returns. Never replaces another one."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """What a member keeps of one dealing."""
-
-    digest: bytes
-    weight: int
-    share: npt.NDArray[np.uint16]
-    """[N / l], without its masks."""
 
 
 class Member:
@@ -88,11 +71,11 @@ class Member:
         self._answer_key = answer_key
         self._rng = rng
         private = new_exchange_key(rng)
-        self._private: X25519PrivateKey | None = private
-        self._sharing = PackedSharing(context.rule)
-        self._held: dict[str, _Held] = {}
+        self._inspector: Inspector | None = Inspector(context, position, private, trust)
+        self._held: dict[str, Held] = {}
         self._refused: set[str] = set()
         self._check: pb.Signed | None = None
+        self._certified: tuple[frozenset[str], pb.Signed] | None = None
         self._answer: tuple[bytes, pb.Signed] | None = None
         message = pb.CommitteeKey(position=position, public_key=private.public_key().public_bytes_raw())
         self.key: pb.Signed = self._sign(Kind.COMMITTEE_KEY, message)
@@ -101,12 +84,13 @@ class Member:
     def receive(self, dealer: str, dealt: pb.DealtShare, keys: KeySet) -> DomainError | None:
         """Checks one dealing and keeps its share. Returns why it is refused; a dealer once refused stays so.
 
-        Raises: DomainError(SECRET_UNAVAILABLE): after `check` or `release`: the set of dealings is closed.
+        Raises: DomainError(SECRET_UNAVAILABLE): after `check`, `certify`, `release` or `forget`: the list of dealings
+            is closed.
         """
-        if self._check is not None or self._answer is not None:
+        if self._check is not None or self._inspector is None:
             raise DomainError(Reason.SECRET_UNAVAILABLE, "this member has closed its list of dealings")
         try:
-            held = self._opened(dealer, dealt, keys)
+            held = self._inspector.held(dealer, dealt, keys)
             if dealer in self._held and self._held[dealer].digest != held.digest:
                 raise refused(f"{dealer} made two")
         except DomainError as error:
@@ -131,89 +115,56 @@ class Member:
     def certify(self, contributors: Collection[str]) -> pb.Signed:
         """Signs the set of these contributors' dealings, the one set of this round number, once it is noted.
 
-        The list of dealings is closed, as by `check`.
-
         Raises: DomainError: SET_REFUSED: fewer than `min_updates`, or no sound share of one is held; ROUND_SPENT:
             another set was certified for this number, in whichever attempt.
         """
         self.check()
-        missing = sorted(set(contributors) - self._held.keys())
-        if missing:
-            raise DomainError(Reason.SET_REFUSED, f"no sound share is held of {', '.join(missing)}")
-        dealings = {name: (self._held[name].digest, self._held[name].weight) for name in contributors}
-        chosen = ContributorSet.of(self.context, dealings)
-        self._note(chosen)
-        return self._signer.sign(Kind.SET, self.context, chosen.content)
+        names = frozenset(contributors)
+        if self._certified is None or self._certified[0] != names:
+            chosen = self._set_of(names)
+            self._note(chosen)
+            self._certified = (names, self._signer.sign(Kind.SET, self.context, chosen.content))
+        return self._certified[1]
 
     def release(self, certificate: pb.Certificate) -> pb.Signed:
-        """The sum of the shares of the certified set, sealed and signed; the same bytes when asked again.
-
-        Key and shares are forgotten.
+        """The sum of the shares of the certified set, sealed and signed. Key and shares are forgotten.
 
         Raises: DomainError: as `verified_set`; ROUND_SPENT: this number has another set; SET_REFUSED: a share of the
             set is not held, or dealings differ from the ones that were certified.
         """
         chosen = verified_set(self.context, self._committee, certificate, self._trust)
-        if self._answer is not None:
-            digest, answer = self._answer
-            if digest != chosen.digest:
-                raise _spent(self.context)
-            return answer
-        self._check_held(chosen)
+        if self._answer is None:
+            self._answer = (chosen.digest, self._answered(chosen))
+            self.forget()
+        digest, answer = self._answer
+        if digest != chosen.digest:
+            raise _spent(self.context)
+        return answer
+
+    def forget(self) -> None:
+        """Drops key and shares, as `release` does: for attempts that were abandoned."""
+        self.check()
+        self._inspector = None
+        self._held.clear()
+
+    def _answered(self, chosen: ContributorSet) -> pb.Signed:
+        if self._set_of(chosen.contributors).digest != chosen.digest:
+            raise DomainError(Reason.SET_REFUSED, "the certified dealings are not the ones this member holds")
         self._note(chosen)
         total = np.zeros(self.context.shares, dtype=np.int64)
         for name in chosen.contributors:
             total += self._held[name].share
-        sealed = seal_answer(
-            self._answer_key, chosen.digest, self.position, encode_values(total % PRIME), self._rng
-        )
-        answer = self._sign(Kind.ANSWER, pb.Answer(position=self.position, sealed=sealed))
-        self._answer = (chosen.digest, answer)
-        self.forget()
-        return answer
+        content = encode_values(total % PRIME)
+        sealed = seal_answer(self._answer_key, chosen.digest, self.position, content, self._rng)
+        return self._sign(Kind.ANSWER, pb.Answer(position=self.position, sealed=sealed))
 
-    def forget(self) -> None:
-        """Drops key and shares, as after `release`: for attempts that were abandoned."""
-        self.check()
-        self._private = None
-        self._held.clear()
-
-    def _opened(self, dealer: str, dealt: pb.DealtShare, keys: KeySet) -> _Held:
-        context = self.context
-        context.bits(frozenset({dealer}))
-        self._trust.verify(dealt.dealing, Kind.DEALING, context, dealer)
-        dealing = read_dealing(context, dealt.dealing.content)
-        if dealing.keys_digest != keys.digest:
-            raise refused(f"{dealer} dealt to other committee keys")
-        sealed = dealt.share.sealed
-        if len(dealt.path) > _MAX_PATH or dealt.share.position != self.position:
-            raise refused(f"the share of {dealer} is not for this member")
-        leaf = merkle.leaf(self.position, sealed)
-        if merkle.root_from(leaf, self.position - 1, dealt.path) != dealing.shares_root:
-            raise refused(f"the share of {dealer} is not the one it signed")
-        if self._private is None:
-            raise DomainError(Reason.SECRET_UNAVAILABLE, "this member has forgotten its key")
-        content = open_share(context, dealer, self.position, dealing.ephemeral_key, self._private, sealed)
-        share = decode_values(content, context.shares + COMBINATIONS)
-        proof = decode_values(dealing.proof, COMBINATIONS * context.rule.needed)
-        if share is None or proof is None:
-            raise refused(f"the share of {dealer} is malformed")
-        self._check_proof(dealer, dealing, share, proof)
-        return _Held(dealing_digest(dealt.dealing), dealing.weight, share[:-COMBINATIONS].astype(np.uint16))
-
-    def _check_proof(self, dealer: str, dealing: pb.Dealing, share: Int64Array, proof: Int64Array) -> None:
-        scalars = multipliers(self.context, dealer, dealing)
-        shaped = proof.reshape(self.context.rule.needed, COMBINATIONS)
-        if not fits(self._sharing, self.position, share, scalars, shaped):
-            raise refused(f"the share of {dealer} does not fit its proof")
-
-    def _check_held(self, chosen: ContributorSet) -> None:
-        missing = [name for name in chosen.contributors if name not in self._held]
+    def _set_of(self, contributors: Collection[str]) -> ContributorSet:
+        """The set of the dealings held of these clients. Raises: DomainError(SET_REFUSED)."""
+        missing = sorted(set(contributors) - self._held.keys())
         if missing:
             raise DomainError(Reason.SET_REFUSED, f"no sound share is held of {', '.join(missing)}")
-        dealings = {name: (self._held[name].digest, self._held[name].weight) for name in chosen.contributors}
-        if ContributorSet.of(self.context, dealings).digest != chosen.digest:
-            raise DomainError(Reason.SET_REFUSED, "the certified dealings are not the ones this member holds")
+        dealings = {name: (self._held[name].digest, self._held[name].weight) for name in contributors}
+        return ContributorSet.of(self.context, dealings)
 
     def _note(self, chosen: ContributorSet) -> None:
         context = self.context

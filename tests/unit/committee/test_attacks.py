@@ -153,9 +153,20 @@ def test_a_member_answers_once_and_repeats_the_same_bytes():
     first = member.release(certificate)
     assert member.release(certificate) == first
     assert not member._held
-    assert member._private is None
+    assert member._inspector is None
     dealing = shown_to(world.context, world.dealt["ward-001"], member.position)
     refused_with(Reason.SECRET_UNAVAILABLE, member.receive, "ward-001", dealing, world.keys)
+
+
+def test_a_member_repeats_its_signature_of_the_set_as_the_same_bytes():
+    world = World(context_of(5)).collect()
+    world.check()
+    member = world.members[world.committee.members[0]]
+    first = member.certify(world.context.cohort)
+    assert member.certify(list(reversed(world.context.cohort))) == first
+    assert member.check() == member.check()
+    world.release(world.certify(world.context.cohort))
+    assert member.certify(world.context.cohort) == first  # the shares are gone, the signature is not
 
 
 def test_an_answered_member_does_not_answer_for_another_certified_set():
@@ -311,7 +322,7 @@ def test_a_dealer_of_shares_that_do_not_fit_is_left_out_by_name(alter):
 def test_without_the_proof_such_a_dealer_spoils_the_round():
     world = World(context_of(5))
     cheating(world, "ward-002", all_random)
-    with patch("shelora.committee.member.fits", return_value=True):
+    with patch("shelora.committee.holding.fits", return_value=True):
         world.collect()
         verdict = world.verdict(world.check())
     assert verdict.left_out == {}
