@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import os
 import random
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from client_agent.work import Identity, Work
 from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec, TrainingSpec
+from shelora.protocol import Stage
 from shelora.telemetry.outages import Outage
 from shelora.transport.channel import OpenChannel, is_transient, open_channel
 from shelora.transport.enrolment import keep_renewed, renewal_at
@@ -158,7 +158,10 @@ class Agent:
         await follower.join()
         beating = asyncio.create_task(follower.beat())
         try:
-            return await follower.follow()
+            outcome = await follower.follow()
+            if outcome is Outcome.FINISHED:
+                await follower.take_leave()
+            return outcome
         finally:
             await _cancelled(beating)
             await follower.drop()
@@ -197,6 +200,8 @@ class _Follower:
         self._task: asyncio.Task[None] | None = None
         self._assignment_id: str | None = None
         self._notice = ""
+        self._trouble: DomainError | None = None
+        """What keeps this client from its newest work."""
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
     async def join(self) -> None:
@@ -235,10 +240,17 @@ class _Follower:
             progress = self._activity.progress if self._activity else Progress()
             asked_s = 0.0
             try:
-                asked_s = await self._session.heartbeat(progress)
+                asked_s = await self._session.heartbeat(progress, self._trouble)
             except DomainError as error:
                 _log.debug("heartbeat_failed", reason=error.reason, why=error.message)
+                if error.reason is Reason.CLIENT_REPLACED and not self._ended.done():
+                    self._ended.set_exception(error)
             await asyncio.sleep(until_next_s(asked_s))
+
+    async def take_leave(self) -> None:
+        """Says that this client has what it came for."""
+        with contextlib.suppress(DomainError):
+            await self._session.heartbeat(Progress(Stage.FINISHED, 1.0))
 
     async def drop(self) -> None:
         """Stops the work in progress, if any: within a training step or a shard, and then without regard.
@@ -260,6 +272,10 @@ class _Follower:
                     wait.reset()
                     await self._take(assignment)
             except DomainError as error:
+                if error.reason is Reason.FEDERATION_UNKNOWN:
+                    _log.error("federation_gone", why=error.message)
+                    self._end(Outcome.HALTED)
+                    return
                 if error.reason is not Reason.CLIENT_UNKNOWN:
                     raise
                 _log.info("joining_again", why=error.message)
@@ -275,16 +291,18 @@ class _Follower:
         if assignment.notice and assignment.notice != self._notice:
             _log.warning("update_left_out", why=assignment.notice)
         self._notice = assignment.notice
+        if not assignment.HasField("wait"):
+            self._trouble = None
         kind = assignment.WhichOneof("work")
-        _log.log(
-            logging.DEBUG if kind == "wait" else logging.INFO,
-            "assigned",
-            work=kind,
-            assignment_id=assignment.assignment_id,
-        )
+        if kind == "wait":
+            _log.info("waiting", why=assignment.wait.why)
+        else:
+            _log.info("assigned", work=kind, assignment_id=assignment.assignment_id)
         if kind == "halt":
             _log.error("federation_failed", why=assignment.halt.why)
-            self._end(Outcome.HALTED)
+            self._activity = Activity()
+            self._task = asyncio.create_task(self._halt(assignment.halt, self._activity))
+            self._task.add_done_callback(self._end_with)
         elif kind is not None and kind != "wait":
             self._activity = Activity()
             self._task = asyncio.create_task(self._perform(assignment, self._activity))
@@ -300,7 +318,9 @@ class _Follower:
             except Stopped:
                 pass
             except DomainError as error:
+                self._trouble = error
                 if is_fatal(error) or (error.reason in _OVER and assignment.HasField("finish")):
+                    await self._session.give_up(assignment.assignment_id, error)
                     raise
                 outage.failed(error)
                 if error.reason not in _OVER:
@@ -308,10 +328,26 @@ class _Follower:
                     await asyncio.sleep(wait_s)
                     wait_s = min(2 * wait_s, LONGEST_RETRY_S)
                     continue
+                await self._session.give_up(assignment.assignment_id, error)
                 await self._work.drop_update()
+            except Exception as error:
+                what = f"unexpected {type(error).__name__}: the agent's log says more"
+                await self._session.give_up(assignment.assignment_id, DomainError(Reason.INTERNAL, what))
+                raise
+            else:
+                self._trouble = None
             break
         if self._activity is activity:
             self._activity = None
+
+    async def _halt(self, halt: pb.Halt, activity: Activity) -> None:
+        """Keeps what there is of a federation that failed."""
+        try:
+            with self._work.writing():
+                await self._work.keep_newest(halt, activity)
+        except (DomainError, Stopped) as error:
+            _log.warning("newest_result_not_kept", why=str(error))
+        self._end(Outcome.HALTED)
 
     async def _do(self, assignment: pb.Assignment, activity: Activity) -> None:
         if assignment.HasField("vote"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -143,9 +144,9 @@ class Learner:
                 self._reporter(activity, Stage.EVALUATING),
             )
 
-    def save_adapter(self) -> None:
-        """Writes the current state as a PEFT adapter folder."""
-        self.model.save_adapter(self._state.adapter_folder)
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the current state as a PEFT adapter, into an empty folder."""
+        self.model.save_adapter(folder)
 
     def _train(self, number: int, activity: Activity) -> Trained:
         run = TrainingRun(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from client_agent.keys import EpochSecrets
@@ -101,5 +102,5 @@ class LocalLearner(Protocol):
     def evaluate(self, activity: Activity, *, everything: bool = False) -> Evaluation | None:
         """Evaluates the current state; None if nothing is to be evaluated. Raises: Stopped."""
 
-    def save_adapter(self) -> None:
-        """Writes the current state as an adapter for users."""
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the current state as an adapter for users, into an empty folder."""

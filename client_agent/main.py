@@ -1,6 +1,7 @@
 """The command line of the agent."""
 
 import asyncio
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ _REFUSED: Final = frozenset(
         Reason.SERVER_UNTRUSTED,
         Reason.TOKEN_REFUSED,
         Reason.CLIENT_EXISTS,
+        Reason.CLIENT_REPLACED,
     }
 )
 _HELP = """
@@ -97,8 +99,8 @@ def run(
     """Joins the federation and takes part until it ends.
 
     Everything that was trained survives a restart: SIGTERM and SIGINT stop the agent within a training step, and a
-    restarted agent goes on where it stopped, the upload included. At the end the adapter lies in STATE_DIR/adapter;
-    load it with peft.PeftModel.from_pretrained.
+    restarted agent goes on where it stopped, the upload included. After every round STATE_DIR/adapter is the newest;
+    load it with peft.PeftModel.from_pretrained, or copy it out with `export`.
 
     Exit codes: 0 the federation finished, or the agent was told to stop; 1 the federation failed, or something broke;
     2 configuration, data, model or identity are refused.
@@ -153,6 +155,39 @@ def check(
     _exit_with(
         lambda: _check(AgentConfig.load(config), offline=offline, causal_lm=causal_lm, targets=targets)
     )
+
+
+@app.command()
+def export(
+    config: ConfigFile,
+    to: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
+    *,
+    best: Annotated[
+        bool,
+        typer.Option("--best", help="The adapter with the smallest loss on this client's own test examples."),
+    ] = False,
+) -> None:
+    """Copies the newest adapter out of STATE_DIR, also while the agent runs.
+
+    After every round the agent saves the adapter of the federation's newest result, cut to its own rank, in
+    STATE_DIR/adapter, and the best one by its own test examples in STATE_DIR/adapter-best. Operators hold no key, so an
+    adapter always comes from an agent. Load it with peft.PeftModel.from_pretrained.
+
+    Exit codes: 0 copied; 2 there is no adapter yet, or the folder exists.
+    """
+    _exit_with(lambda: _export(AgentConfig.load(config), to, best=best))
+
+
+def _export(config: AgentConfig, to: Path, *, best: bool) -> int:
+    from client_agent.state import newest_adapter  # noqa: PLC0415 - as in `_run`
+
+    adapter = newest_adapter(config.state_dir, best=best)
+    try:
+        shutil.copytree(adapter, to)
+    except OSError as error:  # shutil.Error too
+        raise invalid(f"--to {to}: the adapter cannot be copied there: {error.strerror or error}") from error
+    Terminal().print(f"copied {adapter} to {to}")
+    return 0
 
 
 def _member(config: AgentConfig, token_file: Path | None, authority: str) -> AgentConfig:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import Final, TypeVar
 
@@ -17,7 +18,7 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix
 from shelora.messages import matrix_to_proto, tensor_to_proto
-from shelora.protocol import PROTOCOL_VERSION
+from shelora.protocol import PROTOCOL_VERSION, plain
 from shelora.telemetry.outages import Outage
 from shelora.transport.channel import (
     RETRY_S,
@@ -41,6 +42,8 @@ STREAM_TIMEOUT_S: Final = 300.0
 """Most seconds for a plan on its way in or out."""
 HEARTBEAT_TIMEOUT_S: Final = 15.0
 """Seconds until a heartbeat is given up: one that a busy coordinator answers late counts as well."""
+GIVE_UP_S: Final = 10.0
+"""Seconds to try to say that an assignment is given up: whoever waits for it does so anyway if this fails."""
 FIRST_WAIT_S: Final = 2.0
 """Bound of the first wait after a stream broke: a thousand agents come back at five hundred a second."""
 LONGEST_WAIT_S: Final = 30.0
@@ -67,6 +70,10 @@ class Session:
         )
 
         self._offline = Outage(_log, "offline", over="online")
+        self._session = secrets.token_hex(8)
+        """Tells this process from another one with the same identity."""
+        self._began = False
+        """Whether the coordinator has taken it for the one that takes part."""
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -108,6 +115,7 @@ class Session:
         while True:
             try:
                 async for assignment in self._watch():
+                    self._began = True
                     wait.reset()
                     yield assignment
             except grpc.aio.AioRpcError as error:
@@ -116,21 +124,39 @@ class Session:
                 _log.debug("watch_broken", code=error.code().name)
             await wait()
 
-    async def heartbeat(self, progress: Progress) -> float:
-        """Says what this client is doing. One attempt: the next heartbeat follows soon.
+    async def heartbeat(self, progress: Progress, trouble: DomainError | None = None) -> float:
+        """Says what this client is doing, and what keeps it from its work. One attempt: the next follows soon.
 
         Returns: Seconds until then; 0 if the coordinator names none.
+        Raises: CLIENT_UNKNOWN, CLIENT_REPLACED.
         """
         request = pb.HeartbeatRequest(
             federation_id=self._config.federation,
             client_id=self._config.client_id,
             stage=progress.stage.value,
             progress=progress.fraction,
+            reason=trouble.reason.value if trouble else None,
+            why=plain(trouble.message) if trouble else None,
+            session=self._session if self._began else None,
         )
         answer = await self._asked(
             self._coordinator.Heartbeat, request, timeout_s=HEARTBEAT_TIMEOUT_S, retry_s=0
         )
         return answer.next_ms / 1000
+
+    async def give_up(self, assignment_id: str, error: DomainError) -> None:
+        """Says that this client cannot do what it was assigned, and why. A courtesy: its failures are only logged."""
+        request = pb.GiveUpRequest(
+            federation_id=self._config.federation,
+            client_id=self._config.client_id,
+            assignment_id=assignment_id,
+            reason=error.reason.value,
+            why=plain(error.message),
+        )
+        try:
+            await self._asked(self._coordinator.GiveUp, request, retry_s=GIVE_UP_S)
+        except DomainError as refusal:
+            _log.debug("giving_up_not_told", reason=refusal.reason, why=refusal.message)
 
     async def secrets(self, epoch: int) -> EpochSecrets:
         """The secrets of an epoch.
@@ -274,7 +300,9 @@ class Session:
         return {**told, "certificate_valid_until": expires.isoformat(timespec="minutes")}
 
     def _watch(self) -> AsyncIterator[pb.Assignment]:
-        request = pb.WatchRequest(federation_id=self._config.federation, client_id=self._config.client_id)
+        request = pb.WatchRequest(
+            federation_id=self._config.federation, client_id=self._config.client_id, session=self._session
+        )
         return aiter(self._coordinator.Watch(request))
 
 
@@ -327,6 +355,7 @@ _FATAL: Final = frozenset(
         Reason.PERMISSION_DENIED,
         Reason.CERTIFICATE_EXPIRED,
         Reason.CERTIFICATE_REVOKED,
+        Reason.CLIENT_REPLACED,
         Reason.SERVER_UNTRUSTED,
         Reason.FEDERATION_CLOSED,
         Reason.LIMIT_REACHED,

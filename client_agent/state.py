@@ -5,10 +5,12 @@
     standing.json           how the newest plan serves this client, and the weight of its next vote
     spool/<round>/          serialized shards of the update being uploaded; complete once its manifest is there
     inbox/<round>/          shards of the result being downloaded
-    adapter/                the trained adapter, after the federation has finished
+    adapter/                the adapter of the newest result that was applied
+    adapter-best/           that of the result with the smallest loss on this client's own test examples
+    best.json               which result that was
 
-Every file is written beside its place and renamed into it, so a file that is there is whole. Folders have mode 0700
-and files 0600: weights are the client's own. Secrets are never written.
+Every file is written beside its place and renamed into it, so a file that is there is whole; so is an adapter's folder.
+Folders have mode 0700 and files 0600: weights are the client's own. Secrets are never written.
 """
 
 import fcntl
@@ -35,6 +37,9 @@ from shelora.transport.pieces import Digest
 _FORMAT: Final = 1
 _MANIFEST: Final = "manifest.json"
 _STANDING: Final = "standing.json"
+_BEST_NOTE: Final = "best.json"
+ADAPTER: Final = "adapter"
+BEST: Final = "adapter-best"
 _HASH_BLOCK: Final = 1 << 20
 _UNREADABLE: Final = (OSError, ValueError, TypeError, RecursionError)
 """What reading a damaged file may raise."""
@@ -132,11 +137,18 @@ class AgentState:
             os.close(self._lock)
             raise _unusable(folder, "another agent uses it; give each agent a folder of its own") from error
         files.remove_drafts(folder)
+        for adapter in (self.adapter_folder, self.best_folder):
+            _recover(adapter)
 
     @property
     def adapter_folder(self) -> Path:
-        """Where the trained adapter goes."""
-        return self._folder / "adapter"
+        """Where the adapter goes."""
+        return self._folder / ADAPTER
+
+    @property
+    def best_folder(self) -> Path:
+        """Where the best adapter goes."""
+        return self._folder / BEST
 
     def close(self) -> None:
         """Lets another agent use the folder."""
@@ -174,6 +186,33 @@ class AgentState:
     def trained(self) -> tuple[dict[str, str], Weights] | None:
         """The last trained weights and their key; None if there are none, or none that can be read."""
         return _load_weights(self._folder / "trained.safetensors")
+
+    def save_adapter(self, write: Callable[[Path], None]) -> None:
+        """Replaces the adapter by what is written into the folder that `write` is given."""
+        draft = _draft_of(self.adapter_folder)
+        write(draft)
+        _install(draft, self.adapter_folder)
+
+    def keep_if_best(self, federation_id: str, round_id: str, loss: float) -> bool:
+        """Keeps the adapter as the best one if its loss is smaller than that of the best so far of this federation."""
+        best = self._best_loss(federation_id)
+        if not loss < best or not self.adapter_folder.is_dir():  # NaN is not
+            return False
+        draft = _draft_of(self.best_folder)
+        shutil.copytree(self.adapter_folder, draft, dirs_exist_ok=True)
+        _install(draft, self.best_folder)
+        note = {"format": _FORMAT, "federation": federation_id, "round": round_id, "loss": loss}
+        files.replace(self._folder / _BEST_NOTE, json.dumps(note).encode())
+        return True
+
+    def _best_loss(self, federation_id: str) -> float:
+        """Infinity if there is no best adapter of this federation, or no note of it that can be read."""
+        try:
+            note = json.loads((self._folder / _BEST_NOTE).read_bytes())
+            ours = (note["format"], note["federation"]) == (_FORMAT, federation_id)
+            return float(note["loss"]) if ours else math.inf
+        except (*_UNREADABLE, KeyError, AttributeError):
+            return math.inf
 
     def save_standing(self, standing: Standing) -> None:
         """Keeps how the newest plan serves this client."""
@@ -266,6 +305,47 @@ class Inbox:
     def clear(self) -> None:
         """Deletes the shards."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def newest_adapter(folder: Path, *, best: bool = False) -> Path:
+    """The adapter in a state folder, whether an agent uses it or not.
+
+    Raises: DomainError CONFIGURATION_INVALID if there is none (yet).
+    """
+    adapter = folder / (BEST if best else ADAPTER)
+    if not adapter.is_dir():
+        more = "none was evaluated on test examples yet" if best else "no round was published yet"
+        raise _unusable(folder, f"there is no {adapter.name}/ in it: {more}")
+    return adapter
+
+
+def _draft_of(adapter: Path) -> Path:
+    """An empty folder beside an adapter's."""
+    draft = adapter.with_name(f"{adapter.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    _make_folder(draft)
+    return draft
+
+
+def _install(draft: Path, adapter: Path) -> None:
+    """Puts a finished draft in an adapter's place. Whoever dies between the two renames has `_recover`."""
+    old = adapter.with_name(f"{adapter.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    files.sync_tree(draft)
+    if adapter.exists():
+        adapter.rename(old)
+    draft.rename(adapter)
+    files.sync_folder(adapter.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(adapter: Path) -> None:
+    """Puts back what was taken away for a draft that did not come, and deletes the draft."""
+    old = adapter.with_name(f"{adapter.name}.old")
+    if old.is_dir() and not adapter.exists():
+        old.rename(adapter)
+    for left in (old, adapter.with_name(f"{adapter.name}.draft")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _make_folder(folder: Path) -> None:

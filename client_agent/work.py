@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import structlog
 
@@ -43,6 +43,9 @@ from shelora.v1 import coordinator_pb2 as pb
 
 _PlanKey: TypeAlias = tuple[bytes, str]
 """SHA-256 of a plan as it was published, and its vote: under another vote the same labels are other columns."""
+
+COPIES: Final = 4
+"""Times that weights are written in a round: as applied, as trained, as the adapter, perhaps as the best one."""
 
 _log = structlog.get_logger(__name__)
 
@@ -141,7 +144,7 @@ class Work:
             self._learner.examples
         ):  # of data before a restart
             base = train.base if train.HasField("base") else None
-            await self._require_resources(layout, base, copies=2)
+            await self._require_resources(layout, base, copies=COPIES)
             secrets = await self._enter(train.round.epoch)
             plan = await self._checked_plan(train, layout, secrets, activity)
             self._strategy.check(layout, self._learner.model, self._me.protection, plan, self._me.budget)
@@ -153,9 +156,7 @@ class Work:
     async def finish(self, finish: pb.Finish, activity: Activity) -> None:
         """Applies the final result, evaluates on every test example, saves the adapter."""
         plan = finish.plan if finish.HasField("plan") else None
-        await self._require_resources(None, finish.result, copies=2)
-        applied = await self._apply(finish.result, plan, activity)
-        await self._worker.run(self._learner.save_adapter)
+        applied = await self._applied_and_kept(finish.result, plan, activity)
         _log.info("adapter_saved", folder=str(self._state.adapter_folder))
         try:
             await self._report(finish.result.round_id, applied, activity, everything=True)
@@ -163,6 +164,15 @@ class Work:
             DomainError
         ) as error:  # the adapter is what counts: an evaluation that cannot be told does not fail it
             _log.warning("final_evaluation_not_reported", reason=error.reason, why=error.message)
+
+    async def keep_newest(self, halt: pb.Halt, activity: Activity) -> None:
+        """Applies the newest result of a federation that failed, if there is any, and saves the adapter."""
+        if not halt.HasField("result"):
+            _log.warning("no_adapter", why="no round was published")
+            return
+        plan = halt.plan if halt.HasField("plan") else None
+        await self._applied_and_kept(halt.result, plan, activity)
+        _log.info("adapter_saved", folder=str(self._state.adapter_folder), round=halt.result.round_number)
 
     async def drop_update(self) -> None:
         """Deletes the spooled update: its round does not want it any more."""
@@ -234,7 +244,20 @@ class Work:
         plan = train.base_plan if train.HasField("base_plan") else None
         applied = await self._apply(train.base, plan, activity)
         if train.base.round_id not in self._reported:
+            await self._save_adapter()
             await self._report(train.base.round_id, applied, activity, everything=False)
+
+    async def _applied_and_kept(
+        self, result: common_pb2.ResultRef, plan: pb.PlanRef | None, activity: Activity
+    ) -> Applied:
+        """Applies a result that no training follows, and saves the adapter."""
+        await self._require_resources(None, result, copies=COPIES)
+        applied = await self._apply(result, plan, activity)
+        await self._save_adapter()
+        return applied
+
+    async def _save_adapter(self) -> None:
+        await self._worker.run(self._state.save_adapter, self._learner.save_adapter)
 
     async def _apply(
         self,
@@ -264,6 +287,8 @@ class Work:
         _log.info(
             "evaluated", round=round_id, loss=measured.loss, correct=measured.correct, count=measured.count
         )
+        if await self._worker.run(self._state.keep_if_best, self._me.federation_id, round_id, measured.loss):
+            _log.info("best_adapter_so_far", round=round_id, folder=str(self._state.best_folder))
         report = pb.EvaluationReport(
             example_count=measured.count,
             correct_count=measured.correct,

@@ -140,6 +140,10 @@ def _between_rounds(federation: FederationRecord, client_id: str) -> Work:
     if negotiation is not None:
         leads = negotiation.leader == client_id
         return MakePlan(negotiation) if leads else Wait("another agent makes the plan")
+    if federation.split:
+        return Wait(
+            "those who joined have different models: more than half must have the same, or others join"
+        )
     if not federation.sequence:
         enough = f"waiting until {federation.spec.round.clients} agents"
         return Wait(f"{enough} with the same model have joined")

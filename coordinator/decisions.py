@@ -236,7 +236,10 @@ def _elect(view: View) -> Decision:
     """The model that more than half of those who joined have in common; waits for others while there is none."""
     shapes = transitions.elected_shapes(view.members)
     holder = next((name for name, member in view.members.items() if member.shapes == shapes), None)
-    return FixModel(holder) if shapes and holder else Rest()
+    if shapes and holder:
+        return FixModel(holder)
+    federation = view.federation
+    return Rest() if federation.split else WriteFederation("note_split", transitions.divided(federation))
 
 
 def _needs_vote(view: View) -> bool:

@@ -26,6 +26,7 @@ TRANSACTIONS: Final = (
     "give_up_lead",
     "name_leader",
     "note_majority",
+    "note_split",
     "open_keys",
     "open_round",
     "publish_plan",

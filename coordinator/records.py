@@ -212,7 +212,9 @@ class FederationRecord(Record):
     """What opens it; None without a committee."""
     garbage: tuple[Garbage, ...] = ()
     extra_rounds: int = 0
-    """Training rounds beyond those of the specification."""
+    """Training rounds beyond those of the specification; less than 0 if it was stopped."""
+    split: bool = False
+    """Whether enough clients have joined, and no model is that of more than half of them."""
     stopped: bool = False
     """Whether its operator stopped it."""
     deleting: bool = False

@@ -44,7 +44,7 @@ HISTORY_BYTES: Final = 2**20
 about 100 bytes a client and report, so that a federation of 10 000 agents stays within a message."""
 GONE_MS: Final = 60_000
 """Silence after which what a member last said of itself is not shown any more, if its federation has ended."""
-_MISFIT: Final = (Reason.MODEL_MISMATCH.value, "its model is not that of most members")
+_MISFIT: Final = (Reason.MODEL_MISMATCH.value, "its model is not that of more than half of those who joined")
 KEPT_ASSIGNMENTS: Final = 64
 """Rendered assignments kept for the next agent: an identifier names the work by all that fixes it."""
 
@@ -109,7 +109,8 @@ class Renderer:
         sightings = await self._store.sightings(record.federation_id, list(members))
         copies = await self._store.copies(record.federation_id)
         troubles = await self._troubles(record)
-        troubles |= {name: _MISFIT for name, member in members.items() if not record.fits(member)}
+        misfits = members if record.split else [n for n, member in members.items() if not record.fits(member)]
+        troubles |= dict.fromkeys(misfits, _MISFIT)
         shown = []
         for name, member in members.items():
             message = member_to_proto(member, sightings.get(name), now_ms, troubles.get(name))

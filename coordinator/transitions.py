@@ -98,7 +98,8 @@ def stopped_now(record: FederationRecord) -> FederationRecord:
     """Ends a federation that was stopped, with its newest result; without any it has failed."""
     if not record.result_sequence:
         return failed(record, "its operator stopped it before a round was published")
-    return edit(record, phase=Phase.FINISHED, ticket=None, negotiation=None)
+    extra = record.trained - record.spec.round.rounds  # those that were trained are all, until it is extended
+    return edit(record, phase=Phase.FINISHED, ticket=None, negotiation=None, extra_rounds=extra)
 
 
 def extended(record: FederationRecord, rounds: int) -> FederationRecord:
@@ -152,7 +153,12 @@ def elected_shapes(members: Mapping[str, Member]) -> str | None:
 
 def with_model(record: FederationRecord, model: Model) -> FederationRecord:
     """Fixes the federation's model; who has another is no member any more."""
-    return edit(record, model=model)
+    return edit(record, model=model, split=False)
+
+
+def divided(record: FederationRecord) -> FederationRecord:
+    """Notes that those who joined have no model that is that of most."""
+    return edit(record, split=True)
 
 
 def _require_same(kind: str, known: Sequence[Matrix | Tensor], given: Sequence[Matrix | Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -83,7 +84,7 @@ class SyntheticLearner:
         activity.report(Stage.EVALUATING, 0.0)
         return Evaluation(count=8, correct=4, loss=1.0, seconds=0.0)
 
-    def save_adapter(self) -> None:
+    def save_adapter(self, folder: Path) -> None:
         pass
 
 

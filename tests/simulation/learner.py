@@ -5,6 +5,7 @@ or not at all, or in another round, is a number in the wrong place.
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -106,8 +107,8 @@ class MarkedLearner:
     def evaluate(self, activity: Activity, *, everything: bool = False) -> Evaluation | None:
         return Evaluation(count=10, correct=5, loss=1.0, seconds=0.0)
 
-    def save_adapter(self) -> None:
-        self._state.adapter_folder.mkdir(exist_ok=True)
+    def save_adapter(self, folder: Path) -> None:
+        (folder / "position").write_text(self._position)
 
 
 def marks_in(restored: Restored) -> Float32:

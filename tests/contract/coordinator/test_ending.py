@@ -27,7 +27,7 @@ async def test_stopping_makes_the_newest_result_the_final_one(fed):
     await fed.settle()
     record, shown = await fed.federation(), await fed.shown()
     assert (record.phase, record.trained, record.ticket) == (Phase.FINISHED, 2, None)
-    assert shown.stopped
+    assert (shown.stopped, shown.spec.round.rounds) == (True, 2)
     assert outcomes(shown)[-1][3:] == ("ABANDONED", "FEDERATION_CLOSED"), "the round in progress"
     finish = (await fed.assignment("a")).finish
     assert finish.result.round_number == 2

@@ -47,7 +47,8 @@ async def test_without_a_majority_the_federation_waits_for_others(fed):
     await fed.join("a")
     await fed.settle()
     assert (await fed.federation()).model is None
-    assert "with the same model" in (await fed.assignment("a")).wait.why
+    assert "have different models" in (await fed.assignment("a")).wait.why
+    assert [member.reason for member in (await fed.shown()).members] == ["MODEL_MISMATCH"] * 2
     await fed.join("b")
     await fed.settle()
     assert (await fed.assignment("a")).HasField("vote")

@@ -18,7 +18,7 @@ from client_agent.doctor import Verdict, examine
 from client_agent.learner import Learner
 from client_agent.memory import Memory
 from client_agent.session import Session
-from client_agent.state import Inbox
+from client_agent.state import Inbox, newest_adapter
 from shelora.errors import DomainError, Reason
 from shelora.negotiation import sealed
 from shelora.v1 import coordinator_pb2 as pb
@@ -204,20 +204,64 @@ async def test_an_agent_restarted_after_the_end_still_gets_the_adapter(make_fede
     assert adapter.read_bytes() == before
 
 
-async def test_another_model_is_refused_at_once(make_federation: Make, tmp_path: Path) -> None:
+async def test_an_agent_with_another_model_than_most_is_refused_by_name_though_it_came_first(
+    make_federation: Make, tmp_path: Path
+) -> None:
     federation = make_federation("strict", rounds=1)
     await federation.start()
-    one = asyncio.create_task((await federation.agent("one")).run())
+    model = {"path": str(_larger_model(tmp_path / "larger")), "device": "cpu"}
+    other = asyncio.create_task((await federation.agent("other", model=model)).run())
     await federation.until(lambda f: len(f.members) == 1)
-    other = await federation.agent(
-        "two", model={"path": str(_larger_model(tmp_path / "larger")), "device": "cpu"}
+    assert (
+        await outcomes(await federation.agent("one"), await federation.agent("two")) == [Outcome.FINISHED] * 2
     )
-    with pytest.raises(DomainError) as caught:
-        await other.run()
+    with pytest.raises(DomainError, match=r"matrix .* is not in the federation's model") as caught:
+        await other
     assert caught.value.reason is Reason.MODEL_MISMATCH
-    one.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await one
+
+
+async def test_of_two_copies_of_an_identity_the_one_that_came_last_takes_part(
+    make_federation: Make, tmp_path: Path
+) -> None:
+    federation = make_federation("twins", rounds=1)
+    await federation.start()
+    first = await federation.agent("one")
+    running = asyncio.create_task(first.run())
+    await federation.until(lambda f: len(f.members) == 1)
+    copied = tmp_path / "copy"
+    shutil.copytree(federation.folder / "one" / "state", copied, ignore=shutil.ignore_patterns("lock"))
+    second = asyncio.create_task((await federation.agent("one", state_dir=str(copied))).run())
+    with pytest.raises(DomainError, match="another process with the identity of one") as caught:
+        await running
+    assert caught.value.reason is Reason.CLIENT_REPLACED
+    (member,) = (await federation.now()).members
+    assert member.copy_refused_unix_ms > 0, "the operator sees it"
+    assert await (await federation.agent("two")).run() is Outcome.FINISHED
+    assert await second is Outcome.FINISHED
+
+
+async def test_adapters_are_kept_after_every_round_and_a_stopped_federation_has_one(
+    make_federation: Make,
+) -> None:
+    federation = make_federation("halfway", rounds=9, local_steps=2)
+    await federation.start()
+    running = asyncio.create_task(outcomes(await federation.agent("one"), await federation.agent("two")))
+    state = federation.folder / "one" / "state"
+    await federation.until(lambda f: f.trained_rounds >= 2 and (state / "adapter").is_dir())
+    await federation.coordinator.StopFederation(pb.StopFederationRequest(federation_id="halfway"))
+    assert await running == [Outcome.FINISHED] * 2
+    shown = await federation.now()
+    assert (shown.phase, shown.stopped) == (pb.PHASE_FINISHED, True)
+    assert {m.stage for m in shown.members} == {"finished"}
+    for name in ("adapter", "adapter-best"):
+        assert (state / name / "adapter_model.safetensors").is_file()
+        assert newest_adapter(state, best=name == "adapter-best") == state / name
+    trained = shown.trained_rounds
+    request = pb.ExtendFederationRequest(federation_id="halfway", rounds=trained + 1)
+    await federation.coordinator.ExtendFederation(request)
+    again = [await federation.agent("one"), await federation.agent("two")]
+    assert await outcomes(*again) == [Outcome.FINISHED] * 2, "they go on from where they were"
+    assert (await federation.now()).trained_rounds == trained + 1
 
 
 async def test_a_client_of_another_federation_is_refused_at_once(make_federation: Make) -> None:
