@@ -12,8 +12,8 @@ from typing import Final
 
 from shelora.errors import DomainError, Reason
 
-MAX_MODULUS_BITS_128: Final = MappingProxyType({1024: 27, 2048: 54})
-"""Largest log2(q) by ring degree for 128-bit classical security.
+MAX_MODULUS_BITS_128: Final = MappingProxyType({1024: 27})
+"""Largest log2(q) by ring degree for 128-bit classical security; only degrees that an estimate was made for.
 
 HomomorphicEncryption.org security standard (2018), table 1, for secrets drawn like the errors with a deviation of 3.2.
 Ours have twice that deviation, and need it: see `MIN_DEVIATION`.
