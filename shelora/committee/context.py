@@ -15,6 +15,7 @@ DIGEST_BYTES: Final = 32
 MAX_WEIGHT: Final = 2**31 - 1
 
 _DOMAIN: Final = b"shelora/committee/v1/context"
+_DECIDERS_DOMAIN: Final = b"shelora/committee/v1/deciders"
 _ORDER_DOMAIN: Final = b"shelora/committee/v1/order"
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KIND: Final = re.compile(r"[A-Z]{1,16}")
@@ -105,18 +106,18 @@ class RoundContext:
         )
         return Committee(ordered(order_key, subject, self.cohort, self.rule.size))
 
-    def may_follow(self, earlier: "RoundContext", order_key: bytes) -> bool:
-        """Whether an update that was dealt under an earlier attempt may be dealt again under this one.
+    def deciders(self, committee: "Committee") -> bytes:
+        """SHA-256 over what decides which set is opened: the number, the rule and the committee, not the attempt.
 
-        Only if the same committee decides, by the same rule, about the same number: it certifies one set for it. Else
-        two sums may be opened that differ by one client, and their difference is that client's update.
+        An update that was dealt may be dealt again only under a context with the same deciders: they certify one set.
+        Otherwise two sums may be opened that differ by one client, and their difference is that client's update.
         """
-        return (
-            (self.federation_id, self.instance, self.epoch)
-            == (earlier.federation_id, earlier.instance, earlier.epoch)
-            and (self.kind, self.round_number, self.rule)
-            == (earlier.kind, earlier.round_number, earlier.rule)
-            and self.committee(order_key) == earlier.committee(order_key)
+        rule = self.rule
+        return joined_digest(
+            _DECIDERS_DOMAIN,
+            *(text.encode() for text in (self.federation_id, self.instance, self.kind)),
+            *map(_number, (self.epoch, self.round_number, rule.size, rule.threshold, rule.packing)),
+            *(name.encode() for name in committee.members),
         )
 
     def names(self, bits: bytes) -> tuple[str, ...]:
