@@ -1,22 +1,26 @@
 """What the checks of the members mean: who contributes, whose dealing is left out, which members are set aside.
 
-A check that refuses a dealing is a member's word against a dealer's. More than T such words include an honest one. With
-fewer, either side may lie: the dealer is left out, unless the member refuses several whom nobody else refuses; then the
-member is set aside while a quorum remains. So one hostile member can evict at most one honest client a round, and
-coordinators can do no more than deny service with this rule: it decides who is summed, never what is opened.
+A member that holds no share of a dealer is a word against that dealer's. More than T such words include an honest one,
+so the dealer is left out. With fewer, either side may lie. Then whoever has the most words against it goes: the dealer
+that most members lack, or the member that lacks most dealers, the dealer if they are equal; members only while a quorum
+remains. So one hostile member evicts at most one honest client a round, and hostile dealers that cheat two members are
+out themselves. This decides who is summed, never what is opened.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from shelora.committee.context import RoundContext
+from shelora.committee.rules import CommitteeRule
 from shelora.committee.statements import parsed
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
 
-TOLERATED: Final = 1
-"""Refusals of its own that a member may have before it is set aside."""
+Bools: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,38 @@ def judge(context: RoundContext, dealers: frozenset[str], checks: Mapping[int, C
 
     Raises: DomainError(QUORUM_MISSING): fewer members than a quorum have checked.
     """
-    quorum = context.rule.quorum
-    if len(checks) < quorum:
+    rule, names, positions = context.rule, sorted(dealers), sorted(checks)
+    if len(positions) < rule.quorum:
         raise DomainError(
-            Reason.QUORUM_MISSING, f"{len(checks)} members of the committee checked and {quorum} must"
+            Reason.QUORUM_MISSING, f"{len(positions)} members of the committee checked and {rule.quorum} must"
         )
-    missing = {position: dealers - check.held for position, check in checks.items()}
-    out = {dealer for dealer in dealers if _count(missing, dealer) > context.rule.threshold}
-    aside: set[int] = set()
-    by_refusals = sorted(missing, key=lambda position: (-len(missing[position] - out), position))
-    for position in by_refusals:
-        if len(missing[position] - out) > TOLERATED and len(checks) - len(aside) > quorum:
-            aside.add(position)
-    for position in missing.keys() - aside:
-        out |= missing[position]
-    left_out = {d: tuple(sorted(p for p in missing if d in missing[p])) for d in sorted(out)}
-    return Verdict(tuple(sorted(dealers - out)), left_out, tuple(sorted(aside)))
+    lacking = np.array([[name not in checks[p].held for name in names] for p in positions], dtype=np.bool_)
+    out, aside = _settled(lacking.reshape(len(positions), len(names)), rule)
+    return Verdict(
+        contributors=tuple(name for name, left in zip(names, out, strict=True) if not left),
+        left_out={
+            name: tuple(p for p, lacks in zip(positions, lacking[:, i], strict=True) if lacks)
+            for i, name in enumerate(names)
+            if out[i]
+        },
+        set_aside=tuple(p for p, left in zip(positions, aside, strict=True) if left),
+    )
 
 
-def _count(missing: Mapping[int, frozenset[str]], dealer: str) -> int:
-    return sum(dealer in refused for refused in missing.values())
+def _settled(lacking: Bools, rule: CommitteeRule) -> tuple[Bools, Bools]:
+    """Which dealers are out [dealers] and which members aside [members], so that the others lack none of the others.
+
+    Args: lacking: [members, dealers].
+    """
+    members = len(lacking)
+    out = lacking.sum(axis=0) > rule.threshold
+    aside = np.zeros(members, dtype=np.bool_)
+    while (open_ := lacking & ~out & ~aside[:, None]).any():
+        by_member, by_dealer = open_.sum(axis=1), open_.sum(axis=0)
+        if members - aside.sum() <= rule.quorum:
+            out |= open_.any(axis=0)
+        elif by_member.max() > by_dealer.max():
+            aside[by_member.argmax()] = True
+        else:
+            out[by_dealer.argmax()] = True
+    return out, aside

@@ -7,6 +7,8 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shelora.committee.certificate import ContributorSet, assemble
 from shelora.committee.dealer import Dealer
@@ -503,6 +505,49 @@ def test_a_dealer_that_more_than_T_members_refuse_is_left_out_and_no_member_with
     assert set(verdict.left_out) == bad
     assert verdict.left_out["ward-004"] == (1, 2, 3)
     assert verdict.set_aside == ()
+
+
+@pytest.mark.parametrize("cheated", [1, 2])
+def test_dealers_that_cheat_the_same_few_members_are_out_themselves(cheated):
+    """At most T members each, so that no dealer is refused by more than T; one cheated member is lost, two are not."""
+    context = context_of(8)
+    dealers = frozenset(context.cohort)
+    bad = frozenset({"ward-004", "ward-005"})
+    checks = {p: Checked(p, dealers - bad if p <= cheated else dealers, frozenset()) for p in range(1, 8)}
+    verdict = judge(context, dealers, checks)
+    if cheated == 1:
+        assert verdict.set_aside == (1,)
+        assert verdict.left_out == {}
+    else:
+        assert verdict.set_aside == ()
+        assert set(verdict.left_out) == bad
+
+
+def test_members_are_set_aside_only_while_a_quorum_remains():
+    context = context_of(8)
+    dealers = frozenset(context.cohort)
+    refused = frozenset(sorted(dealers)[:4])
+    checks = {p: Checked(p, dealers - refused if p == 1 else dealers, frozenset()) for p in range(1, 6)}
+    verdict = judge(context, dealers, checks)  # five have checked, and five must sign
+    assert verdict.set_aside == ()
+    assert set(verdict.left_out) == refused
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_whoever_is_not_set_aside_holds_a_share_of_every_contributor(data):
+    context = context_of(8)
+    dealers = frozenset(data.draw(st.sets(st.sampled_from(context.cohort))))
+    present = data.draw(st.sets(st.integers(1, 7), min_size=5))
+    held = {
+        p: frozenset(data.draw(st.sets(st.sampled_from(sorted(dealers))))) if dealers else dealers
+        for p in present
+    }
+    verdict = judge(context, dealers, {p: Checked(p, held[p], frozenset()) for p in present})
+    assert len(present) - len(verdict.set_aside) >= context.rule.quorum
+    assert set(verdict.contributors) | set(verdict.left_out) == dealers
+    for position in present - set(verdict.set_aside):
+        assert set(verdict.contributors) <= held[position]
 
 
 # --- servers that choose the committee
