@@ -6,12 +6,23 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Final
 
+from coordinator import transitions
 from coordinator.aggregation import digest_from_proto
-from coordinator.records import Dropped, Evaluation, Member, Model, Report, Sighting, StoredDigest, Update
+from coordinator.records import (
+    Dropped,
+    Evaluation,
+    FederationRecord,
+    Member,
+    Model,
+    Report,
+    Sighting,
+    StoredDigest,
+    Update,
+)
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
-from shelora.lora.layout import Tensor
-from shelora.messages import matrix_from_proto
+from shelora.lora.layout import MAX_ITEMS, Matrix, Tensor
+from shelora.messages import matrix_from_proto, require_at_most, tensor_shape
 from shelora.protocol import MAX_WHY, PROTOCOL_VERSION, Stage
 from shelora.strategies.port import RoundTerms
 from shelora.text import printable
@@ -72,13 +83,23 @@ def member(request: pb.JoinRequest, certified_ms: int = 0) -> Member:
 
 
 def model(
-    spec: FederationSpec, matrices: Sequence[common_pb2.Matrix], tensors: Sequence[common_pb2.Tensor]
+    spec: FederationSpec,
+    matrices: Sequence[common_pb2.Matrix],
+    tensors: Sequence[common_pb2.Tensor],
+    known: Model | None = None,
 ) -> Model:
-    """A model's matrices, and its tensors under the federation's bound; a layout of them can be built."""
+    """A model's matrices, and its tensors under the federation's bound; a layout of them can be built.
+
+    Args: known: the federation's model, if there is one. No more of another is converted than tells it from this one.
+    """
+    if known is not None:
+        matrices, tensors = matrices[: len(known.matrices) + 1], tensors[: len(known.tensors) + 1]
+    require_at_most(MAX_ITEMS, matrices, "matrices")
+    require_at_most(MAX_ITEMS, tensors, "tensors")
     require(len(matrices) > 0, "matrices must hold at least one adapted matrix")
     require(all(not m.tier_columns for m in matrices), "matrices must come without tier_columns")
     checked = tuple(matrix_from_proto(m) for m in matrices)
-    bounded = tuple(Tensor(t.name, tuple(t.shape), spec.protection.tensor_bound) for t in tensors)
+    bounded = tuple(Tensor(t.name, tensor_shape(t), spec.protection.tensor_bound) for t in tensors)
     found = Model(matrices=checked, tensors=bounded)
     round_ = RoundTerms(key_id=bytes(KEY_ID_BYTES), max_rank=1)
     spec.protection.strategy.layout(found, spec.protection, round_)
@@ -131,6 +152,17 @@ def given_up(request: pb.GiveUpRequest) -> Dropped:
 def why(text: str) -> str:
     """A member's reason, as logs and terminals may show it."""
     return printable(text[:MAX_WHY])
+
+
+def plan(
+    record: FederationRecord, client: str, number: int, matrices: Sequence[common_pb2.Matrix]
+) -> list[Matrix]:
+    """The matrices of a plan that is awaited from this client. Raises NOT_LEADER, INVALID_ARGUMENT."""
+    transitions.require_publisher(record, client, number)
+    require(
+        len(matrices) == len(record.matrices), "the plan's matrices are not those of the federation's model"
+    )
+    return [matrix_from_proto(matrix) for matrix in matrices]
 
 
 def update(request: pb.CommitUpdateRequest) -> Update:

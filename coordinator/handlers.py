@@ -1,5 +1,6 @@
 """The use cases behind the RPCs: who may do what, in which order, on which records."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,7 +32,6 @@ from coordinator.votes import most_bytes, opened_ballot, takes_ballots
 from services.shell.sharing import Shared
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
-from shelora.lora.layout import Matrix
 from shelora.lora.screening import update_norm
 from shelora.rounds import RoundKind, RoundState
 from shelora.transport.pieces import Digest, collect
@@ -46,6 +46,9 @@ _OUTCOMES: Final = {
     CommitOutcome.REWRITTEN: "rewritten",
     CommitOutcome.NOT_COLLECTING: "late",
 }
+
+FEW_SHARDS: Final = 64
+"""Digests of a commit that are converted in less time than its round is read."""
 
 WATCHED_FEDERATIONS: Final = 64
 """Federations whose state is kept at hand for watching agents."""
@@ -197,7 +200,7 @@ class Handlers:
     ) -> FederationRecord:
         """Makes a client a member. Raises INVALID_ARGUMENT, MODEL_MISMATCH, FEDERATION_CLOSED, LIMIT_REACHED."""
         record = (await self.store.federation(federation_id)).record
-        model = checks.model(record.spec, matrices, tensors)
+        model = await asyncio.to_thread(checks.model, record.spec, matrices, tensors, record.model)
         transitions.required_model(record, model)
         if not await self.store.is_member(federation_id, member.client_id):
             count = await self.store.member_count(federation_id)
@@ -307,6 +310,15 @@ class Handlers:
         found = await self.store.round(federation, ticket.sequence) if ticket else None
         return federation, found.record if found else None
 
+    async def require_shards(self, federation_id: str, round_id: str, count: int) -> None:
+        """Holds the number of a commit's digests against its round, if there are many, before any is converted.
+
+        Raises: ROUND_UNKNOWN, INVALID_ARGUMENT.
+        """
+        if count > FEW_SHARDS:
+            federation = (await self.store.federation(federation_id)).record
+            _require_count((await self._round(federation, round_id)).shard_count, count)
+
     async def commit(
         self,
         federation_id: str,
@@ -385,7 +397,7 @@ class Handlers:
         digest = Digest(bytes.fromhex(announced.sha256), announced.total_bytes)
         data = await collect(pieces, digest, most_bytes(federation))
         member = await self.store.member(federation.federation_id, update.client_id)
-        opened_ballot(data, federation, member.budget if member else 0.0)
+        await asyncio.to_thread(opened_ballot, data, federation, member.budget if member else 0.0)
         return data
 
     async def _checked(self, federation: FederationRecord, record: RoundRecord, update: Update) -> Update:
@@ -394,9 +406,7 @@ class Handlers:
         _require_in_cohort(record, update.client_id)
         if update.layout_digest != record.layout_digest:
             raise DomainError(Reason.LAYOUT_MISMATCH, "the update was made for another layout")
-        checks.require(
-            len(update.shards) == record.shard_count, f"shards must hold {record.shard_count} digests"
-        )
+        _require_count(record.shard_count, len(update.shards))
         layout = await self.store.layout(federation.federation_id, record.layout_digest)
         checks.require(
             update.rank <= layout.max_rank, f"rank must be at most {layout.max_rank} in this round"
@@ -425,16 +435,17 @@ class Handlers:
         client_id: str,
         number: int,
         digest: Digest,
-        matrices: list[Matrix],
+        matrices: Sequence[common_pb2.Matrix],
         pieces: AsyncIterator[bytes],
     ) -> None:
         """Takes the leader's sealed plan. Raises NOT_LEADER, INVALID_ARGUMENT, DIGEST_MISMATCH, TRANSFER_*."""
         stored = StoredDigest(sha256=digest.sha256.hex(), total_bytes=digest.total_bytes)
+        before = (await self.store.federation(federation_id)).record
+        counted = checks.plan(before, client_id, number, matrices)
 
         def published(record: FederationRecord) -> FederationRecord:
-            return transitions.with_plan(record, client_id, number, stored, matrices)
+            return transitions.with_plan(record, client_id, number, stored, counted)
 
-        before = (await self.store.federation(federation_id)).record
         if published(before) == before:  # refuses before a byte is read
             return
         sealed = await collect(pieces, digest, MAX_PLAN_BYTES)
@@ -517,6 +528,11 @@ async def _counted(commit: Coroutine[Any, Any, tuple[CommitOutcome, int]]) -> in
     if outcome is CommitOutcome.NOT_COLLECTING:
         raise _not_collecting()
     return count
+
+
+def _require_count(shard_count: int, count: int) -> None:
+    """Raises INVALID_ARGUMENT unless there is a digest for every shard of the round."""
+    checks.require(count == shard_count, f"shards must hold {shard_count} digests")
 
 
 def _require_in_cohort(record: RoundRecord, client_id: str) -> None:

@@ -15,7 +15,6 @@ from services.shell.guard import certificate_of
 from shelora.committee.rules import MAX_MEMBERS
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
-from shelora.messages import matrix_from_proto
 from shelora.transport.pieces import Digest, cut
 from shelora.transport.revocations import issued_ms
 from shelora.transport.status import translated
@@ -120,6 +119,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: pb.CommitUpdateRequest, context: _Context
     ) -> pb.CommitUpdateResponse:
         async with translated(context):
+            await self._handlers.require_shards(request.federation_id, request.round_id, len(request.shards))
             update = checks.update(request)
             dealt = request.dealt if request.HasField("dealt") else None
             count = await self._handlers.commit(request.federation_id, request.round_id, update, dealt)
@@ -149,7 +149,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                 header.client_id,
                 header.plan_number,
                 Digest(header.digest.sha256, header.digest.total_bytes),
-                [matrix_from_proto(m) for m in header.matrices],
+                header.matrices,
                 _pieces(request_iterator),
             )
             return pb.PublishPlanResponse()

@@ -416,8 +416,8 @@ def with_plan(
     Raises: NOT_LEADER; DIGEST_MISMATCH if the leader published another plan under this number;
     INVALID_ARGUMENT if the matrices are not the model's or their counts do not fit the tiers.
     """
-    published = next((plan for plan in record.plans if plan.number == number), None)
-    if published is not None and published.negotiation.leader == client_id:
+    published = _published(record, client_id, number)
+    if published is not None:
         if published.digest != digest:
             raise DomainError(Reason.DIGEST_MISMATCH, f"plan {number} is published with another digest")
         return record
@@ -425,6 +425,18 @@ def with_plan(
     columns = _tier_columns(record, negotiation, matrices)
     plan = Plan(number=number, digest=digest, negotiation=negotiation, tier_columns=columns)
     return edit(record, plan=plan, negotiation=None)
+
+
+def _published(record: FederationRecord, client_id: str, number: int) -> Plan | None:
+    """The plan in use that this client published under this number."""
+    plans = (plan for plan in record.plans if plan.number == number)
+    return next((plan for plan in plans if plan.negotiation.leader == client_id), None)
+
+
+def require_publisher(record: FederationRecord, client_id: str, number: int) -> None:
+    """Raises NOT_LEADER unless this client is to publish a plan under this number, or has done so."""
+    if _published(record, client_id, number) is None:
+        require_leader(record, client_id, number)
 
 
 def require_leader(record: FederationRecord, client_id: str, number: int) -> Negotiation:

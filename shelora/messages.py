@@ -1,7 +1,21 @@
-"""Layouts to protobuf messages and back, checked. Shards are bytes of their own: `shelora.lora.codec`."""
+"""Layouts to protobuf messages and back, checked. Shards are bytes of their own: `shelora.lora.codec`.
+
+How many there are of something is looked at before any is converted: a message of some MiB holds millions.
+"""
+
+from collections.abc import Sized
 
 from shelora.lora.kinds import require_kinds
-from shelora.lora.layout import Layout, Matrix, Shard, Tensor
+from shelora.lora.layout import (
+    MAX_ITEMS,
+    MAX_TENSOR_DIMENSIONS,
+    MAX_TIERS,
+    Layout,
+    Matrix,
+    Shard,
+    Tensor,
+    refuse,
+)
 from shelora.v1 import common_pb2 as pb
 
 
@@ -15,6 +29,8 @@ def matrix_to_proto(matrix: Matrix) -> pb.Matrix:
 
 
 def matrix_from_proto(message: pb.Matrix) -> Matrix:
+    """Raises INVALID_ARGUMENT naming what is wrong with the matrix."""
+    require_at_most(MAX_TIERS, message.tier_columns, "tier_columns")
     return Matrix(message.name, message.out_features, message.in_features, tuple(message.tier_columns))
 
 
@@ -23,7 +39,20 @@ def tensor_to_proto(tensor: Tensor) -> pb.Tensor:
 
 
 def tensor_from_proto(message: pb.Tensor) -> Tensor:
-    return Tensor(message.name, tuple(message.shape), message.bound)
+    """Raises INVALID_ARGUMENT naming what is wrong with the tensor."""
+    return Tensor(message.name, tensor_shape(message), message.bound)
+
+
+def tensor_shape(message: pb.Tensor) -> tuple[int, ...]:
+    """Raises INVALID_ARGUMENT."""
+    require_at_most(MAX_TENSOR_DIMENSIONS, message.shape, "shape")
+    return tuple(message.shape)
+
+
+def require_at_most(most: int, items: Sized, field: str) -> None:
+    """Raises INVALID_ARGUMENT if a repeated field has more items."""
+    if len(items) > most:
+        raise refuse(f"{field} has {len(items)} items, at most {most} are accepted")
 
 
 def layout_to_proto(layout: Layout) -> pb.Layout:
@@ -42,6 +71,13 @@ def layout_to_proto(layout: Layout) -> pb.Layout:
 
 def layout_from_proto(message: pb.Layout) -> Layout:
     """Raises INVALID_ARGUMENT naming what is wrong with the layout."""
+    require_at_most(MAX_ITEMS, message.matrices, "matrices")
+    require_at_most(MAX_ITEMS, message.tensors, "tensors")
+    require_at_most(MAX_TIERS, message.tiers, "tiers")
+    require_at_most(2 * MAX_ITEMS, message.shards, "shards")
+    for shard in message.shards:
+        require_at_most(MAX_ITEMS, shard.matrices, "matrices of a shard")
+        require_at_most(MAX_ITEMS, shard.tensors, "tensors of a shard")
     layout = Layout(
         parameters=message.parameters,
         key_id=message.key_id,

@@ -368,3 +368,27 @@ def test_shards_in_another_order_of_fields_or_with_new_fields_are_read():
 def test_a_shard_that_does_not_exist_is_refused():
     data = altered(UPDATES[0], shard=9)
     assert reason_of(decode_update, LAYOUT, 9, data) is Reason.SHARD_UNKNOWN
+
+
+BEYOND = 200_000
+"""Items that a message of 4 MiB can hold: converted one by one they take most of a second."""
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pb.Layout(matrices=[pb.Matrix(name="m", out_features=1, in_features=1)] * 2**15), "matrices"),
+        (pb.Layout(tensors=[pb.Tensor(name="t", shape=[1], bound=1)] * 2**15), "tensors"),
+        (pb.Layout(tiers=[0.5] * BEYOND), "tiers"),
+        (pb.Layout(shards=[pb.Shard(matrices=[0])] * 2**16), "shards"),
+        (pb.Layout(shards=[pb.Shard(matrices=range(BEYOND))]), "matrices of a shard"),
+        (pb.Layout(shards=[pb.Shard(tensors=range(BEYOND))]), "tensors of a shard"),
+        (pb.Layout(matrices=[pb.Matrix(name="m", tier_columns=[1] * BEYOND)]), "tier_columns"),
+        (pb.Layout(tensors=[pb.Tensor(name="t", shape=[1] * BEYOND)]), "shape"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_how_many_there_are_is_looked_at_before_any_is_converted(message, field):
+    with pytest.raises(DomainError, match=f"^{field} has [0-9]+ items, at most") as caught:
+        layout_from_proto(message)
+    assert caught.value.reason is Reason.INVALID_ARGUMENT

@@ -1,6 +1,7 @@
 """The RPCs over real gRPC, a real store and fakes of the other services."""
 
 import asyncio
+from collections import Counter
 from contextlib import asynccontextmanager
 from importlib import metadata
 
@@ -8,7 +9,7 @@ import grpc
 import pytest
 from prometheus_client import REGISTRY
 
-from coordinator import render
+from coordinator import checks, render
 from coordinator.metrics import TESTED, await_evaluations
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from services.shell.server import running_server
@@ -407,3 +408,48 @@ async def test_a_ballot_is_cast_over_the_wire_and_a_stream_without_header_is_ref
     assert (await stub.CastBallot(parts())).ballot_count == 1
     async with refused(Reason.INVALID_ARGUMENT, "the first message must be the header"):
         await call_with_stream(stub.CastBallot, lambda: parts(with_header=False))
+
+
+@pytest.fixture
+def converted(monkeypatch):
+    """How many digests and matrices were made of what arrived."""
+    made = Counter()
+
+    def counting(name):
+        original = getattr(checks, name)
+
+        def counted(*arguments):
+            made[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(checks, name, counted)
+
+    for name in ("digest_from_proto", "matrix_from_proto", "tensor_shape"):
+        counting(name)
+    return made
+
+
+async def test_a_flood_of_repeated_fields_is_refused_before_it_is_converted(stub, fed, converted):
+    """200 000 matrices in a header and 100 000 digests in a commit stopped everyone for seconds."""
+    round_ = await collecting(fed)
+    converted.clear()
+    many = [common_pb2.Matrix(name=str(i), out_features=1, in_features=1) for i in range(16_000)]
+    async with refused(Reason.MODEL_MISMATCH):
+        await stub.Join(join(matrices=many))
+    assert converted["matrix_from_proto"] <= len(MATRICES) + 1
+    converted.clear()
+    tensors = [common_pb2.Tensor(name=str(i), shape=[1]) for i in range(16_000)]
+    async with refused(Reason.MODEL_MISMATCH):
+        await stub.Join(join(tensors=tensors))
+    assert converted["tensor_shape"] <= len(TENSORS) + 1
+
+    digests = [common_pb2.ShardDigest(sha256=bytes(32), total_bytes=1)] * 50_000
+    flood, commit = commit_request(fed, round_, shards=digests), commit_request(fed, round_)
+    converted.clear()
+    async with refused(Reason.INVALID_ARGUMENT):
+        await stub.CommitUpdate(flood)
+    async with refused(Reason.NOT_LEADER):
+        await call_with_stream(stub.PublishPlan, lambda: iter(messages("a", 1, b"x", many)))
+    assert not converted
+    await stub.CommitUpdate(commit)  # the control: as many as there are shards are converted
+    assert converted == {"digest_from_proto": len(round_.layout.shards)}

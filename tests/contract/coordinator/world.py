@@ -23,7 +23,7 @@ from coordinator.store import RedisStore, Store
 from coordinator.votes import votes_of
 from services.shell.redis_client import connect
 from shelora.federation import FederationSpec
-from shelora.messages import layout_from_proto, matrix_from_proto
+from shelora.messages import layout_from_proto
 from shelora.negotiation.ballots import Ballot
 from shelora.transport.channel import open_channel
 from shelora.transport.pieces import Digest, cut
@@ -216,7 +216,7 @@ class World:
             counted = common_pb2.Matrix()
             counted.CopyFrom(matrix)
             counted.tier_columns.extend([2] * len(work.tiers))
-            matrices.append(matrix_from_proto(counted))
+            matrices.append(counted)
         await self.handlers.publish_plan(
             "fed", client, work.plan_number, Digest.of(sealed), matrices, _pieces(sealed)
         )
