@@ -14,6 +14,7 @@ import typer
 
 from shelora.cli.audit import audit_app
 from shelora.cli.cluster import Addresses, LocalCluster
+from shelora.cli.exporting import encoded, rounds_csv, write_new
 from shelora.cli.operator import (
     RETRY_S,
     Operator,
@@ -50,7 +51,9 @@ app = CommandLine(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-federation_app = typer.Typer(help="Create, start and watch federations.", no_args_is_help=True)
+federation_app = typer.Typer(
+    help="Create, start, watch, stop, extend, export and delete federations.", no_args_is_help=True
+)
 app.add_typer(federation_app, name="federation")
 token_app = typer.Typer(help="Issue join tokens.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
@@ -176,6 +179,88 @@ def rotate(
     """Replace a federation's keys after the round in progress: it votes anew and goes on with the next epoch's."""
     target = Target.of(coordinator, identity, key_authority)
     console.print(federation_view(_ask(lambda o: o.rotate(name), target)))
+
+
+@federation_app.command()
+def stop(
+    name: NameArgument,
+    coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
+) -> None:
+    """End a federation with its newest result.
+
+    The round in progress is abandoned, unless it is being aggregated already. Agents apply the newest result, save the
+    adapter and finish; without any result the federation has failed. `extend` lets a stopped federation go on.
+    """
+    target = Target.of(coordinator, identity, key_authority)
+    console.print(federation_view(_ask(lambda o: o.stop(name), target)))
+
+
+@federation_app.command()
+def extend(
+    name: NameArgument,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Training rounds to add.")],
+    coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
+) -> None:
+    """Add training rounds to a federation that runs, has finished or was stopped.
+
+    One that has finished goes on from its result as soon as its agents are started again; it can while aggregation
+    keeps that result (result_ttl_days). One that has failed cannot go on: create another one.
+    """
+    target = Target.of(coordinator, identity, key_authority)
+    console.print(federation_view(_ask(lambda o: o.extend(name, rounds), target)))
+
+
+@federation_app.command()
+def delete(
+    name: NameArgument,
+    coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a federation for good: its members, rounds, reports and results, and all its keys.
+
+    Agents that still run are told and halt; they keep the adapters they have saved. Certificates of its clients stay
+    valid for a federation of the same name until they expire: `shelora revoke` ends that. The name can be given again.
+    """
+    target = Target.of(coordinator, identity, key_authority)
+    if not yes:
+        console.say(
+            f"This deletes federation {name}: members, rounds, reports, results, keys. Nothing brings them back; "
+            f"`shelora federation export {name} --to FILE` keeps what is known of it, agents keep their adapters."
+        )
+        typer.confirm("Delete it?", abort=True)
+    _ask(lambda o: o.delete(name), target)
+    console.say(f"deleted federation {name}")
+
+
+@federation_app.command()
+def export(
+    name: NameArgument,
+    to: Annotated[Path, typer.Option("--to", help="JSON file to make.")],
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Make a CSV file of the training rounds as well.")
+    ] = None,
+    coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
+) -> None:
+    """Write specification, members, rounds and reports of a federation to a JSON file.
+
+    The model is not in it: operators hold no key. An agent has the adapter in its STATE_DIR/adapter, after every round;
+    `client-agent export` copies it.
+    """
+    federation = _ask(lambda o: o.get(name), Target.of(coordinator, identity, key_authority))
+    with reported():
+        write_new(to, encoded(federation))
+        if csv is not None:
+            write_new(csv, rounds_csv(federation))
+    console.say(f"wrote {to}" + (f" and {csv}" if csv else ""))
 
 
 @federation_app.command()

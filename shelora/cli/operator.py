@@ -1,5 +1,6 @@
 """What an operator asks of a coordinator and of the key authority."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from shelora.errors import DomainError, Reason
 from shelora.text import printable
 from shelora.transport.certificates import utc_now
 from shelora.transport.channel import call, open_channel
@@ -23,6 +25,9 @@ from shelora.v1.enrolment_pb2_grpc import EnrolmentStub
 if TYPE_CHECKING:  # the asynchronous stub is a type only; at run time the channel decides
     from shelora.v1.coordinator_pb2_grpc import CoordinatorAsyncStub
 
+DELETE_S: Final = 60.0
+"""Seconds to wait for a deletion; a coordinator looks at ended federations twice a minute."""
+POLL_S: Final = 0.3
 RETRY_S: Final = 10.0
 """A person waits: shorter than between servers."""
 
@@ -65,6 +70,40 @@ class Operator:
         present = await self.get(federation)
         request = pb.RotateKeysRequest(federation_id=federation, from_epoch=present.epoch)
         return shown(await call(self._stub.RotateKeys, request, retry_s=RETRY_S))
+
+    async def stop(self, federation: str) -> pb.Federation:
+        """Ends a federation with its newest result."""
+        request = pb.StopFederationRequest(federation_id=federation)
+        return shown(await call(self._stub.StopFederation, request, retry_s=RETRY_S))
+
+    async def extend(self, federation: str, rounds: int) -> pb.Federation:
+        """Adds training rounds to those that a federation has now."""
+        present = await self.get(federation)
+        total = present.spec.round.rounds + rounds
+        request = pb.ExtendFederationRequest(federation_id=federation, rounds=total)
+        return shown(await call(self._stub.ExtendFederation, request, retry_s=RETRY_S))
+
+    async def delete(self, federation: str) -> None:
+        """Has everything of a federation deleted; returns when all is gone.
+
+        Raises: FEDERATION_UNKNOWN; STORE_UNAVAILABLE if it takes longer than a person waits: it goes on by itself.
+        """
+        request = pb.DeleteFederationRequest(federation_id=federation)
+        await call(self._stub.DeleteFederation, request, retry_s=RETRY_S)
+        look = pb.GetFederationRequest(federation_id=federation, view=pb.FEDERATION_VIEW_SPECIFICATION)
+        try:
+            async with asyncio.timeout(DELETE_S):
+                while True:
+                    await call(self._stub.GetFederation, look, retry_s=RETRY_S)
+                    await asyncio.sleep(POLL_S)
+        except DomainError as error:
+            if error.reason is not Reason.FEDERATION_UNKNOWN:
+                raise
+        except TimeoutError:
+            why = (
+                f"federation {federation} is still being deleted; it goes on by itself: see `shelora status`"
+            )
+            raise DomainError(Reason.STORE_UNAVAILABLE, why) from None
 
     async def get(self, federation: str) -> pb.Federation:
         """Reads a federation, its history page by page."""

@@ -17,6 +17,11 @@ from shelora.transport.identity import Role
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import enrolment_pb2
 
+NEVER_MS: Final = 2**62
+"""More than any time since a member was seen."""
+SILENT_MS: Final = 60_000
+"""Silence that is pointed out."""
+_COPIES: Final = "two processes have this identity, of which one counts; the other was refused"
 MAX_DROPPED: Final = 20
 """Updates refused or left out that are shown, the newest."""
 _STATE = {
@@ -82,6 +87,8 @@ def training_rounds(federation: pb.Federation) -> list[pb.RoundSummary]:
 def federation_view(federation: pb.Federation) -> RenderableType:
     """Everything about a federation: where it stands, its agents, its rounds."""
     parts: list[RenderableType] = [_headline(federation), _members_table(federation)]
+    if troubles := member_troubles(federation):
+        parts.append(_troubles_table(troubles))
     rounds = training_rounds(federation)
     if rounds:
         parts.append(rounds_table([round_figures(r) for r in rounds]))
@@ -113,6 +120,34 @@ def dropped_updates(federation: pb.Federation) -> list[tuple[str, pb.DroppedUpda
     """Updates that are in no aggregate, oldest first, each with the name of its round."""
     current = [federation.current] if federation.HasField("current") else []
     return [(_name(r), drop) for r in [*federation.history, *current] for drop in r.dropped]
+
+
+def member_troubles(federation: pb.Federation) -> list[tuple[str, str, str]]:
+    """What keeps members from their work: client, Reason, words; two copies of one, and long silence, included."""
+    found = []
+    for member in federation.members:
+        if member.reason:
+            found.append((member.client_id, member.reason, member.why))
+        if member.copy_refused_unix_ms:
+            at = datetime.fromtimestamp(member.copy_refused_unix_ms / 1000, UTC)
+            found.append((member.client_id, "CLIENT_REPLACED", f"{_COPIES}, last at {at:%Y-%m-%d %H:%M} UTC"))
+        if federation.phase == pb.PHASE_RUNNING and member.idle_ms > SILENT_MS:
+            seen = f"for {_minutes(member.idle_ms)}" if member.idle_ms < NEVER_MS else "lately"
+            found.append((member.client_id, "silent", f"nothing was heard of it {seen}"))
+    return found
+
+
+def _minutes(idle_ms: int) -> str:
+    minutes = idle_ms / 60_000
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+
+
+def _troubles_table(troubles: Sequence[tuple[str, str, str]]) -> Records:
+    title = "\nagents that cannot do their work"
+    table = Records("agent", "reason", "why", title=title, sentences=["why"])
+    for trouble in troubles[:MAX_DROPPED]:
+        table.add(*trouble)
+    return table
 
 
 def federations_table(federations: Sequence[pb.Federation]) -> RenderableType:
@@ -176,6 +211,11 @@ def _encrypts(mode: str, budget: float) -> str:
 
 def _now(federation: pb.Federation) -> str:
     """What is going on, in one line."""
+    if federation.deleting:
+        return "being deleted"
+    if federation.stopped:
+        done = f"after {federation.trained_rounds} rounds"
+        return f"stopped {done}" if federation.phase != pb.PHASE_RUNNING else f"stopping {done}"
     if federation.phase != pb.PHASE_RUNNING:
         return "-" if federation.phase != pb.PHASE_CREATED else f"{federation.member_count} agents joined"
     if not federation.HasField("current"):
@@ -198,7 +238,7 @@ def _progress(current: pb.RoundSummary) -> str:
 def _members_table(federation: pb.Federation) -> Records:
     table = Records("agent", "rank", "encrypts", "examples", "stage", "progress", "seen")
     for member in federation.members:
-        seen = f"{member.idle_ms / 1000:.0f} s" if member.idle_ms < 2**62 else "-"
+        seen = f"{member.idle_ms / 1000:.0f} s" if member.idle_ms < NEVER_MS else "-"
         budget = _encrypts(federation.spec.protection.mode, member.budget)
         bar = ProgressBar(total=1, completed=member.progress, width=10)
         row: list[RenderableType] = [member.client_id, str(member.rank), budget, str(member.example_count)]

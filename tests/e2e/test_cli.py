@@ -157,6 +157,35 @@ def test_a_federation_is_created_started_shown_and_listed(running_up, tmp_path):
     assert max(map(len, narrow.splitlines())) <= 40
 
 
+def test_a_federation_is_extended_stopped_exported_and_deleted_and_its_name_is_free(running_up, tmp_path):
+    at = addresses(tmp_path)
+    create = ("federation", "create", "examples/reuters/federation.yaml")
+    shelora(*create, at=at)
+    extended = shelora("federation", "extend", "reuters", "--rounds", "2", at=at)
+    assert extended.returncode == 0, extended.stderr
+    assert "of 8" in " ".join(shelora("status", at=at).stdout.split())
+    assert shelora("federation", "stop", "reuters", at=at).returncode == 0
+    over = shelora("federation", "extend", "reuters", "--rounds", "1", at=at)
+    assert over.returncode == 1
+    assert "FEDERATION_CLOSED federation reuters has failed and cannot go on" in over.stderr
+    files = ("--to", str(tmp_path / "reuters.json"), "--csv", str(tmp_path / "rounds.csv"))
+    for code in (0, 1):
+        assert shelora("federation", "export", "reuters", *files, at=at).returncode == code
+    exported = json.loads((tmp_path / "reuters.json").read_text())["federation"]
+    assert exported["failure"] == "its operator stopped it before a round was published"
+    unasked = shelora("federation", "delete", "reuters", at=at)
+    assert unasked.returncode == 1
+    assert "Nothing brings them back" in unasked.stdout
+    assert "reuters" in shelora("status", at=at).stdout
+    deleted = shelora("federation", "delete", "reuters", "--yes", at=at)
+    assert deleted.returncode == 0, deleted.stderr
+    assert "no federations" in shelora("status", at=at).stdout
+    changed = tmp_path / "changed.yaml"
+    text = (REPOSITORY / "examples/reuters/federation.yaml").read_text()
+    changed.write_text(text.replace("deadline_s: 300", "deadline_s: 200"))
+    assert shelora("federation", "create", str(changed), at=at).returncode == 0
+
+
 def test_mistakes_are_answered_with_the_reason(running_up, tmp_path):
     at = addresses(tmp_path)
     unknown = shelora("federation", "show", "nothing-there", at=at)

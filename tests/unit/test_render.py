@@ -108,3 +108,33 @@ def test_updates_that_were_dropped_are_named_with_their_reason_and_counted():
     text = shown(federation_view(federation()))
     assert "2, attempt 2 b     NORM_OUTLIER the update has norm 99: lower lora.alpha" in text
     assert ", 1 refused" in " ".join(shown(federations_table([federation()])).split())
+
+
+def test_what_keeps_members_from_their_work_is_named_with_how_long_they_are_silent():
+    told = federation()
+    told.members.add(client_id="hospital", reason="DATA_INVALID", why="train.jsonl, row 3: no label")
+    told.members.add(client_id="bank", idle_ms=600_000)
+    told.members.add(client_id="lab", idle_ms=3 * 3_600_000)
+    told.members.add(client_id="never", idle_ms=2**63 - 1)
+    told.members.add(client_id="twin", copy_refused_unix_ms=1_700_000_000_000)
+    text = " ".join(shown(federation_view(told)).split())
+    for words in (
+        "hospital DATA_INVALID train.jsonl, row 3: no label",
+        "bank silent nothing was heard of it for 10 min",
+        "lab silent nothing was heard of it for 3 h",
+        "never silent nothing was heard of it lately",
+        "twin CLIENT_REPLACED two processes have this identity",
+        "2023-11-14 22:13 UTC",
+    ):
+        assert words in text
+    assert "thin-uplink silent" not in text
+
+
+def test_a_stopped_federation_says_after_how_many_rounds():
+    stopped = federation()
+    stopped.stopped = True
+    assert "stopping after 1 rounds" in shown(federation_view(stopped))
+    stopped.phase = pb.PHASE_FINISHED
+    assert "stopped after 1 rounds" in shown(federations_table([stopped]))
+    stopped.deleting = True
+    assert "being deleted" in shown(federation_view(stopped))

@@ -45,7 +45,10 @@ def test_nothing_is_served_beyond_this_machine_by_default():
 
 
 def test_a_missing_value_is_named_with_its_variable():
-    assert refused() == "flour_kg (environment variable SHELORA_BAKERY_FLOUR_KG): this field has no default: add it"
+    assert (
+        refused()
+        == "flour_kg (environment variable SHELORA_BAKERY_FLOUR_KG): this field has no default: add it"
+    )
 
 
 def test_a_wrong_value_is_named_and_not_shown(monkeypatch):
