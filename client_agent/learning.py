@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from client_agent.progress import Activity
 from shelora.lora.layout import FLOAT_BYTES, Matrix, Tensor
 from shelora.lora.restore import Restored
 from shelora.lora.shards import Float32, Float64, LoraFactors
+from shelora.lora.sketches import Exponents
 from shelora.obfuscation import Obfuscation
 
 
@@ -20,6 +21,10 @@ class Weights:
 
     factors: Mapping[str, LoraFactors]
     tensors: Mapping[str, Float32]
+    frozen: Mapping[str, LoraFactors] = field(default_factory=dict)
+    """By matrix name, the part B A that is not trained: ΔW = s B A + B_frozen A_frozen. None under most strategies."""
+    exponents: Mapping[str, Exponents] = field(default_factory=dict)
+    """By matrix name, the bounds of sketches that the last result left."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,7 @@ from shelora.lora.layout import Layout, tiers_within
 from shelora.negotiation.plan import Plan
 from shelora.negotiation.votes import vote_layout
 from shelora.protocol import Stage
-from shelora.strategies.agents.port import AgentStrategy, RoundContext, require_layout
+from shelora.strategies.agents.port import AgentContext, AgentStrategy, require_layout
 from shelora.strategies.port import RoundTerms
 
 _log = structlog.get_logger(__name__)
@@ -52,9 +52,9 @@ def encrypted_tiers(layout: Layout, budget: float) -> int:
 
 def round_context(
     model: LocalModel, layout: Layout, plan: Plan | None, budget: float, secrets: EpochSecrets
-) -> RoundContext:
+) -> AgentContext:
     """What a strategy may use of a round under that layout. Raises: SECRET_UNAVAILABLE for another epoch's."""
-    return RoundContext(
+    return AgentContext(
         model=model,
         obfuscation=secrets.obfuscation,
         encryptor=secrets.encryptor_for(layout),
@@ -71,7 +71,7 @@ def spool_update(
     note: UpdateNote,
     *,
     strategy: AgentStrategy,
-    context: RoundContext,
+    context: AgentContext,
     activity: Activity,
 ) -> Spool:
     """Protects an update shard by shard and spools it.

@@ -444,7 +444,6 @@ def layout_of(
         tiers=plan.negotiation.tiers if plan else (),
         tier_columns=plan.tier_columns if plan else (),
         max_rank=max(member.rank for member in members.values()),
-        cohort_limit=federation.spec.round.cohort_limit or len(members),
     )
     return federation.strategy.layout(model, protection, round_)
 

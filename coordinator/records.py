@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
-from shelora.lora.layout import Layout, Matrix, Shard, Tensor
+from shelora.lora.layout import Layout, Matrix, Shard, SumTerms, Tensor
 from shelora.protocol import Stage
 from shelora.rounds import Round, RoundKind, RoundState
 from shelora.strategies.port import Strategy
@@ -535,6 +535,7 @@ class LayoutRecord(Record):
     max_rank: int
     max_directions: int
     shards: tuple[Shard, ...]
+    sums: SumTerms | None = None
 
     @classmethod
     def of(cls, layout: Layout) -> Self:
@@ -548,6 +549,7 @@ class LayoutRecord(Record):
             max_rank=layout.max_rank,
             max_directions=layout.max_directions,
             shards=layout.shards,
+            sums=layout.sums,
         )
 
     def layout(self) -> Layout:
@@ -561,4 +563,5 @@ class LayoutRecord(Record):
             max_rank=self.max_rank,
             max_directions=self.max_directions,
             shards=self.shards,
+            sums=self.sums,
         )

@@ -4,6 +4,7 @@ How many there are of something is looked at before any is converted: a message 
 """
 
 from collections.abc import Sized
+from dataclasses import asdict
 
 from shelora.lora.kinds import require_kinds
 from shelora.lora.layout import (
@@ -13,6 +14,7 @@ from shelora.lora.layout import (
     Layout,
     Matrix,
     Shard,
+    SumTerms,
     Tensor,
     refuse,
 )
@@ -66,6 +68,7 @@ def layout_to_proto(layout: Layout) -> pb.Layout:
         max_rank=layout.max_rank,
         max_directions=layout.max_directions,
         shards=[_shard_to_proto(shard) for shard in layout.shards],
+        sums=pb.SumTerms(**asdict(layout.sums)) if layout.sums else None,
     )
 
 
@@ -88,8 +91,17 @@ def layout_from_proto(message: pb.Layout) -> Layout:
         max_rank=message.max_rank,
         max_directions=message.max_directions,
         shards=tuple(Shard(tuple(s.matrices), tuple(s.tensors), s.kind) for s in message.shards),
+        sums=_sums_from_proto(message.sums) if message.HasField("sums") else None,
     )
     return require_kinds(layout)
+
+
+def _sums_from_proto(message: pb.SumTerms) -> SumTerms:
+    return SumTerms(
+        profile=message.profile,
+        sketch_columns=message.sketch_columns,
+        sketch_rows=message.sketch_rows,
+    )
 
 
 def _shard_to_proto(shard: Shard) -> pb.Shard:

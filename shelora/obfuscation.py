@@ -70,6 +70,18 @@ class Obfuscation:
         steps = (shares[:levels] * 2.0**62).astype(np.uint64) + np.uint64(1)
         return np.cumsum(steps, dtype=np.uint64)
 
+    def sketch(self, side: str, matrix: str, number: int, shape: tuple[int, int]) -> NDArray[np.int16]:
+        """Ω or Ψ of a matrix in training round `number`: integers of about a normal distribution.
+
+        Each is the sum of four bytes less 510: within ±510, of mean 0 and variance 21845. Integers, so that every
+        machine has the same to the bit. Args: side: "columns" for Ω, "rows" for Ψ.
+        """
+        rows, columns = shape
+        words = self._words(f"sketch-{side}", f"{number}/{matrix}", -(-rows * columns // 2))
+        quads = words.astype("<u8").view(np.uint8).reshape(-1, 4)[: rows * columns]
+        centred: NDArray[np.int16] = quads.sum(axis=1, dtype=np.int16) - np.int16(510)
+        return centred.reshape(shape)
+
     def plan_key(self) -> bytes:
         """AES-256 key under which agents exchange plans."""
         return self._derive("plan-key", "")

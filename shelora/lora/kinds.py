@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from shelora.lora import products, whole
+from shelora.lora import products, sums, whole
 from shelora.lora.kind import Kind
 from shelora.lora.layout import Layout, Shard, refuse
 
@@ -32,6 +32,8 @@ def require_kinds(layout: Layout) -> Layout:
 
 register(products.KIND)
 register(whole.KIND)
+register(sums.SKETCHES_KIND)
+register(sums.SUMS_KIND)
 
 
 def largest_update_bytes(layout: Layout) -> list[int]:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from shelora.additive import parameters as additive
+from shelora.additive.parameters import AdditiveParameters
 from shelora.ckks.parameters import CkksParameters, profile
 from shelora.ckks.wire import KEY_ID_BYTES
 from shelora.errors import DomainError, Reason
@@ -31,6 +33,8 @@ MAX_ITEMS = 2**14
 MAX_TIERS = 64
 """Tiers of a layout. Every tier is a run of slots of its own in every matrix."""
 MAX_NAME = 256
+MAX_SKETCH = 4096
+"""Columns of a sketch."""
 SOFT_CLEAR_BYTES = 4 * 2**20
 """Clear bytes of the largest client at which a shard is closed once its last ciphertext chunk is well filled."""
 HARD_CLEAR_BYTES = 16 * 2**20
@@ -41,6 +45,10 @@ WELL_FILLED = 0.9
 """Share of a shard's last chunk that must be filled for closing at the soft limit."""
 PRODUCTS = "products"
 """Kind of a shard of matrices: factors, selected columns of them under CKKS (`shelora.lora.products`)."""
+SKETCHES = "sketches"
+"""Kind of a shard of matrices: sketches of their updates, summed under additive encryption (`shelora.lora.sums`)."""
+SUMS = "sums"
+"""Kind of a shard of tensors: summed whole under additive encryption (`shelora.lora.sums`)."""
 WHOLE = "whole"
 """Kind of a shard of tensors: averaged whole, in the clear or under CKKS (`shelora.lora.whole`)."""
 FLOAT_BYTES = 4
@@ -140,6 +148,38 @@ class Shard:
         return form if self.kind == self.usual_kind else {**form, "kind": self.kind}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumTerms:
+    """What shards under additive encryption have in common (docs/protocol.md, "Complete mode")."""
+
+    profile: str
+    """Additive parameters by name (`shelora.additive`)."""
+    sketch_columns: int
+    """k: columns of a matrix's sketch P, 1 to 4096; a small matrix has fewer."""
+    sketch_rows: int
+    """l: rows of its sketch N, k to 8192."""
+
+    def __post_init__(self) -> None:
+        additive.profile(self.profile)
+        if not 1 <= self.sketch_columns <= MAX_SKETCH:
+            raise refuse(f"sketch_columns must be 1 to {MAX_SKETCH}")
+        if not self.sketch_columns <= self.sketch_rows <= 2 * MAX_SKETCH:
+            raise refuse(f"sketch_rows must be sketch_columns to {2 * MAX_SKETCH}")
+
+    @property
+    def additive(self) -> AdditiveParameters:
+        """The additive parameters named by `profile`."""
+        return additive.profile(self.profile)
+
+    def columns(self, matrix: Matrix) -> int:
+        """Columns of the sketch P of a matrix: more than its rank could be say nothing."""
+        return min(self.sketch_columns, matrix.out_features, matrix.in_features)
+
+    def rows(self, matrix: Matrix) -> int:
+        """Rows of the sketch N of a matrix."""
+        return min(self.sketch_rows, matrix.out_features)
+
+
 @dataclass(frozen=True)
 class Layout:
     """What an update of a round looks like. Immutable; equal layouts have equal digests."""
@@ -153,6 +193,8 @@ class Layout:
     max_rank: int
     max_directions: int
     shards: tuple[Shard, ...]
+    sums: SumTerms | None = None
+    """Of shards under additive encryption; None if there are none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiers", tuple(map(float, self.tiers)))  # 1 and 1.0 make one digest
@@ -201,6 +243,8 @@ class Layout:
             "key_id": self.key_id.hex(),
             "shards": [shard.form() for shard in self.shards],
         }
+        if self.sums is None:
+            del form["sums"]
         return hashlib.sha256(json.dumps(form, sort_keys=True, separators=(",", ":")).encode()).digest()
 
     def shard(self, index: int) -> Shard:

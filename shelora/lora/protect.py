@@ -90,7 +90,7 @@ def tensor_shard(
     """A shard of tensors; arguments and errors as in `protect`."""
     shard = layout.shards[index]
     tensors = [layout.tensors[i] for i in shard.tensors]
-    checked = [_checked_tensor(t, values.get(t.name)) for t in tensors]
+    checked = [checked_tensor(t, values.get(t.name)) for t in tensors]
     row = np.zeros((1, whole.KIND.slot_count(layout, shard)))
     for segment in whole.KIND.segments(layout, shard):
         # A value at the bound may pass it by the rounding of float32, and slots hold at most 1.
@@ -141,7 +141,8 @@ def _ordered(matrix: Matrix, factors: LoraFactors | None, rank: int, order: NDAr
     return LoraFactors(B, A)
 
 
-def _checked_tensor(tensor: Tensor, value: Float32 | None) -> Float32:
+def checked_tensor(tensor: Tensor, value: Float32 | None) -> Float32:
+    """The tensor's value. Raises: SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, naming it."""
     if value is None or value.shape != tensor.shape:
         raise DomainError(
             Reason.SHAPE_MISMATCH, f"the update has no tensor {tensor.name} of shape {tensor.shape}"

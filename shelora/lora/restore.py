@@ -13,6 +13,7 @@ from shelora.errors import DomainError, Reason
 from shelora.lora import products, whole
 from shelora.lora.layout import Layout
 from shelora.lora.shards import MIN_CONTRIBUTORS, FactoredUpdate, Float32, Float64, ResultShardContent
+from shelora.lora.sketches import Exponents
 from shelora.lora.slots import Segment, Slotted
 from shelora.lora.whole import TENSOR_HEADROOM
 
@@ -30,6 +31,10 @@ class Restored:
 
     matrices: dict[str, FactoredUpdate] = field(default_factory=dict)
     tensors: dict[str, Float32] = field(default_factory=dict)
+    exponents: dict[str, Exponents] = field(default_factory=dict)
+    """By matrix, the bounds of the next round's sketches; none where no sketches are sent."""
+    keeps_remainder: bool = False
+    """Whether what lies beyond a client's rank stays in its model as a frozen part."""
 
 
 def restore(
@@ -44,11 +49,13 @@ def restore(
 
 def merged(parts: Iterable[Restored]) -> Restored:
     """One aggregate of its parts."""
-    whole = Restored()
-    for part in parts:
-        whole.matrices.update(part.matrices)
-        whole.tensors.update(part.tensors)
-    return whole
+    every = list(parts)
+    return Restored(
+        matrices={name: update for part in every for name, update in part.matrices.items()},
+        tensors={name: value for part in every for name, value in part.tensors.items()},
+        exponents={name: bounds for part in every for name, bounds in part.exponents.items()},
+        keeps_remainder=any(part.keeps_remainder for part in every),
+    )
 
 
 def restored_parts(

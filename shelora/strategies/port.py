@@ -52,8 +52,6 @@ class RoundTerms:
     """Protected columns by matrix and tier; empty without a plan."""
     max_rank: int
     """Largest rank of a client."""
-    cohort_limit: int = 2
-    """Most clients whose updates are added, at least 2."""
 
 
 class Strategy(Protocol):

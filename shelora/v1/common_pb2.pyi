@@ -125,6 +125,36 @@ class Shard(_message.Message):
 Global___Shard: _TypeAlias = Shard  # noqa: Y015
 
 @_typing.final
+class SumTerms(_message.Message):
+    """What shards under additive encryption have in common (docs/protocol.md, "Complete mode")."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    SKETCH_COLUMNS_FIELD_NUMBER: _builtins.int
+    SKETCH_ROWS_FIELD_NUMBER: _builtins.int
+    profile: _builtins.str
+    """Additive parameters by name ("standard", "compact", "small")."""
+    sketch_columns: _builtins.int
+    """Columns k of a matrix's sketch P [out_features, k], 1 to 4096; fewer for a matrix with fewer rows or columns."""
+    sketch_rows: _builtins.int
+    """Rows l of its sketch N [l, in_features], k to 8192; fewer for a matrix with fewer rows."""
+    def __init__(
+        self,
+        *,
+        profile: _builtins.str = ...,
+        sketch_columns: _builtins.int = ...,
+        sketch_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "sketch_columns", b"sketch_columns", "sketch_rows", b"sketch_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SumTerms: _TypeAlias = SumTerms  # noqa: Y015
+
+@_typing.final
 class Layout(_message.Message):
     """What an update of a round looks like. Its digest (SHA-256 of the canonical form, docs/protocol.md) travels with
     every message that depends on it.
@@ -141,6 +171,7 @@ class Layout(_message.Message):
     MAX_RANK_FIELD_NUMBER: _builtins.int
     MAX_DIRECTIONS_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
     parameters: _builtins.str
     """CKKS profile by name ("standard", "large")."""
     key_id: _builtins.bytes
@@ -169,6 +200,10 @@ class Layout(_message.Message):
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___Shard]:
         """The shards, in order of their indices."""
 
+    @_builtins.property
+    def sums(self) -> Global___SumTerms:
+        """Of shards under additive encryption; absent if there are none."""
+
     def __init__(
         self,
         *,
@@ -181,10 +216,11 @@ class Layout(_message.Message):
         max_rank: _builtins.int = ...,
         max_directions: _builtins.int = ...,
         shards: _abc.Iterable[Global___Shard] | None = ...,
+        sums: Global___SumTerms | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sums", b"sums"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encrypt_tensors", b"encrypt_tensors", "key_id", b"key_id", "matrices", b"matrices", "max_directions", b"max_directions", "max_rank", b"max_rank", "parameters", b"parameters", "shards", b"shards", "tensors", b"tensors", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encrypt_tensors", b"encrypt_tensors", "key_id", b"key_id", "matrices", b"matrices", "max_directions", b"max_directions", "max_rank", b"max_rank", "parameters", b"parameters", "shards", b"shards", "sums", b"sums", "tensors", b"tensors", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,7 +13,16 @@ SEVENTH = Obfuscation(SECRET, 7)
 
 
 @pytest.mark.parametrize(
-    "name", ["permutation", "long_permutation_sha256", "initial_A", "initial_tensor", "plan_key"]
+    "name",
+    [
+        "permutation",
+        "long_permutation_sha256",
+        "initial_A",
+        "initial_tensor",
+        "plan_key",
+        "sketch",
+        "long_sketch_sha256",
+    ],
 )
 def test_what_is_derived_from_a_secret_is_what_is_on_file(name):
     """Agents of different releases train together only if they derive the same."""
@@ -48,6 +57,18 @@ def test_initial_tensors_are_uniform_by_their_fan_in_and_vectors_zero():
     assert 0.95 < np.abs(head).max() <= 1 + 1e-6
     assert not SEVENTH.initial_tensor("bias", (40,)).any()
     assert SEVENTH.initial_tensor("scalar", ()).shape == ()
+
+
+def test_sketches_are_integers_of_about_a_normal_distribution():
+    drawn = SEVENTH.sketch("columns", "q", 1, (301, 101))
+    assert drawn.dtype == np.int16
+    assert np.abs(drawn).max() <= 510
+    values = drawn.astype(float).ravel()
+    assert abs(values.mean()) < 5
+    assert abs(values.var() / 21845 - 1) < 0.03
+    assert abs((values**4).mean() / values.var() ** 2 - 2.7) < 0.1, "four bytes: kurtosis 3 - 6/5/4"
+    for other in (("rows", "q", 1), ("columns", "p", 1), ("columns", "q", 2)):
+        assert (SEVENTH.sketch(*other, (301, 101)) == drawn).mean() < 0.02
 
 
 OTHERS = [Obfuscation(SECRET, 8), Obfuscation(SECRET[::-1], 7), Obfuscation(bytes(32), 7)]

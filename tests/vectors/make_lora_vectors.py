@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from shelora.lora.codec import encode_result, encode_update
-from shelora.lora.layout import Layout, Matrix, Shard, Tensor
+from shelora.lora.layout import SKETCHES, SUMS, Layout, Matrix, Shard, SumTerms, Tensor
 from shelora.lora.shards import MatrixAggregate, MatrixPart, ResultShardContent, UpdateShardContent
 from shelora.obfuscation import Obfuscation
 
@@ -31,6 +31,21 @@ def golden_layout() -> Layout:
         max_rank=4,
         max_directions=16,
         shards=(Shard(matrices=(0, 1)), Shard(tensors=(0, 1))),
+    )
+
+
+def sums_layout() -> Layout:
+    return Layout(
+        parameters="standard",
+        key_id=b"",
+        matrices=(Matrix("q", 8, 12),),
+        tensors=(Tensor("head", (3, 4), 2.5),),
+        tiers=(),
+        encrypt_tensors=False,
+        max_rank=4,
+        max_directions=6,
+        shards=(Shard(matrices=(0,), kind=SKETCHES), Shard(tensors=(0,), kind=SUMS)),
+        sums=SumTerms(profile="standard", sketch_columns=6, sketch_rows=9),
     )
 
 
@@ -72,6 +87,11 @@ def vectors() -> dict[str, Any]:
         "initial_A": initial.astype("<f4").tobytes().hex(),
         "initial_tensor": secret.initial_tensor("head", (2, 3)).astype("<f4").tobytes().hex(),
         "plan_key": secret.plan_key().hex(),
+        "sketch": secret.sketch("columns", "q", 3, (3, 5)).tolist(),
+        "long_sketch_sha256": hashlib.sha256(
+            secret.sketch("rows", "q", 3, (36, 768)).astype("<i2").tobytes()
+        ).hexdigest(),
+        "sums_layout_digest": sums_layout().digest.hex(),
     }
 
 

@@ -3,18 +3,22 @@
 A client goes through three steps, in this order: `check` refuses a layout that protects less than was promised;
 `protect` yields the shards of an update, one in memory at a time; `restored` yields what the shards of a result hold,
 part by part.
-What agents know of a round and servers do not comes in a `RoundContext`; a strategy takes from it what it needs.
+What agents know of a round and servers do not comes in a `AgentContext`; a strategy takes from it what it needs.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from shelora.additive.parameters import AdditiveParameters
+from shelora.additive.wire import ShardShape
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
 from shelora.lora.protect import Encrypts
 from shelora.lora.restore import Decrypts, Restored
-from shelora.lora.shards import Float32, LoraFactors, ResultShardContent, UpdateShardContent
+from shelora.lora.shards import Float32, Float64, LoraFactors, ResultShardContent, UpdateShardContent
+from shelora.lora.sketches import Clipping, Exponents
 from shelora.negotiation.plan import Plan
 from shelora.obfuscation import Obfuscation
 from shelora.strategies.port import Shapes, Terms
@@ -43,9 +47,51 @@ class Update(Protocol):
     def tensors(self) -> Mapping[str, Float32]:
         """By tensor name."""
 
+    @property
+    def frozen(self) -> Mapping[str, LoraFactors]:
+        """By matrix name, what the model holds beside s B A and does not train: ΔW = s B A + frozen.B frozen.A."""
+
+    @property
+    def exponents(self) -> Mapping[str, Exponents]:
+        """By matrix name, the bounds of sketches that the last result left; none before the first."""
+
+
+class EncryptsSummand(Protocol):
+    """What `shelora.additive.secret.Encryption` does."""
+
+    def encrypt(self, values: Float64) -> bytes:
+        """The next shard, of values in [-1, 1]."""
+
+
+class OpensSum(Protocol):
+    """What `shelora.additive.secret.SumOpener` does."""
+
+    def open(self, data: bytes | memoryview, shape: ShardShape) -> Float64:
+        """The sum of the contributors' values. Raises SUM_UNREADABLE, CIPHERTEXT_*."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundContext:
+class Summand:
+    """This client's one encryption in a round."""
+
+    encryption: EncryptsSummand
+    share: float
+    """Its weight over the largest that a client may have, in (0, 1]; the weight it commits to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedSum:
+    """A round's sum, opened by its committee."""
+
+    opener: OpensSum
+    shares: float
+    """The contributors' weights together, over the largest that one may have: by it the sum is divided."""
+    noise: float
+    """Standard deviation of the noise in an entry of the mean, of values within ±1: `mean_noise`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentContext:
     """What an agent brings to a round: its model's shapes, and what it knows and servers do not."""
 
     model: Adapted
@@ -58,6 +104,16 @@ class RoundContext:
     """The plan that the round's layout is under."""
     encrypted_tiers: int = 0
     """Tiers of the layout that this client encrypts."""
+    round_number: int = 0
+    """Number of the training round, the same in all its attempts."""
+    largest_move: float = 0.0
+    """How far local training can move one value at most: learning rate times local steps."""
+    summand: Summand | None = None
+    """For an update under additive encryption."""
+    opened: OpenedSum | None = None
+    """For a result under additive encryption."""
+    clipping: Clipping = field(default_factory=Clipping)
+    """What `protect` cut; read when it has ended."""
 
 
 class AgentStrategy(Protocol):
@@ -76,13 +132,22 @@ class AgentStrategy(Protocol):
     def check_result(self, layout: Layout, model: Adapted) -> None:
         """Refuses a result of another model. Raises: LAYOUT_MISMATCH."""
 
-    def protect(self, layout: Layout, update: Update, context: RoundContext) -> Iterator[UpdateShardContent]:
+    def protect(self, layout: Layout, update: Update, context: AgentContext) -> Iterator[UpdateShardContent]:
         """The shards of an update, in order. Raises: SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE."""
 
     def restored(
-        self, layout: Layout, results: Iterable[ResultShardContent], context: RoundContext
+        self, layout: Layout, results: Iterable[ResultShardContent], context: AgentContext
     ) -> Iterator[Restored]:
         """What result shards hold, part by part. Raises: TOO_FEW_CONTRIBUTORS, CIPHERTEXT_*."""
+
+
+def mean_noise(
+    parameters: AdditiveParameters, contributors: int, most_contributors: int, shares: float
+) -> float:
+    """Standard deviation of an entry of a mean: errors, dropped bits and rounding of so many clients."""
+    dropped = (4.0**parameters.dropped_bits - 1) / 12
+    variance = contributors * (parameters.deviation**2 + dropped + 1 / 12)
+    return math.sqrt(variance) / (parameters.scale(most_contributors) * shares)
 
 
 def require_layout(condition: bool, what: str) -> None:  # noqa: FBT001 - reads as a sentence at the call

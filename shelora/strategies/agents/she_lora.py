@@ -12,7 +12,7 @@ from shelora.lora.restore import Restored, restored_parts
 from shelora.lora.shards import ResultShardContent, UpdateShardContent
 from shelora.negotiation.plan import Plan, check_layout, column_orders
 from shelora.strategies import plain, she_lora
-from shelora.strategies.agents.port import Adapted, RoundContext, Update, check_model, require_layout
+from shelora.strategies.agents.port import Adapted, AgentContext, Update, check_model, require_layout
 from shelora.strategies.port import Strategy, Terms
 
 
@@ -51,7 +51,7 @@ class Products:
         """As of `AgentStrategy`."""
         check_model(layout, model)
 
-    def protect(self, layout: Layout, update: Update, context: RoundContext) -> Iterator[UpdateShardContent]:
+    def protect(self, layout: Layout, update: Update, context: AgentContext) -> Iterator[UpdateShardContent]:
         """As of `AgentStrategy`."""
         return protect(
             layout,
@@ -63,12 +63,12 @@ class Products:
         )
 
     def restored(
-        self, layout: Layout, results: Iterable[ResultShardContent], context: RoundContext
+        self, layout: Layout, results: Iterable[ResultShardContent], context: AgentContext
     ) -> Iterator[Restored]:
         """As of `AgentStrategy`."""
         return restored_parts(layout, results, self.orders(layout, context), context.decryptor)
 
-    def orders(self, layout: Layout, context: RoundContext) -> Mapping[str, NDArray[np.int64]]:
+    def orders(self, layout: Layout, context: AgentContext) -> Mapping[str, NDArray[np.int64]]:
         """Column order by matrix; the true order only where nothing is secret."""
         obfuscation = context.obfuscation if self._public.needs_keys else None
         return column_orders(context.plan, layout.matrices, obfuscation)

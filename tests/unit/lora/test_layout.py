@@ -24,7 +24,7 @@ from shelora.lora.layout import (
 from shelora.lora.protect import protect
 from shelora.lora.shards import LoraFactors
 from tests.unit.lora.cohorts import TOY_KEY, layout_of, planned
-from tests.vectors.make_lora_vectors import golden, golden_layout
+from tests.vectors.make_lora_vectors import golden, golden_layout, sums_layout
 
 KEY_ID = bytes(16)
 BASE = Layout(
@@ -157,6 +157,7 @@ def test_the_byte_limit_bounds_every_update_and_leaves_little_room(
 
 def test_the_digest_is_the_one_that_was_published():
     assert golden_layout().digest.hex() == golden()["layout_digest"]
+    assert sums_layout().digest.hex() == golden()["sums_layout_digest"]
 
 
 CHANGES = {

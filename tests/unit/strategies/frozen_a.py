@@ -14,6 +14,7 @@ class FrozenA:
     name: str = "frozen-a"
     needs_keys: bool = True
     needs_plan: bool = False
+    needs_committee: bool = False
     summary: str = "B encrypted, A frozen"
 
     def encrypts(self, budget: float) -> str:

@@ -9,7 +9,7 @@ from shelora.lora.protect import protect
 from shelora.lora.restore import Restored, restored_parts
 from shelora.lora.shards import FactoredUpdate, ResultShardContent, UpdateShardContent
 from shelora.negotiation.plan import Plan
-from shelora.strategies.agents.port import Adapted, RoundContext, Update, require_layout
+from shelora.strategies.agents.port import Adapted, AgentContext, Update, require_layout
 from shelora.strategies.port import RoundTerms, Terms
 from tests.unit.strategies import frozen_a
 
@@ -26,7 +26,7 @@ class FrozenA:
         names = [f"{m.name}/B" for m in model.matrices] + [t.name for t in model.tensors]
         require_layout([t.name for t in layout.tensors] == names, "it is of another model")
 
-    def protect(self, layout: Layout, update: Update, context: RoundContext) -> Iterator[UpdateShardContent]:
+    def protect(self, layout: Layout, update: Update, context: AgentContext) -> Iterator[UpdateShardContent]:
         padding = layout.max_rank - context.model.rank
         padded = {
             f"{name}/B": np.pad(context.model.scaling * f.B, ((0, 0), (0, padding))).astype(np.float32)
@@ -35,7 +35,7 @@ class FrozenA:
         return protect(layout, {}, {**padded, **update.tensors}, 0, {}, context.encryptor)
 
     def restored(
-        self, layout: Layout, results: Iterable[ResultShardContent], context: RoundContext
+        self, layout: Layout, results: Iterable[ResultShardContent], context: AgentContext
     ) -> Iterator[Restored]:
         columns = {f"{m.name}/B": m for m in context.model.matrices}
         for part in restored_parts(layout, results, {}, context.decryptor):

@@ -13,7 +13,7 @@ from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.restore import merged
 from shelora.lora.shards import LoraFactors
 from shelora.obfuscation import Obfuscation
-from shelora.strategies.agents.port import RoundContext
+from shelora.strategies.agents.port import AgentContext
 from shelora.strategies.port import RoundTerms
 
 MATRICES = (Matrix("layer.0.query", 12, 20), Matrix("layer.0.value", 12, 16))
@@ -37,6 +37,7 @@ class Client:
     factors: dict[str, LoraFactors]
     tensors: dict[str, np.ndarray]
     frozen: dict = field(default_factory=dict)
+    exponents: dict = field(default_factory=dict)
 
 
 def client(seed, rank, weight, scaling=2.0, A=None):
@@ -75,7 +76,7 @@ def run(public, secret, clients, terms, obfuscation=None, key=None, round_=None)
     layout = public.layout(clients[0].model, terms, round_)
     updates = []
     for c in clients:
-        context = RoundContext(
+        context = AgentContext(
             model=c.model, obfuscation=obfuscation, encryptor=Encryptor(key), decryptor=Decryptor(key)
         )
         secret.check(layout, c.model, terms, None, 0.0)
@@ -90,5 +91,5 @@ def run(public, secret, clients, terms, obfuscation=None, key=None, round_=None)
         for i in range(len(layout.shards))
     ]
     secret.check_result(layout, clients[0].model)
-    context = RoundContext(model=clients[0].model, obfuscation=obfuscation, decryptor=Decryptor(key))
+    context = AgentContext(model=clients[0].model, obfuscation=obfuscation, decryptor=Decryptor(key))
     return merged(secret.restored(layout, contents, context))

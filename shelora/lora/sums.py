@@ -1,0 +1,201 @@
+"""Shards under additive encryption: servers only add, and no key opens one client's (`shelora.additive`).
+
+A shard is a run of values in a fixed order. Of tensors it is the tensors, row major. Of a matrix of update ΔW it is
+
+    P = ΔW Ω [out, k],  N = Ψ ΔW [l, in],  two exponents
+
+row major, with secret Ω and Ψ (`shelora.lora.sketches`): as many values whatever the client's rank. All values of a
+client are multiplied by its weight, which is what makes the sum a weighted one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from shelora.additive.adder import Adder, validate_shard
+from shelora.additive.wire import ShardShape
+from shelora.lora.kind import ENVELOPE_BYTES, Cohort, Engine, Fields, UpdateHead, expect
+from shelora.lora.layout import (
+    SKETCHES,
+    SUMS,
+    Layout,
+    Matrix,
+    Shard,
+    SumTerms,
+    Tensor,
+    refuse,
+)
+from shelora.lora.shards import ResultShardContent, UpdateShardContent
+
+EXPONENTS: Final = 2
+"""Values of a sketched matrix that say by which powers of two P and N were divided."""
+SHARD_VALUES: Final = 2**20
+"""Values at which a shard is closed: 3 MiB at the standard profile."""
+
+
+class Summed(ABC):
+    """What kinds under additive encryption have in common."""
+
+    @abstractmethod
+    def values(self, layout: Layout, shard: Shard) -> int:
+        """Values of a shard."""
+
+    def shape(self, layout: Layout, index: int) -> ShardShape:
+        """What the additive encoding of a shard must be."""
+        return ShardShape(terms_of(layout).additive, index, self.values(layout, layout.shard(index)))
+
+    def largest_update_bytes(self, layout: Layout, shard: Shard) -> int:
+        """As of `Kind`: all are of one size."""
+        return self._encoded_bytes(layout, shard) + ENVELOPE_BYTES
+
+    def update_bytes(self, layout: Layout, shard: Shard, rank: int) -> int:
+        """As of `Kind`: whatever the rank."""
+        return self._encoded_bytes(layout, shard)
+
+    def read_update(self, layout: Layout, head: UpdateHead, fields: Fields) -> UpdateShardContent:
+        """As of `Kind`: nothing but the encoding, of exactly its size."""
+        expect(head.rank == 1, f"rank {head.rank}")
+        expect(head.encrypted_tiers == 0, f"encrypted_tiers {head.encrypted_tiers}")
+        self._expect_size(layout, head.shard, fields)
+        return update_of(head.shard, bytes(fields.ciphertexts))
+
+    def check_update(self, layout: Layout, content: UpdateShardContent) -> None:  # noqa: B027 - nothing to do
+        """As of `Kind`: nothing is clear."""
+
+    def check_ciphertexts(self, layout: Layout, content: UpdateShardContent) -> None:
+        """As of `Kind`."""
+        validate_shard(content.ciphertexts, self.shape(layout, content.shard))
+
+    def read_result(
+        self, layout: Layout, shard: int, contributor_count: int, fields: Fields
+    ) -> ResultShardContent:
+        """As of `Kind`."""
+        self._expect_size(layout, shard, fields)
+        return ResultShardContent(
+            shard=shard,
+            contributor_count=contributor_count,
+            matrices=(),
+            clear_tensors=(),
+            ciphertexts=fields.ciphertexts,
+        )
+
+    def squared_norm(self, layout: Layout, content: UpdateShardContent) -> float:
+        """As of `Kind`: servers see no norm. Agents bound what a sum may change (`shelora.lora.moderation`)."""
+        return 0.0
+
+    def aggregate(self, cohort: Cohort, engine: Engine) -> ResultShardContent:
+        """As of `Kind`: the sum; values carry their weights."""
+        adder = Adder(self.shape(cohort.layout, cohort.index))
+        for _, content in cohort:
+            adder.add(content.ciphertexts)
+        return ResultShardContent(
+            shard=cohort.index,
+            contributor_count=adder.contributors,
+            matrices=(),
+            clear_tensors=(),
+            ciphertexts=adder.finish(),
+        )
+
+    def _expect_size(self, layout: Layout, index: int, fields: Fields) -> None:
+        expect(not fields.matrices, f"{len(fields.matrices)} matrices")
+        expect(not fields.tensors, f"{len(fields.tensors)} clear tensors")
+        wanted, found = self._encoded_bytes(layout, layout.shard(index)), len(fields.ciphertexts)
+        expect(found == wanted, f"{found} bytes of ciphertext in place of {wanted}")
+
+    def _encoded_bytes(self, layout: Layout, shard: Shard) -> int:
+        return ShardShape(terms_of(layout).additive, 0, self.values(layout, shard)).encoded_bytes
+
+
+class Sketches(Summed):
+    """The kind `sketches`."""
+
+    name: Final = SKETCHES
+
+    def require(self, layout: Layout, shard: Shard) -> None:
+        """As of `Kind`."""
+        if not shard.matrices or layout.sums is None:
+            raise refuse("a shard of sketches holds matrices, in a layout with terms of sums")
+
+    def values(self, layout: Layout, shard: Shard) -> int:
+        """As of `Summed`."""
+        terms = terms_of(layout)
+        return sum(sketch_values(terms, layout.matrices[i]) for i in shard.matrices)
+
+
+class Sums(Summed):
+    """The kind `sums`."""
+
+    name: Final = SUMS
+
+    def require(self, layout: Layout, shard: Shard) -> None:
+        """As of `Kind`."""
+        if not shard.tensors or layout.sums is None:
+            raise refuse("a shard of sums holds tensors, in a layout with terms of sums")
+
+    def values(self, layout: Layout, shard: Shard) -> int:
+        """As of `Summed`."""
+        return sum(layout.tensors[i].size for i in shard.tensors)
+
+
+SKETCHES_KIND: Final = Sketches()
+SUMS_KIND: Final = Sums()
+
+
+def terms_of(layout: Layout) -> SumTerms:
+    """The layout's terms of sums. Raises INVALID_ARGUMENT if it has none."""
+    if layout.sums is None:
+        raise refuse("the layout has no terms of sums")
+    return layout.sums
+
+
+def sketch_values(terms: SumTerms, matrix: Matrix) -> int:
+    """Values of one matrix in a shard of sketches."""
+    P = matrix.out_features * terms.columns(matrix)
+    N = terms.rows(matrix) * matrix.in_features
+    return P + N + EXPONENTS
+
+
+def update_of(shard: int, ciphertexts: bytes) -> UpdateShardContent:
+    """An update shard under additive encryption."""
+    return UpdateShardContent(
+        shard=shard, rank=1, encrypted_tiers=0, matrices=(), clear_tensors=(), ciphertexts=ciphertexts
+    )
+
+
+def build_sums_layout(
+    *,
+    parameters: str,
+    matrices: Sequence[Matrix],
+    tensors: Sequence[Tensor],
+    max_rank: int,
+    terms: SumTerms,
+) -> Layout:
+    """Lays matrices and tensors out in shards of at most SHARD_VALUES values, unless one alone has more."""
+    sketches = _runs([sketch_values(terms, matrix) for matrix in matrices])
+    sums = _runs([tensor.size for tensor in tensors])
+    return Layout(
+        parameters=parameters,
+        key_id=b"",
+        matrices=tuple(matrices),
+        tensors=tuple(tensors),
+        tiers=(),
+        encrypt_tensors=False,
+        max_rank=max_rank,
+        max_directions=terms.sketch_columns,
+        shards=(
+            *(Shard(matrices=run, kind=SKETCHES) for run in sketches),
+            *(Shard(tensors=run, kind=SUMS) for run in sums),
+        ),
+        sums=terms,
+    )
+
+
+def _runs(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    run: list[int] = []
+    for index, size in enumerate(sizes):
+        if run and sum(sizes[run[0] : index]) + size > SHARD_VALUES:
+            yield tuple(run)
+            run = []
+        run.append(index)
+    if run:
+        yield tuple(run)

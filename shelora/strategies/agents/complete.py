@@ -1,0 +1,155 @@
+"""`complete`, the secret half: sketches and tensors into values of a sum, and the mean of a cohort out of it.
+
+What it needs of a round beside the epoch's secret comes from the committee's protocol: `AgentContext.summand`, under
+which this client encrypts its one update, and `AgentContext.opened`, with which agents open the sum.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from shelora.errors import DomainError, Reason
+from shelora.lora.layout import Layout, Tensor
+from shelora.lora.protect import checked_tensor
+from shelora.lora.restore import Restored
+from shelora.lora.shards import MIN_CONTRIBUTORS, Float32, Float64, ResultShardContent, UpdateShardContent
+from shelora.lora.sketches import (
+    Sketcher,
+    best_cut,
+    first_exponents,
+    joined,
+    next_exponents,
+    packed,
+    unpacked,
+)
+from shelora.lora.sums import SKETCHES_KIND, SUMS_KIND, sketch_values, terms_of, update_of
+from shelora.negotiation.plan import Plan
+from shelora.strategies import complete
+from shelora.strategies.agents.port import (
+    Adapted,
+    AgentContext,
+    OpenedSum,
+    Update,
+    check_model,
+    require_layout,
+)
+from shelora.strategies.port import RoundTerms, Terms
+
+
+@dataclass(frozen=True)
+class Complete:
+    """The secret half of a public one."""
+
+    public: complete.Complete = complete.STRATEGY
+
+    @property
+    def name(self) -> str:
+        """That of the public half."""
+        return self.public.name
+
+    def check(self, layout: Layout, model: Adapted, terms: Terms, plan: Plan | None, budget: float) -> None:
+        """As of `AgentStrategy`: the layout is the one that this client would make."""
+        check_model(layout, model)
+        require_layout(
+            model.rank <= layout.max_rank,
+            f"its largest rank is {layout.max_rank}, this client's is {model.rank}",
+        )
+        require_layout(layout.sums is not None, "it has no terms of sums")
+        round_ = RoundTerms(key_id=b"", max_rank=layout.max_rank)
+        expected = self.public.layout(model, terms, round_)
+        require_layout(layout.digest == expected.digest, "it is not that of this model's encrypted sums")
+
+    def check_result(self, layout: Layout, model: Adapted) -> None:
+        """As of `AgentStrategy`."""
+        check_model(layout, model)
+        require_layout(layout.sums is not None, "it has no terms of sums")
+
+    def protect(self, layout: Layout, update: Update, context: AgentContext) -> Iterator[UpdateShardContent]:
+        """As of `AgentStrategy`. One summand encrypts one update; a second time it fails with SECRET_UNAVAILABLE."""
+        summand = context.summand
+        if summand is None:
+            raise DomainError(Reason.SECRET_UNAVAILABLE, "there is no key for this round's update")
+        pack = {SKETCHES_KIND.name: _packed_matrices, SUMS_KIND.name: _packed_tensors}
+        for index, shard in enumerate(layout.shards):
+            values = pack[shard.kind](layout, index, update, context)
+            yield update_of(index, summand.encryption.encrypt(summand.share * values))
+
+    def restored(
+        self, layout: Layout, results: Iterable[ResultShardContent], context: AgentContext
+    ) -> Iterator[Restored]:
+        """As of `AgentStrategy`: every matrix cut to the largest rank of the round, with the bounds of the next one."""
+        opened = context.opened
+        if opened is None:
+            raise DomainError(Reason.SECRET_UNAVAILABLE, "the sum was not opened")
+        restore = {SKETCHES_KIND.name: _restored_matrices, SUMS_KIND.name: _restored_tensors}
+        for content in results:
+            if content.contributor_count < MIN_CONTRIBUTORS:
+                raise DomainError(Reason.TOO_FEW_CONTRIBUTORS, "a sum of one update is not opened")
+            yield from restore[layout.shards[content.shard].kind](layout, content, opened, context)
+
+
+def _packed_matrices(layout: Layout, index: int, update: Update, context: AgentContext) -> Float64:
+    terms, parts = terms_of(layout), []
+    for matrix in (layout.matrices[i] for i in layout.shards[index].matrices):
+        factors = update.factors.get(matrix.name)
+        shapes = (matrix.out_features, context.model.rank), (context.model.rank, matrix.in_features)
+        if factors is None or (factors.B.shape, factors.A.shape) != shapes:
+            raise DomainError(
+                Reason.SHAPE_MISMATCH, f"the update has no factors of the right shape for {matrix.name}"
+            )
+        B, A = joined(factors, context.model.scaling, update.frozen.get(matrix.name))
+        sketch = Sketcher.draw(context.obfuscation, terms, matrix, context.round_number).sketch(B, A)
+        exponents = update.exponents.get(matrix.name) or first_exponents(
+            matrix, layout.max_rank, context.largest_move
+        )
+        parts.append(packed(matrix.name, sketch, exponents, context.clipping))
+    return np.concatenate(parts)
+
+
+def _packed_tensors(layout: Layout, index: int, update: Update, context: AgentContext) -> Float64:
+    tensors = [layout.tensors[i] for i in layout.shards[index].tensors]
+    return np.concatenate([_over_bound(t, update.tensors.get(t.name)) for t in tensors])
+
+
+def _over_bound(tensor: Tensor, value: Float32 | None) -> Float64:
+    # A value at the bound may pass it by the rounding of float32.
+    return np.clip(checked_tensor(tensor, value).ravel().astype(np.float64) / tensor.bound, -1, 1)
+
+
+def _restored_matrices(
+    layout: Layout, content: ResultShardContent, opened: OpenedSum, context: AgentContext
+) -> Iterator[Restored]:
+    terms, values, first = terms_of(layout), _mean(layout, content, opened), 0
+    for matrix in (layout.matrices[i] for i in layout.shards[content.shard].matrices):
+        count = sketch_values(terms, matrix)
+        sketch, exponents = unpacked(matrix, terms, values[first : first + count])
+        first += count
+        sketcher = Sketcher.draw(context.obfuscation, terms, matrix, context.round_number)
+        found = sketcher.recovered(sketch, noise=float(np.ldexp(opened.noise, exponents.P)))
+        yield Restored(
+            matrices={matrix.name: best_cut(found, layout.max_rank)},
+            exponents={matrix.name: next_exponents(sketch, exponents)},
+            keeps_remainder=True,
+        )
+
+
+def _restored_tensors(
+    layout: Layout, content: ResultShardContent, opened: OpenedSum, context: AgentContext
+) -> Iterator[Restored]:
+    values, first, tensors = _mean(layout, content, opened), 0, {}
+    for tensor in (layout.tensors[i] for i in layout.shards[content.shard].tensors):
+        part = np.clip(values[first : first + tensor.size], -1, 1) * tensor.bound
+        tensors[tensor.name] = part.astype(np.float32).reshape(tensor.shape)
+        first += tensor.size
+    yield Restored(tensors=tensors)
+
+
+def _mean(layout: Layout, content: ResultShardContent, opened: OpenedSum) -> Float64:
+    kind = {k.name: k for k in (SKETCHES_KIND, SUMS_KIND)}[layout.shards[content.shard].kind]
+    sums = opened.opener.open(content.ciphertexts, kind.shape(layout, content.shard))
+    return sums / opened.shares
+
+
+COMPLETE: Final = Complete()
