@@ -5,6 +5,8 @@ What is left to the sum itself is the guard of `shelora.additive.secret.SumOpene
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import comb
+from typing import Final
 
 import numpy as np
 
@@ -14,10 +16,13 @@ from shelora.committee.certificate import ContributorSet, verified_set
 from shelora.committee.context import Committee, RoundContext
 from shelora.committee.field import Int64Array, decode_values, signed
 from shelora.committee.sealing import open_answer
-from shelora.committee.shamir import PackedSharing
+from shelora.committee.shamir import Opened, PackedSharing
 from shelora.committee.statements import Kind, Trust, parsed
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
+
+_MOST_GUESSES: Final = 100
+"""Choices of answers that are tried when they do not fit together: all of committees up to seven."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ def open_round(
     stacked = np.array([answers[p] for p in positions], dtype=np.int64).reshape(
         len(positions), context.shares
     )
-    opened = PackedSharing(context.rule).open(positions, stacked, rng)
+    opened = _opened(context, chosen, positions, stacked, rng)
     secret_sum = signed(opened.secrets)
     check_secret_sum(context.parameters, secret_sum, len(chosen.contributors))
     return OpenedRound(
@@ -89,6 +94,35 @@ def open_round(
         secret_sum=secret_sum,
         liars=tuple(committee.members[p - 1] for p in sorted({*liars, *opened.liars})),
     )
+
+
+def _opened(
+    context: RoundContext, chosen: ContributorSet, positions: list[int], answers: Int64Array, rng: Csprng
+) -> Opened:
+    """S modulo the prime. In a small committee, liars are also told by an S that no honest sum has.
+
+    Raises: DomainError(ANSWERS_REFUSED).
+    """
+    sharing = PackedSharing(context.rule)
+    try:
+        return sharing.open(positions, answers, rng)
+    except DomainError:
+        if len(positions) <= context.rule.needed or comb(len(positions), context.rule.needed) > _MOST_GUESSES:
+            raise
+        likely = [
+            guess for guess in sharing.guesses(positions, answers) if _is_honest(context, chosen, guess)
+        ]
+        if len(likely) != 1:  # a liar that knows S can make two that look honest
+            raise
+        return likely[0]
+
+
+def _is_honest(context: RoundContext, chosen: ContributorSet, guess: Opened) -> bool:
+    try:
+        check_secret_sum(context.parameters, signed(guess.secrets), len(chosen.contributors))
+    except DomainError:
+        return False
+    return True
 
 
 def _distinct(statements: Iterable[pb.Signed]) -> Iterable[pb.Signed]:

@@ -5,8 +5,9 @@ and member j has its value at j. Any T members know nothing, T + l know all. Sha
 share of the sum.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -68,6 +69,23 @@ class PackedSharing:
         secrets = matrix @ shares[sound[:needed]] % PRIME
         liars = tuple(p for index, p in enumerate(positions) if index not in set(sound))
         return Opened(secrets.T.reshape(-1), liars)
+
+    def guesses(self, positions: Sequence[int], shares: Int64Array) -> Iterator[Opened]:
+        """What each choice of T + l shares says, and whom it makes a liar; each outcome once. For few members.
+
+        More liars than `open` corrects can be told apart by who knows what secrets may look like.
+        """
+        seen: set[bytes] = set()
+        for chosen in combinations(range(len(positions)), self.rule.needed):
+            base = tuple(positions[i] for i in chosen)
+            matrix = interpolation(base, (*self._secret_points, *positions))
+            values = matrix @ shares[list(chosen)] % PRIME
+            secrets, expected = values[: self.rule.packing], values[self.rule.packing :]
+            if secrets.tobytes() not in seen:
+                seen.add(secrets.tobytes())
+                fit = (expected == shares).all(axis=1)
+                liars = tuple(p for p, sound in zip(positions, fit, strict=True) if not sound)
+                yield Opened(secrets.T.reshape(-1), liars)
 
     def _sound(self, positions: tuple[int, ...], shares: Int64Array, rng: Csprng) -> list[int]:
         """Indices of shares that all lie on polynomials; so many that no other polynomials fit as many."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shelora.committee.certificate import ContributorSet, assemble
 from shelora.committee.dealer import Dealer
 from shelora.committee.dealing import read_dealing, shown_to
-from shelora.committee.field import PRIME, signed, uniform
+from shelora.committee.field import PRIME, encode_values, interpolation, signed, uniform
 from shelora.committee.keys import KeySet
 from shelora.committee.rules import committee_rule
 from shelora.committee.sealing import seal_answer
@@ -426,14 +426,18 @@ def test_a_weight_beyond_the_agreed_one_is_refused_by_members(weight):
 # --- members that lie
 
 
-def lying_answer(world, certificate, name):
-    """A well-formed answer of that member with a wrong content."""
+def answer_of(world, certificate, name, values):
+    """A well-formed answer of that member with a content of its choice."""
     chosen = ContributorSet.read(world.context, certificate.content)
     position = world.members[name].position
-    content = uniform(rng("lie", name), world.context.shares).astype("<u2").tobytes()
-    sealed = seal_answer(ANSWER_KEY, chosen.digest, position, content, rng("nonce", name))
+    sealed = seal_answer(ANSWER_KEY, chosen.digest, position, encode_values(values), rng("nonce", name))
     message = pb.Answer(position=position, sealed=sealed).SerializeToString()
     return signer(name).sign(Kind.ANSWER, world.context, message)
+
+
+def lying_answer(world, certificate, name):
+    """One with random values."""
+    return answer_of(world, certificate, name, uniform(rng("lie", name), world.context.shares))
 
 
 @pytest.mark.parametrize(("size", "liars"), [(5, 1), (7, 1), (33, 3)])
@@ -449,12 +453,46 @@ def test_members_that_lie_in_their_answers_are_named_and_the_sum_is_right(size, 
     assert np.array_equal(opened.secret_sum, sum(world.secrets.values()))
 
 
-def test_with_too_few_answers_a_liar_is_noticed_but_not_named():
+@pytest.mark.parametrize(("size", "answering"), [(3, 3), (4, 3), (5, 4), (7, 5)])
+def test_a_small_committee_tells_a_liar_by_one_answer_more_than_needed(size, answering):
+    """Too few for decoding, but a wrong S is nothing like the sum of small secrets."""
+    world = World(context_of(size)).collect()
+    members = list(world.members)
+    world.check()
+    certificate = world.certify(world.context.cohort)
+    answers = [
+        lying_answer(world, certificate, members[0]),
+        *world.release(certificate, members[1:answering]),
+    ]
+    opened = world.open(certificate, answers)
+    assert opened.liars == (members[0],)
+    assert np.array_equal(opened.secret_sum, sum(world.secrets.values()))
+
+
+def test_without_an_answer_to_spare_a_liar_is_noticed_but_not_named():
     world = World(context_of(5)).collect()
     members = list(world.members)
     world.check()
     certificate = world.certify(world.context.cohort)
-    answers = [lying_answer(world, certificate, members[0]), *world.release(certificate, members[1:4])]
+    answers = [lying_answer(world, certificate, members[0]), *world.release(certificate, members[1:3])]
+    message = refused_with(Reason.SUM_UNREADABLE, world.open, certificate, answers)
+    assert "a member lied" in message
+
+
+def test_a_liar_that_makes_a_second_honest_looking_sum_stops_the_round_and_forges_nothing():
+    world = World(context_of(5)).collect()
+    members = list(world.members)
+    world.check()
+    certificate = world.certify(world.context.cohort)
+    sharing = PackedSharing(world.context.rule)
+    secret_point = sharing.base_points[0]
+    weight = int(interpolation((1, 2, 3), (secret_point,))[0, 0])  # of the liar among members 1, 2, 3
+    honest = held_shares(world, members[0], world.context.cohort)
+    lie = (honest + pow(weight, -1, PRIME)) % PRIME  # S + 1 with members 2 and 3
+    answers = [
+        answer_of(world, certificate, members[0], lie),
+        *world.release(certificate, members[1:4]),
+    ]
     message = refused_with(Reason.ANSWERS_REFUSED, world.open, certificate, answers)
     assert "cannot be told who lies" in message
 
