@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias
 
 import structlog
 
+from client_agent.acceptance import require_level
 from client_agent.config import AgentConfig
 from client_agent.drawing import seed_of
 from client_agent.learning import LocalLearner
@@ -21,6 +22,7 @@ from client_agent.work import Identity, Work
 from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec, TrainingSpec
+from shelora.levels import Level
 from shelora.protocol import Stage
 from shelora.telemetry.outages import Outage
 from shelora.transport.channel import OpenChannel, is_transient, open_channel
@@ -103,6 +105,8 @@ class Agent:
         self._connect = connect
         self._retry_s = retry_s
         self._stopping = asyncio.Event()
+        self._promised: Level | None = None
+        """As its certificate says."""
 
     def stop(self) -> None:
         """Asks the agent to end soon; `run` then returns STOPPED. For signal handlers."""
@@ -120,6 +124,7 @@ class Agent:
             if self._worker is None:
                 stack.push_async_callback(worker.close)
             credentials = self._config.credentials()
+            self._promised = credentials.held.facts.promise
             session = Session(self._config, credentials, self._connect)
             stack.push_async_callback(session.close)
             shuffle = random.Random(seed_of(self._config.client_id, "replica")).shuffle  # noqa: S311 - no secret
@@ -144,6 +149,7 @@ class Agent:
         self, state: AgentState, worker: Worker, session: Session, replicas: Replicas
     ) -> Outcome:
         spec = await self._specification(session)
+        self._require_protection(spec.protection.level, state)
         learner = await worker.run(self._learn, self._config, spec.training, state)
         _log.info("model_ready", matrices=len(learner.model.matrices), examples=len(learner.examples))
         identity = Identity(
@@ -166,6 +172,17 @@ class Agent:
             await _cancelled(beating)
             await follower.drop()
 
+    def _require_protection(self, offered: Level, state: AgentState) -> None:
+        """Refuses less than was promised or written, and remembers what it took part under.
+
+        Raises: PROTECTION_REFUSED.
+        """
+        promises = (self._promised, state.promise())
+        require_level(offered, self._config.protection.accept, promises)
+        state.save_promise(offered)
+        if offered is Level.NONE:
+            _log.warning("updates_are_not_protected", federation=self._config.federation)
+
     async def _specification(self, session: Session) -> FederationSpec:
         """The federation's specification, waited for until its operator has created it."""
         outage = Outage(_log, "waiting_for_federation")
@@ -178,8 +195,6 @@ class Agent:
                 outage.failed(error)
                 await asyncio.sleep(self._retry_s)
             else:
-                if not spec.protection.strategy.needs_keys:
-                    _log.warning("updates_are_not_protected", federation=spec.name)
                 return spec
 
 

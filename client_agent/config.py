@@ -18,6 +18,7 @@ from pydantic import (
 
 from shelora.configuration import StrictModel, explain, invalid, parse_yaml, read_yaml
 from shelora.errors import DomainError
+from shelora.levels import Level
 from shelora.transport.address import HostPort
 from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import IdentityFolder, TlsCredentials
@@ -106,6 +107,12 @@ class LoraSettings(StrictModel):
         return self.alpha / self.rank
 
 
+class ProtectionConfig(StrictModel):
+    accept: Annotated[tuple[Level, ...], Field(min_length=1)] | None = None
+    """Levels of protection under which this client takes part: none, selective-ope, selective, complete. None: at least
+    what the operator promised at enrolment, and what it first took part under; never `none`, which must be written."""
+
+
 class ResourcesConfig(StrictModel):
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads for training; 0 takes all cores."""
@@ -150,7 +157,10 @@ class AgentConfig(StrictModel):
     lora: LoraSettings = LoraSettings()
     """This client's adapter."""
     budget: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the columns of A to encrypt, 0 to 1. 1 is the safe choice; less is for uplinks that cannot carry it."""
+    """Least share of the columns of A to encrypt, 0 to 1. 1 is the safe choice; less is for uplinks that cannot carry
+    it. The client leaves a federation that would have it encrypt less."""
+    protection: ProtectionConfig = ProtectionConfig()
+    """The least protection this client accepts."""
     resources: ResourcesConfig = ResourcesConfig()
     """What of this machine to use."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None

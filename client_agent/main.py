@@ -40,6 +40,7 @@ _REFUSED: Final = frozenset(
         Reason.MODEL_INVALID,
         Reason.MODEL_MISMATCH,
         Reason.VERSION_REFUSED,
+        Reason.PROTECTION_REFUSED,
         Reason.UNAUTHENTICATED,
         Reason.PERMISSION_DENIED,
         Reason.CERTIFICATE_EXPIRED,

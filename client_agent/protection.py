@@ -12,7 +12,7 @@ from client_agent.state import AgentState, Spool, UpdateNote
 from shelora.ckks.wire import KEY_ID_BYTES
 from shelora.federation import ProtectionSpec
 from shelora.lora.codec import encode_update
-from shelora.lora.layout import Layout, tiers_within
+from shelora.lora.layout import Layout, tiers_reaching
 from shelora.negotiation.plan import Plan
 from shelora.negotiation.votes import vote_layout
 from shelora.protocol import Stage
@@ -41,26 +41,20 @@ def check_vote_layout(layout: Layout, model: LocalModel, protection: ProtectionS
     require_layout(layout.digest == expected.digest, "it is not that of this model's encrypted votes")
 
 
-def encrypted_tiers(layout: Layout, budget: float) -> int:
-    """Tiers that this client encrypts. Warns if they cover less than its budget."""
-    count = tiers_within(layout.tiers, budget)
-    share = layout.tiers[count - 1] if count else 0.0
-    if layout.tiers and share < budget:
-        _log.warning("encrypts_less_than_budget", budget=budget, share=share, tiers=list(layout.tiers))
-    return count
-
-
 def round_context(
     model: LocalModel, layout: Layout, plan: Plan | None, budget: float, secrets: EpochSecrets
 ) -> AgentContext:
-    """What a strategy may use of a round under that layout. Raises: SECRET_UNAVAILABLE for another epoch's."""
+    """What a strategy may use of a round under that layout.
+
+    Raises: SECRET_UNAVAILABLE for another epoch's; PROTECTION_REFUSED if its tiers do not reach the budget.
+    """
     return AgentContext(
         model=model,
         obfuscation=secrets.obfuscation,
         encryptor=secrets.encryptor_for(layout),
         decryptor=secrets.decryptor_for(layout),
         plan=plan,
-        encrypted_tiers=encrypted_tiers(layout, budget),
+        encrypted_tiers=tiers_reaching(layout.tiers, budget) if layout.tiers else 0,
     )
 
 

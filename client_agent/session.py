@@ -360,6 +360,7 @@ _FATAL: Final = frozenset(
         Reason.FEDERATION_CLOSED,
         Reason.LIMIT_REACHED,
         Reason.VERSION_REFUSED,
+        Reason.PROTECTION_REFUSED,
         Reason.INVALID_ARGUMENT,
     }
 )

@@ -3,6 +3,7 @@
     applied.safetensors     weights after the last result that was applied
     trained.safetensors     weights after the last training, until a result is applied
     standing.json           how the newest plan serves this client, and the weight of its next vote
+    promise.json            the strongest protection it took part under
     spool/<round>/          serialized shards of the update being uploaded; complete once its manifest is there
     inbox/<round>/          shards of the result being downloaded
     adapter/                the adapter of the newest result that was applied
@@ -31,6 +32,7 @@ import safetensors.numpy
 from client_agent.learning import Weights
 from shelora import files
 from shelora.errors import DomainError, Reason
+from shelora.levels import Level
 from shelora.lora.shards import Float32, LoraFactors
 from shelora.transport.pieces import Digest
 
@@ -40,6 +42,7 @@ _STANDING: Final = "standing.json"
 _BEST_NOTE: Final = "best.json"
 ADAPTER: Final = "adapter"
 BEST: Final = "adapter-best"
+_PROMISE: Final = "promise.json"
 _HASH_BLOCK: Final = 1 << 20
 _UNREADABLE: Final = (OSError, ValueError, TypeError, RecursionError)
 """What reading a damaged file may raise."""
@@ -231,6 +234,25 @@ class AgentState:
             return Standing()
         sound = 1 <= standing.weight < math.inf and 0 <= standing.fresh_overlap < math.inf  # NaN is neither
         return standing if sound else Standing()
+
+    def save_promise(self, level: Level) -> None:
+        """Remembers that this client took part under that protection, unless it did under a stronger one."""
+        known = self.promise()
+        if known is None or known.strength < level.strength:
+            files.replace(self._folder / _PROMISE, json.dumps({"format": _FORMAT, "level": level}).encode())
+
+    def promise(self) -> Level | None:
+        """The strongest protection this client took part under; None if it took part in nothing yet.
+
+        Raises: DomainError CONFIGURATION_INVALID if the file cannot be read: a promise is not forgotten in silence.
+        """
+        path = self._folder / _PROMISE
+        try:
+            return Level(json.loads(path.read_bytes())["level"])
+        except FileNotFoundError:
+            return None
+        except (*_UNREADABLE, KeyError) as error:
+            raise _unusable(self._folder, f"{_PROMISE} is damaged; delete it") from error
 
     def begin_spool(self, round_id: str) -> SpoolWriter:
         """An empty spool; every other one is deleted."""

@@ -4,6 +4,7 @@
 step is derived from what is stored, a driver that starts after a crash takes up exactly where the last one stopped.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from coordinator.records import (
     Model,
     Negotiation,
     Phase,
+    Plan,
     RoundRecord,
     Ticket,
 )
@@ -249,7 +251,28 @@ def _needs_vote(view: View) -> bool:
     rules = federation.spec.round
     due = 0 < rules.replan_every_rounds <= federation.trained - federation.planned_at
     drifted = federation.overlap is not None and federation.overlap < rules.replan_below_overlap
-    return federation.plan is None or due or drifted
+    return federation.plan is None or due or drifted or _outgrown(view)
+
+
+def _outgrown(view: View) -> bool:
+    """Whether members encrypt more than the plan covers, who joined after it: they sit out until the next one.
+
+    At most one vote a training round is held for them, unless too few are left: clients change budgets as they like.
+    """
+    federation, covered = view.federation, covered_by(view.federation.plan, view)
+    wanted = len(covered) < len(view.alive)
+    return wanted and (
+        federation.planned_at < federation.trained or len(covered) < federation.spec.round.min_updates
+    )
+
+
+def covered_by(plan: Plan | None, view: View) -> frozenset[str]:
+    """The members alive whose budgets a plan reaches: agents encrypt no less, so the others cannot train under it."""
+    tiers = plan.negotiation.tiers if plan else ()
+    most = max(tiers, default=0.0) if view.federation.strategy.needs_plan else math.inf
+    return frozenset(
+        name for name in view.alive if name not in view.members or view.members[name].budget <= most
+    )
 
 
 def _negotiate(view: View, negotiation: Negotiation, now_ms: int) -> Decision:
@@ -272,7 +295,8 @@ def _negotiate(view: View, negotiation: Negotiation, now_ms: int) -> Decision:
 def _within_round(view: View, ticket: Ticket, now_ms: int) -> Decision:
     federation, record = view.federation, view.round
     if record is None:
-        if _is_stale(federation, ticket) or federation.rotation_due or federation.stopped:
+        outgrown = ticket.kind is RoundKind.TRAIN and _outgrown(view)
+        if _is_stale(federation, ticket) or federation.rotation_due or federation.stopped or outgrown:
             return WriteFederation("cancel_ticket", transitions.cancelled(federation))
         return _create(view, ticket)
     if record.round.ended:
@@ -396,7 +420,8 @@ def _create(view: View, ticket: Ticket) -> Decision:
     """Selects the cohort among the members alive now that accept the plan. Waits while they are too few."""
     federation = view.federation
     rules, training = federation.spec.round, ticket.kind is RoundKind.TRAIN
-    willing = view.alive - view.objectors if ticket.plan else view.alive
+    able = covered_by(ticket.plan, view) if training else view.alive
+    willing = able - view.objectors if ticket.plan else able
     if len(willing) < rules.min_updates or federation.model is None:
         return Rest()
     asked = willing - frozenset(federation.silent)

@@ -349,14 +349,14 @@ def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationR
 def budgets(members: Mapping[str, Member]) -> tuple[float, ...]:
     """The tiers: distinct budgets above zero, increasing, at most MAX_TIERS of them.
 
-    Members of many budgets form groups of about the same size, from the smallest budget up; the smallest of a group is
-    its tier, so that every member affords what it encrypts, and only groups encrypt less than they could.
+    Members of many budgets form groups of about the same size, from the smallest budget up; the largest of a group is
+    its tier: agents encrypt no less than their budget, so those of a group encrypt somewhat more.
     """
-    affordable = sorted({member.budget for member in members.values()} - {0.0})
-    if len(affordable) <= MAX_TIERS:
-        return tuple(affordable)
+    distinct = sorted({member.budget for member in members.values()} - {0.0})
+    if len(distinct) <= MAX_TIERS:
+        return tuple(distinct)
     ranked = sorted(member.budget for member in members.values() if member.budget)
-    return tuple(sorted({ranked[group * len(ranked) // MAX_TIERS] for group in range(MAX_TIERS)}))
+    return tuple(sorted({ranked[group * len(ranked) // MAX_TIERS - 1] for group in range(1, MAX_TIERS + 1)}))
 
 
 def led(record: FederationRecord, leader: str, now_ms: int) -> FederationRecord:

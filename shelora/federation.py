@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 from shelora.ckks.parameters import PROFILES, STANDARD
 from shelora.configuration import StrictModel, explain, invalid, read_yaml
 from shelora.errors import DomainError, Reason
+from shelora.levels import Level
 from shelora.strategies.port import Strategy
 from shelora.strategies.registry import strategies, strategy_of
 from shelora.text import printable
@@ -208,6 +209,11 @@ class ProtectionSpec(Spec):
     def strategy(self) -> Strategy:
         """The public half of the strategy that `mode` names."""
         return strategy_of(self.mode)
+
+    @property
+    def level(self) -> Level:
+        """How strongly it protects, for what agents were promised."""
+        return Level.of(self.mode, self.negotiation)
 
     @property
     def largest_vote(self) -> float:

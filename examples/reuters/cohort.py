@@ -74,7 +74,9 @@ def write_data(source: Path, folder: Path) -> Mapping[str, int]:
     return {agent.name: len(indices) for agent, indices in zip(AGENTS, parts, strict=True)}
 
 
-def agent_config(servers: Servers, profile: AgentProfile, model: Path) -> dict[str, Any]:
+def agent_config(
+    servers: Servers, profile: AgentProfile, model: Path, protection: Protection = Protection.SELECTIVE
+) -> dict[str, Any]:
     """The content of an agent's YAML file; paths are relative to it."""
     return {
         "federation": "reuters",
@@ -87,6 +89,7 @@ def agent_config(servers: Servers, profile: AgentProfile, model: Path) -> dict[s
         "data": {"train": "train.jsonl", "test": "test.jsonl"},
         "lora": {"rank": profile.rank, "alpha": profile.alpha},
         "budget": profile.budget,
+        "protection": {"accept": [protection.value]},
         "resources": {"threads": 1},
         "metrics_port": 0,
     }

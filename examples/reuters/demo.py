@@ -84,18 +84,22 @@ def run(protection: Protection, folder: Path, started: float) -> None:
             cluster = stack.enter_context(
                 LocalCluster(folder / "cluster", fixed_ports=False, workers=2, tell=tell)
             )
-        agents = [start_agent(cluster, profile, folder, model) for profile in AGENTS]
+        agents = [start_agent(cluster, profile, folder, model, protection) for profile in AGENTS]
         console.say(f"{len(agents)} agents enrolled with a token each; {cluster.trust}")
         federation = asyncio.run(follow(cluster, agents, spec))
     finish(federation, spec, folder, time.monotonic() - started)
 
 
-def start_agent(cluster: LocalCluster, profile: AgentProfile, folder: Path, model: Path) -> Process:
+def start_agent(
+    cluster: LocalCluster, profile: AgentProfile, folder: Path, model: Path, protection: Protection
+) -> Process:
     """Enrols the agent, writes its configuration and starts its daemon."""
     home = folder / "agents" / profile.name
     asyncio.run(cluster.enrol_client("reuters", profile.name, home / "state"))
     config = home / "agent.yaml"
-    config.write_text(yaml.safe_dump(agent_config(cluster.addresses, profile, model), sort_keys=False))
+    config.write_text(
+        yaml.safe_dump(agent_config(cluster.addresses, profile, model, protection), sort_keys=False)
+    )
     return cluster.spawn(profile.name, "client_agent.main", ["run", "--config", str(config)], {})
 
 

@@ -18,12 +18,14 @@ from services.key_authority import disk
 from services.key_authority.sealer import Binding, SealBrokenError, Sealer
 from shelora import files
 from shelora.errors import DomainError, Reason
+from shelora.levels import Level
 from shelora.transport.certificates import (
     BACKDATED,
     PrivateKey,
     key_from_pem,
     key_to_pem,
     new_key,
+    promise_extension,
     requested_key,
     same_key,
     utc_now,
@@ -128,7 +130,12 @@ class Issuer:
         self._parent = x509.load_pem_x509_certificate(root.certificate)
 
     def issue(
-        self, request: bytes, identity: Identity, names: tuple[str, ...] = (), issued: datetime | None = None
+        self,
+        request: bytes,
+        identity: Identity,
+        names: tuple[str, ...] = (),
+        issued: datetime | None = None,
+        promise: Level | None = None,
     ) -> bytes:
         """A certificate for the key of a signing request, in DER.
 
@@ -137,6 +144,7 @@ class Issuer:
             identity: Whom the certificate names.
             names: DNS names and addresses of a server, as `checked_names` returns them.
             issued: What it says about when it was issued, on which its revocation depends; now by default.
+            promise: Least protection that a client is promised.
 
         Raises: DomainError INVALID_ARGUMENT if the request is malformed or not signed by its key.
         """
@@ -152,6 +160,8 @@ class Issuer:
         )
         for extension, critical in _extensions(key, self._parent, identity, names):
             builder = builder.add_extension(extension, critical)
+        if promise is not None:
+            builder = builder.add_extension(promise_extension(promise), critical=False)
         return builder.sign(self.root.key, hashes.SHA256()).public_bytes(_DER)
 
 

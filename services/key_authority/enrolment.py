@@ -6,7 +6,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final
 
@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from services.key_authority.ca import Issuer
 from services.key_authority.register import Grant, Register
 from shelora.errors import DomainError, Reason
+from shelora.levels import Level
 from shelora.telemetry.metrics import counter
 from shelora.transport.certificates import Certificate, requested_key
 from shelora.transport.enrolment import SECRET_BYTES, Token
@@ -106,7 +107,14 @@ class Enrolments:
         redeemed = await asyncio.to_thread(
             self._register.redeem, token.secret, fingerprint, client_id, self._clock_ms()
         )
-        return self._issued(request, redeemed.identity, redeemed.names, "enrolment", redeemed.issued_ms)
+        return self._issued(
+            request,
+            redeemed.identity,
+            redeemed.names,
+            "enrolment",
+            redeemed.issued_ms,
+            promise=redeemed.promise,
+        )
 
     async def enroll_server(self, request: bytes, proof: bytes) -> tuple[bytes, bytes]:
         """The certificate, in DER, of a server that holds a workload's key, and the proof that it is from here.
@@ -136,7 +144,7 @@ class Enrolments:
         if issued_ms(holder) <= revoked_ms:
             raise RevokedError(holder.identity)
         issued = max(now_ms, issued_ms(holder))  # who was certified anew just now may be a second ahead
-        return self._issued(request, holder.identity, holder.names, "renewal", issued)
+        return self._issued(request, holder.identity, holder.names, "renewal", issued, promise=holder.promise)
 
     def _issued(
         self,
@@ -145,9 +153,11 @@ class Enrolments:
         names: tuple[str, ...],
         why: str,
         issued_ms: int,
+        *,
+        promise: Level | None = None,
     ) -> bytes:
         issued = datetime.fromtimestamp(issued_ms / 1000, UTC)
-        certificate = self._issuer.issue(request, identity, names, issued)
+        certificate = self._issuer.issue(request, identity, names, issued, promise)
         CERTIFICATES_ISSUED.labels(identity.role, why).inc()
         _log.info("certificate_issued", identity=identity.uri, names=list(names), why=why)
         return certificate
@@ -163,7 +173,9 @@ def _checked(grant: Grant) -> Grant:
             )
     else:
         Identity(grant.role, grant.federation_id, grant.client_id)  # raises, naming the field
-    return Grant(grant.role, grant.federation_id, grant.client_id, checked_names(grant.role, grant.names))
+    if grant.promise is not None and grant.role is not Role.CLIENT:
+        raise DomainError(Reason.INVALID_ARGUMENT, "promise: only clients are promised protection")
+    return replace(grant, names=checked_names(grant.role, grant.names))
 
 
 def _fingerprint(request: bytes) -> bytes:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from services.key_authority.sealer import Binding, SealBrokenError, Sealer
 from shelora import files
 from shelora.errors import DomainError, Reason
+from shelora.levels import Level
 from shelora.transport.identity import Identity, Role
 from shelora.transport.revocations import Revocation, first_issue_after
 
@@ -39,6 +40,8 @@ class Grant:
     """Empty: a client names itself."""
     names: tuple[str, ...] = ()
     """Names and addresses of a server."""
+    promise: Level | None = None
+    """Least protection that the operator promises a client."""
 
 
 class Redeemed(NamedTuple):
@@ -50,6 +53,8 @@ class Redeemed(NamedTuple):
     """Names and addresses of a server."""
     issued_ms: int
     """When the certificate counts as issued, Unix milliseconds: after the revocation of its predecessors, if any."""
+    promise: Level | None = None
+    """Least protection that the client is promised."""
 
 
 class Revoked(NamedTuple):
@@ -300,7 +305,7 @@ def _redeem(
 
 
 def _redeemed(content: _Content, identity: Identity, grant: Grant, now_ms: int) -> Redeemed:
-    return Redeemed(identity, grant.names, content.first_issue(identity, now_ms))
+    return Redeemed(identity, grant.names, content.first_issue(identity, now_ms), grant.promise)
 
 
 def _revoke(

@@ -11,6 +11,7 @@ from services.key_authority.register import Grant
 from services.key_authority.revoking import Revoker
 from services.shell.guard import certificate_of
 from shelora.errors import DomainError, Reason
+from shelora.levels import Level
 from shelora.transport.identity import Identity, Role
 from shelora.transport.revocations import REVOCABLE_ROLES
 from shelora.transport.status import translated
@@ -127,7 +128,19 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
 
 
 def _grant(request: enrolment_pb2.CreateTokenRequest) -> Grant:
-    return Grant(Role.named(request.role), request.federation_id, request.client_id, tuple(request.names))
+    return Grant(
+        Role.named(request.role),
+        request.federation_id,
+        request.client_id,
+        tuple(request.names),
+        _promise(request.promise) if request.HasField("promise") else None,
+    )
+
+
+def _promise(name: str) -> Level:
+    if name not in set(Level):
+        raise DomainError(Reason.INVALID_ARGUMENT, f"promise must be one of {', '.join(Level)}")
+    return Level(name)
 
 
 def register(authority: Authority, enrolments: Enrolments, revoker: Revoker, server: grpc.aio.Server) -> None:

@@ -25,6 +25,7 @@ from shelora.cli.members import CLIENT_IDENTITY, Members
 from shelora.cli.operator import own_credentials
 from shelora.cli.supervision import ADDRESSES, MARK, STOP_TIMEOUT_S, Supervision, require_local
 from shelora.errors import DomainError, Reason
+from shelora.levels import Level
 from shelora.transport.certificates import utc_now
 from shelora.transport.identity import Role
 from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
@@ -261,9 +262,14 @@ class LocalCluster:
         """The operator's."""
         return TlsCredentials(IdentityFolder(self._members.operator))
 
-    async def enrol_client(self, federation: str, client: str, state_dir: Path) -> Held:
-        """Enrols a client as its operator and its owner would: a token for it, exchanged in its state folder."""
-        return await self._members.enrol_client(federation, client, state_dir / CLIENT_IDENTITY)
+    async def enrol_client(
+        self, federation: str, client: str, state_dir: Path, promise: Level | None = None
+    ) -> Held:
+        """Enrols a client as its operator and its owner would: a token for it, exchanged in its state folder.
+
+        Args: promise: Least protection that the operator promises it.
+        """
+        return await self._members.enrol_client(federation, client, state_dir / CLIENT_IDENTITY, promise)
 
     @property
     def trust(self) -> str:

@@ -22,6 +22,7 @@ from shelora.cli.operator import (
     list_revocations,
     operator,
     own_credentials,
+    promised_level,
     revoke_holder,
 )
 from shelora.cli.render import federation_view, federations_table, revocations_table
@@ -33,6 +34,7 @@ from shelora.cli.secret_files import make_secrets
 from shelora.cli.supervision import interruptible
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.levels import Level
 from shelora.telemetry.logs import configure_logs
 from shelora.terminal import CommandLine, Records, Terminal
 from shelora.transport.enrolment import enroll as enrolled
@@ -303,6 +305,14 @@ def token_create(
     expires_in: Annotated[
         float, typer.Option(min=0.01, max=720, metavar="HOURS", help="Hours the token may be used.")
     ] = 24.0,
+    promise: Annotated[
+        Level | None,
+        typer.Option(
+            help="Least protection that the client is promised. Its certificate carries the promise, and it leaves a "
+            "federation that offers less. By default what the federation has now, as the coordinator says.",
+        ),
+    ] = None,
+    coordinator: CoordinatorOption = None,
     identity: IdentityOption = None,
     key_authority: KeyAuthorityOption = None,
 ) -> None:
@@ -310,6 +320,10 @@ def token_create(
 
     async def work(target: Target) -> str:
         credentials = await own_credentials(target.identity, target.key_authority)
+        level = promise
+        if level is None and role is Role.CLIENT and target.coordinator:
+            level = await promised_level(target.coordinator, credentials, federation)
+            print(f"promises {level} protection (--promise)", file=sys.stderr)  # noqa: T201
         created = await create_token(
             target.require_key_authority(),
             credentials,
@@ -318,11 +332,12 @@ def token_create(
             client=client,
             names=tuple(name or ()),
             expires_in=timedelta(hours=expires_in),
+            promise=level,
         )
         return created.token
 
     with reported():
-        print(asyncio.run(work(Target.of(None, identity, key_authority))))  # noqa: T201 - for pipes, never wrapped
+        print(asyncio.run(work(Target.of(coordinator, identity, key_authority))))  # noqa: T201 - for pipes, never wrapped
 
 
 @app.command()

@@ -5,6 +5,7 @@ from typing import Final
 
 from shelora.cli.operator import create_token, own_credentials
 from shelora.errors import DomainError
+from shelora.levels import Level
 from shelora.transport.certificates import pem_to_der
 from shelora.transport.enrolment import enroll, presented_chain
 from shelora.transport.identity import Role
@@ -41,9 +42,11 @@ class Members:
             await self._enrol(folder, role, names=LOCAL_NAMES)
         return folder
 
-    async def enrol_client(self, federation: str, client: str, folder: Path) -> Held:
-        """Enrols a client, with a token for this name."""
-        return await self._enrol(folder, Role.CLIENT, federation=federation, client=client)
+    async def enrol_client(
+        self, federation: str, client: str, folder: Path, promise: Level | None = None
+    ) -> Held:
+        """Enrols a client, with a token for this name that promises it this protection."""
+        return await self._enrol(folder, Role.CLIENT, federation=federation, client=client, promise=promise)
 
     async def _enrol(
         self,
@@ -53,11 +56,18 @@ class Members:
         federation: str = "",
         client: str = "",
         names: tuple[str, ...] = (),
+        promise: Level | None = None,
     ) -> Held:
         """Issues a token as the operator, and exchanges it as the newcomer."""
         credentials = await own_credentials(self.operator, self._key_authority)
         created = await create_token(
-            self._key_authority, credentials, role, federation=federation, client=client, names=names
+            self._key_authority,
+            credentials,
+            role,
+            federation=federation,
+            client=client,
+            names=names,
+            promise=promise,
         )
         return await enroll(created.token, self._enrolment, folder)
 

@@ -11,6 +11,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec, ProtectionSpec
+from shelora.levels import Level
 from shelora.text import printable
 from shelora.transport.certificates import utc_now
 from shelora.transport.channel import call, open_channel
@@ -130,6 +132,25 @@ async def operator(address: str, credentials: Credentials) -> AsyncIterator[Oper
         yield Operator(CoordinatorStub(channel))
 
 
+async def promised_level(coordinator: str, credentials: Credentials, federation: str) -> Level:
+    """What to promise a client of a federation: the level it has; that of a new one by default if there is none yet.
+
+    Raises: DomainError INVALID_ARGUMENT for an unprotected federation, which must be promised in so many words;
+    what `call` raises.
+    """
+    try:
+        async with operator(coordinator, credentials) as connection:
+            level = FederationSpec.from_proto((await connection.get(federation)).spec).protection.level
+    except DomainError as error:
+        if error.reason is not Reason.FEDERATION_UNKNOWN:
+            raise
+        return ProtectionSpec().level
+    if level is Level.NONE:
+        why = f"the coordinator says that {federation} protects nothing: give --promise none if that is meant"
+        raise DomainError(Reason.INVALID_ARGUMENT, why)
+    return level
+
+
 async def create_token(
     key_authority: str,
     credentials: Credentials,
@@ -139,6 +160,7 @@ async def create_token(
     client: str = "",
     names: tuple[str, ...] = (),
     expires_in: timedelta = timedelta(),
+    promise: Level | None = None,
 ) -> enrolment_pb2.CreateTokenResponse:
     """A join token of the key authority at `host:port`; enrolment.proto explains the fields.
 
@@ -150,6 +172,7 @@ async def create_token(
         client_id=client,
         names=names,
         expires_in_s=int(expires_in.total_seconds()),
+        promise=promise,
     )
     async with open_channel(key_authority, credentials) as channel:
         return await call(EnrolmentStub(channel).CreateToken, request, retry_s=RETRY_S)

@@ -261,9 +261,25 @@ def even(length: int) -> int:
     return length + length % 2
 
 
-def tiers_within(tiers: Sequence[float], budget: float) -> int:
-    """How many tiers a client encrypts whose budget is that share of all columns, 0 to 1."""
-    return sum(tier <= budget for tier in tiers)
+def tiers_reaching(tiers: Sequence[float], budget: float) -> int:
+    """How many of a round's tiers a client encrypts, so that they are at least its budget of the columns.
+
+    Args:
+        tiers: Budgets of the tiers, increasing.
+        budget: Least share of columns that the client encrypts, 0 to 1.
+
+    Raises: PROTECTION_REFUSED if all tiers together are less.
+    """
+    if not budget:
+        return 0
+    count = next((number for number, tier in enumerate(tiers, 1) if tier >= budget), None)
+    if count is None:
+        raise DomainError(
+            Reason.PROTECTION_REFUSED,
+            f"the round has {max(tiers, default=0.0):.3g} of the columns encrypted at most, and this client's budget "
+            f"is {budget:g}: nothing was sent. Ask the federation's operator; lower budget if that is meant",
+        )
+    return count
 
 
 def build_layout(

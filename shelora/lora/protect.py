@@ -39,7 +39,7 @@ def protect(
         layout: Layout of the round.
         factors: B [out, rank] and A [rank, in] by matrix name, all of one rank.
         tensors: Values by tensor name.
-        encrypted_tiers: Tiers this client encrypts (`tiers_within` its budget).
+        encrypted_tiers: Tiers this client encrypts (as many as cover its budget).
         orders: Column order by matrix name: entry k is the true index of the column at position k.
         encryptor: None if the layout encrypts nothing.
 

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from shelora.errors import DomainError, Reason
+from shelora.levels import Level
 from shelora.transport.identity import Identity
 
 BACKDATED: Final = timedelta(minutes=5)
@@ -23,8 +24,12 @@ MAX_REQUEST_BYTES: Final = 8192
 """Largest signing request, in DER; ours have about 250 bytes."""
 
 PrivateKey = ec.EllipticCurvePrivateKey
+PROMISE_OID: Final = x509.ObjectIdentifier("2.25.158152548905764896907048715693383518788")
+"""Of our extension that says what protection a client was promised; any UUID may stand below 2.25 (X.667)."""
+
 _PEM: Final = serialization.Encoding.PEM
 _DER: Final = serialization.Encoding.DER
+_UTF8_STRING: Final = 0x0C
 
 
 def new_key() -> PrivateKey:
@@ -84,6 +89,8 @@ class Certificate:
     issued: datetime
     """When it was made; it is valid `BACKDATED` before that."""
     expires: datetime
+    promise: Level | None = None
+    """Least protection that the client was promised when it enrolled; None if nothing was said."""
 
     @property
     def renewal_due(self) -> datetime:
@@ -117,6 +124,7 @@ def _facts(parsed: x509.Certificate) -> Certificate:
         serial=parsed.serial_number,
         issued=parsed.not_valid_before_utc + BACKDATED,
         expires=parsed.not_valid_after_utc,
+        promise=_promise(parsed.extensions),
     )
 
 
@@ -157,6 +165,22 @@ def holder(der: bytes, authority: bytes) -> Holder:
             Reason.UNAUTHENTICATED, "the certificate has no key on P-256 that signs for its holder"
         )
     return Holder(facts.identity, key, parsed.not_valid_before_utc, parsed.not_valid_after_utc)
+
+
+def promise_extension(promise: Level) -> x509.UnrecognizedExtension:
+    """The extension for a client's certificate: the level's name as an UTF8String."""
+    name = promise.encode()
+    return x509.UnrecognizedExtension(PROMISE_OID, bytes((_UTF8_STRING, len(name))) + name)
+
+
+def _promise(extensions: x509.Extensions) -> Level | None:
+    """Raises: ValueError for a level that this version does not know: what was promised is not to be lost."""
+    try:
+        value = extensions.get_extension_for_oid(PROMISE_OID).value
+    except x509.ExtensionNotFound:
+        return None
+    assert isinstance(value, x509.UnrecognizedExtension)
+    return Level(value.value[2:].decode())
 
 
 def der_to_pem(der: bytes) -> bytes:

@@ -56,6 +56,7 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.PLAN_REFUSED: _Code.FAILED_PRECONDITION,
         Reason.NOT_LEADER: _Code.PERMISSION_DENIED,
         Reason.BALLOT_REFUSED: _Code.INVALID_ARGUMENT,
+        Reason.PROTECTION_REFUSED: _Code.FAILED_PRECONDITION,
         # Rounds
         Reason.ROUND_UNKNOWN: _Code.NOT_FOUND,
         Reason.ROUND_NOT_COLLECTING: _Code.FAILED_PRECONDITION,

@@ -24,43 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashelora/v1/enrolment.proto\x12\nshelora.v1\"q\n\x12\x43reateTokenRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x15\n\rfederation_id\x18\x02 \x01(\t\x12\x11\n\tclient_id\x18\x03 \x01(\t\x12\r\n\x05names\x18\x04 \x03(\t\x12\x14\n\x0c\x65xpires_in_s\x18\x05 \x01(\r\"=\n\x13\x43reateTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x17\n\x0f\x65xpires_unix_ms\x18\x02 \x01(\x03\"J\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x17\n\x0fsigning_request\x18\x02 \x01(\x0c\x12\x11\n\tclient_id\x18\x03 \x01(\t\"8\n\x0e\x45nrollResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\"=\n\x13\x45nrollServerRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\":\n\x14\x45nrollServerResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\'\n\x0cRenewRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"$\n\rRenewResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"p\n\nRevocation\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x12\n\nat_unix_ms\x18\x03 \x01(\x03\x12\x16\n\x0e\x65nrolled_again\x18\x04 \x01(\x08\x12\x0c\n\x04role\x18\x05 \x01(\t\"?\n\x13RevokeClientRequest\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\"B\n\x14RevokeClientResponse\x12*\n\nrevocation\x18\x01 \x01(\x0b\x32\x16.shelora.v1.Revocation\"!\n\x11RevokeRoleRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\"@\n\x12RevokeRoleResponse\x12*\n\nrevocation\x18\x01 \x01(\x0b\x32\x16.shelora.v1.Revocation\"/\n\x16ListRevocationsRequest\x12\x15\n\rafter_unix_ms\x18\x01 \x01(\x03\"F\n\x17ListRevocationsResponse\x12+\n\x0brevocations\x18\x01 \x03(\x0b\x32\x16.shelora.v1.Revocation2\xa9\x04\n\tEnrolment\x12N\n\x0b\x43reateToken\x12\x1e.shelora.v1.CreateTokenRequest\x1a\x1f.shelora.v1.CreateTokenResponse\x12?\n\x06\x45nroll\x12\x19.shelora.v1.EnrollRequest\x1a\x1a.shelora.v1.EnrollResponse\x12Q\n\x0c\x45nrollServer\x12\x1f.shelora.v1.EnrollServerRequest\x1a .shelora.v1.EnrollServerResponse\x12<\n\x05Renew\x12\x18.shelora.v1.RenewRequest\x1a\x19.shelora.v1.RenewResponse\x12Q\n\x0cRevokeClient\x12\x1f.shelora.v1.RevokeClientRequest\x1a .shelora.v1.RevokeClientResponse\x12K\n\nRevokeRole\x12\x1d.shelora.v1.RevokeRoleRequest\x1a\x1e.shelora.v1.RevokeRoleResponse\x12Z\n\x0fListRevocations\x12\".shelora.v1.ListRevocationsRequest\x1a#.shelora.v1.ListRevocationsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashelora/v1/enrolment.proto\x12\nshelora.v1\"\x93\x01\n\x12\x43reateTokenRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x15\n\rfederation_id\x18\x02 \x01(\t\x12\x11\n\tclient_id\x18\x03 \x01(\t\x12\r\n\x05names\x18\x04 \x03(\t\x12\x14\n\x0c\x65xpires_in_s\x18\x05 \x01(\r\x12\x14\n\x07promise\x18\x06 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_promise\"=\n\x13\x43reateTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x17\n\x0f\x65xpires_unix_ms\x18\x02 \x01(\x03\"J\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x17\n\x0fsigning_request\x18\x02 \x01(\x0c\x12\x11\n\tclient_id\x18\x03 \x01(\t\"8\n\x0e\x45nrollResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\"=\n\x13\x45nrollServerRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\":\n\x14\x45nrollServerResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\'\n\x0cRenewRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"$\n\rRenewResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"p\n\nRevocation\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x12\n\nat_unix_ms\x18\x03 \x01(\x03\x12\x16\n\x0e\x65nrolled_again\x18\x04 \x01(\x08\x12\x0c\n\x04role\x18\x05 \x01(\t\"?\n\x13RevokeClientRequest\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\"B\n\x14RevokeClientResponse\x12*\n\nrevocation\x18\x01 \x01(\x0b\x32\x16.shelora.v1.Revocation\"!\n\x11RevokeRoleRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\"@\n\x12RevokeRoleResponse\x12*\n\nrevocation\x18\x01 \x01(\x0b\x32\x16.shelora.v1.Revocation\"/\n\x16ListRevocationsRequest\x12\x15\n\rafter_unix_ms\x18\x01 \x01(\x03\"F\n\x17ListRevocationsResponse\x12+\n\x0brevocations\x18\x01 \x03(\x0b\x32\x16.shelora.v1.Revocation2\xa9\x04\n\tEnrolment\x12N\n\x0b\x43reateToken\x12\x1e.shelora.v1.CreateTokenRequest\x1a\x1f.shelora.v1.CreateTokenResponse\x12?\n\x06\x45nroll\x12\x19.shelora.v1.EnrollRequest\x1a\x1a.shelora.v1.EnrollResponse\x12Q\n\x0c\x45nrollServer\x12\x1f.shelora.v1.EnrollServerRequest\x1a .shelora.v1.EnrollServerResponse\x12<\n\x05Renew\x12\x18.shelora.v1.RenewRequest\x1a\x19.shelora.v1.RenewResponse\x12Q\n\x0cRevokeClient\x12\x1f.shelora.v1.RevokeClientRequest\x1a .shelora.v1.RevokeClientResponse\x12K\n\nRevokeRole\x12\x1d.shelora.v1.RevokeRoleRequest\x1a\x1e.shelora.v1.RevokeRoleResponse\x12Z\n\x0fListRevocations\x12\".shelora.v1.ListRevocationsRequest\x1a#.shelora.v1.ListRevocationsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shelora.v1.enrolment_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATETOKENREQUEST']._serialized_start=42
-  _globals['_CREATETOKENREQUEST']._serialized_end=155
-  _globals['_CREATETOKENRESPONSE']._serialized_start=157
-  _globals['_CREATETOKENRESPONSE']._serialized_end=218
-  _globals['_ENROLLREQUEST']._serialized_start=220
-  _globals['_ENROLLREQUEST']._serialized_end=294
-  _globals['_ENROLLRESPONSE']._serialized_start=296
-  _globals['_ENROLLRESPONSE']._serialized_end=352
-  _globals['_ENROLLSERVERREQUEST']._serialized_start=354
-  _globals['_ENROLLSERVERREQUEST']._serialized_end=415
-  _globals['_ENROLLSERVERRESPONSE']._serialized_start=417
-  _globals['_ENROLLSERVERRESPONSE']._serialized_end=475
-  _globals['_RENEWREQUEST']._serialized_start=477
-  _globals['_RENEWREQUEST']._serialized_end=516
-  _globals['_RENEWRESPONSE']._serialized_start=518
-  _globals['_RENEWRESPONSE']._serialized_end=554
-  _globals['_REVOCATION']._serialized_start=556
-  _globals['_REVOCATION']._serialized_end=668
-  _globals['_REVOKECLIENTREQUEST']._serialized_start=670
-  _globals['_REVOKECLIENTREQUEST']._serialized_end=733
-  _globals['_REVOKECLIENTRESPONSE']._serialized_start=735
-  _globals['_REVOKECLIENTRESPONSE']._serialized_end=801
-  _globals['_REVOKEROLEREQUEST']._serialized_start=803
-  _globals['_REVOKEROLEREQUEST']._serialized_end=836
-  _globals['_REVOKEROLERESPONSE']._serialized_start=838
-  _globals['_REVOKEROLERESPONSE']._serialized_end=902
-  _globals['_LISTREVOCATIONSREQUEST']._serialized_start=904
-  _globals['_LISTREVOCATIONSREQUEST']._serialized_end=951
-  _globals['_LISTREVOCATIONSRESPONSE']._serialized_start=953
-  _globals['_LISTREVOCATIONSRESPONSE']._serialized_end=1023
-  _globals['_ENROLMENT']._serialized_start=1026
-  _globals['_ENROLMENT']._serialized_end=1579
+  _globals['_CREATETOKENREQUEST']._serialized_start=43
+  _globals['_CREATETOKENREQUEST']._serialized_end=190
+  _globals['_CREATETOKENRESPONSE']._serialized_start=192
+  _globals['_CREATETOKENRESPONSE']._serialized_end=253
+  _globals['_ENROLLREQUEST']._serialized_start=255
+  _globals['_ENROLLREQUEST']._serialized_end=329
+  _globals['_ENROLLRESPONSE']._serialized_start=331
+  _globals['_ENROLLRESPONSE']._serialized_end=387
+  _globals['_ENROLLSERVERREQUEST']._serialized_start=389
+  _globals['_ENROLLSERVERREQUEST']._serialized_end=450
+  _globals['_ENROLLSERVERRESPONSE']._serialized_start=452
+  _globals['_ENROLLSERVERRESPONSE']._serialized_end=510
+  _globals['_RENEWREQUEST']._serialized_start=512
+  _globals['_RENEWREQUEST']._serialized_end=551
+  _globals['_RENEWRESPONSE']._serialized_start=553
+  _globals['_RENEWRESPONSE']._serialized_end=589
+  _globals['_REVOCATION']._serialized_start=591
+  _globals['_REVOCATION']._serialized_end=703
+  _globals['_REVOKECLIENTREQUEST']._serialized_start=705
+  _globals['_REVOKECLIENTREQUEST']._serialized_end=768
+  _globals['_REVOKECLIENTRESPONSE']._serialized_start=770
+  _globals['_REVOKECLIENTRESPONSE']._serialized_end=836
+  _globals['_REVOKEROLEREQUEST']._serialized_start=838
+  _globals['_REVOKEROLEREQUEST']._serialized_end=871
+  _globals['_REVOKEROLERESPONSE']._serialized_start=873
+  _globals['_REVOKEROLERESPONSE']._serialized_end=937
+  _globals['_LISTREVOCATIONSREQUEST']._serialized_start=939
+  _globals['_LISTREVOCATIONSREQUEST']._serialized_end=986
+  _globals['_LISTREVOCATIONSRESPONSE']._serialized_start=988
+  _globals['_LISTREVOCATIONSRESPONSE']._serialized_end=1058
+  _globals['_ENROLMENT']._serialized_start=1061
+  _globals['_ENROLMENT']._serialized_end=1614
 # @@protoc_insertion_point(module_scope)

@@ -27,6 +27,7 @@ class CreateTokenRequest(_message.Message):
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
     EXPIRES_IN_S_FIELD_NUMBER: _builtins.int
+    PROMISE_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """"client", "coordinator", "aggregation" or "operator"."""
     federation_id: _builtins.str
@@ -37,6 +38,11 @@ class CreateTokenRequest(_message.Message):
     """
     expires_in_s: _builtins.int
     """Seconds the token may be used, 1 to 30 days. 0 for a day."""
+    promise: _builtins.str
+    """Least protection that the client is promised: "none", "selective-ope", "selective" or "complete" (shelora/levels.py).
+    Its certificates carry it, renewed ones too, and the client holds the federation to it. Absent: nothing is promised,
+    and clients accept no "none" unless their configuration does. Absent for other roles.
+    """
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """DNS names and IP addresses that a server is reached at, at least one for coordinator and aggregation, at most 32.
@@ -51,12 +57,15 @@ class CreateTokenRequest(_message.Message):
         client_id: _builtins.str = ...,
         names: _abc.Iterable[_builtins.str] | None = ...,
         expires_in_s: _builtins.int = ...,
+        promise: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_promise", b"_promise", "promise", b"promise"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "expires_in_s", b"expires_in_s", "federation_id", b"federation_id", "names", b"names", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_promise", b"_promise", "client_id", b"client_id", "expires_in_s", b"expires_in_s", "federation_id", b"federation_id", "names", b"names", "promise", b"promise", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__promise: _TypeAlias = _typing.Literal["promise"]  # noqa: Y015
+    _WhichOneofArgType__promise: _TypeAlias = _typing.Literal["_promise", b"_promise"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__promise) -> _WhichOneofReturnType__promise | None: ...
 
 Global___CreateTokenRequest: _TypeAlias = CreateTokenRequest  # noqa: Y015
 

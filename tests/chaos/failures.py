@@ -77,6 +77,7 @@ class Federation:
         config = configure(agent, self._world.cluster.addresses, self._world.model, self.home)
         environment = {
             "SHELORA_AGENT__FEDERATION": self._spec.name,
+            "SHELORA_AGENT__PROTECTION__ACCEPT": f"[{self._spec.protection.level}]",
             "SHELORA_AGENT__LOG__JSON_LINES": "true",
             "SHELORA_AGENT__LOG__LEVEL": "DEBUG",
         }

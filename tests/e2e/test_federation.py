@@ -107,9 +107,10 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
 
 
 async def test_an_unprotected_federation_runs_without_keys(
-    cluster: LocalCluster, model: Path, tmp_path: Path
+    cluster: LocalCluster, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     spec = specification(mode="none")
+    monkeypatch.setenv("SHELORA_AGENT__PROTECTION__ACCEPT", "[none]")
     agents = [await start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
     await federations.start(cluster, spec)
     federation = await federations.wait_until_over(cluster, spec, agents)

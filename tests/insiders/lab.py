@@ -20,6 +20,7 @@ from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import Operator, operator
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.levels import Level
 from shelora.lora.codec import encode_update
 from shelora.lora.layout import Layout
 from shelora.lora.protect import protect
@@ -79,16 +80,18 @@ class Lab:
         async with self.operator() as connection:
             return await connection.get(spec.name)
 
-    async def enrolled(self, spec: FederationSpec, name: str) -> Path:
-        """State folder of a client with a certificate."""
+    async def enrolled(self, spec: FederationSpec, name: str, promise: Level | None = None) -> Path:
+        """State folder of a client with a certificate, which says what it was promised."""
         folder = self.folder / "clients" / spec.name / name
         folder.mkdir(parents=True, exist_ok=True)
-        await self.cluster.enrol_client(spec.name, name, folder)
+        await self.cluster.enrol_client(spec.name, name, folder, promise)
         return folder
 
-    async def honest(self, spec: FederationSpec, name: str, rank: int = 4, **config: Any) -> str:
+    async def honest(
+        self, spec: FederationSpec, name: str, rank: int = 4, promise: Level | None = None, **config: Any
+    ) -> str:
         """Runs the real agent, its updates random, to its end. Returns its outcome, or the reason it raised."""
-        addresses, folder = self.cluster.addresses, await self.enrolled(spec, name)
+        addresses, folder = self.cluster.addresses, await self.enrolled(spec, name, promise)
         values = {
             "federation": spec.name,
             "client_id": name,

@@ -39,6 +39,7 @@ from services.key_authority.vault import Vault
 from services.shell.revocations import Revocations
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.levels import Level
 from shelora.transport.channel import call
 from shelora.transport.replicas import Replicas
 from shelora.v1 import aggregation_pb2_grpc, key_authority_pb2_grpc
@@ -301,6 +302,7 @@ class Cluster:
                 "data": {"train": "marks.jsonl"},
                 "lora": {"rank": 1 + index % 2, "alpha": 1 + index % 2},
                 "budget": 1.0 if index % 2 else 0.5,
+                "protection": {"accept": list(Level)},
             }
         )
 

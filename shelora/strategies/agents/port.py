@@ -126,7 +126,8 @@ class AgentStrategy(Protocol):
     def check(self, layout: Layout, model: Adapted, terms: Terms, plan: Plan | None, budget: float) -> None:
         """Refuses a layout that is of another model, or that protects less than the federation promised.
 
-        Raises: LAYOUT_MISMATCH; PLAN_REFUSED if its column counts are not the plan's.
+        Raises: PROTECTION_REFUSED if it has less encrypted than promised, or than this client's budget;
+        LAYOUT_MISMATCH; PLAN_REFUSED if its column counts are not the plan's.
         """
 
     def check_result(self, layout: Layout, model: Adapted) -> None:

@@ -6,7 +6,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shelora.lora.layout import Layout
+from shelora.errors import DomainError, Reason
+from shelora.lora.layout import Layout, tiers_reaching
 from shelora.lora.protect import protect
 from shelora.lora.restore import Restored, restored_parts
 from shelora.lora.shards import ResultShardContent, UpdateShardContent
@@ -43,8 +44,9 @@ class Products:
         if plan is not None:
             check_layout(plan, layout.matrices)
         if self._public.needs_keys:
-            require_layout(layout.encrypt_tensors, "it asks for tensors in the clear")
-            require_layout(bool(layout.tiers) or not budget, "it has no columns to encrypt")
+            if not layout.encrypt_tensors:
+                raise DomainError(Reason.PROTECTION_REFUSED, "the round asks for whole tensors in the clear")
+            tiers_reaching(layout.tiers, budget)
             require_layout(layout.parameters == terms.parameters, "it names another CKKS profile")
 
     def check_result(self, layout: Layout, model: Adapted) -> None:

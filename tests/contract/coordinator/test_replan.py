@@ -2,8 +2,9 @@
 
 import pytest
 
+from coordinator.records import Phase
 from shelora.v1 import coordinator_pb2 as pb
-from tests.contract.coordinator.test_driver import outcomes
+from tests.contract.coordinator.test_driver import outcomes, until_training
 from tests.contract.coordinator.world import spec
 
 
@@ -113,3 +114,17 @@ async def test_an_abandoned_vote_is_repeated_and_the_result_it_interrupted_stays
     assert seen[2] == (2, 1)
     assert outcomes(await fed.shown())[2] == ("VOTE", 0, 1, "ABANDONED", "TOO_FEW_UPDATES")
     assert base == 2
+
+
+async def test_a_member_whose_budget_the_plan_does_not_reach_sits_out_until_the_next_plan(fed):
+    """Agents encrypt no less than their budget: under a plan of smaller tiers they could send nothing."""
+    await fed.begin(spec(rounds=3, clients=2, min_updates=2), "ab", budget=0.25)
+    await until_training(fed)
+    await fed.join("c", 1.0)
+    train = await until_training(fed)
+    assert list(train.round.layout.tiers) == [0.25]
+    record = await fed.play()
+    assert record.phase is Phase.FINISHED
+    rounds = [(r.kind, r.cohort_count) for r in (await fed.shown()).history]
+    vote, training = pb.ROUND_KIND_VOTE, pb.ROUND_KIND_TRAIN
+    assert rounds == [(vote, 2), (training, 2), (vote, 3), (training, 3), (training, 3)]

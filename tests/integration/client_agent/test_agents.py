@@ -179,9 +179,9 @@ async def test_without_protection_no_key_is_fetched(
     monkeypatch.setattr(Session, "secrets", refused)
     federation = make_federation("open", mode="none", rounds=1)
     await federation.start()
-    assert (
-        await outcomes(await federation.agent("one"), await federation.agent("two")) == [Outcome.FINISHED] * 2
-    )
+    written = {"protection": {"accept": ["none"]}}
+    agents = [await federation.agent(name, **written) for name in ("one", "two")]
+    assert await outcomes(*agents) == [Outcome.FINISHED] * 2
 
 
 async def test_an_agent_waits_for_a_federation_that_does_not_exist_yet(make_federation: Make) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import stat
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -22,7 +23,15 @@ from services.key_authority.servicer import SERVICE_NAMES, register
 from services.shell.server import running_server
 from shelora.cli.operator import create_token
 from shelora.errors import DomainError, Reason
-from shelora.transport.certificates import key_to_pem, new_key, read_certificate, signing_request, utc_now
+from shelora.levels import Level
+from shelora.transport.certificates import (
+    der_to_pem,
+    key_to_pem,
+    new_key,
+    read_certificate,
+    signing_request,
+    utc_now,
+)
 from shelora.transport.channel import call, open_channel
 from shelora.transport.enrolment import Token, certify, enroll, keep_renewed, renewal_at
 from shelora.transport.identity import Identity, Role
@@ -445,3 +454,18 @@ def test_an_identity_survives_its_uri(identity):
 def test_any_other_uri_names_nobody(uri):
     with pytest.raises(DomainError):
         Identity.from_uri(uri)
+
+
+async def test_a_promise_of_protection_is_certified_and_renewed(enrolments):
+    promised = replace(CLIENT, promise=Level.SELECTIVE)
+    token, _ = await enrolments.create_token(promised)
+    first = await enrolments.enroll(token.encoded, signing_request(new_key()), "")
+    facts = read_certificate(der_to_pem(first))
+    assert (facts.identity, facts.promise) == (Identity(Role.CLIENT, "clinic", "ward-7"), Level.SELECTIVE)
+    renewed = await enrolments.renew(signing_request(new_key()), facts)
+    assert read_certificate(der_to_pem(renewed)).promise is Level.SELECTIVE
+    silent, _ = await enrolments.create_token(CLIENT)
+    unpromised = await enrolments.enroll(silent.encoded, signing_request(new_key()), "")
+    assert read_certificate(der_to_pem(unpromised)).promise is None
+    error = await refusal(enrolments.create_token(Grant(Role.OPERATOR, promise=Level.NONE)))
+    assert "only clients are promised protection" in error.message

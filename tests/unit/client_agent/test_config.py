@@ -47,7 +47,7 @@ def test_the_environment_overrides_single_values() -> None:
 
 def test_a_wrong_value_is_named_with_its_path_and_what_the_field_is(tmp_path: Path) -> None:
     message = refusal(tmp_path, budget=1.5, lora={"rank": 0})
-    assert "budget = 1.5: use at most 1. Share of the columns" in message
+    assert "budget = 1.5: use at most 1. Least share of the columns" in message
     assert "lora.rank = 0: use at least 1. Rank r" in message
 
 

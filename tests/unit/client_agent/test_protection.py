@@ -8,7 +8,8 @@ import pytest
 
 from client_agent.keys import EpochSecrets
 from client_agent.model import AdaptedModel
-from client_agent.protection import check_vote_layout, encrypted_tiers, round_context
+from client_agent.protection import check_vote_layout, round_context
+from client_agent.session import is_fatal
 from shelora.ckks.parameters import profile
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
@@ -60,19 +61,35 @@ def test_a_layout_under_the_plan_is_accepted(model: AdaptedModel) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"encrypt_tensors": False}, "tensors in the clear"),
         ({"parameters": "large"}, "another CKKS profile"),
         ({"tensors": []}, "other tensors"),
         ({"max_rank": 2}, "its largest rank is 2, this client's is 4"),
     ],
 )
-def test_a_layout_that_protects_less_or_is_of_another_model_is_refused(
+def test_a_layout_of_another_model_or_profile_is_refused(
     model: AdaptedModel, changes: dict[str, Any], said: str
 ) -> None:
     plan = plan_of(model)
     with pytest.raises(DomainError, match=said) as caught:
         SHE_LORA.check(layout_of(model, plan, **changes), model, PROTECTION, plan, 1.0)
     assert caught.value.reason is Reason.LAYOUT_MISMATCH
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"encrypt_tensors": False}, "tensors in the clear"),
+        ({"tiers": (0.001, 0.002)}, "0.002 of the columns"),
+    ],
+)
+def test_a_layout_that_protects_less_is_refused_for_good(
+    model: AdaptedModel, changes: dict[str, Any], said: str
+) -> None:
+    plan = plan_of(model)
+    with pytest.raises(DomainError, match=said) as caught:
+        SHE_LORA.check(layout_of(model, plan, **changes), model, PROTECTION, plan, 1.0)
+    assert caught.value.reason is Reason.PROTECTION_REFUSED
+    assert is_fatal(caught.value)
 
 
 def test_a_layout_of_other_matrices_is_refused(model: AdaptedModel) -> None:
@@ -84,7 +101,7 @@ def test_a_layout_of_other_matrices_is_refused(model: AdaptedModel) -> None:
 
 def test_a_layout_that_leaves_the_plan_out_is_refused(model: AdaptedModel) -> None:
     bare = layout_of(model, plan_of(model), matrices=model.matrices, tiers=())
-    with pytest.raises(DomainError, match="no columns to encrypt"):
+    with pytest.raises(DomainError, match="the round has 0 of the columns encrypted at most"):
         SHE_LORA.check(bare, model, PROTECTION, None, 1.0)
     SHE_LORA.check(bare, model, PROTECTION, None, 0.0)
 
@@ -107,11 +124,6 @@ def test_votes_are_cast_only_in_their_own_layout(model: AdaptedModel) -> None:
         with pytest.raises(DomainError) as caught:
             check_vote_layout(wrong, model, PROTECTION)
         assert caught.value.reason is Reason.LAYOUT_MISMATCH
-
-
-def test_a_budget_between_two_tiers_encrypts_the_lower_one(model: AdaptedModel) -> None:
-    layout = layout_of(model, plan_of(model))
-    assert [encrypted_tiers(layout, budget) for budget in (0.0, 0.25, 0.5, 1.0)] == [0, 1, 1, 2]
 
 
 def test_columns_are_in_secret_order_whenever_there_is_a_secret(model: AdaptedModel) -> None:

@@ -10,6 +10,7 @@ from client_agent.learning import Weights
 from client_agent.state import AgentState, UpdateNote
 from shelora import files
 from shelora.errors import DomainError, Reason
+from shelora.levels import Level
 from shelora.lora.shards import LoraFactors
 from shelora.transport.pieces import Digest
 from tests.disk import no_file_larger_than
@@ -208,3 +209,16 @@ def test_what_has_arrived_of_a_result_is_counted(state: AgentState) -> None:
     assert state.arrived_bytes("films/1") == 0
     state.open_inbox("films/1").partial(0).write_bytes(b"half")
     assert state.arrived_bytes("films/1") == 4
+
+
+def test_the_strongest_protection_is_remembered_and_a_damaged_promise_is_not_forgotten(
+    state: AgentState, tmp_path: Path
+) -> None:
+    assert state.promise() is None
+    known = [(Level.SELECTIVE_OPE, Level.SELECTIVE_OPE), (Level.COMPLETE, Level.COMPLETE)]
+    for level, strongest in (*known, (Level.NONE, Level.COMPLETE)):
+        state.save_promise(level)
+        assert state.promise() is strongest
+    (tmp_path / "state" / "promise.json").write_text("{")
+    with pytest.raises(DomainError, match=r"promise\.json is damaged; delete it"):
+        state.promise()

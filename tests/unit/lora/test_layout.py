@@ -19,7 +19,7 @@ from shelora.lora.layout import (
     Shard,
     Tensor,
     build_layout,
-    tiers_within,
+    tiers_reaching,
 )
 from shelora.lora.protect import protect
 from shelora.lora.shards import LoraFactors
@@ -275,11 +275,6 @@ def test_a_shard_that_does_not_exist_is_refused(index):
     assert refusal.value.reason is Reason.SHARD_UNKNOWN
 
 
-@pytest.mark.parametrize(("budget", "tiers"), [(0.0, 0), (0.1, 1), (0.3, 1), (0.5, 2), (1.0, 3)])
-def test_a_budget_encrypts_the_tiers_within_it(budget, tiers):
-    assert tiers_within((0.1, 0.5, 1.0), budget) == tiers
-
-
 def test_a_layout_says_whether_it_encrypts():
     bare = replace(BASE, tiers=(), matrices=(Matrix("q", 8, 12), Matrix("k", 6, 12)))
     assert bare.encrypts
@@ -294,3 +289,18 @@ def test_names_have_no_control_characters(name):
         Matrix(name, 4, 4)
     with pytest.raises(DomainError, match="control characters"):
         Tensor(name, (4,), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "count"), [(0.0, 0), (0.05, 1), (0.1, 1), (0.3, 2), (0.5, 2), (0.50001, 3), (1.0, 3)]
+)
+def test_a_budget_encrypts_the_tiers_that_reach_it(budget, count):
+    assert tiers_reaching((0.1, 0.5, 1.0), budget) == count
+
+
+@pytest.mark.parametrize("tiers", [(), (0.001,), (0.1, 0.999)])
+def test_tiers_below_the_budget_are_refused_by_name(tiers):
+    with pytest.raises(DomainError, match="this client's budget is 1: nothing was sent") as refused:
+        tiers_reaching(tiers, 1.0)
+    assert refused.value.reason is Reason.PROTECTION_REFUSED
+    assert tiers_reaching(tiers, 0.0) == 0

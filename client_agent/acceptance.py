@@ -1,0 +1,44 @@
+"""The least protection a client accepts, whatever servers say: what its owner wrote, or what it was promised.
+
+Servers hand out the specification of a federation and the layouts of its rounds. Whoever controls the coordinator or
+its Redis can change both; these rules are what such a change runs into. They need nothing of a server's.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from shelora.errors import DomainError, Reason
+from shelora.levels import WEAKEST_PROTECTED, Level
+
+
+def least_accepted(promises: Iterable[Level | None]) -> Level:
+    """The strongest of the promises, those of the certificate and of earlier runs; never `none`."""
+    return max((WEAKEST_PROTECTED, *filter(None, promises)), key=lambda level: level.strength)
+
+
+def require_level(offered: Level, written: Sequence[Level] | None, promises: Iterable[Level | None]) -> None:
+    """Refuses a federation that protects less than this client accepts.
+
+    Args:
+        offered: What the coordinator says that the federation does.
+        written: `protection.accept` of the configuration; None if its owner left it out.
+        promises: What the certificate says, and what an earlier run took part in.
+
+    Raises: PROTECTION_REFUSED, naming both levels and what to write if the offer is meant.
+    """
+    if written is not None:
+        if offered not in written:
+            raise _refused(
+                f"the federation offers {offered} protection, and protection.accept lists {', '.join(written)}: "
+                f"ask its operator; add {offered} to the list if that is meant"
+            )
+        return
+    least = least_accepted(promises)
+    if offered.strength < least.strength:
+        raise _refused(
+            f"the federation offers {offered} protection, and this client was promised {least}: ask its operator "
+            f"who changed it; write protection.accept: [{offered}] into the configuration if that is meant"
+        )
+
+
+def _refused(message: str) -> DomainError:
+    return DomainError(Reason.PROTECTION_REFUSED, message)
