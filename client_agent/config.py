@@ -17,9 +17,8 @@ from pydantic import (
 )
 
 from shelora.configuration import StrictModel, explain, invalid, parse_yaml, read_yaml
-from shelora.errors import DomainError
 from shelora.levels import Level
-from shelora.transport.address import HostPort
+from shelora.transport.address import Address
 from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import IdentityFolder, TlsCredentials
 
@@ -61,16 +60,8 @@ def _data_file(path: Path) -> Path:
     return path
 
 
-def _address(value: str) -> str:
-    try:
-        return str(HostPort.parse(value))
-    except DomainError as error:
-        raise ValueError(error.message) from error
-
-
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 DataPath = Annotated[Path, AfterValidator(_absolute), AfterValidator(_data_file)]
-Address = Annotated[str, AfterValidator(_address)]
 Name = Annotated[str, StringConstraints(min_length=1)]
 
 

@@ -134,9 +134,9 @@ async def check_server(name: str, address: str, credentials: Credentials) -> Fin
     async with open_channel(address, credentials) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            await _answered(stub)
+            await _answered(stub, address)
             started = time.monotonic()
-            await _answered(stub)
+            await _answered(stub, address)
         except DomainError as error:
             remedy = f"is {address} right, and may this device's network reach it?"
             return Finding(check, Verdict.FAILED, error.message, remedy)
@@ -282,13 +282,13 @@ def _local_checks(
         yield "data, model, memory, disk", lambda: check_learning(config, spec)
 
 
-async def _answered(stub: health_pb2_grpc.HealthStub) -> None:
+async def _answered(stub: health_pb2_grpc.HealthStub, address: str) -> None:
     """Any answer will do: health is not for clients. Raises: DomainError if there is none."""
     try:
         await stub.Check(health_pb2.HealthCheckRequest(), timeout=CONNECT_S)
     except grpc.aio.AioRpcError as error:
         if is_transient(error) or distrusts(error):
-            raise error_from_rpc(error) from error
+            raise error_from_rpc(error, address) from error
 
 
 def _one_step(config: AgentConfig, spec: FederationSpec, found: Inspection) -> float:

@@ -11,6 +11,7 @@ from coordinator.driver import DriverPolicy
 from coordinator.handlers import Limits
 from coordinator.liveness import Liveness
 from services.shell.settings import MemberSettings, with_password
+from shelora.transport.address import Address
 
 
 class CoordinatorSettings(MemberSettings):
@@ -30,7 +31,7 @@ class CoordinatorSettings(MemberSettings):
     redis_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     """Seconds after which a Redis command, or the wait for a connection, fails with STORE_UNAVAILABLE."""
 
-    aggregation_addresses: Annotated[tuple[str, ...], Field(min_length=1), Strict(strict=False)]
+    aggregation_addresses: Annotated[tuple[Address, ...], Field(min_length=1), Strict(strict=False)]
     """Aggregation replicas, `host:port` each; a JSON list in the environment. One load-balanced name will do, and
     so will one of several replicas that announce themselves."""
 

@@ -38,7 +38,7 @@ async def announced(
 
     Raises: DomainError CONFIGURATION_INVALID if `advertise` is not `host:port`.
     """
-    given = HostPort.parse(advertise)
+    given = HostPort.parse(advertise, listening=True)
     address = str(HostPort(given.host, given.port or HostPort.parse(serving).port))
     keeping = asyncio.create_task(_keep(store, address, period_s), name="announce")
     try:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
@@ -10,6 +10,7 @@ from pydantic_settings import SettingsConfigDict
 from services.aggregation.uploads import UploadLimits
 from services.aggregation.workers import PoolLimits
 from services.shell.settings import MemberSettings, with_password
+from shelora.transport.address import ListenAddress
 
 
 def usable_cpus() -> int:
@@ -34,7 +35,7 @@ class AggregationSettings(MemberSettings):
     redis_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     """Seconds after which a Redis command, or the wait for a connection, fails with STORE_UNAVAILABLE."""
 
-    advertise: str = ""
+    advertise: ListenAddress | Literal[""] = ""
     """Where the coordinator and the agents reach this very replica, `host:port`; port 0 stands for the one it listens
     on. They learn of it within seconds and leave it when it is gone. Empty: they keep to the addresses they were given,
     which suits replicas behind one load-balanced name. Its certificate must name the host."""

@@ -11,6 +11,7 @@ from services.key_authority.enrolment import Workload
 from services.key_authority.sealer import SealingKey
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
+from shelora.transport.address import ListenAddress
 from shelora.transport.identity import Role, checked_names
 from shelora.transport.workload import WorkloadKey
 
@@ -59,7 +60,7 @@ class KeyAuthoritySettings(ServerSettings):
     sealing_key: SecretStr | None = None
     """The key itself, 64 hexadecimal digits, in place of the file. From the environment only."""
 
-    enrolment_listen: str = "127.0.0.1:0"
+    enrolment_listen: ListenAddress = "127.0.0.1:0"
     """Address to exchange tokens for certificates on, `host:port`. The one port that asks for no certificate."""
 
     names: Annotated[tuple[str, ...], AfterValidator(_server_names), Strict(strict=False)] = (

@@ -35,7 +35,7 @@ from shelora.telemetry.metrics import start_metrics_server
 from shelora.transport.address import HostPort, check_plaintext
 from shelora.transport.channel import SERVER_OPTIONS, STRANGER_OPTIONS
 from shelora.transport.status import translated
-from shelora.transport.tls import Credentials
+from shelora.transport.tls import Credentials, TlsCredentials
 
 Register = Callable[[grpc.aio.Server], None]
 """Adds the servicers to a server that has not started."""
@@ -150,16 +150,25 @@ async def serve(
                 settings, service_names, register, on_drain, credentials, revocations, on_denied, readiness
             )
         )
-        enrolling = ""
+        enrolling: HostPort | None = None
         if enrolment is not None:
             enrolling = await stack.enter_async_context(
                 _open_to_strangers(settings, service_names, enrolment, revocations, on_denied)
             )
-        ready = Ready(address, metrics_port, os.getpid(), enrolling)
+        ready = Ready(
+            _reachable(address), metrics_port, os.getpid(), _reachable(enrolling) if enrolling else ""
+        )
         if announcing is not None:
             await stack.enter_async_context(announcing(ready.address))
         stack.enter_context(_announced(settings.ready_file, ready))
-        _log.info("serving", **asdict(ready))
+        _log.info(
+            "serving",
+            listen=str(address),
+            enrolment_listen=enrolling and str(enrolling),
+            health_listen=settings.health_listen,
+            metrics_listen=None if metrics_port < 0 else str(HostPort(settings.metrics_host, metrics_port)),
+            certificate_names=list(_names(credentials)),
+        )
         await _until(stop, tasks)
         _log.info("draining", grace_s=settings.shutdown_grace_s)
 
@@ -186,7 +195,7 @@ async def running_server(
     async with _listening(
         settings, service_names, register, (), credentials, revocations, on_denied
     ) as address:
-        yield address
+        yield _reachable(address)
 
 
 @asynccontextmanager
@@ -199,7 +208,7 @@ async def _listening(
     revocations: Revocations,
     on_denied: OnDenied,
     readiness: Readiness | None = None,
-) -> AsyncIterator[str]:
+) -> AsyncIterator[HostPort]:
     """A started server; drains on exit. Yields its address."""
 
     async def publish(ready: bool) -> None:  # noqa: FBT001 - as Readiness tells it
@@ -236,7 +245,7 @@ async def _open_to_strangers(
     port: StrangersPort,
     revocations: Revocations,
     on_denied: OnDenied,
-) -> AsyncIterator[str]:
+) -> AsyncIterator[HostPort]:
     """A started server for strangers. Yields its address."""
     guard = Guard(
         Rates(_strangers_limits(settings.rate_limits)),
@@ -293,16 +302,21 @@ def _check_alone(health_servicer: health.aio.HealthServicer) -> grpc.GenericRpcH
     return grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": handler})
 
 
-def _bind(server: grpc.aio.Server, listen: str, credentials: Credentials | None) -> str:
-    """Binds a port. Returns the address that clients on this machine use."""
-    target = HostPort.parse(listen)
+def _names(credentials: Credentials) -> tuple[str, ...]:
+    """What callers may call this server by: others than these they do not trust."""
+    return credentials.held.facts.names if isinstance(credentials, TlsCredentials) else ()
+
+
+def _bind(server: grpc.aio.Server, listen: str, credentials: Credentials | None) -> HostPort:
+    """Binds a port. Returns what it is bound to."""
+    target = HostPort.parse(listen, listening=True)
     if credentials is None:
         check_plaintext(listen)
         number = _bound(listen, lambda: server.add_insecure_port(listen))
     else:
         secured = credentials.server_credentials()
         number = _bound(listen, lambda: server.add_secure_port(listen, secured))
-    return str(HostPort(_reachable(target.host), number))
+    return HostPort(target.host, number)
 
 
 def _bound(listen: str, bind: Callable[[], int]) -> int:
@@ -315,13 +329,13 @@ def _bound(listen: str, bind: Callable[[], int]) -> int:
         ) from error
 
 
-def _reachable(host: str) -> str:
-    """The host that reaches a server bound to `host` from this machine."""
+def _reachable(bound: HostPort) -> str:
+    """The address that reaches a server from this machine."""
     with suppress(ValueError):
-        address = ip_address(host)
+        address = ip_address(bound.host)
         if address.is_unspecified:
-            return "127.0.0.1" if address.version == 4 else "::1"
-    return host
+            return str(HostPort("127.0.0.1" if address.version == 4 else "::1", bound.port))
+    return str(bound)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from services.shell.rates import RateLimits
 from services.shell.revocations import POLL_S
 from shelora.configuration import remedy
 from shelora.errors import DomainError, Reason
+from shelora.transport.address import Address, ListenAddress, ProbeAddress
 
 BURST_S: Final = 10
 """Seconds of its rates that a client may use up at once."""
@@ -29,7 +30,7 @@ class ServerSettings(BaseSettings):
         use_attribute_docstrings=True,
     )
 
-    listen: str = "127.0.0.1:0"
+    listen: ListenAddress = "127.0.0.1:0"
     """Address to serve gRPC on, `host:port`. Port 0 picks a free one, see `ready_file`."""
 
     metrics_host: str = "127.0.0.1"
@@ -38,9 +39,9 @@ class ServerSettings(BaseSettings):
     metrics_port: Annotated[int, Field(ge=-1, le=65535)] = 0
     """Port to serve Prometheus metrics on. 0 picks a free one, -1 serves none."""
 
-    health_listen: str | None = None
-    """Address to answer gRPC health checks on without TLS, `host:port`, for probes that show no certificate, as a
-    kubelet's. It says whether the server serves, and nothing else."""
+    health_listen: ProbeAddress | None = None
+    """Address to answer gRPC health checks on without TLS, `host:port` or `unix:/path`, for probes that show no
+    certificate, as a kubelet's. It says whether the server serves, and nothing else."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is logged."""
@@ -135,7 +136,7 @@ class MemberSettings(ServerSettings):
     identity: Path
     """Folder of this process's key and certificate; `shelora enroll` fills it."""
 
-    key_authority_address: str
+    key_authority_address: Address
     """The key authority, `host:port`; it renews the certificate and says which ones are revoked."""
 
     revocation_poll_s: Annotated[float, Field(ge=0.05, le=60)] = POLL_S
@@ -145,7 +146,7 @@ class MemberSettings(ServerSettings):
     """File with a key that servers of this kind share with the key authority, 64 hexadecimal digits. With it the server
     enrols by itself, at start and instead of renewing; `identity` is where it keeps what it gets."""
 
-    enrolment_address: str | None = None
+    enrolment_address: Address | None = None
     """Where the key authority enrols, `host:port`; needed with `workload_key_file`."""
 
     @property

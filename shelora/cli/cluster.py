@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, Protocol, Self
 
 import redis
 
-from shelora.cli.members import CLIENT_IDENTITY, Members
+from shelora.cli.members import CLIENT_IDENTITY, LOCAL_NAMES, Members
 from shelora.cli.operator import own_credentials
 from shelora.cli.supervision import ADDRESSES, MARK, STOP_TIMEOUT_S, Supervision, require_local
 from shelora.errors import DomainError, Reason
@@ -138,6 +138,7 @@ class LocalCluster:
         settings: More settings by kind of server (`coordinator`, `aggregation`), in upper case without prefix.
         relay: What all connections but those of enrolment go through.
         tell: Takes what is being started.
+        names: Names of all servers beside those of this machine, in their certificates.
     """
 
     def __init__(
@@ -152,7 +153,9 @@ class LocalCluster:
         settings: Mapping[str, Mapping[str, str]] | None = None,
         relay: Relay | None = None,
         tell: Callable[[str], None] = lambda _: None,
+        names: Sequence[str] = (),
     ) -> None:
+        self._names = (*LOCAL_NAMES, *names)
         self._tell = tell
         self._folder = folder.absolute()
         self._fixed = fixed_ports
@@ -235,7 +238,7 @@ class LocalCluster:
             stale.unlink()
         self._redis_url = self._start_redis()
         self._key_authority, enrolment = self._start_key_authority()
-        self._members = Members(self._folder / "identities", self._key_authority, enrolment)
+        self._members = Members(self._folder / "identities", self._key_authority, enrolment, self._names)
         asyncio.run(self._members.enrol_operator(self._operator_token.read_text()))
         aggregation = tuple(
             self._start_aggregation(name, replica)
@@ -296,6 +299,7 @@ class LocalCluster:
             "SEALING_KEY_FILE": str(self._kept_secret("sealing-key")),
             "ENROLMENT_LISTEN": f"127.0.0.1:{ENROLMENT_PORT if self._fixed else 0}",
             "OPERATOR_TOKEN_FILE": str(self._operator_token),
+            "NAMES": json.dumps(self._names),
         }
         address = self._serve(
             "key-authority", "services.key_authority.main", KEY_AUTHORITY_PORT, settings, "key-authority"

@@ -37,6 +37,7 @@ from shelora.federation import FederationSpec
 from shelora.levels import Level
 from shelora.telemetry.logs import configure_logs
 from shelora.terminal import CommandLine, Records, Terminal
+from shelora.transport.address import HostPort
 from shelora.transport.enrolment import enroll as enrolled
 from shelora.transport.enrolment import keep_renewed, renewal_at
 from shelora.transport.identity import Identity, Role
@@ -447,7 +448,10 @@ class Target:
 
     @classmethod
     def of(cls, coordinator: str | None, identity: Path | None, key_authority: str | None) -> "Target":
-        """Raises no error of its own: exits as `reported` does if the local cluster is needed and does not run."""
+        """Raises no error of its own: exits as `reported` does if an address is none, or no local cluster runs."""
+        with reported():
+            for address in filter(None, (coordinator, key_authority)):
+                HostPort.parse(address)
         if identity is not None and (coordinator or key_authority):
             return cls(coordinator or "", identity, key_authority)
         with reported():

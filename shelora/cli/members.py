@@ -19,8 +19,11 @@ CLIENT_IDENTITY: Final = "identity"
 class Members:
     """Identities below one folder. An identity that is still valid is kept from run to run."""
 
-    def __init__(self, folder: Path, key_authority: str, enrolment: str) -> None:
-        """Takes the addresses of the key authority, for members and for newcomers."""
+    def __init__(
+        self, folder: Path, key_authority: str, enrolment: str, names: tuple[str, ...] = LOCAL_NAMES
+    ) -> None:
+        """Takes the addresses of the key authority, for members and for newcomers, and the names of all servers."""
+        self._names = names
         self._folder = folder
         self._key_authority = key_authority
         self._enrolment = enrolment
@@ -39,7 +42,7 @@ class Members:
         """Enrols a server of this machine. Returns the folder of its identity."""
         folder = self._folder / name
         if not self._valid(folder):
-            await self._enrol(folder, role, names=LOCAL_NAMES)
+            await self._enrol(folder, role, names=self._names)
         return folder
 
     async def enrol_client(

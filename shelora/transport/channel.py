@@ -8,7 +8,8 @@ import grpc
 import tenacity
 
 from shelora.errors import DomainError
-from shelora.transport.address import HostPort, check_plaintext, is_local
+from shelora.transport.address import HostPort, check_plaintext
+from shelora.transport.proxy import channel_options
 from shelora.transport.renewing import RenewingChannel
 from shelora.transport.status import (
     STATUS_BY_REASON,
@@ -78,6 +79,8 @@ _CHANNEL_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.min_reconnect_backoff_ms", 20_000),
     ("grpc.max_reconnect_backoff_ms", 10_000),
     ("grpc.dns_min_time_between_resolutions_ms", 5_000),
+    # A name server that is silent must not hold a caller for the two minutes of the default.
+    ("grpc.dns_ares_query_timeout", 5_000),
     # A headless Kubernetes service resolves to every replica; the default policy would use only one.
     ("grpc.service_config", '{"loadBalancingConfig":[{"round_robin":{}}]}'),
 )
@@ -135,20 +138,14 @@ def open_channel(address: str, credentials: Credentials | None = None) -> grpc.a
     """
     if credentials is None:
         check_plaintext(address)
-        return grpc.aio.insecure_channel(address, options=_options(address))
-    HostPort.parse(address)
+        return grpc.aio.insecure_channel(address, options=(*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)))
+    target = HostPort.parse(address)
+    options = (*_CHANNEL_OPTIONS, *channel_options(target))
     return RenewingChannel(
         address,
         credentials.generation,
-        lambda: grpc.aio.secure_channel(
-            address, credentials.channel_credentials(), options=_options(address)
-        ),
+        lambda: grpc.aio.secure_channel(address, credentials.channel_credentials(), options=options),
     )
-
-
-def _options(address: str) -> Sequence[tuple[str, Any]]:
-    # http_proxy must not take traffic off this machine that can stay on it.
-    return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if is_local(address) else 1))
 
 
 def is_transient(error: BaseException) -> bool:

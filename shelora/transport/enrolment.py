@@ -13,8 +13,8 @@ import hmac
 import random
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -36,6 +36,8 @@ from shelora.transport.certificates import (
     utc_now,
 )
 from shelora.transport.channel import RETRY_S, call, open_channel, retrying
+from shelora.transport.proxy import Proxy, named, proxy_for
+from shelora.transport.sockets import reached
 from shelora.transport.tls import Held, IdentityFolder, IdentityKeeper, TlsCredentials
 from shelora.transport.workload import WorkloadKey
 from shelora.v1 import enrolment_pb2 as pb
@@ -43,7 +45,6 @@ from shelora.v1.enrolment_pb2_grpc import EnrolmentStub
 
 PIN_BYTES: Final = 32
 SECRET_BYTES: Final = 32
-CONNECT_TIMEOUT_S: Final = 10.0
 _PREFIX: Final = "shelora-token-"
 _LONGEST_RETRY_S: Final = 60.0
 
@@ -144,6 +145,7 @@ def presented_chain(address: str) -> list[bytes]:
     Raises: DomainError STORE_UNAVAILABLE if it cannot be reached or does not speak TLS 1.3.
     """
     target = HostPort.parse(address)
+    proxy = proxy_for(target)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # the caller holds what comes against its pin
@@ -151,7 +153,8 @@ def presented_chain(address: str) -> list[bytes]:
     context.set_alpn_protocols(["h2"])
     try:
         with (
-            socket.create_connection((target.host, target.port), CONNECT_TIMEOUT_S) as raw,
+            reached(proxy.address if proxy else target) as raw,
+            _through(proxy, raw, target),
             context.wrap_socket(raw, server_hostname=target.host) as secured,
         ):
             # Public from Python 3.13 on as SSLSocket.get_unverified_chain.
@@ -159,8 +162,16 @@ def presented_chain(address: str) -> list[bytes]:
             return [ssl.PEM_cert_to_DER_cert(certificate.public_bytes()) for certificate in chain or ()]
     except OSError as error:
         raise DomainError(
-            Reason.STORE_UNAVAILABLE, f"no TLS connection to the authority at {address}: {error}"
+            Reason.STORE_UNAVAILABLE,
+            f"no TLS connection to the authority at {address}{named(address)}: {error}",
         ) from error
+
+
+@contextmanager
+def _through(proxy: Proxy | None, raw: socket.socket, target: HostPort) -> Iterator[None]:
+    if proxy is not None:
+        proxy.connect(raw, target)
+    yield
 
 
 async def enroll_server(

@@ -15,6 +15,7 @@ import structlog
 
 from shelora.errors import DomainError, Reason, RetryLaterError
 from shelora.text import printable
+from shelora.transport.proxy import named
 
 REASON_METADATA: Final = "shelora-reason"
 """Key of the trailing metadata that carries the reason."""
@@ -230,7 +231,7 @@ def error_from_rpc(error: grpc.RpcError, address: str = "") -> DomainError:
     if lost_status(error):
         return DomainError(Reason.STORE_UNAVAILABLE, "the server ended the call; why did not arrive")
     fallback = _REASON_BY_BARE_STATUS.get(error.code(), Reason.INTERNAL)
-    return DomainError(fallback, f"{error.code().name}: {details}")
+    return DomainError(fallback, f"{error.code().name}{named(address) if address else ''}: {details}")
 
 
 def lost_status(error: grpc.aio.AioRpcError) -> bool:

@@ -75,7 +75,7 @@ def test_a_missing_field_is_named_with_what_it_is(tmp_path: Path) -> None:
     [
         (
             {"coordinator": "nowhere"},
-            "coordinator = 'nowhere': address 'nowhere' is not of the form",
+            "coordinator = 'nowhere': address 'nowhere' is not host:port: add the port",
         ),
         ({"aggregation": []}, "aggregation = []: "),
         ({"aggregation": ["x"]}, "aggregation.0 = 'x': address 'x'"),

@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 
 import grpc
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -63,9 +64,9 @@ class Town(pb_grpc.CoordinatorServicer):
 class Process:
     """A `serve` running in a task."""
 
-    def __init__(self, tmp_path, town, identity, **options):
+    def __init__(self, tmp_path, town, identity, *, listen="127.0.0.1:0", **options):
         self.path = tmp_path / "ready.json"
-        settings = ServerSettings(ready_file=self.path, metrics_port=-1, shutdown_grace_s=30.0)
+        settings = ServerSettings(listen=listen, ready_file=self.path, metrics_port=-1, shutdown_grace_s=30.0)
         self.task = asyncio.create_task(
             serve(
                 settings,
@@ -180,6 +181,24 @@ async def test_every_method_has_its_series_before_the_first_call(town):
     async with running_server([SERVICE], town.register):
         series = {sample.labels["method"] for sample in RPC_TOTAL.collect()[0].samples}
     assert {method.name for method in pb.DESCRIPTOR.services_by_name["Coordinator"].methods} <= series
+
+
+@pytest.mark.parametrize(
+    ("host", "near"), [("0.0.0.0", "127.0.0.1"), ("[::]", "[::1]"), ("127.0.0.1", "127.0.0.1")]
+)
+async def test_the_log_says_what_a_server_is_bound_to_and_by_what_names_it_may_be_called(
+    town, tmp_path, identity, host, near
+):
+    with structlog.testing.capture_logs() as logs:
+        process = Process(tmp_path, town, identity, listen=f"{host}:0")
+        ready = await process.ready()  # as callers on this machine reach it
+        await process.stopped()
+    (serving,) = (record for record in logs if record["event"] == "serving")
+    port = ready.address.rpartition(":")[2]
+    assert ready.address == f"{near}:{port}"
+    assert serving["listen"] == f"{host}:{port}"
+    assert serving["certificate_names"] == list(identity.held.facts.names)
+    assert "127.0.0.1" in serving["certificate_names"]
 
 
 async def test_the_drain_lets_calls_in_progress_finish_and_refuses_new_ones(town, tmp_path, identity, caller):

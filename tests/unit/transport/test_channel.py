@@ -10,6 +10,7 @@ from shelora.errors import DomainError, Reason
 from shelora.transport import channel as channels
 from shelora.transport.address import HostPort, check_plaintext, is_local
 from shelora.transport.channel import call, call_with_stream, is_transient, open_channel, retrying
+from shelora.transport.proxy import channel_options
 from shelora.transport.status import MAX_DETAILS, RETRY_AFTER_METADATA, translated
 from shelora.v1 import aggregation_pb2, aggregation_pb2_grpc
 from shelora.v1 import key_authority_pb2 as pb
@@ -78,7 +79,7 @@ def test_a_malformed_address_is_refused(address):
     assert caught.value.reason is Reason.CONFIGURATION_INVALID
 
 
-@pytest.mark.parametrize("address", ["[::1]:7", "a.b:0", "127.0.0.1:65535"])
+@pytest.mark.parametrize("address", ["[::1]:7", "a.b:10", "127.0.0.1:65535"])
 def test_an_address_prints_as_it_was_read(address):
     assert str(HostPort.parse(address)) == address
 
@@ -208,8 +209,11 @@ async def test_waits_between_attempts_are_random_and_grow_to_a_bound():
     assert len(set(waits)) == 11
 
 
-def test_grpc_knows_every_option_that_is_set():
+def test_grpc_knows_every_option_that_is_set(monkeypatch):
     """It ignores names that it does not know. Once servers so ended every idle connection for its keepalive probes."""
     library = Path(cygrpc.__file__).read_bytes()
-    for name, _ in (*channels.SERVER_OPTIONS, *channels._options("127.0.0.1:1")):
+    monkeypatch.setenv("grpc_proxy", "http://p:1")
+    routed, direct = channel_options(HostPort("fl.test", 1)), channel_options(HostPort("127.0.0.1", 1))
+    assert len(routed) == 2
+    for name, _ in (*channels.SERVER_OPTIONS, *channels._CHANNEL_OPTIONS, *routed, *direct):
         assert name.encode() in library, name
