@@ -219,10 +219,10 @@ class _Follower:
         """What keeps this client from its newest work."""
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
-    async def join(self) -> None:
+    async def join(self) -> DomainError | None:
         """Makes this client a member; goes on trying while the coordinator does not answer, or memory is short.
 
-        An ended federation has no room for new ones, but members can follow it.
+        Returns: FEDERATION_CLOSED of a federation that has ended: no new member is taken, but those it has can follow.
         """
         wait, outage = Backoff(), Outage(_log, "join_failed")
         while True:
@@ -232,13 +232,13 @@ class _Follower:
             except DomainError as error:
                 if error.reason is Reason.FEDERATION_CLOSED:
                     _log.info("federation_closed", why=error.message)
-                    return
+                    return error
                 if not is_transient(error):
                     raise
                 outage.failed(error)
                 await wait()
             else:
-                return
+                return None
 
     async def follow(self) -> Outcome:
         """Does what is assigned until the federation has ended."""
@@ -295,7 +295,8 @@ class _Follower:
                     raise
                 _log.info("joining_again", why=error.message)
                 await wait()
-                await self.join()
+                if closed := await self.join():  # it came too late
+                    raise closed from error
 
     async def _take(self, assignment: pb.Assignment) -> None:
         """Starts an assignment; whatever was in progress is no longer wanted."""

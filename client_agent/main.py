@@ -49,6 +49,7 @@ _REFUSED: Final = frozenset(
         Reason.TOKEN_REFUSED,
         Reason.CLIENT_EXISTS,
         Reason.CLIENT_REPLACED,
+        Reason.FEDERATION_CLOSED,
     }
 )
 _HELP = """

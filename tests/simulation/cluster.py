@@ -51,6 +51,7 @@ from tests.simulation.learner import MarkedLearner, MarkedModel
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.network import Network
 from tests.simulation.observer import Observer
+from tests.simulation.parties import take_part
 from tests.simulation.processes import Process
 from tests.simulation.valkey import Command, Valkey
 
@@ -110,6 +111,10 @@ class Size:
     """How columns are chosen for encryption; "" for no protection."""
     replan_every: int = 0
     key_rotation: int = 0
+    hostile: str = ""
+    """What the last client is, of `parties.PARTIES`; "" for an honest one."""
+    orders: tuple[str, ...] = ()
+    """What the operator does after the start, each some time after the one before: "stop", "extend", "delete"."""
 
     @property
     def spec(self) -> FederationSpec:
@@ -129,6 +134,11 @@ class Size:
                 "protection": protection if self.negotiation else {"mode": "none"},
             }
         )
+
+    @property
+    def most_rounds(self) -> int:
+        """Training rounds, those added later included."""
+        return self.rounds + self.orders.count("extend")
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -162,7 +172,10 @@ class Cluster:
         self.valkey = Valkey(lambda: int(1000 * loop.now_s))
         self.valkey.published = self._publish
         self.valkey.load(*_SCRIPTS)
-        self.observer = Observer(self.valkey, FEDERATION, size.agents, self.violated)
+        self.observer = Observer(self.valkey, FEDERATION, size.agents, size.most_rounds, self.violated)
+        self.observer.reopened = self._reopened
+        self._orders = ["create", "start", *size.orders]
+        """What the operator has still to do; it has notes that outlive it."""
         self.network = Network(loop, faults, self.observer.answered, log)
         self._outages = [fault for fault in faults.standing if isinstance(fault, Outage)]
         self._skews = {fault.process: fault.ms for fault in faults.standing if isinstance(fault, Skew)}
@@ -188,8 +201,16 @@ class Cluster:
     @property
     def ended(self) -> bool:
         """Whether the federation has ended and every agent knows it."""
-        federation = self.observer.federation
-        return federation is not None and federation.ended and len(self.outcomes) == self._size.clients
+        federation, deleted = self.observer.federation, self.observer.deleted
+        told = federation is not None and federation.ended and len(self.outcomes) == self._size.clients
+        # Of one that was deleted an agent that starts again hears no more than of one that is not created yet.
+        return not self._orders and (deleted or told)
+
+    def _reopened(self) -> None:
+        """Their owners start agents again when a federation goes on that had finished."""
+        for name in list(self.outcomes):
+            del self.outcomes[name]
+            self._loop.call_later(SUPERVISED_S, self._start_agent, name)
 
     # Processes
 
@@ -270,19 +291,36 @@ class Cluster:
 
     async def _operator(self, process: Process) -> None:
         stub = CoordinatorStub(self.network.channel(process, COORDINATOR))
-        request = pb.CreateFederationRequest(spec=self._size.spec.to_proto())
-        await self._until_done(lambda: call(stub.CreateFederation, request))
-        await asyncio.sleep(process.rng.uniform(0, 3))
-        await self._until_done(
-            lambda: call(stub.StartFederation, pb.StartFederationRequest(federation_id=FEDERATION))
-        )
+        named = {"federation_id": FEDERATION}
+        calls: dict[str, tuple[Any, Any]] = {
+            "create": (stub.CreateFederation, pb.CreateFederationRequest(spec=self._size.spec.to_proto())),
+            "start": (stub.StartFederation, pb.StartFederationRequest(**named)),
+            "stop": (stub.StopFederation, pb.StopFederationRequest(**named)),
+            "delete": (stub.DeleteFederation, pb.DeleteFederationRequest(**named)),
+        }
+        while self._orders:
+            order = self._orders[0]
+            if order == "extend":
+                await self._until_done(lambda: self._extend(stub))
+            else:
+                method, request = calls[order]
+                await self._until_done(lambda method=method, request=request: call(method, request))
+            self._log(process.name, f"has done: {self._orders.pop(0)}")
+            await asyncio.sleep(process.rng.uniform(0, 3 if "start" in self._orders else 40))
+
+    async def _extend(self, stub: Any) -> None:
+        """Adds a round to those of the specification, or to those that a stop left."""
+        found = await call(stub.GetFederation, pb.GetFederationRequest(federation_id=FEDERATION))
+        rounds = min(found.spec.round.rounds + 1, self._size.most_rounds)
+        await call(stub.ExtendFederation, pb.ExtendFederationRequest(federation_id=FEDERATION, rounds=rounds))
 
     async def _until_done(self, work: Callable[[], Any]) -> None:
         while True:
             try:
                 return await work()
             except DomainError as error:
-                if error.reason is Reason.FEDERATION_CLOSED:  # an earlier life of the operator started it
+                # An earlier life of the operator did it; or it has failed, or is gone.
+                if error.reason in {Reason.FEDERATION_CLOSED, Reason.FEDERATION_UNKNOWN}:
                     return None
                 if error.reason is not Reason.STORE_UNAVAILABLE:
                     raise
@@ -307,7 +345,7 @@ class Cluster:
         )
 
         def learn(config: AgentConfig, _spec: object, state: AgentState) -> MarkedLearner:
-            model = MarkedModel(self._size.rounds, self._size.clients, config.lora.rank)
+            model = MarkedModel(self._size.most_rounds, self._size.clients, config.lora.rank)
             return MarkedLearner(
                 config, state, index=index, examples=10 * 2**index, model=model, applied=self.observer.applied
             )
@@ -318,6 +356,9 @@ class Cluster:
         state = AgentState(config.state_dir)
         try:
             session = Session(config, None, connect)
+            if self._size.hostile and name == self._size.agents[-1]:
+                model = MarkedModel(self._size.most_rounds, self._size.clients, config.lora.rank)
+                return await take_part(session, model, 10, self._size.hostile)
             replicas = replicas_for_transfers(config.aggregation, None, connect, process.rng.shuffle)
             return await Agent(config, learn)._follow(state, Worker(), session, replicas)
         finally:
@@ -329,7 +370,15 @@ class Cluster:
         error = task.exception()
         if error is None:
             self._log(name, f"ends: {task.result()}")
-            self.outcomes[name] = task.result()
+            federation = self.observer.federation
+            ongoing = federation is not None and not federation.ended and not federation.deleting
+            if ongoing and not self.observer.deleted:  # it went on meanwhile
+                self._loop.call_later(SUPERVISED_S, self._start_agent, name)
+            else:
+                self.outcomes[name] = task.result()
+        elif isinstance(error, DomainError) and error.reason is Reason.FEDERATION_CLOSED:
+            self._log(name, f"came too late: {error.message}")
+            self.outcomes[name] = Outcome.HALTED
         elif isinstance(error, DomainError) and error.reason is Reason.STORE_UNAVAILABLE:
             self._log(name, f"gives up, to be started again: {error.message}")
             process.kill()

@@ -27,6 +27,8 @@ _PHASES: Final = {
     (Phase.CREATED, Phase.RUNNING),
     (Phase.RUNNING, Phase.FINISHED),
     (Phase.RUNNING, Phase.FAILED),
+    (Phase.CREATED, Phase.FAILED),
+    (Phase.FINISHED, Phase.RUNNING),
 }
 _STEPS: Final = {
     (before, after) for table in (TRANSITIONS, COMMITTEE_TRANSITIONS) for (before, _), after in table.items()
@@ -40,16 +42,26 @@ class Observer:
     """The invariants of one run of one federation.
 
     Args:
+        rounds: Most training rounds.
         violated: Told what does not hold.
     """
 
     def __init__(
-        self, valkey: Valkey, federation_id: str, clients: Sequence[str], violated: Callable[[str], None]
+        self,
+        valkey: Valkey,
+        federation_id: str,
+        clients: Sequence[str],
+        rounds: int,
+        violated: Callable[[str], None],
     ) -> None:
         self._valkey = valkey
         self._federation_id = federation_id
         self._clients = list(clients)
+        self._rounds = rounds
         self._violated = violated
+        self.reopened: Callable[[], None] = lambda: None
+        """Told when a federation that had finished goes on."""
+        self.deleted = False
         self._keys = Keys()
         self._raw: dict[bytes, bytes] = {}
         self._immortal: set[bytes] = set()
@@ -72,6 +84,8 @@ class Observer:
             self._violated(f"keys without expiry: {sorted(self._valkey.immortal)}")
             self._immortal = set(self._valkey.immortal)
         for command, answer in zip(commands, answers, strict=True):
+            if command[0] == "UNLINK" and self._keys.federation(self._federation_id) in command:
+                self.deleted = True
             if command[0] == "EVALSHA":
                 keys = [str(key) for key in command[3 : 3 + int(command[2])]]
                 for key in keys:
@@ -143,12 +157,24 @@ class Observer:
             return
         if before.phase is not record.phase and (before.phase, record.phase) not in _PHASES:
             self._violated(f"the federation goes from {before.phase} to {record.phase}")
+        if (before.phase, record.phase) == (Phase.FINISHED, Phase.RUNNING):
+            if record.rounds <= before.rounds:
+                self._violated("a finished federation goes on without more rounds")
+            self.reopened()
         if record.trained not in {before.trained, before.trained + 1}:
             self._violated(f"{before.trained} rounds trained, then {record.trained}")
         if record.sequence not in {before.sequence, before.sequence + 1}:
             self._violated(f"round {before.sequence} is followed by {record.sequence}")
         if record.phase is Phase.FAILED and not record.failure:
             self._violated("the federation failed without a reason")
+        if (
+            record.phase is Phase.FAILED
+            and record.result_sequence
+            and "no candidate is left" in record.failure
+        ):
+            self._violated("a federation with a result failed over a plan")
+        if before.accepted_plan and record.accepted_plan < before.accepted_plan:
+            self._violated("a plan is not accepted any more")
 
     # Results
 
@@ -196,11 +222,6 @@ class Observer:
         ]
         return None if None in found else found
 
-    @property
-    def _rounds(self) -> int:
-        assert self.federation is not None
-        return self.federation.spec.round.rounds
-
     def _commits(self, record: RoundRecord) -> list[Commit]:
         assert self.federation is not None
         key = self._keys.commits(self._federation_id, self.federation.instance, record.sequence)
@@ -216,6 +237,9 @@ class Observer:
         """
         federation = self.federation
         assert federation is not None
+        if self.deleted:
+            self._look_for_remains(federation, epochs)
+            return
         for round_id, client_id in sorted(self.acknowledged):
             counted = self.counted.get(round_id)
             if counted is not None and client_id not in counted and not self.lost:
@@ -226,6 +250,16 @@ class Observer:
         if sorted(set(needed)) != list(epochs):
             self._violated(f"there are keys of the epochs {list(epochs)}, needed are those of {needed}")
         self._look_for_leftovers(federation)
+
+    def _look_for_remains(self, federation: FederationRecord, epochs: Sequence[int]) -> None:
+        """What is left of a federation that was deleted: what passes by itself."""
+        if epochs:
+            self._violated(f"there are keys of the epochs {list(epochs)} of a federation that was deleted")
+        for key in map(bytes.decode, self._valkey.keys("*")):
+            passing = self._valkey.execute("PTTL", key) <= PASSING_MS
+            heard = ":seen:" in key  # an agent's last words
+            if not (passing or heard) and federation.federation_id in key:
+                self._violated(f"left of a federation that was deleted: {key}")
 
     def _look_for_leftovers(self, federation: FederationRecord) -> None:
         kept = {federation.round_id(sequence) for sequence in federation.results_in_use}

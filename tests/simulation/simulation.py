@@ -23,6 +23,7 @@ from tests.simulation.cluster import Cluster, Size
 from tests.simulation.faults import Chance, Fault, Faults
 from tests.simulation.loop import Deadlock, VirtualLoop
 from tests.simulation.observer import shown
+from tests.simulation.parties import PARTIES
 from tests.simulation.processes import CURRENT, Crashed
 
 HORIZON_S: Final = 1200.0
@@ -59,7 +60,8 @@ class Schedule:
             deadline_s=rng.choice((10, 30, 60)),
             max_attempts=rng.choice((1, 3, 5)),
         )
-        return cls(seed, _protected(size, Random(f"{seed}/protection")), kinds=kinds)
+        size = _protected(size, Random(f"{seed}/protection"))
+        return cls(seed, _peopled(size, Random(f"{seed}/people")), kinds=kinds)
 
     def with_only(self, faults: Sequence[Fault]) -> "Schedule":
         return replace(self, faults=tuple(faults))
@@ -73,6 +75,14 @@ def _protected(size: Size, rng: Random) -> Size:
     return replace(
         size, negotiation=negotiation, replan_every=rng.randint(0, 1), key_rotation=rng.randint(0, 1)
     )
+
+
+def _peopled(size: Size, rng: Random) -> Size:
+    """Some federations have a hostile member that the others can do without, or an operator with afterthoughts."""
+    spare = size.clients > size.min_updates
+    hostile = rng.choice(("", "", *PARTIES)) if spare else ""
+    orders = rng.choice(((), (), ("stop",), ("extend",), ("delete",), ("stop", "extend")))
+    return replace(size, hostile=hostile, orders=orders)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Schedules of faults against a whole cluster; `make simulate` runs thousands."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.simulation.faults import (
     Store,
     WorkerDeath,
 )
+from tests.simulation.parties import PARTIES
 from tests.simulation.simulation import Report, Schedule, run
 
 SINGLE = (
@@ -49,8 +51,14 @@ def explained(report: Report) -> str:
     )
 
 
+def plain() -> Schedule:
+    """Without hostile members, protection, or orders after the start."""
+    schedule = Schedule.of(0, "call")
+    return replace(schedule, size=replace(schedule.size, hostile="", orders=()), faults=())
+
+
 def test_without_faults_a_federation_finishes():
-    report = run(Schedule.of(0).with_only(()))
+    report = run(plain())
     assert (report.violation, report.phase, report.met) == ("", "FINISHED", ())
     assert report.virtual_s < 60
 
@@ -73,7 +81,7 @@ PROTECTED = (
 )
 """Where keys are made and destroyed, columns voted on and plans made."""
 BY_NEGOTIATION = {
-    "sealed": (*PROTECTED, Call("agent-2", "PublishPlan", 1, "drop-response", 1.0)),
+    "sealed": (*PROTECTED, Call("agent-1", "PublishPlan", 1, "drop-response", 1.0)),
     "ope": (
         *PROTECTED,
         Call("agent-0", "CastBallot", 1, "drop-response", 1.0),
@@ -106,9 +114,26 @@ def test_a_protected_federation_keeps_its_promises_whichever_fault_it_meets(nego
     assert not report.violation, explained(report)
 
 
+@pytest.mark.parametrize("negotiation", ["", *BY_NEGOTIATION])
+@pytest.mark.parametrize("hostile", PARTIES)
+def test_one_hostile_member_of_three_keeps_nobody_from_finishing(negotiation, hostile):
+    size = Size(3, 3, negotiation=negotiation, replan_every=2, key_rotation=0, hostile=hostile)
+    report = run(Schedule(0, replace(size, deadline_s=600, max_attempts=1), ()))
+    assert (report.violation, report.phase) == ("", "FINISHED")
+    assert report.virtual_s < 400, "it costs less than one deadline in all"
+
+
+@pytest.mark.parametrize("negotiation", ["", *BY_NEGOTIATION])
+@pytest.mark.parametrize("orders", [("stop",), ("extend",), ("stop", "extend"), ("delete",)], ids="+".join)
+def test_what_an_operator_orders_happens_whenever_it_does(negotiation, orders):
+    size = Size(3, 2, negotiation=negotiation, replan_every=1, key_rotation=1, orders=orders)
+    report = run(Schedule(0, size, ()))
+    assert not report.violation, explained(report)
+
+
 @pytest.mark.parametrize("fault", SINGLE, ids=str)
 def test_a_federation_keeps_its_promises_whichever_fault_it_meets(fault):
-    report = run(Schedule.of(0).with_only([fault]))
+    report = run(plain().with_only([fault]))
     assert not report.violation, explained(report)
 
 

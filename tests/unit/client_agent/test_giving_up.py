@@ -152,6 +152,20 @@ async def test_a_halted_agent_that_cannot_have_the_result_halts_all_the_same():
     assert await _Follower(Session(halt), work, LEARNER, 0.0).follow() is Outcome.HALTED
 
 
+async def test_an_agent_that_comes_after_the_end_says_so_and_ends():
+    session = Session(failure(Reason.CLIENT_UNKNOWN))
+
+    async def closed(_model: object, _example_count: int) -> None:
+        raise failure(Reason.FEDERATION_CLOSED)
+
+    session.join = closed
+    follower = _Follower(session, Work(), LEARNER, 0.0)
+    await follower.join()
+    with pytest.raises(DomainError) as late:
+        await follower.follow()
+    assert late.value.reason is Reason.FEDERATION_CLOSED
+
+
 async def test_an_agent_whose_federation_was_deleted_halts():
     session = Session(failure(Reason.FEDERATION_UNKNOWN))
     assert await _Follower(session, Work(), LEARNER, 0.0).follow() is Outcome.HALTED
