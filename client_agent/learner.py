@@ -21,9 +21,10 @@ from client_agent.scoring import sensitivity_scores
 from client_agent.state import AgentState
 from client_agent.training import TrainingRun, train
 from shelora.federation import TrainingSpec
-from shelora.lora.algebra import reparameterize
+from shelora.lora.algebra import remainder, reparameterize
 from shelora.lora.restore import Restored
 from shelora.lora.shards import Float32, Float64, LoraFactors
+from shelora.lora.sketches import Exponents
 from shelora.obfuscation import Obfuscation
 from shelora.protocol import Stage
 
@@ -181,12 +182,20 @@ class Learner:
 
 
 def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, obfuscation: Obfuscation) -> Weights:
-    """A result as weights of that rank. Takes one part at a time, for results have many times the rank."""
+    """A result as weights of that rank. Takes one part at a time, for results have many times the rank.
+
+    Under a strategy that keeps it, what the result has beyond the rank becomes the frozen part.
+    """
     factors: dict[str, LoraFactors] = {}
+    frozen: dict[str, LoraFactors] = {}
     tensors: dict[str, Float32] = {}
+    exponents: dict[str, Exponents] = {}
     for part in parts:
         tensors |= part.tensors
+        exponents |= part.exponents
         for name, update in part.matrices.items():
             fill_A = obfuscation.initial_A(name, rank, update.M.shape[1])
             factors[name] = reparameterize(update, rank, scaling, fill_A)
-    return Weights(factors, tensors)
+            if part.keeps_remainder:
+                frozen[name] = remainder(update, rank)
+    return Weights(factors, tensors, frozen, exponents)

@@ -1,11 +1,13 @@
 """The adapted model: a frozen base, LoRA factors on some matrices, a head trained whole."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -29,6 +31,7 @@ from client_agent.learning import Weights
 from client_agent.tables import first_line, listed
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.shards import Float32, Float64, LoraFactors
+from shelora.lora.sketches import Exponents
 
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
@@ -36,6 +39,9 @@ _PREFIX = "base_model.model."
 _COPY = f".modules_to_save.{_ADAPTER}"
 """What PEFT puts between a module trained whole and its parameter."""
 _LINEAR = (nn.Linear, Conv1D)
+_WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+"""Files of a PEFT adapter."""
 _TASKS = {SEQUENCE_CLASSIFICATION: TaskType.SEQ_CLS, CAUSAL_LM: TaskType.CAUSAL_LM}
 
 
@@ -85,6 +91,8 @@ class AdaptedModel:
             Matrix(name, layer.out_features, layer.in_features) for name, layer in self._layers.items()
         )
         self.tensors = tuple(Tensor(name, tuple(value.shape)) for name, value in self._parameters.items())
+        self._beside = {name: _Frozen(layer) for name, layer in self._layers.items()}
+        self._exponents: Mapping[str, Exponents] = {}
 
     @property
     def module(self) -> nn.Module:
@@ -132,24 +140,34 @@ class AdaptedModel:
         return int(batch.attention_mask[:, 1:].sum().item())
 
     def weights(self) -> Weights:
-        """A copy of everything trainable."""
+        """A copy of everything trainable, with what is frozen beside it."""
         factors = {
             name: LoraFactors(
                 B=_numpy(layer.lora_B[_ADAPTER].weight), A=_numpy(layer.lora_A[_ADAPTER].weight)
             )
             for name, layer in self._layers.items()
         }
-        return Weights(factors, {name: _numpy(value) for name, value in self._parameters.items()})
+        return Weights(
+            factors,
+            {name: _numpy(value) for name, value in self._parameters.items()},
+            {name: frozen.factors for name, frozen in self._beside.items() if frozen.factors},
+            self._exponents,
+        )
 
     def load(self, weights: Weights) -> None:
-        """Replaces everything trainable.
+        """Replaces everything trainable, and what is frozen beside it.
 
         Raises: DomainError MODEL_INVALID if a name or shape does not fit; nothing is replaced then.
         """
         pairs = list(self._paired(weights))
+        for matrix in self.matrices:
+            _require_fit(matrix, weights.frozen.get(matrix.name))
         with torch.no_grad():
             for parameter, value in pairs:
                 parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
+        for name, frozen in self._beside.items():
+            frozen.hold(weights.frozen.get(name), self.device)
+        self._exponents = weights.exponents
 
     def initialise(self, values: InitialValues) -> None:
         """B = 0, norms scale by 1, A and other tensors from `values`: the state in which every agent starts."""
@@ -169,10 +187,17 @@ class AdaptedModel:
         self.load(Weights(factors, tensors))
 
     def save_adapter(self, folder: Path) -> None:
-        """Writes what `PeftModel.from_pretrained(base, folder)` loads, and the tokenizer."""
+        """Writes what `PeftModel.from_pretrained(base, folder)` loads, and the tokenizer.
+
+        The adapter holds all that the model adds to its base: where a part is frozen beside the trained one, its rank
+        is that of both together, and its scaling alpha / rank is this client's.
+        """
         with quiet():
             self._peft.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
             self.tokenizer.save_pretrained(str(folder))
+        widths = {frozen.width for frozen in self._beside.values()}
+        if any(widths):
+            _widen(folder, {name: f.factors for name, f in self._beside.items()}, max(widths), self.scaling)
 
     def _paired(self, weights: Weights) -> Iterator[tuple[nn.Parameter, Float32]]:
         if weights.factors.keys() != self._layers.keys() or weights.tensors.keys() != self._parameters.keys():
@@ -182,6 +207,62 @@ class AdaptedModel:
             yield _fitting(name, layer.lora_B[_ADAPTER].weight, weights.factors[name].B)
         for name, parameter in self._parameters.items():
             yield _fitting(name, parameter, weights.tensors[name])
+
+
+class _Frozen:
+    """Adds a fixed B A to what an adapted module computes. Not a PEFT adapter: those share scaling and are trained."""
+
+    def __init__(self, layer: Any) -> None:  # noqa: ANN401 - PEFT's layers are untyped
+        self.factors: LoraFactors | None = None
+        self._A = self._B = torch.zeros(0)
+        layer.register_forward_hook(self)
+
+    def hold(self, factors: LoraFactors | None, device: torch.device) -> None:
+        """Replaces the factors; None or none of them add nothing."""
+        self.factors = factors if factors is not None and factors.A.size else None
+        if self.factors is not None:
+            self._A = torch.from_numpy(np.array(self.factors.A, dtype=np.float32)).to(device)
+            self._B = torch.from_numpy(np.array(self.factors.B, dtype=np.float32)).to(device)
+
+    @property
+    def width(self) -> int:
+        """Rank of what is added."""
+        return 0 if self.factors is None else self.factors.A.shape[0]
+
+    def __call__(
+        self, _layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor:
+        if self.factors is None:
+            return output
+        x = inputs[0].to(self._A.dtype)
+        return output + (x @ self._A.T @ self._B.T).to(output.dtype)
+
+
+def _require_fit(matrix: Matrix, frozen: LoraFactors | None) -> None:
+    if frozen is None:
+        return
+    width = frozen.A.shape[0] if frozen.A.ndim == 2 else 0
+    shapes = (matrix.out_features, width), (width, matrix.in_features)
+    if (frozen.B.shape, frozen.A.shape) != shapes:
+        raise invalid(f"the weights are of another model: the frozen part of {matrix.name} has other shapes")
+
+
+def _widen(folder: Path, beside: Mapping[str, LoraFactors | None], width: int, scaling: float) -> None:
+    """Puts frozen factors into a saved adapter, padded to one rank: B_frozen / s beside B, A_frozen under A."""
+    weights_file, config_file = folder / _WEIGHTS, folder / _CONFIG
+    arrays = safetensors.numpy.load_file(weights_file)
+    for name, frozen in beside.items():
+        A_key, B_key = (f"{_PREFIX}{name}.lora_{side}.weight" for side in "AB")
+        A, B = np.zeros((width, arrays[A_key].shape[1])), np.zeros((arrays[B_key].shape[0], width))
+        if frozen is not None:
+            A[: len(frozen.A)], B[:, : len(frozen.A)] = frozen.A, frozen.B / scaling
+        arrays[A_key] = np.vstack([arrays[A_key], A]).astype(np.float32)
+        arrays[B_key] = np.hstack([arrays[B_key], B]).astype(np.float32)
+    config = json.loads(config_file.read_text())
+    config["r"] += width
+    config["lora_alpha"] = scaling * config["r"]
+    safetensors.numpy.save_file(arrays, weights_file, metadata={"format": "pt"})
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def choose_device(name: str) -> torch.device:

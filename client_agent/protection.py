@@ -78,4 +78,11 @@ def spool_update(
         for done, content in enumerate(strategy.protect(layout, weights, context)):
             activity.report(Stage.ENCRYPTING, done / len(layout.shards))
             writer.add(encode_update(layout, content))
+    if context.clipping.clipped:
+        _log.warning(
+            "values_clipped",
+            clipped=context.clipping.clipped,
+            of=context.clipping.values,
+            matrices=sorted(context.clipping.matrices),
+        )
     return writer.finish(replace(note, encrypt_s=watch.seconds))

@@ -23,9 +23,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import safetensors
 import safetensors.numpy
 
@@ -34,6 +36,7 @@ from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.levels import Level
 from shelora.lora.shards import Float32, LoraFactors
+from shelora.lora.sketches import Exponents
 from shelora.transport.pieces import Digest
 
 _FORMAT: Final = 1
@@ -414,6 +417,10 @@ def _save_weights(path: Path, key: Mapping[str, str], weights: Weights) -> None:
     arrays = {f"tensor/{name}": value for name, value in weights.tensors.items()}
     for name, factors in weights.factors.items():
         arrays |= {f"A/{name}": factors.A, f"B/{name}": factors.B}
+    for name, frozen in weights.frozen.items():
+        arrays |= {f"frozen-A/{name}": frozen.A, f"frozen-B/{name}": frozen.B}
+    for name, bounds in weights.exponents.items():
+        arrays[f"exponents/{name}"] = np.array([bounds.P, bounds.N], dtype=np.float32)
     files.replace(path, safetensors.numpy.save(arrays, metadata=dict(key)))
 
 
@@ -422,15 +429,18 @@ def _load_weights(path: Path) -> tuple[dict[str, str], Weights] | None:
         with safetensors.safe_open(path, framework="numpy") as file:
             key = dict(file.metadata() or {})
             arrays: dict[str, Float32] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
-        factors = {
-            name.removeprefix("A/"): LoraFactors(B=arrays[f"B/{name.removeprefix('A/')}"], A=A)
-            for name, A in arrays.items()
-            if name.startswith("A/")
-        }
-    except (*_UNREADABLE, KeyError, safetensors.SafetensorError):
+        named = partial(_named, arrays)
+        factors = {name: LoraFactors(B=arrays[f"B/{name}"], A=A) for name, A in named("A/")}
+        frozen = {name: LoraFactors(B=arrays[f"frozen-B/{name}"], A=A) for name, A in named("frozen-A/")}
+        exponents = {name: Exponents(*map(int, bounds)) for name, bounds in named("exponents/")}
+    except (*_UNREADABLE, KeyError, OverflowError, safetensors.SafetensorError):
         return None
-    tensors = {n.removeprefix("tensor/"): v for n, v in arrays.items() if n.startswith("tensor/")}
-    return key, Weights(factors, tensors)
+    return key, Weights(factors, dict(named("tensor/")), frozen, exponents)
+
+
+def _named(arrays: Mapping[str, Float32], prefix: str) -> Iterator[tuple[str, Float32]]:
+    """The arrays whose key begins so, by the rest of it."""
+    return ((key.removeprefix(prefix), value) for key, value in arrays.items() if key.startswith(prefix))
 
 
 def _unusable(folder: Path, why: str) -> DomainError:

@@ -142,11 +142,8 @@ def reparameterize(
 
     Returns: B [out, rank], A [rank, in] such that s B A is the truncated SVD of ΔW, both factors of equal norm.
     """
-    if update.M.size and not np.isfinite(update.M).all():
-        raise DomainError(Reason.VALUE_NOT_FINITE, "the aggregated update holds NaN or infinity")
-    left, values, right = np.linalg.svd(update.M, full_matrices=False)
-    largest = values[0] if values.size else 0.0
-    used = min(rank, int(np.count_nonzero(values > NEGLIGIBLE * largest)))
+    left, values, right = _components(update)
+    used = min(rank, len(values))
     root = np.sqrt(values[:used] / scaling)
     B = np.zeros((update.Q.shape[0], rank), dtype=np.float32)
     A = np.zeros((rank, update.M.shape[1]), dtype=np.float32)
@@ -155,3 +152,23 @@ def reparameterize(
     B[:, :used] = (update.Q @ left[:, :used]) * root
     A[:used] = root[:, None] * right[:used]
     return LoraFactors(B, A)
+
+
+def remainder(update: FactoredUpdate, rank: int) -> LoraFactors:
+    """What `reparameterize` leaves out: B [out, q], A [q, in] with B A = ΔW - (its best rank-`rank` approximation).
+
+    q is what ΔW has beyond that rank, possibly 0. No scaling: it is not trained, and added as it is.
+    """
+    left, values, right = _components(update)
+    root = np.sqrt(values[rank:])
+    B = ((update.Q @ left[:, rank:]) * root).astype(np.float32)
+    return LoraFactors(B, (root[:, None] * right[rank:]).astype(np.float32))
+
+
+def _components(update: FactoredUpdate) -> tuple[Float64, Float64, Float64]:
+    """Singular vectors and values of M, without those that are rounding. Raises: VALUE_NOT_FINITE."""
+    if update.M.size and not np.isfinite(update.M).all():
+        raise DomainError(Reason.VALUE_NOT_FINITE, "the aggregated update holds NaN or infinity")
+    left, values, right = np.linalg.svd(update.M, full_matrices=False)
+    used = int(np.count_nonzero(values > NEGLIGIBLE * values.max(initial=0)))
+    return left[:, :used], values[:used], right[:used]

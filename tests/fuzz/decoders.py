@@ -50,12 +50,13 @@ from shelora.committee.statements import Kind
 from shelora.committee.verdict import Checked
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
-from shelora.lora.codec import decode_result, validate_update
+from shelora.lora.codec import decode_result, encode_result, validate_update
 from shelora.lora.layout import Tensor
-from shelora.lora.restore import restore
+from shelora.lora.restore import merged, restore
 from shelora.messages import layout_from_proto, layout_to_proto
 from shelora.negotiation.ballots import Ballot
 from shelora.negotiation.plan import Plan, open_plan, seal_plan
+from shelora.obfuscation import Obfuscation
 from shelora.rounds import Round, RoundKind
 from shelora.transport.certificates import (
     der_to_pem,
@@ -77,6 +78,10 @@ from tests.identities import COORDINATOR, SEALER, TestAuthority, client
 from tests.unit.committee.rounds import World, context_of
 from tests.unit.lora.cohorts import TOY_KEY, Cohort, layout_of, lora_factors, planned
 from tests.unit.lora.cohorts import Member as CohortMember
+from tests.unit.strategies.runs import SumProtection
+from tests.unit.strategies.runs import client as sending
+from tests.unit.strategies.sums import SECRET as COMPLETE_TOY
+from tests.unit.strategies.sums import Round as SumRound
 
 ROOT = Path(__file__).parents[2]
 KEY = bytes(range(32))
@@ -168,6 +173,26 @@ def _result(
         return restore(cohort.layout, [content], cohort.orders, Decryptor(TOY_KEY))
 
     return decode, lambda: [_results(encrypt_tensors=encrypt_tensors)[index]]
+
+
+@cache
+def _sum_round() -> SumRound:
+    """A round of complete mode."""
+    members = [sending(seed, rank, 100) for seed, rank in ((1, 1), (2, 2))]
+    return SumRound(members, SumProtection(), Obfuscation(bytes(32), 1))
+
+
+def _sketches(data: bytes) -> object:
+    """What an agent makes of a result of sketches."""
+    round_ = _sum_round()
+    content = decode_result(round_.layout, 0, data)
+    context = round_.context(round_.clients[0], opened=round_.opened())
+    return merged(COMPLETE_TOY.restored(round_.layout, [content], context))
+
+
+def _sketch_result() -> bytes:
+    round_ = _sum_round()
+    return encode_result(round_.layout, round_.contents()[0])
 
 
 def _shape(*, seeded: bool) -> BlockShape:
@@ -317,6 +342,7 @@ def _weights(state: AgentState, folder: Path, data: bytes) -> object:
 def _weight_files() -> list[bytes]:
     ramp = np.ones((2, 3), dtype=np.float32)
     arrays = {"A/q": ramp, "B/q": ramp.T.copy(), "tensor/head": ramp}
+    arrays |= {"frozen-A/q": ramp, "frozen-B/q": ramp.T.copy(), "exponents/q": np.float32([3, -2])}
     return [safetensors.numpy.save(arrays, metadata={"round": "1"})]
 
 
@@ -460,12 +486,27 @@ DECODERS: dict[str, Decoder] = {
         ),
         Decoder("update-shard", *_update(0, encrypt_tensors=True), SHARDS | CIPHERTEXTS),
         Decoder("update-tensors", *_update(1, encrypt_tensors=False), SHARDS | CIPHERTEXTS),
+        Decoder(
+            "update-sketches",
+            lambda data: validate_update(_sum_round().layout, 0, data),
+            lambda: [_sum_round().updates[0][0]],
+            SHARDS | CIPHERTEXTS,
+        ),
+        Decoder(
+            "result-sketches",
+            _sketches,
+            lambda: [_sketch_result()],
+            _RESTORING | {Reason.SUM_UNREADABLE},
+        ),
         Decoder("result-shard", *_result(0, encrypt_tensors=True), _RESTORING),
         Decoder("result-tensors", *_result(1, encrypt_tensors=False), _RESTORING),
         Decoder(
             "layout",
             _message(common_pb2.Layout, layout_from_proto),
-            lambda: [layout_to_proto(_cohort(encrypt_tensors=True).layout).SerializeToString()],
+            lambda: [
+                layout_to_proto(layout).SerializeToString()
+                for layout in (_cohort(encrypt_tensors=True).layout, _sum_round().layout)
+            ],
             _INVALID,
         ),
         Decoder("plan", Plan.decode, lambda: [_plan().encode()], frozenset({Reason.PLAN_REFUSED})),

@@ -13,6 +13,7 @@ from client_agent.state import AgentState
 from shelora.federation import TrainingSpec
 from shelora.lora.restore import Restored
 from shelora.lora.shards import FactoredUpdate
+from shelora.lora.sketches import Exponents
 from tests.unit.client_agent.tiny import LABELS
 
 SPEC = TrainingSpec(
@@ -136,6 +137,70 @@ def test_directions_the_aggregate_leaves_free_can_be_trained(make_learner: Calla
     for factors in learner.model.weights().factors.values():
         assert not factors.B[:, 2:].any()
         assert np.abs(factors.A[2:]).max(axis=1).min() > 0
+
+
+def kept(learner: Learner) -> Restored:
+    """A sum of rank 6, more than the client's own 4, of a strategy that keeps the remainder."""
+    rng = np.random.default_rng(3)
+    return Restored(
+        {
+            m.name: FactoredUpdate(
+                np.linalg.qr(rng.normal(size=(m.out_features, 6)))[0],
+                np.diag([8.0, 4, 2, 1, 0.5, 0.25]) @ np.linalg.qr(rng.normal(size=(m.in_features, 6)))[0].T,
+            )
+            for m in learner.model.matrices
+        },
+        {t.name: rng.normal(size=t.shape).astype(np.float32) for t in learner.model.tensors},
+        {m.name: Exponents(2, -1) for m in learner.model.matrices},
+        keeps_remainder=True,
+    )
+
+
+def everything(weights: Any, scaling: float, name: str) -> np.ndarray:
+    frozen = weights.frozen[name]
+    return scaling * weights.factors[name].B @ weights.factors[name].A + frozen.B @ frozen.A
+
+
+def test_what_lies_beyond_a_clients_rank_stays_in_its_model_and_survives_a_restart(
+    make_learner: Callable[..., Learner],
+) -> None:
+    learner = make_learner()
+    restored = kept(learner)
+    learner.apply("films/1", [restored], SECRETS.obfuscation)
+    again = make_learner()
+    assert again.holds("films/1")
+    for weights in (learner.model.weights(), again.model.weights()):
+        assert weights.exponents == restored.exponents
+        for name, update in restored.matrices.items():
+            assert weights.factors[name].A.shape[0] == 4
+            assert weights.frozen[name].A.shape[0] == 2
+            found = everything(weights, learner.model.scaling, name)
+            np.testing.assert_allclose(found, update.Q @ update.M, atol=1e-5)
+
+
+def test_training_moves_the_trained_part_alone_and_its_outcome_holds_both(
+    make_learner: Callable[..., Learner],
+) -> None:
+    learner = make_learner()
+    learner.apply("films/1", [kept(learner)], SECRETS.obfuscation)
+    before = learner.model.weights()
+    trained = learner.train(2, Activity())
+    reused = make_learner()
+    assert reused.holds("films/1")
+    for weights in (trained.weights, reused.train(2, Activity()).weights):
+        assert weights.exponents == before.exponents
+        assert not equal(before, weights)
+        for name, frozen in before.frozen.items():
+            np.testing.assert_array_equal(weights.frozen[name].B, frozen.B)
+            np.testing.assert_array_equal(weights.frozen[name].A, frozen.A)
+    assert equal(before, learner.model.weights())
+
+
+def test_a_result_without_a_remainder_leaves_nothing_frozen(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner()
+    learner.apply("films/1", [kept(learner)], SECRETS.obfuscation)
+    learner.apply("films/2", [result(learner)], SECRETS.obfuscation)
+    assert not learner.model.weights().frozen
 
 
 def test_a_result_applied_at_another_rank_is_not_taken_for_this_one(

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from client_agent.checkpoint import SEQUENCE_CLASSIFICATION, load_checkpoint, quiet
+from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION, load_checkpoint, quiet
 from client_agent.config import LoraSettings
 from client_agent.data import Examples
 from client_agent.encoding import Encoder
@@ -15,6 +16,7 @@ from client_agent.model import AdaptedModel
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.shards import LoraFactors
+from shelora.lora.sketches import Exponents
 from shelora.obfuscation import Obfuscation
 from tests.unit.client_agent.tiny import LABELS, classifier, decoder
 
@@ -119,6 +121,81 @@ def test_a_saved_adapter_gives_the_same_logits_in_peft(
         again = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(again, logits(model, encoder, examples))
     assert not list((tmp_path / "adapter").glob("*.bin"))
+
+
+def with_frozen(model: AdaptedModel, width: int = 3) -> Weights:
+    """Random weights with a part of that rank frozen beside every matrix but the last."""
+    rng = np.random.default_rng(8)
+    frozen = {
+        m.name: LoraFactors(
+            rng.normal(size=(m.out_features, width)).astype(np.float32),
+            rng.normal(size=(width, m.in_features)).astype(np.float32),
+        )
+        for m in model.matrices[:-1]
+    }
+    bounds = {m.name: Exponents(3, -2) for m in model.matrices}
+    return replace(random_weights(model), frozen=frozen, exponents=bounds)
+
+
+def test_a_frozen_part_is_added_to_what_the_trained_one_does_and_is_not_trained(model: AdaptedModel) -> None:
+    weights, count = with_frozen(model), model.trainable_count
+    model.load(weights)
+    assert model.trainable_count == count
+    x = torch.randn(3, 32)
+    for name, factors in weights.factors.items():
+        layer = model.layers[name]
+        change = layer(x) - layer.get_base_layer()(x)
+        update = model.scaling * factors.B @ factors.A
+        if name in weights.frozen:
+            update = update + weights.frozen[name].B @ weights.frozen[name].A
+        np.testing.assert_allclose(change.detach().numpy(), x.numpy() @ update.T, rtol=1e-4, atol=1e-3)
+
+
+def test_a_frozen_part_comes_back_with_its_bounds_and_goes_with_the_next_weights(model: AdaptedModel) -> None:
+    weights = with_frozen(model)
+    model.load(weights)
+    back = model.weights()
+    assert back.frozen.keys() == weights.frozen.keys()
+    assert back.exponents == weights.exponents
+    for name, factors in weights.frozen.items():
+        np.testing.assert_array_equal(back.frozen[name].B, factors.B)
+        np.testing.assert_array_equal(back.frozen[name].A, factors.A)
+    model.load(random_weights(model))
+    assert not model.weights().frozen
+    assert not model.weights().exponents
+
+
+def test_a_frozen_part_of_other_shapes_changes_nothing(model: AdaptedModel) -> None:
+    model.load(with_frozen(model))
+    before, name = model.weights(), model.matrices[0].name
+    wrong = LoraFactors(np.zeros((31, 2), np.float32), np.zeros((2, 32), np.float32))
+    with pytest.raises(DomainError, match="frozen part") as caught:
+        model.load(replace(random_weights(model, seed=6), frozen={name: wrong}))
+    assert caught.value.reason is Reason.MODEL_INVALID
+    np.testing.assert_array_equal(model.weights().factors[name].A, before.factors[name].A)
+    assert model.weights().frozen.keys() == before.frozen.keys()
+
+
+@pytest.mark.parametrize("task", ["classifier", "decoder"])
+def test_a_saved_adapter_holds_the_frozen_part_too(
+    task: str, bert_folder: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    model = classifier(bert_folder) if task == "classifier" else decoder(llama_folder)
+    model.load(with_frozen(model))
+    model.save_adapter(tmp_path)
+    folder, kind, labels = (
+        (bert_folder, SEQUENCE_CLASSIFICATION, LABELS)
+        if task == "classifier"
+        else (llama_folder, CAUSAL_LM, ())
+    )
+    tokens = torch.tensor([[2, 5, 7, 3]])
+    with quiet(), torch.inference_mode():
+        base = load_checkpoint(str(folder), kind, labels).model
+        loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+        again = loaded(input_ids=tokens).logits
+        here = model.module(input_ids=tokens).logits
+    torch.testing.assert_close(again, here, rtol=1e-4, atol=1e-4)
+    assert loaded.peft_config["default"].r == 4 + 3
 
 
 def test_a_missing_pooler_is_trained_whole_and_starts_equal(

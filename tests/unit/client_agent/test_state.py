@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from client_agent.learning import Weights
 from client_agent.state import AgentState, UpdateNote
@@ -12,6 +13,7 @@ from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.levels import Level
 from shelora.lora.shards import LoraFactors
+from shelora.lora.sketches import Exponents
 from shelora.transport.pieces import Digest
 from tests.disk import no_file_larger_than
 
@@ -29,7 +31,9 @@ def state(tmp_path: Path) -> Iterator[AgentState]:
 def some_weights() -> Weights:
     rng = np.random.default_rng(1)
     factors = LoraFactors(rng.random((5, 2), dtype=np.float32), rng.random((2, 3), dtype=np.float32))
-    return Weights({"layer.q": factors}, {"head.bias": rng.random(4, dtype=np.float32)})
+    frozen = LoraFactors(rng.random((5, 1), dtype=np.float32), rng.random((1, 3), dtype=np.float32))
+    tensors = {"head.bias": rng.random(4, dtype=np.float32)}
+    return Weights({"layer.q": factors}, tensors, {"layer.q": frozen}, {"layer.q": Exponents(-3, 12)})
 
 
 def fill(state: AgentState) -> None:
@@ -49,6 +53,9 @@ def test_weights_come_back_as_they_were(state: AgentState) -> None:
     np.testing.assert_array_equal(back.factors["layer.q"].A, weights.factors["layer.q"].A)
     np.testing.assert_array_equal(back.factors["layer.q"].B, weights.factors["layer.q"].B)
     np.testing.assert_array_equal(back.tensors["head.bias"], weights.tensors["head.bias"])
+    np.testing.assert_array_equal(back.frozen["layer.q"].A, weights.frozen["layer.q"].A)
+    np.testing.assert_array_equal(back.frozen["layer.q"].B, weights.frozen["layer.q"].B)
+    assert back.exponents == weights.exponents
 
 
 def test_an_applied_result_makes_earlier_training_obsolete(state: AgentState) -> None:
@@ -103,6 +110,18 @@ def test_damaged_weights_count_as_none(state: AgentState, tmp_path: Path) -> Non
     state.save_applied(KEY, some_weights())
     file = tmp_path / "state" / "applied.safetensors"
     file.write_bytes(file.read_bytes()[:40])
+    assert state.applied() is None
+
+
+@pytest.mark.parametrize("bounds", [[1.0], [1.0, 2.0, 3.0], [np.nan, 0.0], [np.inf, 0.0], [[1.0, 2.0]]])
+def test_bounds_that_are_none_make_the_file_count_as_none(
+    state: AgentState, tmp_path: Path, bounds: list[float]
+) -> None:
+    state.save_applied(KEY, some_weights())
+    file = tmp_path / "state" / "applied.safetensors"
+    arrays = safetensors.numpy.load_file(file)
+    arrays["exponents/layer.q"] = np.array(bounds, dtype=np.float32)
+    safetensors.numpy.save_file(arrays, file, metadata=KEY)
     assert state.applied() is None
 
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from shelora.errors import DomainError, Reason
 from shelora.lora.moderation import MULTIPLE, REMEMBERED, SPREAD, moderated, remembered
-from shelora.lora.weights import MOST_WEIGHT, summand_weight
 
 NORMS = st.floats(0, 1e12)
 
@@ -70,18 +69,3 @@ def test_a_sum_that_is_not_finite_is_refused(norms):
     with pytest.raises(DomainError) as refused:
         moderated(*norms)
     assert refused.value.reason is Reason.VALUE_NOT_FINITE
-
-
-@given(examples=st.integers(1, 10**9), most=st.integers(1, 10**9))
-def test_weights_are_small_integers_capped_and_within_half_a_step_of_the_share(examples, most):
-    weight = summand_weight(examples, most)
-    assert 1 <= weight <= MOST_WEIGHT
-    share = min(1.0, examples / most) * MOST_WEIGHT
-    assert abs(weight - share) <= 0.5 + 1e-6 or weight == 1
-    assert summand_weight(examples + 1, most) >= weight
-
-
-def test_weights_of_no_examples_are_refused():
-    for arguments in ((0, 5), (5, 0)):
-        with pytest.raises(DomainError):
-            summand_weight(*arguments)

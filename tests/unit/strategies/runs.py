@@ -21,6 +21,15 @@ TENSORS = (Tensor("head.weight", (3, 12)), Tensor("head.bias", (3,)))
 
 
 @dataclass(frozen=True)
+class SumProtection:
+    """The terms of a federation in complete mode."""
+
+    parameters: str = "standard"
+    tensor_bound: float = 2.0
+    max_directions: int = 64
+
+
+@dataclass(frozen=True)
 class Model:
     rank: int
     scaling: float

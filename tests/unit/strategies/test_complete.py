@@ -1,5 +1,6 @@
 """Complete mode: sketches and tensors through real additive encryption, as agents hold them in the end."""
 
+import tracemalloc
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,19 +21,12 @@ from shelora.messages import layout_from_proto, layout_to_proto
 from shelora.obfuscation import Obfuscation
 from shelora.strategies import complete, she_lora
 from shelora.strategies.agents.complete import COMPLETE
-from shelora.strategies.agents.port import Summand
+from shelora.strategies.agents.port import AgentContext, Summand
 from shelora.strategies.port import RoundTerms
-from tests.unit.strategies.runs import Model, client, sums
+from tests.unit.strategies.runs import Model, SumProtection, client, sums
 from tests.unit.strategies.sums import PUBLIC, SECRET, Round
 
 OBFUSCATION = Obfuscation(bytes(range(32)), 1)
-
-
-@dataclass(frozen=True)
-class Terms:
-    parameters: str = "standard"
-    tensor_bound: float = 2.0
-    max_directions: int = 64
 
 
 def cohort():
@@ -55,7 +49,7 @@ def product(update):
 
 def test_a_round_restores_the_weighted_sum_of_updates_of_unequal_ranks():
     clients = bounded([client(1, 1, 256), client(2, 2, 128), client(3, 1, 17), client(4, 4, 1)])
-    round_ = Round(clients, Terms(), OBFUSCATION)
+    round_ = Round(clients, SumProtection(), OBFUSCATION)
     clients.pop()  # its rank makes room for the sum of the others, which is of rank 4
     restored = merged(round_.parts(chosen=[0, 1, 2]))
     matrices, tensors = sums(normalised(clients))
@@ -70,7 +64,7 @@ def test_a_round_restores_the_weighted_sum_of_updates_of_unequal_ranks():
 
 def test_who_is_left_out_is_not_in_the_sum_and_the_others_weigh_the_whole():
     clients = bounded(cohort())
-    restored = merged(Round(clients, Terms(), OBFUSCATION).parts(chosen=[0, 2]))
+    restored = merged(Round(clients, SumProtection(), OBFUSCATION).parts(chosen=[0, 2]))
     matrices, tensors = sums(normalised([clients[0], clients[2]]))
     for name, wanted in matrices.items():
         assert np.linalg.norm(product(restored.matrices[name]) - wanted) < 1e-3 * np.linalg.norm(wanted)
@@ -79,7 +73,7 @@ def test_who_is_left_out_is_not_in_the_sum_and_the_others_weigh_the_whole():
 
 
 def test_every_agent_holds_the_same_bounds_to_the_bit_and_the_same_product():
-    round_ = Round(cohort(), Terms(), OBFUSCATION)
+    round_ = Round(cohort(), SumProtection(), OBFUSCATION)
     first, second = (merged(round_.parts(client=i)) for i in (0, 1))
     assert first.exponents == second.exponents
     assert first.exponents.keys() == first.matrices.keys()
@@ -119,10 +113,12 @@ class Sending:
 def test_a_round_in_which_nobody_moves_leaves_the_global_model_as_it_is_whatever_the_ranks():
     """The control: without the frozen part what lies beyond rank 1 shrinks by the weight of that client."""
     clients = cohort()
-    before = merged(Round(clients, Terms(), OBFUSCATION).parts())
+    before = merged(Round(clients, SumProtection(), OBFUSCATION).parts())
     still = after(before, clients)
-    again = merged(Round(still, Terms(), OBFUSCATION, number=2).parts())
-    thrown = merged(Round([replace(c, frozen={}) for c in still], Terms(), OBFUSCATION, number=2).parts())
+    again = merged(Round(still, SumProtection(), OBFUSCATION, number=2).parts())
+    thrown = merged(
+        Round([replace(c, frozen={}) for c in still], SumProtection(), OBFUSCATION, number=2).parts()
+    )
     for name, update in before.matrices.items():
         size = np.linalg.norm(product(update))
         assert np.linalg.norm(product(again.matrices[name]) - product(update)) < 1e-3 * size
@@ -133,7 +129,7 @@ def test_a_zero_round_is_zero_and_keeps_the_first_bounds():
     clients = [
         replace(c, factors={n: LoraFactors(0 * f.B, f.A) for n, f in c.factors.items()}) for c in cohort()
     ]
-    restored = merged(Round(clients, Terms(), OBFUSCATION).parts())
+    restored = merged(Round(clients, SumProtection(), OBFUSCATION).parts())
     for update in restored.matrices.values():
         assert np.abs(product(update)).max(initial=0) < 1e-5
 
@@ -142,7 +138,7 @@ def test_an_update_beyond_its_bounds_is_clipped_and_counted():
     clients = cohort()
     small = {m.name: Exponents(-9, -9) for m in clients[0].model.matrices}
     clients = [Sending(c.model, c.weight, c.factors, c.tensors, {}, small) for c in clients]
-    round_ = Round(clients, Terms(), OBFUSCATION)
+    round_ = Round(clients, SumProtection(), OBFUSCATION)
     assert round_.clipping.clipped > 0
     assert round_.clipping.matrices == set(small)
 
@@ -151,12 +147,12 @@ def test_agents_that_disagree_on_bounds_are_noticed_and_nothing_is_applied():
     clients = [Sending(c.model, c.weight, c.factors, c.tensors, {}, {}) for c in cohort()]
     clients[1] = replace(clients[1], exponents={m.name: Exponents(20, 20) for m in clients[0].model.matrices})
     with pytest.raises(DomainError) as refused:
-        merged(Round(clients, Terms(), OBFUSCATION).parts())
+        merged(Round(clients, SumProtection(), OBFUSCATION).parts())
     assert refused.value.reason is Reason.SUM_UNREADABLE
 
 
 def test_one_summand_encrypts_one_update():
-    round_ = Round(cohort(), Terms(), OBFUSCATION)
+    round_ = Round(cohort(), SumProtection(), OBFUSCATION)
     with pytest.raises(DomainError) as refused:
         list(SECRET.protect(round_.layout, round_.clients[0], round_.context(round_.clients[0])))
     assert refused.value.reason is Reason.SECRET_UNAVAILABLE
@@ -175,7 +171,7 @@ def test_one_summand_encrypts_one_update():
     ids=["short", "long", "empty", "foreign profile", "another shard", "no magic"],
 )
 def test_servers_refuse_by_name_a_shard_that_is_not_of_its_layout(damage, reason):
-    round_ = Round(cohort(), Terms(), OBFUSCATION)
+    round_ = Round(cohort(), SumProtection(), OBFUSCATION)
     good = next(iter(SECRET.protect(round_.layout, round_.clients[0], _fresh(round_)))).ciphertexts
     data = encode_update(round_.layout, update_of(0, damage(bytes(good))))
     with pytest.raises(DomainError) as refused:
@@ -189,7 +185,7 @@ def _fresh(round_):
 
 
 def test_a_layout_of_complete_mode_crosses_the_wire_and_names_no_key_tier_or_column():
-    layout = PUBLIC.layout(Model(4, 2.0), Terms(), RoundTerms(key_id=b"k" * 16, max_rank=4))
+    layout = PUBLIC.layout(Model(4, 2.0), SumProtection(), RoundTerms(key_id=b"k" * 16, max_rank=4))
     again = layout_from_proto(layout_to_proto(layout))
     assert again == layout
     assert again.digest == layout.digest
@@ -206,7 +202,7 @@ def test_a_layout_of_complete_mode_crosses_the_wire_and_names_no_key_tier_or_col
         lambda layout: replace(layout, sums=replace(layout.sums, profile="small")),
         lambda layout: replace(layout, shards=(Shard((0, 1)), Shard(tensors=(0, 1)))),
         lambda layout: she_lora.STRATEGY.layout(
-            Model(4, 2.0), Terms(), RoundTerms(key_id=bytes(16), max_rank=4)
+            Model(4, 2.0), SumProtection(), RoundTerms(key_id=bytes(16), max_rank=4)
         ),
         lambda layout: replace(layout, max_rank=3, sums=layout.sums),
     ],
@@ -214,17 +210,17 @@ def test_a_layout_of_complete_mode_crosses_the_wire_and_names_no_key_tier_or_col
 )
 def test_an_agent_takes_part_under_no_other_layout(change):
     model = Model(4, 2.0)
-    layout = PUBLIC.layout(model, Terms(), RoundTerms(key_id=b"", max_rank=4))
-    SECRET.check(layout, model, Terms(), None, 1.0)
+    layout = PUBLIC.layout(model, SumProtection(), RoundTerms(key_id=b"", max_rank=4))
+    SECRET.check(layout, model, SumProtection(), None, 1.0)
     with pytest.raises(DomainError) as refused:
-        SECRET.check(change(layout), model, Terms(), None, 1.0)
+        SECRET.check(change(layout), model, SumProtection(), None, 1.0)
     assert refused.value.reason is Reason.LAYOUT_MISMATCH
 
 
 def test_shards_are_bounded_and_so_is_what_an_update_takes():
     matrices = tuple(Matrix(f"layer.{i}", 4096, 4096) for i in range(12))
     layout = complete.STRATEGY.layout(
-        Model(16, 2.0, matrices, ()), Terms(), RoundTerms(key_id=b"", max_rank=16)
+        Model(16, 2.0, matrices, ()), SumProtection(), RoundTerms(key_id=b"", max_rank=16)
     )
     values = [sum(4096 * (24 + 36) + 2 for _ in s.matrices) for s in layout.shards]
     assert max(values) <= SHARD_VALUES
@@ -235,3 +231,32 @@ def test_shards_are_bounded_and_so_is_what_an_update_takes():
 
 def test_both_halves_have_one_name():
     assert COMPLETE.name == complete.STRATEGY.name == "complete"
+
+
+def test_protecting_an_update_takes_the_memory_of_a_shard_however_many_there_are(monkeypatch):
+    """Peak bytes over those of the largest shard's values, for 3 and for 12 shards."""
+    monkeypatch.setattr("shelora.lora.sums.SHARD_VALUES", 10_000)
+    peaks = {}
+    for count in (3, 12):
+        matrices = tuple(Matrix(f"layer.{i}", 256, 256) for i in range(count))
+        model, rng = Model(8, 2.0, matrices, ()), np.random.default_rng(0)
+        factors = {
+            m.name: LoraFactors(
+                rng.standard_normal((256, 8)).astype(np.float32),
+                rng.standard_normal((8, 256)).astype(np.float32),
+            )
+            for m in matrices
+        }
+        sender = Sending(model, 1, factors, {}, {}, {m.name: Exponents(8, 8) for m in matrices})
+        layout = PUBLIC.layout(model, SumProtection(), RoundTerms(key_id=b"", max_rank=8))
+        assert len(layout.shards) == count
+        encryption = SecretKey.draw(INSECURE_TOY, Csprng.fresh()).encryption(bytes(32), 8, Csprng.fresh())
+        context = AgentContext(
+            model=model, obfuscation=OBFUSCATION, summand=Summand(encryption=encryption, share=1.0)
+        )
+        tracemalloc.start()
+        for _ in SECRET.protect(layout, sender, context):
+            pass
+        peaks[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[12] < 1.2 * peaks[3]
