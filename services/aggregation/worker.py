@@ -36,8 +36,8 @@ _log = structlog.get_logger(__name__)
 
 def main() -> None:
     """Serves jobs until standard input ends."""
-    # Ctrl-C and a service manager signal the whole group; the service drains and then closes our input.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # Ctrl-C, closing terminals and service managers signal the whole group; the service drains, then ends our input.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     configure_logs(
         "aggregation-worker", os.environ.get(LOG_LEVEL, "INFO"), json=os.environ.get(LOG_JSON) == "true"

@@ -17,6 +17,7 @@ from services.shell.process import EXIT_FAILED, EXIT_REFUSED
 from shelora import files
 from shelora.audit import LOG_NAME, verified
 from shelora.errors import DomainError, Reason
+from shelora.terminal import Terminal
 
 _PREFIX: Final = "SHELORA_KEY_AUTHORITY_"
 
@@ -99,8 +100,8 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except DomainError as error:
-        print(f"key-authority: {error.message}", file=sys.stderr)  # noqa: T201 - for the operator
+        Terminal(stderr=True).say(f"key-authority: {error.message}")
         sys.exit(EXIT_REFUSED if error.reason is Reason.CONFIGURATION_INVALID else EXIT_FAILED)
     except OSError as error:
-        print(f"key-authority: {error.filename}: {error.strerror}", file=sys.stderr)  # noqa: T201 - as above
+        Terminal(stderr=True).say(f"key-authority: {error.filename}: {error.strerror}")
         sys.exit(EXIT_FAILED)

@@ -11,6 +11,7 @@ import structlog
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.logs import configure_logs
+from shelora.terminal import Terminal
 
 _Settings = TypeVar("_Settings", bound=ServerSettings)
 
@@ -59,7 +60,7 @@ def _explain(process: str, error: Exception) -> int:
         _log.error("process_failed", exc_info=error)
         return EXIT_FAILED
     if error.reason is Reason.CONFIGURATION_INVALID:
-        print(f"{process}: {error.message}", file=sys.stderr)  # noqa: T201 - for the operator, logs or not
+        Terminal(stderr=True).say(f"{process}: {error.message}")  # for the operator, logs or not
         return EXIT_REFUSED
     _log.error("process_failed", reason=error.reason, why=error.message)
     return EXIT_FAILED

@@ -37,6 +37,7 @@ from shelora.federation import FederationSpec
 from shelora.levels import Level
 from shelora.telemetry.logs import configure_logs
 from shelora.terminal import CommandLine, Records, Terminal
+from shelora.text import printable
 from shelora.transport.address import HostPort
 from shelora.transport.enrolment import enroll as enrolled
 from shelora.transport.enrolment import keep_renewed, renewal_at
@@ -338,7 +339,8 @@ def token_create(
         return created.token
 
     with reported():
-        print(asyncio.run(work(Target.of(coordinator, identity, key_authority))))  # noqa: T201 - for pipes, never wrapped
+        token = asyncio.run(work(Target.of(coordinator, identity, key_authority)))
+        print(printable(token))  # noqa: T201 - for pipes, never wrapped
 
 
 @app.command()

@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from shelora.cli.supervision import LOCK, clear, interruptible, locked
+from shelora.cli.supervision import ADDRESSES, LOCK, MARK, clear, interruptible, locked
 from shelora.errors import DomainError, Reason
 from shelora.stopping import stop_signals
 
@@ -68,3 +69,41 @@ def test_a_lock_that_only_a_guardian_holds_is_waited_for(tmp_path):
 
     with locked(tmp_path, tell):
         assert told == ["waiting for the processes of a cluster that was killed"]
+
+
+_MEMBER = """
+import os, signal, sys, time
+def stop(*_):
+    with open(sys.argv[1], "a") as log:
+        log.write(sys.argv[2] + "\\n")
+    os._exit(0)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_end_of_a_supervisor_ends_agents_then_servers_in_reverse_and_what_nobody_told_of(tmp_path):
+    log = tmp_path / "log"
+
+    def member(name: str, folder: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", _MEMBER, str(log), name]
+        started = subprocess.Popen(command, env={**os.environ, MARK: str(folder)}, stdout=subprocess.PIPE)
+        assert started.stdout.readline() == b"ready\n"
+        return started
+
+    names = ["redis", "coordinator", "agent", "untold"]
+    members = {name: member(name, tmp_path) for name in names}
+    stranger = member("stranger", tmp_path / "elsewhere")
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "shelora.cli.guardian", str(tmp_path)], stdin=subprocess.PIPE, text=True
+    )
+    (tmp_path / ADDRESSES).touch()
+    told = [("server", "redis"), ("agent", "agent"), ("server", "coordinator")]
+    supervisor.communicate("".join(f"{kind} {members[name].pid}\n" for kind, name in told), timeout=60)
+    assert log.read_text().split() == ["agent", "coordinator", "redis", "untold"]
+    assert not (tmp_path / ADDRESSES).exists()
+    assert stranger.poll() is None
+    for process in (*members.values(), stranger):
+        process.kill()
+        process.communicate()
