@@ -188,7 +188,7 @@ def _export(config: AgentConfig, to: Path, *, best: bool) -> int:
         shutil.copytree(adapter, to)
     except OSError as error:  # shutil.Error too
         raise invalid(f"--to {to}: the adapter cannot be copied there: {error.strerror or error}") from error
-    Terminal().print(f"copied {adapter} to {to}")
+    Terminal().say(f"copied {adapter} to {to}")
     return 0
 
 

@@ -39,29 +39,32 @@ async def require_accepted(redis: RedisClient, prefix: str) -> None:
 async def watch_redis(redis: RedisClient, prefix: str, readiness: Readiness, poll_s: float = POLL_S) -> None:
     """Asks every `poll_s` seconds, logs every change once, and tells readiness of refusals. Never returns.
 
-    A silent Redis leaves a server ready: it comes back by itself, and clients try again.
+    A Redis that is silent, or refuses for a reason that passes, leaves a server ready: clients try again, and where
+    only room is missing, results can still be fetched.
     """
     told = ""
     while True:
-        event, why = await _state(redis, prefix)
+        event, why, ready = await _state(redis, prefix)
         if f"{event} {why}" != told and (told or why):
             if why:
                 _log.warning(event, why=why)
             else:
                 _log.info(event)
         told = f"{event} {why}"
-        await readiness.tell(event != "redis_refuses")
+        await readiness.tell(ready)
         await asyncio.sleep(poll_s)
 
 
-async def _state(redis: RedisClient, prefix: str) -> tuple[str, str]:
-    """Event and cause."""
+async def _state(redis: RedisClient, prefix: str) -> tuple[str, str, bool]:
+    """Event, cause, and whether the server is ready."""
     try:
         await _tried(redis, prefix)
     except (RedisError, OSError) as error:
         said = refusal(error)
-        return ("redis_refuses", said) if said else ("redis_silent", _first_line(error))
-    return "redis_accepts", ""
+        if said is None:
+            return "redis_silent", _first_line(error), True
+        return "redis_refuses", said, passes(error)
+    return "redis_accepts", "", True
 
 
 async def _tried(redis: RedisClient, prefix: str) -> None:

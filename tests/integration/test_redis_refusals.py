@@ -186,6 +186,7 @@ async def test_a_refusal_is_told_once_and_again_when_it_changes_and_probes_learn
         await told(1)
         assert logs[0]["event"] == "redis_refuses"
         assert logs[0]["why"].startswith("OOM command not allowed")
+        assert published == [True]  # results can still be fetched
         admin.config_set("maxmemory", "0")
         admin.replicaof("127.0.0.1", 1)
         await told(2)
