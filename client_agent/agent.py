@@ -304,6 +304,11 @@ class _Follower:
             return
         await self.drop()
         self._assignment_id = assignment.assignment_id
+        mismatch = assignment.notice_reason == Reason.MODEL_MISMATCH
+        if (
+            mismatch and assignment.notice_round_id in self._work.committed
+        ):  # not before a restart, of another model
+            raise DomainError(Reason.MODEL_MISMATCH, assignment.notice)
         if assignment.notice and assignment.notice != self._notice:
             _log.warning("update_left_out", why=assignment.notice)
         self._notice = assignment.notice

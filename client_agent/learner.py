@@ -49,9 +49,10 @@ class Learner:
         self._encoder = prepared.encoder
         for note in self.model.notes:
             _log.warning("model_noted", what=note)
+        self.base = self.model.base
         self._identity = {
             "federation": config.federation,
-            "model": spec.base_model,
+            "model": self.base.hex(),
             "rank": str(config.lora.rank),
             "alpha": repr(config.lora.alpha),
         }

@@ -49,6 +49,19 @@ class Evaluation:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class BaseDigest:
+    """SHA-256 of what stays as it is during training, 32 bytes each; equal at all agents of a federation."""
+
+    weights: bytes
+    tokenizer: bytes
+    chat_template: bytes
+
+    def hex(self) -> str:
+        """All of it."""
+        return (self.weights + self.tokenizer + self.chat_template).hex()
+
+
 class LocalModel(Protocol):
     """The shapes that a client brings to a federation."""
 
@@ -85,6 +98,10 @@ class LocalLearner(Protocol):
     @property
     def examples(self) -> Sized:
         """The training examples."""
+
+    @property
+    def base(self) -> BaseDigest | None:
+        """Of the base model; None if there is none, as with a stand-in."""
 
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""

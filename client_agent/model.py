@@ -27,6 +27,7 @@ from client_agent.checkpoint import (
 )
 from client_agent.config import LoraSettings
 from client_agent.encoding import Batch
+from client_agent.fingerprint import base_digest
 from client_agent.learning import Weights
 from client_agent.tables import first_line, listed
 from shelora.lora.layout import Matrix, Tensor
@@ -75,6 +76,7 @@ class AdaptedModel:
         self.rank = lora.rank
         self.scaling = lora.scaling
         self.tokenizer = checkpoint.tokenizer
+        self.base = base_digest(checkpoint)
         self.notes = checkpoint.notes
         self.most_positions = _most_positions(checkpoint.model)
         """Tokens that the model can take, as far as it says so."""

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final, TypeVar
 
 import grpc
@@ -218,6 +218,7 @@ class Session:
             upload_s=upload_s,
             upload_bytes=spool.total_bytes,
             overlap=note.overlap,
+            base_model=_base_model(note.base_tags),
         )
 
     async def publish_plan(self, number: int, sealed: bytes, matrices: tuple[Matrix, ...]) -> None:
@@ -329,6 +330,10 @@ class Backoff:
     async def __call__(self) -> None:
         """Waits."""
         await asyncio.sleep(self.next_s())
+
+
+def _base_model(tags: Mapping[str, str] | None) -> pb.BaseModelTags | None:
+    return pb.BaseModelTags(**{part: bytes.fromhex(tag) for part, tag in tags.items()}) if tags else None
 
 
 def digest_to_proto(digest: Digest) -> common_pb2.ShardDigest:

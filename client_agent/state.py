@@ -66,6 +66,10 @@ class UpdateNote:
     encrypt_s: float
     overlap: float | None = None
     """What is reported of drift; None if the federation does not ask."""
+    base: str = ""
+    """Digest of the base model in hex; never sent as it is."""
+    base_tags: Mapping[str, str] | None = None
+    """The same by part, in hex, keyed by the epoch's secret: what is sent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Final, TypeAlias
 
 import structlog
@@ -111,16 +111,19 @@ class Work:
         """Plans that agree with the summed votes."""
         self._reported: set[str] = set()
         """Rounds whose result was evaluated."""
+        self.committed: set[str] = set()
+        """Rounds that this process has committed to, or was about to."""
 
     async def vote(self, vote: pb.Vote, activity: Activity) -> None:
         """Scores the columns and commits the encrypted votes, or casts a ballot."""
         layout = layout_from_proto(vote.round.layout)
         spool = await self._worker.run(self._state.spool, vote.round.round_id, layout.digest)
-        if spool is None:
+        if spool is None or spool.note.base != self._base:
             check_vote_layout(layout, self._learner.model, self._me.protection)
             await self._require_resources(layout)
             secrets = await self._enter(vote.round.epoch)
             spool = await self._worker.run(self._spool_vote, vote.round.round_id, layout, secrets, activity)
+        self.committed.add(spool.note.round_id)
         await self._negotiator.send(spool, activity)
 
     async def make_plan(self, task: pb.MakePlan, activity: Activity) -> None:
@@ -140,9 +143,8 @@ class Work:
         """Applies the base result, evaluates it, trains, commits the update."""
         layout = layout_from_proto(train.round.layout)
         spool = await self._worker.run(self._state.spool, train.round.round_id, layout.digest)
-        if spool is None or spool.note.example_count != len(
-            self._learner.examples
-        ):  # of data before a restart
+        now = (len(self._learner.examples), self._base)
+        if spool is None or (spool.note.example_count, spool.note.base) != now:  # as before a restart
             base = train.base if train.HasField("base") else None
             await self._require_resources(layout, base, copies=COPIES)
             secrets = await self._enter(train.round.epoch)
@@ -151,6 +153,7 @@ class Work:
             await self._begin_from(train, secrets, activity)
             self._forget_others(train.round.epoch)
             spool = await self._worker.run(self._spool_update, train, layout, plan, secrets, activity)
+        self.committed.add(spool.note.round_id)
         await self._send(spool, activity)
 
     async def finish(self, finish: pb.Finish, activity: Activity) -> None:
@@ -347,6 +350,18 @@ class Work:
             "update_committed", round=spool.note.round_id, bytes_sent=spool.total_bytes, update_count=count
         )
 
+    @property
+    def _base(self) -> str:
+        return self._learner.base.hex() if self._learner.base else ""
+
+    def _with_base(self, note: UpdateNote, secrets: EpochSecrets) -> UpdateNote:
+        """The note with what others compare their base model by."""
+        base = self._learner.base
+        if base is None:
+            return note
+        tags = {part: secrets.obfuscation.tag(part, digest).hex() for part, digest in asdict(base).items()}
+        return replace(note, base=base.hex(), base_tags=tags)
+
     def _spool_vote(self, round_id: str, layout: Layout, secrets: EpochSecrets, activity: Activity) -> Spool:
         self._learner.resume(secrets)
         watch = Stopwatch()
@@ -357,7 +372,8 @@ class Work:
         writer = self._state.begin_spool(round_id)
         for vote in self._negotiator.cast(layout, scores, stake, round_id, secrets):
             writer.add(vote)
-        return writer.finish(replace(note, encrypt_s=watch.seconds - note.train_s))
+        note = replace(note, encrypt_s=watch.seconds - note.train_s)
+        return writer.finish(self._with_base(note, secrets))
 
     def _spool_update(
         self,
@@ -385,7 +401,7 @@ class Work:
             self._state,
             layout,
             trained.weights,
-            note,
+            self._with_base(note, secrets),
             strategy=self._strategy,
             context=round_context(self._learner.model, layout, plan, self._me.budget, secrets),
             activity=activity,

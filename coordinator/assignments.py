@@ -5,7 +5,7 @@ if and only if the work changes, on whichever replica it is derived.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, TypeAlias
 
@@ -93,6 +93,8 @@ class Assignment:
     work: Work
     notice: str = ""
     """Why the member's newest update was left out, in words; "" if it was not."""
+    notice_reason: str = ""
+    notice_round_id: str = ""
 
     @property
     def last(self) -> bool:
@@ -113,8 +115,12 @@ def assignment_for(
     committed its update to it.
     """
     work = _work(federation, round_, client_id, committed=committed)
-    notice = next((drop.why for drop in federation.notices if drop.client_id == client_id), "")
-    return Assignment(_identifier(federation, work), work, notice)
+    assignment = Assignment(_identifier(federation, work), work)
+    notice = next((drop for drop in federation.notices if drop.client_id == client_id), None)
+    if notice is None:
+        return assignment
+    about = federation.round_id(federation.noticed_sequence)
+    return replace(assignment, notice=notice.why, notice_reason=notice.reason, notice_round_id=about)
 
 
 def _work(

@@ -9,6 +9,7 @@ from typing import Final
 from coordinator import transitions
 from coordinator.aggregation import digest_from_proto
 from coordinator.records import (
+    BaseModelTags,
     Dropped,
     Evaluation,
     FederationRecord,
@@ -31,6 +32,8 @@ from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 
 KEY_ID_BYTES: Final = 16
+TAG_BYTES: Final = 32
+"""Bytes of a keyed digest."""
 MAX_RANK: Final = 1024
 MAX_EXAMPLES: Final = 10**9
 MAX_SCALING: Final = 1e4
@@ -217,7 +220,15 @@ def report(message: pb.UpdateReport) -> Report:
         upload_s=message.upload_s,
         upload_bytes=message.upload_bytes,
         overlap=message.overlap if message.HasField("overlap") else None,
+        base_model=_base_model(message.base_model) if message.HasField("base_model") else None,
     )
+
+
+def _base_model(message: pb.BaseModelTags) -> BaseModelTags:
+    parts = {name: getattr(message, name) for name in ("weights", "tokenizer", "chat_template")}
+    for name, tag in parts.items():
+        require(len(tag) == TAG_BYTES, f"report.base_model.{name} must have {TAG_BYTES} bytes")
+    return BaseModelTags(**{name: tag.hex() for name, tag in parts.items()})
 
 
 def evaluation(message: pb.EvaluationReport) -> Evaluation:

@@ -58,7 +58,7 @@ from coordinator.records import (
     Statement,
     StoredDigest,
 )
-from coordinator.screening import outliers
+from coordinator.screening import misfits, outliers
 from coordinator.store import Store, Versioned
 from coordinator.votes import takes_ballots, votes_of
 from shelora.errors import DomainError, Reason
@@ -514,10 +514,19 @@ class Driver:
         elif isinstance(decision, PublishOpened):
             write = await self._publish_opened(federation, decision.record)
         else:
-            write = decision
+            write = await self._screened(federation, round_.record, decision)
         if write is None:  # overtaken: decide anew
             return
         await self._write_round(write.name, federation, write.record, round_.revision)
+
+    async def _screened(
+        self, federation: FederationRecord, before: RoundRecord, write: WriteRound
+    ) -> WriteRound:
+        """The write; a set is not proposed to a committee with updates of another base model: no other set follows."""
+        if before.proposed or not write.record.proposed:
+            return write
+        strangers = misfits(contributors(before, await self._store.commits(federation, before.sequence)))
+        return _without(before, strangers) if strangers else write
 
     async def _or_abandoned(
         self, record: RoundRecord, work: Coroutine[Any, Any, WriteRound | None]
@@ -607,7 +616,10 @@ class Driver:
         None if a contributor was revoked meanwhile: nothing is published that holds its update.
         """
         commits = contributors(record, await self._store.commits(federation, record.sequence))
-        screened = any(drop.reason is not Reason.CERTIFICATE_REVOKED for drop in record.dropped)
+        if not record.round.convenes and (strangers := misfits(commits)):
+            return _without(record, strangers)
+        settled = {Reason.CERTIFICATE_REVOKED, Reason.MODEL_MISMATCH}
+        screened = any(drop.reason not in settled for drop in record.dropped)
         if record.round.kind is RoundKind.TRAIN and not screened and not record.round.convenes:
             found = outliers(federation.spec.screening, commits)
             if found:

@@ -220,7 +220,9 @@ class FederationRecord(Record):
     deleting: bool = False
     """Whether it is being deleted, which nothing takes back."""
     notices: tuple[Dropped, ...] = ()
-    """What the newest training round left out, at most MAX_NOTICES of it: those clients are told."""
+    """What the newest round left out, at most MAX_NOTICES of it, for reasons that its clients are told."""
+    noticed_sequence: int = 0
+    """That round."""
 
     @property
     def ended(self) -> bool:
@@ -409,6 +411,14 @@ class Sighting(Record):
         return self.stage not in {"", Stage.IDLE, Stage.PAUSED, Stage.FINISHED}
 
 
+class BaseModelTags(Record):
+    """Keyed digests of an agent's base model, in hex."""
+
+    weights: str
+    tokenizer: str
+    chat_template: str
+
+
 class Report(Record):
     """What an update says of itself."""
 
@@ -420,6 +430,8 @@ class Report(Record):
     upload_bytes: int
     overlap: float | None = None
     """Share of its top columns that the plan protects, relative to when the plan was new."""
+    base_model: BaseModelTags | None = None
+    """What its base model is told from others by; None if it does not say."""
 
 
 class StoredShard(Record):

@@ -190,7 +190,11 @@ class Renderer:
         shared = await self._assignments.get(key, lambda: self._assignment(federation, assignment))
         if not assignment.notice:
             return shared
-        own = pb.Assignment(notice=assignment.notice)
+        own = pb.Assignment(
+            notice=assignment.notice,
+            notice_reason=assignment.notice_reason,
+            notice_round_id=assignment.notice_round_id,
+        )
         own.MergeFrom(shared)
         return own
 
@@ -328,7 +332,7 @@ def round_to_proto(record: RoundRecord, update_count: int, shards_done: int) -> 
 
 
 def _report_to_proto(commit: Commit) -> pb.UpdateReport:
-    fields = commit.update.report.model_dump(exclude={"format"})
+    fields = commit.update.report.model_dump(exclude={"format", "base_model"})
     return pb.UpdateReport(client_id=commit.update.client_id, norm=commit.update.norm, **fields)
 
 

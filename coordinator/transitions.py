@@ -39,6 +39,7 @@ WHY: Final[Mapping[Reason, str]] = {
     Reason.TOO_FEW_UPDATES: "fewer than {least} clients sent an update in time; see that enough agents run, or "
     "raise round.deadline_s",
     Reason.SHARD_MISSING: "updates of too many clients were lost from aggregation's store",
+    Reason.MODEL_MISMATCH: "the agents have different base models; their logs say which part differs",
     Reason.NORM_OUTLIER: "too few updates were left after those that are too large beside the others; see "
     "`shelora federation show`, and raise screening.max_norm_ratio if those updates are honest",
     Reason.COMMITTEE_INCOMPLETE: f"members of the committee were silent or restarted; {_STEADY}",
@@ -294,8 +295,15 @@ def settled(
         after = edit(_after_training(record, ended), overlap=overlap)
     if ended.round.spent:
         after = edit(after, draws=ended.round.draw)
-    notices = ended.dropped[:MAX_NOTICES] if ended.round.kind is RoundKind.TRAIN else ()
-    return edit(after, ticket=None, garbage=(*after.garbage, _remains(ended, after)), notices=notices)
+    told = ended.dropped if ended.round.kind is RoundKind.TRAIN else _misfits(ended.dropped)
+    garbage = (*after.garbage, _remains(ended, after))
+    return edit(
+        after, ticket=None, garbage=garbage, notices=told[:MAX_NOTICES], noticed_sequence=ended.sequence
+    )
+
+
+def _misfits(dropped: Sequence[Dropped]) -> tuple[Dropped, ...]:
+    return tuple(drop for drop in dropped if drop.reason is Reason.MODEL_MISMATCH)
 
 
 def _remains(ended: RoundRecord, after: FederationRecord) -> Garbage:

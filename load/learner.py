@@ -10,7 +10,7 @@ import numpy as np
 from client_agent.config import AgentConfig
 from client_agent.drawing import seed_of
 from client_agent.keys import EpochSecrets
-from client_agent.learning import Evaluation, Trained, Weights
+from client_agent.learning import BaseDigest, Evaluation, Trained, Weights
 from client_agent.progress import Activity
 from client_agent.state import AgentState
 from shelora.federation import TrainingSpec
@@ -44,6 +44,7 @@ class SyntheticLearner:
     def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState) -> None:  # noqa: ARG002 - as `Learn`
         self.model = SyntheticModel(config.lora.rank, config.lora.scaling)
         self.examples: Sized = range(64)
+        self.base: BaseDigest | None = None
         self._client_id = config.client_id
         self._applied: str | None = None
 

@@ -94,6 +94,13 @@ class Obfuscation:
         """AES-256 key under which committee members answer all clients."""
         return self._derive("committee-answer", "")
 
+    def tag(self, part: str, digest: bytes) -> bytes:
+        """A keyed digest, 32 bytes: equal for equal digests of one epoch, and nothing else to whoever lacks the secret.
+
+        HKDF-Expand is HMAC-SHA256 of its input here (RFC 5869, section 2.3), a pseudorandom function.
+        """
+        return self._derive("base-model", f"{part}/{digest.hex()}")
+
     def _uniform(self, purpose: str, name: str, shape: tuple[int, ...], bound: float) -> NDArray[np.float32]:
         unit = self._unit(purpose, name, math.prod(shape))
         return ((2 * unit - 1) * bound).astype(np.float32).reshape(shape)

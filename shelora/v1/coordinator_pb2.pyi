@@ -706,6 +706,7 @@ class UpdateReport(_message.Message):
     UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
     OVERLAP_FIELD_NUMBER: _builtins.int
     NORM_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     example_count: _builtins.int
     """Examples that the client trains on, the aggregation weight, 1 to 10^9: as many as it said when it joined."""
@@ -723,6 +724,12 @@ class UpdateReport(_message.Message):
     """
     norm: _builtins.float
     """Its norm as the servers measured it (docs/protocol.md, "Screening"); 0 in a vote. What a client says of it is ignored."""
+    @_builtins.property
+    def base_model(self) -> Global___BaseModelTags:
+        """The client's base model. Updates of a round whose tags differ from those of most are left out of it with
+        MODEL_MISMATCH. Absent from agents that do not say, which are believed. Not shown in summaries.
+        """
+
     def __init__(
         self,
         *,
@@ -735,16 +742,48 @@ class UpdateReport(_message.Message):
         upload_bytes: _builtins.int = ...,
         overlap: _builtins.float | None = ...,
         norm: _builtins.float = ...,
+        base_model: Global___BaseModelTags | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_overlap", b"_overlap", "overlap", b"overlap"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_overlap", b"_overlap", "base_model", b"base_model", "overlap", b"overlap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_overlap", b"_overlap", "client_id", b"client_id", "encrypt_s", b"encrypt_s", "example_count", b"example_count", "norm", b"norm", "overlap", b"overlap", "train_loss", b"train_loss", "train_s", b"train_s", "upload_bytes", b"upload_bytes", "upload_s", b"upload_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_overlap", b"_overlap", "base_model", b"base_model", "client_id", b"client_id", "encrypt_s", b"encrypt_s", "example_count", b"example_count", "norm", b"norm", "overlap", b"overlap", "train_loss", b"train_loss", "train_s", b"train_s", "upload_bytes", b"upload_bytes", "upload_s", b"upload_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__overlap: _TypeAlias = _typing.Literal["overlap"]  # noqa: Y015
     _WhichOneofArgType__overlap: _TypeAlias = _typing.Literal["_overlap", b"_overlap"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__overlap) -> _WhichOneofReturnType__overlap | None: ...
 
 Global___UpdateReport: _TypeAlias = UpdateReport  # noqa: Y015
+
+@_typing.final
+class BaseModelTags(_message.Message):
+    """Keyed digests, 32 bytes each, of what stays as it is during training. The key is derived from the epoch's secret, so
+    servers can tell that two of one epoch are equal, and nothing else.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    weights: _builtins.bytes
+    """Of the frozen weights: names, types, shapes, values."""
+    tokenizer: _builtins.bytes
+    """Of the vocabulary and what is made of sample texts."""
+    chat_template: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        weights: _builtins.bytes = ...,
+        tokenizer: _builtins.bytes = ...,
+        chat_template: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "tokenizer", b"tokenizer", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BaseModelTags: _TypeAlias = BaseModelTags  # noqa: Y015
 
 @_typing.final
 class EvaluationReport(_message.Message):
@@ -1268,12 +1307,19 @@ class Assignment(_message.Message):
     HALT_FIELD_NUMBER: _builtins.int
     SERVE_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
+    NOTICE_REASON_FIELD_NUMBER: _builtins.int
+    NOTICE_ROUND_ID_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Changes whenever the work changes; an agent does each assignment once."""
     notice: _builtins.str
-    """Why the client's update was left out of the newest training round's aggregate and what to do, in words; "" if it
-    was not.
+    """Why the client's update was left out of the newest round's aggregate and what to do, in words; "" if it was not.
+    Of votes the reason MODEL_MISMATCH alone is told.
     """
+    notice_reason: _builtins.str
+    """Reason of the notice, and round that it is about; "" without one. An agent that committed to that round since it
+    started ends after MODEL_MISMATCH.
+    """
+    notice_round_id: _builtins.str
     @_builtins.property
     def wait(self) -> Global___Wait: ...
     @_builtins.property
@@ -1300,10 +1346,12 @@ class Assignment(_message.Message):
         halt: Global___Halt | None = ...,
         serve: Global___Serve | None = ...,
         notice: _builtins.str = ...,
+        notice_reason: _builtins.str = ...,
+        notice_round_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "halt", b"halt", "make_plan", b"make_plan", "serve", b"serve", "train", b"train", "vote", b"vote", "wait", b"wait", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "finish", b"finish", "halt", b"halt", "make_plan", b"make_plan", "notice", b"notice", "serve", b"serve", "train", b"train", "vote", b"vote", "wait", b"wait", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "finish", b"finish", "halt", b"halt", "make_plan", b"make_plan", "notice", b"notice", "notice_reason", b"notice_reason", "notice_round_id", b"notice_round_id", "serve", b"serve", "train", b"train", "vote", b"vote", "wait", b"wait", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["wait", "vote", "make_plan", "train", "finish", "halt", "serve"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015

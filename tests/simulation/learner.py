@@ -69,6 +69,7 @@ class MarkedLearner:
         self._applied = applied
         self._position = ""
         self.examples = range(examples)
+        self.base = None
         self.model = model
 
     def holds(self, round_id: str) -> bool:

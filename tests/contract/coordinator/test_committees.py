@@ -212,6 +212,15 @@ async def test_a_dealer_that_most_members_refuse_is_left_out_by_name(fed):
     assert (await party.clients["e"].open(federation.round_id(1))).contributors == tuple(FOUR)
 
 
+async def test_an_update_of_another_base_model_is_in_no_set_that_a_committee_signs(fed):
+    party = await convened(fed)
+    fed.bases = {**dict.fromkeys("abcd", "xxx"), "e": "yxx"}
+    federation = await party.play()
+    shown = await fed.shown()
+    assert [(d.client_id, d.reason) for d in shown.history[0].dropped] == [("e", "MODEL_MISMATCH")]
+    assert (await party.clients["a"].open(federation.round_id(1))).contributors == tuple(FOUR)
+
+
 async def test_a_member_that_refuses_everyone_stands_alone(fed):
     party = await convened(fed)
     party.clients["a"].refuses = frozenset("bcde")

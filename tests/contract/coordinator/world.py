@@ -81,6 +81,8 @@ class World:
     """Clients whose certificates issued up to a time are revoked, as the coordinator has learnt."""
     overlaps: dict[str, float] = field(default_factory=dict)
     """What members report of their overlap with the plan; nothing by default."""
+    bases: dict[str, str] = field(default_factory=dict)
+    """Base models of members, three letters for weights, tokens, chat template; they say nothing by default."""
 
     def __post_init__(self) -> None:
         instances = itertools.count(1)
@@ -179,10 +181,17 @@ class World:
             example_count=examples or self.examples.get(client, 10),
             train_loss=1.5,
             overlap=self.overlaps.get(client),
+            base_model=self.base_of(client),
         )
         return await self.handlers.commit(
             "fed", round_.round_id, self.update(client, round_, digests, report=report)
         )
+
+    def base_of(self, client: str) -> pb.BaseModelTags | None:
+        if client not in self.bases:
+            return None
+        weights, tokenizer, template = (letter.encode() * 32 for letter in self.bases[client])
+        return pb.BaseModelTags(weights=weights, tokenizer=tokenizer, chat_template=template)
 
     def ballot(self, client: str) -> bytes:
         """What a client votes for: all columns, the one that its name counts to first."""
@@ -194,7 +203,9 @@ class World:
     async def cast(self, client: str, round_: pb.RoundRef, data: bytes | None = None) -> int:
         data = self.ballot(client) if data is None else data
         header = pb.CastBallotHeader(
-            client_id=client, digest=_announced(data), report=pb.UpdateReport(example_count=1)
+            client_id=client,
+            digest=_announced(data),
+            report=pb.UpdateReport(example_count=1, base_model=self.base_of(client)),
         )
         return await self.handlers.cast_ballot("fed", round_.round_id, checks.ballot(header), _pieces(data))
 
@@ -205,7 +216,12 @@ class World:
             "shards": digests,
             "rank": 1,
             "scaling": 2.0,
-            "report": pb.UpdateReport(client_id=client, example_count=examples, train_loss=1.5),
+            "report": pb.UpdateReport(
+                client_id=client,
+                example_count=examples,
+                train_loss=1.5,
+                base_model=self.base_of(client),
+            ),
         }
         return checks.update(pb.CommitUpdateRequest(**{**fields, **changes}))
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import structlog
+import torch
 from safetensors.numpy import load_file
 from transformers import BertModel
 
@@ -262,6 +263,27 @@ async def test_adapters_are_kept_after_every_round_and_a_stopped_federation_has_
     again = [await federation.agent("one"), await federation.agent("two")]
     assert await outcomes(*again) == [Outcome.FINISHED] * 2, "they go on from where they were"
     assert (await federation.now()).trained_rounds == trained + 1
+
+
+async def test_an_agent_with_other_weights_is_told_and_ends_and_comes_back_with_the_right_ones(
+    make_federation: Make, tmp_path: Path
+) -> None:
+    """Shapes and names are the same; before, all three finished, and the adapter was of no use to any."""
+    federation = make_federation("weights", clients=3, rounds=2, deadline_s=600)
+    await federation.start()
+    torch.manual_seed(2)
+    other = save_model(BertModel(bert_config()), tmp_path / "other")
+    wrong = await federation.agent("three", model={"path": str(other), "device": "cpu"})
+    honest = [asyncio.create_task((await federation.agent(name)).run()) for name in ("one", "two")]
+    with pytest.raises(DomainError, match="has other weights than those of most agents") as caught:
+        await wrong.run()
+    assert caught.value.reason is Reason.MODEL_MISMATCH
+    assert await (await federation.agent("three")).run() is Outcome.FINISHED
+    assert await asyncio.gather(*honest) == [Outcome.FINISHED] * 2
+    left_out = [
+        (d.client_id, d.reason) for round_ in (await federation.now()).history for d in round_.dropped
+    ]
+    assert left_out == [("three", "MODEL_MISMATCH")]
 
 
 async def test_a_client_of_another_federation_is_refused_at_once(make_federation: Make) -> None:

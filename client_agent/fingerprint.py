@@ -1,0 +1,68 @@
+"""Digests of what stays as it is during training: agents whose base models differ must not train together.
+
+They are of what is loaded, not of files: sharded, renamed or stored in another format, the same values give the same
+digest. Agents send them keyed by the epoch's secret (`shelora.obfuscation`), so that servers see equality alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from client_agent.checkpoint import Checkpoint, under
+from client_agent.learning import BaseDigest
+
+_PROBED: Final = 2048
+"""Entries of the vocabulary that are tokenized, about: other merges of the same vocabulary show there."""
+_PROBE: Final = (
+    "Zwölf Boxkämpfer jagen Viktor; 3.14159 + 2 = 5?\n\tif (x != y) { return 'été'; } 東京 — привет 🙂"
+)
+
+
+def base_digest(checkpoint: Checkpoint) -> BaseDigest:
+    """Of a checkpoint before it is adapted. Reads every weight once, without a copy."""
+    frozen = {
+        name: value
+        for name, value in checkpoint.model.state_dict().items()
+        if not under(name, checkpoint.head)
+    }
+    return BaseDigest(
+        weights=weights_digest(frozen),
+        tokenizer=_tokenizer_digest(checkpoint.tokenizer),
+        chat_template=_of(checkpoint.tokenizer.chat_template),
+    )
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """SHA-256 of names, types, shapes and values, in order of the names."""
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous().cpu()
+        hashed.update(_of([name, str(value.dtype), list(value.shape)]))
+        hashed.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.digest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Of what it does: its vocabulary, its special tokens, how it cuts a sample of both."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    sample = " ".join(token for token, _ in vocabulary[:: max(1, len(vocabulary) // _PROBED)])
+    return _of(
+        [
+            vocabulary,
+            [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id],
+            _ids(tokenizer, [_PROBE, sample, sample.upper()]),
+        ]
+    )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    return ids
+
+
+def _of(value: Any) -> bytes:  # noqa: ANN401 - any JSON
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).digest()
