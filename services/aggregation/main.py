@@ -61,6 +61,13 @@ def main(
         float | None, typer.Option(help="Seconds a worker may take for a shard.")
     ] = None,
     max_concurrent_uploads: Annotated[int | None, typer.Option(help="Uploads received at once.")] = None,
+    max_client_uploads: Annotated[int | None, typer.Option(help="Of these of one client.")] = None,
+    max_federation_uploads: Annotated[
+        int | None, typer.Option(help="Of these of one federation; 0 for three quarters.")
+    ] = None,
+    upload_least_bytes_per_s: Annotated[
+        float | None, typer.Option(help="Average below which an upload loses its turn; 0 for any.")
+    ] = None,
     max_concurrent_checks: Annotated[int | None, typer.Option(help="Shards checked at once.")] = None,
     max_concurrent_downloads: Annotated[int | None, typer.Option(help="Downloads at once.")] = None,
     upload_idle_s: Annotated[float | None, typer.Option(help="Seconds an upload may be quiet.")] = None,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
+from services.aggregation.slots import SlotLimits
 from services.aggregation.uploads import UploadLimits
 from services.aggregation.workers import PoolLimits
 from services.shell.settings import MemberSettings, with_password
@@ -55,6 +56,17 @@ class AggregationSettings(MemberSettings):
     max_concurrent_uploads: Annotated[int, Field(ge=1)] = 64
     """Uploads received at once, about 2 MiB each; others wait for their turn."""
 
+    max_client_uploads: Annotated[int, Field(ge=1)] = 4
+    """Uploads of one client received at once. An agent sends one shard after the other."""
+
+    max_federation_uploads: Annotated[int, Field(ge=0)] = 0
+    """Uploads of one federation received at once; 0 for three quarters of max_concurrent_uploads, which leaves room for
+    another's."""
+
+    upload_least_bytes_per_s: Annotated[float, Field(ge=0)] = 1024.0
+    """Bytes a second that an upload must arrive with on average, or after 30 s it loses its turn; what arrived stays, to
+    be resumed. 0 for any number."""
+
     max_concurrent_checks: Annotated[int, Field(ge=1)] = Field(default_factory=usable_cpus)
     """Shards checked at once: each is whole in memory, up to max_shard_bytes, and keeps a thread busy."""
 
@@ -75,7 +87,16 @@ class AggregationSettings(MemberSettings):
     @property
     def upload_limits(self) -> UploadLimits:
         """What uploads may take."""
-        return UploadLimits(self.max_concurrent_uploads, self.max_concurrent_checks, self.upload_idle_s)
+        most = self.max_concurrent_uploads
+        slots = SlotLimits(
+            most, self.max_client_uploads, self.max_federation_uploads or max(1, 3 * most // 4)
+        )
+        return UploadLimits(
+            slots=slots,
+            checks=self.max_concurrent_checks,
+            idle_s=self.upload_idle_s,
+            least_bytes_s=self.upload_least_bytes_per_s,
+        )
 
     @property
     def pool_limits(self) -> PoolLimits:

@@ -12,6 +12,7 @@ import structlog
 from services.aggregation import metrics
 from services.aggregation.records import ShardSlot, Upload
 from services.aggregation.room import Room
+from services.aggregation.slots import SlotLimits, Slots
 from services.aggregation.store import ShardStore
 from shelora.errors import DomainError, Reason
 from shelora.lora.codec import validate_update
@@ -30,16 +31,23 @@ connection broke; in the second case it cancels the call a moment later, and the
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+SLOW_S: Final = 30.0
+"""Seconds over which the least rate is held: a pause of a phone's connection is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UploadLimits:
     """What uploads may take of this replica."""
 
-    concurrent: int
+    slots: SlotLimits
     """Uploads received at once; others wait."""
     checks: int
     """Shards checked at once: each is whole in memory and keeps a thread busy."""
     idle_s: float
     """Seconds without a piece after which an upload loses its place; its bytes stay."""
+    least_bytes_s: float
+    """Bytes a second, on average since it has its place, below which an upload loses it after SLOW_S; its bytes stay.
+    0 for any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +69,9 @@ class Uploads:
         """Takes `new_token`, which draws 32 random hex digits, and what is known of Redis' memory."""
         self._store = store
         self._room = room or Room()
-        self._idle_s = limits.idle_s
+        self._limits = limits
         self._new_token = new_token
-        self._receiving = asyncio.Semaphore(limits.concurrent)
+        self._slots = Slots(limits.slots)
         self._checking = asyncio.Semaphore(limits.checks)
 
     async def receive(self, announced: Announcement, pieces: AsyncIterator[bytes]) -> bool:
@@ -74,7 +82,7 @@ class Uploads:
         """
         layout = await self._store.layout(announced.slot.round_id)
         _check_announcement(layout, announced)
-        async with self._receiving:
+        async with self._slots.taken(announced.slot):
             upload = await self._store.begin(announced.slot, announced.digest, self._new_token())
             if upload is None:
                 return True
@@ -105,16 +113,16 @@ class Uploads:
 
     async def _transfer(self, upload: Upload, offset: int, pieces: AsyncIterator[bytes]) -> None:
         """Stores the pieces as they arrive, to the last, or until another call has completed the same content."""
-        batch = _Batch(self._store, upload, offset)
+        batch, pace = _Batch(self._store, upload, offset), _Pace(self._limits)
         try:
-            while not batch.overtaken and (piece := await _next(pieces, self._idle_s)) is not None:
+            while not batch.overtaken and (piece := await pace.next(pieces)) is not None:
                 await batch.add(piece)
             if not batch.overtaken and batch.end < upload.digest.total_bytes:
                 await asyncio.sleep(BREAK_GRACE_S)
                 message = f"{batch.end} of {upload.digest.total_bytes} announced bytes arrived"
                 raise DomainError(Reason.TRANSFER_TRUNCATED, message)
             await batch.flush()
-        except (asyncio.CancelledError, _IdleError):
+        except (asyncio.CancelledError, _SlowError):
             with suppress(DomainError):  # the bytes that can be kept are; why the call ends is known already
                 await batch.flush()
             raise
@@ -141,11 +149,42 @@ class _Checked:
     encrypted_bytes: int
 
 
-class _IdleError(DomainError):
-    """The sender went quiet. It may come back and resume, as after any failure that passes."""
+class _SlowError(DomainError):
+    """The sender is quiet or slow. It may come back and resume, as after any failure that passes."""
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(Reason.STORE_UNAVAILABLE, f"no piece arrived for {seconds:g} s; resume the upload")
+    def __init__(self, what: str) -> None:
+        super().__init__(Reason.STORE_UNAVAILABLE, f"{what}; resume the upload")
+
+
+class _Pace:
+    """How fast the pieces of an upload come; the time that we take to store them does not count."""
+
+    def __init__(self, limits: UploadLimits) -> None:
+        self._limits = limits
+        self._waited_s = 0.0
+        self._received = 0
+
+    async def next(self, pieces: AsyncIterator[bytes]) -> bytes | None:
+        """The next piece, None after the last. Raises _SlowError if it takes too long, or all have."""
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        try:
+            async with asyncio.timeout(self._limits.idle_s):
+                piece = await anext(pieces, None)
+        except TimeoutError:
+            raise _SlowError(f"no piece arrived for {self._limits.idle_s:g} s") from None
+        self._waited_s += loop.time() - began_s
+        if piece is not None:
+            self._received += len(piece)
+            self._require_pace()
+        return piece
+
+    def _require_pace(self) -> None:
+        least = self._limits.least_bytes_s
+        if self._waited_s > SLOW_S and self._received < least * self._waited_s:
+            raise _SlowError(
+                f"{self._received} bytes arrived in {self._waited_s:.0f} s, fewer than {least:g} a second"
+            )
 
 
 class _Batch:
@@ -182,15 +221,6 @@ class _Batch:
             self.overtaken = not await self._store.append(self._upload, self._offset, bytes(self._buffer))
             self._offset += len(self._buffer)
             self._buffer.clear()
-
-
-async def _next(pieces: AsyncIterator[bytes], idle_s: float) -> bytes | None:
-    """The next piece, None after the last. Raises _IdleError if it takes longer than `idle_s`."""
-    try:
-        async with asyncio.timeout(idle_s):
-            return await anext(pieces, None)
-    except TimeoutError:
-        raise _IdleError(idle_s) from None
 
 
 def _check_announcement(layout: Layout, announced: Announcement) -> None:

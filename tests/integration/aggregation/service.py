@@ -10,6 +10,7 @@ import grpc
 from services.aggregation.aggregations import Aggregations
 from services.aggregation.downloads import Downloads
 from services.aggregation.servicer import SERVICE_NAME, AggregationServicer
+from services.aggregation.slots import SlotLimits
 from services.aggregation.store import connect, connect_worker
 from services.aggregation.uploads import UploadLimits, Uploads
 from services.aggregation.worker import answer
@@ -110,7 +111,11 @@ def stream(first: pb.PutShardRequest, pieces: Iterator[bytes]) -> Iterator[pb.Pu
 async def replica(redis_url: str, pool: Any, idle_s: float = 30) -> AsyncIterator[Caller]:
     store = connect(redis_url, connections=8, timeout_s=10)
     numbers = iter(range(1000))
-    uploads = Uploads(store, UploadLimits(8, 2, idle_s), lambda: f"{id(store):016x}{next(numbers):016x}")
+    uploads = Uploads(
+        store,
+        UploadLimits(slots=SlotLimits(8, 4, 6), checks=2, idle_s=idle_s, least_bytes_s=0.0),
+        lambda: f"{id(store):016x}{next(numbers):016x}",
+    )
     servicer = AggregationServicer(store, uploads, Downloads(store, 8), Aggregations(store, pool), 64 * 2**20)
 
     def register(server: grpc.aio.Server) -> None:

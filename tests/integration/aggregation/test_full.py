@@ -8,6 +8,7 @@ import pytest
 from services.aggregation.keys import RoundKeys
 from services.aggregation.records import ShardSlot
 from services.aggregation.room import UPLOAD_SHARE, Room
+from services.aggregation.slots import SlotLimits
 from services.aggregation.store import connect
 from services.aggregation.uploads import Announcement, UploadLimits, Uploads
 from shelora.errors import Reason
@@ -78,7 +79,12 @@ async def test_a_resumed_upload_needs_room_for_the_rest_alone(caller, wide, redi
         for piece in cut(data, half):
             yield piece
 
-    uploads = Uploads(store, UploadLimits(1, 1, 30), lambda: "1" * 32, room)
+    uploads = Uploads(
+        store,
+        UploadLimits(slots=SlotLimits(1, 1, 1), checks=1, idle_s=30, least_bytes_s=0.0),
+        lambda: "1" * 32,
+        room,
+    )
     assert not await uploads.receive(Announcement(slot, Digest.of(data), half, wide.layout.digest), rest())
     assert (await caller.progress("client-0"))[0].complete
     await store.close()
