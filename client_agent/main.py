@@ -15,6 +15,7 @@ from client_agent.loading import check_loading, unusable
 from shelora.configuration import invalid
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, TrainingSpec
+from shelora.private_memory import keep_memory_private
 from shelora.stopping import stop_signals
 from shelora.telemetry.logs import configure_logs
 from shelora.telemetry.metrics import start_metrics_server
@@ -233,6 +234,7 @@ def _run(config: AgentConfig) -> int:
     from client_agent.agent import Outcome, step_back  # noqa: PLC0415 - enrolling must not wait for torch
 
     configure_logs("client-agent", config.log.level, json=config.log.json_lines)
+    keep_memory_private()
     structlog.contextvars.bind_contextvars(client_id=config.client_id, federation=config.federation)
     step_back(config.resources.nice)
     if config.metrics_port is not None:

@@ -40,11 +40,13 @@ class AuditEvent(StrEnum):
     EPOCH_RETIRED = "epoch_retired"
     """Its keys are deleted from the folder; backups may still hold them."""
     SECRETS_RELEASED = "secrets_released"
-    """Written before the secrets are answered; a caller that hung up may not have received them."""
+    """Written before the secrets are answered; a caller that hung up may not have received them. With `count`: how
+    often the same client was given them again in the hour after the record without."""
     RELEASE_REFUSED = "release_refused"
-    """`client_id` is what the caller called itself, proven or not."""
+    """`client_id` is what the caller called itself, proven or not. `count` as above."""
     CALL_DENIED = "call_denied"
-    """A call of `method` was refused for the caller's certificate, which names `role` and, of a client, the rest."""
+    """A call of `method` was refused for the caller's certificate, which names `role` and, of a client, the rest.
+    `count` as above."""
     REFUSALS_NOT_LISTED = "refusals_not_listed"
     """`count` refusals since the last record came too fast to have one each."""
     TAIL_REPAIRED = "tail_repaired"

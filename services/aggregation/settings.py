@@ -64,8 +64,8 @@ class AggregationSettings(MemberSettings):
     another's."""
 
     upload_least_bytes_per_s: Annotated[float, Field(ge=0)] = 1024.0
-    """Bytes a second that an upload must arrive with on average, or after 30 s it loses its turn; what arrived stays, to
-    be resumed. 0 for any number."""
+    """Least bytes a second of an upload, on average; after 30 s below it loses its turn. What arrived stays and can be
+    resumed. 0 for any number."""
 
     max_concurrent_checks: Annotated[int, Field(ge=1)] = Field(default_factory=usable_cpus)
     """Shards checked at once: each is whole in memory, up to max_shard_bytes, and keeps a thread busy."""

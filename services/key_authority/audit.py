@@ -4,8 +4,10 @@ import hashlib
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Self
@@ -23,6 +25,12 @@ from shelora.transport.revocations import Revocation
 REFUSALS_PER_MINUTE: Final = 30
 """Refusals, of releases and of calls each, that get a record of their own; the others are counted. Nobody may fill the
 disk by being refused."""
+
+REPEATS_S: Final = 3600.0
+"""Seconds in which a release or a refusal like one before is counted, not listed: what it tells is on disk already."""
+
+MAX_REPEATED: Final = 10_000
+"""Different ones that are counted at once."""
 
 _MINUTE_S: Final = 60.0
 _log = structlog.get_logger(__name__)
@@ -56,7 +64,9 @@ class AuditLog:
     ) -> None:
         self._path = path
         self._clock = clock
+        self._monotonic = monotonic
         self._lock = threading.Lock()
+        self._lately: OrderedDict[AuditEntry, _Repeated] = OrderedDict()
         self._refusals = _Budget(REFUSALS_PER_MINUTE, monotonic)
         self._denials = _Budget(REFUSALS_PER_MINUTE, monotonic)
         self._opened: set[EpochId] = set()
@@ -100,10 +110,13 @@ class AuditLog:
                     self._retired.add(epoch_id)
 
     def secrets_released(self, epoch_id: EpochId, client_id: str, key_id: bytes) -> None:
-        """Writes down a release, durably, before it is answered. Raises: DomainError STORE_UNAVAILABLE."""
+        """Writes down a release, durably, before it is answered; the same to the same client again is counted.
+
+        Raises: DomainError STORE_UNAVAILABLE.
+        """
         with self._lock:
             self._ensure_opened(epoch_id, key_id)
-            self._append(
+            self._note(
                 AuditEntry(
                     event=AuditEvent.SECRETS_RELEASED,
                     federation_id=epoch_id.federation_id,
@@ -114,7 +127,9 @@ class AuditLog:
             )
 
     def release_refused(self, epoch_id: EpochId, client_id: str | None, reason: Reason) -> None:
-        """Writes down a refusal, or counts it if there are too many. Raises: DomainError STORE_UNAVAILABLE.
+        """Writes down a refusal, or counts it if it is a repeat, or there are too many.
+
+        Raises: DomainError STORE_UNAVAILABLE.
 
         Args:
             epoch_id: What was asked for.
@@ -122,27 +137,24 @@ class AuditLog:
             reason: Why it was refused.
         """
         with self._lock:
-            if not self._refusals.spend():
-                return
-            self._append(
+            self._note(
                 AuditEntry(
                     event=AuditEvent.RELEASE_REFUSED,
                     federation_id=epoch_id.federation_id,
                     epoch=epoch_id.epoch,
                     client_id=client_id,
                     reason=reason.value,
-                )
+                ),
+                self._refusals,
             )
 
     def call_denied(self, method: str, caller: Identity, reason: Reason) -> None:
-        """Writes down a call that was refused for the caller's certificate, or counts it if there are too many.
+        """Writes down a call that was refused for the caller's certificate, or counts it as `release_refused` does.
 
         Raises: DomainError STORE_UNAVAILABLE.
         """
         with self._lock:
-            if not self._denials.spend():
-                return
-            self._append(
+            self._note(
                 AuditEntry(
                     event=AuditEvent.CALL_DENIED,
                     federation_id=caller.federation_id or None,
@@ -150,8 +162,14 @@ class AuditLog:
                     role=caller.role.value,
                     method=method,
                     reason=reason.value,
-                )
+                ),
+                self._denials,
             )
+
+    def list_repeats(self) -> None:
+        """Writes down how often what was listed an hour ago came again. Raises: DomainError STORE_UNAVAILABLE."""
+        with self._lock:
+            self._list_repeats(self._monotonic() - REPEATS_S)
 
     @property
     def revocations(self) -> frozenset[Revocation]:
@@ -177,6 +195,7 @@ class AuditLog:
                 return
             try:
                 with suppress(DomainError):  # the disk has failed; there is nobody left to tell but the log
+                    self._list_repeats(self._monotonic())
                     self._append_unlisted()
             finally:
                 os.close(self._descriptor)
@@ -222,6 +241,31 @@ class AuditLog:
             )
         )
         self._opened.add(epoch_id)
+
+    def _note(self, entry: AuditEntry, budget: "_Budget | None" = None) -> None:
+        """Writes an entry, or counts it if one like it was written lately, or the budget is spent."""
+        now = self._monotonic()
+        self._list_repeats(now - REPEATS_S)
+        if entry in self._lately:
+            self._lately[entry].count += 1
+            return
+        if budget is not None and not budget.spend():
+            return
+        self._append(entry)
+        self._lately[entry] = _Repeated(now)
+        if len(self._lately) > MAX_REPEATED:
+            self._list_oldest()
+
+    def _list_repeats(self, until: float) -> None:
+        while self._lately and next(iter(self._lately.values())).since <= until:
+            self._list_oldest()
+
+    def _list_oldest(self) -> None:
+        """The entry again with how often it came since; not forgotten before it is on disk."""
+        entry, repeated = next(iter(self._lately.items()))
+        if repeated.count:
+            self._append(entry.model_copy(update={"count": repeated.count}))
+        del self._lately[entry]
 
     def _append(self, entry: AuditEntry) -> None:
         self._append_unlisted()
@@ -308,6 +352,14 @@ def succeed_log(path: Path, identity: str, clock: Clock = utc_now) -> Path:
 
 def _start(path: Path, entry: AuditEntry, clock: Clock) -> None:
     files.replace(path, AuditRecord.after(None, entry, clock()).line())
+
+
+@dataclass
+class _Repeated:
+    """When an entry was written, and how often it came since."""
+
+    since: float
+    count: int = 0
 
 
 class _Budget:

@@ -22,6 +22,8 @@ from shelora.transport.certificates import Certificate
 KEY_RELEASES: Final = counter("key_releases_total", "Times the secrets of an epoch were given to an agent.")
 KEY_REFUSALS: Final = counter("key_refusals_total", "Times an agent was refused the secrets of an epoch.")
 
+REPEATS_POLL_S: Final = 60.0
+
 _CLIENT_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _log = structlog.get_logger(__name__)
 
@@ -102,6 +104,12 @@ class Authority:
             before_epoch=before.epoch,
             audit_head=self._audit.head,
         )
+
+    async def list_repeats(self) -> None:
+        """Has the audit log list how often things were repeated, once a minute. Never returns."""
+        while True:
+            await asyncio.sleep(REPEATS_POLL_S)
+            await self._write_down(self._audit.list_repeats)
 
     async def denied(self, denial: Denial) -> None:
         """Writes down a call that the guard refused to the holder of a certificate.

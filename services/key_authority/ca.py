@@ -67,22 +67,28 @@ class RootFile:
         folder: Made with mode 0700 if it is missing.
         sealer: Seals the file.
         vault: Identity of the vault; the root of another vault does not open.
+        evidence: Finds a file that shows that there was a root, so that a lost one is not replaced by another.
     """
 
-    def __init__(self, folder: Path, sealer: Sealer, vault: str) -> None:
+    def __init__(
+        self, folder: Path, sealer: Sealer, vault: str, evidence: Callable[[], Path | None] = lambda: None
+    ) -> None:
         self._folder = folder
         self._path = folder / _FILE
         self._sealer = sealer
         self._binding = Binding("certificate authority", vault)
+        self._evidence = evidence
 
     def load_or_create(self) -> Root:
         """The root. Of concurrent processes one makes it.
 
-        Raises: DomainError CONFIGURATION_INVALID if the file cannot be used; it is left as it is.
+        Raises: DomainError CONFIGURATION_INVALID if the file cannot be used, and is left as it is; or if it is missing
+        although others show that it was there.
         """
         disk.private_folder(self._folder)
         root = self.load()
         if root is None:
+            self._require_new()
             self._create(_new_root())
             root = self._read()  # of several writers the first won
         return root
@@ -90,6 +96,13 @@ class RootFile:
     def load(self) -> Root | None:
         """The root, None if there is none yet. Raises: as `load_or_create`."""
         return self._read() if self._path.exists() else None
+
+    def _require_new(self) -> None:
+        if (found := self._evidence()) is not None:
+            raise _unusable(
+                f"{self._path} is missing, but {found} shows that there was one: restore it from a backup of this "
+                "folder. A new certificate authority would know nobody; if you want one, start in an empty folder"
+            )
 
     def _create(self, root: Root) -> None:
         blob = self._sealer.seal(self._binding, key_to_pem(root.key) + root.certificate)

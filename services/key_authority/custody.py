@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import structlog
+
 from services.key_authority import disk
 from services.key_authority.audit import AuditLog, start_log, succeed_log
 from services.key_authority.ca import Root, RootFile
@@ -35,8 +37,11 @@ from shelora.audit import LOG_NAME
 from shelora.errors import DomainError, Reason
 
 _IDENTITY_NAME: Final = "vault.sealed"
+_REGISTER_NAME: Final = "register.sealed"
+_EPOCHS_NAME: Final = "epochs"
 _IDENTITY_BYTES: Final = 16
 _IDENTITY_BINDING: Final = Binding("vault identity")
+_log = structlog.get_logger(__name__)
 _HEAD_BYTES: Final = 64
 """Enough of a sealed file to see its key."""
 
@@ -68,7 +73,7 @@ def open_custody(folder: Path, key: SealingKey) -> Iterator[Custody]:
             _first_start(folder, sealer)
         identity = _identity(folder, sealer)
         _require_one_key(folder, sealer)
-        vault, register = Vault(folder / "epochs", sealer, identity), _register(folder, sealer, identity)
+        vault, register = Vault(folder / _EPOCHS_NAME, sealer, identity), _register(folder, sealer, identity)
         with AuditLog(folder / LOG_NAME, identity) as audit:
             yield Custody(identity, vault, _root_file(folder, sealer, identity), register, audit)
 
@@ -76,7 +81,7 @@ def open_custody(folder: Path, key: SealingKey) -> Iterator[Custody]:
 def read_vault(folder: Path, key: SealingKey) -> Vault:
     """The vault of a data folder that another process may be using. Raises: as `open_custody`."""
     sealer, identity = _opened(folder, key)
-    return Vault(folder / "epochs", sealer, identity)
+    return Vault(folder / _EPOCHS_NAME, sealer, identity)
 
 
 def read_root(folder: Path, key: SealingKey) -> Root | None:
@@ -132,11 +137,17 @@ def _opened(folder: Path, key: SealingKey) -> tuple[Sealer, str]:
 
 
 def _root_file(folder: Path, sealer: Sealer, identity: str) -> RootFile:
-    return RootFile(folder / "authority", sealer, identity)
+    return RootFile(folder / "authority", sealer, identity, lambda: _sign_of_use(folder))
+
+
+def _sign_of_use(folder: Path) -> Path | None:
+    """A file that is made only after the root: the register, or an epoch's, retired ones too."""
+    later = [folder / _REGISTER_NAME, *sorted((folder / _EPOCHS_NAME).glob("*.*"))]
+    return next((path for path in later if path.exists()), None)
 
 
 def _register(folder: Path, sealer: Sealer, identity: str) -> Register:
-    return Register(folder / "register.sealed", sealer, identity)
+    return Register(folder / _REGISTER_NAME, sealer, identity)
 
 
 def _first_start(folder: Path, sealer: Sealer) -> None:
@@ -170,9 +181,16 @@ def _identity(folder: Path, sealer: Sealer) -> str:
 
 
 def _require_one_key(folder: Path, sealer: Sealer) -> None:
-    """Refuses a folder in which files are sealed under different keys, before anybody misses one of them."""
+    """Refuses a folder in which files are sealed under different keys, before anybody misses one of them.
+
+    A change of keys begins with the root. An epoch's file that alone names another key is damaged, or of another
+    backup: it takes its federation only, as any other damage of it.
+    """
     foreign = [path for path in _sealed_files(folder) if _key_id(path) not in {None, sealer.key_id}]
-    if foreign:
+    epochs = [path for path in foreign if path.parent.name == _EPOCHS_NAME]
+    for path in epochs:
+        _log.error("epoch_of_another_key", file=str(path))
+    if len(foreign) > len(epochs):
         raise _refused(
             f"{len(foreign)} files, among them {foreign[0]}, are sealed under another key: a change of keys was "
             "interrupted, or a backup of another time was mixed in. Repeat: shelora-key-authority reseal"

@@ -160,7 +160,7 @@ async def _serve(settings: KeyAuthoritySettings, custody: Custody) -> None:
         settings,
         service_names=SERVICE_NAMES,
         register=partial(register, authority, enrolments, revoker),
-        background=[partial(keep_renewed, own, obtain)],
+        background=[partial(keep_renewed, own, obtain), authority.list_repeats],
         credentials=TlsCredentials(own),
         revocations=revocations,
         enrolment=StrangersPort(

@@ -10,6 +10,7 @@ import structlog
 
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
+from shelora.private_memory import keep_memory_private
 from shelora.telemetry.logs import configure_logs
 from shelora.terminal import Terminal
 
@@ -40,6 +41,7 @@ def run_process(
     try:
         settings = load()
         configure_logs(process, settings.log_level, json=settings.log_json)
+        keep_memory_private()
         allow_many_connections()
         asyncio.run(main(settings))
     except Exception as error:  # noqa: BLE001 - the end of the process: one line or a log record, never silence

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from services.key_authority.audit import REFUSALS_PER_MINUTE, AuditLog, start_log, succeed_log
+from services.key_authority.audit import REFUSALS_PER_MINUTE, REPEATS_S, AuditLog, start_log, succeed_log
 from services.key_authority.epochs import EpochId
 from shelora.audit import AuditEvent, verified
 from shelora.errors import DomainError, Reason
@@ -216,11 +216,11 @@ def test_a_log_that_takes_the_place_of_a_damaged_one_names_it(path):
 def test_refusals_beyond_the_limit_are_counted_not_listed(path):
     now = Time()
     with opened(path, monotonic=now) as log:
-        for _ in range(REFUSALS_PER_MINUTE + 5):
-            log.release_refused(EPOCH, "stranger", Reason.UNAUTHENTICATED)
+        for number in range(REFUSALS_PER_MINUTE + 5):
+            log.release_refused(EPOCH, f"stranger-{number}", Reason.UNAUTHENTICATED)
         log.secrets_released(EPOCH, "ward-7", KEY_ID)
-        for _ in range(3):
-            log.release_refused(EPOCH, None, Reason.UNAUTHENTICATED)
+        for number in range(3):
+            log.release_refused(EpochId("clinic", number + 2), None, Reason.UNAUTHENTICATED)
         now.seconds = 60.0
         log.release_refused(EPOCH, "stranger", Reason.INVALID_ARGUMENT)
     seen = records(path)
@@ -233,8 +233,9 @@ def test_a_denied_call_is_listed_with_whom_the_certificate_names_and_leaves_rele
     method = "/shelora.v1.KeyAuthority/GetEpochSecrets"
     with opened(path, monotonic=Time()) as log:
         log.call_denied(method, OPERATOR, Reason.PERMISSION_DENIED)
-        for _ in range(REFUSALS_PER_MINUTE + 3):
-            log.call_denied(method, client(), Reason.CERTIFICATE_EXPIRED)
+        log.call_denied(method, client(), Reason.CERTIFICATE_EXPIRED)
+        for number in range(REFUSALS_PER_MINUTE + 2):
+            log.call_denied(method, client(f"ward-{number}"), Reason.PERMISSION_DENIED)
         log.release_refused(EPOCH, "ward-7", Reason.FEDERATION_UNKNOWN)
     denied = [r for r in records(path) if r.event is AuditEvent.CALL_DENIED]
     assert len(denied) == REFUSALS_PER_MINUTE
@@ -252,8 +253,8 @@ def test_a_denied_call_is_listed_with_whom_the_certificate_names_and_leaves_rele
 
 def test_what_was_only_counted_is_written_down_at_the_end(path):
     log = opened(path, monotonic=Time())
-    for _ in range(REFUSALS_PER_MINUTE + 2):
-        log.release_refused(EPOCH, "stranger", Reason.UNAUTHENTICATED)
+    for number in range(REFUSALS_PER_MINUTE + 2):
+        log.release_refused(EPOCH, f"stranger-{number}", Reason.UNAUTHENTICATED)
     log.close()
     log.close()
     assert records(path)[-1].count == 2
@@ -265,3 +266,41 @@ def test_no_other_user_can_read_or_change_the_log(path):
     with opened(path) as log:
         log.secrets_released(EPOCH, "ward-7", KEY_ID)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_asked_again_and_again_is_one_record_and_a_count(path):
+    """A member that asked for its secrets as often as it may wrote 3 GB a day."""
+    now = Time()
+    with opened(path, monotonic=now) as log:
+        for _ in range(1000):
+            log.secrets_released(EPOCH, "ward-7", KEY_ID)
+        log.secrets_released(EPOCH, "ward-8", KEY_ID)
+        for _ in range(3):
+            log.call_denied("/x/y", client(), Reason.PERMISSION_DENIED)
+        assert len(records(path)) == 5
+        now.seconds = REPEATS_S
+        log.list_repeats()
+        log.secrets_released(EPOCH, "ward-7", KEY_ID)  # an hour later it is listed again
+        log.secrets_released(EPOCH, "ward-7", KEY_ID)
+    told = [(r.event, r.client_id, r.count) for r in records(path)][5:]
+    assert told == [
+        (AuditEvent.SECRETS_RELEASED, "ward-7", 999),
+        (AuditEvent.CALL_DENIED, "ward-7", 2),
+        (AuditEvent.SECRETS_RELEASED, "ward-7", None),
+        (AuditEvent.SECRETS_RELEASED, "ward-7", 1),
+    ]
+
+
+def test_a_release_that_could_not_be_written_down_is_no_repeat_of_itself(path, monkeypatch):
+    with opened(path) as log:
+        log.epoch_opened(EPOCH, KEY_ID)
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fsync", failing_disk)
+            with pytest.raises(DomainError):
+                log.secrets_released(EPOCH, "ward-7", KEY_ID)
+        log.secrets_released(EPOCH, "ward-7", KEY_ID)
+    assert events(path)[-1] is AuditEvent.SECRETS_RELEASED
+
+
+def failing_disk(_descriptor):
+    raise OSError(28, "No space left on device")

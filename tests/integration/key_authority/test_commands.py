@@ -21,6 +21,7 @@ EPOCH = EpochId("clinic", 1)
 def folder(tmp_path, sealing_key):
     folder = tmp_path / "data"
     with open_custody(folder, sealing_key) as custody:
+        custody.root.load_or_create()
         opened = custody.vault.open_epoch(EPOCH, INSECURE_TOY)
         for number in range(3):
             custody.audit.secrets_released(EPOCH, f"ward-{number}", opened.key_id)
@@ -72,7 +73,7 @@ def test_the_sealing_key_is_changed_by_one_command(tmp_path, folder, sealing_key
     keys = ["--old-key-file", sealing_key_file, "--new-key-file", tmp_path / "new.key"]
     result = key_authority("reseal", "--data-dir", folder, *keys)
     assert result.exit_code == 0
-    assert "2 files sealed anew" in result.stdout
+    assert "3 files sealed anew" in result.stdout
     assert key_authority("reseal", "--data-dir", folder, *keys).stdout.startswith("0 files")
     with open_custody(folder, SealingKey.from_file(tmp_path / "new.key")) as custody:
         custody.vault.read(EPOCH)

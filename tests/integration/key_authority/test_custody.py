@@ -24,6 +24,7 @@ def folder(tmp_path):
 def kept(folder, sealing_key):
     """What the vault of a used folder holds, by epoch."""
     with open_custody(folder, sealing_key) as custody:
+        custody.root.load_or_create()  # as the first start does
         return {epoch: fill(custody, epoch) for epoch in EPOCHS}
 
 
@@ -200,7 +201,7 @@ def test_a_copy_with_half_a_record_at_its_end_is_a_backup_too(folder, tmp_path, 
 
 
 def test_resealing_changes_the_key_of_everything_and_the_content_of_nothing(folder, sealing_key, kept):
-    assert reseal(folder, sealing_key, NEW_KEY) == 4
+    assert reseal(folder, sealing_key, NEW_KEY) == 5
     assert {key_id_of(path.read_bytes()) for path in sealed_files(folder)} == {NEW_KEY.key_id}
     assert "wrong sealing key" in refusal(folder, sealing_key)
     assert read_all(folder, NEW_KEY) == kept
@@ -210,9 +211,7 @@ def test_resealing_changes_the_key_of_everything_and_the_content_of_nothing(fold
 def test_the_root_of_the_certificate_authority_is_sealed_and_resealed_with_the_rest(
     folder, sealing_key, kept
 ):
-    assert read_root(folder, sealing_key) is None
-    with open_custody(folder, sealing_key) as custody:
-        root = custody.root.load_or_create()
+    root = read_root(folder, sealing_key)
     assert reseal(folder, sealing_key, NEW_KEY) == 5
     assert "wrong sealing key" in refusal(folder, sealing_key)
     with open_custody(folder, NEW_KEY) as custody:
@@ -227,7 +226,7 @@ def test_resealing_again_changes_nothing(folder, sealing_key, kept):
     assert content(folder) == before
 
 
-@pytest.mark.parametrize("done", range(5))
+@pytest.mark.parametrize("done", range(6))
 def test_an_interrupted_resealing_is_refused_at_start_and_finished_by_repeating_it(
     folder, sealing_key, kept, monkeypatch, done
 ):
@@ -244,15 +243,15 @@ def test_an_interrupted_resealing_is_refused_at_start_and_finished_by_repeating_
 
     with monkeypatch.context() as patched:
         patched.setattr(files, "replace", crash)
-        if done < 4:
+        if done < 5:
             with pytest.raises(Crash):
                 reseal(folder, sealing_key, NEW_KEY)
         else:
             reseal(folder, sealing_key, NEW_KEY)
-    if 0 < done < 4:
+    if 0 < done < 5:
         for key in (sealing_key, NEW_KEY):
             assert "shelora-key-authority reseal" in refusal(folder, key)
-    assert reseal(folder, sealing_key, NEW_KEY) == 4 - done
+    assert reseal(folder, sealing_key, NEW_KEY) == 5 - done
     assert read_all(folder, NEW_KEY) == kept
 
 
@@ -300,3 +299,40 @@ def test_a_log_that_holds_is_not_replaced(folder, sealing_key, kept):
     with pytest.raises(DomainError, match="no reason to replace it"):
         replace_audit_log(folder, sealing_key)
     assert content(folder) == before
+
+
+def test_a_lost_root_is_refused_by_name_and_no_other_takes_its_place(folder, sealing_key, kept):
+    """A new authority was made silently, and nobody was known any more."""
+    root = folder / "authority" / "root.sealed"
+    blob = root.read_bytes()
+    root.unlink()
+    with open_custody(folder, sealing_key) as custody, pytest.raises(DomainError) as caught:
+        custody.root.load_or_create()
+    assert caught.value.reason is Reason.CONFIGURATION_INVALID
+    assert "root.sealed is missing, but" in caught.value.message
+    assert not root.exists()
+    root.write_bytes(blob)
+    with open_custody(folder, sealing_key) as custody:
+        custody.root.load_or_create()
+
+
+def test_a_first_start_that_ended_before_its_root_makes_it(folder, sealing_key):
+    with open_custody(folder, sealing_key):
+        pass
+    with open_custody(folder, sealing_key) as custody:
+        custody.root.load_or_create()
+
+
+def test_a_bit_flipped_in_a_file_of_one_federation_takes_that_federation_only(folder, sealing_key, kept):
+    """In whatever byte: in those of the key's name it stopped the whole authority."""
+    damaged, *whole = kept
+    path = folder / "epochs" / f"{damaged.federation_id}.{damaged.epoch}.sealed"
+    blob = path.read_bytes()
+    for at in [*range(64), len(blob) // 2, len(blob) - 1]:
+        path.write_bytes(blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :])
+        with open_custody(folder, sealing_key) as custody:
+            assert {epoch: custody.vault.read(epoch) for epoch in whole} == {e: kept[e] for e in whole}
+            with pytest.raises(DomainError) as caught:
+                custody.vault.read(damaged)
+        assert caught.value.reason is Reason.SECRET_UNAVAILABLE, at
+        assert str(damaged) in caught.value.message
