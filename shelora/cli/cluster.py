@@ -38,8 +38,6 @@ REDIS_PORT: Final = 7100
 START_TIMEOUT_S: Final = 60.0
 LOG_TAIL_LINES: Final = 15
 _POLL_S: Final = 0.05
-_QUIET: Final = {"GRPC_VERBOSITY": "ERROR"}
-"""gRPC's core writes lines of its own to standard error, between our JSON; only its environment stops it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**_QUIET, **os.environ, **environment},
+                env={**os.environ, **environment},
                 start_new_session=True,
             )
 

@@ -1,4 +1,7 @@
 import asyncio
+import os
+import sys
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -15,6 +18,7 @@ from shelora.transport.status import MAX_DETAILS, RETRY_AFTER_METADATA, translat
 from shelora.v1 import aggregation_pb2, aggregation_pb2_grpc
 from shelora.v1 import key_authority_pb2 as pb
 from shelora.v1 import key_authority_pb2_grpc as pb_grpc
+from tests.identities import COORDINATOR, OPERATOR, TestAuthority
 
 SERVICE = "shelora.v1.KeyAuthority"
 LOCAL = ["127.0.0.1:1", "127.8.8.8:1", "localhost:1", "[::1]:1", "unix:/run/x.sock"]
@@ -217,3 +221,20 @@ def test_grpc_knows_every_option_that_is_set(monkeypatch):
     assert len(routed) == 2
     for name, _ in (*channels.SERVER_OPTIONS, *channels._CHANNEL_OPTIONS, *routed, *direct):
         assert name.encode() in library, name
+
+
+async def test_a_command_that_distrusts_a_server_says_one_line_and_grpc_none(tmp_path):
+    ours, theirs = TestAuthority(tmp_path / "ours"), TestAuthority(tmp_path / "theirs")
+    register = partial(pb_grpc.add_KeyAuthorityServicer_to_server, Flaky())
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    async with running_server([SERVICE], register, credentials=theirs.credentials(COORDINATOR)) as address:
+        arguments = ["status", "--coordinator", address, "--identity", str(ours.enrolled(OPERATOR))]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "shelora.cli.main", *arguments),
+            env=environment,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, said = await process.communicate()
+    assert process.returncode == 1
+    assert len(said.splitlines()) == 1
+    assert said.startswith(b"SERVER_UNTRUSTED the certificate of the server at")
