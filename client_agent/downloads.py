@@ -35,6 +35,8 @@ class Result:
     round_id: str
     layout: Layout
     shards: tuple[Digest, ...]
+    number: int = 0
+    """Number of its training round; 0 for votes."""
 
     @classmethod
     def from_proto(cls, message: common_pb2.ResultRef) -> "Result":
@@ -50,7 +52,7 @@ class Result:
             raise DomainError(
                 Reason.LAYOUT_MISMATCH, "the result has another number of shards than its layout"
             )
-        result = cls(message.round_id, layout, shards)
+        result = cls(message.round_id, layout, shards, message.round_number)
         if result.largest_shard_bytes > MAX_RESULT_SHARD_BYTES:
             raise DomainError(
                 Reason.TRANSFER_TOO_LARGE, f"a result shard exceeds {MAX_RESULT_SHARD_BYTES} bytes"

@@ -1,6 +1,7 @@
 """Everything an agent computes with its model and data. Synchronous; the agent runs it in its one worker thread."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,7 @@ from client_agent.evaluation import evaluate
 from client_agent.keys import EpochSecrets
 from client_agent.learning import Evaluation, Trained, Weights
 from client_agent.metrics import TRAINING_STEPS, timed
+from client_agent.moderating import Moderator
 from client_agent.preparation import prepare
 from client_agent.progress import Activity
 from client_agent.scoring import sensitivity_scores
@@ -86,12 +88,39 @@ class Learner:
         if saved is None or not self.holds(saved[0].get("round", "")):
             self.start(secrets)
 
-    def apply(self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation) -> None:
-        """Makes the result of a round current, cut to this client's rank, and keeps it."""
-        weights = cut_to_rank(parts, self.model.rank, self.model.scaling, obfuscation)
+    def apply(
+        self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation, number: int = 0
+    ) -> None:
+        """Makes the result of a round current, cut to this client's rank, and keeps it.
+
+        What servers could not screen is bounded by what this client trained from the state that it holds.
+
+        Args: number: of the training round, to tell how many this client missed; 0 if it is not known.
+        """
+        moderator = self._moderator(number)
+        checked = moderator.parts(parts) if moderator else parts
+        weights = cut_to_rank(checked, self.model.rank, self.model.scaling, obfuscation)
+        if moderator:
+            weights = replace(weights, changes=moderator.changes)
         self.model.load(weights)
         self._state.save_applied(self._key(round_id), weights)
         self._position = round_id
+
+    def _moderator(self, number: int) -> Moderator | None:
+        """What bounds the result of that round; None if this client trained nothing from the state that it holds."""
+        saved = self._state.applied()
+        if self._position is None and (saved is None or not self.holds(saved[0].get("round", ""))):
+            return None
+        trained = self._state.trained()
+        if trained is None or not self._key(self._position or "").items() <= trained[0].items():
+            return None
+        missed = number - int(trained[0]["number"]) if number else 0
+        return Moderator(
+            before=self.model.weights(),
+            own=trained[1],
+            scaling=self.model.scaling,
+            rounds=1 + max(0, missed),
+        )
 
     def train(self, number: int, activity: Activity) -> Trained:
         """Trains from the current state, which does not change.
@@ -197,6 +226,6 @@ def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, obfuscatio
         for name, update in part.matrices.items():
             fill_A = obfuscation.initial_A(name, rank, update.M.shape[1])
             factors[name] = reparameterize(update, rank, scaling, fill_A)
-            if part.keeps_remainder:
+            if part.summed:
                 frozen[name] = remainder(update, rank)
     return Weights(factors, tensors, frozen, exponents)

@@ -25,6 +25,8 @@ class Weights:
     """By matrix name, the part B A that is not trained: ΔW = s B A + B_frozen A_frozen. None under most strategies."""
     exponents: Mapping[str, Exponents] = field(default_factory=dict)
     """By matrix name, the bounds of sketches that the last result left."""
+    changes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By matrix and tensor name, how far the last results moved the model (`client_agent.moderating`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,8 +114,13 @@ class LocalLearner(Protocol):
     def resume(self, secrets: EpochSecrets) -> None:
         """Makes the last applied result current; the initial state if there is none."""
 
-    def apply(self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation) -> None:
-        """Makes the result of a round current, cut to this client's rank, and keeps it."""
+    def apply(
+        self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation, number: int = 0
+    ) -> None:
+        """Makes the result of a round current, cut to this client's rank, and keeps it.
+
+        Args: number: of the training round, to tell how many this client missed; 0 if it is not known.
+        """
 
     def train(self, number: int, activity: Activity) -> Trained:
         """Trains for a round from the current state, which does not change. Raises: Stopped, DomainError."""

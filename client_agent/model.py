@@ -95,6 +95,7 @@ class AdaptedModel:
         self.tensors = tuple(Tensor(name, tuple(value.shape)) for name, value in self._parameters.items())
         self._beside = {name: _Frozen(layer) for name, layer in self._layers.items()}
         self._exponents: Mapping[str, Exponents] = {}
+        self._changes: Mapping[str, tuple[float, ...]] = {}
 
     @property
     def module(self) -> nn.Module:
@@ -154,6 +155,7 @@ class AdaptedModel:
             {name: _numpy(value) for name, value in self._parameters.items()},
             {name: frozen.factors for name, frozen in self._beside.items() if frozen.factors},
             self._exponents,
+            self._changes,
         )
 
     def load(self, weights: Weights) -> None:
@@ -169,7 +171,7 @@ class AdaptedModel:
                 parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
         for name, frozen in self._beside.items():
             frozen.hold(weights.frozen.get(name), self.device)
-        self._exponents = weights.exponents
+        self._exponents, self._changes = weights.exponents, weights.changes
 
     def initialise(self, values: InitialValues) -> None:
         """B = 0, norms scale by 1, A and other tensors from `values`: the state in which every agent starts."""

@@ -425,6 +425,8 @@ def _save_weights(path: Path, key: Mapping[str, str], weights: Weights) -> None:
         arrays |= {f"frozen-A/{name}": frozen.A, f"frozen-B/{name}": frozen.B}
     for name, bounds in weights.exponents.items():
         arrays[f"exponents/{name}"] = np.array([bounds.P, bounds.N], dtype=np.float32)
+    for name, last in weights.changes.items():
+        arrays[f"changes/{name}"] = np.array(last, dtype=np.float32)
     files.replace(path, safetensors.numpy.save(arrays, metadata=dict(key)))
 
 
@@ -437,9 +439,10 @@ def _load_weights(path: Path) -> tuple[dict[str, str], Weights] | None:
         factors = {name: LoraFactors(B=arrays[f"B/{name}"], A=A) for name, A in named("A/")}
         frozen = {name: LoraFactors(B=arrays[f"frozen-B/{name}"], A=A) for name, A in named("frozen-A/")}
         exponents = {name: Exponents(*map(int, bounds)) for name, bounds in named("exponents/")}
+        changes = {name: tuple(map(float, last)) for name, last in named("changes/")}
     except (*_UNREADABLE, KeyError, OverflowError, safetensors.SafetensorError):
         return None
-    return key, Weights(factors, dict(named("tensor/")), frozen, exponents)
+    return key, Weights(factors, dict(named("tensor/")), frozen, exponents, changes)
 
 
 def _named(arrays: Mapping[str, Float32], prefix: str) -> Iterator[tuple[str, Float32]]:

@@ -427,7 +427,7 @@ class Work:
         with timed(Stage.DECRYPTING):
             known = round_context(self._learner.model, result.layout, plan, self._me.budget, secrets)
             parts = self._strategy.restored(result.layout, _contents(result, inbox, activity), known)
-            self._learner.apply(result.round_id, parts, secrets.obfuscation)
+            self._learner.apply(result.round_id, parts, secrets.obfuscation, result.number)
         inbox.clear()  # last: whoever dies before has the shards still
 
 

@@ -57,7 +57,13 @@ class SyntheticLearner:
     def resume(self, secrets: EpochSecrets) -> None:
         pass
 
-    def apply(self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation) -> None:  # noqa: ARG002
+    def apply(
+        self,
+        round_id: str,
+        parts: Iterable[Restored],
+        obfuscation: Obfuscation,
+        number: int = 0,  # noqa: ARG002
+    ) -> None:
         for _ in parts:
             pass
         self._applied = round_id

@@ -33,8 +33,9 @@ class Restored:
     tensors: dict[str, Float32] = field(default_factory=dict)
     exponents: dict[str, Exponents] = field(default_factory=dict)
     """By matrix, the bounds of the next round's sketches; none where no sketches are sent."""
-    keeps_remainder: bool = False
-    """Whether what lies beyond a client's rank stays in its model as a frozen part."""
+    summed: bool = False
+    """Whether servers could only add: then what lies beyond a client's rank stays in its model as a frozen part, and
+    the client bounds what the result may change."""
 
 
 def restore(
@@ -54,7 +55,7 @@ def merged(parts: Iterable[Restored]) -> Restored:
         matrices={name: update for part in every for name, update in part.matrices.items()},
         tensors={name: value for part in every for name, value in part.tensors.items()},
         exponents={name: bounds for part in every for name, bounds in part.exponents.items()},
-        keeps_remainder=any(part.keeps_remainder for part in every),
+        summed=any(part.summed for part in every),
     )
 
 

@@ -85,7 +85,9 @@ class MarkedLearner:
         saved = self._state.applied()
         self._position = saved[0]["round"] if saved else ""
 
-    def apply(self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation) -> None:
+    def apply(
+        self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation, number: int = 0
+    ) -> None:
         weights = marks_in(merged(parts))
         self._applied(self._client_id, round_id, weights)
         self._state.save_applied({"round": round_id}, Weights({}, {TENSOR: weights}))

@@ -131,7 +131,7 @@ def _restored_matrices(
         yield Restored(
             matrices={matrix.name: best_cut(found, layout.max_rank)},
             exponents={matrix.name: next_exponents(sketch, exponents)},
-            keeps_remainder=True,
+            summed=True,
         )
 
 
@@ -143,7 +143,7 @@ def _restored_tensors(
         part = np.clip(values[first : first + tensor.size], -1, 1) * tensor.bound
         tensors[tensor.name] = part.astype(np.float32).reshape(tensor.shape)
         first += tensor.size
-    yield Restored(tensors=tensors)
+    yield Restored(tensors=tensors, summed=True)
 
 
 def _mean(layout: Layout, content: ResultShardContent, opened: OpenedSum) -> Float64:

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def kept(learner: Learner) -> Restored:
         },
         {t.name: rng.normal(size=t.shape).astype(np.float32) for t in learner.model.tensors},
         {m.name: Exponents(2, -1) for m in learner.model.matrices},
-        keeps_remainder=True,
+        summed=True,
     )
 
 
@@ -194,6 +195,30 @@ def test_training_moves_the_trained_part_alone_and_its_outcome_holds_both(
             np.testing.assert_array_equal(weights.frozen[name].B, frozen.B)
             np.testing.assert_array_equal(weights.frozen[name].A, frozen.A)
     assert equal(before, learner.model.weights())
+
+
+def test_a_sum_that_moves_the_model_too_far_is_cut_by_what_this_client_trained(
+    make_learner: Callable[..., Learner],
+) -> None:
+    """The control is a client that trained nothing: it has nothing to measure by, and holds the sum as it came."""
+    learner = make_learner()
+    learner.apply("films/1", [kept(learner)], SECRETS.obfuscation, 1)
+    before = learner.model.weights()
+    far = replace(
+        kept(learner),
+        matrices={name: FactoredUpdate(u.Q, 1e3 * u.M) for name, u in kept(learner).matrices.items()},
+    )
+    learner.train(2, Activity())
+    learner = make_learner()  # what bounds it is on disk
+    learner.apply("films/2", [far], SECRETS.obfuscation, 2)
+    name, scaling = learner.model.matrices[0].name, learner.model.scaling
+    change = everything(learner.model.weights(), scaling, name) - everything(before, scaling, name)
+    whole = far.matrices[name].Q @ far.matrices[name].M
+    assert np.linalg.norm(change) < 0.01 * np.linalg.norm(whole)
+    assert learner.model.weights().changes[name]
+    other = make_learner(STATE_DIR=str(learner._state.adapter_folder.parent.parent / "other"))
+    other.apply("films/2", [far], SECRETS.obfuscation, 2)
+    np.testing.assert_allclose(everything(other.model.weights(), scaling, name), whole, rtol=1e-3, atol=1)
 
 
 def test_a_result_without_a_remainder_leaves_nothing_frozen(make_learner: Callable[..., Learner]) -> None:

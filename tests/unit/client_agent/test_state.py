@@ -33,7 +33,8 @@ def some_weights() -> Weights:
     factors = LoraFactors(rng.random((5, 2), dtype=np.float32), rng.random((2, 3), dtype=np.float32))
     frozen = LoraFactors(rng.random((5, 1), dtype=np.float32), rng.random((1, 3), dtype=np.float32))
     tensors = {"head.bias": rng.random(4, dtype=np.float32)}
-    return Weights({"layer.q": factors}, tensors, {"layer.q": frozen}, {"layer.q": Exponents(-3, 12)})
+    bounds, changes = {"layer.q": Exponents(-3, 12)}, {"layer.q": (0.5, 1.0), "head.bias": ()}
+    return Weights({"layer.q": factors}, tensors, {"layer.q": frozen}, bounds, changes)
 
 
 def fill(state: AgentState) -> None:
@@ -56,6 +57,7 @@ def test_weights_come_back_as_they_were(state: AgentState) -> None:
     np.testing.assert_array_equal(back.frozen["layer.q"].A, weights.frozen["layer.q"].A)
     np.testing.assert_array_equal(back.frozen["layer.q"].B, weights.frozen["layer.q"].B)
     assert back.exponents == weights.exponents
+    assert back.changes == weights.changes
 
 
 def test_an_applied_result_makes_earlier_training_obsolete(state: AgentState) -> None:

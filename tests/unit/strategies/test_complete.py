@@ -58,7 +58,7 @@ def test_a_round_restores_the_weighted_sum_of_updates_of_unequal_ranks():
         assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
     for name, wanted in tensors.items():
         np.testing.assert_allclose(restored.tensors[name], wanted, atol=1e-5)
-    assert restored.keeps_remainder
+    assert restored.summed
     assert round_.clipping.clipped == 0
 
 

@@ -1,0 +1,82 @@
+"""A decrypted sum beside what this client held and trained: how much of its change is taken over.
+
+`shelora.lora.moderation` has the rule; this applies it matrix by matrix and tensor by tensor, so that a result need not
+be in memory as a whole. Who trained nothing for a round takes its result as it is: it has nothing to measure by, and
+cannot tell a far step from the rounds that it missed.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import structlog
+
+from client_agent.learning import Weights
+from shelora.lora.moderation import moderated, remembered
+from shelora.lora.restore import Restored
+from shelora.lora.shards import FactoredUpdate, Float32, Float64
+from shelora.lora.sketches import best_cut, joined
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Moderator:
+    """What one client knows of honest changes."""
+
+    before: Weights
+    """What it held when the rounds began whose result this is."""
+    own: Weights
+    """What it trained from there."""
+    scaling: float
+    """The s of its s B A."""
+    rounds: int = 1
+    """Training rounds since: it may have missed some."""
+    changes: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """By name, what is remembered after this result."""
+
+    def parts(self, parts: Iterable[Restored]) -> Iterator[Restored]:
+        """The parts of a result, what is too long cut. Raises: VALUE_NOT_FINITE."""
+        for part in parts:
+            yield self._part(part) if part.summed else part
+
+    def _part(self, part: Restored) -> Restored:
+        return replace(
+            part,
+            matrices={name: self._matrix(name, update) for name, update in part.matrices.items()},
+            tensors={name: self._tensor(name, value) for name, value in part.tensors.items()},
+        )
+
+    def _matrix(self, name: str, update: FactoredUpdate) -> FactoredUpdate:
+        B, A = self._held(self.before, name)
+        trained_B, trained_A = self._held(self.own, name)
+        own = _norm(np.hstack([trained_B, -B]), np.vstack([trained_A, A]))
+        factor = self._factor(name, _norm(np.hstack([update.Q, -B]), np.vstack([update.M, A])), own)
+        if factor == 1:
+            return update
+        basis, triangular = np.linalg.qr(np.hstack([factor * update.Q, (1 - factor) * B]))
+        mixed = FactoredUpdate(basis, triangular @ np.vstack([update.M, A]))
+        return best_cut(mixed, max(len(update.M), len(A)))
+
+    def _tensor(self, name: str, value: Float32) -> Float32:
+        before = self.before.tensors[name].astype(np.float64)
+        own = float(np.linalg.norm(self.own.tensors[name] - before))
+        change = value - before
+        factor = self._factor(name, float(np.linalg.norm(change)), own)
+        return value if factor == 1 else (before + factor * change).astype(np.float32)
+
+    def _factor(self, name: str, change: float, own: float) -> float:
+        last = self.before.changes.get(name, ())
+        found = moderated(change / self.rounds, own, last)
+        self.changes[name] = remembered(last, found.accepted, own)
+        if found.cut:
+            _log.warning("change_cut", name=name, change=change, taken_over=found.accepted * self.rounds)
+        return found.factor
+
+    def _held(self, weights: Weights, name: str) -> tuple[Float64, Float64]:
+        return joined(weights.factors[name], self.scaling, weights.frozen.get(name))
+
+
+def _norm(L: Float64, R: Float64) -> float:
+    """Frobenius norm of L R, [out, r] and [r, in], without forming it."""
+    return float(np.linalg.norm(np.linalg.qr(L, mode="r") @ R))
