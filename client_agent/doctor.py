@@ -31,6 +31,7 @@ from shelora.errors import DomainError
 from shelora.federation import FederationSpec
 from shelora.terminal import Records
 from shelora.transport.channel import is_transient, open_channel
+from shelora.transport.proxy import named
 from shelora.transport.status import distrusts, error_from_rpc
 from shelora.transport.tls import Credentials
 
@@ -140,7 +141,11 @@ async def check_server(name: str, address: str, credentials: Credentials) -> Fin
         except DomainError as error:
             remedy = f"is {address} right, and may this device's network reach it?"
             return Finding(check, Verdict.FAILED, error.message, remedy)
-    return Finding(check, Verdict.OK, f"{address} answers in {1000 * (time.monotonic() - started):.0f} ms")
+    return Finding(
+        check,
+        Verdict.OK,
+        f"{address} answers in {1000 * (time.monotonic() - started):.0f} ms{named(address)}",
+    )
 
 
 async def check_coordinator(
