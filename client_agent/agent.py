@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias
 import structlog
 
 from client_agent.acceptance import require_level
+from client_agent.committees import Committees
 from client_agent.config import AgentConfig
 from client_agent.drawing import seed_of
 from client_agent.learning import LocalLearner
@@ -61,6 +62,15 @@ _OVER: Final = frozenset(
         Reason.BALLOT_REFUSED,
         Reason.RESULT_UNKNOWN,
         Reason.EPOCH_RETIRED,
+        Reason.SIGNATURE_REFUSED,
+        Reason.DEALING_REFUSED,
+        Reason.SET_REFUSED,
+        Reason.ROUND_SPENT,
+        Reason.QUORUM_MISSING,
+        Reason.ANSWERS_REFUSED,
+        Reason.SUM_UNREADABLE,
+        Reason.STATEMENT_REWRITTEN,
+        Reason.STEP_OVER,
     }
 )
 """The assignment cannot be done (any more), but the next one may."""
@@ -158,8 +168,26 @@ class Agent:
             self._config.budget,
             spec.protection,
             reports_drift=spec.round.replan_below_overlap > 0,
+            largest_move=spec.training.learning_rate * spec.training.local_steps,
         )
-        work = Work(identity, session=session, replicas=replicas, state=state, learner=learner, worker=worker)
+        committees = Committees(
+            self._config.federation,
+            self._config.client_id,
+            spec.round,
+            session=session,
+            state=state,
+            identity=self._config.identity,
+            worker=worker,
+        )
+        work = Work(
+            identity,
+            session=session,
+            replicas=replicas,
+            state=state,
+            learner=learner,
+            worker=worker,
+            committees=committees,
+        )
         follower = _Follower(session, work, learner, self._retry_s)
         await follower.join()
         beating = asyncio.create_task(follower.beat())
@@ -349,8 +377,9 @@ class _Follower:
                     await asyncio.sleep(wait_s)
                     wait_s = min(2 * wait_s, LONGEST_RETRY_S)
                     continue
-                await self._session.give_up(assignment.assignment_id, error)
-                await self._work.drop_update()
+                if not assignment.HasField("serve"):
+                    await self._session.give_up(assignment.assignment_id, error)
+                    await self._work.drop_update()
             except Exception as error:
                 what = f"unexpected {type(error).__name__}: the agent's log says more"
                 await self._session.give_up(assignment.assignment_id, DomainError(Reason.INTERNAL, what))
@@ -377,6 +406,8 @@ class _Follower:
             await self._work.make_plan(assignment.make_plan, activity)
         elif assignment.HasField("train"):
             await self._work.train(assignment.train, activity)
+        elif assignment.HasField("serve"):
+            await self._work.serve(assignment.serve)
         elif assignment.HasField("finish"):
             await self._work.finish(assignment.finish, activity)
             self._end(Outcome.FINISHED)

@@ -7,7 +7,7 @@ from shelora.ckks.parameters import profile
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
-from shelora.obfuscation import Obfuscation
+from shelora.obfuscation import Obfuscation, epoch_secret_id
 from shelora.v1 import key_authority_pb2 as pb
 
 
@@ -20,7 +20,7 @@ class EpochSecrets:
     encryptor: Encryptor | None = None
     decryptor: Decryptor | None = None
     key_id: bytes = b""
-    """Public identifier of the CKKS key, 16 bytes; empty without a key."""
+    """Public identifier of the CKKS key, or without one of the obfuscation secret, 16 bytes; empty without secrets."""
 
     @property
     def secret(self) -> bool:
@@ -30,12 +30,12 @@ class EpochSecrets:
     @classmethod
     def from_proto(cls, epoch: int, message: pb.GetEpochSecretsResponse) -> "EpochSecrets":
         """Raises: DomainError SECRET_UNAVAILABLE if the key authority sent something else than secrets."""
-        key = SecretKey.from_bytes(profile(message.parameters), message.ckks_secret_key)
-        if key.key_id != message.key_id:
-            raise DomainError(
-                Reason.SECRET_UNAVAILABLE, "the key authority sent another key than it announced"
-            )
         obfuscation = Obfuscation(message.obfuscation_secret, epoch)
+        if not message.parameters:
+            _require_announced(epoch_secret_id(message.obfuscation_secret), message)
+            return cls(epoch, obfuscation, key_id=message.key_id)
+        key = SecretKey.from_bytes(profile(message.parameters), message.ckks_secret_key)
+        _require_announced(key.key_id, message)
         return cls(epoch, obfuscation, Encryptor(key), Decryptor(key), key.key_id)
 
     @classmethod
@@ -56,3 +56,8 @@ class EpochSecrets:
         if layout.encrypts and layout.key_id != self.key_id:
             raise DomainError(Reason.SECRET_UNAVAILABLE, "the layout is under another key than this epoch's")
         return layout.encrypts
+
+
+def _require_announced(key_id: bytes, message: pb.GetEpochSecretsResponse) -> None:
+    if key_id != message.key_id:
+        raise DomainError(Reason.SECRET_UNAVAILABLE, "the key authority sent another key than it announced")

@@ -122,20 +122,21 @@ class Learner:
             rounds=1 + max(0, missed),
         )
 
-    def train(self, number: int, activity: Activity) -> Trained:
+    def train(self, number: int, activity: Activity, variant: str = "") -> Trained:
         """Trains from the current state, which does not change.
 
-        The outcome is kept: the same round number from the same state, with the same data, is not trained twice,
-        neither after a restart nor when a round is attempted again.
+        The outcome is kept: the same round number and variant from the same state, with the same data, is not trained
+        twice, neither after a restart nor when a round is attempted again. Another variant has other batches.
 
         Raises: Stopped; DomainError VALUE_NOT_FINITE.
         """
-        key = self._key(self._position or "") | self._training_identity | {"number": str(number)}
+        key = self._key(self._position or "") | self._training_identity
+        key |= {"number": str(number), "variant": variant}
         saved = self._state.trained()
         if saved is not None and key.items() <= saved[0].items():
             _log.info("training_reused", round_number=number)
             return Trained(saved[1], float(saved[0]["loss"]), float(saved[0]["seconds"]))
-        trained = self._train(number, activity)
+        trained = self._train(number, activity, variant)
         self._state.save_trained(
             key | {"loss": repr(trained.loss), "seconds": repr(trained.seconds)}, trained.weights
         )
@@ -179,12 +180,12 @@ class Learner:
         """Writes the current state as a PEFT adapter, into an empty folder."""
         self.model.save_adapter(folder)
 
-    def _train(self, number: int, activity: Activity) -> Trained:
+    def _train(self, number: int, activity: Activity, variant: str) -> Trained:
         run = TrainingRun(
             steps=self._spec.local_steps,
             batch_size=self._spec.batch_size,
             learning_rate=self._spec.learning_rate * self._spec.learning_rate_decay ** (number - 1),
-            seed=seed_of(self._client_id, number, "training"),
+            seed=seed_of(self._client_id, number, "training", *([variant] if variant else [])),
             micro_batch=self._micro_batch,
         )
         report = self._reporter(activity, Stage.TRAINING)

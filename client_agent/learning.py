@@ -122,8 +122,11 @@ class LocalLearner(Protocol):
         Args: number: of the training round, to tell how many this client missed; 0 if it is not known.
         """
 
-    def train(self, number: int, activity: Activity) -> Trained:
-        """Trains for a round from the current state, which does not change. Raises: Stopped, DomainError."""
+    def train(self, number: int, activity: Activity, variant: str = "") -> Trained:
+        """Trains for a round from the current state, which does not change. Raises: Stopped, DomainError.
+
+        Args: variant: Another one trains on other batches.
+        """
 
     def score(self, activity: Activity) -> dict[str, Float64]:
         """Sensitivity of the columns by matrix. Raises: Stopped."""

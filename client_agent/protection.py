@@ -1,5 +1,6 @@
 """What a server may ask of an update, and how the update is made: checked, ordered, encrypted, spooled."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -10,13 +11,22 @@ from client_agent.metrics import timed
 from client_agent.progress import Activity
 from client_agent.state import AgentState, Spool, UpdateNote
 from shelora.ckks.wire import KEY_ID_BYTES
+from shelora.committee.dealer import Dealer
+from shelora.committee.reader import OpenedRound
 from shelora.federation import ProtectionSpec
 from shelora.lora.codec import encode_update
 from shelora.lora.layout import Layout, tiers_reaching
 from shelora.negotiation.plan import Plan
 from shelora.negotiation.votes import vote_layout
 from shelora.protocol import Stage
-from shelora.strategies.agents.port import AgentContext, AgentStrategy, require_layout
+from shelora.strategies.agents.port import (
+    AgentContext,
+    AgentStrategy,
+    OpenedSum,
+    Summand,
+    mean_noise,
+    require_layout,
+)
 from shelora.strategies.port import RoundTerms
 
 _log = structlog.get_logger(__name__)
@@ -58,6 +68,29 @@ def round_context(
     )
 
 
+def summing(known: AgentContext, dealer: Dealer, weight: int, largest_move: float) -> AgentContext:
+    """What a strategy may use of a round whose sum a committee opens, for this client's one update in it.
+
+    Args: weight: 1 to the round's largest. largest_move: How far local training can move one value at most.
+    """
+    context = dealer.context
+    summand = Summand(encryption=dealer.encryption, share=weight / context.most_weight)
+    return replace(known, round_number=context.round_number, largest_move=largest_move, summand=summand)
+
+
+def summed(known: AgentContext, opened: OpenedRound) -> AgentContext:
+    """What a strategy may use of a result whose sum a committee opened."""
+    context, contributors = opened.context, len(opened.contributors)
+    shares = opened.total_weight / context.most_weight
+    noise = mean_noise(context.parameters, contributors, context.most_contributors, shares)
+    opener = opened.sum_opener()
+    return replace(
+        known,
+        round_number=context.round_number,
+        opened=OpenedSum(opener=opener, shares=shares, noise=noise),
+    )
+
+
 def spool_update(
     state: AgentState,
     layout: Layout,
@@ -67,10 +100,13 @@ def spool_update(
     strategy: AgentStrategy,
     context: AgentContext,
     activity: Activity,
+    deal: Callable[[Sequence[bytes]], bytes] | None = None,
 ) -> Spool:
     """Protects an update shard by shard and spools it.
 
-    Args: note: Its `encrypt_s` is replaced by the seconds this takes.
+    Its note's `encrypt_s` is replaced by the seconds this takes. `deal` shares the update's key among a committee,
+    given the SHA-256 of its shards; None without one.
+
     Raises: Stopped; DomainError VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, SHAPE_MISMATCH.
     """
     writer = state.begin_spool(note.round_id)
@@ -78,6 +114,8 @@ def spool_update(
         for done, content in enumerate(strategy.protect(layout, weights, context)):
             activity.report(Stage.ENCRYPTING, done / len(layout.shards))
             writer.add(encode_update(layout, content))
+        if deal is not None:
+            writer.deal(deal([digest.sha256 for digest in writer.digests]))
     if context.clipping.clipped:
         _log.warning(
             "values_clipped",

@@ -5,6 +5,7 @@
     standing.json           how the newest plan serves this client, and the weight of its next vote
     promise.json            the strongest protection it took part under
     spool/<round>/          serialized shards of the update being uploaded; complete once its manifest is there
+    certified.json          the set of updates that this client certified for each round, as a member of its committee
     inbox/<round>/          shards of the result being downloaded
     adapter/                the adapter of the newest result that was applied
     adapter-best/           that of the result with the smallest loss on this client's own test examples
@@ -46,6 +47,7 @@ _BEST_NOTE: Final = "best.json"
 ADAPTER: Final = "adapter"
 BEST: Final = "adapter-best"
 _PROMISE: Final = "promise.json"
+_CERTIFIED: Final = "certified.json"
 _HASH_BLOCK: Final = 1 << 20
 _UNREADABLE: Final = (OSError, ValueError, TypeError, RecursionError)
 """What reading a damaged file may raise."""
@@ -91,6 +93,8 @@ class Spool:
     folder: Path
     note: UpdateNote
     shards: tuple[Digest, ...]
+    dealt: bytes = b""
+    """The update's key, shared among a committee: a serialized DealtShares; empty without one."""
 
     @property
     def total_bytes(self) -> int:
@@ -108,6 +112,16 @@ class SpoolWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._shards: list[Digest] = []
+        self._dealt = b""
+
+    @property
+    def digests(self) -> tuple[Digest, ...]:
+        """Of the shards written so far."""
+        return tuple(self._shards)
+
+    def deal(self, dealt: bytes) -> None:
+        """Keeps the update's key, shared among a committee: a serialized DealtShares."""
+        self._dealt = dealt
 
     def add(self, data: bytes) -> None:
         """Writes the next shard."""
@@ -118,9 +132,11 @@ class SpoolWriter:
         """Writes the manifest, which makes the spool complete."""
         fields = {**asdict(note), "layout_digest": note.layout_digest.hex()}
         shards = [{"sha256": d.sha256.hex(), "total_bytes": d.total_bytes} for d in self._shards]
-        manifest = {"format": _FORMAT, "note": fields, "shards": shards}
+        manifest: dict[str, Any] = {"format": _FORMAT, "note": fields, "shards": shards}
+        if self._dealt:
+            manifest["dealt"] = self._dealt.hex()
         files.replace(self._folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        return Spool(self._folder, note, tuple(self._shards))
+        return Spool(self._folder, note, tuple(self._shards), self._dealt)
 
 
 class AgentState:
@@ -261,6 +277,10 @@ class AgentState:
         except (*_UNREADABLE, KeyError) as error:
             raise _unusable(self._folder, f"{_PROMISE} is damaged; delete it") from error
 
+    def certified_sets(self) -> "CertifiedSets":
+        """What this client certified as a member of committees."""
+        return CertifiedSets(self._folder / _CERTIFIED)
+
     def begin_spool(self, round_id: str) -> SpoolWriter:
         """An empty spool; every other one is deleted."""
         self.drop_spool()
@@ -298,6 +318,48 @@ class AgentState:
 
     def _inbox_folder(self, round_id: str) -> Path:
         return self._folder / "inbox" / _folder_name(round_id)
+
+
+class CertifiedSets:
+    """Which set of updates a client certified for each round, in a file that outlives it.
+
+    A committee's member that certified two sets for one round would give a client away. So a file that cannot be read
+    is no empty file: `certified` and `note` fail.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def certified(self, instance: str, kind: str, round_number: int) -> bytes | None:
+        """Digest of the set that was noted for a round; None if none was. Raises: CONFIGURATION_INVALID."""
+        noted = self._read().get(_place(instance, kind, round_number))
+        return None if noted is None else bytes.fromhex(noted)
+
+    def note(self, instance: str, kind: str, round_number: int, set_digest: bytes) -> None:
+        """Notes a set durably. Raises: CONFIGURATION_INVALID; DISK_UNAVAILABLE, and nothing is noted."""
+        noted = self._read()
+        noted[_place(instance, kind, round_number)] = set_digest.hex()
+        with files.failures_named(self._path.parent):
+            files.replace(self._path, json.dumps({"format": _FORMAT, "sets": noted}).encode())
+
+    def _read(self) -> dict[str, str]:
+        if not self._path.exists():
+            return {}
+        try:
+            content = json.loads(self._path.read_bytes())
+            if content["format"] != _FORMAT:
+                raise ValueError("another format")
+            return {str(place): bytes.fromhex(digest).hex() for place, digest in content["sets"].items()}
+        except (*_UNREADABLE, KeyError, AttributeError) as error:
+            raise DomainError(
+                Reason.CONFIGURATION_INVALID,
+                f"{self._path} cannot be read: it says what this client has certified, and without it a second set "
+                "might be certified for one round; bring it back, or enrol this client anew under another name",
+            ) from error
+
+
+def _place(instance: str, kind: str, round_number: int) -> str:
+    return f"{instance}/{kind}/{round_number}"
 
 
 class Inbox:
@@ -412,7 +474,7 @@ def _read_spool(folder: Path) -> Spool | None:
             return None
         note = {**manifest["note"], "layout_digest": bytes.fromhex(manifest["note"]["layout_digest"])}
         shards = tuple(Digest(bytes.fromhex(s["sha256"]), s["total_bytes"]) for s in manifest["shards"])
-        return Spool(folder, UpdateNote(**note), shards)
+        return Spool(folder, UpdateNote(**note), shards, bytes.fromhex(manifest.get("dealt", "")))
     except (*_UNREADABLE, KeyError, DomainError):
         return None
 

@@ -1,15 +1,17 @@
 """What an agent does for each kind of assignment. Every method can be repeated: finished parts are on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Final, TypeAlias
 
 import structlog
 
+from client_agent.committees import Attempt, Committees
 from client_agent.downloads import Result, download
 from client_agent.keys import EpochSecrets
-from client_agent.learning import LocalLearner, weight_bytes
+from client_agent.learning import LocalLearner, Weights, weight_bytes
 from client_agent.memory import require_memory, round_bytes
 from client_agent.metrics import ROUNDS, Stopwatch, timed
 from client_agent.negotiators import Desk, negotiator_of
@@ -19,12 +21,16 @@ from client_agent.protection import (
     expected_layout,
     round_context,
     spool_update,
+    summed,
+    summing,
 )
 from client_agent.session import Session, digest_from_proto
 from client_agent.standing import assess, stake_of
 from client_agent.state import AgentState, Inbox, Spool, UpdateNote
 from client_agent.uploads import upload
 from client_agent.worker import Worker
+from shelora.committee.dealer import Dealer
+from shelora.committee.reader import OpenedRound
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec
 from shelora.lora.kinds import largest_update_bytes
@@ -61,6 +67,8 @@ class Identity:
     protection: ProtectionSpec
     reports_drift: bool = False
     """Whether the federation asks how far top columns have moved from the plan."""
+    largest_move: float = 0.0
+    """How far local training can move one value at most: learning rate times local steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +92,11 @@ class Work:
         state: AgentState,
         learner: LocalLearner,
         worker: Worker,
+        committees: Committees | None = None,
     ) -> None:
+        """Takes what assignments need. `committees`: for strategies that need them."""
         self._me = identity
+        self._committees = committees
         self._session = session
         self._replicas = replicas
         self._state = state
@@ -142,6 +153,7 @@ class Work:
     async def train(self, train: pb.Train, activity: Activity) -> None:
         """Applies the base result, evaluates it, trains, commits the update."""
         layout = layout_from_proto(train.round.layout)
+        attempt = await self._joined(train.round, layout)
         spool = await self._worker.run(self._state.spool, train.round.round_id, layout.digest)
         now = (len(self._learner.examples), self._base)
         if spool is None or (spool.note.example_count, spool.note.base) != now:  # as before a restart
@@ -152,9 +164,40 @@ class Work:
             self._strategy.check(layout, self._learner.model, self._me.protection, plan, self._me.budget)
             await self._begin_from(train, secrets, activity)
             self._forget_others(train.round.epoch)
-            spool = await self._worker.run(self._spool_update, train, layout, plan, secrets, activity)
+            trained = await self._worker.run(self._trained, train, plan, attempt, activity)
+            dealer = await self._dealer(attempt)
+            spool = await self._worker.run(
+                self._spool_update, trained, layout, plan, secrets, dealer, activity
+            )
         self.committed.add(spool.note.round_id)
         await self._send(spool, activity)
+
+    async def serve(self, serve: pb.Serve) -> None:
+        """Does the next step of a member of the round's committee."""
+        await self._convening.serve(serve)
+
+    @property
+    def _convening(self) -> Committees:
+        if self._committees is None:
+            raise DomainError(Reason.COMMITTEE_REFUSED, "this federation's sums are opened by no committee")
+        return self._committees
+
+    async def _joined(self, round_: pb.RoundRef, layout: Layout) -> Attempt | None:
+        """The round of a committee, which this client has told its view and, as a member, its key.
+
+        Said before anything else is done: the others wait for it. Raises: COMMITTEE_REFUSED.
+        """
+        if not self._me.protection.strategy.needs_committee:
+            return None
+        attempt = self._convening.attempt(round_, layout, await self._enter(round_.epoch))
+        await self._convening.join(attempt)
+        return attempt
+
+    async def _dealer(self, attempt: Attempt | None) -> Dealer | None:
+        """What encrypts this client's update, once the committee's keys are there."""
+        if attempt is None:
+            return None
+        return self._convening.dealer(attempt, await self._convening.keys(attempt))
 
     async def finish(self, finish: pb.Finish, activity: Activity) -> None:
         """Applies the final result, evaluates on every test example, saves the adapter."""
@@ -275,11 +318,14 @@ class Work:
         secrets = await self.secrets(reference.epoch)
         self._strategy.check_result(result.layout, self._learner.model)
         plan = await self._opened_plan(plan_ref, secrets) if plan_ref else None
+        opened = None
+        if self._me.protection.strategy.needs_committee:
+            opened = await self._convening.opened(reference, result.layout, secrets)
         watch = Stopwatch()
         inbox = await download(self._replicas, self._state, result, activity)
         download_s = watch.seconds
         watch = Stopwatch()
-        await self._worker.run(self._restore_and_apply, result, inbox, plan, secrets, activity)
+        await self._worker.run(self._restore_and_apply, result, inbox, plan, secrets, opened, activity)
         return Applied(download_s, watch.seconds, result.total_bytes)
 
     async def _report(self, round_id: str, applied: Applied, activity: Activity, *, everything: bool) -> None:
@@ -375,20 +421,17 @@ class Work:
         note = replace(note, encrypt_s=watch.seconds - note.train_s)
         return writer.finish(self._with_base(note, secrets))
 
-    def _spool_update(
-        self,
-        train: pb.Train,
-        layout: Layout,
-        plan: Plan | None,
-        secrets: EpochSecrets,
-        activity: Activity,
-    ) -> Spool:
+    def _trained(
+        self, train: pb.Train, plan: Plan | None, attempt: Attempt | None, activity: Activity
+    ) -> tuple[UpdateNote, Weights]:
+        """What this client trained, and what is committed with it."""
         overlap = self._assessed(plan, train.plan.vote_round_id, activity) if plan else None
-        trained = self._learner.train(train.round.number, activity)
+        variant = attempt.variant if attempt else ""
+        trained = self._learner.train(train.round.number, activity, variant)
         model = self._learner.model
         note = UpdateNote(
             round_id=train.round.round_id,
-            layout_digest=layout.digest,
+            layout_digest=b"",
             rank=model.rank,
             scaling=model.scaling,
             example_count=len(self._learner.examples),
@@ -397,13 +440,32 @@ class Work:
             encrypt_s=0.0,
             overlap=overlap,
         )
+        return note, trained.weights
+
+    def _spool_update(
+        self,
+        trained: tuple[UpdateNote, Weights],
+        layout: Layout,
+        plan: Plan | None,
+        secrets: EpochSecrets,
+        dealer: Dealer | None,
+        activity: Activity,
+    ) -> Spool:
+        note, weights = trained
+        known = round_context(self._learner.model, layout, plan, self._me.budget, secrets)
+        deal: Callable[[Sequence[bytes]], bytes] | None = None
+        if dealer is not None:
+            weight = min(note.example_count, dealer.context.most_weight)
+            known = summing(known, dealer, weight, self._me.largest_move)
+            deal = partial(_dealt, dealer, weight)
         return spool_update(
             self._state,
             layout,
-            trained.weights,
-            self._with_base(note, secrets),
+            weights,
+            self._with_base(replace(note, layout_digest=layout.digest), secrets),
             strategy=self._strategy,
-            context=round_context(self._learner.model, layout, plan, self._me.budget, secrets),
+            context=known,
+            deal=deal,
             activity=activity,
         )
 
@@ -422,13 +484,26 @@ class Work:
         )
 
     def _restore_and_apply(
-        self, result: Result, inbox: Inbox, plan: Plan | None, secrets: EpochSecrets, activity: Activity
+        self,
+        result: Result,
+        inbox: Inbox,
+        plan: Plan | None,
+        secrets: EpochSecrets,
+        opened: OpenedRound | None,
+        activity: Activity,
     ) -> None:
         with timed(Stage.DECRYPTING):
             known = round_context(self._learner.model, result.layout, plan, self._me.budget, secrets)
+            if opened is not None:
+                known = summed(known, opened)
             parts = self._strategy.restored(result.layout, _contents(result, inbox, activity), known)
             self._learner.apply(result.round_id, parts, secrets.obfuscation, result.number)
         inbox.clear()  # last: whoever dies before has the shards still
+
+
+def _dealt(dealer: Dealer, weight: int, shards: Sequence[bytes]) -> bytes:
+    """The key of an update with these shards, shared among the committee."""
+    return dealer.deal(shards, weight).SerializeToString()
 
 
 def _key(reference: pb.PlanRef) -> _PlanKey:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Final, TypeAlias
 
 from coordinator import committees, transitions
@@ -27,6 +28,7 @@ from coordinator.records import (
 )
 from shelora.errors import Reason
 from shelora.lora.layout import Layout
+from shelora.lora.screening import counted_examples
 from shelora.negotiation.votes import vote_layout
 from shelora.rounds import (
     Event,
@@ -450,9 +452,14 @@ def _create(view: View, ticket: Ticket) -> Decision:
         epoch=federation.epoch,
         revoked_ms=federation.revoked_ms,
         laggards=tuple(name for name in round_.cohort if name in view.laggards),
-        most_weight=max(view.members[name].example_count for name in cohort),
+        most_weight=most_weight([view.members[name].example_count for name in cohort], federation),
     )
     return CreateRound(record, layout)
+
+
+def most_weight(counts: Sequence[int], federation: FederationRecord) -> int:
+    """Largest weight of an update whose client weighs it itself: as many examples as count at most."""
+    return ceil(max(counted_examples(counts, federation.spec.screening.max_example_ratio)))
 
 
 def layout_of(

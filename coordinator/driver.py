@@ -581,11 +581,11 @@ class Driver:
 
     async def _opened_from(self, record: FederationRecord, epoch: int) -> tuple[int, bytes]:
         """The first epoch from this one on that is not retired, as those of an expired namesake may be; and its key."""
+        # A committee opens sums: there is no key that decrypts them.
+        parameters = "" if record.strategy.needs_committee else record.spec.protection.parameters
         while True:
             try:
-                return epoch, await self._authority.open_epoch(
-                    record.federation_id, epoch, record.spec.protection.parameters
-                )
+                return epoch, await self._authority.open_epoch(record.federation_id, epoch, parameters)
             except DomainError as error:
                 if error.reason is not Reason.EPOCH_RETIRED:
                     raise

@@ -61,14 +61,14 @@ class SyntheticLearner:
         self,
         round_id: str,
         parts: Iterable[Restored],
-        obfuscation: Obfuscation,
+        obfuscation: Obfuscation,  # noqa: ARG002
         number: int = 0,  # noqa: ARG002
     ) -> None:
         for _ in parts:
             pass
         self._applied = round_id
 
-    def train(self, number: int, activity: Activity) -> Trained:
+    def train(self, number: int, activity: Activity, variant: str = "") -> Trained:  # noqa: ARG002 - it learns nothing
         activity.report(Stage.TRAINING, 0.0)
         rng = np.random.default_rng(seed_of(self._client_id, number))
         factors = {

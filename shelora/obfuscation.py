@@ -8,6 +8,7 @@ name, expanded by ChaCha20 (RFC 8439).
 """
 
 import math
+from hashlib import sha256
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -119,3 +120,8 @@ class Obfuscation:
     def _derive(self, purpose: str, name: str) -> bytes:
         info = f"shelora/v1/{purpose}/{self.epoch}/{name}".encode()
         return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._secret)
+
+
+def epoch_secret_id(secret: bytes) -> bytes:
+    """Public identifier of an obfuscation secret, 16 bytes. It does not help to guess 32 random bytes."""
+    return sha256(b"shelora/v1/epoch-secret-id" + secret).digest()[:16]

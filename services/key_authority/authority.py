@@ -136,7 +136,9 @@ class Authority:
         except DomainError as failure:
             _log.error("refusal_not_written_down", cause=failure.message)
 
-    def _accepted(self, name: str) -> CkksParameters:
+    def _accepted(self, name: str) -> CkksParameters | None:
+        if not name:
+            return None
         parameters = profile(name)
         if not parameters.secure and not self._allow_insecure:
             raise DomainError(Reason.INVALID_ARGUMENT, f"the CKKS profile {parameters.name} is insecure")

@@ -76,7 +76,8 @@ def check_data(data_dir: DataDir, sealing_key_file: KeyFile) -> None:
         register = custody.read_register(data_dir, key)
         for epoch_id in vault.epochs():
             kept = vault.read(epoch_id)
-            typer.echo(f"{epoch_id}: profile {kept.parameters}, key {kept.key_id.hex()}")
+            profile = f"profile {kept.parameters}" if kept.parameters else "no CKKS key"
+            typer.echo(f"{epoch_id}: {profile}, key {kept.key_id.hex()}")
         with disk.failures_named(), (data_dir / LOG_NAME).open("rb") as file:
             (head,) = deque(verified(file), maxlen=1)
     typer.echo(f"certificate authority: {root.pin.hex() if root else 'none was made yet'}")

@@ -45,13 +45,13 @@ class EpochSecrets:
     """The keys of one epoch. The `repr` shows no secret."""
 
     parameters: str
-    """CKKS profile by name."""
+    """CKKS profile by name; "" if the epoch has no CKKS key."""
 
     key_id: bytes
-    """Public identifier of the CKKS key, 16 bytes."""
+    """Public identifier, 16 bytes: of the CKKS key, or without one of the obfuscation secret."""
 
     ckks_secret_key: bytes = field(repr=False)
-    """`SecretKey.to_bytes()`."""
+    """`SecretKey.to_bytes()`; empty if there is none."""
 
     obfuscation_secret: bytes = field(repr=False)
     """32 uniformly random bytes."""
@@ -73,9 +73,9 @@ class _Record(BaseModel):
     )
 
     format: Literal[1]
-    parameters: Annotated[str, Field(min_length=1)]
+    parameters: str
     key_id: Annotated[bytes, Field(min_length=KEY_ID_BYTES, max_length=KEY_ID_BYTES)]
-    ckks_secret_key: Annotated[bytes, Field(min_length=1, repr=False)]
+    ckks_secret_key: Annotated[bytes, Field(repr=False)]
     obfuscation_secret: Annotated[
         bytes, Field(min_length=OBFUSCATION_SECRET_BYTES, max_length=OBFUSCATION_SECRET_BYTES, repr=False)
     ]

@@ -18,6 +18,7 @@ from shelora import files
 from shelora.ckks.parameters import CkksParameters
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
+from shelora.obfuscation import epoch_secret_id
 
 _FILE_NAME: Final = re.compile(
     r"(?P<federation_id>[a-z0-9-]+)\.(?P<epoch>[1-9][0-9]*)\.(?P<state>sealed|retired)"
@@ -41,8 +42,10 @@ class Vault:
         self._sealer = sealer
         self._identity = identity
 
-    def open_epoch(self, epoch_id: EpochId, parameters: CkksParameters) -> EpochSecrets:
+    def open_epoch(self, epoch_id: EpochId, parameters: CkksParameters | None) -> EpochSecrets:
         """The keys of an epoch, made now if there are none. Idempotent; of concurrent calls one makes them.
+
+        Args: parameters: of the CKKS key; None for an epoch without one.
 
         Earlier epochs stay as they are: who has not moved on yet can still be given their keys.
 
@@ -55,10 +58,9 @@ class Vault:
             found = self.read(
                 epoch_id
             )  # of several writers the first won, so this may not be what was made here
-        if found.parameters != parameters.name:
-            raise DomainError(
-                Reason.INVALID_ARGUMENT, f"{epoch_id} was opened with the CKKS profile {found.parameters}"
-            )
+        if found.parameters != (parameters.name if parameters else ""):
+            made = f"with the CKKS profile {found.parameters}" if found.parameters else "without a CKKS key"
+            raise DomainError(Reason.INVALID_ARGUMENT, f"{epoch_id} was opened {made}")
         return found
 
     def read(self, epoch_id: EpochId) -> EpochSecrets:
@@ -124,13 +126,16 @@ class Vault:
         return self._folder / f"{epoch_id.federation_id}.{epoch_id.epoch}.{state}"
 
 
-def _generate(parameters: CkksParameters) -> EpochSecrets:
+def _generate(parameters: CkksParameters | None) -> EpochSecrets:
+    obfuscation_secret = secrets.token_bytes(OBFUSCATION_SECRET_BYTES)
+    if parameters is None:
+        return EpochSecrets("", epoch_secret_id(obfuscation_secret), b"", obfuscation_secret)
     key = SecretKey.generate(parameters)
     return EpochSecrets(
         parameters=parameters.name,
         key_id=key.key_id,
         ckks_secret_key=key.to_bytes(),
-        obfuscation_secret=secrets.token_bytes(OBFUSCATION_SECRET_BYTES),
+        obfuscation_secret=obfuscation_secret,
     )
 
 

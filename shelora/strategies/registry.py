@@ -3,7 +3,7 @@
 from typing import Final
 
 from shelora.errors import DomainError, Reason
-from shelora.strategies import plain, she_lora
+from shelora.strategies import complete, plain, she_lora
 from shelora.strategies.port import Strategy
 
 _STRATEGIES: Final[dict[str, Strategy]] = {}
@@ -30,4 +30,5 @@ def strategy_of(name: str) -> Strategy:
 
 
 register(she_lora.STRATEGY)
+register(complete.STRATEGY)
 register(plain.STRATEGY)

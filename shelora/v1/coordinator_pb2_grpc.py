@@ -349,7 +349,8 @@ class CoordinatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LeaveCommittee(self, request, context):
-        """Says that a member has lost its key, by a restart: it takes no part in the committee. Idempotent.
+        """Says that a member takes no part in the committee (any more): its key went with a restart, or it refuses a step.
+        Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -128,7 +128,9 @@ class CoordinatorStub:
     ask again. Read only. Fails with STEP_OVER if the round was abandoned.
     """
     LeaveCommittee: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.LeaveCommitteeRequest, _coordinator_pb2.LeaveCommitteeResponse]
-    """Says that a member has lost its key, by a restart: it takes no part in the committee. Idempotent."""
+    """Says that a member takes no part in the committee (any more): its key went with a restart, or it refuses a step.
+    Idempotent.
+    """
     GetShares: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.GetSharesRequest, _committee_pb2.DealtShare]
     """Streams what a member is shown of every dealer, in order of their names. Read only. From the round's close on; fails
     with STEP_OVER before, and for who is no member.
@@ -247,7 +249,9 @@ class CoordinatorAsyncStub(CoordinatorStub):
     ask again. Read only. Fails with STEP_OVER if the round was abandoned.
     """
     LeaveCommittee: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.LeaveCommitteeRequest, _coordinator_pb2.LeaveCommitteeResponse]  # type: ignore[assignment]
-    """Says that a member has lost its key, by a restart: it takes no part in the committee. Idempotent."""
+    """Says that a member takes no part in the committee (any more): its key went with a restart, or it refuses a step.
+    Idempotent.
+    """
     GetShares: _aio.UnaryStreamMultiCallable[_coordinator_pb2.GetSharesRequest, _committee_pb2.DealtShare]  # type: ignore[assignment]
     """Streams what a member is shown of every dealer, in order of their names. Read only. From the round's close on; fails
     with STEP_OVER before, and for who is no member.
@@ -489,7 +493,9 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.LeaveCommitteeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.LeaveCommitteeResponse, _abc.Awaitable[_coordinator_pb2.LeaveCommitteeResponse]]:
-        """Says that a member has lost its key, by a restart: it takes no part in the committee. Idempotent."""
+        """Says that a member takes no part in the committee (any more): its key went with a restart, or it refuses a step.
+        Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def GetShares(

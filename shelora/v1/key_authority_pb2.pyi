@@ -28,7 +28,7 @@ class OpenEpochRequest(_message.Message):
     epoch: _builtins.int
     """Epoch of the keys, from 1."""
     parameters: _builtins.str
-    """CKKS profile by name."""
+    """CKKS profile by name. Empty: no CKKS key is made, and there is no key that decrypts anything."""
     def __init__(
         self,
         *,
@@ -50,7 +50,9 @@ class OpenEpochResponse(_message.Message):
 
     KEY_ID_FIELD_NUMBER: _builtins.int
     key_id: _builtins.bytes
-    """Public identifier of the epoch's CKKS key, 16 bytes. It does not help to guess the key."""
+    """Public identifier of the epoch's CKKS key, or without one of its obfuscation secret, 16 bytes. It does not help to
+    guess either.
+    """
     def __init__(
         self,
         *,
@@ -101,13 +103,15 @@ class GetEpochSecretsResponse(_message.Message):
     OBFUSCATION_SECRET_FIELD_NUMBER: _builtins.int
     KEY_ID_FIELD_NUMBER: _builtins.int
     parameters: _builtins.str
-    """CKKS profile by name."""
+    """CKKS profile by name; empty if the epoch has no CKKS key."""
     ckks_secret_key: _builtins.bytes
-    """CKKS secret key (docs/protocol.md). Never logged, never stored by a server other than the key authority."""
+    """CKKS secret key (docs/protocol.md), empty if there is none. Never logged, never stored by a server other than the
+    key authority.
+    """
     obfuscation_secret: _builtins.bytes
-    """32 bytes; column orders, the initial A and the plan key derive from it."""
+    """32 bytes; column orders, the initial A, the plan key, the order of committees and sketches derive from it."""
     key_id: _builtins.bytes
-    """Public identifier of the CKKS key, 16 bytes."""
+    """As in OpenEpochResponse."""
     def __init__(
         self,
         *,

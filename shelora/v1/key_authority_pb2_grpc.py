@@ -57,7 +57,8 @@ class KeyAuthorityServicer:
     """
 
     def OpenEpoch(self, request, context):
-        """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
+        """Makes the keys of an epoch, or finds them made: a CKKS secret key, unless none is asked for, and an obfuscation
+        secret.
         For the coordinator only, when a federation starts and when its keys rotate. Idempotent by (federation, epoch).
         Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call, EPOCH_RETIRED.
         """

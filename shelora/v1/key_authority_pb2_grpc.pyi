@@ -34,7 +34,8 @@ class KeyAuthorityStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KeyAuthorityAsyncStub: ...
     OpenEpoch: _grpc.UnaryUnaryMultiCallable[_key_authority_pb2.OpenEpochRequest, _key_authority_pb2.OpenEpochResponse]
-    """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
+    """Makes the keys of an epoch, or finds them made: a CKKS secret key, unless none is asked for, and an obfuscation
+    secret.
     For the coordinator only, when a federation starts and when its keys rotate. Idempotent by (federation, epoch).
     Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call, EPOCH_RETIRED.
     """
@@ -53,7 +54,8 @@ class KeyAuthorityAsyncStub(KeyAuthorityStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenEpoch: _aio.UnaryUnaryMultiCallable[_key_authority_pb2.OpenEpochRequest, _key_authority_pb2.OpenEpochResponse]  # type: ignore[assignment]
-    """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
+    """Makes the keys of an epoch, or finds them made: a CKKS secret key, unless none is asked for, and an obfuscation
+    secret.
     For the coordinator only, when a federation starts and when its keys rotate. Idempotent by (federation, epoch).
     Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call, EPOCH_RETIRED.
     """
@@ -75,7 +77,8 @@ class KeyAuthorityServicer(metaclass=_abc_1.ABCMeta):
         request: _key_authority_pb2.OpenEpochRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_key_authority_pb2.OpenEpochResponse, _abc.Awaitable[_key_authority_pb2.OpenEpochResponse]]:
-        """Makes the keys of an epoch, or finds them made: a CKKS secret key and an obfuscation secret.
+        """Makes the keys of an epoch, or finds them made: a CKKS secret key, unless none is asked for, and an obfuscation
+        secret.
         For the coordinator only, when a federation starts and when its keys rotate. Idempotent by (federation, epoch).
         Fails with INVALID_ARGUMENT if the profile is unknown or differs from that of the first call, EPOCH_RETIRED.
         """

@@ -8,6 +8,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any, Final, Self
@@ -32,6 +34,8 @@ from services.aggregation.keys import PREFIX
 from services.aggregation.settings import AggregationSettings
 from services.aggregation.store import RedisShardStore, WorkerStore
 from services.key_authority.authority import Authority
+from services.key_authority.ca import Issuer
+from services.key_authority.ca import _new_root as new_root
 from services.key_authority.custody import open_custody
 from services.key_authority.sealer import SealingKey
 from services.key_authority.servicer import KeyAuthorityServicer
@@ -40,8 +44,11 @@ from services.shell.revocations import Revocations
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.levels import Level
+from shelora.transport.certificates import der_to_pem, new_key, signing_request
 from shelora.transport.channel import call
+from shelora.transport.identity import Identity, Role
 from shelora.transport.replicas import Replicas
+from shelora.transport.tls import Held
 from shelora.v1 import aggregation_pb2_grpc, key_authority_pb2_grpc
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1.coordinator_pb2_grpc import CoordinatorStub
@@ -62,6 +69,8 @@ FEDERATION: Final = "fed"
 SUPERVISED_S: Final = 10.0
 """Seconds after which an agent that gave up is started again."""
 LOST_WAKE_UPS: Final = 0.1
+ROOT: Final = new_root()
+"""What certifies clients, for the statements they sign."""
 _READS: Final = frozenset(
     {
         "GET",
@@ -108,7 +117,10 @@ class Size:
     deadline_s: int = 30
     max_attempts: int = 3
     negotiation: str = ""
-    """How columns are chosen for encryption; "" for no protection."""
+    """How columns are chosen for encryption; "" if nothing is encrypted, or everything."""
+    complete: bool = False
+    """Whether only encrypted sums are seen."""
+    committee_s: int = 5
     replan_every: int = 0
     key_rotation: int = 0
     hostile: str = ""
@@ -117,12 +129,24 @@ class Size:
     """What the operator does after the start, each some time after the one before: "stop", "extend", "delete"."""
 
     @property
+    def keyed(self) -> bool:
+        """Whether a key authority makes keys."""
+        return self.complete or bool(self.negotiation)
+
+    @property
     def spec(self) -> FederationSpec:
-        protection = {"negotiation": self.negotiation, "key_rotation_rounds": self.key_rotation}
+        protection = {"mode": "complete" if self.complete else "selective"}
+        protection |= {"negotiation": self.negotiation} if self.negotiation else {}
+        protection |= {"key_rotation_rounds": self.key_rotation}
         return FederationSpec.model_validate(
             {
                 "name": FEDERATION,
-                "training": {"base_model": "marks", "labels": ["a", "b"]},
+                "training": {  # a mark is 1, and complete mode has room for what training can move
+                    "base_model": "marks",
+                    "labels": ["a", "b"],
+                    "learning_rate": 0.5,
+                    "local_steps": 1,
+                },
                 "round": {
                     "rounds": self.rounds,
                     "clients": self.clients,
@@ -130,8 +154,9 @@ class Size:
                     "deadline_s": self.deadline_s,
                     "max_attempts": self.max_attempts,
                     "replan_every_rounds": self.replan_every,
+                    "committee_s": self.committee_s,
                 },
-                "protection": protection if self.negotiation else {"mode": "none"},
+                "protection": protection if self.keyed else {"mode": "none"},
             }
         )
 
@@ -143,6 +168,15 @@ class Size:
     @property
     def agents(self) -> tuple[str, ...]:
         return tuple(f"agent-{index}" for index in range(self.clients))
+
+
+@cache
+def identity_of(client_id: str) -> Held:
+    """A client's identity: valid in virtual time and in real time, the same in all runs."""
+    key = new_key()
+    issuer = Issuer(ROOT, timedelta(days=40_000), lambda: datetime(1990, 1, 1, tzinfo=UTC))
+    certificate = issuer.issue(signing_request(key), Identity(Role.CLIENT, FEDERATION, client_id))
+    return Held(key, der_to_pem(certificate), ROOT.certificate)
 
 
 class Cluster:
@@ -192,7 +226,7 @@ class Cluster:
         for index in range(2):
             self._start_coordinator(f"coordinator-{index}")
             self._start_aggregation(f"aggregation-{index}")
-        if self._size.negotiation:
+        if self._size.keyed:
             self._start_authority("authority")
         for name in self._size.agents:
             self._loop.call_later(rng.uniform(0, 3), self._start_agent, name)
@@ -237,7 +271,7 @@ class Cluster:
         )
         authority = self.network.channel(process, AUTHORITY)
         handlers, driver = coordinator.main.compose(
-            _COORDINATOR, client, changes, Revocations(known=True), aggregation, authority, b""
+            _COORDINATOR, client, changes, Revocations(known=True), aggregation, authority, ROOT.der
         )
         register(CoordinatorServicer(handlers), self.network.serve(process, COORDINATOR))
         for work in (changes.run(), driver.run()):
@@ -354,6 +388,8 @@ class Cluster:
             return self.network.channel(process, address)
 
         state = AgentState(config.state_dir)
+        if not config.identity.exists():
+            config.identity.write(identity_of(name))
         try:
             session = Session(config, None, connect)
             if self._size.hostile and name == self._size.agents[-1]:

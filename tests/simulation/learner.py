@@ -22,8 +22,8 @@ from shelora.obfuscation import Obfuscation
 from shelora.protocol import Stage
 
 MATRIX, TENSOR = "layer.query", "head"
-TOLERANCE: Final = 5e-5
-"""Of a decrypted weight: some times the error of the standard profile, far below the smallest weight."""
+TOLERANCE: Final = 1e-3
+"""Weights of runs differ by more than one in a hundred; noise of encryption is up to one in three thousand."""
 COLUMNS: Final = 4
 """Of the matrix: at least the rounds, and enough to encrypt some and others not."""
 
@@ -93,7 +93,7 @@ class MarkedLearner:
         self._state.save_applied({"round": round_id}, Weights({}, {TENSOR: weights}))
         self._position = round_id
 
-    def train(self, number: int, activity: Activity) -> Trained:
+    def train(self, number: int, activity: Activity, variant: str = "") -> Trained:
         activity.report(Stage.TRAINING, 0.0)
         (matrix,), (tensor,) = self.model.matrices, self.model.tensors
         B = np.zeros((matrix.out_features, self.model.rank), dtype=np.float32)
@@ -120,7 +120,8 @@ def marks_in(restored: Restored) -> Float32:
     product = (update.Q @ update.M).T
     rounds = len(tensor)
     if not (
-        np.allclose(product[:rounds], tensor, atol=TOLERANCE) and np.allclose(product[rounds:], 0, atol=1e-5)
+        np.allclose(product[:rounds], tensor, atol=TOLERANCE)
+        and np.allclose(product[rounds:], 0, atol=TOLERANCE)
     ):
         raise ValueError(f"matrix and tensor differ: {product} and {tensor}")
     return tensor

@@ -18,7 +18,9 @@ from tests.simulation.processes import Crashed, Process
 Heard = Callable[[str, str, bytes, bytes | None, grpc.StatusCode], None]
 """Told of every unary answer that reached its caller: caller, method, request, response, status."""
 
-STREAMS: Final = frozenset({"PutShard", "GetResult", "Watch", "GetPlan", "PublishPlan", "CastBallot"})
+STREAMS: Final = frozenset(
+    {"PutShard", "GetResult", "Watch", "GetPlan", "PublishPlan", "CastBallot", "GetShares"}
+)
 _NOTHING_MORE: Final = object()
 
 

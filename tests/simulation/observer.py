@@ -73,6 +73,8 @@ class Observer:
         """By published round, the clients whose updates are in its aggregate."""
         self.weights: dict[str, Float32] = {}
         """By published training round, the weights [rounds, clients] that its aggregate must hold."""
+        self.certified: dict[int, tuple[str, tuple[str, ...]]] = {}
+        """By draw, the round and the set that its committee certified."""
         self.lost = False
         """Whether the store was made to lose an update: then an acknowledged one may be dropped."""
 
@@ -143,13 +145,25 @@ class Observer:
             self._violated(f"{round_id} changes after it ended: {before} to {record}")
         elif before.round.state is not state and (before.round.state, state) not in _STEPS:
             self._violated(f"{round_id} goes from {before.round.state} to {state}")
-        elif before.round.state is state and (before.dropped, before.most_ms) == (
-            record.dropped,
-            record.most_ms,
-        ):
+        elif before.round.state is state and _steps_within(before) == _steps_within(record):
             self._violated(f"{round_id} is written again as {state}: {before} to {record}")
+        if before.proposed and record.proposed != before.proposed:
+            self._violated(f"{round_id} proposes two sets: {before.contributors}, {record.contributors}")
+        if state is RoundState.AGGREGATING and record.round.convenes:
+            self._look_at_certified(record)
         if state is RoundState.PUBLISHED:
             self._look_at_result(record)
+
+    def _look_at_certified(self, record: RoundRecord) -> None:
+        """A set was certified: the only one of its draw, of enough updates, all of them committed."""
+        draw, certified = record.round.draw, (record.round.round_id, record.contributors)
+        if self.certified.setdefault(draw, certified) != certified:
+            self._violated(f"two sets are certified of draw {draw}: {self.certified[draw]}, {certified}")
+        if len(record.contributors) < record.round.min_updates:
+            self._violated(f"{certified} is certified, of too few updates")
+        committed = {commit.update.client_id for commit in self._commits(record)}
+        if not committed.issuperset(record.contributors):
+            self._violated(f"{certified} is certified; committed have {committed}")
 
     def _look_at_federation(self, record: FederationRecord) -> None:
         before, self.federation = self.federation, record
@@ -206,7 +220,7 @@ class Observer:
         layout = LayoutRecord.model_validate_json(
             self._valkey.value(self._keys.layout(self._federation_id, record.layout_digest))
         ).layout()
-        if layout.encrypts:  # clients look at it
+        if layout.encrypts or layout.sums:  # clients look at it
             return
         contents = [decode_result(layout, index, data) for index, data in enumerate(result)]
         found = marks_in(restore(layout, contents, column_orders(None, layout.matrices, None), None))
@@ -269,7 +283,7 @@ class Observer:
             if not kept_for_use and self._valkey.execute("PTTL", key) > PASSING_MS:
                 self._violated(f"left in aggregation: {key}")
         for key in map(bytes.decode, self._valkey.keys(f"{self._keys.prefix}*")):
-            if key.endswith(":ballots"):
+            if key.endswith(":ballots") or ":committee:" in key:
                 self._violated(f"left in the coordinator: {key}")
         plans = {self._keys.plan(self._federation_id, plan.digest.sha256) for plan in federation.plans}
         for key in map(bytes.decode, self._valkey.keys(f"{self._keys.plan(self._federation_id, '')}*")):
@@ -279,6 +293,11 @@ class Observer:
             record = self.rounds[federation.round_id(sequence)]
             if self._stored_result(record) is None:
                 self._violated(f"the result of {record.round.round_id} is gone")
+
+
+def _steps_within(record: RoundRecord) -> tuple[Any, ...]:
+    """What a round goes through within a state."""
+    return record.dropped, record.most_ms, record.proposed
 
 
 def shown(federation: FederationRecord | None) -> str:

@@ -68,8 +68,18 @@ class Schedule:
 
 
 def _protected(size: Size, rng: Random) -> Size:
-    """Half of the federations encrypt, and some of these vote again or get new keys between rounds."""
-    negotiation = rng.choice(("", "", "sealed", "ope"))
+    """Most of the federations encrypt, and some of these vote again or get new keys between rounds."""
+    negotiation = rng.choice(("", "", "sealed", "ope", "complete", "complete"))
+    if negotiation == "complete":
+        clients = rng.choice((2, 3, 4, 5, 5))
+        return replace(
+            size,
+            complete=True,
+            clients=clients,
+            min_updates=rng.randint(2, min(3, clients)),
+            key_rotation=rng.randint(0, 1),
+            committee_s=rng.choice((5, 15)),
+        )
     if not negotiation:
         return size
     return replace(

@@ -90,6 +90,48 @@ BY_NEGOTIATION = {
 }
 
 
+COMPLETE = (
+    Call("agent-0", "PostCommitteeKey", 1, "drop-response", 1.0),
+    Call("agent-1", "PostCommitteeKey", 1, "duplicate", 0.5),
+    Call("agent-0", "GetCommitteeKeys", 1, "drop-response", 1.0),
+    Call("agent-0", "CommitUpdate", 1, "drop-response", 1.0),
+    Call("agent-1", "GetShares", 1, "break", 0.5, 1),
+    Call("agent-1", "PostCheck", 1, "drop-response", 1.0),
+    Call("agent-2", "SignSet", 1, "drop-response", 1.0),
+    Call("agent-2", "SignSet", 1, "duplicate", 3.0),
+    Call("agent-3", "PostAnswer", 1, "drop-response", 1.0),
+    Call("agent-3", "GetOpening", 1, "drop-response", 1.0),
+    *(Crash(f"coordinator-{index}", nth, 0.0, 5.0) for index in (0, 1) for nth in (45, 75, 105)),
+    *(Crash("agent-1", nth, 0.0, 1.0) for nth in (6, 12, 18)),
+    Pause("agent-1", 10, 30.0),
+    Outage(5.5, 4.0),
+    Loss(2, 0.0),
+    WorkerDeath("aggregation-0", 1, 3),
+    Slow("agent-0", 3, 70.0),
+)
+"""Where a committee is seated, agrees and opens the sum."""
+
+
+def complete() -> Schedule:
+    """Five clients, all of them on the committee, which withstands one that is lost."""
+    return Schedule(0, Size(5, 2, max_attempts=3, complete=True, key_rotation=1), ())
+
+
+def test_without_faults_a_complete_federation_finishes_in_two_draws():
+    report = run(complete(), traced=True)
+    assert (report.violation, report.phase, report.met) == ("", "FINISHED", ())
+    logged = Counter(line.split()[3] for line in report.trace if " info " in line)
+    assert [logged[name] for name in ("seat_committee", "propose_set", "certify_set")] == [2, 2, 2]
+    assert (logged["epoch_opened"], logged["evaluated"]) == (2, 10)
+
+
+@pytest.mark.parametrize("fault", COMPLETE, ids=str)
+def test_a_complete_federation_keeps_its_promises_whichever_fault_it_meets(fault):
+    report = run(complete().with_only([fault]))
+    assert not report.violation, explained(report)
+    assert report.phase == "FINISHED", "three attempts are enough for one fault"
+
+
 def protected(negotiation: str) -> Schedule:
     """Votes again and gets new keys after its first round."""
     return Schedule(0, Size(3, 2, negotiation=negotiation, replan_every=1, key_rotation=1), ())

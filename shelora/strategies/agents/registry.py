@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from shelora.strategies.agents import she_lora
+from shelora.strategies.agents import complete, she_lora
 from shelora.strategies.agents.port import AgentStrategy
 from shelora.strategies.registry import strategy_of
 
@@ -23,4 +23,5 @@ def agent_strategy_of(name: str) -> AgentStrategy:
 
 
 register(she_lora.SHE_LORA)
+register(complete.COMPLETE)
 register(she_lora.PLAIN)

@@ -9,13 +9,16 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from client_agent.keys import EpochSecrets
 from services.key_authority.authority import KEY_RELEASES
+from services.key_authority.epochs import EpochId
 from services.key_authority.servicer import SERVICE_NAMES
 from services.shell.server import running_server
 from shelora.audit import LOG_NAME, AuditEvent, verified
 from shelora.ckks.parameters import INSECURE_TOY, STANDARD
 from shelora.ckks.secret import SecretKey
 from shelora.errors import DomainError, Reason
+from shelora.obfuscation import epoch_secret_id
 from shelora.transport.channel import call, open_channel
 from shelora.transport.status import error_from_rpc
 from shelora.transport.tls import IdentityFolder, TlsCredentials
@@ -80,6 +83,22 @@ async def test_a_client_gets_the_secrets_of_an_open_epoch(stub):
     assert SecretKey.from_bytes(STANDARD, released.ckks_secret_key).key_id == opened.key_id
     assert len(released.obfuscation_secret) == 32
     assert await call(stub.GetEpochSecrets, GET) == released
+
+
+async def test_an_epoch_without_a_ckks_key_has_its_secret_and_no_key_that_decrypts(stub, custody):
+    keyless = changed(OPEN, parameters="")
+    opened = await call(stub.OpenEpoch, keyless)
+    released = await call(stub.GetEpochSecrets, GET)
+    assert (released.parameters, released.ckks_secret_key) == ("", b"")
+    assert released.key_id == opened.key_id == epoch_secret_id(released.obfuscation_secret)
+    assert custody.vault.read(EpochId(OPEN.federation_id, OPEN.epoch)).ckks_secret_key == b""
+    assert await call(stub.OpenEpoch, keyless) == opened
+    assert await refusal(stub.OpenEpoch, OPEN) is Reason.INVALID_ARGUMENT, "it has no key of that profile"
+    secrets = EpochSecrets.from_proto(1, released)
+    assert (secrets.secret, secrets.encryptor, secrets.decryptor) == (True, None, None)
+    other = changed(released, obfuscation_secret=bytes(32))
+    with pytest.raises(DomainError, match="another key than it announced"):
+        EpochSecrets.from_proto(1, other)
 
 
 async def test_opening_an_epoch_again_or_at_once_finds_the_same_keys(stub):
@@ -165,7 +184,6 @@ async def test_an_epoch_that_was_not_opened_is_unknown(stub):
         {"federation_id": "CLINIC"},
         {"epoch": 0},
         {"parameters": "unheard-of"},
-        {"parameters": ""},
         {"parameters": INSECURE_TOY.name},
     ],
 )

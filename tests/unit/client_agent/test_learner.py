@@ -88,16 +88,30 @@ def test_what_was_trained_survives_a_restart_and_another_round_is_trained(
     trained = first.train(1, Activity())
     again = make_learner()
     again.start(SECRETS)
-    calls: list[int] = []
+    calls: list[tuple[int, str]] = []
     real = Learner._train
     monkeypatch.setattr(
-        Learner, "_train", lambda self, number, activity: calls.append(number) or real(self, number, activity)
+        Learner,
+        "_train",
+        lambda self, number, activity, variant: (
+            calls.append((number, variant)) or real(self, number, activity, variant)
+        ),
     )
     reused = again.train(1, Activity())
     assert (reused.loss, reused.seconds, calls) == (trained.loss, trained.seconds, [])
     assert equal(reused.weights, trained.weights)
     again.train(2, Activity())
-    assert calls == [2]
+    assert calls == [(2, "")]
+
+
+def test_another_variant_of_a_round_trains_on_other_batches_and_is_kept_for_itself(
+    make_learner: Callable[..., Learner],
+) -> None:
+    learner = make_learner()
+    learner.start(SECRETS)
+    one, other = learner.train(1, Activity(), "one"), learner.train(1, Activity(), "other")
+    assert not equal(one.weights, other.weights)
+    assert equal(learner.train(1, Activity(), "other").weights, other.weights)
 
 
 @pytest.mark.parametrize(

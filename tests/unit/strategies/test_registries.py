@@ -44,7 +44,7 @@ def test_every_strategy_has_both_halves():
 
 def test_an_unknown_strategy_is_refused_with_those_there_are():
     for look_up in (strategy_of, agent_strategy_of):
-        with pytest.raises(DomainError, match="'selective' or 'none'") as refused:
+        with pytest.raises(DomainError, match="use 'selective' or 'complete' or 'none'") as refused:
             look_up("homomorphic")
         assert refused.value.reason is Reason.INVALID_ARGUMENT
 

@@ -1,0 +1,355 @@
+"""This client's part in the committees that open sums: as a dealer, as a member, as a reader.
+
+Nothing here trusts a server. What a round is about is compared with what the federation promised; the committee is
+worked out from the epoch's secret; keys, dealings, sets and answers are believed for their signatures alone. A member's
+key and shares are in memory only: after a restart it says so and sits the round out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from typing import Final, Protocol
+
+import structlog
+
+from client_agent.keys import EpochSecrets
+from client_agent.session import Session
+from client_agent.state import AgentState
+from client_agent.worker import Worker
+from shelora.additive.sampler import Csprng
+from shelora.committee.certificate import ContributorSet
+from shelora.committee.context import Committee, RoundContext
+from shelora.committee.dealer import Dealer
+from shelora.committee.keys import KeySet
+from shelora.committee.member import Member
+from shelora.committee.reader import OpenedRound, open_round
+from shelora.committee.rules import committee_rule
+from shelora.committee.statements import Kind, Signer, Trust
+from shelora.errors import DomainError, Reason
+from shelora.federation import RoundSpec
+from shelora.lora.layout import Layout
+from shelora.rounds import RoundKind
+from shelora.transport.certificates import pem_to_der
+from shelora.transport.tls import Held
+from shelora.v1 import committee_pb2, common_pb2
+from shelora.v1 import coordinator_pb2 as pb
+
+READING_GRACE: Final = timedelta(days=30)
+"""How long after its end a member's certificate vouches for a result: as long as coordinators keep results."""
+_BATCH: Final = 64
+"""Dealings checked in one go, about 30 ms."""
+
+_REFUSALS: Final = frozenset(
+    {Reason.SET_REFUSED, Reason.ROUND_SPENT, Reason.QUORUM_MISSING, Reason.SIGNATURE_REFUSED}
+)
+"""Why a member does not do what it is asked to."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Identifies(Protocol):
+    """What `shelora.transport.tls.IdentityFolder` does."""
+
+    def read(self) -> Held:
+        """The identity as it is now."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A round as this client works it out: what is signed over, and who sits on its committee."""
+
+    context: RoundContext
+    committee: Committee
+    answer_key: bytes = field(repr=False)
+
+    @property
+    def round_id(self) -> str:
+        """The round's."""
+        return self.context.round_id
+
+    @cached_property
+    def variant(self) -> str:
+        """Which update may be sent: attempts that differ in it train on other batches.
+
+        The same deciders certify one set of one number; whatever a server says of attempts, no update is in two sets.
+        """
+        return self.context.deciders(self.committee).hex()[:32]
+
+
+@dataclass
+class _Seat:
+    """A place on the committee of the newest round."""
+
+    member: Member
+    keys: KeySet | None = None
+    check: committee_pb2.Signed | None = None
+    signed: dict[bytes, committee_pb2.SetSignature] = field(default_factory=dict)
+    """By the set's content: signatures are random, and repeats must be the same bytes."""
+
+
+class Committees:
+    """All of it for one client.
+
+    Args:
+        federation_id: Of the client.
+        client_id: Its name.
+        rules: What the federation promised of its rounds.
+        session: Calls to the coordinator.
+        state: Where certified sets are noted.
+        identity: Signs for the client, and pins the authority.
+        worker: Where what takes long is done.
+        clock: What certificates are held against.
+    """
+
+    def __init__(
+        self,
+        federation_id: str,
+        client_id: str,
+        rules: RoundSpec,
+        *,
+        session: Session,
+        state: AgentState,
+        identity: Identifies,
+        worker: Worker,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._federation_id = federation_id
+        self._client_id = client_id
+        self._rules = rules
+        self._session = session
+        self._state = state
+        self._identity = identity
+        self._worker = worker
+        self._clock = clock
+        self._attempt: Attempt | None = None
+        self._seat: _Seat | None = None
+
+    # What a round is about
+
+    def attempt(self, round_: pb.RoundRef, layout: Layout, secrets: EpochSecrets) -> Attempt:
+        """The round as this client works it out. Raises: COMMITTEE_REFUSED: it protects less than was promised."""
+        context = self._context(round_.context, layout)
+        _require(self._client_id in context.cohort, "this client is not in its cohort")
+        _require(
+            (context.round_id, context.epoch, context.attempt)
+            == (round_.round_id, round_.epoch, round_.attempt),
+            "it is another round than the assignment's",
+        )
+        return self._worked_out(context, secrets)
+
+    def _context(self, message: committee_pb2.RoundContext, layout: Layout) -> RoundContext:
+        """A context that keeps what the federation promised. Raises: COMMITTEE_REFUSED."""
+        try:
+            context = RoundContext.from_proto(message)
+        except DomainError as error:
+            raise _refused(error.message) from error
+        federation_id, _, rest = context.round_id.partition(".")
+        named = federation_id == context.federation_id == self._federation_id
+        _require(named and rest.partition(".")[0] == context.instance, "it is of another federation")
+        _require(context.kind == RoundKind.TRAIN, "it is no training round")
+        _require(context.layout_digest == layout.digest, "it is about another layout")
+        profile = layout.sums.additive if layout.sums else None
+        _require(context.parameters == profile, "it is under other parameters than its layout")
+        _require(context.most_contributors == len(context.cohort), "its scale is not that of its cohort")
+        _require(
+            context.rule == committee_rule(len(context.cohort)), "its committee is not that of its cohort"
+        )
+        _require(
+            context.min_updates == self._rules.min_updates,
+            f"it opens sums of {context.min_updates} updates, and {self._rules.min_updates} were promised",
+        )
+        return context
+
+    def _worked_out(self, context: RoundContext, secrets: EpochSecrets) -> Attempt:
+        if not secrets.secret:
+            raise DomainError(Reason.SECRET_UNAVAILABLE, "a committee takes the epoch's secrets")
+        committee = context.committee(secrets.obfuscation.committee_key())
+        return Attempt(context, committee, secrets.obfuscation.answer_key())
+
+    # As a member
+
+    async def join(self, attempt: Attempt) -> None:
+        """Says which committee this client works out, and takes its seat if it has one. Forgets earlier rounds.
+
+        Raises: NOT_IN_COHORT, ROUND_UNKNOWN.
+        """
+        if self._attempt is None or self._attempt.round_id != attempt.round_id:
+            self.forget()
+            self._attempt = attempt
+            if attempt.committee.position(self._client_id):
+                self._seat = _Seat(self._member(attempt))
+        try:
+            key = self._seat.member.key if self._seat else None
+            await self._session.post_committee_key(attempt.round_id, attempt.committee.members, key)
+        except DomainError as error:
+            if error.reason is Reason.STEP_OVER and not attempt.committee.position(self._client_id):
+                return  # the committee was seated without this view
+            if error.reason not in {Reason.STEP_OVER, Reason.STATEMENT_REWRITTEN}:
+                raise
+            await self._leave(attempt.round_id, "the key of this committee member went with a restart")
+
+    def _member(self, attempt: Attempt) -> Member:
+        notes = self._state.certified_sets()
+        trust = self._trust(self._round_grace)
+        return Member(
+            attempt.context,
+            attempt.committee,
+            self._signer(),
+            trust,
+            notes,
+            attempt.answer_key,
+            Csprng.fresh(),
+        )
+
+    async def _leave(self, round_id: str, why: str) -> None:
+        """Says that this member takes no part (any more)."""
+        self._seat = None
+        _log.warning("sits_out", round=round_id, why=why)
+        await self._session.leave_committee(round_id)
+
+    async def serve(self, serve: pb.Serve) -> None:
+        """Does a member's next step. One that it must not do it refuses, says so, and leaves the committee.
+
+        Raises: STEP_OVER, ROUND_UNKNOWN: it came too late.
+        """
+        attempt, seat = self._attempt, self._seat
+        if attempt is None or attempt.round_id != serve.round.round_id or seat is None:
+            await self._leave(serve.round.round_id, "the key of this committee member went with a restart")
+            return
+        try:
+            await self._step(serve, attempt, seat)
+        except DomainError as error:
+            if error.reason not in _REFUSALS:
+                raise
+            await self._leave(attempt.round_id, error.message)
+
+    async def _step(self, serve: pb.Serve, attempt: Attempt, seat: _Seat) -> None:
+        match serve.step:
+            case pb.Serve.STEP_CHECK:
+                await self._check(attempt, seat)
+            case pb.Serve.STEP_SIGN:
+                await self._sign(attempt, seat, serve.proposed)
+            case pb.Serve.STEP_ANSWER:
+                answer = await self._worker.run(seat.member.release, serve.certificate)
+                await self._session.post_answer(attempt.round_id, answer)
+
+    async def _check(self, attempt: Attempt, seat: _Seat) -> None:
+        if seat.check is None:
+            keys = await self.keys(attempt)
+            batch: list[committee_pb2.DealtShare] = []
+            async for shown in self._session.shares(attempt.round_id):
+                batch.append(shown)
+                if len(batch) == _BATCH:
+                    await self._worker.run(self._receive, attempt, seat.member, keys, batch)
+                    batch = []
+            await self._worker.run(self._receive, attempt, seat.member, keys, batch)
+            seat.check = seat.member.check()
+        await self._session.post_check(attempt.round_id, seat.check)
+
+    def _receive(
+        self, attempt: Attempt, member: Member, keys: KeySet, batch: list[committee_pb2.DealtShare]
+    ) -> None:
+        trust = self._trust(self._round_grace)
+        for shown in batch:
+            try:
+                dealer = trust.author(shown.dealing, Kind.DEALING, attempt.context)
+            except DomainError as error:  # nobody's word: it cannot be refused by name
+                _log.warning("dealing_refused", round=attempt.round_id, why=error.message)
+                continue
+            if refusal := member.receive(dealer, shown, keys):
+                _log.warning("dealing_refused", round=attempt.round_id, dealer=dealer, why=refusal.message)
+
+    async def _sign(self, attempt: Attempt, seat: _Seat, proposed: bytes) -> None:
+        if proposed not in seat.signed:
+            wanted = ContributorSet.read(attempt.context, proposed)
+            signed = await self._worker.run(seat.member.certify, wanted.contributors)
+            if signed.content != proposed:
+                raise DomainError(
+                    Reason.SET_REFUSED, "the proposed set is not of the dealings that this member holds"
+                )
+            seat.signed[proposed] = committee_pb2.SetSignature(
+                signature=signed.signature, certificate=signed.certificate
+            )
+        await self._session.sign_set(attempt.round_id, seat.signed[proposed])
+
+    def forget(self) -> None:
+        """Forgets key and shares of the newest round."""
+        if self._seat is not None:
+            self._seat.member.forget()
+        self._attempt = self._seat = None
+
+    # As a dealer
+
+    async def keys(self, attempt: Attempt) -> KeySet:
+        """The committee's keys, waited for. Raises: QUORUM_MISSING: too few of them are; STEP_OVER, ROUND_UNKNOWN."""
+        if self._seat is not None and self._seat.keys is not None and self._attempt is attempt:
+            return self._seat.keys
+        statements = await self._session.committee_keys(attempt.round_id)
+        try:
+            keys = KeySet.of(attempt.context, attempt.committee, statements, self._trust(self._round_grace))
+        except DomainError as error:
+            raise DomainError(Reason.QUORUM_MISSING, error.message) from error
+        if self._seat is not None and self._attempt is attempt:
+            self._seat.keys = keys
+        return keys
+
+    def dealer(self, attempt: Attempt, keys: KeySet) -> Dealer:
+        """Encrypts one update and deals its key."""
+        return Dealer(attempt.context, keys, self._signer(), Csprng.fresh())
+
+    # As a reader
+
+    async def opened(
+        self, result: common_pb2.ResultRef, layout: Layout, secrets: EpochSecrets
+    ) -> OpenedRound:
+        """Opens a published sum.
+
+        Raises: COMMITTEE_REFUSED, SET_REFUSED, SIGNATURE_REFUSED, QUORUM_MISSING, ANSWERS_REFUSED, SUM_UNREADABLE,
+        RESULT_UNKNOWN.
+        """
+        response = await self._session.opening(result.round_id)
+        context = self._context(response.context, layout)
+        named = (context.round_id, context.epoch) == (result.round_id, result.epoch)
+        _require(named, "it opens another result")
+        attempt = self._worked_out(context, secrets)
+        opened = await self._worker.run(
+            open_round,
+            context,
+            attempt.committee,
+            response.opening,
+            attempt.answer_key,
+            self._trust(READING_GRACE),
+            Csprng.fresh(),
+        )
+        _require(
+            len(opened.contributors) == result.contributor_count,
+            f"{result.contributor_count} updates are announced, and {len(opened.contributors)} are certified",
+        )
+        if opened.liars:
+            _log.warning("members_lied", round=result.round_id, members=list(opened.liars))
+        return opened
+
+    # Identities
+
+    @property
+    def _round_grace(self) -> timedelta:
+        """How long a certificate vouches for a statement of a round: as long as a round may last."""
+        return timedelta(seconds=self._rules.deadline_s + 4 * self._rules.committee_s)
+
+    def _signer(self) -> Signer:
+        held = self._identity.read()
+        return Signer(self._client_id, held.key, pem_to_der(held.certificate))
+
+    def _trust(self, grace: timedelta) -> Trust:
+        authority = pem_to_der(self._identity.read().authority)
+        return Trust(authority, self._federation_id, self._clock, grace)
+
+
+def _require(condition: bool, what: str) -> None:  # noqa: FBT001 - reads as a sentence at the call
+    if not condition:
+        raise _refused(what)
+
+
+def _refused(what: str) -> DomainError:
+    return DomainError(Reason.COMMITTEE_REFUSED, f"the round is refused: {what}")
