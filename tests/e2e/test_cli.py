@@ -20,40 +20,54 @@ FOLDER = "local [v2]"
 """Of the cluster: rich would take the brackets for markup."""
 
 
+def started(folder: Path, stack: ExitStack) -> subprocess.Popen[str]:
+    """`shelora up`; stopped with the stack."""
+    process = subprocess.Popen(
+        [*SHELORA, "up", "--any-ports", "--folder", str(folder / FOLDER), "--workers", "1"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    stack.enter_context(process)
+    stack.callback(process.terminate)
+    return process
+
+
+def until_it_serves(process: subprocess.Popen[str], folder: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not (folder / FOLDER / "cluster.json").exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def up(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Starts `shelora up` in its own folder; stopped in the end."""
+    """Starts `shelora up` in the test's own folder."""
     with ExitStack() as stack:
-
-        def start() -> subprocess.Popen[str]:
-            process = subprocess.Popen(
-                [*SHELORA, "up", "--any-ports", "--folder", str(tmp_path / FOLDER), "--workers", "1"],
-                cwd=REPOSITORY,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            stack.enter_context(process)
-            stack.callback(process.terminate)
-            return process
-
-        yield start
+        yield lambda: started(tmp_path, stack)
 
 
 @pytest.fixture
 def running_up(tmp_path: Path, up: Callable[[], subprocess.Popen[str]]) -> subprocess.Popen[str]:
-    """`shelora up` in its own folder, ready to serve."""
+    """`shelora up` in the test's own folder, ready to serve."""
     process = up()
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not (tmp_path / FOLDER / "cluster.json").exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until_it_serves(process, tmp_path)
     return process
 
 
-def addresses(tmp_path: Path) -> dict:
-    return json.loads((tmp_path / FOLDER / "cluster.json").read_text())
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where a `shelora up` runs for all tests that leave it in order."""
+    folder = tmp_path_factory.mktemp("shared")
+    with ExitStack() as stack:
+        until_it_serves(started(folder, stack), folder)
+        yield folder
+
+
+def addresses(folder: Path) -> dict:
+    return json.loads((folder / FOLDER / "cluster.json").read_text())
 
 
 def shelora(
@@ -140,8 +154,8 @@ def test_up_fails_with_the_log_of_a_server_that_dies(running_up, tmp_path):
     assert not alive
 
 
-def test_a_federation_is_created_started_shown_and_listed(running_up, tmp_path):
-    at = addresses(tmp_path)
+def test_a_federation_is_created_started_shown_and_listed(cluster, tmp_path):
+    at = addresses(cluster)
     created = shelora("federation", "create", "examples/reuters/federation.yaml", at=at)
     assert created.returncode == 0, created.stderr
     assert "created" in created.stdout
@@ -186,8 +200,8 @@ def test_a_federation_is_extended_stopped_exported_and_deleted_and_its_name_is_f
     assert shelora("federation", "create", str(changed), at=at).returncode == 0
 
 
-def test_mistakes_are_answered_with_the_reason(running_up, tmp_path):
-    at = addresses(tmp_path)
+def test_mistakes_are_answered_with_the_reason(cluster, tmp_path):
+    at = addresses(cluster)
     unknown = shelora("federation", "show", "nothing-there", at=at)
     assert unknown.returncode == 1
     assert "FEDERATION_UNKNOWN" in unknown.stderr
@@ -203,8 +217,8 @@ def test_mistakes_are_answered_with_the_reason(running_up, tmp_path):
     assert "enrol first" in nobody.stderr
 
 
-def test_a_token_makes_another_operator_and_only_once(running_up, tmp_path):
-    at = addresses(tmp_path)
+def test_a_token_makes_another_operator_and_only_once(cluster, tmp_path):
+    at = addresses(cluster)
     token = shelora("token", "create", "--role", "operator", at=at)
     assert token.returncode == 0, token.stderr
     folder = tmp_path / "second"
@@ -234,8 +248,8 @@ def test_revoking_the_operators_says_how_they_come_back_asks_and_cuts_all_off(ru
     assert "CERTIFICATE_REVOKED" in refused.stderr
 
 
-def test_an_operator_that_stays_renews_its_identity_until_it_is_stopped(running_up, tmp_path):
-    at = addresses(tmp_path)
+def test_an_operator_that_stays_renews_its_identity_until_it_is_stopped(cluster, tmp_path):
+    at = addresses(cluster)
     token, folder = tmp_path / "token", tmp_path / "operator"
     token.write_text(shelora("token", "create", "--role", "operator", at=at).stdout)
     stay = [*SHELORA, "enroll", "--stay", "--token-file", str(token), "--authority", at["enrolment"]]
@@ -248,8 +262,8 @@ def test_an_operator_that_stays_renews_its_identity_until_it_is_stopped(running_
             assert process.wait(60) == 0
 
 
-def test_a_token_makes_an_agent_a_member_once(running_up, tmp_path):
-    at = addresses(tmp_path)
+def test_a_token_makes_an_agent_a_member_once(cluster, tmp_path):
+    at = addresses(cluster)
     created = shelora("token", "create", "--federation", "reuters", "--client", "desk", at=at)
     assert created.returncode == 0, created.stderr
     token = created.stdout.strip()
@@ -270,7 +284,7 @@ def test_a_token_makes_an_agent_a_member_once(running_up, tmp_path):
     assert "names must be" in nonsense.stderr
 
 
-def test_the_audit_log_of_the_local_cluster_is_verified(running_up, tmp_path):
-    verified = shelora("audit", "verify", str(tmp_path / FOLDER / "key-authority"), at=addresses(tmp_path))
+def test_the_audit_log_of_the_local_cluster_is_verified(cluster):
+    verified = shelora("audit", "verify", str(cluster / FOLDER / "key-authority"), at=addresses(cluster))
     assert verified.returncode == 0, verified.stderr
     assert "none changed" in verified.stdout
