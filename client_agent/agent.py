@@ -189,7 +189,8 @@ class Agent:
             committees=committees,
         )
         follower = _Follower(session, work, learner, self._retry_s)
-        await follower.join()
+        if not await follower.begin():
+            return Outcome.HALTED
         beating = asyncio.create_task(follower.beat())
         try:
             outcome = await follower.follow()
@@ -246,6 +247,17 @@ class _Follower:
         self._trouble: DomainError | None = None
         """What keeps this client from its newest work."""
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+    async def begin(self) -> bool:
+        """Joins; False if the federation is being deleted. Raises: as `join`."""
+        try:
+            await self.join()
+        except DomainError as error:
+            if error.reason is not Reason.FEDERATION_UNKNOWN:
+                raise
+            _log.error("federation_gone", why=error.message)
+            return False
+        return True
 
     async def join(self) -> DomainError | None:
         """Makes this client a member; goes on trying while the coordinator does not answer, or memory is short.

@@ -215,6 +215,10 @@ def _step(view: View, now_ms: int) -> Decision:
     if federation.ticket is not None:
         return _within_round(view, federation.ticket, now_ms)
     if federation.stopped:
+        if (
+            federation.key_id and federation.rotation_due
+        ):  # keys that may be made already are not left unnoted
+            return OpenKeys(federation.epoch + 1)
         return WriteFederation("end_stopped", transitions.stopped_now(federation))
     return _between(view, now_ms)
 

@@ -248,7 +248,12 @@ class FederationRecord(Record):
 
     @property
     def oldest_epoch(self) -> int:
-        """The oldest epoch whose keys agents may still need: that of the newest result, until there is a later one."""
+        """The oldest epoch whose keys agents may still need: that of the newest result, until there is a later one.
+
+        None of those so far if it ended before keys were noted: they may have been made all the same.
+        """
+        if self.ended and self.strategy.needs_keys and not self.key_id:
+            return self.epoch + 1
         return min(self.epoch, self.result_epoch or self.epoch)
 
     @property

@@ -81,6 +81,20 @@ redis.call('PUBLISH', ARGV[4], ARGV[1])
 return 1
 """
 
+PUT_FIELD: Final = """
+-- KEYS: federation, hash.  ARGV: field, value, expiry in ms.
+-- Returns 1 if set, 0 if there is no such federation (any more).
+--
+-- Race: a call under way while its federation is deleted. It must leave nothing behind, least of all a member of the
+-- federation that gets the name next.
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  return 0
+end
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+return 1
+"""
+
 SEE: Final = """
 -- KEYS: members, sighting, sessions, copies.  ARGV: client, sighting, expiry in ms, session ("" if unknown), Unix ms.
 -- Returns the number of members, 0 if the client is none, -1 if another process of it has taken over since.

@@ -33,7 +33,7 @@ from coordinator.records import (
     Statement,
     Update,
 )
-from coordinator.scripts import COMMIT, COMPARE_AND_SET, RELEASE, RENEW, SEE, STATE, TOUCH
+from coordinator.scripts import COMMIT, COMPARE_AND_SET, PUT_FIELD, RELEASE, RENEW, SEE, STATE, TOUCH
 from services.shell.redis_client import Failures, RedisClient
 from shelora.committee.rules import MAX_MEMBERS
 from shelora.errors import DomainError, Reason, RetryLaterError
@@ -284,6 +284,10 @@ class Store(Protocol):
         """Gives a lease back, if it is still held."""
 
 
+def _unknown(federation_id: str) -> DomainError:
+    return DomainError(Reason.FEDERATION_UNKNOWN, f"there is no federation {federation_id!r}")
+
+
 def _full() -> RetryLaterError:
     why = "the coordinator's store is full; the operator can raise Redis' maxmemory"
     return RetryLaterError(Reason.STORE_FULL, why, FULL_RETRY_S)
@@ -335,6 +339,7 @@ class RedisStore:
         self._compare_and_set = redis.register_script(COMPARE_AND_SET)
         self._commit = redis.register_script(COMMIT)
         self._state = redis.register_script(STATE)
+        self._put = redis.register_script(PUT_FIELD)
         self._see = redis.register_script(SEE)
         self._touch = redis.register_script(TOUCH)
         self._renew = redis.register_script(RENEW)
@@ -349,7 +354,7 @@ class RedisStore:
     async def federation(self, federation_id: str) -> Versioned[FederationRecord]:
         found = await self._read(self._keys.federation(federation_id), FederationRecord)
         if found is None:
-            raise DomainError(Reason.FEDERATION_UNKNOWN, f"there is no federation {federation_id!r}")
+            raise _unknown(federation_id)
         return found
 
     @_available
@@ -357,7 +362,7 @@ class RedisStore:
         self, name: str, record: FederationRecord, before: Versioned[FederationRecord] | None
     ) -> bool:
         federation_id = record.federation_id
-        await self._index(federation_id)
+        await self._index(federation_id, new=before is None)
         keys = [self._keys.federation(federation_id), *self._standing(record)]
         old = {*self._plan_keys(before.record), *self._opening_keys(before.record)} if before else set()
         revision = before.revision if before else 0
@@ -537,14 +542,14 @@ class RedisStore:
     @_available
     async def put_refusal(self, federation: FederationRecord, sequence: int, refusal: Dropped) -> None:
         key = self._keys.refusals(federation.federation_id, federation.instance, sequence)
-        await self._put_field(key, refusal.client_id, refusal)
+        await self._put_field(federation.federation_id, key, refusal.client_id, refusal.model_dump_json())
         if refusal.gave_up:  # it concerns the driver
             await self._redis.publish(self._keys.changes(federation.federation_id), refusal.client_id)
 
     @_available
     async def put_objection(self, federation: FederationRecord, plan_number: int, objection: Dropped) -> None:
         key = self._keys.objections(federation.federation_id, federation.instance, plan_number)
-        await self._put_field(key, objection.client_id, objection)
+        await self._put_field(federation.federation_id, key, objection.client_id, objection.model_dump_json())
         await self._redis.publish(self._keys.changes(federation.federation_id), objection.client_id)
 
     @_available
@@ -554,7 +559,8 @@ class RedisStore:
 
     @_available
     async def put_shapes(self, federation_id: str, client_id: str, model: Model) -> None:
-        await self._put_field(self._keys.shapes(federation_id), client_id, model)
+        key = self._keys.shapes(federation_id)
+        await self._put_field(federation_id, key, client_id, model.model_dump_json())
 
     @_available
     async def shapes(self, federation_id: str, client_id: str) -> Model | None:
@@ -624,10 +630,7 @@ class RedisStore:
         self, federation: FederationRecord, sequence: int, client_id: str, ballot: bytes
     ) -> None:
         key = self._keys.ballots(federation.federation_id, federation.instance, sequence)
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.hset(key, client_id, ballot)
-            pipeline.pexpire(key, self._retention_ms)
-            await pipeline.execute()
+        await self._put_field(federation.federation_id, key, client_id, ballot)
 
     @_available
     async def ballot(self, federation: FederationRecord, sequence: int, client_id: str) -> bytes | None:
@@ -642,7 +645,7 @@ class RedisStore:
     @_available
     async def put_member(self, federation_id: str, member: Member) -> None:
         key = self._keys.members(federation_id)
-        await self._put_field(key, member.client_id, member)
+        await self._put_field(federation_id, key, member.client_id, member.model_dump_json())
         # It concerns the driver: what the other members should do does not change.
         await self._redis.publish(self._keys.changes(federation_id), member.client_id)
 
@@ -677,11 +680,7 @@ class RedisStore:
 
     @_available
     async def begin_session(self, federation_id: str, client_id: str, session: str) -> None:
-        key = self._keys.sessions(federation_id)
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.hset(key, client_id, session)
-            pipeline.pexpire(key, self._retention_ms)
-            await pipeline.execute()
+        await self._put_field(federation_id, self._keys.sessions(federation_id), client_id, session)
 
     @_available
     async def copies(self, federation_id: str) -> dict[str, int]:
@@ -721,7 +720,8 @@ class RedisStore:
         self, federation: FederationRecord, record: RoundRecord, index: int, result: ShardResult
     ) -> None:
         # Aggregation knows them, too: they spare calls while a round is aggregated, and are no history.
-        await self._put_field(self._shards_key(federation, record), str(index), result, SHARDS_MS)
+        key = self._shards_key(federation, record)
+        await self._put_field(federation.federation_id, key, str(index), result.model_dump_json(), SHARDS_MS)
 
     @_available
     async def shards(self, federation: FederationRecord, record: RoundRecord) -> dict[int, ShardResult]:
@@ -733,7 +733,9 @@ class RedisStore:
         self, federation: FederationRecord, sequence: int, evaluation: Evaluation
     ) -> None:
         key = self._keys.evaluations(federation.federation_id, federation.instance, sequence)
-        await self._put_field(key, evaluation.client_id, evaluation)
+        await self._put_field(
+            federation.federation_id, key, evaluation.client_id, evaluation.model_dump_json()
+        )
 
     @_available
     async def evaluations(self, federation: FederationRecord, sequence: int) -> list[Evaluation]:
@@ -767,12 +769,15 @@ class RedisStore:
     async def release(self, federation_id: str, token: str) -> None:
         await self._release(keys=[self._keys.lease(federation_id)], args=[token])
 
-    async def _index(self, federation_id: str) -> None:
-        """Lists a federation until its record expires. Written first: an entry without a record is harmless."""
+    async def _index(self, federation_id: str, *, new: bool) -> None:
+        """Lists a federation until its record expires. Written first: an entry without a record is harmless.
+
+        One that is not new is not listed again: it may have been deleted since it was read.
+        """
         now_ms = self._clock_ms()
         async with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.zremrangebyscore(self._keys.index, "-inf", now_ms)
-            pipeline.zadd(self._keys.index, {federation_id: now_ms + self._retention_ms})
+            pipeline.zadd(self._keys.index, {federation_id: now_ms + self._retention_ms}, xx=not new)
             pipeline.pexpire(self._keys.index, self._retention_ms)
             await pipeline.execute()
 
@@ -807,12 +812,17 @@ class RedisStore:
         TRANSACTION_TOTAL.labels(name, "written" if written else "conflict").inc()
         return bool(written)
 
-    async def _put_field(self, key: str, field: str, record: Record, life_ms: int = 0) -> None:
-        """Sets a field of a hash and renews its expiry, both or neither. `life_ms`: 0 for as long as the federation."""
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.hset(key, field, record.model_dump_json())
-            pipeline.pexpire(key, life_ms or self._retention_ms)
-            await pipeline.execute()
+    async def _put_field(
+        self, federation_id: str, key: str, field: str, data: bytes | str, life_ms: int = 0
+    ) -> None:
+        """Sets a field of a hash of a federation and renews its expiry, in one step.
+
+        Args: life_ms: 0 for as long as the federation.
+        Raises: FEDERATION_UNKNOWN, and leaves nothing behind, if the federation was deleted meanwhile.
+        """
+        keys = [self._keys.federation(federation_id), key]
+        if not await self._put(keys, [field, data, life_ms or self._retention_ms]):
+            raise _unknown(federation_id)
 
     async def _by_client(self, key: str) -> dict[str, bytes]:
         return {name.decode(): bytes(value) for name, value in sorted((await self._hash(key)).items())}

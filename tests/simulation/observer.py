@@ -272,7 +272,7 @@ class Observer:
         for key in map(bytes.decode, self._valkey.keys("*")):
             passing = self._valkey.execute("PTTL", key) <= PASSING_MS
             heard = ":seen:" in key  # an agent's last words
-            if not (passing or heard) and federation.federation_id in key:
+            if not (passing or heard) and f"{{{federation.federation_id}" in key:
                 self._violated(f"left of a federation that was deleted: {key}")
 
     def _look_for_leftovers(self, federation: FederationRecord) -> None:

@@ -113,8 +113,10 @@ def kept_keys() -> AbstractContextManager[Any]:
 def immortal_fields() -> AbstractContextManager[Any]:
     """Members and evaluations are written without an expiry."""
 
-    async def put(self: RedisStore, key: str, field: str, record: Any, life_ms: int = 0) -> None:
-        await self._redis.hset(key, field, record.model_dump_json())
+    async def put(
+        self: RedisStore, federation_id: str, key: str, field: str, data: Any, life_ms: int = 0
+    ) -> None:
+        await self._redis.hset(key, field, data)
 
     return mock.patch.object(RedisStore, "_put_field", put)
 

@@ -248,9 +248,13 @@ class Valkey:
 
     # Sorted sets
 
-    def _zadd(self, key: bytes, score: bytes, member: bytes) -> int:
-        found = self._kind(key, _Sorted, create=True)
+    def _zadd(self, key: bytes, *parts: bytes) -> int:
+        *options, score, member = parts
+        only_known = b"XX" in options
+        found = self._kind(key, _Sorted, create=not only_known)
         new = member not in found
+        if new and only_known:
+            return 0
         found[member] = float(score)
         return int(new)
 

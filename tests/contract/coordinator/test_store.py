@@ -166,6 +166,7 @@ async def test_commits_that_race_the_close_are_counted_or_refused_never_both(sto
 
 
 async def test_a_call_leaves_what_a_client_last_said_of_itself(store):
+    assert await store.write_federation("create_federation", RECORD, None)
     await store.touch("fed", "a", 1_700_000_000_123)
     assert (await store.sightings("fed", ["a"]))["a"] == Sighting(
         stage="", progress=0.0, at_ms=1_700_000_000_123
@@ -179,6 +180,7 @@ async def test_a_call_leaves_what_a_client_last_said_of_itself(store):
 
 
 async def test_members_sightings_and_evaluations_come_back(store):
+    assert await store.write_federation("create_federation", RECORD, None)
     member = Member(client_id="b", rank=4, budget=0.5, example_count=3)
     await store.put_member("fed", member)
     await store.put_member("fed", member.model_copy(update={"client_id": "a"}))
@@ -206,7 +208,25 @@ async def test_members_sightings_and_evaluations_come_back(store):
     assert await store.evaluations(RECORD, 2) == [again]
 
 
+async def test_a_call_under_way_while_its_federation_is_deleted_leaves_nothing_behind(store, client):
+    assert await store.write_federation("create_federation", RECORD, None)
+    await store.delete(RECORD)
+    member = Member(client_id="a", rank=1, budget=0.0, example_count=1)
+    dropped = Dropped(client_id="a", reason=Reason.DATA_INVALID, why="no", gave_up=True)
+    for late in (
+        store.put_member("fed", member),
+        store.put_shapes("fed", "a", RECORD.model),
+        store.put_refusal(RECORD, 1, dropped),
+        store.put_objection(RECORD, 1, dropped),
+        store.put_ballot(RECORD, 1, "a", b"1"),
+        store.begin_session("fed", "a", "s"),
+    ):
+        assert await reason_of(late) is Reason.FEDERATION_UNKNOWN
+    assert await client.keys("*") == []
+
+
 async def test_layouts_plans_and_shards_come_back(store):
+    assert await store.write_federation("create_federation", RECORD, None)
     layout = LayoutRecord(
         parameters="standard",
         key_id="",
@@ -248,12 +268,14 @@ async def test_a_lease_is_held_by_one_and_only_its_holder_renews_or_releases_it(
 
 async def test_a_write_prolongs_the_life_of_everything_the_federation_stands_on(store, client):
     keys = Keys()
+    assert await store.write_federation("create_federation", RECORD, None)
     await store.put_member("fed", Member(client_id="a", rank=1, budget=0.0, example_count=1))
     await store.put_plan("fed", PLAN.digest.sha256, b"sealed")
     standing = [keys.members("fed"), keys.plan("fed", PLAN.digest.sha256)]
     for key in standing:
         await client.pexpire(key, 60_000)
-    assert await store.write_federation("create_federation", RECORD, None)
+    again = RECORD.model_copy(update={"attempt": 9})
+    assert await store.write_federation("settle_round", again, Versioned(RECORD, 1))
     assert min([await client.ttl(key) for key in standing]) > 60
 
 
@@ -310,3 +332,12 @@ async def test_a_cancelled_caller_stops_whenever_the_cancellation_comes(store):
         task.cancel()
         _, pending = await asyncio.wait([task], timeout=60)
         assert not pending
+
+
+async def test_a_writer_that_read_a_federation_before_it_was_deleted_does_not_list_it_again(store, client):
+    assert await store.write_federation("create_federation", RECORD, None)
+    read = await store.federation("fed")
+    await store.delete(RECORD)
+    assert not await store.write_federation("settle_round", RECORD, read)
+    assert await store.federation_ids() == []
+    assert await client.keys("*") == []

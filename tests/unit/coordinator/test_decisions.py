@@ -80,3 +80,13 @@ def commit(examples, loss) -> Commit:
 def test_the_training_loss_is_weighted_by_examples_and_stays_finite():
     assert mean_train_loss([commit(30, 1.0), commit(10, 3.0)]) == 1.5
     assert mean_train_loss([commit(10**9, 1.7e308)] * 3) == pytest.approx(1.7e308)
+
+
+def test_a_stop_leaves_no_keys_that_nobody_knows_of():
+    """They are made before they are noted, and the stop may come in between."""
+    due = running(stopped=True, rotate_from=1, result_sequence=2, result_epoch=1)
+    assert decide(view(due), NOW) == OpenKeys(2)
+    early = running(stopped=True, key_id="", plan=None)
+    ended = decide(view(early), NOW)
+    assert ended == WriteFederation("end_stopped", transitions.stopped_now(early))
+    assert decide(view(ended.record), NOW) == RetireEpochs(2)
