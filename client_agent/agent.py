@@ -61,6 +61,7 @@ _OVER: Final = frozenset(
         Reason.NOT_LEADER,
         Reason.BALLOT_REFUSED,
         Reason.RESULT_UNKNOWN,
+        Reason.RESULT_REFUSED,
         Reason.EPOCH_RETIRED,
         Reason.SIGNATURE_REFUSED,
         Reason.DEALING_REFUSED,

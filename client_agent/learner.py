@@ -17,6 +17,7 @@ from client_agent.keys import EpochSecrets
 from client_agent.learning import Evaluation, Trained, Weights
 from client_agent.metrics import TRAINING_STEPS, timed
 from client_agent.moderating import Moderator
+from client_agent.plausibility import Expectation, plausible
 from client_agent.preparation import prepare
 from client_agent.progress import Activity
 from client_agent.scoring import sensitivity_scores
@@ -96,8 +97,10 @@ class Learner:
         What servers could not screen is bounded by what this client trained from the state that it holds.
 
         Args: number: of the training round, to tell how many this client missed; 0 if it is not known.
+        Raises: RESULT_REFUSED if it is not plausible beside what this client trained.
         """
         moderator = self._moderator(number)
+        parts = plausible(parts, self._expectation())
         checked = moderator.parts(parts) if moderator else parts
         weights = cut_to_rank(checked, self.model.rank, self.model.scaling, obfuscation)
         if moderator:
@@ -180,11 +183,27 @@ class Learner:
         """Writes the current state as a PEFT adapter, into an empty folder."""
         self.model.save_adapter(folder)
 
+    def _expectation(self) -> Expectation:
+        """What is known of the round whose result comes next: the present state, and what was trained from it."""
+        saved, number = self._state.trained(), 1
+        trained = None
+        if saved is not None and saved[0].get("round") == (self._position or ""):
+            trained, number = saved[1], int(saved[0]["number"])
+        return Expectation(
+            base=self.model.weights(),
+            trained=trained,
+            scaling=self.model.scaling,
+            step=self._spec.local_steps * self._learning_rate(number),
+        )
+
+    def _learning_rate(self, number: int) -> float:
+        return self._spec.learning_rate * self._spec.learning_rate_decay ** (number - 1)
+
     def _train(self, number: int, activity: Activity, variant: str) -> Trained:
         run = TrainingRun(
             steps=self._spec.local_steps,
             batch_size=self._spec.batch_size,
-            learning_rate=self._spec.learning_rate * self._spec.learning_rate_decay ** (number - 1),
+            learning_rate=self._learning_rate(number),
             seed=seed_of(self._client_id, number, "training", *([variant] if variant else [])),
             micro_batch=self._micro_batch,
         )

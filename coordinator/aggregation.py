@@ -5,8 +5,9 @@ from typing import Final, TypeVar
 
 from coordinator.records import Commit, ShardResult, StoredDigest, StoredShard
 from shelora.errors import DomainError, Reason
+from shelora.federation import ScreeningSpec
 from shelora.lora.layout import Layout
-from shelora.lora.screening import counted_examples
+from shelora.lora.screening import counted_norm, largest_believed, shares
 from shelora.messages import layout_to_proto
 from shelora.rounds import RoundKind
 from shelora.transport.channel import RETRY_S, TIMEOUT_S
@@ -83,23 +84,27 @@ class AggregationPool:
 
 
 def contributions(
-    kind: RoundKind, shard: int, commits: Sequence[Commit], example_ratio: float = 0.0
+    kind: RoundKind, shard: int, commits: Sequence[Commit], rules: ScreeningSpec
 ) -> list[pb.Contribution]:
     """What goes into a shard, in the order given: every voter counts the same, an update counts its examples.
 
-    Args: example_ratio: Examples of one client that count, as a multiple of their median; 0 for all.
+    Claims of examples and norms count as far as `shelora.lora.screening` believes them.
     """
-    counts = [1 if kind is RoundKind.VOTE else commit.update.report.example_count for commit in commits]
-    counted = counted_examples(counts, example_ratio)
-    total = sum(counted)
+    if kind is RoundKind.VOTE:
+        weights, factors = [1 / len(commits)] * len(commits), [1.0] * len(commits)
+    else:
+        weights = shares([commit.update.report.example_count for commit in commits], rules.max_example_ratio)
+        norms = {commit.update.client_id: commit.update.norm for commit in commits}
+        most = largest_believed(norms, rules.max_norm_ratio)
+        factors = [counted_norm(norm, most) for norm in norms.values()]
     return [
         pb.Contribution(
             client_id=commit.update.client_id,
             sha256=bytes.fromhex(commit.update.shards[shard].sha256),
-            weight=count / total,
-            scaling=commit.update.scaling,
+            weight=weight,
+            scaling=commit.update.scaling * factor,
         )
-        for count, commit in zip(counted, commits, strict=True)
+        for weight, factor, commit in zip(weights, factors, commits, strict=True)
     ]
 
 

@@ -671,8 +671,7 @@ class Driver:
 
         async def aggregate(index: int) -> None:
             async with slots:
-                ratio = federation.spec.screening.max_example_ratio
-                parts = contributions(record.round.kind, index, commits, ratio)
+                parts = contributions(record.round.kind, index, commits, federation.spec.screening)
                 shards[index] = await self._aggregation.aggregate(record.round.round_id, index, parts)
                 await self._store.put_shard(federation, record, index, shards[index])
 

@@ -185,8 +185,9 @@ class ProtectionSpec(Spec):
     """How clients agree on columns: `sealed` adds up encrypted votes; `ope`, the paper's way, shows the coordinator
     the order of scores under secret labels."""
 
-    tensor_bound: Annotated[float, Field(gt=0, le=1e6)] = 4.0
-    """Largest absolute value in an encrypted tensor; precision is lost in proportion to it."""
+    tensor_bound: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Largest absolute value in a tensor that is averaged whole: heads start within 0.1 and move by a learning rate a
+    step. Precision is lost in proportion to it, and a hostile member can push a head that far."""
 
     max_directions: Annotated[int, Field(ge=1, le=4096)] = 256
     """Most directions in an aggregate. The sum of all ranks is lossless; beyond, the result says what it left out."""
@@ -251,13 +252,14 @@ class ScreeningSpec(Spec):
     """Norm above which an update is refused. Weights of a layer have norms below 100, updates norms of some per cent of
     that; the norm servers measure is about ten times as large."""
 
-    max_norm_ratio: Annotated[float, Field(ge=0, le=1e6)] = 10.0
-    """Norm above which an update is left out of the aggregate, as a multiple of the cohort's median, at least 2.
-    Honest updates differ with alpha, rank and data, in our tests by a factor of 2."""
+    max_norm_ratio: Annotated[float, Field(ge=0, le=1e6)] = 3.0
+    """Norm above which an update is left out of the aggregate, as a multiple of the cohort's median, at least 2; one
+    above half of that is scaled down to it. Honest updates differ with alpha, rank and data, in our tests by a factor
+    of 2."""
 
-    max_example_ratio: Annotated[float, Field(ge=0, le=1e6)] = 100.0
-    """Examples of one client that count in the aggregate, as a multiple of the cohort's median, at least 1: nobody can
-    outweigh the others by claiming a billion."""
+    max_example_ratio: Annotated[float, Field(ge=0, le=1e6)] = 3.0
+    """Examples of one client that count in the aggregate, as a multiple of the cohort's median, at least 1. Whatever it
+    is, one of K clients weighs at most 2/(K + 2): claims cannot be checked."""
 
     @model_validator(mode="after")
     def _ratios_leave_the_median_in(self) -> Self:

@@ -41,7 +41,39 @@ def largest_believed(norms: Mapping[str, float], ratio: float) -> float:
     return ratio * middle if ratio and middle else math.inf
 
 
-def counted_examples(counts: Sequence[int], ratio: float) -> list[float]:
-    """Examples that count as weight: each at most `ratio` times the cohort's median; all of them for a ratio of 0."""
+def counted_norm(norm: float, most: float) -> float:
+    """The factor on an update, at most 1: one above half of `most`, what is believed at all, is scaled down to that.
+
+    Norm bounding (Sun et al., "Can you really backdoor federated learning?", 2019), which needs norms alone.
+    """
+    return min(1.0, most / 2 / norm) if norm else 1.0
+
+
+def largest_share(clients: int) -> float:
+    """The largest weight of one of so many clients, 2 or more: 1/2 of two, 2/5 of three, 1/3 of four, 2/K of many."""
+    return 2 / (clients + 2)
+
+
+def shares(counts: Sequence[int], ratio: float) -> list[float]:
+    """The weights of clients that claim so many examples, summing to 1, in the same order.
+
+    Nobody can check a claim, so it is cut, twice: to `ratio` times the cohort's median (0: not at all), and to the
+    level at which nobody has more than `largest_share` of the sum (Portnoy, Tirosh, Hendler, "Towards federated
+    learning with Byzantine-robust client weighting", 2020). The order of weights is that of the claims.
+    """
     most = ratio * median(counts) if ratio and counts else math.inf
-    return [min(count, most) for count in counts]
+    counted = _levelled([min(count, most) for count in counts], largest_share(len(counts)))
+    total = math.fsum(counted)
+    return [count / total for count in counted]
+
+
+def _levelled(counts: Sequence[float], share: float) -> list[float]:
+    """Counts, the largest cut to one level at which each has at most that share of the sum, 1 / len(counts) or more."""
+    rest = math.fsum(counts)
+    for cut, largest in enumerate(sorted(counts, reverse=True)):
+        free = 1 - cut * share
+        level = share * rest / free if free > 0 else largest
+        if largest <= level:
+            return [min(count, level) for count in counts]
+        rest -= largest
+    return list(counts)

@@ -69,6 +69,7 @@ STATUS_BY_REASON: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.NORM_TOO_LARGE: _Code.INVALID_ARGUMENT,
         Reason.NORM_OUTLIER: _Code.FAILED_PRECONDITION,
         Reason.RESULT_UNKNOWN: _Code.NOT_FOUND,
+        Reason.RESULT_REFUSED: _Code.FAILED_PRECONDITION,
         # Shards and transfers
         Reason.LAYOUT_MISMATCH: _Code.FAILED_PRECONDITION,
         Reason.SHARD_UNKNOWN: _Code.NOT_FOUND,

@@ -448,10 +448,12 @@ class ScreeningSpec(_message.Message):
     """Norm above which an update is refused with NORM_TOO_LARGE, 0 to 10^12."""
     max_norm_ratio: _builtins.float
     """Norm above which an update is left out of the aggregate (NORM_OUTLIER), as a multiple of the cohort's median: at
-    least 2.
+    least 2. One above half of that is scaled down to it.
     """
     max_example_ratio: _builtins.float
-    """Examples of one client that count in the aggregate, as a multiple of the cohort's median: at least 1."""
+    """Examples of one client that count in the aggregate, as a multiple of the cohort's median: at least 1. One of K
+    clients weighs at most 2/(K + 2) in any case, also if this is 0.
+    """
     def __init__(
         self,
         *,

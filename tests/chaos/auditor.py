@@ -11,6 +11,7 @@ from coordinator.aggregation import contributions
 from coordinator.decisions import contributors
 from coordinator.records import Commit, FederationRecord, RoundRecord
 from coordinator.store import RedisStore
+from shelora.federation import ScreeningSpec
 from shelora.lora.aggregate import aggregate_shard
 from shelora.lora.kind import Contribution
 from shelora.lora.layout import Layout
@@ -85,7 +86,7 @@ class RoundAudit:
         """What is wrong with the published sum: it must be that of the committed updates, each once, to the bit."""
         commits = contributors(self.record, self.commits)
         for shard, published in enumerate(self.record.results):
-            parts = contributions(self.record.round.kind, shard, commits)
+            parts = contributions(self.record.round.kind, shard, commits, ScreeningSpec())
             found = {part.client_id: copies.read(part.sha256.hex()) for part in parts}
             missing = [name for name, data in found.items() if data is None]
             if missing:

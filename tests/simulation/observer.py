@@ -14,8 +14,10 @@ import numpy as np
 from coordinator.keys import Keys
 from coordinator.records import Commit, FederationRecord, LayoutRecord, Phase, RoundRecord, Update
 from services.aggregation.keys import PREFIX, RoundKeys
+from shelora.federation import ScreeningSpec
 from shelora.lora.codec import decode_result
 from shelora.lora.restore import restore
+from shelora.lora.screening import shares
 from shelora.lora.shards import Float32
 from shelora.negotiation.plan import column_orders
 from shelora.rounds import COMMITTEE_TRANSITIONS, TRANSITIONS, RoundKind, RoundState
@@ -207,11 +209,10 @@ class Observer:
         if record.round.kind is not RoundKind.TRAIN:
             return
         expected = np.zeros((self._rounds, len(self._clients)), dtype=np.float32)
-        total = sum(update.report.example_count for update in kept.values())
-        for client_id, update in kept.items():
-            expected[record.round.number - 1, self._clients.index(client_id)] = (
-                update.report.example_count / total
-            )
+        ratio = ScreeningSpec().max_example_ratio
+        weights = shares([update.report.example_count for update in kept.values()], ratio)
+        for client_id, weight in zip(kept, weights, strict=True):
+            expected[record.round.number - 1, self._clients.index(client_id)] = weight
         self.weights[round_id] = expected
         result = self._stored_result(record)
         if result is None:

@@ -1,16 +1,25 @@
 """The rules of screening, and that the norm bounds what it says it bounds, whatever clients send."""
 
+import itertools
 import math
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shelora.ckks.secret import Encryptor
 from shelora.lora.codec import encode_update, validate_update
 from shelora.lora.protect import protect
-from shelora.lora.screening import counted_examples, largest_believed, squared_norm, update_norm
+from shelora.lora.screening import (
+    counted_norm,
+    largest_believed,
+    largest_share,
+    shares,
+    squared_norm,
+    update_norm,
+)
 from tests.unit.lora.cohorts import TOY_KEY, cohorts
 
 NORMS = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12)
@@ -78,7 +87,34 @@ def test_nothing_is_too_large_without_a_rule_beside_zeros_or_in_a_pair():
     assert largest_believed({}, 10) == math.inf
 
 
-def test_examples_count_up_to_a_multiple_of_the_median():
-    assert counted_examples([10, 30, 10**9], 100) == [10, 30, 3000]
-    assert counted_examples([10, 30, 10**9], 0) == [10, 30, 10**9]
-    assert counted_examples([], 100) == []
+CLAIMS = st.lists(st.integers(1, 10**9), min_size=2, max_size=30)
+
+
+@given(CLAIMS, st.sampled_from([0.0, 1.0, 3.0, 100.0]))
+def test_nobody_weighs_more_than_its_share_whatever_is_claimed(claims, ratio):
+    weights = shares(claims, ratio)
+    assert math.isclose(math.fsum(weights), 1)
+    assert all(0 < weight <= largest_share(len(claims)) * (1 + 1e-9) for weight in weights)
+    ordered = sorted(range(len(claims)), key=claims.__getitem__)
+    assert all(weights[a] <= weights[b] * (1 + 1e-9) for a, b in itertools.pairwise(ordered))
+
+
+@pytest.mark.parametrize(
+    ("clients", "most"), [(2, 1 / 2), (3, 2 / 5), (4, 1 / 3), (10, 1 / 6), (1000, 2 / 1002)]
+)
+def test_a_billion_claimed_examples_weigh_as_stated(clients, most):
+    honest = [100 + i for i in range(clients - 1)]
+    assert math.isclose(shares([*honest, 10**9], 0)[-1], most), "the share alone"
+    assert shares([*honest, 10**9], 3)[-1] <= most * (1 + 1e-9)
+
+
+def test_weights_within_the_limits_are_in_proportion_to_examples():
+    assert shares([10, 25, 25, 20, 20], 3) == pytest.approx([0.1, 0.25, 0.25, 0.2, 0.2])
+    assert shares([20, 30, 30], 3) == pytest.approx([0.25, 0.375, 0.375])
+    assert shares([10, 10, 10, 10, 10, 10, 60], 3) == pytest.approx([7 / 9 / 6] * 6 + [2 / 9])
+    assert shares([5, 5], 0) == [0.5, 0.5]
+
+
+def test_a_believed_norm_counts_up_to_half_of_what_is_believed():
+    assert [counted_norm(norm, 3.0) for norm in (0.0, 1.0, 1.5, 3.0)] == [1.0, 1.0, 1.0, 0.5]
+    assert counted_norm(1e9, math.inf) == 1.0

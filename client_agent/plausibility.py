@@ -1,0 +1,102 @@
+"""What a client holds a result against: its own update, and the state it trained from. Pure rules, no server's word.
+
+A hostile member or a malicious aggregation decides what a result holds. Nobody can say what the honest one would have
+been, but its size is bounded: honest members train from the same state, with the same recipe, and are averaged. What is
+beyond is refused (matrices) or left out (whole tensors); what is within may still be wrong (docs/threat-model.md).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+
+from client_agent.learning import Weights
+from shelora.errors import DomainError, Reason
+from shelora.lora.restore import Restored
+from shelora.lora.shards import FactoredUpdate, Float32, LoraFactors
+
+ORTHONORMAL = 1e-4
+"""Most by which QᵀQ may differ from the identity, an entry: far above the rounding of float32."""
+TIMES_OWN = 10.0
+"""Most by which a matrix of a result may exceed this client's whole update, in Frobenius norm."""
+STEP_MARGIN = 1.5
+"""Most by which a tensor's value may move in a round, in learning rates a step. AdamW moves a value by about one."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """What a client knows of a round before it sees the result."""
+
+    base: Weights
+    """The state that the round started from."""
+    trained: Weights | None
+    """What this client made of it; None if it did not take part, and then little can be said."""
+    scaling: float
+    """The s of its ΔW = s B A."""
+    step: float
+    """Learning rate of the round times its steps."""
+
+
+def plausible(parts: Iterable[Restored], expected: Expectation) -> Iterator[Restored]:
+    """The parts of a result, each checked before it is handed on; tensors that moved too far stay as they were.
+
+    How far matrices move that were summed under encryption is bounded elsewhere (`client_agent.moderating`).
+
+    Raises: RESULT_REFUSED, naming the matrix and both norms.
+    """
+    own = update_norm(expected.trained.factors, expected.scaling) if expected.trained else 0.0
+    for part in parts:
+        for name, update in part.matrices.items() if not part.summed else ():
+            _require_plausible(name, update, own)
+        part.tensors.update(believed_tensors(part.tensors, expected))
+        yield part
+
+
+def update_norm(factors: Mapping[str, LoraFactors], scaling: float) -> float:
+    """The Frobenius norm of s B A over all matrices."""
+    squares = 0.0
+    for factor in factors.values():
+        A, B = factor.A.astype(np.float64), factor.B.astype(np.float64)
+        squares += float(np.sum((B.T @ B) * (A @ A.T)))
+    return scaling * float(np.sqrt(max(squares, 0.0)))
+
+
+def believed_tensors(tensors: Mapping[str, Float32], expected: Expectation) -> dict[str, Float32]:
+    """Tensors of a result, or those that the round started from if some moved as no mean of honest members can.
+
+    That is: further than the recipe moves a value, or against this client's own step. One that did not train takes
+    the result's.
+    """
+    if expected.trained is None or not tensors:
+        return dict(tensors)
+    steps = {name: np.float64(value) - expected.base.tensors[name] for name, value in tensors.items()}
+    own = {name: np.float64(expected.trained.tensors[name]) - expected.base.tensors[name] for name in tensors}
+    farthest = max(float(np.abs(step).max(initial=0)) for step in steps.values())
+    along = sum(float(np.sum(steps[name] * own[name])) for name in tensors)
+    if farthest <= STEP_MARGIN * expected.step and along >= 0:
+        return dict(tensors)
+    _log.warning(
+        "tensors_left_out",
+        tensors=sorted(tensors),
+        moved=farthest,
+        most=STEP_MARGIN * expected.step,
+        against_own=along < 0,
+        then="keeps the values that the round started from; some member may be hostile",
+    )
+    return {name: expected.base.tensors[name] for name in tensors}
+
+
+def _require_plausible(name: str, update: FactoredUpdate, own: float) -> None:
+    gram = update.Q.T @ update.Q
+    if gram.size and np.abs(gram - np.eye(len(gram))).max() > ORTHONORMAL:
+        raise DomainError(Reason.RESULT_REFUSED, f"the result is not applied: Q of {name} is not orthonormal")
+    norm = float(np.linalg.norm(update.M))
+    if own and not norm <= TIMES_OWN * own:
+        raise DomainError(
+            Reason.RESULT_REFUSED,
+            f"the result is not applied: its {name} has norm {norm:.3g}, and this client's whole update had {own:.3g}: "
+            "tell the federation's operator, a server or a member may be hostile",
+        )

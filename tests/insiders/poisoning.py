@@ -1,0 +1,112 @@
+"""By how much one hostile member of four moves the model: the demo's federation, smaller, once for each attack.
+
+    python -m tests.insiders.poisoning                    # the honest run and every attack, several minutes each
+    python -m tests.insiders.poisoning honest claim+flip
+
+Prints the accuracy that the honest members measure after every round, and who was left out. Needs the demo's model and
+data, which it fetches once.
+"""
+
+import asyncio
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from examples.reuters.assets import MINILM, REUTERS, fetch
+from examples.reuters.cohort import AGENTS, Protection, agent_config, federation_spec, write_data
+from shelora.cli.cluster import LocalCluster
+from shelora.cli.operator import operator
+from shelora.cli.render import training_rounds
+from shelora.federation import FederationSpec
+from shelora.v1 import coordinator_pb2 as pb
+
+HOSTILE = AGENTS[0].name
+ATTACKS = ("flip", "claim+flip", "boost", "claim+boost", "head", "claim+head+reverse")
+FOLDER = Path("runs/poisoning")
+TEST_EXAMPLES = 150
+"""An agent's; the order of the test data is random."""
+
+
+def small(spec: FederationSpec, rounds: int) -> FederationSpec:
+    """The demo's federation with shorter texts and fewer rounds."""
+    training = spec.training.model_copy(update={"max_tokens": 24, "evaluation_examples": TEST_EXAMPLES})
+    round_ = spec.round.model_copy(update={"rounds": rounds, "deadline_s": 900})
+    return spec.model_copy(update={"training": training, "round": round_})
+
+
+def flip(path: Path, labels: Sequence[str]) -> None:
+    """Gives every example the label after its own."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["label"] = labels[(labels.index(row["label"]) + 1) % len(labels)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(attack: str, spec: FederationSpec, model: Path, data: Path) -> list[pb.RoundSummary]:
+    """Runs the federation with one member that attacks; its training rounds."""
+    home = FOLDER / attack
+    shutil.rmtree(home, ignore_errors=True)
+    write_data(data, home / "agents")
+    for agent in AGENTS:
+        test = home / "agents" / agent.name / "test.jsonl"
+        test.write_text("".join(test.read_text().splitlines(keepends=True)[:TEST_EXAMPLES]))
+    if "flip" in attack:
+        flip(home / "agents" / HOSTILE / "train.jsonl", spec.training.labels)
+    with LocalCluster(home / "cluster", fixed_ports=False, workers=1) as cluster:
+        for agent in AGENTS:
+            folder = home / "agents" / agent.name
+            asyncio.run(cluster.enrol_client(spec.name, agent.name, folder / "state"))
+            config = folder / "agent.yaml"
+            content = agent_config(cluster.addresses, agent, model, Protection(spec.protection.mode))
+            config.write_text(yaml.safe_dump(content, sort_keys=False))
+            attacks = agent.name == HOSTILE and attack != "honest"
+            module = "tests.insiders.hostile_agent" if attacks else "client_agent.main"
+            cluster.spawn(
+                agent.name, module, [*([attack] if attacks else []), "run", "--config", str(config)], {}
+            )
+        return asyncio.run(_followed(cluster, spec))
+
+
+async def _followed(cluster: LocalCluster, spec: FederationSpec) -> list[pb.RoundSummary]:
+    async with operator(cluster.addresses.coordinator, cluster.credentials) as connection:
+        await connection.create(spec.to_proto())
+        federation = await connection.start(spec.name)
+        deadline = time.monotonic() + 1800
+        while time.monotonic() < deadline:
+            federation = await connection.get(spec.name)
+            rounds = training_rounds(federation)
+            ended = federation.phase in {pb.PHASE_FINISHED, pb.PHASE_FAILED}
+            if ended and (not rounds or len(_measured(rounds[-1])) == len(AGENTS) - 1):
+                break
+            await asyncio.sleep(2)
+        return training_rounds(federation)
+
+
+def _measured(summary: pb.RoundSummary) -> list[pb.EvaluationReport]:
+    """What the honest members measured."""
+    return [report for report in summary.evaluations if report.client_id != HOSTILE]
+
+
+def accuracy(summary: pb.RoundSummary) -> float:
+    """Of the honest members, after a round."""
+    reports = _measured(summary)
+    return sum(r.correct_count for r in reports) / max(1, sum(r.example_count for r in reports))
+
+
+def main(attacks: Sequence[str], rounds: int = 5) -> None:
+    assets = FOLDER / "assets"
+    model, data = fetch(MINILM, assets), fetch(REUTERS, assets)
+    for attack in attacks or ("honest", *ATTACKS):
+        found = run(attack, small(federation_spec(Protection.SELECTIVE), rounds), model, data)
+        shown = " ".join(f"{accuracy(summary):6.1%}" for summary in found)
+        dropped = [sum(d.client_id == HOSTILE for d in summary.dropped) for summary in found]
+        print(f"{attack:20} {shown}   left out in {sum(dropped)} of {len(found)} rounds", flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,112 @@
+"""What a client refuses of a result, and what it must not refuse."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from client_agent.learning import Weights
+from client_agent.plausibility import (
+    STEP_MARGIN,
+    TIMES_OWN,
+    Expectation,
+    believed_tensors,
+    plausible,
+    update_norm,
+)
+from shelora.errors import DomainError, Reason
+from shelora.lora.restore import Restored
+from shelora.lora.shards import FactoredUpdate, LoraFactors
+
+RNG = np.random.default_rng(7)
+STEP = 0.05
+
+
+def factors() -> LoraFactors:
+    return LoraFactors(
+        RNG.standard_normal((6, 2)).astype(np.float32), RNG.standard_normal((2, 5)).astype(np.float32)
+    )
+
+
+def expectation(**changes) -> Expectation:
+    head = RNG.standard_normal((3, 4)).astype(np.float32)
+    own = head + (STEP / 2 * RNG.standard_normal((3, 4))).astype(np.float32)
+    values = {
+        "base": Weights({"q": factors()}, {"head": head}),
+        "trained": Weights({"q": factors()}, {"head": own}),
+        "scaling": 2.0,
+        "step": STEP,
+    }
+    return Expectation(**{**values, **changes})
+
+
+def result(own: Weights, scaling: float, *, times: float = 1.0) -> Restored:
+    update = times * scaling * own.factors["q"].B.astype(np.float64) @ own.factors["q"].A
+    Q, M = np.linalg.qr(update)
+    return Restored(matrices={"q": FactoredUpdate(Q[:, :2], M[:2])})
+
+
+def refused(part: Restored, expected: Expectation) -> str:
+    with pytest.raises(DomainError) as error:
+        list(plausible([part], expected))
+    assert error.value.reason is Reason.RESULT_REFUSED
+    return error.value.message
+
+
+def test_a_norm_is_that_of_the_product():
+    some = factors()
+    exact = np.linalg.norm(2.0 * some.B.astype(np.float64) @ some.A)
+    assert update_norm({"q": some}, 2.0) == pytest.approx(exact, rel=1e-5)
+    assert update_norm({"a": some, "b": some}, 2.0) == pytest.approx(exact * np.sqrt(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("times", [0.0, 0.1, 1.0, 0.99 * TIMES_OWN])
+def test_a_result_of_the_size_of_ones_own_update_is_applied(times):
+    expected = expectation()
+    part = result(expected.trained, 2.0, times=times)
+    assert list(plausible([part], expected)) == [part]
+
+
+def test_a_result_far_beyond_ones_own_update_is_refused():
+    expected = expectation()
+    part = result(expected.trained, 2.0, times=1.01 * TIMES_OWN)
+    assert "this client's whole update had" in refused(part, expected)
+    assert list(plausible([part], replace(expected, trained=None))) == [part], "who did not train cannot tell"
+
+
+@pytest.mark.parametrize("spoil", [lambda Q: 1.001 * Q, lambda Q: Q[:, ::-1] + Q, np.zeros_like])
+def test_a_basis_that_is_not_orthonormal_is_refused_by_everyone(spoil):
+    expected = expectation()
+    update = result(expected.trained, 2.0).matrices["q"]
+    part = Restored(matrices={"q": FactoredUpdate(spoil(update.Q), update.M)})
+    assert "not orthonormal" in refused(part, expected)
+    assert "not orthonormal" in refused(part, replace(expected, trained=None))
+
+
+def moved(expected: Expectation, by) -> dict[str, np.ndarray]:
+    return {"head": (expected.base.tensors["head"] + by).astype(np.float32)}
+
+
+def test_tensors_that_moved_as_honest_ones_do_are_believed():
+    expected = expectation()
+    own = expected.trained.tensors["head"] - expected.base.tensors["head"]
+    step = np.clip(own, -STEP, STEP)
+    for by in (0.0, step, 0.3 * step):
+        assert np.array_equal(
+            believed_tensors(moved(expected, by), expected)["head"], moved(expected, by)["head"]
+        )
+
+
+@pytest.mark.parametrize("kind", ["a value too far", "against the own step", "the bound"])
+def test_tensors_that_no_mean_of_honest_members_is_stay_as_they_were(kind):
+    expected = expectation()
+    base = expected.base.tensors["head"]
+    own = np.clip(expected.trained.tensors["head"] - base, -STEP, STEP)
+    far = own.copy()
+    far[0, 0] = 1.01 * STEP_MARGIN * STEP
+    by = {"a value too far": far, "against the own step": -0.1 * own, "the bound": -np.sign(base) - base}[
+        kind
+    ]
+    assert np.array_equal(believed_tensors(moved(expected, by), expected)["head"], base)
+    late = replace(expected, trained=None)
+    assert np.array_equal(believed_tensors(moved(expected, by), late)["head"], moved(expected, by)["head"])
