@@ -54,15 +54,20 @@ def largest_share(clients: int) -> float:
     return 2 / (clients + 2)
 
 
-def shares(counts: Sequence[int], ratio: float) -> list[float]:
-    """The weights of clients that claim so many examples, summing to 1, in the same order.
+def counted_examples(counts: Sequence[int], ratio: float) -> list[float]:
+    """How many examples count of clients that claim so many, in the same order.
 
     Nobody can check a claim, so it is cut, twice: to `ratio` times the cohort's median (0: not at all), and to the
     level at which nobody has more than `largest_share` of the sum (Portnoy, Tirosh, Hendler, "Towards federated
     learning with Byzantine-robust client weighting", 2020). The order of weights is that of the claims.
     """
     most = ratio * median(counts) if ratio and counts else math.inf
-    counted = _levelled([min(count, most) for count in counts], largest_share(len(counts)))
+    return _levelled([min(count, most) for count in counts], largest_share(len(counts)))
+
+
+def shares(counts: Sequence[int], ratio: float) -> list[float]:
+    """The weights of clients that claim so many examples: what counts of them, over its sum."""
+    counted = counted_examples(counts, ratio)
     total = math.fsum(counted)
     return [count / total for count in counted]
 
