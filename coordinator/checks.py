@@ -36,6 +36,8 @@ TAG_BYTES: Final = 32
 """Bytes of a keyed digest."""
 MAX_RANK: Final = 1024
 MAX_EXAMPLES: Final = 10**9
+MAX_SECONDS: Final = 10**7
+"""A third of a year: longer than a round collects."""
 MAX_SCALING: Final = 1e4
 MAX_ASSIGNMENT: Final = 256
 STAGES: Final = frozenset(Stage)
@@ -107,6 +109,19 @@ def model(
     round_ = RoundTerms(key_id=bytes(KEY_ID_BYTES), max_rank=1)
     spec.protection.strategy.layout(found, spec.protection, round_)
     return found
+
+
+def require_rank(spec: FederationSpec, model: Model, rank: int) -> None:
+    """Raises INVALID_ARGUMENT for a rank beyond what the operator allows, or beyond all matrices."""
+    most = spec.training.max_rank
+    require(
+        rank <= most, f"rank must be at most {most} in this federation (training.max_rank): lower lora.rank"
+    )
+    held = max(min(matrix.out_features, matrix.in_features) for matrix in model.matrices)
+    require(
+        rank <= held,
+        f"rank must be at most {held}, the most that a matrix of the model holds: lower lora.rank",
+    )
 
 
 def sighting(request: pb.HeartbeatRequest, now_ms: int) -> Sighting:
@@ -259,4 +274,4 @@ def digest(message: common_pb2.ShardDigest, field: str) -> StoredDigest:
 
 
 def _duration(seconds: float, field: str) -> None:
-    require(math.isfinite(seconds) and seconds >= 0, f"{field} must be 0 or more seconds")
+    require(0 <= seconds <= MAX_SECONDS, f"{field} must be 0 to {MAX_SECONDS} seconds")

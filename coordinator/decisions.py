@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from math import ceil
+from statistics import median_high, median_low
 from typing import Final, TypeAlias
 
 from coordinator import committees, transitions
@@ -64,7 +65,7 @@ class View:
     voters: Sequence[str]
     """Who committed them, in order; only read when it has ended."""
     overlap: float | None = None
-    """Mean overlap with the plan that its updates report; only read when it has ended."""
+    """Median overlap with the plan that its updates report; only read when it has ended."""
     objectors: AbstractSet[str] = frozenset()
     """Members that reject the plan in force, without those that have committed to the round all the same."""
     given_up: Sequence[Dropped] = ()
@@ -519,18 +520,16 @@ def abandon(record: RoundRecord, reason: Reason, now_ms: int) -> WriteRound:
     )
 
 
-def mean_overlap(commits: Sequence[Commit]) -> float | None:
-    """Mean of the overlaps that updates report; None if none does."""
+def median_overlap(commits: Sequence[Commit]) -> float | None:
+    """Median of the overlaps that updates report, of two the higher: one lie forces no vote. None without any."""
     reported = [commit.update.report.overlap for commit in commits]
     known = [overlap for overlap in reported if overlap is not None]
-    return sum(known) / len(known) if known else None
+    return median_high(known) if known else None
 
 
-def mean_train_loss(commits: Sequence[Commit]) -> float:
-    """Mean of the training losses that updates report, weighted by examples; nats."""
-    reports = [commit.update.report for commit in commits]
-    examples = sum(report.example_count for report in reports)
-    return sum(report.train_loss * (report.example_count / examples) for report in reports)
+def median_train_loss(commits: Sequence[Commit]) -> float:
+    """Median of the training losses that updates report, of two the lower, nats; there is at least one."""
+    return median_low(commit.update.report.train_loss for commit in commits)
 
 
 def contributors(record: RoundRecord, commits: Sequence[Commit]) -> list[Commit]:

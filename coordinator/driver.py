@@ -39,8 +39,8 @@ from coordinator.decisions import (
     abandon,
     contributors,
     decide,
-    mean_overlap,
-    mean_train_loss,
+    median_overlap,
+    median_train_loss,
     revoked_since,
 )
 from coordinator.liveness import USUAL, Liveness
@@ -266,7 +266,7 @@ class Driver:
             return
         commits = contributors(result.record, await self._store.commits(federation, sequence))
         if commits:
-            TRAIN_LOSS.labels(federation_id).set(mean_train_loss(commits))
+            TRAIN_LOSS.labels(federation_id).set(median_train_loss(commits))
 
     async def _tried(self, federation_id: str) -> Decision | Left:
         """A step; or what tells that it is for another replica, which reads the records that this one does not."""
@@ -322,7 +322,7 @@ class Driver:
                 view,
                 update_count=len(counted),
                 voters=voters,
-                overlap=mean_overlap(counted),
+                overlap=median_overlap(counted),
                 given_up=given_up,
             )
         view = replace(view, proceedings=await self._proceedings(federation, round_))
@@ -647,7 +647,7 @@ class Driver:
         if record.round.convenes:
             return None
         if record.round.kind is RoundKind.TRAIN:
-            TRAIN_LOSS.labels(federation.federation_id).set(mean_train_loss(commits))
+            TRAIN_LOSS.labels(federation.federation_id).set(median_train_loss(commits))
         return self._published(record, len(commits), [shards[i] for i in range(record.shard_count)])
 
     async def _rank(
@@ -690,7 +690,7 @@ class Driver:
         record = record.model_copy(update={"opening": digest})
         if revoked_since(record, self._revoked(federation.federation_id)):
             return None
-        TRAIN_LOSS.labels(federation.federation_id).set(mean_train_loss(commits))
+        TRAIN_LOSS.labels(federation.federation_id).set(median_train_loss(commits))
         return self._published(record, len(commits), [shards[i] for i in range(record.shard_count)])
 
     async def _drop(self, record: RoundRecord, commits: list[Commit]) -> WriteRound:

@@ -202,6 +202,7 @@ class Handlers:
         record = (await self.store.federation(federation_id)).record
         model = await asyncio.to_thread(checks.model, record.spec, matrices, tensors, record.model)
         transitions.required_model(record, model)
+        checks.require_rank(record.spec, model, member.rank)
         if not await self.store.is_member(federation_id, member.client_id):
             count = await self.store.member_count(federation_id)
             if count >= self.limits.max_members:
@@ -421,6 +422,11 @@ class Handlers:
         norm = update_norm(update.scaling, [shard.squared_norm for shard in stored.values()])
         update = update.model_copy(update={"norm": norm})
         member = await self.store.member(federation.federation_id, update.client_id)
+        if member is not None:
+            checks.require(
+                update.rank <= member.rank,
+                f"rank must be at most {member.rank}, the rank that this client joined with",
+            )
         try:
             require_believable(federation.spec.screening, update, member)
         except DomainError as error:

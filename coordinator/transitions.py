@@ -282,7 +282,7 @@ def settled(
     """Takes the outcome of an ended round into the federation.
 
     Args: voters: who committed, in order; for a published vote the candidates to lead. members: by client. overlap:
-    mean overlap with the plan that updates report. given_up: what clients said that gave up.
+    median overlap with the plan that updates report. given_up: what clients said that gave up.
     """
     if ended.closed_ms and record.ticket and record.ticket.plan:
         record = edit(record, accepted_plan=record.ticket.plan.number)

@@ -72,6 +72,9 @@ class TrainingSpec(Spec):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
     """AdamW learning rate; LoRA takes about ten times that of full fine-tuning."""
 
+    max_rank: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Largest rank that a client may join with. What updates and results cost everyone grows with the largest rank."""
+
     learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate from one round to the next. Uneven data makes clients drift apart; smaller steps in
     later rounds let their average settle."""

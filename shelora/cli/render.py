@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from statistics import median, median_low
 from typing import Final
 
 from rich import box
@@ -41,14 +42,15 @@ _PHASE = {
 
 @dataclass(frozen=True)
 class RoundFigures:
-    """One training round in numbers, means over its agents unless said otherwise."""
+    """One training round in numbers, medians over its agents unless said otherwise: what one agent says moves none."""
 
     number: int
     train_loss: float | None
-    """Mean over agents, weighted by examples."""
     test_accuracy: float | None
-    """Share of all evaluated test examples, after applying the round's result."""
+    """Share of all evaluated test examples, after applying the round's result; of an agent count as many as the median
+    agent has twice."""
     test_examples: int
+    """Of these."""
     upload_bytes: float
     download_bytes: float
     train_s: float
@@ -61,19 +63,24 @@ class RoundFigures:
 def round_figures(summary: pb.RoundSummary) -> RoundFigures:
     """Figures of one round from what its agents reported."""
     updates, evaluations = summary.updates, summary.evaluations
-    examples = sum(u.example_count for u in updates)
-    tested = sum(e.example_count for e in evaluations)
+    counted = _believed([e.example_count for e in evaluations])
+    tested = sum(counted)
+    right = sum(
+        count * e.correct_count / e.example_count
+        for count, e in zip(counted, evaluations, strict=True)
+        if count
+    )
     return RoundFigures(
         number=summary.number,
-        train_loss=sum(u.train_loss * u.example_count for u in updates) / examples if examples else None,
-        test_accuracy=sum(e.correct_count for e in evaluations) / tested if tested else None,
+        train_loss=median_low(u.train_loss for u in updates) if updates else None,
+        test_accuracy=right / tested if tested else None,
         test_examples=tested,
-        upload_bytes=_mean(u.upload_bytes for u in updates),
-        download_bytes=_mean(e.download_bytes for e in evaluations),
-        train_s=_mean(u.train_s for u in updates),
-        encrypt_s=_mean(u.encrypt_s for u in updates),
+        upload_bytes=_median(u.upload_bytes for u in updates),
+        download_bytes=_median(e.download_bytes for e in evaluations),
+        train_s=_median(u.train_s for u in updates),
+        encrypt_s=_median(u.encrypt_s for u in updates),
         aggregate_s=summary.aggregate_wall_s,
-        decrypt_s=_mean(e.decrypt_s for e in evaluations),
+        decrypt_s=_median(e.decrypt_s for e in evaluations),
     )
 
 
@@ -270,9 +277,15 @@ def _name(summary: pb.RoundSummary) -> str:
     return f"{number}, attempt {summary.attempt}" if summary.attempt > 1 else number
 
 
-def _mean(values: Iterable[float]) -> float:
+def _median(values: Iterable[float]) -> float:
     collected = list(values)
-    return sum(collected) / len(collected) if collected else 0.0
+    return median(collected) if collected else 0.0
+
+
+def _believed(counts: Sequence[int]) -> list[int]:
+    """What agents say they tested, each up to twice the median: nobody outweighs the others by claiming a billion."""
+    most = int(2 * median(counts)) if counts else 0
+    return [min(count, most) for count in counts]
 
 
 def _number(value: float | None, form: str) -> str:

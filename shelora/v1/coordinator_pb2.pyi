@@ -157,6 +157,7 @@ class TrainingSpec(_message.Message):
     CALIBRATION_EXAMPLES_FIELD_NUMBER: _builtins.int
     EVALUATION_EXAMPLES_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_DECAY_FIELD_NUMBER: _builtins.int
+    MAX_RANK_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Base model every agent must have, for error messages and the adapter's metadata."""
     task: _builtins.str
@@ -175,6 +176,8 @@ class TrainingSpec(_message.Message):
     """Test examples an agent evaluates on after each round; 0 for none. After the last round: all."""
     learning_rate_decay: _builtins.float
     """Factor on the learning rate from one round to the next, greater than 0, at most 1."""
+    max_rank: _builtins.int
+    """Largest rank that a client may join with, 1 to 1024: an update may have the bytes of the largest rank."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Class names in order of their index; empty for causal-lm."""
@@ -197,10 +200,11 @@ class TrainingSpec(_message.Message):
         calibration_examples: _builtins.int | None = ...,
         evaluation_examples: _builtins.int | None = ...,
         learning_rate_decay: _builtins.float | None = ...,
+        max_rank: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_max_tokens", b"_max_tokens", "_task", b"_task", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "max_tokens", b"max_tokens", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_task", b"_task", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_max_tokens", b"_max_tokens", "_task", b"_task", "base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "max_tokens", b"max_tokens", "target_modules", b"target_modules", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_task", b"_task", "base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "target_modules", b"target_modules", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -214,6 +218,8 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__learning_rate_decay: _TypeAlias = _typing.Literal["_learning_rate_decay", b"_learning_rate_decay"]  # noqa: Y015
     _WhichOneofReturnType__local_steps: _TypeAlias = _typing.Literal["local_steps"]  # noqa: Y015
     _WhichOneofArgType__local_steps: _TypeAlias = _typing.Literal["_local_steps", b"_local_steps"]  # noqa: Y015
+    _WhichOneofReturnType__max_rank: _TypeAlias = _typing.Literal["max_rank"]  # noqa: Y015
+    _WhichOneofArgType__max_rank: _TypeAlias = _typing.Literal["_max_rank", b"_max_rank"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
     _WhichOneofReturnType__task: _TypeAlias = _typing.Literal["task"]  # noqa: Y015
@@ -230,6 +236,8 @@ class TrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate_decay) -> _WhichOneofReturnType__learning_rate_decay | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__local_steps) -> _WhichOneofReturnType__local_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_rank) -> _WhichOneofReturnType__max_rank | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
     @_typing.overload
@@ -267,7 +275,7 @@ class RoundSpec(_message.Message):
     replan_every_rounds: _builtins.int
     """Training rounds after which the plan is negotiated anew; 0 for never."""
     replan_below_overlap: _builtins.float
-    """Mean of the overlaps that agents report (UpdateReport.overlap) below which the plan is negotiated anew, 0 to 1;
+    """Median of the overlaps that agents report (UpdateReport.overlap) below which the plan is negotiated anew, 0 to 1;
     0 for never, and agents measure none.
     """
     target_updates: _builtins.int

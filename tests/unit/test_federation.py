@@ -137,6 +137,7 @@ def unlike_the_defaults() -> FederationSpec:
                 "batch_size": 7,
                 "learning_rate": 0.5,
                 "learning_rate_decay": 0.5,
+                "max_rank": 7,
                 "max_tokens": 7,
                 "calibration_examples": 7,
                 "evaluation_examples": 0,

@@ -66,9 +66,21 @@ def shown(renderable) -> str:
     return console.export_text()
 
 
-def test_figures_weigh_loss_by_examples_and_accuracy_by_test_examples():
+def test_one_agent_cannot_claim_the_figures_of_all():
+    """One report of 10^9 examples, all right, showed an accuracy of 100 %."""
+    round_ = pb.RoundSummary()
+    for name in "abc":
+        round_.evaluations.add(client_id=name, example_count=100, correct_count=50, decrypt_s=1)
+    round_.evaluations.add(client_id="d", example_count=10**9, correct_count=10**9, decrypt_s=10**7)
+    figures = round_figures(round_)
+    assert figures.test_accuracy == (3 * 50 + 200) / 500
+    assert figures.test_examples == 500
+    assert figures.decrypt_s == 1
+
+
+def test_figures_are_medians_and_accuracy_is_that_of_all_test_examples():
     figures = round_figures(training_rounds(federation())[0])
-    assert figures.train_loss == 1.25
+    assert figures.train_loss == 1.0
     assert figures.test_accuracy == 0.9
     assert figures.upload_bytes == 2_000_000
     assert figures.train_s == 15

@@ -362,13 +362,13 @@ async def test_a_key_authority_that_refuses_fails_the_federation_in_words(fed):
 async def test_a_member_that_joins_late_takes_part_from_the_next_round(fed):
     await fed.begin(spec("none"))
     train = await until_training(fed)
-    await fed.join("d", rank=16)
+    await fed.join("d", rank=8)
     assert (await fed.assignment("d")).wait.why.startswith("a round is in progress")
     assert train.round.layout.max_rank == 4
     await fed.act()
     await fed.settle()
     shown = await fed.assignment("d")
-    assert (shown.train.round.number, shown.train.round.layout.max_rank) == (2, 16)
+    assert (shown.train.round.number, shown.train.round.layout.max_rank) == (2, 8)
 
 
 async def test_a_round_with_a_target_asks_some_more_and_closes_without_the_slower_ones(fed):

@@ -132,9 +132,9 @@ async def test_a_join_with_another_model_is_refused_naming_the_matrix(stub, fed)
 async def test_joining_again_updates_the_member(stub):
     await created(stub)
     await stub.Join(join())
-    await stub.Join(join(rank=16))
+    await stub.Join(join(rank=8))
     shown = await stub.GetFederation(pb.GetFederationRequest(federation_id="fed"))
-    assert [(m.client_id, m.rank, m.idle_ms) for m in shown.members] == [("a", 16, 0)]
+    assert [(m.client_id, m.rank, m.idle_ms) for m in shown.members] == [("a", 8, 0)]
 
 
 async def test_a_heartbeat_is_shown_and_ages(stub, fed):
@@ -453,3 +453,19 @@ async def test_a_flood_of_repeated_fields_is_refused_before_it_is_converted(stub
     assert not converted
     await stub.CommitUpdate(commit)  # the control: as many as there are shards are converted
     assert converted == {"digest_from_proto": len(round_.layout.shards)}
+
+
+async def test_nobody_makes_the_others_pay_for_a_rank(stub, fed):
+    """Rank 1024 for small matrices cost the others fourteen times the traffic."""
+    await fed.begin(spec("none"))
+    async with refused(Reason.INVALID_ARGUMENT, "at most 8, the most that a matrix of the model holds"):
+        await stub.Join(join(rank=9))
+    async with refused(Reason.INVALID_ARGUMENT, "at most 64 in this federation (training.max_rank)"):
+        await stub.Join(join(rank=65))
+    await stub.Join(join("b", rank=8))
+    await fed.settle()
+    round_ = (await fed.assignment("a")).train.round
+    assert round_.layout.max_rank == 8
+    async with refused(Reason.INVALID_ARGUMENT, "at most 4, the rank that this client joined with"):
+        await stub.CommitUpdate(commit_request(fed, round_, rank=5))
+    await stub.CommitUpdate(commit_request(fed, round_, rank=4))

@@ -1,5 +1,3 @@
-import pytest
-
 from coordinator import transitions
 from coordinator.decisions import (
     OpenKeys,
@@ -9,7 +7,8 @@ from coordinator.decisions import (
     WriteFederation,
     WriteRound,
     decide,
-    mean_train_loss,
+    median_overlap,
+    median_train_loss,
 )
 from coordinator.records import Commit, Phase, Report, Update
 from shelora.errors import Reason
@@ -69,17 +68,29 @@ def test_epochs_are_retired_when_nothing_else_is_to_do_and_no_result_needs_them(
     assert isinstance(decide(done, NOW), Rest)
 
 
-def commit(examples, loss) -> Commit:
+def commit(examples, loss, overlap=None) -> Commit:
     report = Report(
-        example_count=examples, train_loss=loss, train_s=1, encrypt_s=1, upload_s=1, upload_bytes=1
+        example_count=examples,
+        train_loss=loss,
+        train_s=1,
+        encrypt_s=1,
+        upload_s=1,
+        upload_bytes=1,
+        overlap=overlap,
     )
     update = Update(client_id="a", layout_digest="", shards=(), rank=1, scaling=1, report=report)
     return Commit(ordinal=1, update=update)
 
 
-def test_the_training_loss_is_weighted_by_examples_and_stays_finite():
-    assert mean_train_loss([commit(30, 1.0), commit(10, 3.0)]) == 1.5
-    assert mean_train_loss([commit(10**9, 1.7e308)] * 3) == pytest.approx(1.7e308)
+def test_one_that_lies_about_its_loss_or_overlap_moves_no_figure_and_forces_no_vote():
+    honest = [commit(30, loss) for loss in (1.0, 1.1, 1.2)]
+    assert median_train_loss([*honest, commit(10**9, 1.7e308)]) == 1.1
+    assert median_train_loss([commit(10**9, 1.7e308)] * 2) == 1.7e308
+    agreed = [commit(30, 1.0, overlap) for overlap in (0.9, 0.95, 1.0)]
+    assert median_overlap([*agreed, commit(30, 1.0, 0.0)]) == 0.95
+    assert median_overlap([commit(30, 1.0, 0.95), commit(30, 1.0, 0.0)]) == 0.95
+    assert median_overlap([commit(30, 1.0, overlap) for overlap in (0.1, 0.2, 0.95)]) == 0.2  # most say so
+    assert median_overlap(honest) is None
 
 
 def test_a_stop_leaves_no_keys_that_nobody_knows_of():
