@@ -9,19 +9,20 @@ from typing import Final
 import structlog
 import torch
 
+from client_agent.card import Card, licence_of, name_base, rendered
 from client_agent.conditions import Conditions
 from client_agent.config import AgentConfig
 from client_agent.drawing import sample, seed_of
 from client_agent.evaluation import evaluate
 from client_agent.keys import EpochSecrets
-from client_agent.learning import Evaluation, Trained, Weights
+from client_agent.learning import Evaluation, Origin, Trained, Weights
 from client_agent.metrics import TRAINING_STEPS, timed
 from client_agent.moderating import Moderator
 from client_agent.plausibility import Expectation, plausible
 from client_agent.preparation import prepare
 from client_agent.progress import Activity
 from client_agent.scoring import sensitivity_scores
-from client_agent.state import AgentState
+from client_agent.state import CARD, AgentState
 from client_agent.training import TrainingRun, train
 from shelora.federation import TrainingSpec
 from shelora.lora.algebra import remainder, reparameterize
@@ -53,6 +54,15 @@ class Learner:
         for note in self.model.notes:
             _log.warning("model_noted", what=note)
         self.base = self.model.base
+        self._card = Card(
+            federation=config.federation,
+            spec=spec,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            train_count=len(self.examples),
+            test_count=len(self.test or ()),
+            licence=licence_of(config.model.path),
+        )
         self._identity = {
             "federation": config.federation,
             "model": self.base.hex(),
@@ -179,9 +189,15 @@ class Learner:
                 self._reporter(activity, Stage.EVALUATING),
             )
 
-    def save_adapter(self, folder: Path) -> None:
-        """Writes the current state as a PEFT adapter, into an empty folder."""
+    def save_adapter(self, folder: Path, made: Origin) -> None:
+        """Writes the current state as a PEFT adapter with its card, into an empty folder."""
         self.model.save_adapter(folder)
+        name_base(folder, self._spec.base_model)
+        (folder / CARD).write_text(self.card(made, None), encoding="utf-8")
+
+    def card(self, made: Origin, measured: Evaluation | None) -> str:
+        """The adapter's model card."""
+        return rendered(self._card, made, measured)
 
     def _expectation(self) -> Expectation:
         """What is known of the round whose result comes next: the present state, and what was trained from it."""

@@ -64,6 +64,16 @@ class BaseDigest:
         return (self.weights + self.tokenizer + self.chat_template).hex()
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The result that an adapter is made of."""
+
+    number: int
+    """Training round, from 1."""
+    contributors: int
+    """Clients whose updates are in it."""
+
+
 class LocalModel(Protocol):
     """The shapes that a client brings to a federation."""
 
@@ -134,5 +144,8 @@ class LocalLearner(Protocol):
     def evaluate(self, activity: Activity, *, everything: bool = False) -> Evaluation | None:
         """Evaluates the current state; None if nothing is to be evaluated. Raises: Stopped."""
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: Path, made: Origin) -> None:
         """Writes the current state as an adapter for users, into an empty folder."""
+
+    def card(self, made: Origin, measured: Evaluation | None) -> str:
+        """The adapter's model card; "" if it has none."""

@@ -191,7 +191,7 @@ class AdaptedModel:
         self.load(Weights(factors, tensors))
 
     def save_adapter(self, folder: Path) -> None:
-        """Writes what `PeftModel.from_pretrained(base, folder)` loads, and the tokenizer.
+        """Writes what `PeftModel.from_pretrained(base, folder)` loads, the tokenizer, and the labels.
 
         The adapter holds all that the model adds to its base: where a part is frozen beside the trained one, its rank
         is that of both together, and its scaling alpha / rank is this client's.
@@ -199,6 +199,7 @@ class AdaptedModel:
         with quiet():
             self._peft.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
             self.tokenizer.save_pretrained(str(folder))
+            self._peft.get_base_model().config.save_pretrained(str(folder))
         widths = {frozen.width for frozen in self._beside.values()}
         if any(widths):
             _widen(folder, {name: f.factors for name, f in self._beside.items()}, max(widths), self.scaling)

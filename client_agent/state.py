@@ -40,6 +40,8 @@ from shelora.lora.shards import Float32, LoraFactors
 from shelora.lora.sketches import Exponents
 from shelora.transport.pieces import Digest
 
+CARD: Final = "README.md"
+"""Model card in an adapter's folder."""
 _FORMAT: Final = 1
 _MANIFEST: Final = "manifest.json"
 _STANDING: Final = "standing.json"
@@ -218,6 +220,11 @@ class AgentState:
         draft = _draft_of(self.adapter_folder)
         write(draft)
         _install(draft, self.adapter_folder)
+
+    def replace_card(self, card: str) -> None:
+        """Replaces the card of the adapter, if there is one."""
+        if card and self.adapter_folder.is_dir():
+            files.replace(self.adapter_folder / CARD, card.encode())
 
     def keep_if_best(self, federation_id: str, round_id: str, loss: float) -> bool:
         """Keeps the adapter as the best one if its loss is smaller than that of the best so far of this federation."""

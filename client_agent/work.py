@@ -11,7 +11,7 @@ import structlog
 from client_agent.committees import Attempt, Committees
 from client_agent.downloads import Result, download
 from client_agent.keys import EpochSecrets
-from client_agent.learning import LocalLearner, Weights, weight_bytes
+from client_agent.learning import LocalLearner, Origin, Weights, weight_bytes
 from client_agent.memory import require_memory, round_bytes
 from client_agent.metrics import ROUNDS, Stopwatch, timed
 from client_agent.negotiators import Desk, negotiator_of
@@ -205,7 +205,7 @@ class Work:
         applied = await self._applied_and_kept(finish.result, plan, activity)
         _log.info("adapter_saved", folder=str(self._state.adapter_folder))
         try:
-            await self._report(finish.result.round_id, applied, activity, everything=True)
+            await self._report(finish.result, applied, activity, everything=True)
         except (
             DomainError
         ) as error:  # the adapter is what counts: an evaluation that cannot be told does not fail it
@@ -290,8 +290,8 @@ class Work:
         plan = train.base_plan if train.HasField("base_plan") else None
         applied = await self._apply(train.base, plan, activity)
         if train.base.round_id not in self._reported:
-            await self._save_adapter()
-            await self._report(train.base.round_id, applied, activity, everything=False)
+            await self._save_adapter(train.base)
+            await self._report(train.base, applied, activity, everything=False)
 
     async def _applied_and_kept(
         self, result: common_pb2.ResultRef, plan: pb.PlanRef | None, activity: Activity
@@ -299,11 +299,12 @@ class Work:
         """Applies a result that no training follows, and saves the adapter."""
         await self._require_resources(None, result, copies=COPIES)
         applied = await self._apply(result, plan, activity)
-        await self._save_adapter()
+        await self._save_adapter(result)
         return applied
 
-    async def _save_adapter(self) -> None:
-        await self._worker.run(self._state.save_adapter, self._learner.save_adapter)
+    async def _save_adapter(self, result: common_pb2.ResultRef) -> None:
+        write = partial(self._learner.save_adapter, made=_origin(result))
+        await self._worker.run(self._state.save_adapter, write)
 
     async def _apply(
         self,
@@ -328,7 +329,10 @@ class Work:
         await self._worker.run(self._restore_and_apply, result, inbox, plan, secrets, opened, activity)
         return Applied(download_s, watch.seconds, result.total_bytes)
 
-    async def _report(self, round_id: str, applied: Applied, activity: Activity, *, everything: bool) -> None:
+    async def _report(
+        self, result: common_pb2.ResultRef, applied: Applied, activity: Activity, *, everything: bool
+    ) -> None:
+        round_id = result.round_id
         measured = await self._worker.run(self._learner.evaluate, activity, everything=everything)
         self._reported.add(round_id)
         if measured is None:
@@ -336,6 +340,8 @@ class Work:
         _log.info(
             "evaluated", round=round_id, loss=measured.loss, correct=measured.correct, count=measured.count
         )
+        card = self._learner.card(_origin(result), measured)
+        await self._worker.run(self._state.replace_card, card)
         if await self._worker.run(self._state.keep_if_best, self._me.federation_id, round_id, measured.loss):
             _log.info("best_adapter_so_far", round=round_id, folder=str(self._state.best_folder))
         report = pb.EvaluationReport(
@@ -504,6 +510,10 @@ class Work:
 def _dealt(dealer: Dealer, weight: int, shards: Sequence[bytes]) -> bytes:
     """The key of an update with these shards, shared among the committee."""
     return dealer.deal(shards, weight).SerializeToString()
+
+
+def _origin(result: common_pb2.ResultRef) -> Origin:
+    return Origin(result.round_number, result.contributor_count)
 
 
 def _key(reference: pb.PlanRef) -> _PlanKey:

@@ -10,7 +10,7 @@ import numpy as np
 from client_agent.config import AgentConfig
 from client_agent.drawing import seed_of
 from client_agent.keys import EpochSecrets
-from client_agent.learning import BaseDigest, Evaluation, Trained, Weights
+from client_agent.learning import BaseDigest, Evaluation, Origin, Trained, Weights
 from client_agent.progress import Activity
 from client_agent.state import AgentState
 from shelora.federation import TrainingSpec
@@ -91,8 +91,11 @@ class SyntheticLearner:
         activity.report(Stage.EVALUATING, 0.0)
         return Evaluation(count=8, correct=4, loss=1.0, seconds=0.0)
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: Path, made: Origin) -> None:
         pass
+
+    def card(self, made: Origin, measured: Evaluation | None) -> str:  # noqa: ARG002
+        return ""
 
 
 def _values(rng: np.random.Generator, *shape: int) -> Float32:

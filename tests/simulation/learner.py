@@ -12,7 +12,7 @@ import numpy as np
 
 from client_agent.config import AgentConfig
 from client_agent.keys import EpochSecrets
-from client_agent.learning import Evaluation, Trained, Weights
+from client_agent.learning import Evaluation, Origin, Trained, Weights
 from client_agent.progress import Activity
 from client_agent.state import AgentState
 from shelora.lora.layout import Matrix, Tensor
@@ -110,8 +110,11 @@ class MarkedLearner:
     def evaluate(self, activity: Activity, *, everything: bool = False) -> Evaluation | None:
         return Evaluation(count=10, correct=5, loss=1.0, seconds=0.0)
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: Path, made: Origin) -> None:
         (folder / "position").write_text(self._position)
+
+    def card(self, made: Origin, measured: Evaluation | None) -> str:
+        return ""
 
 
 def marks_in(restored: Restored) -> Float32:

@@ -42,6 +42,16 @@ def test_an_adapter_is_replaced_as_a_whole(state):
     assert modes == {0o600}
 
 
+def test_the_card_of_an_adapter_is_replaced_and_goes_into_the_best_one(state):
+    state.replace_card("# none yet")
+    assert not state.adapter_folder.exists()
+    save(state, "1")
+    state.replace_card("# 90 %")
+    assert state.keep_if_best("films", "films/1", 0.5)
+    assert (state.best_folder / "README.md").read_text() == "# 90 %"
+    assert stat.S_IMODE((state.adapter_folder / "README.md").stat().st_mode) == 0o600
+
+
 def test_an_adapter_that_cannot_be_written_leaves_the_one_before(state):
     save(state, "1")
 

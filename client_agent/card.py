@@ -1,0 +1,117 @@
+"""The model card of an adapter: from what, on what, how good, and how to load it."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from client_agent.checkpoint import CAUSAL_LM
+from client_agent.learning import Evaluation, Origin
+from client_agent.tables import quoted
+from shelora.federation import TrainingSpec
+
+_LICENCE = re.compile(r"^license:\s*([\w.+-]{1,60})\s*$", re.MULTILINE)
+_FRONT_BYTES = 65_536
+_CLASSIFIER = """\
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer
+
+known = AutoConfig.from_pretrained("adapter")  # this folder
+labels = {"num_labels": known.num_labels, "id2label": known.id2label, "label2id": known.label2id}
+model = AutoPeftModelForSequenceClassification.from_pretrained("adapter", **labels)
+tokenizer = AutoTokenizer.from_pretrained("adapter")
+"""
+_DECODER = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("adapter")  # this folder
+tokenizer = AutoTokenizer.from_pretrained("adapter")
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What a card says beside what the federation specified."""
+
+    federation: str
+    spec: TrainingSpec
+    rank: int
+    alpha: float
+    train_count: int
+    test_count: int
+    licence: str
+    """Of the base model; "" if it does not say."""
+
+
+def licence_of(path: str) -> str:
+    """The licence that a base model's own card names; "" if there is none."""
+    try:
+        with (Path(path) / "README.md").open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_FRONT_BYTES)
+    except (OSError, ValueError):
+        return ""
+    front = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    found = _LICENCE.search(front)
+    return found.group(1) if found else ""
+
+
+def rendered(card: Card, made: Origin, measured: Evaluation | None) -> str:
+    """The card as Markdown with the front matter of the Hugging Face hub."""
+    spec = card.spec
+    causal = spec.task == CAUSAL_LM
+    front = {
+        "base_model": spec.base_model,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation" if causal else "text-classification",
+        "tags": ["lora", "federated-learning", "shelora"],
+        **({"license": card.licence} if card.licence else {}),
+    }
+    lines = [
+        "---",
+        *(f"{name}: {json.dumps(value)}" for name, value in front.items()),
+        "---",
+        "",
+        f"# LoRA adapter of the federation {card.federation}",
+        "",
+        f"- Base model: {quoted(spec.base_model)}, by the federation's name for it",
+        f"- Licence of the base model: {card.licence or 'not stated where it was loaded from'}",
+        f"- Task: {spec.task}" + ("" if causal else f"; classes: {', '.join(map(quoted, spec.labels))}"),
+        f"- Training round {made.number}, the aggregate of {made.contributors} clients",
+        f"- {spec.local_steps} steps a round of {spec.batch_size} examples, learning rate {spec.learning_rate:g}",
+        f"- Texts are cut to {spec.max_tokens} tokens",
+        f"- LoRA on {', '.join(map(quoted, spec.target_modules))}",
+        f"- Rank {card.rank} and alpha {card.alpha:g} at this client",
+        f"- Examples at this client: {card.train_count:,} for training, {card.test_count:,} for tests",
+        f"- {_measured(measured, causal=causal)}",
+        "",
+        "## Use",
+        "",
+        "The base model must be a folder or a name on the Hugging Face hub; if it is elsewhere, change",
+        "`base_model_name_or_path` in `adapter_config.json`.",
+        "",
+        "```python",
+        _DECODER if causal else _CLASSIFIER,
+    ]
+    return "\n".join(lines) + "```\n"
+
+
+def _measured(measured: Evaluation | None, *, causal: bool) -> str:
+    if measured is None:
+        return "Not evaluated by this client"
+    what = "next tokens" if causal else "test examples"
+    share = measured.correct / max(measured.count, 1)
+    return f"At this client: {share:.1%} of {measured.count:,} {what} right, loss {measured.loss:.4f}"
+
+
+def name_base(folder: Path, base_model: str) -> None:
+    """Has an adapter and its tokenizer name their base as the federation does, and not by a path of this machine."""
+    for name, field in (
+        ("adapter_config.json", "base_model_name_or_path"),
+        ("config.json", "_name_or_path"),
+        ("tokenizer_config.json", "name_or_path"),
+    ):
+        path = folder / name
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if field in values:
+            path.write_text(json.dumps(values | {field: base_model}, indent=2) + "\n", encoding="utf-8")
