@@ -4,7 +4,7 @@ Protecting and restoring go shard by shard, so they need a few times the largest
 needs a few times what it trains. Activations are not in the estimate: `client-agent doctor` measures them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -13,13 +13,9 @@ import psutil
 
 from client_agent.learning import LocalModel, weight_bytes
 from shelora.errors import DomainError, Reason
-from shelora.lora.kinds import largest_update_bytes
+from shelora.lora.kinds import kind_of, largest_update_bytes
 from shelora.lora.layout import Layout
 
-PROTECT_COPIES: Final = 4
-"""Times the largest shard of an update that protecting it takes: 2.2 to 3.3 measured."""
-RESTORE_COPIES: Final = 3
-"""Times the largest shard of a result that decrypting it and cutting it to a rank takes: 1.3 to 2.3 measured."""
 WEIGHT_COPIES: Final = 6
 """Times what is trained: its gradient and AdamW's two moments, the state before and after, one set being written."""
 FIXED_BYTES: Final = 4 * 2**20
@@ -47,24 +43,25 @@ class Memory:
 def update_bytes(layout: Layout, rank: int) -> int:
     """Bytes of memory that protecting an update of that rank takes at most."""
     own = replace(layout, max_rank=min(layout.max_rank, rank))
-    return PROTECT_COPIES * max(largest_update_bytes(own), default=0)
+    sizes = zip(own.shards, largest_update_bytes(own), strict=True)
+    return max((kind_of(shard).protect_copies * size for shard, size in sizes), default=0)
 
 
-def result_bytes(largest_shard_bytes: int) -> int:
-    """Bytes of memory that restoring a result takes at most, by the bytes of its largest shard."""
-    return RESTORE_COPIES * largest_shard_bytes
+def result_bytes(layout: Layout, shard_bytes: Sequence[int]) -> int:
+    """Bytes of memory that restoring a result takes at most, by the bytes of its shards."""
+    sizes = zip(layout.shards, shard_bytes, strict=True)
+    return max((kind_of(shard).restore_copies * size for shard, size in sizes), default=0)
 
 
-def round_bytes(model: LocalModel, update: Layout | None, largest_result_shard_bytes: int = 0) -> int:
+def round_bytes(model: LocalModel, update: Layout | None, restoring: int = 0) -> int:
     """Bytes of memory that a round's work takes at most beside the model that is loaded, and beside activations.
 
     Args:
         model: What is trained.
         update: Layout of the update that follows; None if none does.
-        largest_result_shard_bytes: Of the result to apply; 0 if there is none.
+        restoring: `result_bytes` of the result to apply; 0 if there is none.
     """
     protecting = update_bytes(update, model.rank) if update else 0
-    restoring = result_bytes(largest_result_shard_bytes)
     return max(protecting, restoring) + WEIGHT_COPIES * weight_bytes(model) + FIXED_BYTES
 
 

@@ -12,7 +12,7 @@ from client_agent.committees import Attempt, Committees
 from client_agent.downloads import Result, download
 from client_agent.keys import EpochSecrets
 from client_agent.learning import LocalLearner, Origin, Weights, weight_bytes
-from client_agent.memory import require_memory, round_bytes
+from client_agent.memory import require_memory, result_bytes, round_bytes
 from client_agent.metrics import ROUNDS, Stopwatch, timed
 from client_agent.negotiators import Desk, negotiator_of
 from client_agent.progress import Activity
@@ -252,17 +252,18 @@ class Work:
         Args: copies: Times that weights will be written beside those that are there.
         Raises: DISK_UNAVAILABLE, MEMORY_UNAVAILABLE.
         """
-        needed, largest = copies * weight_bytes(self._learner.model), 0
+        needed, restoring = copies * weight_bytes(self._learner.model), 0
         if result is not None and not await self._worker.run(self._learner.holds, result.round_id):
             arrived = await self._worker.run(self._state.arrived_bytes, result.round_id)
             announced = Result.from_proto(result)
-            needed, largest = needed + max(announced.total_bytes - arrived, 0), announced.largest_shard_bytes
+            needed += max(announced.total_bytes - arrived, 0)
+            restoring = result_bytes(announced.layout, [shard.total_bytes for shard in announced.shards])
         if update is not None:
             await self._worker.run(self._state.drop_spool)
             own = replace(update, max_rank=min(update.max_rank, self._learner.model.rank))
             needed += sum(largest_update_bytes(own))
         self._state.require_room(needed)
-        require_memory(round_bytes(self._learner.model, update, largest))
+        require_memory(round_bytes(self._learner.model, update, restoring))
 
     async def _enter(self, epoch: int) -> EpochSecrets:
         """The secrets of the epoch that a round is in.

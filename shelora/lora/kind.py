@@ -105,6 +105,14 @@ class Kind(Protocol):
     def name(self) -> str:
         """What `Shard.kind` names it by."""
 
+    @property
+    def protect_copies(self) -> int:
+        """Times the largest update shard that making it takes in memory; measured."""
+
+    @property
+    def restore_copies(self) -> int:
+        """Times the largest result shard that opening it and cutting it to a rank takes in memory; measured."""
+
     def require(self, layout: Layout, shard: Shard) -> None:
         """Raises INVALID_ARGUMENT unless the shard can be of this kind in that layout."""
 

@@ -110,7 +110,7 @@ def test_the_estimate_covers_what_was_measured_and_is_near_it(
 
     kept = sum(f.A.nbytes + f.B.nbytes for f in factors.values())
     taken = peak(restore_all) - kept
-    assert taken <= result_bytes(max(sizes)) + FIXED_BYTES <= SLACK * taken + FIXED_BYTES
+    assert taken <= result_bytes(layout, sizes) + FIXED_BYTES <= SLACK * taken + FIXED_BYTES
 
 
 def test_too_little_memory_is_named_with_both_numbers_and_the_remedies() -> None:

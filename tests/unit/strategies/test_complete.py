@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from client_agent.memory import FIXED_BYTES, update_bytes
 from shelora.additive.parameters import INSECURE_TOY, STANDARD
 from shelora.additive.sampler import Csprng
 from shelora.additive.secret import SecretKey
@@ -260,3 +261,4 @@ def test_protecting_an_update_takes_the_memory_of_a_shard_however_many_there_are
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peaks[12] < 1.2 * peaks[3]
+    assert peaks[12] <= update_bytes(layout, 8) + FIXED_BYTES
