@@ -496,6 +496,8 @@ class Driver:
                     await self._close_round(federation.record, item)
                 swept = transitions.swept(federation.record, garbage)
                 await self._write_federation("sweep_garbage", swept, federation)
+                if swept.ended and not swept.garbage:
+                    await self._store.rewrite_log()
             case Delete():
                 await self._delete(federation.record)
 
@@ -577,6 +579,7 @@ class Driver:
         if federation.strategy.needs_keys:
             await self._authority.retire_epochs(federation_id, federation.epoch + 1)
         await self._store.delete(federation)
+        await self._store.rewrite_log()
         _log.info("federation_deleted", federation_id=federation_id)
 
     async def _opened_from(self, record: FederationRecord, epoch: int) -> tuple[int, bytes]:

@@ -5,6 +5,7 @@ expires: a federation's record and what belongs to it live for `retention` after
 lease for seconds. Every method raises STORE_UNAVAILABLE if Redis does not answer; all of them may be repeated.
 """
 
+import asyncio
 import functools
 import hashlib
 import json
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeVar, cast
+
+import structlog
+from redis.exceptions import RedisError
 
 from coordinator.keys import Keys
 from coordinator.metrics import TRANSACTION_TOTAL
@@ -76,6 +80,9 @@ class StateOutcome(IntEnum):
     REPEATED = 2
     REWRITTEN = 3
     OVER = 4
+
+
+_log = structlog.get_logger(__name__)
 
 
 class Store(Protocol):
@@ -198,6 +205,12 @@ class Store(Protocol):
 
     async def delete(self, federation: FederationRecord) -> None:
         """Deletes everything of a federation, its record last."""
+
+    async def rewrite_log(self) -> None:
+        """Has Redis write its append-only file anew, from which deleted values are not gone before. Never raises.
+
+        Where it may not be asked to, or is about it, nothing happens.
+        """
 
     async def refusals(self, federation: FederationRecord, sequence: int) -> list[Dropped]:
         """Refused updates, by client."""
@@ -588,6 +601,13 @@ class RedisStore:
             self._keys.members(federation_id),
         )
         await self._forget(federation_id)
+
+    async def rewrite_log(self) -> None:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await self._redis.execute_command("BGREWRITEAOF")
+        except (RedisError, OSError) as error:  # of a user that may not: a NoPermissionError
+            _log.info("append_only_file_not_rewritten", why=str(error))
 
     async def _round_keys(self, federation: FederationRecord, sequence: int) -> list[str]:
         """All keys of a round, and that of its layout."""

@@ -25,8 +25,9 @@ WORKLOADS: Final = ("coordinator", "aggregation")
 _CHANNELS: Final = {"coordinator": "&shelora:coordinator:*:changes", "aggregation": ""}
 """What each may subscribe to: a pattern must be allowed letter for letter."""
 
-_COMMANDS: Final = {"coordinator": "+info", "aggregation": "+info"}
-"""What each may say beyond the ordinary: how full Redis is, for metrics and to refuse uploads in time."""
+_COMMANDS: Final = {"coordinator": "+info +bgrewriteaof", "aggregation": "+info"}
+"""What each may say beyond the ordinary: how full Redis is, for metrics and to refuse uploads in time; the
+coordinator has what was deleted leave the append-only file once a federation is over."""
 
 
 def make_secrets(folder: Path) -> list[Path]:

