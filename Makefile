@@ -22,13 +22,13 @@ BUILD_OPTIONS ?=
 PLATFORM ?=
 # Where images go, as registry.example.org/fl/; empty: they stay here.
 REGISTRY ?=
-SOURCES := shelora coordinator client_agent services bench examples load tools tests deploy
+SOURCES := shelora coordinator client_agent services attack bench examples load tools tests deploy
 
 # Files of tests side by side, one a core: many of them wait for processes they started.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures test-insiders up images push protos verify-protos unit clean
+.PHONY: help setup demo test simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures test-insiders attack up images push protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -38,7 +38,7 @@ setup: $(INSTALLED)  ## Create the virtual environment
 $(INSTALLED): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		--constraint requirements/constraints.txt --editable '.[agent,local,demo,dev]'
+		--constraint requirements/constraints.txt --editable '.[agent,local,demo,attack,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8 (PROTECTION=none for comparison)
@@ -98,6 +98,9 @@ test-failures: $(INSTALLED)  ## Kill, drain and add processes in the middle of r
 
 test-insiders: $(INSTALLED)  ## Attack a local cluster as strangers and as members with certificates
 	$(BIN)/python -m pytest -o python_files='attack_*.py' tests/insiders
+
+attack: $(INSTALLED)  ## Attack captured messages of real federations in every protection mode, print what comes back
+	OMP_NUM_THREADS=1 $(BIN)/python -m attack
 
 up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
 	$(BIN)/shelora up

@@ -1,0 +1,69 @@
+"""A control for order matching: rows drawn as updates would hold them, columns shuffled, the order found again.
+
+Rows are random combinations of the first layer's inputs on one half of the texts; the attacker knows the correlations
+on the other half. With enough rows the whole order comes back, so a secret order alone protects no client that sends
+many.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+
+from attack import assets
+from attack.findings import Finding
+from attack.orders import correlations, matched
+from client_agent.checkpoint import load_checkpoint
+from client_agent.data import Examples
+from client_agent.encoding import Encoder
+from examples.reuters.split import LABELS
+from shelora.lora.shards import Float64
+
+TEXTS: Final = 256
+ROWS: Final = (144, 9600)
+INPUTS_A_ROW: Final = 112
+PUBLIC_ROWS: Final = 12_000
+
+
+def findings(model: Path, downloads: Path) -> Iterator[Finding]:
+    """One finding a number of rows."""
+    texts = [example.text for example in assets.reuters(downloads)[:TEXTS]]
+    inputs = _inputs(model, texts)
+    private, public = np.array_split(inputs, 2)
+    rng = np.random.default_rng(0)
+    known = correlations(_rows(rng, public, PUBLIC_ROWS))
+    for count in ROWS:
+        hidden = rng.permutation(inputs.shape[1])
+        seen = correlations(_rows(rng, private, count)[:, hidden])
+        share = float(np.mean(matched(seen, known) == hidden))
+        yield Finding(
+            setting=f"simulated rows, {count}",
+            attacker="order matching",
+            data="R8, first layer of MiniLM",
+            figures={"order": share},
+            counts={"columns": inputs.shape[1]},
+            chance={"order": 1 / inputs.shape[1]},
+            at_least={"order": 1.0} if count == max(ROWS) else {},
+        )
+
+
+def _rows(rng: np.random.Generator, inputs: Float64, count: int) -> Float64:
+    chosen = rng.integers(0, len(inputs), (count // 8, INPUTS_A_ROW))
+    mixed: Float64 = np.vstack([rng.standard_normal((8, INPUTS_A_ROW)) @ inputs[part] for part in chosen])
+    return mixed
+
+
+@torch.no_grad()
+def _inputs(model: Path, texts: list[str]) -> Float64:
+    """Inputs of the first layer at every position of the texts [positions, n], centred."""
+    checkpoint = load_checkpoint(str(model), "sequence-classification", LABELS)
+    encoder = Encoder(checkpoint.tokenizer, 48, append_end=False)
+    checkpoint.model.eval()
+    rows = []
+    for text in texts:
+        batch = encoder.batch(Examples((text,), (0,)))
+        rows.append(checkpoint.model.bert.embeddings(input_ids=batch.input_ids)[0].double().numpy())
+    stacked: Float64 = np.vstack(rows)
+    return stacked

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attack import adam, spans
+from attack.capture import commands, replayed
+from attack.findings import Finding
+from attack.labels import label_leak
+from attack.scores import auc, auc_error, recall, rouge
+from services.aggregation.keys import RoundKeys
+from shelora.messages import layout_to_proto
+
+
+def resp(*words):
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+
+
+@given(st.lists(st.lists(st.binary(max_size=20), min_size=1, max_size=4), max_size=6), st.integers(0, 40))
+def test_commands_are_read_as_they_were_written_and_a_cut_one_is_left_out(written, cut):
+    log = b"#TS:1700000000\r\n" + b"".join(resp(*words) for words in written)
+    assert list(commands(log)) == written
+    assert written[: len(list(commands(log[:-cut] if cut else log)))] == list(
+        commands(log[:-cut] if cut else log)
+    )
+
+
+def test_an_update_is_found_though_it_was_deleted(some_layout):
+    keys = RoundKeys("clinic.abcd.1")
+    log = (
+        resp(
+            b"HSET",
+            keys.round.encode(),
+            b"layout_digest",
+            some_layout.digest,
+            b"layout",
+            layout_to_proto(some_layout).SerializeToString(),
+            b"format",
+            b"1",
+        )
+        + resp(b"APPEND", keys.partial("ward/7", 0).encode(), b"first ")
+        + resp(b"APPEND", keys.partial("ward/7", 0).encode(), b"second")
+        + resp(b"RENAME", keys.partial("ward/7", 0).encode(), keys.update("ward/7", 0, bytes(32)).encode())
+        + resp(b"SET", keys.result_bytes(0, bytes(32)).encode(), b"sum", b"PX", b"1000")
+        + resp(b"UNLINK", keys.update("ward/7", 0, bytes(32)).encode(), keys.round.encode())
+    )
+    (found,) = replayed(log, "clinic")
+    assert (found.clients(), found.of("ward/7"), found.results) == (
+        ["ward/7"],
+        {0: b"first second"},
+        {0: b"sum"},
+    )
+    assert replayed(log, "clini") == []
+
+
+def test_the_first_step_of_adam_gives_its_gradient_back():
+    torch.manual_seed(0)
+    start, gradient = torch.zeros(64, 8), torch.randn(64, 8) * 1e-6
+    weights = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([weights], lr=0.002, weight_decay=0.0)
+    weights.grad = gradient
+    optimizer.step()
+    found = adam.gradient(weights.detach().double().numpy(), 0.002)
+    small = np.abs(gradient.numpy()) < 3e-7
+    assert np.allclose(found[small], gradient.numpy()[small], rtol=0.05)
+
+
+def test_the_rank_of_a_noisy_matrix_is_told_by_its_gap():
+    rng = np.random.default_rng(0)
+    noisy = rng.standard_normal((40, 5)) @ rng.standard_normal((5, 30)) + 1e-6 * rng.standard_normal((40, 30))
+    assert spans.rank_by_gap(np.linalg.svd(noisy, compute_uv=False), 29) == 5
+    assert spans.residuals(spans.basis(noisy, 5), noisy[:3]).max() < 1e-5
+
+
+def test_scores():
+    assert recall({1, 2}, {2, 3}) == 0.5
+    assert (rouge([1, 2, 3], [1, 2, 3], 2), rouge([1, 2, 3], [3, 2, 1], 2)) == (1, 0)
+    assert (auc([2, 3], [1]), auc([1], [1]), auc([0], [1])) == (1, 0.5, 0)
+    assert auc_error(100, 100) == pytest.approx(0.0409, abs=1e-4)
+
+
+def test_labels_are_told_from_features_that_hold_them_and_not_from_noise():
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet([0.2] * 4, 24)
+    told = label_leak(shares @ rng.standard_normal((4, 200)), shares)
+    noise = label_leak(rng.standard_normal((24, 200)), shares)
+    assert told.same_majority_auc > 0.85 > noise.same_majority_auc + 0.2
+    assert told.distance < 0.5 * told.distance_by_chance
+
+
+def test_a_control_that_fails_and_a_leak_are_problems():
+    row = {"setting": "s", "attacker": "a", "data": "d"}
+    assert Finding(**row, figures={"recall": 0.9}, at_least={"recall": 0.95}).problems()
+    leak = {"figures": {"auc": 0.9}, "chance": {"auc": 0.5}, "error": {"auc": 0.1}}
+    assert Finding(**row, **leak, no_better_than_chance=True).problems()
+    assert not Finding(**row, **leak).problems()
+    assert not Finding(**row, **(leak | {"figures": {"auc": 0.79}}), no_better_than_chance=True).problems()
