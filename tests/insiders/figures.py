@@ -23,7 +23,7 @@ from tests.insiders.stranger import CALLS, CONNECTING
 MOST_GROWTH_MIB = 64
 """What 200 strangers at once may make a server grow by."""
 SERVERS = ("enrolment", "coordinator", "aggregation", "key-authority")
-SECONDS = 8.0
+SECONDS = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         LocalCluster(Path(folder) / "cluster", fixed_ports=False, workers=1) as cluster,
     ):
-        Console().print(asyncio.run(table(Lab(cluster, Path(folder)))))
+        Console(width=120).print(asyncio.run(table(Lab(cluster, Path(folder)))))
 
 
 if __name__ == "__main__":
