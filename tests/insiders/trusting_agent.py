@@ -1,0 +1,11 @@
+"""The real agent, which applies whatever it is given: the control of attacks on what agents refuse.
+
+python -m tests.insiders.trusting_agent run --config agent.yaml
+"""
+
+from client_agent import learner
+from client_agent.main import app
+
+if __name__ == "__main__":
+    learner.plausible = lambda parts, _expected: parts  # type: ignore[assignment]
+    app()
