@@ -7,6 +7,7 @@ digest. Agents send them keyed by the epoch's secret (`shelora.obfuscation`), so
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import torch
@@ -38,11 +39,15 @@ def base_digest(checkpoint: Checkpoint) -> BaseDigest:
 
 def weights_digest(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """SHA-256 of names, types, shapes and values, in order of the names."""
-    hashed = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().contiguous().cpu()
-        hashed.update(_of([name, str(value.dtype), list(value.shape)]))
-        hashed.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return hashlib.sha256(b"".join(pool.map(_tensor_digest, sorted(tensors.items())))).digest()
+
+
+def _tensor_digest(named: tuple[str, torch.Tensor]) -> bytes:
+    name, tensor = named
+    value = tensor.detach().contiguous().cpu()
+    hashed = hashlib.sha256(_of([name, str(value.dtype), list(value.shape)]))
+    hashed.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return hashed.digest()
 
 

@@ -10,6 +10,7 @@ from client_agent.doctor import (
     Verdict,
     check_certificate,
     check_conditions,
+    check_learning,
     check_tenseal,
     examine,
     failed,
@@ -19,6 +20,8 @@ from client_agent.doctor import (
     judged_time,
 )
 from shelora.ckks import secret
+from shelora.federation import FederationSpec
+from tests.unit.client_agent.tiny import LABELS
 
 
 @pytest.fixture
@@ -61,6 +64,20 @@ def test_others_that_use_the_cpu_are_seen_because_it_is_measured_first(config, m
     assert waited == [5.0]
     assert finding.verdict is Verdict.WARNING
     assert "90%" in finding.seen
+
+
+def test_data_that_run_would_refuse_is_found_by_the_doctor_too(agent_folder):
+    spec = FederationSpec.model_validate(
+        {"name": "films", "training": {"base_model": "tiny", "labels": LABELS}}
+    )
+    config = AgentConfig.load(agent_folder / "agent.yaml", {})
+    found = {finding.check: finding for finding in check_learning(config, spec)}
+    assert found["data"].seen == "20 examples, 0 of them cut to 64 tokens"
+    assert found["model"].verdict is Verdict.OK
+    config.data.train.write_text('{"text": "a", "label": "good"}\n{"text": null, "label": "bad"}\n')
+    (finding,) = check_learning(config, spec)
+    assert finding.verdict is Verdict.FAILED
+    assert finding.seen.endswith("train.jsonl, line 2: 'text' is null")
 
 
 def test_a_tenseal_that_computes_wrongly_is_found(monkeypatch):

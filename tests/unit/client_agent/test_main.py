@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 import client_agent
 from client_agent.main import app
+from client_agent.session import Session
 
 SAMPLE = Path(client_agent.__file__).parent / "sample.yaml"
 
@@ -30,10 +31,7 @@ def test_an_offline_check_shows_data_and_model(agent_folder: Path) -> None:
 def test_a_check_without_its_coordinator_says_what_to_do(
     agent_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shelora.transport.channel.RETRY_S", 0.0)
-    monkeypatch.setattr(
-        "client_agent.session.call.__kwdefaults__", {"timeout_s": 5.0, "retry_s": 0.0, "metadata": ()}
-    )
+    monkeypatch.setattr(Session._asked, "__kwdefaults__", {"timeout_s": 5.0, "retry_s": 0.0})
     with pytest.raises(SystemExit) as caught:
         app(["check", "--config", str(agent_folder / "agent.yaml")], standalone_mode=False)
     assert caught.value.code == 1
@@ -50,6 +48,34 @@ def test_a_refused_configuration_ends_with_its_own_code_and_one_message(
     error = capsys.readouterr().err
     assert "budget = 2.0: " in error
     assert "Traceback" not in error
+
+
+REFUSED = [
+    (
+        "train.jsonl",
+        '{"text": "Wheat \\ud83d exports", "label": "good"}',
+        "DATA_INVALID",
+        "train.jsonl, line 1: field 'text'",
+    ),
+    ("test.jsonl", '{"text": null, "label": "good"}', "DATA_INVALID", "test.jsonl, line 1: 'text' is null"),
+    ("train.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", "DATA_INVALID", "line 1: field 'label'"),
+    ("train.jsonl", '{"text": "a", "label": "good"}', "DATA_INVALID", "holds 1 labels in 'label'"),
+]
+
+
+@pytest.mark.parametrize(("name", "line", "reason", "said"), REFUSED)
+def test_data_that_run_would_refuse_ends_check_with_one_line_and_its_own_code(
+    agent_folder: Path, capsys: pytest.CaptureFixture[str], name: str, line: str, reason: str, said: str
+) -> None:
+    before = (agent_folder / name).read_text() if "holds" not in said else ""
+    (agent_folder / name).write_text(line + "\n" + before)
+    with pytest.raises(SystemExit) as caught:
+        app(["check", "--offline", "--config", str(agent_folder / "agent.yaml")], standalone_mode=False)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"client-agent: {reason} " in error
+    assert said in error
+    assert len(error.splitlines()) == 1
 
 
 def test_the_help_names_both_commands_and_the_sample() -> None:
