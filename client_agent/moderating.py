@@ -1,11 +1,12 @@
 """A decrypted sum beside what this client held and trained: how much of its change is taken over.
 
-`shelora.lora.moderation` has the rule; this applies it matrix by matrix and tensor by tensor, so that a result need not
-be in memory as a whole. Who trained nothing for a round takes its result as it is: it has nothing to measure by, and
-cannot tell a far step from the rounds that it missed.
+`shelora.lora.moderation` has the rule; this applies it to each matrix and to the tensors of a shard together, so that a
+result need not be in memory as a whole. Who trained nothing for a round takes its result as it is: it has nothing to
+measure by, and cannot tell a far step from the rounds that it missed.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -44,7 +45,7 @@ class Moderator:
         return replace(
             part,
             matrices={name: self._matrix(name, update) for name, update in part.matrices.items()},
-            tensors={name: self._tensor(name, value) for name, value in part.tensors.items()},
+            tensors=self._tensors(part.tensors),
         )
 
     def _matrix(self, name: str, update: FactoredUpdate) -> FactoredUpdate:
@@ -58,12 +59,17 @@ class Moderator:
         mixed = FactoredUpdate(basis, triangular @ np.vstack([update.M, A]))
         return best_cut(mixed, max(len(update.M), len(A)))
 
-    def _tensor(self, name: str, value: Float32) -> Float32:
-        before = self.before.tensors[name].astype(np.float64)
-        own = float(np.linalg.norm(self.own.tensors[name] - before))
-        change = value - before
-        factor = self._factor(name, float(np.linalg.norm(change)), own)
-        return value if factor == 1 else (before + factor * change).astype(np.float32)
+    def _tensors(self, tensors: dict[str, Float32]) -> dict[str, Float32]:
+        """Tensors together: a bias of some values moves by chance, and honest clients' by more than a multiple."""
+        if not tensors:
+            return tensors
+        before = {name: self.before.tensors[name].astype(np.float64) for name in tensors}
+        change = {name: value - before[name] for name, value in tensors.items()}
+        own = {name: self.own.tensors[name] - before[name] for name in tensors}
+        factor = self._factor(min(tensors), _joint_norm(change), _joint_norm(own))
+        if factor == 1:
+            return tensors
+        return {name: (before[name] + factor * change[name]).astype(np.float32) for name in tensors}
 
     def _factor(self, name: str, change: float, own: float) -> float:
         last = self.before.changes.get(name, ())
@@ -75,6 +81,10 @@ class Moderator:
 
     def _held(self, weights: Weights, name: str) -> tuple[Float64, Float64]:
         return joined(weights.factors[name], self.scaling, weights.frozen.get(name))
+
+
+def _joint_norm(values: Mapping[str, Float64]) -> float:
+    return math.sqrt(math.fsum(float(np.sum(value**2)) for value in values.values()))
 
 
 def _norm(L: Float64, R: Float64) -> float:

@@ -28,6 +28,9 @@ RANK_FACTOR: Final = 1.5
 """k over the largest rank, and l over k."""
 HEADROOM: Final = 4.0
 """A value may be that many times the largest of the last round's mean before it is clipped."""
+GROWTH_BITS: Final = 4
+"""A bound is never below the first round's over 2^4: after a round that hardly moved, the next one may move far more
+than HEADROOM times as much. Real first rounds stay below it by about 2^7."""
 MAX_EXPONENT: Final = 64
 """Bounds are powers of two, 2^-64 to 2^64."""
 USUAL_SCALING: Final = 4.0
@@ -139,6 +142,13 @@ def first_exponents(matrix: Matrix, max_rank: int, largest_move: float) -> Expon
     row = USUAL_SCALING * max_rank * largest_move * (1 + largest_move * math.sqrt(matrix.in_features))
     column = USUAL_SCALING * max_rank * largest_move * (1 / math.sqrt(matrix.in_features) + largest_move)
     return Exponents(_exponent_of(row), _exponent_of(column * math.sqrt(matrix.out_features)))
+
+
+def round_exponents(last: Exponents | None, first: Exponents) -> Exponents:
+    """The bounds of a round. Args: last: `next_exponents` of the last result; first: those of a first round."""
+    if last is None:
+        return first
+    return Exponents(max(last.P, first.P - GROWTH_BITS), max(last.N, first.N - GROWTH_BITS))
 
 
 def _exponent_of(bound: float) -> int:

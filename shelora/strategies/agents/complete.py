@@ -22,6 +22,7 @@ from shelora.lora.sketches import (
     joined,
     next_exponents,
     packed,
+    round_exponents,
     unpacked,
 )
 from shelora.lora.sums import SKETCHES_KIND, SUMS_KIND, sketch_values, terms_of, update_of
@@ -101,9 +102,8 @@ def _packed_matrices(layout: Layout, index: int, update: Update, context: AgentC
             )
         B, A = joined(factors, context.model.scaling, update.frozen.get(matrix.name))
         sketch = Sketcher.draw(context.obfuscation, terms, matrix, context.round_number).sketch(B, A)
-        exponents = update.exponents.get(matrix.name) or first_exponents(
-            matrix, layout.max_rank, context.largest_move
-        )
+        first = first_exponents(matrix, layout.max_rank, context.largest_move)
+        exponents = round_exponents(update.exponents.get(matrix.name), first)
         parts.append(packed(matrix.name, sketch, exponents, context.clipping))
     return np.concatenate(parts)
 

@@ -22,6 +22,7 @@ from shelora.lora.sketches import (
     joined,
     next_exponents,
     packed,
+    round_exponents,
     sketch_sizes,
     unpacked,
 )
@@ -196,6 +197,13 @@ def test_bounds_follow_the_last_mean_and_stay_where_nothing_moved():
         e = exponent_above(largest)
         assert abs(e) <= MAX_EXPONENT
         assert 2.0**e > 4 * largest or e == MAX_EXPONENT
+
+
+def test_bounds_leave_room_for_the_first_round_that_moves():
+    first = Exponents(3, 5)
+    assert round_exponents(None, first) == first
+    assert round_exponents(Exponents(-20, -20), first) == Exponents(-1, 1)
+    assert round_exponents(Exponents(7, 2), first) == Exponents(7, 2)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
