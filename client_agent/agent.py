@@ -382,7 +382,7 @@ class _Follower:
             except DomainError as error:
                 self._trouble = error
                 if is_fatal(error) or (error.reason in _OVER and assignment.HasField("finish")):
-                    await self._session.give_up(assignment.assignment_id, error)
+                    await self._told_why(assignment, error)
                     raise
                 outage.failed(error)
                 if error.reason not in _OVER:
@@ -402,6 +402,12 @@ class _Follower:
             break
         if self._activity is activity:
             self._activity = None
+
+    async def _told_why(self, assignment: pb.Assignment, error: DomainError) -> None:
+        """Before an agent ends over its work it says so; and hears, if its final result is gone, that all of it is."""
+        await self._session.give_up(assignment.assignment_id, error)
+        if assignment.HasField("finish"):
+            await asyncio.sleep(self._retry_s)
 
     async def _halt(self, halt: pb.Halt, activity: Activity) -> None:
         """Keeps what there is of a federation that failed."""
