@@ -71,9 +71,9 @@ async def test_an_agent_stopped_after_training_uploads_without_training_again(
     real_train, real_commit = Learner._train, Session.commit
     first = await federation.agent("one")
 
-    def counting_train(self: Learner, number: int, activity: Any) -> Any:
+    def counting_train(self: Learner, number: int, *others: Any) -> Any:
         trained.append(number)
-        return real_train(self, number, activity)
+        return real_train(self, number, *others)
 
     async def stopping_commit(self: Session, spool: Any, upload_s: float) -> int:
         if self._config.client_id == "one" and spool.note.rank > 1:
@@ -109,7 +109,7 @@ async def test_an_agent_stopped_while_training_leaves_soon_and_can_come_back(
             first.stop()
             activity._stop.wait(60)
             stopped.append(True)
-        return real_train(self, number, activity)
+        return real_train(self, number, *others)
 
     monkeypatch.setattr(Learner, "_train", stopping_train)
     other = asyncio.create_task((await federation.agent("two")).run())
@@ -128,9 +128,9 @@ async def test_an_abandoned_round_is_taken_up_again_without_training_twice(
     trained: list[int] = []
     real_train, real_commit = Learner._train, Session.commit
 
-    def counting_train(self: Learner, number: int, activity: Any) -> Any:
+    def counting_train(self: Learner, number: int, *others: Any) -> Any:
         trained.append(number)
-        return real_train(self, number, activity)
+        return real_train(self, number, *others)
 
     async def hanging_commit(self: Session, spool: Any, upload_s: float) -> int:
         record = await federation.now()
