@@ -104,12 +104,12 @@ async def test_an_agent_stopped_while_training_leaves_soon_and_can_come_back(
     real_train = Learner._train
     stopped: list[bool] = []
 
-    def stopping_train(self: Learner, number: int, activity: Any) -> Any:
+    def stopping_train(self: Learner, number: int, activity: Any, *others: Any) -> Any:
         if self._client_id == "one" and not stopped:
             first.stop()
             activity._stop.wait(60)
             stopped.append(True)
-        return real_train(self, number, *others)
+        return real_train(self, number, activity, *others)
 
     monkeypatch.setattr(Learner, "_train", stopping_train)
     other = asyncio.create_task((await federation.agent("two")).run())
