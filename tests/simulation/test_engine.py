@@ -11,7 +11,7 @@ from tests.simulation.shrinking import shrunk
 from tests.simulation.simulation import Report, Schedule, run
 
 SEED = 2
-SEALED, OPE = 18, 1
+SEALED, OPE = 24, 1
 """Seeds whose federations encrypt, by negotiation."""
 
 
