@@ -16,7 +16,7 @@ import numpy as np
 
 from services.key_authority.ca import Issuer, Root, RootFile
 from services.key_authority.sealer import Sealer, SealingKey
-from shelora.additive import COMPACT, SMALL, STANDARD, Adder, AdditiveParameters, ShardShape
+from shelora.additive import BALANCED, COMPACT, SMALL, STANDARD, Adder, AdditiveParameters, ShardShape
 from shelora.additive.sampler import Csprng
 from shelora.additive.secret import SecretKey, SumOpener
 from shelora.committee.certificate import assemble
@@ -120,10 +120,10 @@ class Cohort:
         )
         return cls(context, signers, Trust(root.der, "bench", lambda: datetime.now(UTC)))
 
-    def member(self, name: str) -> Member:
-        committee = self.context.committee(SECRET)
-        signer = self.signers[name]
-        return Member(self.context, committee, signer, self.trust, Notes(), SECRET, Csprng.fresh())
+    def member(self, name: str, order_key: bytes = SECRET, answer_key: bytes = SECRET) -> Member:
+        """One of the committee's."""
+        committee, signer = self.context.committee(order_key), self.signers[name]
+        return Member(self.context, committee, signer, self.trust, Notes(), answer_key, Csprng.fresh())
 
 
 def committee(size: int, root: Root) -> str:
@@ -175,7 +175,7 @@ def bytes_of(message: pb.Signed | pb.DealtShares | pb.Opening | pb.Certificate) 
 
 def main() -> None:
     """Prints the figures."""
-    for parameters in (STANDARD, COMPACT, SMALL):
+    for parameters in (STANDARD, BALANCED, COMPACT, SMALL):
         print(scheme(parameters))
     with TemporaryDirectory() as folder:
         root = RootFile(Path(folder) / "root", Sealer(SealingKey(bytes(32))), "5e" * 16).load_or_create()

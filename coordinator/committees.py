@@ -66,7 +66,7 @@ def context_of(federation: FederationRecord, record: RoundRecord) -> RoundContex
         attempt=round_.attempt,
         epoch=record.epoch,
         layout_digest=bytes.fromhex(record.layout_digest),
-        parameters=parameters.STANDARD,
+        parameters=parameters.DEFAULT,
         cohort=round_.cohort,
         most_contributors=len(round_.cohort),
         rule=rule_of(record),

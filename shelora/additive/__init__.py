@@ -9,6 +9,7 @@ The package itself offers what needs no secret: parameters, the shape of a shard
 
 from shelora.additive.adder import Adder, validate_shard
 from shelora.additive.parameters import (
+    BALANCED,
     COMPACT,
     INSECURE_TOY,
     MAX_CONTRIBUTORS,
@@ -22,6 +23,7 @@ from shelora.additive.parameters import (
 from shelora.additive.wire import ShardShape
 
 __all__ = [
+    "BALANCED",
     "COMPACT",
     "INSECURE_TOY",
     "MAX_CONTRIBUTORS",

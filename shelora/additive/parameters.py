@@ -41,7 +41,7 @@ TAIL: Final = 12.0
 LOW_BITS: Final = 16
 """Bits of the lower plane on the wire; see `codec`."""
 
-_HIGH_BITS: Final = (0, 2, 4, 8)
+_HIGH_BITS: Final = (0, 2, 4, 6, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class AdditiveParameters:
     deviation: float
     """Standard deviation sigma of the discrete Gaussian of secrets and errors."""
     kept_bits: int
-    """Upper bits of a coefficient that travel: 16, 18, 20 or 24."""
+    """Upper bits of a coefficient that travel: 16, 18, 20, 22 or 24."""
     secure: bool
     """True: at least 128-bit secure, enforced. False: for tests only."""
 
@@ -68,7 +68,7 @@ class AdditiveParameters:
         _require(ring, "degree must be a power of two from 64")
         _require(20 <= self.modulus_bits <= 31, "modulus_bits must be 20 to 31")
         _require(0.5 <= self.deviation <= 16, "deviation must be 0.5 to 16")
-        _require(self.kept_bits - LOW_BITS in _HIGH_BITS, "kept_bits must be 16, 18, 20 or 24")
+        _require(self.kept_bits - LOW_BITS in _HIGH_BITS, "kept_bits must be 16, 18, 20, 22 or 24")
         _require(self.kept_bits <= self.modulus_bits, "kept_bits are more than the modulus has")
         self._check_security()
 
@@ -84,7 +84,7 @@ class AdditiveParameters:
 
     @property
     def high_bits(self) -> int:
-        """Bits of the upper plane on the wire: 0, 2, 4 or 8."""
+        """Bits of the upper planes on the wire: 0, 2, 4, 6 or 8."""
         return self.kept_bits - LOW_BITS
 
     @cached_property
@@ -130,7 +130,12 @@ def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as 
 STANDARD: Final = AdditiveParameters(
     name="standard", degree=1024, modulus_bits=27, deviation=6.4, kept_bits=24, secure=True
 )
-"""The default: 3 bytes a value."""
+"""3 bytes a value."""
+
+BALANCED: Final = AdditiveParameters(
+    name="balanced", degree=1024, modulus_bits=27, deviation=6.4, kept_bits=22, secure=True
+)
+"""2.75 bytes a value, at which the sketches of an update are no larger than its factors in float32."""
 
 COMPACT: Final = AdditiveParameters(
     name="compact", degree=1024, modulus_bits=27, deviation=6.4, kept_bits=18, secure=True
@@ -142,12 +147,15 @@ SMALL: Final = AdditiveParameters(
 )
 """2 bytes a value."""
 
+DEFAULT: Final = BALANCED
+"""What rounds of complete protection are under."""
+
 INSECURE_TOY: Final = AdditiveParameters(
     name="insecure-toy", degree=64, modulus_bits=27, deviation=6.4, kept_bits=24, secure=False
 )
 """For tests only: the numbers of STANDARD on a ring that anyone can break."""
 
-PROFILES: Final = MappingProxyType({p.name: p for p in (STANDARD, COMPACT, SMALL, INSECURE_TOY)})
+PROFILES: Final = MappingProxyType({p.name: p for p in (STANDARD, BALANCED, COMPACT, SMALL, INSECURE_TOY)})
 """Every parameter set a policy can name."""
 
 

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shelora.additive import COMPACT, INSECURE_TOY, SMALL, STANDARD, Adder, AdditiveParameters, ShardShape
+from shelora.additive import (
+    BALANCED,
+    COMPACT,
+    INSECURE_TOY,
+    SMALL,
+    STANDARD,
+    Adder,
+    AdditiveParameters,
+    ShardShape,
+)
 from shelora.additive.codec import decode
 from shelora.additive.ring import Multiplier, expand_public
 from shelora.additive.sampler import Csprng, gaussian
@@ -19,7 +28,7 @@ from shelora.errors import DomainError, Reason
 from tests.unit.additive import exact
 
 CONTEXT = bytes(range(32))
-PROFILES = [STANDARD, COMPACT, SMALL]
+PROFILES = [STANDARD, BALANCED, COMPACT, SMALL]
 profiles = pytest.mark.parametrize("parameters", PROFILES, ids=lambda p: p.name)
 
 

@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 
 import shelora.additive
-from shelora.additive import COMPACT, INSECURE_TOY, SMALL, STANDARD, Adder, ShardShape, validate_shard
+from shelora.additive import (
+    BALANCED,
+    COMPACT,
+    INSECURE_TOY,
+    SMALL,
+    STANDARD,
+    Adder,
+    ShardShape,
+    validate_shard,
+)
 from shelora.additive.codec import PlaneSum, decode, encode, encoded_bytes
 from shelora.additive.wire import HEADER_BYTES, sum_header, sum_planes, summand_header, summand_planes
 from shelora.errors import DomainError, Reason
 
-PROFILES = [STANDARD, COMPACT, SMALL, INSECURE_TOY]
+PROFILES = [STANDARD, BALANCED, COMPACT, SMALL, INSECURE_TOY]
 SHAPE = ShardShape(INSECURE_TOY, 3, 100)
 FOLDER = Path(shelora.additive.__file__).parent
 
