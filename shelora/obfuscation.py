@@ -72,16 +72,18 @@ class Obfuscation:
         return np.cumsum(steps, dtype=np.uint64)
 
     def sketch(self, side: str, matrix: str, number: int, shape: tuple[int, int]) -> NDArray[np.int16]:
-        """Ω or Ψ of a matrix in training round `number`: integers of about a normal distribution.
+        """Χ or Φ of a matrix in training round `number`: integers of about a normal distribution.
 
         Each is the sum of four bytes less 510: within ±510, of mean 0 and variance 21845. Integers, so that every
-        machine has the same to the bit. Args: side: "columns" for Ω, "rows" for Ψ.
+        machine has the same to the bit. Args: side: "columns" for Χ, "rows" for Φ.
         """
         rows, columns = shape
         words = self._words(f"sketch-{side}", f"{number}/{matrix}", -(-rows * columns // 2))
-        quads = words.astype("<u8").view(np.uint8).reshape(-1, 4)[: rows * columns]
-        centred: NDArray[np.int16] = quads.sum(axis=1, dtype=np.int16) - np.int16(510)
-        return centred.reshape(shape)
+        quads = words.astype("<u8", copy=False).view("<u4")[: rows * columns]
+        pairs = (quads & np.uint32(0x00FF00FF)) + ((quads >> np.uint32(8)) & np.uint32(0x00FF00FF))
+        sums = (pairs + (pairs >> np.uint32(16))).astype(np.uint16)  # what is above wraps away
+        centred: NDArray[np.int16] = sums.view(np.int16).reshape(shape) - np.int16(510)
+        return centred
 
     def plan_key(self) -> bytes:
         """AES-256 key under which agents exchange plans."""

@@ -35,6 +35,8 @@ MAX_TIERS = 64
 MAX_NAME = 256
 MAX_SKETCH = 4096
 """Columns of a sketch."""
+CORE_FACTOR = 2.5
+"""Rows and columns of a sketch's core over k (`shelora.lora.sketches`)."""
 SOFT_CLEAR_BYTES = 4 * 2**20
 """Clear bytes of the largest client at which a shard is closed once its last ciphertext chunk is well filled."""
 HARD_CLEAR_BYTES = 16 * 2**20
@@ -157,19 +159,24 @@ class SumTerms:
     sketch_columns: int
     """k: columns of a matrix's sketch P, 1 to 4096; a small matrix has fewer."""
     sketch_rows: int
-    """l: rows of its sketch N, k to 8192."""
+    """l: rows of its sketch N, k to 2 k."""
 
     def __post_init__(self) -> None:
         additive.profile(self.profile)
         if not 1 <= self.sketch_columns <= MAX_SKETCH:
             raise refuse(f"sketch_columns must be 1 to {MAX_SKETCH}")
-        if not self.sketch_columns <= self.sketch_rows <= 2 * MAX_SKETCH:
-            raise refuse(f"sketch_rows must be sketch_columns to {2 * MAX_SKETCH}")
+        if not self.sketch_columns <= self.sketch_rows <= 2 * self.sketch_columns:
+            raise refuse("sketch_rows must be one to two times sketch_columns")
 
     @property
     def additive(self) -> AdditiveParameters:
         """The additive parameters named by `profile`."""
         return additive.profile(self.profile)
+
+    @property
+    def core(self) -> int:
+        """s: rows and columns of the sketch Z of every matrix, 2.5 times k, rounded up."""
+        return math.ceil(CORE_FACTOR * self.sketch_columns)
 
     def columns(self, matrix: Matrix) -> int:
         """Columns of the sketch P of a matrix: more than its rank could be say nothing."""
@@ -177,7 +184,7 @@ class SumTerms:
 
     def rows(self, matrix: Matrix) -> int:
         """Rows of the sketch N of a matrix."""
-        return min(self.sketch_rows, matrix.out_features)
+        return min(self.sketch_rows, matrix.out_features, matrix.in_features)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
-"""Two sketches of a matrix's update that add up, and the sum of the updates from their sums. Pure numpy.
+"""Three sketches of a matrix's update that add up, and the sum of the updates from their sums. Pure numpy.
 
-    P = ΔW Ω [out, k],  N = Ψ ΔW [l, in],     ΔW ≈ P (Ψ P)⁺ N
+    P = ΔW Ω [out, k],  N = Ψ ΔW [l, in],  Z = Φ ΔW Χ [s, s]
+    ΔW ≈ Q (Φ Q)⁺ Z (Vᵀ Χ)⁺ Vᵀ            Q, V: orthonormal bases of P and of Nᵀ
 
-Both are linear in ΔW, so servers that only add give every agent the sketches of Σ w_i ΔW_i, whatever the ranks.
-The formula is the generalised Nyström approximation (Nakatsukasa, "Fast and stable randomized low-rank matrix
-approximation", arXiv 2009.11392; Tropp, Yurtsever, Udell and Cevher, SIAM J. Matrix Anal. Appl. 2017): exact up to
-rounding once k reaches the rank of ΔW, and else close to its best rank-k approximation. Nearest work in federated LoRA:
-FedASK (arXiv 2507.09990), two passes.
+All are linear in ΔW, so servers that only add give every agent the sketches of Σ w_i ΔW_i, whatever the ranks.
+The formula is Tropp, Yurtsever, Udell and Cevher, "Streaming low-rank matrix approximation with an application to
+scientific simulation", SIAM J. Sci. Comput. 41 (2019), equations 2.7 to 2.10: exact up to rounding once k and l reach
+the rank of ΔW, and else close to its best approximation. The core Z costs little, as its size does not grow with the
+matrix, and spares l many rows: without it (P (Ψ P)⁺ N, Nakatsukasa, arXiv 2009.11392) the same error of the cut takes
+a half more values (`python -m bench.sketches`). Nearest work in federated LoRA: FedASK (arXiv 2507.09990), two passes.
 
-Ω and Ψ are integers of a keyed stream times a power of two (`Obfuscation.sketch`): every agent must have the same to
-the bit. What follows from the sums, QR and singular values, may differ between machines in the last bits and only
-leads to factors of one agent.
+Ω is the first k columns of Χ, and Ψ the first l rows of Φ. They are integers of a keyed stream times a power of two
+(`Obfuscation.sketch`): every agent must have the same to the bit. What follows from the sums, QR and singular values,
+may differ between machines in the last bits and only leads to factors of one agent.
 """
 
 import math
@@ -24,15 +26,17 @@ from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, SumTerms
 from shelora.lora.shards import FactoredUpdate, Float64, LoraFactors
 
-RANK_FACTOR: Final = 1.5
-"""k over the largest rank, and l over k."""
+RANK_FACTOR: Final = 1.375
+"""k and l over the largest rank."""
 HEADROOM: Final = 4.0
 """A value may be that many times the largest of the last round's mean before it is clipped."""
 GROWTH_BITS: Final = 4
 """A bound is never below the first round's over 2^4: after a round that hardly moved, the next one may move far more
 than HEADROOM times as much. Real first rounds stay below it by about 2^7."""
-MAX_EXPONENT: Final = 64
-"""Bounds are powers of two, 2^-64 to 2^64."""
+MAX_EXPONENT: Final = 256
+"""Bounds are quarter powers of two, 2^(e / 4) for e of that magnitude at most."""
+_ROOTS: Final = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429, 2.0)
+"""2^(j / 4): literals, so that every machine has the same to the bit."""
 USUAL_SCALING: Final = 4.0
 """Scaling s = alpha / rank that the first round's bound has room for."""
 AGREEMENT: Final = 0.1
@@ -40,11 +44,11 @@ AGREEMENT: Final = 0.1
 DEAD: Final = 1e-7
 """Singular value, over the largest, below which a component is dead: it is not restored."""
 _EXACT: Final = 1e-10
-"""Singular value of Ψ P, over the largest, below which it is rounding of float64."""
+"""Singular value of a sketch, over the largest, below which it is rounding of float64."""
 _VARIANCE: Final = 21845
 """Of the entries of `Obfuscation.sketch`."""
 _NOISE_MARGIN: Final = 2.0
-"""Singular values of Ψ P below that many times the expected norm of the noise are taken for noise."""
+"""Singular values of a sketch below that many times the expected norm of its noise are taken for noise."""
 
 
 class DrawsSketches(Protocol):
@@ -56,17 +60,19 @@ class DrawsSketches(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sketch:
-    """P [out, k] and N [l, in] of one matrix."""
+    """P [out, k], N [l, in] and Z [s, s] of one matrix."""
 
     P: Float64
     N: Float64
+    Z: Float64
 
 
 @dataclass(frozen=True, slots=True)
 class Exponents:
-    """Powers of two that bound the values of one matrix's P and N."""
+    """What bounds the values of one matrix's P and N: `bound_of` each."""
 
     P: int
+    """Of Z too: its entries are sums over those of P, with squared weights that sum to about 1."""
     N: int
 
 
@@ -82,53 +88,74 @@ class Clipping:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sketcher:
-    """Ω [in, k] and Ψ [l, out] of one matrix in one round, scaled so that sketches have about ΔW's norm."""
+    """Χ [in, s] and Φ [s, out] of one matrix in one round, scaled so that sketches have about ΔW's norm."""
 
-    omega: Float64
-    psi: Float64
+    chi: Float64
+    phi: Float64
+    columns: int
+    """k: those of Χ that are Ω."""
+    rows: int
+    """l: those of Φ that are Ψ."""
 
     @classmethod
     def draw(cls, source: DrawsSketches, terms: SumTerms, matrix: Matrix, number: int) -> "Sketcher":
         """Args: number: of the training round; every round looks in other directions."""
-        omega = (matrix.in_features, terms.columns(matrix))
-        psi = (terms.rows(matrix), matrix.out_features)
+        chi = source.sketch("columns", matrix.name, number, (matrix.in_features, terms.core))
+        phi = source.sketch("rows", matrix.name, number, (terms.core, matrix.out_features))
         return cls(
-            _scaled(source.sketch("columns", matrix.name, number, omega), matrix.in_features),
-            _scaled(source.sketch("rows", matrix.name, number, psi), matrix.out_features),
+            _scaled(chi, matrix.in_features),
+            _scaled(phi, matrix.out_features),
+            terms.columns(matrix),
+            terms.rows(matrix),
         )
 
     def sketch(self, B: Float64, A: Float64) -> Sketch:
         """The sketches of B A, B [out, r] and A [r, in]; the product is never formed."""
-        return Sketch(B @ (A @ self.omega), (self.psi @ B) @ A)
+        left, right = self.phi @ B, A @ self.chi
+        return Sketch(B @ right[:, : self.columns], left[: self.rows] @ A, left @ right)
 
-    def recovered(self, sketch: Sketch, noise: float = 0.0) -> FactoredUpdate:
+    def recovered(self, sketch: Sketch, noise_P: float = 0.0, noise_N: float = 0.0) -> FactoredUpdate:
         """ΔW = Q M from its sketches, with Q [out, q] of orthonormal columns, q at most k.
 
-        Args: noise: Standard deviation of the noise in an entry of P. What cannot be told from noise is left out.
+        Args: noise_P, noise_N: Standard deviations of the noise in an entry of P and of N. What cannot be told from
+            noise is left out.
         """
-        P, N = sketch.P, sketch.N
-        left, values, right = np.linalg.svd(self.psi @ P, full_matrices=False)
-        floor = _NOISE_MARGIN * noise * (math.sqrt(P.shape[1]) + math.sqrt(len(self.psi)))
-        used = values > max(floor, _EXACT * values.max(initial=0))
-        basis, triangular = np.linalg.qr(P @ (right[used].T / values[used]))
-        return FactoredUpdate(basis, triangular @ (left[:, used].T @ N))
+        Q, V = _basis(sketch.P, noise_P), _basis(sketch.N.T, noise_N)
+        core = np.linalg.pinv(self.phi @ Q) @ sketch.Z @ np.linalg.pinv(V.T @ self.chi)
+        return FactoredUpdate(Q, core @ V.T)
+
+
+def _basis(sketch: Float64, noise: float) -> Float64:
+    """Orthonormal columns [n, q] that span a sketch [n, k] up to its noise, of that deviation an entry."""
+    basis, triangular = np.linalg.qr(sketch)
+    left, values, _ = np.linalg.svd(triangular)
+    floor = _NOISE_MARGIN * noise * sum(map(math.sqrt, sketch.shape))
+    used = values > max(floor, _EXACT * values.max(initial=0))
+    directions: Float64 = basis @ left[:, : len(values)][:, used]
+    return directions
 
 
 def _scaled(integers: NDArray[np.int16], dimension: int) -> Float64:
     """Integers times the power of two that brings vectors of that dimension to a norm of 1/2 to 1."""
     exponent = ((_VARIANCE * dimension - 1).bit_length() + 1) // 2
-    return np.ldexp(integers.astype(np.float64), -exponent)
+    return np.multiply(integers, 2.0**-exponent, dtype=np.float64)
 
 
 def sketch_sizes(max_rank: int) -> tuple[int, int]:
-    """K and l for a cohort whose largest rank is that: 1.5 times it and 1.5 times k, rounded up."""
+    """K and l for a cohort whose largest rank is that: 1.375 times it, rounded up."""
     columns = math.ceil(RANK_FACTOR * max_rank)
-    return columns, math.ceil(RANK_FACTOR * columns)
+    return columns, columns
+
+
+def bound_of(exponent: int) -> float:
+    """2^(exponent / 4), the same on every machine."""
+    whole, quarters = divmod(exponent, 4)
+    return math.ldexp(_ROOTS[quarters], whole)
 
 
 def exponent_above(largest: float) -> int:
-    """The smallest e, within ±MAX_EXPONENT, with 2^e above `largest` times HEADROOM. Exact: no logarithm."""
-    return max(-MAX_EXPONENT, min(MAX_EXPONENT, math.frexp(HEADROOM * largest)[1]))
+    """The smallest e, within ±MAX_EXPONENT, with 2^(e / 4) above `largest` times HEADROOM. Exact: no logarithm."""
+    return _exponent_of(HEADROOM * largest)
 
 
 def first_exponents(matrix: Matrix, max_rank: int, largest_move: float) -> Exponents:
@@ -148,11 +175,14 @@ def round_exponents(last: Exponents | None, first: Exponents) -> Exponents:
     """The bounds of a round. Args: last: `next_exponents` of the last result; first: those of a first round."""
     if last is None:
         return first
-    return Exponents(max(last.P, first.P - GROWTH_BITS), max(last.N, first.N - GROWTH_BITS))
+    growth = 4 * GROWTH_BITS
+    return Exponents(max(last.P, first.P - growth), max(last.N, first.N - growth))
 
 
 def _exponent_of(bound: float) -> int:
-    return max(-MAX_EXPONENT, min(MAX_EXPONENT, math.frexp(bound)[1]))
+    mantissa, exponent = math.frexp(bound)  # the mantissa is at least 1/2
+    quarters = next((j for j, root in enumerate(_ROOTS) if root / 2 > mantissa), len(_ROOTS) - 1)
+    return max(-MAX_EXPONENT, min(MAX_EXPONENT, 4 * (exponent - 1) + quarters))
 
 
 def next_exponents(mean: Sketch, before: Exponents) -> Exponents:
@@ -168,23 +198,31 @@ def next_exponents(mean: Sketch, before: Exponents) -> Exponents:
 
 
 def packed(name: str, sketch: Sketch, exponents: Exponents, clipping: Clipping) -> Float64:
-    """The values of one matrix in a shard: P, N, both over their bounds and cut to them, and the exponents.
+    """The values of one matrix in a shard: P, N, Z, all over their bounds and cut to them, and the exponents.
 
     Raises: VALUE_NOT_FINITE, naming the matrix.
     """
-    parts = []
-    for values, exponent in ((sketch.P, exponents.P), (sketch.N, exponents.N)):
-        if not np.isfinite(values).all():
-            raise DomainError(Reason.VALUE_NOT_FINITE, f"the update of {name} holds NaN or infinity")
-        scaled = np.ldexp(values, -exponent).reshape(-1)
-        beyond = int(np.count_nonzero(np.abs(scaled) > 1))
-        clipping.clipped += beyond
-        clipping.values += scaled.size
-        if beyond:
-            clipping.matrices.add(name)
-        parts.append(np.clip(scaled, -1, 1))
-    parts.append(np.array([exponents.P, exponents.N]) / MAX_EXPONENT)
-    return np.concatenate(parts)
+    bounded = ((sketch.P, exponents.P), (sketch.N, exponents.N), (sketch.Z, exponents.P))
+    sizes = [values.size for values, _ in bounded]
+    packed_values = np.empty(sum(sizes) + 2)
+    packed_values[-2:] = np.array([exponents.P, exponents.N]) / MAX_EXPONENT
+    parts = np.split(packed_values[:-2], np.cumsum(sizes)[:-1])
+    for part, (values, exponent) in zip(parts, bounded, strict=True):
+        np.multiply(values, 1 / bound_of(exponent), out=part.reshape(values.shape))
+        _clip(name, part, clipping)
+    return packed_values
+
+
+def _clip(name: str, values: Float64, clipping: Clipping) -> None:
+    """Cuts values to ±1 in place, and counts those that were beyond."""
+    largest = max(values.max(initial=0), -values.min(initial=0))
+    if not np.isfinite(largest):
+        raise DomainError(Reason.VALUE_NOT_FINITE, f"the update of {name} holds NaN or infinity")
+    clipping.values += values.size
+    if largest > 1:
+        clipping.clipped += int(np.count_nonzero(np.abs(values) > 1))
+        clipping.matrices.add(name)
+        np.clip(values, -1, 1, out=values)
 
 
 def unpacked(matrix: Matrix, terms: SumTerms, values: Float64) -> tuple[Sketch, Exponents]:
@@ -192,11 +230,15 @@ def unpacked(matrix: Matrix, terms: SumTerms, values: Float64) -> tuple[Sketch, 
 
     Raises: SUM_UNREADABLE: the clients did not agree on the bounds, so their sum means nothing.
     """
-    split = matrix.out_features * terms.columns(matrix)
     exponents = Exponents(*(_agreed(matrix.name, float(value)) for value in values[-2:] * MAX_EXPONENT))
-    P = np.ldexp(values[:split], exponents.P).reshape(matrix.out_features, -1)
-    N = np.ldexp(values[split:-2], exponents.N).reshape(-1, matrix.in_features)
-    return Sketch(P, N), exponents
+    columns, rows = terms.columns(matrix), terms.rows(matrix)
+    split = matrix.out_features * columns
+    P, N, Z = np.split(values[:-2], [split, split + rows * matrix.in_features])
+    return Sketch(
+        (P * bound_of(exponents.P)).reshape(matrix.out_features, columns),
+        (N * bound_of(exponents.N)).reshape(rows, matrix.in_features),
+        (Z * bound_of(exponents.P)).reshape(terms.core, terms.core),
+    ), exponents
 
 
 def _agreed(name: str, mean: float) -> int:

@@ -2,9 +2,9 @@
 
 A shard is a run of values in a fixed order. Of tensors it is the tensors, row major. Of a matrix of update ΔW it is
 
-    P = ΔW Ω [out, k],  N = Ψ ΔW [l, in],  two exponents
+    P = ΔW Ω [out, k],  N = Ψ ΔW [l, in],  Z = Φ ΔW Χ [s, s],  two exponents
 
-row major, with secret Ω and Ψ (`shelora.lora.sketches`): as many values whatever the client's rank. All values of a
+row major, with secret Φ and Χ (`shelora.lora.sketches`): as many values whatever the client's rank. All values of a
 client are multiplied by its weight, which is what makes the sum a weighted one.
 """
 
@@ -25,10 +25,10 @@ from shelora.lora.layout import (
     Tensor,
     refuse,
 )
-from shelora.lora.shards import ResultShardContent, UpdateShardContent
+from shelora.lora.shards import Buffer, ResultShardContent, UpdateShardContent
 
 EXPONENTS: Final = 2
-"""Values of a sketched matrix that say by which powers of two P and N were divided."""
+"""Values of a sketched matrix that say by which bounds P with Z, and N, were divided."""
 SHARD_VALUES: Final = 2**20
 """Values at which a shard is closed: 3 MiB at the standard profile."""
 
@@ -62,7 +62,7 @@ class Summed(ABC):
         expect(head.rank == 1, f"rank {head.rank}")
         expect(head.encrypted_tiers == 0, f"encrypted_tiers {head.encrypted_tiers}")
         self._expect_size(layout, head.shard, fields)
-        return update_of(head.shard, bytes(fields.ciphertexts))
+        return update_of(head.shard, fields.ciphertexts)
 
     def check_update(self, layout: Layout, content: UpdateShardContent) -> None:  # noqa: B027 - nothing to do
         """As of `Kind`: nothing is clear."""
@@ -157,10 +157,10 @@ def sketch_values(terms: SumTerms, matrix: Matrix) -> int:
     """Values of one matrix in a shard of sketches."""
     P = matrix.out_features * terms.columns(matrix)
     N = terms.rows(matrix) * matrix.in_features
-    return P + N + EXPONENTS
+    return P + N + terms.core**2 + EXPONENTS
 
 
-def update_of(shard: int, ciphertexts: bytes) -> UpdateShardContent:
+def update_of(shard: int, ciphertexts: Buffer) -> UpdateShardContent:
     """An update shard under additive encryption."""
     return UpdateShardContent(
         shard=shard, rank=1, encrypted_tiers=0, matrices=(), clear_tensors=(), ciphertexts=ciphertexts

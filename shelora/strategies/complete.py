@@ -7,7 +7,7 @@ encryption, whose sums a committee of the round's clients opens (`shelora.additi
 from dataclasses import dataclass, replace
 from typing import Final
 
-from shelora.additive.parameters import STANDARD
+from shelora.additive.parameters import DEFAULT
 from shelora.lora.layout import Layout, SumTerms
 from shelora.lora.sketches import sketch_sizes
 from shelora.lora.sums import build_sums_layout
@@ -18,7 +18,7 @@ from shelora.strategies.port import RoundTerms, Shapes, Terms
 class Complete:
     """The public half. `profile`: the additive parameters."""
 
-    profile: str = STANDARD.name
+    profile: str = DEFAULT.name
     name: str = "complete"
     needs_keys: bool = True
     needs_plan: bool = False

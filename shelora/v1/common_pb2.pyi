@@ -134,11 +134,13 @@ class SumTerms(_message.Message):
     SKETCH_COLUMNS_FIELD_NUMBER: _builtins.int
     SKETCH_ROWS_FIELD_NUMBER: _builtins.int
     profile: _builtins.str
-    """Additive parameters by name ("standard", "compact", "small")."""
+    """Additive parameters by name ("balanced", "standard", "compact", "small")."""
     sketch_columns: _builtins.int
     """Columns k of a matrix's sketch P [out_features, k], 1 to 4096; fewer for a matrix with fewer rows or columns."""
     sketch_rows: _builtins.int
-    """Rows l of its sketch N [l, in_features], k to 8192; fewer for a matrix with fewer rows."""
+    """Rows l of its sketch N [l, in_features], k to 2 k; fewer for a matrix with fewer rows or columns. Its sketch Z is
+    [s, s], s = 2.5 k rounded up.
+    """
     def __init__(
         self,
         *,

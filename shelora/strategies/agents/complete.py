@@ -18,6 +18,7 @@ from shelora.lora.shards import MIN_CONTRIBUTORS, Float32, Float64, ResultShardC
 from shelora.lora.sketches import (
     Sketcher,
     best_cut,
+    bound_of,
     first_exponents,
     joined,
     next_exponents,
@@ -127,7 +128,8 @@ def _restored_matrices(
         sketch, exponents = unpacked(matrix, terms, values[first : first + count])
         first += count
         sketcher = Sketcher.draw(context.obfuscation, terms, matrix, context.round_number)
-        found = sketcher.recovered(sketch, noise=float(np.ldexp(opened.noise, exponents.P)))
+        noise = (opened.noise * bound_of(e) for e in (exponents.P, exponents.N))
+        found = sketcher.recovered(sketch, *noise)
         yield Restored(
             matrices={matrix.name: best_cut(found, layout.max_rank)},
             exponents={matrix.name: next_exponents(sketch, exponents)},

@@ -137,7 +137,7 @@ def test_a_zero_round_is_zero_and_keeps_the_first_bounds():
 
 def test_an_update_beyond_its_bounds_is_clipped_and_counted():
     clients = cohort()
-    small = {m.name: Exponents(-9, -9) for m in clients[0].model.matrices}
+    small = {m.name: Exponents(-36, -36) for m in clients[0].model.matrices}
     clients = [Sending(c.model, c.weight, c.factors, c.tensors, {}, small) for c in clients]
     round_ = Round(clients, SumProtection(), OBFUSCATION)
     assert round_.clipping.clipped > 0
@@ -146,7 +146,7 @@ def test_an_update_beyond_its_bounds_is_clipped_and_counted():
 
 def test_agents_that_disagree_on_bounds_are_noticed_and_nothing_is_applied():
     clients = [Sending(c.model, c.weight, c.factors, c.tensors, {}, {}) for c in cohort()]
-    clients[1] = replace(clients[1], exponents={m.name: Exponents(20, 20) for m in clients[0].model.matrices})
+    clients[1] = replace(clients[1], exponents={m.name: Exponents(80, 80) for m in clients[0].model.matrices})
     with pytest.raises(DomainError) as refused:
         merged(Round(clients, SumProtection(), OBFUSCATION).parts())
     assert refused.value.reason is Reason.SUM_UNREADABLE
@@ -191,8 +191,8 @@ def test_a_layout_of_complete_mode_crosses_the_wire_and_names_no_key_tier_or_col
     assert again == layout
     assert again.digest == layout.digest
     assert (layout.key_id, layout.tiers, layout.encrypts) == (b"", (), False)
-    assert layout.sums == SumTerms(profile="insecure-toy", sketch_columns=6, sketch_rows=9)
-    assert replace(layout, sums=replace(layout.sums, sketch_columns=5)).digest != layout.digest
+    assert layout.sums == SumTerms(profile="insecure-toy", sketch_columns=6, sketch_rows=6)
+    assert replace(layout, sums=replace(layout.sums, sketch_columns=4)).digest != layout.digest
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,9 @@ def test_shards_are_bounded_and_so_is_what_an_update_takes():
     layout = complete.STRATEGY.layout(
         Model(16, 2.0, matrices, ()), SumProtection(), RoundTerms(key_id=b"", max_rank=16)
     )
-    values = [sum(4096 * (24 + 36) + 2 for _ in s.matrices) for s in layout.shards]
+    values = [sum(4096 * (22 + 22) + 55**2 + 2 for _ in s.matrices) for s in layout.shards]
     assert max(values) <= SHARD_VALUES
-    assert [len(s.matrices) for s in layout.shards] == [4, 4, 4]
+    assert [len(s.matrices) for s in layout.shards] == [5, 5, 2]
     bytes_a_value = STANDARD.kept_bits // 8
     assert max(largest_update_bytes(layout)) < bytes_a_value * SHARD_VALUES + 2**17
 
@@ -248,7 +248,7 @@ def test_protecting_an_update_takes_the_memory_of_a_shard_however_many_there_are
             )
             for m in matrices
         }
-        sender = Sending(model, 1, factors, {}, {}, {m.name: Exponents(8, 8) for m in matrices})
+        sender = Sending(model, 1, factors, {}, {}, {m.name: Exponents(32, 32) for m in matrices})
         layout = PUBLIC.layout(model, SumProtection(), RoundTerms(key_id=b"", max_rank=8))
         assert len(layout.shards) == count
         encryption = SecretKey.draw(INSECURE_TOY, Csprng.fresh()).encryption(bytes(32), 8, Csprng.fresh())
