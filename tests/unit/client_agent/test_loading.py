@@ -42,5 +42,5 @@ def test_an_agent_whose_package_does_not_load_is_not_started_again(
         _exit_with(action)
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("client-agent: PACKAGE_UNUSABLE: torch._C cannot be loaded")
+    assert said.startswith("client-agent: PACKAGE_UNUSABLE torch._C cannot be loaded")
     assert "Traceback" not in said
