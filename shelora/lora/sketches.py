@@ -37,6 +37,8 @@ MAX_EXPONENT: Final = 256
 """Bounds are quarter powers of two, 2^(e / 4) for e of that magnitude at most."""
 _ROOTS: Final = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429, 2.0)
 """2^(j / 4): literals, so that every machine has the same to the bit."""
+SPREAD: Final = 8.0
+"""Deviations of an entry of a sketch that the first round's bound has room for."""
 USUAL_SCALING: Final = 4.0
 """Scaling s = alpha / rank that the first round's bound has room for."""
 AGREEMENT: Final = 0.1
@@ -163,12 +165,16 @@ def first_exponents(matrix: Matrix, max_rank: int, largest_move: float) -> Expon
 
     B begins at zero and A within 1/sqrt(in); an entry of either moves by at most h = `largest_move`, the learning rate
     times the local steps (Kingma and Ba, ICLR 2015, section 2.1). So |B| <= h and |A| <= 1/sqrt(in) + h: a row of s B A
-    has at most the norm s r h (1 + h sqrt(in)), a column s r h (1/sqrt(in) + h) sqrt(out). An entry of a sketch is
-    about as large as the row or column that it sums up.
+    has at most the norm s r h (1 + h sqrt(in)), a column s r h (1/sqrt(in) + h) sqrt(out). An entry of a sketch sums a
+    row or column up with independent random factors, of norm 1 together at most: its deviation is the norm over
+    sqrt(in) or sqrt(out), and it is beyond SPREAD deviations once in 10^13.
     """
     row = USUAL_SCALING * max_rank * largest_move * (1 + largest_move * math.sqrt(matrix.in_features))
     column = USUAL_SCALING * max_rank * largest_move * (1 / math.sqrt(matrix.in_features) + largest_move)
-    return Exponents(_exponent_of(row), _exponent_of(column * math.sqrt(matrix.out_features)))
+    return Exponents(
+        _exponent_of(row * min(1, SPREAD / math.sqrt(matrix.in_features))),
+        _exponent_of(column * min(math.sqrt(matrix.out_features), SPREAD)),
+    )
 
 
 def round_exponents(last: Exponents | None, first: Exponents) -> Exponents:
