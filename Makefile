@@ -79,7 +79,7 @@ fix: $(INSTALLED)  ## Format and repair what the linter can
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: $(INSTALLED)  ## Compare our protection path with the published way
+bench: $(INSTALLED)  ## Compare our protection modes with the published way
 	$(BIN)/python -m bench
 
 fuzz: $(INSTALLED)  ## Fuzz every decoder of binary messages for SECONDS each (60)

@@ -1,4 +1,4 @@
-"""Our protection path against the published way, in one run on one machine: `python -m bench`.
+"""Our protection modes against the published way, in one run on one machine: `python -m bench`.
 
 Everything is measured as CPU time of this process with one thread a library, so that the figures compare work.
 """

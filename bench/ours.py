@@ -61,11 +61,17 @@ class Ours:
 
 @dataclass
 class EncryptAll:
-    """One client that encrypts every column of A."""
+    """Every column of A encrypted: one client's encryption, and the round of all clients, run once."""
 
     encryption: Cost = field(default_factory=Cost)
     protection: Cost = field(default_factory=Cost)
+    """One client."""
     upload_bytes: int = 0
+    """Ciphertexts."""
+    upload_clear_bytes: int = 0
+    aggregation: Cost = field(default_factory=Cost)
+    download_bytes: int = 0
+    """All of it."""
 
 
 class MeasuredEncryptor:
@@ -185,12 +191,17 @@ class Measurement:
 
 
 def measure_everything_encrypted(workload: Workload) -> EncryptAll:
-    """One client that encrypts all columns of A."""
+    """All columns of A encrypted."""
     found = EncryptAll()
     shards = Round(workload, SecretKey.generate(STANDARD), 1.0)
-    updates = shards.protected(0, found.encryption, found.protection)
-    for index, data in enumerate(updates):
+    updates = [shards.protected(0, found.encryption, found.protection)]
+    for index, data in enumerate(updates[0]):
         found.upload_bytes += len(validate_update(shards.layout, index, data).ciphertexts)
+    found.upload_clear_bytes = sum(map(len, updates[0])) - found.upload_bytes
+    updates += [shards.protected(client, Cost(), Cost()) for client in range(1, workload.clients)]
+    with found.aggregation.measured():
+        results = shards.aggregated(updates)
+    found.download_bytes = sum(map(len, results))
     return found
 
 
