@@ -1,6 +1,6 @@
 # Every target sets itself up: a virtual environment with pinned packages in .venv. Needs Python 3.11 and make.
 PYTHON ?= python3.11
-PROTECTION ?= selective
+PROTECTION ?=
 SCHEDULES ?= 1000
 SEED ?= 0
 SECONDS ?= 60
@@ -41,8 +41,8 @@ $(INSTALLED): pyproject.toml requirements/constraints.txt
 		--constraint requirements/constraints.txt --editable '.[agent,local,demo,attack,dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8 (PROTECTION=none for comparison)
-	$(BIN)/python -m examples.reuters.demo --protection $(PROTECTION)
+demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8, selective and complete (PROTECTION=none, or one of them)
+	$(BIN)/python -m examples.reuters.demo $(if $(PROTECTION),--protection $(PROTECTION))
 
 test: $(INSTALLED)  ## Run the tests; longer suites have targets of their own
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -17,6 +17,7 @@ DIRICHLET_ALPHA: Final = 0.3
 
 class Protection(StrEnum):
     SELECTIVE = "selective"
+    COMPLETE = "complete"
     NONE = "none"
 
 

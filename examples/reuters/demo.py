@@ -1,9 +1,10 @@
 """The demo: a real federation of four agents on this machine, every part a process of its own.
 
-    python -m examples.reuters.demo [--protection none]
+    python -m examples.reuters.demo [--protection complete]
 
 Fetches model and data, divides the data, starts the cluster and the agents, shows the federation live, and leaves
-summary, plot and adapter in runs/demo.
+summary, plot and adapter in runs/demo. Without --protection it does so twice, selective and then complete, and sets
+both side by side.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 import yaml
@@ -30,7 +31,7 @@ from examples.reuters.cohort import (
     federation_spec,
     write_data,
 )
-from examples.reuters.report import plot_rounds, summarize
+from examples.reuters.report import modes_table, plot_rounds, summarize
 from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.operator import Operator, operator
 from shelora.cli.render import round_figures, rounds_table, size, training_rounds
@@ -46,6 +47,9 @@ REFRESH_S: Final = 0.5
 ADAPTER_OF: Final = "newsroom-3"
 """The agent whose adapter the demo keeps: the one of the largest rank."""
 
+BOTH: Final = (Protection.SELECTIVE, Protection.COMPLETE)
+"""What runs, one after the other, if no mode is asked for."""
+
 console = Terminal()
 app = CommandLine(add_completion=False)
 
@@ -53,15 +57,16 @@ app = CommandLine(add_completion=False)
 @app.command()
 def main(
     protection: Annotated[
-        Protection, typer.Option(help="selective, or none for comparison.")
-    ] = Protection.SELECTIVE,
+        Protection | None,
+        typer.Option(help="selective, complete, or none for comparison; left out: selective, then complete."),
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Folder for everything the run leaves.")] = Path("runs/demo"),
 ) -> None:
     """Run a federation of four agents on Reuters R8 with all-MiniLM-L6-v2."""
-    started = time.monotonic()
+    modes = (protection,) if protection else BOTH
     try:
         with interruptible():
-            run(protection, folder, started)
+            compare([run(mode, folder if mode is modes[0] else folder / mode) for mode in modes], folder)
     except DomainError as error:
         console.refuse(error, "the demo failed: ")
         sys.exit(1)
@@ -70,8 +75,9 @@ def main(
         sys.exit(130)
 
 
-def run(protection: Protection, folder: Path, started: float) -> None:
-    """The whole demo; raises DomainError with the reason if anything fails."""
+def run(protection: Protection, folder: Path) -> dict[str, Any]:
+    """The federation under one mode. Returns its summary; raises DomainError with the reason if anything fails."""
+    started = time.monotonic()
     with console.stages("fetching model and data (about 120 MB the first time)"):
         model, data = fetch(MINILM, ASSETS), fetch(REUTERS, ASSETS)
     clear(folder)
@@ -87,7 +93,18 @@ def run(protection: Protection, folder: Path, started: float) -> None:
         agents = [start_agent(cluster, profile, folder, model, protection) for profile in AGENTS]
         console.say(f"{len(agents)} agents enrolled with a token each; {cluster.trust}")
         federation = asyncio.run(follow(cluster, agents, spec))
-    finish(federation, spec, folder, time.monotonic() - started)
+    return finish(federation, spec, folder, time.monotonic() - started)
+
+
+def compare(summaries: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Writes summary.json, the fields of the first run and those of each under `modes`; shows them side by side."""
+    modes = {s["configuration"]["federation"]["protection"]["mode"]: s for s in summaries}
+    (folder / "summary.json").write_text(json.dumps({**summaries[0], "modes": modes}, indent=2) + "\n")
+    if len(modes) > 1:
+        console.print(modes_table(modes))
+        console.say(
+            f"left in {folder}: summary.json with both; rounds.png and adapter/ of each, in a folder below"
+        )
 
 
 def start_agent(
@@ -146,15 +163,14 @@ async def last_reports(
     return federation
 
 
-def finish(federation: pb.Federation, spec: FederationSpec, folder: Path, wall_s: float) -> None:
-    """Writes summary, plot and adapter; prints the final table."""
+def finish(federation: pb.Federation, spec: FederationSpec, folder: Path, wall_s: float) -> dict[str, Any]:
+    """Writes plot and adapter; prints the final table. Returns the summary."""
     configuration = {
         "federation": spec.model_dump(mode="json"),
         "agents": {a.name: {"rank": a.rank, "alpha": a.alpha, "budget": a.budget} for a in AGENTS},
         "split": {"dirichlet_alpha": DIRICHLET_ALPHA, "seed": SPLIT_SEED},
     }
     summary = summarize(federation, configuration, wall_s)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_rounds(summary, folder / "rounds.png")
     shutil.copytree(folder / "agents" / ADAPTER_OF / "state" / "adapter", folder / "adapter")
     console.print(rounds_table([round_figures(r) for r in training_rounds(federation)]))
@@ -164,6 +180,7 @@ def finish(federation: pb.Federation, spec: FederationSpec, folder: Path, wall_s
         f" · {up} up and {down} down an agent and round · {wall_s:.0f} s\n"
         f"left in {folder}: summary.json, rounds.png, adapter/ (load it with PeftModel.from_pretrained)"
     )
+    return summary
 
 
 if __name__ == "__main__":

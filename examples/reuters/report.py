@@ -10,8 +10,9 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.table import Table
 
-from shelora.cli.render import round_figures, training_rounds
+from shelora.cli.render import round_figures, size, training_rounds
 from shelora.errors import DomainError, Reason
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -48,6 +49,28 @@ def summarize(federation: pb.Federation, configuration: Mapping[str, Any], wall_
         "configuration": dict(configuration),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     }
+
+
+def modes_table(modes: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What runs under different modes came to, a row each."""
+    table = Table()
+    for title in ("protection", "accuracy", "up", "down", "train", "encrypt", "aggregate", "decrypt", "wall"):
+        table.add_column(title, justify="left" if title == "protection" else "right")
+    for mode, summary in modes.items():
+        rounds = summary["rounds"]
+        seconds = [
+            f"{sum(r[f'{stage}_s'] or 0 for r in rounds) / len(rounds):.2f}"
+            for stage in ("train", "encrypt", "aggregate", "decrypt")
+        ]
+        table.add_row(
+            mode,
+            f"{summary['final_test_accuracy']:.1%}",
+            size(summary["upload_bytes_per_agent_per_round"]),
+            size(summary["download_bytes_per_agent_per_round"]),
+            *seconds,
+            f"{summary['wall_s']:.0f}",
+        )
+    return table
 
 
 def plot_rounds(summary: Mapping[str, Any], path: Path) -> None:

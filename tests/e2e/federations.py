@@ -19,9 +19,9 @@ async def start(cluster: LocalCluster, spec: FederationSpec) -> None:
 
 
 async def wait_until_over(
-    cluster: LocalCluster, spec: FederationSpec, agents: Sequence[Process]
+    cluster: LocalCluster, spec: FederationSpec, agents: Sequence[Process], killed: Sequence[Process] = ()
 ) -> pb.Federation:
-    """The federation once it has ended and its agents have exited; fails with the log of whoever died."""
+    """The federation once it has ended and its agents have exited; fails with the log of whoever died unasked."""
     async with (
         asyncio.timeout(TIMEOUT_S),
         operator(cluster.addresses.coordinator, cluster.credentials) as connection,
@@ -32,6 +32,6 @@ async def wait_until_over(
             if over and all(agent.popen.poll() is not None for agent in agents):
                 return await connection.get(spec.name)
             for process in cluster.processes:
-                if process not in agents or process.popen.poll():
+                if process not in killed and (process not in agents or process.popen.poll()):
                     process.require_alive()
             await asyncio.sleep(POLL_S)

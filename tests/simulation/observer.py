@@ -14,6 +14,7 @@ import numpy as np
 from coordinator.keys import Keys
 from coordinator.records import Commit, FederationRecord, LayoutRecord, Phase, RoundRecord, Update
 from services.aggregation.keys import PREFIX, RoundKeys
+from shelora.errors import Reason
 from shelora.federation import ScreeningSpec
 from shelora.lora.codec import decode_result
 from shelora.lora.restore import restore
@@ -48,6 +49,11 @@ class Observer:
         violated: Told what does not hold.
     """
 
+    draws_repeat = False
+    """Whether the coordinator does not spend draws: then another committee may certify, of updates on other batches."""
+    liars = False
+    """Whether members of committees lie: one can have a dealing left out, and one that cheats has its own."""
+
     def __init__(
         self,
         valkey: Valkey,
@@ -75,8 +81,8 @@ class Observer:
         """By published round, the clients whose updates are in its aggregate."""
         self.weights: dict[str, Float32] = {}
         """By published training round, the weights [rounds, clients] that its aggregate must hold."""
-        self.certified: dict[int, tuple[str, tuple[str, ...]]] = {}
-        """By draw, the round and the set that its committee certified."""
+        self.certified: dict[tuple[int, tuple[str, ...]], tuple[str, tuple[str, ...]]] = {}
+        """By draw (and committee, if draws repeat), the round and the set that was certified."""
         self.lost = False
         """Whether the store was made to lose an update: then an acknowledged one may be dropped."""
 
@@ -158,9 +164,10 @@ class Observer:
 
     def _look_at_certified(self, record: RoundRecord) -> None:
         """A set was certified: the only one of its draw, of enough updates, all of them committed."""
-        draw, certified = record.round.draw, (record.round.round_id, record.contributors)
-        if self.certified.setdefault(draw, certified) != certified:
-            self._violated(f"two sets are certified of draw {draw}: {self.certified[draw]}, {certified}")
+        deciders = (record.round.draw, record.order if self.draws_repeat else ())
+        certified = (record.round.round_id, record.contributors)
+        if self.certified.setdefault(deciders, certified) != certified:
+            self._violated(f"two sets are certified of {deciders}: {self.certified[deciders]}, {certified}")
         if len(record.contributors) < record.round.min_updates:
             self._violated(f"{certified} is certified, of too few updates")
         committed = {commit.update.client_id for commit in self._commits(record)}
@@ -209,8 +216,11 @@ class Observer:
         if record.round.kind is not RoundKind.TRAIN:
             return
         expected = np.zeros((self._rounds, len(self._clients)), dtype=np.float32)
-        ratio = ScreeningSpec().max_example_ratio
-        weights = shares([update.report.example_count for update in kept.values()], ratio)
+        counts = [update.report.example_count for update in kept.values()]
+        weights = shares(counts, ScreeningSpec().max_example_ratio)
+        if record.round.convenes:  # clients weigh themselves, by what counts in their cohort
+            counts = [min(count, record.most_weight) for count in counts]
+            weights = [count / sum(counts) for count in counts]
         for client_id, weight in zip(kept, weights, strict=True):
             expected[record.round.number - 1, self._clients.index(client_id)] = weight
         self.weights[round_id] = expected
@@ -257,7 +267,8 @@ class Observer:
             return
         for round_id, client_id in sorted(self.acknowledged):
             counted = self.counted.get(round_id)
-            if counted is not None and client_id not in counted and not self.lost:
+            refused = self.liars and self._is_refused(round_id, client_id)
+            if counted is not None and client_id not in counted and not (self.lost or refused):
                 self._violated(f"{client_id} was told that its update of {round_id} counts, and it does not")
         if federation.garbage:
             self._violated(f"garbage is left: {federation.garbage}")
@@ -275,6 +286,11 @@ class Observer:
             heard = ":seen:" in key  # an agent's last words
             if not (passing or heard) and f"{{{federation.federation_id}" in key:
                 self._violated(f"left of a federation that was deleted: {key}")
+
+    def _is_refused(self, round_id: str, client_id: str) -> bool:
+        """Whether a committee left a client's update out."""
+        dropped = self.rounds[round_id].dropped
+        return any(drop.client_id == client_id and drop.reason is Reason.DEALING_REFUSED for drop in dropped)
 
     def _look_for_leftovers(self, federation: FederationRecord) -> None:
         kept = {federation.round_id(sequence) for sequence in federation.results_in_use}

@@ -45,9 +45,9 @@ def commit_acknowledged_unheard() -> AbstractContextManager[Any]:
     """A commit whose fate is unknown is acknowledged."""
     commit = RedisStore.commit
 
-    async def trusting(self: RedisStore, federation: Any, sequence: int, update: Any) -> Any:
+    async def trusting(self: RedisStore, *update: Any) -> Any:
         try:
-            return await commit(self, federation, sequence, update)
+            return await commit(self, *update)
         except DomainError as error:
             if error.reason is not Reason.STORE_UNAVAILABLE:
                 raise

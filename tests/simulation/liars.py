@@ -1,0 +1,185 @@
+"""Clients that lie as members and as dealers of committees, and a coordinator that does not spend draws."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+from unittest import mock
+
+import client_agent.agent
+import client_agent.committees
+import shelora.committee.dealer
+from client_agent.committees import Attempt, Committees
+from coordinator import transitions
+from coordinator.convening import Convening, dealings_in
+from coordinator.servicer import CoordinatorServicer
+from shelora.additive.sampler import Csprng
+from shelora.committee.certificate import ContributorSet
+from shelora.committee.context import RoundContext
+from shelora.committee.dealer import Dealer
+from shelora.committee.keys import KeySet
+from shelora.committee.sealing import seal_answer
+from shelora.committee.statements import Kind, Signer
+from shelora.errors import DomainError
+from shelora.v1 import committee_pb2
+from shelora.v1 import coordinator_pb2 as pb
+from tests.simulation.observer import Observer
+
+
+class _RefusesEveryone(Committees):
+    """A member that says that nobody's share is sound."""
+
+    def _receive(self, attempt: Attempt, member: Any, keys: KeySet, batch: list[Any]) -> None:
+        for shown in batch:
+            shown.share.sealed = bytes(len(shown.share.sealed))
+        super()._receive(attempt, member, keys, batch)
+
+
+class _AnswersAnything(Committees):
+    """A member whose sum of shares is noise."""
+
+    async def _step(self, serve: pb.Serve, attempt: Attempt, seat: Any) -> None:
+        if serve.step != pb.Serve.STEP_ANSWER:
+            await super()._step(serve, attempt, seat)
+            return
+        values = Csprng.fresh().bytes(2 * attempt.context.shares)
+        low = bytes(byte & 0x7F if index % 2 else byte for index, byte in enumerate(values))
+        digest = next(iter(seat.member._notes._read().values()))
+        sealed = seal_answer(
+            attempt.answer_key, bytes.fromhex(digest), seat.member.position, low, Csprng.fresh()
+        )
+        answer = committee_pb2.Answer(position=seat.member.position, sealed=sealed)
+        signed = self._signer().sign(Kind.ANSWER, attempt.context, answer.SerializeToString())
+        await self._session.post_answer(attempt.round_id, signed)
+
+
+class _DealsBadShares(Committees):
+    """A dealer whose share for the first member is no share."""
+
+    def dealer(self, attempt: Attempt, keys: KeySet) -> Dealer:
+        honest = super().dealer(attempt, keys)
+        real = shelora.committee.dealer.seal_share
+
+        def sealed(context: Any, name: str, position: int, *rest: Any) -> bytes:
+            found = real(context, name, position, *rest)
+            return bytes(len(found)) if position == 1 else found
+
+        deal = honest.deal
+
+        def dealt(*arguments: Any) -> committee_pb2.DealtShares:
+            with mock.patch.object(shelora.committee.dealer, "seal_share", sealed):
+                return deal(*arguments)
+
+        honest.deal = dealt  # type: ignore[method-assign]
+        return honest
+
+
+class _SignsAnything(Committees):
+    """A member that signs whatever set it is shown, whatever it signed before."""
+
+    async def _sign(self, attempt: Attempt, seat: Any, proposed: bytes) -> None:
+        signer: Signer = self._signer()
+        signed = signer.sign(Kind.SET, attempt.context, proposed)
+        signature = committee_pb2.SetSignature(signature=signed.signature, certificate=signed.certificate)
+        await self._session.sign_set(attempt.round_id, signature)
+
+
+class _StopsAtSigning(Committees):
+    """A member that checks and then says nothing."""
+
+    async def _step(self, serve: pb.Serve, attempt: Attempt, seat: Any) -> None:
+        if serve.step == pb.Serve.STEP_CHECK:
+            await super()._step(serve, attempt, seat)
+
+
+LIARS: Final[dict[str, type[Committees]]] = {
+    "refuses everyone": _RefusesEveryone,
+    "answers anything": _AnswersAnything,
+    "deals bad shares": _DealsBadShares,
+    "signs anything": _SignsAnything,
+    "stops at signing": _StopsAtSigning,
+}
+
+
+@contextmanager
+def lying(by_client: dict[str, str]) -> Iterator[None]:
+    """Has clients lie, each in a way of LIARS."""
+
+    def made(federation_id: str, client_id: str, *arguments: Any, **named: Any) -> Committees:
+        kind = LIARS[by_client[client_id]] if client_id in by_client else Committees
+        return kind(federation_id, client_id, *arguments, **named)
+
+    with (
+        mock.patch.object(client_agent.agent, "Committees", made),
+        mock.patch.object(Observer, "liars", True),
+    ):
+        yield
+
+
+@contextmanager
+def draws_unspent() -> Iterator[None]:
+    """A coordinator that asks for another set of updates that a committee may have certified already."""
+    real: Callable[..., Any] = transitions.settled
+
+    def settled(record: Any, *arguments: Any, **named: Any) -> Any:
+        after = real(record, *arguments, **named)
+        return after.model_copy(update={"draws": record.draws})
+
+    with (
+        mock.patch.object(transitions, "settled", settled),
+        mock.patch.object(Observer, "draws_repeat", True),
+    ):
+        yield
+
+
+@dataclass
+class Signed:
+    """Who signed which set of a round's draw, whoever asked."""
+
+    sets: defaultdict[int, dict[bytes, set[str]]] = field(default_factory=lambda: defaultdict(dict))
+
+
+@contextmanager
+def equivocating() -> Iterator[Signed]:
+    """A coordinator that shows every other member a set without its first contributor. Yields what members signed."""
+    watch, sign = CoordinatorServicer.Watch, Convening.sign
+    seen, contexts = Signed(), {}
+
+    def other(context: RoundContext, content: bytes, dealings: dict[str, tuple[bytes, int]]) -> bytes:
+        names = ContributorSet.read(context, content).contributors
+        return ContributorSet.of(context, {name: dealings[name] for name in names[1:]}).content
+
+    async def forked(self: CoordinatorServicer, request: Any, grpc_context: Any) -> Any:
+        async for assignment in watch(self, request, grpc_context):
+            if assignment.serve.step != pb.Serve.STEP_SIGN:
+                yield assignment
+                continue
+            own = pb.Assignment.FromString(assignment.SerializeToString())
+            context = RoundContext.from_proto(own.serve.round.context)
+            store = self._handlers.store
+            record = (await store.federation(context.federation_id)).record
+            dealings = dealings_in(context, await store.dealings(record, record.ticket.sequence))
+            sets = [own.serve.proposed, other(context, own.serve.proposed, dealings)]
+            contexts[context.round_id] = (context, sets)
+            own.serve.proposed = sets[int(request.client_id[-1]) % 2]
+            yield own
+
+    async def noted(
+        self: Convening, federation_id: str, round_id: str, client_id: str, signature: Any
+    ) -> None:
+        context, sets = contexts[round_id]
+        for content in sets:
+            signed = committee_pb2.Signed(
+                content=content, signature=signature.signature, certificate=signature.certificate
+            )
+            with suppress(DomainError):
+                self.trust(federation_id).verify(signed, Kind.SET, context, client_id)
+                seen.sets[context.round_number].setdefault(content, set()).add(client_id)
+        await sign(self, federation_id, round_id, client_id, signature)
+
+    with (
+        mock.patch.object(CoordinatorServicer, "Watch", forked),
+        mock.patch.object(Convening, "sign", noted),
+    ):
+        yield seen

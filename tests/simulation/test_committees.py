@@ -1,0 +1,69 @@
+"""Committees with members and dealers that lie, and with a coordinator that asks for a second set."""
+
+import pytest
+
+from shelora.committee.rules import committee_rule
+from tests.simulation.cluster import Size
+from tests.simulation.liars import LIARS, draws_unspent, equivocating, lying
+from tests.simulation.simulation import Report, Schedule, run
+from tests.simulation.test_simulation import explained
+
+TWO = [pytest.param({"agent-1": kind, "agent-3": kind}, id=f"two: {kind}") for kind in LIARS]
+ONE = [pytest.param({"agent-1": kind}, id=kind) for kind in LIARS]
+
+
+def complete(seed: int, clients: int, faults: tuple = ()) -> Schedule:
+    size = Size(clients, 2, min_updates=2, deadline_s=30, max_attempts=3, complete=True)
+    return Schedule(seed, size, faults)
+
+
+def kept(report: Report) -> None:
+    """Nothing is opened that must not be; a federation may fail over liars, never with a wrong result."""
+    assert not report.violation, explained(report)
+
+
+@pytest.mark.parametrize("liars", ONE)
+def test_one_liar_of_four_stops_nobody(liars):
+    with lying(liars):
+        report = run(complete(1, 4))
+    kept(report)
+    assert report.phase == "FINISHED"
+
+
+@pytest.mark.parametrize("liars", TWO)
+def test_two_liars_of_seven_stop_nobody(liars):
+    with lying(liars):
+        report = run(complete(2, 7))
+    kept(report)
+    assert report.phase == "FINISHED"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_liars_of_every_kind_and_faults_at_random_open_nothing_twice(seed):
+    kinds = sorted(LIARS)
+    liars = {"agent-0": kinds[seed % len(kinds)], "agent-2": kinds[(seed + 2) % len(kinds)]}
+    with lying(liars):
+        report = run(Schedule(seed, complete(seed, 5 + seed % 3).size))
+    kept(report)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_coordinator_that_asks_for_a_second_set_of_a_draw_gets_none(seed):
+    """The observer sees whether two sets of one draw are certified."""
+    with draws_unspent(), lying({"agent-0": "signs anything", "agent-1": "signs anything"}):
+        report = run(Schedule(seed, complete(seed, 7).size))
+    assert "two sets are certified" not in report.violation, explained(report)
+
+
+@pytest.mark.parametrize("clients", [4, 5, 7])
+def test_a_coordinator_that_shows_members_two_sets_gets_a_quorum_for_one_at_most(clients):
+    rule = committee_rule(clients)
+    corrupt = {f"agent-{index}" for index in range(rule.threshold)}
+    with equivocating() as signed, lying(dict.fromkeys(corrupt, "signs anything")):
+        kept(run(complete(clients, clients)))
+    assert signed.sets, "members were asked to sign"
+    for sets in signed.sets.values():
+        assert len(sets) == 2, "two sets were shown"
+        honest = [signers - corrupt for signers in sets.values()]
+        assert not honest[0] & honest[1], "nobody honest signs two"
+        assert sum(len(signers | corrupt) >= rule.quorum for signers in sets.values()) <= 1

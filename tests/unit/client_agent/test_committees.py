@@ -1,0 +1,173 @@
+"""What an agent refuses of a round whose sum a committee opens, whoever asks for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from client_agent.committees import Attempt, Committees
+from client_agent.keys import EpochSecrets
+from client_agent.session import is_fatal
+from client_agent.state import CertifiedSets
+from shelora.additive.parameters import INSECURE_TOY, SMALL, STANDARD
+from shelora.committee.context import RoundContext
+from shelora.committee.rules import CommitteeRule, committee_rule
+from shelora.errors import DomainError, Reason
+from shelora.federation import ProtectionSpec, RoundSpec
+from shelora.lora.layout import Matrix
+from shelora.obfuscation import Obfuscation, epoch_secret_id
+from shelora.strategies.complete import STRATEGY
+from shelora.strategies.port import RoundTerms
+from shelora.v1 import common_pb2
+from shelora.v1 import coordinator_pb2 as pb
+
+SECRET = bytes(range(32))
+SECRETS = EpochSecrets(1, Obfuscation(SECRET, 1), key_id=epoch_secret_id(SECRET))
+COHORT = tuple(f"ward-{index}" for index in range(5))
+
+
+@dataclass(frozen=True)
+class Model:
+    matrices = (Matrix("query", 8, 12),)
+    tensors = ()
+
+
+LAYOUT = STRATEGY.layout(Model(), ProtectionSpec(mode="complete"), RoundTerms(key_id=b"", max_rank=2))
+CONTEXT = RoundContext(
+    federation_id="clinic",
+    instance="00000001",
+    round_id="clinic.00000001.4",
+    kind="TRAIN",
+    round_number=2,
+    attempt=1,
+    epoch=1,
+    layout_digest=LAYOUT.digest,
+    parameters=STANDARD,
+    cohort=COHORT,
+    most_contributors=5,
+    rule=committee_rule(5),
+    min_updates=3,
+    most_weight=100,
+)
+
+
+def committees(client_id: str = "ward-1", **session) -> Committees:
+    unused = SimpleNamespace(**session)
+    return Committees(
+        "clinic",
+        client_id,
+        RoundSpec(min_updates=3, clients=5),
+        session=unused,
+        state=unused,
+        identity=unused,
+        worker=unused,
+    )
+
+
+def asked(**changes) -> pb.RoundRef:
+    message = CONTEXT.to_proto()
+    for name, value in changes.items():
+        if name == "cohort":
+            message.ClearField(name)
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    return pb.RoundRef(round_id=CONTEXT.round_id, attempt=1, epoch=1, context=message)
+
+
+def test_a_round_as_promised_is_worked_out_and_its_committee_is_nobodys_word():
+    attempt = committees().attempt(asked(), LAYOUT, SECRETS)
+    assert attempt.context == CONTEXT
+    assert set(attempt.committee.members) == set(COHORT)
+    other = EpochSecrets(1, Obfuscation(bytes(32), 1), key_id=epoch_secret_id(bytes(32)))
+    assert committees().attempt(asked(), LAYOUT, other).committee != attempt.committee
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"min_updates": 2}, "opens sums of 2 updates, and 3 were promised"),
+        ({"parameters": SMALL.name}, "other parameters"),
+        ({"parameters": INSECURE_TOY.name}, "for tests only"),
+        ({"threshold": 1}, "must tolerate 2"),
+        ({"committee_size": 4, "threshold": 2}, "not that of its cohort"),
+        ({"most_contributors": 9}, "scale"),
+        ({"layout_digest": bytes(32)}, "another layout"),
+        ({"federation_id": "bank"}, "another federation"),
+        ({"instance": "00000002"}, "another federation"),
+        ({"round_id": "clinic.00000001.5"}, "another round"),
+        ({"kind": "VOTE"}, "no training round"),
+        ({"epoch": 2}, "another round"),
+        ({"attempt": 2}, "another round"),
+        ({"cohort": [*COHORT[:1], *COHORT[2:], "x"]}, "not in its cohort"),
+    ],
+)
+def test_a_round_that_protects_less_than_promised_halts_the_agent_and_says_why(changes, why):
+    with pytest.raises(DomainError, match=why) as refused:
+        committees().attempt(asked(**changes), LAYOUT, SECRETS)
+    assert refused.value.reason is Reason.COMMITTEE_REFUSED
+    assert is_fatal(refused.value)
+
+
+def test_without_the_epochs_secret_there_is_no_committee():
+    with pytest.raises(DomainError) as refused:
+        committees().attempt(asked(), LAYOUT, EpochSecrets.unprotected("clinic", 1))
+    assert refused.value.reason is Reason.SECRET_UNAVAILABLE
+
+
+def test_attempts_share_an_update_only_if_the_same_committee_decides_about_the_same_draw():
+    def variant(**changes) -> str:
+        fields = {name: getattr(CONTEXT, name) for name in CONTEXT.__dataclass_fields__} | changes
+        context = RoundContext(**fields)
+        committee = context.committee(SECRETS.obfuscation.committee_key())
+        return Attempt(context, committee, b"").variant
+
+    again = variant(attempt=2, round_id="clinic.00000001.5")
+    assert again == variant()
+    others = [
+        variant(round_number=3),
+        variant(instance="00000002", round_id="clinic.00000002.4"),
+        variant(cohort=COHORT[:4], most_contributors=4, rule=CommitteeRule(4, 1, 1)),
+        variant(epoch=2),
+    ]
+    assert len({variant(), *others}) == 5
+
+
+async def test_a_member_that_lost_its_key_says_so_and_does_nothing_else():
+    left = []
+
+    async def leave(round_id: str) -> None:
+        left.append(round_id)
+
+    serve = pb.Serve(round=asked(), step=pb.Serve.STEP_SIGN, proposed=b"any")
+    await committees(leave_committee=leave).serve(serve)
+    assert left == [CONTEXT.round_id]
+
+
+async def test_an_opening_of_another_result_is_refused():
+    async def opening(_: str) -> pb.GetOpeningResponse:
+        return pb.GetOpeningResponse(context=CONTEXT.to_proto())
+
+    result = common_pb2.ResultRef(round_id="clinic.00000001.9", epoch=1, contributor_count=5)
+    with pytest.raises(DomainError, match="opens another result"):
+        await committees(opening=opening).opened(result, LAYOUT, SECRETS)
+
+
+def test_certified_sets_outlive_the_process_and_a_damaged_file_is_not_an_empty_one(tmp_path: Path):
+    path = tmp_path / "certified.json"
+    CertifiedSets(path).note("00000001", "TRAIN", 1, b"\1" * 32)
+    CertifiedSets(path).note("00000001", "TRAIN", 2, b"\2" * 32)
+    again = CertifiedSets(path)
+    assert again.certified("00000001", "TRAIN", 1) == b"\1" * 32
+    assert again.certified("00000001", "TRAIN", 2) == b"\2" * 32
+    assert again.certified("00000002", "TRAIN", 1) is None
+    for damage in (b"", b"{}", path.read_bytes()[:-9], b'{"format": 2, "sets": {}}'):
+        path.write_bytes(damage)
+        for use in (
+            lambda: again.certified("00000001", "TRAIN", 1),
+            lambda: again.note("00000001", "TRAIN", 3, bytes(32)),
+        ):
+            with pytest.raises(DomainError) as refused:
+                use()
+            assert refused.value.reason is Reason.CONFIGURATION_INVALID
