@@ -10,7 +10,7 @@ from client_agent.committees import Attempt, Committees
 from client_agent.keys import EpochSecrets
 from client_agent.session import is_fatal
 from client_agent.state import CertifiedSets
-from shelora.additive.parameters import INSECURE_TOY, SMALL, STANDARD
+from shelora.additive.parameters import DEFAULT, INSECURE_TOY, SMALL
 from shelora.committee.context import RoundContext
 from shelora.committee.rules import CommitteeRule, committee_rule
 from shelora.errors import DomainError, Reason
@@ -43,7 +43,7 @@ CONTEXT = RoundContext(
     attempt=1,
     epoch=1,
     layout_digest=LAYOUT.digest,
-    parameters=STANDARD,
+    parameters=DEFAULT,
     cohort=COHORT,
     most_contributors=5,
     rule=committee_rule(5),
