@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
-from coordinator.records import Commit, ShardResult, StoredDigest, StoredShard
+from coordinator.records import Commit, ShardResult, StoredDigest, StoredShard, Update
 from shelora.errors import DomainError, Reason
 from shelora.federation import ScreeningSpec
 from shelora.lora.layout import Layout
@@ -58,6 +58,15 @@ class AggregationPool:
             for shard in response.shards
             if shard.complete
         }
+
+    async def seal(self, round_id: str, update: Update) -> None:
+        """Fixes an update for the rest of its round. Raises SHARD_MISSING unless it is stored, ROUND_UNKNOWN."""
+        request = pb.SealUpdateRequest(
+            round_id=round_id,
+            client_id=update.client_id,
+            shards=[digest_to_proto(digest) for digest in update.shards],
+        )
+        await self._anywhere(lambda stub: stub.SealUpdate(request, timeout=TIMEOUT_S))
 
     async def aggregate(
         self, round_id: str, shard: int, contributions: Sequence[pb.Contribution]

@@ -358,6 +358,8 @@ class Handlers:
             if record.round.state is not RoundState.COLLECTING:
                 return CommitOutcome.NOT_COLLECTING, 0
             update = await self._checked(federation, record, update)
+            # Last of all: a sealed update stays as it is, also if it is refused after all.
+            await self.aggregation.seal(record.round.round_id, update)
         return await self.store.commit(federation, record.sequence, update, kept)
 
     async def cast_ballot(

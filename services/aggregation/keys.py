@@ -40,12 +40,19 @@ class RoundKeys:
         return f"{self._base}results"
 
     def client(self, client_id: str) -> str:
-        """Hash: `complete:<shard>` is `<sha256>:<bytes>`, `partial:<shard>` is `<token>:<sha256>:<bytes>`."""
+        """Hash: `complete:<shard>` is `<sha256>:<bytes>`, `partial:<shard>` is `<token>:<sha256>:<bytes>`.
+
+        `norm:<shard>` is the squared norm of complete content; `sealed` is there once the update is.
+        """
         return f"{self._base}client:{quote(client_id, safe='')}"
 
     def partial(self, client_id: str, shard: int) -> str:
         """String: the bytes received so far of an upload in progress."""
-        return f"{self._base}partial:{quote(client_id, safe='')}:{shard}"
+        return f"{self.partial_prefix(client_id)}{shard}"
+
+    def partial_prefix(self, client_id: str) -> str:
+        """Start of the names of a client's uploads in progress; the shard's index follows."""
+        return f"{self._base}partial:{quote(client_id, safe='')}:"
 
     def update_prefix(self, client_id: str, shard: int) -> str:
         """Start of the names of a shard's checked contents; its SHA-256 in hex follows."""

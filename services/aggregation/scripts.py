@@ -1,7 +1,8 @@
 """The Lua scripts of the shard store. Each is one atomic step; its comment names the race it closes.
 
 Every script answers a list whose first entry is a word of `Answer`. Every key a script writes expires, with its round
-or before. Scripts name keys outside of KEYS only by appending a stored digest to a prefix with the round's hash tag.
+or before. Scripts name keys outside of KEYS only by appending a stored digest or a shard's index to a prefix with the
+round's hash tag.
 """
 
 from enum import StrEnum
@@ -20,6 +21,10 @@ class Answer(StrEnum):
     """A later upload or request took this one's place."""
     GAP = "GAP"
     """The bytes do not follow those stored."""
+    SEALED = "SEALED"
+    """The update is sealed with other content."""
+    MISSING = "MISSING"
+    """A shard of the update is not stored with the content asked for."""
     LOST = "LOST"
     """The bytes of a result have expired before they were published."""
     STORED = "STORED"
@@ -58,7 +63,7 @@ BEGIN: Final = (
     _TTL
     + """
 -- KEYS: round, client, partial, updates. ARGV: shard, '<sha256>:<total>', new token.
--- Answers: COMPLETE, or OK with the token and the number of bytes stored.
+-- Answers: COMPLETE, SEALED, or OK with the token and the number of bytes stored.
 -- Closes: an upload of other content writes into this one's bytes. Uploads of the same content share a token and
 -- help each other; other content takes a new token, and every later step of the old upload finds itself superseded.
 local partial_field, complete_field = 'partial:' .. ARGV[1], 'complete:' .. ARGV[1]
@@ -68,6 +73,7 @@ if redis.call('HGET', KEYS[2], complete_field) == ARGV[2] then
   redis.call('HDEL', KEYS[2], partial_field)
   return {'COMPLETE'}
 end
+if redis.call('HEXISTS', KEYS[2], 'sealed') == 1 then return {'SEALED'} end
 local partial = redis.call('HGET', KEYS[2], partial_field)
 if partial and string.sub(partial, 34) == ARGV[2] then
   return {'OK', string.sub(partial, 1, 32), redis.call('STRLEN', KEYS[3])}
@@ -83,16 +89,17 @@ return {'OK', ARGV[3], 0}
 
 _CURRENT: Final = """
 if redis.call('HGET', KEYS[2], 'complete:' .. ARGV[1]) == ARGV[2] then return {'COMPLETE'} end
+if redis.call('HEXISTS', KEYS[2], 'sealed') == 1 then return {'SEALED'} end
 if redis.call('HGET', KEYS[2], 'partial:' .. ARGV[1]) ~= ARGV[3] .. ':' .. ARGV[2] then return {'SUPERSEDED'} end
 """
-"""A step of an upload begins with: is it complete through another call, or superseded?"""
+"""A step of an upload begins with: is it complete through another call, the update sealed, or it superseded?"""
 
 APPEND: Final = (
     _TTL
     + _CURRENT
     + """
 -- KEYS: round, client, partial. ARGV: shard, '<sha256>:<total>', token, offset, bytes.
--- Answers: OK with the number of bytes stored, COMPLETE, SUPERSEDED or GAP.
+-- Answers: OK with the number of bytes stored, COMPLETE, SEALED, SUPERSEDED or GAP.
 -- Closes: two uploads of one shard interleave. Bytes that are stored already are skipped, never written again, so
 -- that what a check has read cannot change under it.
 local length = redis.call('STRLEN', KEYS[3])
@@ -140,6 +147,28 @@ redis.call('HDEL', KEYS[1], field)
 if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SREM', KEYS[3], KEYS[1]) end
 return {'OK'}
 """
+
+SEAL: Final = (
+    _TTL
+    + """
+-- KEYS: round, client, updates. ARGV: prefix of the client's partial keys, '<sha256>:<total>' of each shard in order.
+-- Closes: a shard is replaced between the look at an update and its commit, or after it: the update that was committed
+-- could not be aggregated. The look and the seal are one step, and no upload of other content goes on after it.
+for index = 2, #ARGV do
+  if redis.call('HGET', KEYS[2], 'complete:' .. (index - 2)) ~= ARGV[index] then return {'MISSING'} end
+end
+for index = 2, #ARGV do
+  if redis.call('HDEL', KEYS[2], 'partial:' .. (index - 2)) == 1 then
+    local partial = ARGV[1] .. (index - 2)
+    redis.call('UNLINK', partial)
+    redis.call('SREM', KEYS[3], partial)
+  end
+end
+redis.call('HSET', KEYS[2], 'sealed', 1)
+redis.call('PEXPIRE', KEYS[2], ttl)
+return {'OK'}
+"""
+)
 
 ANNOUNCE: Final = """
 -- KEYS: replicas. ARGV: address, life in ms.

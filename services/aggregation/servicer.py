@@ -84,6 +84,19 @@ class AggregationServicer(aggregation_pb2_grpc.AggregationServicer):
             )
         return pb.QueryShardsResponse(shards=[_progress_to_proto(progress) for progress in found])
 
+    async def SealUpdate(self, request: pb.SealUpdateRequest, context: _Context) -> pb.SealUpdateResponse:
+        async with _answering(context, "SealUpdate"):
+            round_id = checked_id("round_id", request.round_id)
+            count = len((await self._store.layout(round_id)).shards)
+            if len(request.shards) != count:
+                raise invalid(f"shards must hold {count} digests")
+            await self._store.seal(
+                round_id,
+                checked_id("client_id", request.client_id),
+                [Digest(shard.sha256, shard.total_bytes) for shard in request.shards],
+            )
+        return pb.SealUpdateResponse()
+
     async def AggregateShard(
         self, request: pb.AggregateShardRequest, context: _Context
     ) -> pb.AggregateShardResponse:

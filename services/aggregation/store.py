@@ -75,14 +75,14 @@ class ShardStore(Protocol):
 
         Args: token: 32 hex digits, used if the upload is new.
         Returns: the upload, or None if this content is complete.
-        Raises: ROUND_UNKNOWN.
+        Raises: ROUND_UNKNOWN, UPDATE_REWRITTEN if the update is sealed with other content.
         """
 
     async def append(self, upload: Upload, offset: int, data: bytes) -> bool:
         """Stores the bytes from `offset` on, skipping those that are stored.
 
         Returns: False if the content is complete through another call.
-        Raises: ROUND_UNKNOWN, SHARD_REWRITTEN (superseded), TRANSFER_OFFSET (a gap).
+        Raises: ROUND_UNKNOWN, UPDATE_REWRITTEN (sealed), SHARD_REWRITTEN (superseded), TRANSFER_OFFSET (a gap).
         """
 
     async def read(self, upload: Upload) -> bytes:
@@ -95,7 +95,13 @@ class ShardStore(Protocol):
         """Makes fully received and checked content complete, and keeps its squared norm.
 
         Returns: False if it is complete through another call.
-        Raises: ROUND_UNKNOWN, SHARD_REWRITTEN (superseded).
+        Raises: ROUND_UNKNOWN, UPDATE_REWRITTEN (sealed), SHARD_REWRITTEN (superseded).
+        """
+
+    async def seal(self, round_id: str, client_id: str, shards: Sequence[Digest]) -> None:
+        """Fixes a client's update: complete content is replaced no more, what has arrived of other content is dropped.
+
+        Raises: ROUND_UNKNOWN; SHARD_MISSING unless every shard is complete with its digest.
         """
 
     async def forget(self, upload: Upload) -> None:
@@ -146,6 +152,7 @@ class RedisShardStore:
         self._append = client.register_script(scripts.APPEND)
         self._promote = client.register_script(scripts.PROMOTE)
         self._forget = client.register_script(scripts.FORGET)
+        self._seal = client.register_script(scripts.SEAL)
         self._claim = client.register_script(scripts.CLAIM)
         self._announce = client.register_script(scripts.ANNOUNCE)
         self._announced = client.register_script(scripts.ANNOUNCED)
@@ -224,6 +231,15 @@ class RedisShardStore:
             [*_step(upload), keys.update_prefix(slot.client_id, slot.shard), repr(squared_norm)],
         )
         return _accepted(answer) is Answer.OK
+
+    async def seal(self, round_id: str, client_id: str, shards: Sequence[Digest]) -> None:
+        keys = RoundKeys(round_id)
+        answer = await self._scripted(
+            self._seal,
+            [keys.round, keys.client(client_id), keys.updates],
+            [keys.partial_prefix(client_id), *map(_announced, shards)],
+        )
+        _accepted(answer)
 
     async def forget(self, upload: Upload) -> None:
         slot, keys = upload.slot, RoundKeys(upload.slot.round_id)
@@ -456,6 +472,8 @@ _REFUSALS: Final = {
     ),
     Answer.LAYOUT_MISMATCH: (Reason.LAYOUT_MISMATCH, "the round is open with another layout"),
     Answer.SUPERSEDED: (Reason.SHARD_REWRITTEN, "a later call with other content took this one's place"),
+    Answer.SEALED: (Reason.UPDATE_REWRITTEN, "this client has committed another update to this round"),
+    Answer.MISSING: (Reason.SHARD_MISSING, "not all shards of the update are stored: send them first"),
     Answer.LOST: (Reason.STORE_UNAVAILABLE, "the result expired before it was published; try again"),
     Answer.GAP: (Reason.TRANSFER_OFFSET, "the bytes do not follow those stored; ask QueryShards and resume"),
 }

@@ -59,6 +59,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/shelora.v1.Aggregation/OpenRound": _COORDINATOR,
         "/shelora.v1.Aggregation/PutShard": _CLIENT,
         "/shelora.v1.Aggregation/QueryShards": _CLIENT | _COORDINATOR,
+        "/shelora.v1.Aggregation/SealUpdate": _COORDINATOR,
         "/shelora.v1.Aggregation/AggregateShard": _COORDINATOR,
         "/shelora.v1.Aggregation/GetResult": _CLIENT,
         "/shelora.v1.Aggregation/CloseRound": _COORDINATOR,
@@ -92,6 +93,7 @@ LARGEST_REQUESTS: Final[Mapping[str, int]] = MappingProxyType(
         "/shelora.v1.Aggregation/OpenRound": 4 * 2**20,
         # A digest a shard.
         "/shelora.v1.Coordinator/CommitUpdate": 2 * 2**20,
+        "/shelora.v1.Aggregation/SealUpdate": 2 * 2**20,
         # A contribution a client of the cohort.
         "/shelora.v1.Aggregation/AggregateShard": 4 * 2**20,
         # Pieces of 256 KiB.

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shelora.v1 import common_pb2 as shelora_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshelora/v1/aggregation.proto\x12\nshelora.v1\x1a\x17shelora/v1/common.proto\"W\n\x10OpenRoundRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\"\n\x06layout\x18\x02 \x01(\x0b\x32\x12.shelora.v1.Layout\x12\r\n\x05ttl_s\x18\x03 \x01(\r\"\x13\n\x11OpenRoundResponse\"X\n\x0fPutShardRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.shelora.v1.PutShardHeaderH\x00\x12\x0f\n\x05piece\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x94\x01\n\x0ePutShardHeader\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\r\n\x05shard\x18\x03 \x01(\r\x12\'\n\x06\x64igest\x18\x04 \x01(\x0b\x32\x17.shelora.v1.ShardDigest\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x15\n\rlayout_digest\x18\x06 \x01(\x0c\"S\n\x10PutShardResponse\x12\'\n\x06\x64igest\x18\x01 \x01(\x0b\x32\x17.shelora.v1.ShardDigest\x12\x16\n\x0e\x61lready_stored\x18\x02 \x01(\x08\"9\n\x12QueryShardsRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\"@\n\x13QueryShardsResponse\x12)\n\x06shards\x18\x01 \x03(\x0b\x32\x19.shelora.v1.ShardProgress\"\x87\x01\n\rShardProgress\x12\r\n\x05shard\x18\x01 \x01(\r\x12\'\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x17.shelora.v1.ShardDigest\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x14\n\x0csquared_norm\x18\x05 \x01(\x01\"R\n\x0c\x43ontribution\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0f\n\x07scaling\x18\x04 \x01(\x01\"i\n\x15\x41ggregateShardRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\x12/\n\rcontributions\x18\x03 \x03(\x0b\x32\x18.shelora.v1.Contribution\"P\n\x16\x41ggregateShardResponse\x12\'\n\x06\x64igest\x18\x01 \x01(\x0b\x32\x17.shelora.v1.ShardDigest\x12\r\n\x05\x63pu_s\x18\x02 \x01(\x01\"C\n\x10GetResultRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\"\n\x11GetResultResponse\x12\r\n\x05piece\x18\x01 \x01(\x0c\"6\n\x11\x43loseRoundRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\x0f\n\x07results\x18\x02 \x01(\x08\"\x14\n\x12\x43loseRoundResponse\"\x15\n\x13ListReplicasRequest\")\n\x14ListReplicasResponse\x12\x11\n\taddresses\x18\x01 \x03(\t2\xb5\x04\n\x0b\x41ggregation\x12H\n\tOpenRound\x12\x1c.shelora.v1.OpenRoundRequest\x1a\x1d.shelora.v1.OpenRoundResponse\x12G\n\x08PutShard\x12\x1b.shelora.v1.PutShardRequest\x1a\x1c.shelora.v1.PutShardResponse(\x01\x12N\n\x0bQueryShards\x12\x1e.shelora.v1.QueryShardsRequest\x1a\x1f.shelora.v1.QueryShardsResponse\x12W\n\x0e\x41ggregateShard\x12!.shelora.v1.AggregateShardRequest\x1a\".shelora.v1.AggregateShardResponse\x12J\n\tGetResult\x12\x1c.shelora.v1.GetResultRequest\x1a\x1d.shelora.v1.GetResultResponse0\x01\x12K\n\nCloseRound\x12\x1d.shelora.v1.CloseRoundRequest\x1a\x1e.shelora.v1.CloseRoundResponse\x12Q\n\x0cListReplicas\x12\x1f.shelora.v1.ListReplicasRequest\x1a .shelora.v1.ListReplicasResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshelora/v1/aggregation.proto\x12\nshelora.v1\x1a\x17shelora/v1/common.proto\"W\n\x10OpenRoundRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\"\n\x06layout\x18\x02 \x01(\x0b\x32\x12.shelora.v1.Layout\x12\r\n\x05ttl_s\x18\x03 \x01(\r\"\x13\n\x11OpenRoundResponse\"X\n\x0fPutShardRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.shelora.v1.PutShardHeaderH\x00\x12\x0f\n\x05piece\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x94\x01\n\x0ePutShardHeader\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\r\n\x05shard\x18\x03 \x01(\r\x12\'\n\x06\x64igest\x18\x04 \x01(\x0b\x32\x17.shelora.v1.ShardDigest\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x15\n\rlayout_digest\x18\x06 \x01(\x0c\"S\n\x10PutShardResponse\x12\'\n\x06\x64igest\x18\x01 \x01(\x0b\x32\x17.shelora.v1.ShardDigest\x12\x16\n\x0e\x61lready_stored\x18\x02 \x01(\x08\"9\n\x12QueryShardsRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\"@\n\x13QueryShardsResponse\x12)\n\x06shards\x18\x01 \x03(\x0b\x32\x19.shelora.v1.ShardProgress\"\x87\x01\n\rShardProgress\x12\r\n\x05shard\x18\x01 \x01(\r\x12\'\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x17.shelora.v1.ShardDigest\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x14\n\x0csquared_norm\x18\x05 \x01(\x01\"a\n\x11SealUpdateRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\'\n\x06shards\x18\x03 \x03(\x0b\x32\x17.shelora.v1.ShardDigest\"\x14\n\x12SealUpdateResponse\"R\n\x0c\x43ontribution\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0f\n\x07scaling\x18\x04 \x01(\x01\"i\n\x15\x41ggregateShardRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\x12/\n\rcontributions\x18\x03 \x03(\x0b\x32\x18.shelora.v1.Contribution\"P\n\x16\x41ggregateShardResponse\x12\'\n\x06\x64igest\x18\x01 \x01(\x0b\x32\x17.shelora.v1.ShardDigest\x12\r\n\x05\x63pu_s\x18\x02 \x01(\x01\"C\n\x10GetResultRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\"\n\x11GetResultResponse\x12\r\n\x05piece\x18\x01 \x01(\x0c\"6\n\x11\x43loseRoundRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\x0f\n\x07results\x18\x02 \x01(\x08\"\x14\n\x12\x43loseRoundResponse\"\x15\n\x13ListReplicasRequest\")\n\x14ListReplicasResponse\x12\x11\n\taddresses\x18\x01 \x03(\t2\x82\x05\n\x0b\x41ggregation\x12H\n\tOpenRound\x12\x1c.shelora.v1.OpenRoundRequest\x1a\x1d.shelora.v1.OpenRoundResponse\x12G\n\x08PutShard\x12\x1b.shelora.v1.PutShardRequest\x1a\x1c.shelora.v1.PutShardResponse(\x01\x12N\n\x0bQueryShards\x12\x1e.shelora.v1.QueryShardsRequest\x1a\x1f.shelora.v1.QueryShardsResponse\x12K\n\nSealUpdate\x12\x1d.shelora.v1.SealUpdateRequest\x1a\x1e.shelora.v1.SealUpdateResponse\x12W\n\x0e\x41ggregateShard\x12!.shelora.v1.AggregateShardRequest\x1a\".shelora.v1.AggregateShardResponse\x12J\n\tGetResult\x12\x1c.shelora.v1.GetResultRequest\x1a\x1d.shelora.v1.GetResultResponse0\x01\x12K\n\nCloseRound\x12\x1d.shelora.v1.CloseRoundRequest\x1a\x1e.shelora.v1.CloseRoundResponse\x12Q\n\x0cListReplicas\x12\x1f.shelora.v1.ListReplicasRequest\x1a .shelora.v1.ListReplicasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,24 +48,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUERYSHARDSRESPONSE']._serialized_end=628
   _globals['_SHARDPROGRESS']._serialized_start=631
   _globals['_SHARDPROGRESS']._serialized_end=766
-  _globals['_CONTRIBUTION']._serialized_start=768
-  _globals['_CONTRIBUTION']._serialized_end=850
-  _globals['_AGGREGATESHARDREQUEST']._serialized_start=852
-  _globals['_AGGREGATESHARDREQUEST']._serialized_end=957
-  _globals['_AGGREGATESHARDRESPONSE']._serialized_start=959
-  _globals['_AGGREGATESHARDRESPONSE']._serialized_end=1039
-  _globals['_GETRESULTREQUEST']._serialized_start=1041
-  _globals['_GETRESULTREQUEST']._serialized_end=1108
-  _globals['_GETRESULTRESPONSE']._serialized_start=1110
-  _globals['_GETRESULTRESPONSE']._serialized_end=1144
-  _globals['_CLOSEROUNDREQUEST']._serialized_start=1146
-  _globals['_CLOSEROUNDREQUEST']._serialized_end=1200
-  _globals['_CLOSEROUNDRESPONSE']._serialized_start=1202
-  _globals['_CLOSEROUNDRESPONSE']._serialized_end=1222
-  _globals['_LISTREPLICASREQUEST']._serialized_start=1224
-  _globals['_LISTREPLICASREQUEST']._serialized_end=1245
-  _globals['_LISTREPLICASRESPONSE']._serialized_start=1247
-  _globals['_LISTREPLICASRESPONSE']._serialized_end=1288
-  _globals['_AGGREGATION']._serialized_start=1291
-  _globals['_AGGREGATION']._serialized_end=1856
+  _globals['_SEALUPDATEREQUEST']._serialized_start=768
+  _globals['_SEALUPDATEREQUEST']._serialized_end=865
+  _globals['_SEALUPDATERESPONSE']._serialized_start=867
+  _globals['_SEALUPDATERESPONSE']._serialized_end=887
+  _globals['_CONTRIBUTION']._serialized_start=889
+  _globals['_CONTRIBUTION']._serialized_end=971
+  _globals['_AGGREGATESHARDREQUEST']._serialized_start=973
+  _globals['_AGGREGATESHARDREQUEST']._serialized_end=1078
+  _globals['_AGGREGATESHARDRESPONSE']._serialized_start=1080
+  _globals['_AGGREGATESHARDRESPONSE']._serialized_end=1160
+  _globals['_GETRESULTREQUEST']._serialized_start=1162
+  _globals['_GETRESULTREQUEST']._serialized_end=1229
+  _globals['_GETRESULTRESPONSE']._serialized_start=1231
+  _globals['_GETRESULTRESPONSE']._serialized_end=1265
+  _globals['_CLOSEROUNDREQUEST']._serialized_start=1267
+  _globals['_CLOSEROUNDREQUEST']._serialized_end=1321
+  _globals['_CLOSEROUNDRESPONSE']._serialized_start=1323
+  _globals['_CLOSEROUNDRESPONSE']._serialized_end=1343
+  _globals['_LISTREPLICASREQUEST']._serialized_start=1345
+  _globals['_LISTREPLICASREQUEST']._serialized_end=1366
+  _globals['_LISTREPLICASRESPONSE']._serialized_start=1368
+  _globals['_LISTREPLICASRESPONSE']._serialized_end=1409
+  _globals['_AGGREGATION']._serialized_start=1412
+  _globals['_AGGREGATION']._serialized_end=2054
 # @@protoc_insertion_point(module_scope)

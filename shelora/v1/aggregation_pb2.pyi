@@ -244,6 +244,50 @@ class ShardProgress(_message.Message):
 Global___ShardProgress: _TypeAlias = ShardProgress  # noqa: Y015
 
 @_typing.final
+class SealUpdateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    round_id: _builtins.str
+    client_id: _builtins.str
+    """The client whose update it is."""
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ShardDigest]:
+        """Digest of every shard of the layout, in its order."""
+
+    def __init__(
+        self,
+        *,
+        round_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+        shards: _abc.Iterable[_common_pb2.ShardDigest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "round_id", b"round_id", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealUpdateRequest: _TypeAlias = SealUpdateRequest  # noqa: Y015
+
+@_typing.final
+class SealUpdateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealUpdateResponse: _TypeAlias = SealUpdateResponse  # noqa: Y015
+
+@_typing.final
 class Contribution(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

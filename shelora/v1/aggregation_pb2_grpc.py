@@ -50,6 +50,11 @@ class AggregationStub:
                 request_serializer=shelora_dot_v1_dot_aggregation__pb2.QueryShardsRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_aggregation__pb2.QueryShardsResponse.FromString,
                 _registered_method=True)
+        self.SealUpdate = channel.unary_unary(
+                '/shelora.v1.Aggregation/SealUpdate',
+                request_serializer=shelora_dot_v1_dot_aggregation__pb2.SealUpdateRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_aggregation__pb2.SealUpdateResponse.FromString,
+                _registered_method=True)
         self.AggregateShard = channel.unary_unary(
                 '/shelora.v1.Aggregation/AggregateShard',
                 request_serializer=shelora_dot_v1_dot_aggregation__pb2.AggregateShardRequest.SerializeToString,
@@ -88,8 +93,8 @@ class AggregationServicer:
     def PutShard(self, request_iterator, context):
         """Stores one shard of one client's update. The first message is the header, the rest are pieces.
         Idempotent: the same (round, client, shard) with the same SHA-256 returns the first receipt, without reading the
-        pieces. Another SHA-256 replaces a shard until the update is committed (the agent retrained); the commit
-        fixes the digests, and AggregateShard uses only what was committed.
+        pieces. Another SHA-256 replaces a shard until the update is sealed (the agent retrained), and is refused with
+        UPDATE_REWRITTEN from then on; AggregateShard uses only what was committed.
         Resumable: pieces are kept as they arrive; a call may start at `offset` = QueryShards' received_bytes, or less.
         Refuses with a named reason, and forgets the bytes: TRANSFER_TOO_LARGE, TRANSFER_TRUNCATED, TRANSFER_OFFSET,
         DIGEST_MISMATCH, SHARD_MALFORMED, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, CIPHERTEXT_*,
@@ -102,6 +107,17 @@ class AggregationServicer:
     def QueryShards(self, request, context):
         """Says what has arrived of a client's update. Read only.
         Fails with ROUND_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SealUpdate(self, request, context):
+        """Fixes a client's update for the rest of its round: PutShard refuses other content from then on, and uploads of
+        other content that are under way end. Called by the coordinator in CommitUpdate, once nothing else speaks against
+        the commit. Deletes what has arrived of other content. There is no way back: a client whose commit was lost after
+        the seal commits this very update, or none in this round.
+        Idempotent. Fails with SHARD_MISSING, and seals nothing, unless just these shards are stored; ROUND_UNKNOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,6 +174,11 @@ def add_AggregationServicer_to_server(servicer, server):
                     servicer.QueryShards,
                     request_deserializer=shelora_dot_v1_dot_aggregation__pb2.QueryShardsRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_aggregation__pb2.QueryShardsResponse.SerializeToString,
+            ),
+            'SealUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.SealUpdate,
+                    request_deserializer=shelora_dot_v1_dot_aggregation__pb2.SealUpdateRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_aggregation__pb2.SealUpdateResponse.SerializeToString,
             ),
             'AggregateShard': grpc.unary_unary_rpc_method_handler(
                     servicer.AggregateShard,
@@ -262,6 +283,33 @@ class Aggregation:
             '/shelora.v1.Aggregation/QueryShards',
             shelora_dot_v1_dot_aggregation__pb2.QueryShardsRequest.SerializeToString,
             shelora_dot_v1_dot_aggregation__pb2.QueryShardsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SealUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Aggregation/SealUpdate',
+            shelora_dot_v1_dot_aggregation__pb2.SealUpdateRequest.SerializeToString,
+            shelora_dot_v1_dot_aggregation__pb2.SealUpdateResponse.FromString,
             options,
             channel_credentials,
             insecure,

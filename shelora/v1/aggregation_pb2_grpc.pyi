@@ -41,8 +41,8 @@ class AggregationStub:
     PutShard: _grpc.StreamUnaryMultiCallable[_aggregation_pb2.PutShardRequest, _aggregation_pb2.PutShardResponse]
     """Stores one shard of one client's update. The first message is the header, the rest are pieces.
     Idempotent: the same (round, client, shard) with the same SHA-256 returns the first receipt, without reading the
-    pieces. Another SHA-256 replaces a shard until the update is committed (the agent retrained); the commit
-    fixes the digests, and AggregateShard uses only what was committed.
+    pieces. Another SHA-256 replaces a shard until the update is sealed (the agent retrained), and is refused with
+    UPDATE_REWRITTEN from then on; AggregateShard uses only what was committed.
     Resumable: pieces are kept as they arrive; a call may start at `offset` = QueryShards' received_bytes, or less.
     Refuses with a named reason, and forgets the bytes: TRANSFER_TOO_LARGE, TRANSFER_TRUNCATED, TRANSFER_OFFSET,
     DIGEST_MISMATCH, SHARD_MALFORMED, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, CIPHERTEXT_*,
@@ -51,6 +51,13 @@ class AggregationStub:
     QueryShards: _grpc.UnaryUnaryMultiCallable[_aggregation_pb2.QueryShardsRequest, _aggregation_pb2.QueryShardsResponse]
     """Says what has arrived of a client's update. Read only.
     Fails with ROUND_UNKNOWN.
+    """
+    SealUpdate: _grpc.UnaryUnaryMultiCallable[_aggregation_pb2.SealUpdateRequest, _aggregation_pb2.SealUpdateResponse]
+    """Fixes a client's update for the rest of its round: PutShard refuses other content from then on, and uploads of
+    other content that are under way end. Called by the coordinator in CommitUpdate, once nothing else speaks against
+    the commit. Deletes what has arrived of other content. There is no way back: a client whose commit was lost after
+    the seal commits this very update, or none in this round.
+    Idempotent. Fails with SHARD_MISSING, and seals nothing, unless just these shards are stored; ROUND_UNKNOWN.
     """
     AggregateShard: _grpc.UnaryUnaryMultiCallable[_aggregation_pb2.AggregateShardRequest, _aggregation_pb2.AggregateShardResponse]
     """Aggregates one shard over the given contributions and stores the result.
@@ -83,8 +90,8 @@ class AggregationAsyncStub(AggregationStub):
     PutShard: _aio.StreamUnaryMultiCallable[_aggregation_pb2.PutShardRequest, _aggregation_pb2.PutShardResponse]  # type: ignore[assignment]
     """Stores one shard of one client's update. The first message is the header, the rest are pieces.
     Idempotent: the same (round, client, shard) with the same SHA-256 returns the first receipt, without reading the
-    pieces. Another SHA-256 replaces a shard until the update is committed (the agent retrained); the commit
-    fixes the digests, and AggregateShard uses only what was committed.
+    pieces. Another SHA-256 replaces a shard until the update is sealed (the agent retrained), and is refused with
+    UPDATE_REWRITTEN from then on; AggregateShard uses only what was committed.
     Resumable: pieces are kept as they arrive; a call may start at `offset` = QueryShards' received_bytes, or less.
     Refuses with a named reason, and forgets the bytes: TRANSFER_TOO_LARGE, TRANSFER_TRUNCATED, TRANSFER_OFFSET,
     DIGEST_MISMATCH, SHARD_MALFORMED, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, CIPHERTEXT_*,
@@ -93,6 +100,13 @@ class AggregationAsyncStub(AggregationStub):
     QueryShards: _aio.UnaryUnaryMultiCallable[_aggregation_pb2.QueryShardsRequest, _aggregation_pb2.QueryShardsResponse]  # type: ignore[assignment]
     """Says what has arrived of a client's update. Read only.
     Fails with ROUND_UNKNOWN.
+    """
+    SealUpdate: _aio.UnaryUnaryMultiCallable[_aggregation_pb2.SealUpdateRequest, _aggregation_pb2.SealUpdateResponse]  # type: ignore[assignment]
+    """Fixes a client's update for the rest of its round: PutShard refuses other content from then on, and uploads of
+    other content that are under way end. Called by the coordinator in CommitUpdate, once nothing else speaks against
+    the commit. Deletes what has arrived of other content. There is no way back: a client whose commit was lost after
+    the seal commits this very update, or none in this round.
+    Idempotent. Fails with SHARD_MISSING, and seals nothing, unless just these shards are stored; ROUND_UNKNOWN.
     """
     AggregateShard: _aio.UnaryUnaryMultiCallable[_aggregation_pb2.AggregateShardRequest, _aggregation_pb2.AggregateShardResponse]  # type: ignore[assignment]
     """Aggregates one shard over the given contributions and stores the result.
@@ -134,8 +148,8 @@ class AggregationServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_aggregation_pb2.PutShardResponse, _abc.Awaitable[_aggregation_pb2.PutShardResponse]]:
         """Stores one shard of one client's update. The first message is the header, the rest are pieces.
         Idempotent: the same (round, client, shard) with the same SHA-256 returns the first receipt, without reading the
-        pieces. Another SHA-256 replaces a shard until the update is committed (the agent retrained); the commit
-        fixes the digests, and AggregateShard uses only what was committed.
+        pieces. Another SHA-256 replaces a shard until the update is sealed (the agent retrained), and is refused with
+        UPDATE_REWRITTEN from then on; AggregateShard uses only what was committed.
         Resumable: pieces are kept as they arrive; a call may start at `offset` = QueryShards' received_bytes, or less.
         Refuses with a named reason, and forgets the bytes: TRANSFER_TOO_LARGE, TRANSFER_TRUNCATED, TRANSFER_OFFSET,
         DIGEST_MISMATCH, SHARD_MALFORMED, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, CIPHERTEXT_*,
@@ -150,6 +164,19 @@ class AggregationServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_aggregation_pb2.QueryShardsResponse, _abc.Awaitable[_aggregation_pb2.QueryShardsResponse]]:
         """Says what has arrived of a client's update. Read only.
         Fails with ROUND_UNKNOWN.
+        """
+
+    @_abc_1.abstractmethod
+    def SealUpdate(
+        self,
+        request: _aggregation_pb2.SealUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_aggregation_pb2.SealUpdateResponse, _abc.Awaitable[_aggregation_pb2.SealUpdateResponse]]:
+        """Fixes a client's update for the rest of its round: PutShard refuses other content from then on, and uploads of
+        other content that are under way end. Called by the coordinator in CommitUpdate, once nothing else speaks against
+        the commit. Deletes what has arrived of other content. There is no way back: a client whose commit was lost after
+        the seal commits this very update, or none in this round.
+        Idempotent. Fails with SHARD_MISSING, and seals nothing, unless just these shards are stored; ROUND_UNKNOWN.
         """
 
     @_abc_1.abstractmethod

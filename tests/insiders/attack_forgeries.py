@@ -1,5 +1,6 @@
 """A member that names others, sizes that are none, numbers that are none: refused by name, and the others finish."""
 
+import asyncio
 import math
 from collections.abc import Awaitable
 from typing import Any
@@ -126,6 +127,29 @@ async def test_forged_uploads_and_commits_are_refused_and_the_others_finish(lab:
         assert await refusal(late) in {Reason.ROUND_UNKNOWN, Reason.UPDATE_REWRITTEN}
     federation = await lab.view(spec)
     assert federation.phase == pb.PHASE_FINISHED, federation.failure
+
+
+async def test_an_update_is_final_once_it_is_committed(lab: Lab):
+    spec = await lab.create("final", round={"clients": 2})
+    async with (
+        lab.hostile(spec) as hostile,
+        lab.hostile(spec, "other") as other,
+        hostile.member(),
+        other.member(),
+    ):
+        vote = Target.of(await hostile.assignment("vote"))
+        committed = vote.shards()
+        for shards in (vote.shards(), committed):  # the control: until then one replaces the other
+            for index, shard in enumerate(shards):
+                await hostile.put(vote, index, shard)
+        await hostile.commit(vote, committed)
+        for index, shard in enumerate(vote.shards()):
+            assert await refusal(hostile.put(vote, index, shard)) is Reason.UPDATE_REWRITTEN
+        await hostile.put(vote, 0, committed[0])  # a repeat is the same upload
+        await other.answer(vote, vote.shards())
+        while not (history := (await lab.view(spec)).history):  # noqa: ASYNC110 - another process does it
+            await asyncio.sleep(0.1)
+    assert [(r.state, r.update_count) for r in history] == [(pb.ROUND_STATE_PUBLISHED, 2)]
 
 
 async def _forged_uploads(hostile: Hostile, round_: Target, shard: bytes) -> None:

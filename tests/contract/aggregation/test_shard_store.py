@@ -92,6 +92,8 @@ async def test_an_unknown_round_is_refused_everywhere(store, worker):
     with refused(Reason.ROUND_UNKNOWN):
         await store.claim(request())
     with refused(Reason.ROUND_UNKNOWN):
+        await store.seal(ROUND, "alice", [Digest.of(DATA)])
+    with refused(Reason.ROUND_UNKNOWN):
         worker.layout(ROUND)
     with refused(Reason.ROUND_UNKNOWN):
         worker.publish(request(), DATA, 1.0)
@@ -215,6 +217,74 @@ async def test_a_worker_refuses_bytes_that_are_not_those_committed(store, worker
         worker.update(SLOT, Digest.of(DATA).sha256)
 
 
+# Sealing
+
+
+async def test_a_sealed_update_refuses_other_content_and_keeps_its_own(store, worker, client, open_round):
+    await completed(store)
+    keys = sorted(client.keys())
+    for _ in range(2):
+        await store.seal(ROUND, "alice", [Digest.of(DATA)])
+    with refused(Reason.UPDATE_REWRITTEN):
+        await store.begin(SLOT, Digest.of(OTHER), TOKENS[1])
+    assert await store.begin(SLOT, Digest.of(DATA), TOKENS[2]) is None
+    assert worker.update(SLOT, Digest.of(DATA).sha256) == DATA
+    assert sorted(client.keys()) == keys
+
+
+async def test_an_upload_under_way_ends_where_the_update_is_sealed(store, worker, client, open_round):
+    await completed(store)
+    keys = sorted(client.keys())
+    late = await begun(store, OTHER, TOKENS[1])
+    await store.append(late, 0, OTHER)
+    await store.seal(ROUND, "alice", [Digest.of(DATA)])
+    for step in (store.append(late, 0, OTHER), store.promote(late)):
+        with refused(Reason.UPDATE_REWRITTEN):
+            await step
+    await store.forget(late)
+    assert worker.update(SLOT, Digest.of(DATA).sha256) == DATA
+    assert sorted(client.keys()) == keys
+
+
+async def test_what_is_not_stored_is_not_sealed(store, open_round):
+    with refused(Reason.SHARD_MISSING):
+        await store.seal(ROUND, "alice", [Digest.of(DATA)])
+    await completed(store)
+    for shards in ([Digest.of(OTHER)], [Digest.of(DATA), Digest.of(OTHER)]):
+        with refused(Reason.SHARD_MISSING):
+            await store.seal(ROUND, "alice", shards)
+    await completed(store, OTHER)  # replaced, as it is not sealed
+    await store.seal(ROUND, "alice", [Digest.of(OTHER)])
+
+
+async def test_a_seal_holds_for_one_client_and_all_its_shards(store, open_round):
+    slots = [ShardSlot(ROUND, "alice", shard) for shard in range(12)]
+    for slot in slots:
+        await completed(store, slot=slot)
+    await store.seal(ROUND, "alice", [Digest.of(DATA)] * len(slots))
+    for slot in slots:
+        with refused(Reason.UPDATE_REWRITTEN):
+            await store.begin(slot, Digest.of(OTHER), TOKENS[1])
+    await completed(store, OTHER, ShardSlot(ROUND, "bob", 0))
+
+
+async def test_of_a_seal_and_a_replacement_at_once_one_takes_place(store, worker, open_round):
+    for number in range(20):
+        slot = ShardSlot(ROUND, f"client-{number}", 0)
+        await completed(store, slot=slot)
+        late = await begun(store, OTHER, TOKENS[1], slot)
+        await store.append(late, 0, OTHER)
+        answers = await asyncio.gather(
+            store.promote(late),
+            store.seal(ROUND, slot.client_id, [Digest.of(DATA)]),
+            return_exceptions=True,
+        )
+        failed = [answer.reason for answer in answers if isinstance(answer, DomainError)]
+        assert failed in ([Reason.UPDATE_REWRITTEN], [Reason.SHARD_MISSING])
+        kept = DATA if failed == [Reason.UPDATE_REWRITTEN] else OTHER
+        assert worker.update(slot, Digest.of(kept).sha256) == kept
+
+
 # Results
 
 
@@ -319,7 +389,12 @@ async def test_nothing_is_written_for_a_round_after_it_was_closed(store, worker,
     await store.append(upload, 0, DATA)
     await store.claim(request())
     await store.close_round(ROUND, results=True)
-    for step in (store.append(upload, 0, DATA), store.promote(upload), store.claim(request())):
+    for step in (
+        store.append(upload, 0, DATA),
+        store.promote(upload),
+        store.seal(ROUND, "alice", [Digest.of(DATA)]),
+        store.claim(request()),
+    ):
         with refused(Reason.ROUND_UNKNOWN):
             await step
     with refused(Reason.ROUND_UNKNOWN):

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -29,12 +29,15 @@ class FakeAggregation(aggregation_pb2_grpc.AggregationServicer):
 
     layouts: dict[str, bytes] = field(default_factory=dict)
     updates: dict[tuple[str, str], dict[int, common_pb2.ShardDigest]] = field(default_factory=dict)
+    sealed: set[tuple[str, str]] = field(default_factory=set)
     requests: dict[tuple[str, int], bytes] = field(default_factory=dict)
     results: dict[tuple[str, int], common_pb2.ShardDigest] = field(default_factory=dict)
     computed: Counter = field(default_factory=Counter)
     aggregated: list[pb.AggregateShardRequest] = field(default_factory=list)
     squared_norms: dict[str, float] = field(default_factory=dict)
     """Of every shard of a client's updates, 1 by default."""
+    after_query: Callable[[], None] = lambda: None
+    """What happens right after each answer to QueryShards."""
     failures: list[Reason] = field(default_factory=list)
     """Reasons the next calls of AggregateShard fail with."""
 
@@ -49,6 +52,7 @@ class FakeAggregation(aggregation_pb2_grpc.AggregationServicer):
         async with translated(context):
             self._known(request.round_id)
             stored = self.updates.get((request.round_id, request.client_id), {})
+            self.after_query()
             return pb.QueryShardsResponse(
                 shards=[
                     pb.ShardProgress(
@@ -61,6 +65,15 @@ class FakeAggregation(aggregation_pb2_grpc.AggregationServicer):
                     for i, d in stored.items()
                 ]
             )
+
+    async def SealUpdate(self, request, context):
+        async with translated(context):
+            self._known(request.round_id)
+            key = request.round_id, request.client_id
+            if list(self.updates.get(key, {}).values()) != list(request.shards):
+                raise DomainError(Reason.SHARD_MISSING, "not these")
+            self.sealed.add(key)
+            return pb.SealUpdateResponse()
 
     async def AggregateShard(self, request, context):
         async with translated(context):

@@ -57,6 +57,7 @@ async def test_an_update_above_the_federations_norm_is_refused_with_both_numbers
         await fed.commit("a", train.round)
     assert caught.value.reason is Reason.NORM_TOO_LARGE
     assert dropped((await fed.shown()).current) == [("a", "NORM_TOO_LARGE")]
+    assert (train.round.round_id, "a") not in fed.aggregation.sealed, "it may send another one"
 
 
 async def test_an_update_far_above_the_median_is_left_out_and_its_client_is_told(fed):

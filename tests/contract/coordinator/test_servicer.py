@@ -213,6 +213,7 @@ async def test_a_commit_is_counted_once_and_shown_with_its_report(stub, fed):
     request = commit_request(fed, await collecting(fed))
     assert (await stub.CommitUpdate(request)).update_count == 1
     assert (await stub.CommitUpdate(request)).update_count == 1
+    assert fed.aggregation.sealed == {(request.round_id, "a")}
     request.rank = 3
     async with refused(Reason.UPDATE_REWRITTEN):
         await stub.CommitUpdate(request)
@@ -251,6 +252,16 @@ async def test_a_commit_of_shards_that_have_not_arrived_is_refused(stub, fed):
     fed.aggregation.updates.clear()
     async with refused(Reason.SHARD_MISSING, "send them first"):
         await stub.CommitUpdate(request)
+
+
+async def test_a_commit_whose_shards_are_replaced_meanwhile_is_refused(stub, fed):
+    round_ = await collecting(fed)
+    request = commit_request(fed, round_)
+    others = len(round_.layout.shards)
+    fed.aggregation.after_query = lambda: fed.aggregation.put(round_.round_id, "a", others, "other")
+    async with refused(Reason.SHARD_MISSING, "not these"):
+        await stub.CommitUpdate(request)
+    assert (await fed.shown()).current.update_count == 0
 
 
 async def test_a_late_commit_is_refused_but_a_repeated_one_still_has_its_receipt(stub, fed):
