@@ -19,6 +19,10 @@ from shelora.committee.verdict import Checked, Verdict, judge
 from shelora.errors import DomainError, Reason
 from shelora.rounds import Event, RoundState
 
+SILENT_WHY = (
+    "it gave no key for the round's committee within round.committee_s, or for another committee than the others work "
+    "out; it is asked again after the next result"
+)
 REFUSED_WHY = (
     "the committee does not hold a sound share of the update's key; if this happens again, install the version of the "
     "agent that the others have"
@@ -106,7 +110,18 @@ def seated(record: RoundRecord, now: Proceedings, now_ms: int, grace_s: int) -> 
         return _advanced(record, Event.SEAT, now_ms, order=order)
     if not (overdue or lost):
         return until
-    return _abandoned(record, Reason.COMMITTEE_INCOMPLETE, now_ms, silent=tuple(sorted(silent)))
+    named = tuple(
+        Dropped(client_id=name, reason=Reason.COMMITTEE_INCOMPLETE, why=SILENT_WHY)
+        for name in sorted(silent)
+        if name not in record.dropped_ids
+    )
+    return _abandoned(
+        record,
+        Reason.COMMITTEE_INCOMPLETE,
+        now_ms,
+        silent=tuple(sorted(silent)),
+        dropped=(*record.dropped, *named),
+    )
 
 
 def is_able(record: RoundRecord, now: Proceedings) -> bool:

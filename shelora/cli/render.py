@@ -27,7 +27,9 @@ MAX_DROPPED: Final = 20
 """Updates refused or left out that are shown, the newest."""
 _STATE = {
     pb.ROUND_STATE_SELECTING: "selecting a cohort",
+    pb.ROUND_STATE_KEYING: "seating the committee",
     pb.ROUND_STATE_COLLECTING: "collecting updates",
+    pb.ROUND_STATE_CERTIFYING: "agreeing on updates",
     pb.ROUND_STATE_AGGREGATING: "aggregating",
     pb.ROUND_STATE_PUBLISHED: "published",
     pb.ROUND_STATE_ABANDONED: "abandoned",

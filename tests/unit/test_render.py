@@ -2,7 +2,14 @@
 
 from rich.console import Console
 
-from shelora.cli.render import federation_view, federations_table, round_figures, size, training_rounds
+from shelora.cli.render import (
+    _STATE,
+    federation_view,
+    federations_table,
+    round_figures,
+    size,
+    training_rounds,
+)
 from shelora.v1 import coordinator_pb2 as pb
 
 
@@ -106,6 +113,11 @@ def test_a_failed_federation_shows_why():
     failed = federation()
     failed.phase, failed.failure = pb.PHASE_FAILED, "too few updates three times"
     assert "too few updates three times" in shown(federation_view(failed))
+
+
+def test_every_state_of_a_round_has_words():
+    for state in pb.RoundState.values():
+        assert state == pb.ROUND_STATE_UNSPECIFIED or _STATE[state]
 
 
 def test_the_list_has_a_line_for_each_federation():

@@ -1,6 +1,7 @@
 """Clients of a federation in complete mode, without training: real certificates, dealings, committee members."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -211,7 +212,7 @@ def _set(content: bytes) -> committee_pb2.ContributorSet:
 class Convened:
     """A federation in complete mode with its clients."""
 
-    def __init__(self, fed: World, names: str) -> None:
+    def __init__(self, fed: World, names: Sequence[str]) -> None:
         fed.now_ms = time.time_ns() // 1_000_000
         fed.handlers = replace(fed.handlers, root=root().der)
         self.fed = fed

@@ -1,10 +1,13 @@
 """Rounds whose sum a committee opens, with the real cryptography of clients: states, statements, silence, lies."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from coordinator.records import Phase, Statement
 from services.shell.redis_client import connect
 from shelora.committee.context import RoundContext
+from shelora.committee.rules import CommitteeRule, committee_rule
 from shelora.committee.statements import Kind
 from shelora.errors import DomainError, Reason
 from shelora.obfuscation import Obfuscation
@@ -16,7 +19,7 @@ from tests.contract.coordinator.world import spec
 FOUR, FIVE = "abcd", "abcde"
 
 
-async def convened(fed, names=FIVE, **rules) -> Convened:
+async def convened(fed, names: Sequence[str] = FIVE, **rules) -> Convened:
     await_clients = {"clients": len(names), "rounds": 1, "committee_s": 20, **rules}
     party = Convened(fed, names)
     await fed.begin(spec(Convening.name, **await_clients), names)
@@ -58,6 +61,18 @@ async def test_the_coordinator_never_learns_the_committee_before_clients_say_so(
     assert record.order == party.clients["a"].seats[shown.round_id]._committee.members
 
 
+async def test_of_a_large_cohort_some_are_members_and_all_are_in_the_sum(fed):
+    names = [f"ward-{number:02}" for number in range(34)]
+    party = await convened(fed, names)
+    for name in names[:5]:  # as many as it withstands, wherever they sit
+        party.clients[name].silent_from = "check"
+    federation = await party.play()
+    assert federation.phase is Phase.FINISHED, federation.failure
+    opened = await party.clients[names[0]].open(federation.round_id(1))
+    assert opened.contributors == tuple(names)
+    assert opened.context.rule == committee_rule(34) == CommitteeRule(16, 5, 4)
+
+
 async def test_a_silent_member_costs_no_attempt_and_is_not_asked_again(fed):
     party = await convened(fed, max_attempts=1)
     party.clients["c"].silent_from = "key"
@@ -65,6 +80,9 @@ async def test_a_silent_member_costs_no_attempt_and_is_not_asked_again(fed):
     assert federation.phase is Phase.FINISHED, federation.failure
     shown = await fed.shown()
     assert states(shown) == [("ABANDONED", "COMMITTEE_INCOMPLETE"), ("PUBLISHED", "")]
+    assert [(drop.client_id, drop.reason) for drop in shown.history[0].dropped] == [
+        ("c", "COMMITTEE_INCOMPLETE")
+    ], "the operator sees for whom it waited"
     assert shown.history[1].cohort_count == 4
     assert federation.draws == 1, "nothing was uploaded in the first attempt"
 
