@@ -1,5 +1,6 @@
 """Configuration files: strict models, YAML, and errors that name the field, its value and the remedy."""
 
+import codecs
 import difflib
 import re
 import reprlib
@@ -14,6 +15,8 @@ from pydantic_core import ErrorDetails
 
 from shelora.errors import DomainError, Reason
 
+MAX_PROBLEMS: Final = 20
+"""Problems of a file that an error lists."""
 MAX_SHOWN_CHARACTERS: Final = 60
 """Characters of a refused value that an error shows."""
 LARGEST_SHOWN_BITS: Final = 1024
@@ -33,26 +36,63 @@ def invalid(message: str) -> DomainError:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file; raises CONFIGURATION_INVALID if it cannot be read, is not YAML or has no fields."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise invalid(f"{path} cannot be read: {error}") from error
+        text = _decoded(path.read_bytes())
+    except OSError as error:
+        raise invalid(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise invalid(
+            f"{path}, line {line} is not {error.encoding.upper()}: save the file as UTF-8"
+        ) from error
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise invalid(f"{path} must hold fields such as 'name: value'")
     return values
 
 
+def _decoded(content: bytes) -> str:
+    """YAML is UTF-8, or UTF-16 with a byte order mark, as PowerShell writes it."""
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig")
+
+
 def parse_yaml(text: str, source: str) -> Any:  # noqa: ANN401 - whatever it holds
-    """The value of a YAML text. Raises: CONFIGURATION_INVALID naming the source."""
+    """The value of a YAML text. Raises: CONFIGURATION_INVALID naming the source, in one line."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    # PyYAML lets int() and date() speak for themselves
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise invalid(f"{source} is not valid YAML: line {line}: remove the control characters") from error
+    except yaml.MarkedYAMLError as error:
+        raise invalid(f"{source} is not valid YAML: {_fault(error)}") from error
+    except RecursionError as error:
+        raise invalid(f"{source} is not valid YAML: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML lets date() speak for itself
         raise invalid(f"{source} is not valid YAML: {error}") from error
 
 
+def _fault(error: yaml.MarkedYAMLError) -> str:
+    """Where a text is no YAML, why, and what to do about it where users often meet it."""
+    mark = error.problem_mark or error.context_mark
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    said = " ".join((error.problem or error.context or "it is malformed").split())
+    hint = next((f"; {hint}" for part, hint in _HINTS.items() if part in said), "")
+    return f"{place}{said}{hint}"
+
+
+_HINTS: Final = {
+    "'\\t'": "indent with spaces, not with tabs",
+    "another document": "keep one of the parts that --- separates",
+    "mapping values are not allowed": "put a text that holds ': ' into quotes",
+    "could not determine a constructor": "leave the tag out",
+    "unhashable key": "put a name with brackets or braces into quotes",
+    "cannot start any token": "put the text into quotes",
+}
+"""Remedies, by part of what PyYAML says."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which a field is given once, and `1e-3` is a number, as in YAML 1.2."""
+    """YAML in which a field is given once; as in YAML 1.2, `1e-3` is a number, and `010` and `1:30` are none."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's
         """Raises: ValueError naming both places of a field that is given twice."""
@@ -64,18 +104,42 @@ class _Loader(yaml.SafeLoader):
                 raise ValueError(f"{key.value} is given twice, in {places}: keep one")
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Raises: ValueError for what YAML 1.1 reads in base 8 or 60, without a word, and for numbers of a book."""
+        text = self.construct_scalar(node)
+        if _AMBIGUOUS.match(text):
+            what = "write a number without leading zeros or colons, or put it into quotes if it is text"
+        elif len(text) > _LONGEST_NUMBER:
+            what = "write a shorter number, or put it into quotes if it is text"
+        elif node.tag == _INTEGER:
+            return super().construct_yaml_int(node)
+        else:
+            return super().construct_yaml_float(node)
+        shown = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+        raise ValueError(f"line {node.start_mark.line + 1}: {shown}: {what}")
+
 
 _MERGE: Final = "tag:yaml.org,2002:merge"
+_INTEGER: Final = "tag:yaml.org,2002:int"
+_FLOAT: Final = "tag:yaml.org,2002:float"
+_LONGEST_NUMBER: Final = 300
+"""Characters; more are beyond every float, and Python refuses to convert thousands."""
+_AMBIGUOUS: Final = re.compile(r"[-+]?(0[0-9_]+$|.*:)")
+for _tag in (_INTEGER, _FLOAT):
+    _Loader.add_constructor(_tag, _Loader.construct_number)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    _FLOAT,
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A line for every problem: the field's dotted path, its value, what to do, what the field is."""
-    return "\n".join(_line(problem, model) for problem in error.errors(include_url=False))
+    """A line for each of the first problems: the field's dotted path, its value, what to do, what the field is."""
+    problems = error.errors(include_url=False)
+    lines = [_line(problem, model) for problem in problems[:MAX_PROBLEMS]]
+    more = len(problems) - len(lines)
+    return "\n".join([*lines, f"  and {more:,} more problems"] if more else lines)
 
 
 def _line(problem: ErrorDetails, model: type[BaseModel]) -> str:
@@ -142,6 +206,8 @@ REMEDIES: Final = {
     "missing": "this field has no default: add it",
     "extra_forbidden": "there is no such field",
     "string_type": "write text; in quotes, if it looks like a number, a date, yes or no",
+    "string_unicode": "it holds half of a character (of a surrogate pair): remove it",
+    "invalid_key": "put the name into quotes",
     "string_too_short": "write at least {min_length} characters",
     "string_too_long": "write at most {max_length} characters",
     "string_pattern_mismatch": "it has other characters or another length than allowed",

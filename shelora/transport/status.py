@@ -145,6 +145,13 @@ _FAILED_WRITE: Final = "SendMessageOperation"
 _WRONG_NAME: Final = "Hostname Verification Check failed"
 """How gRPC says that a certificate does not name the host that was called."""
 
+_HINTS: Final = {
+    "Connection refused": "nothing listens there: see that the server runs, and that the address is right",
+    "address lookup failed": "no such host is known here: see the address",
+    "WRONG_VERSION_NUMBER": "what listens there does not speak TLS: see the address and the port",
+}
+"""What to do, by part of what gRPC says."""
+
 _WRONG_SIGNER: Final = (
     "certificate signature failure",
     "unable to get local issuer certificate",
@@ -219,7 +226,7 @@ def error_from_rpc(error: grpc.RpcError, address: str = "") -> DomainError:
 
     Args:
         error: What gRPC raised.
-        address: Who was called, `host:port`, for the message about a server that is someone else.
+        address: Who was called, `host:port`, for messages about a server that is absent or someone else.
     """
     if not isinstance(error, grpc.aio.AioRpcError):
         return DomainError(Reason.INTERNAL, "the RPC failed without a status")
@@ -232,7 +239,19 @@ def error_from_rpc(error: grpc.RpcError, address: str = "") -> DomainError:
     if lost_status(error):
         return DomainError(Reason.STORE_UNAVAILABLE, "the server ended the call; why did not arrive")
     fallback = _REASON_BY_BARE_STATUS.get(error.code(), Reason.INTERNAL)
-    return DomainError(fallback, f"{error.code().name}{named(address) if address else ''}: {details}")
+    where = f" at {address}{named(address)}" if address else ""
+    return DomainError(
+        fallback, f"{error.code().name}{where}: {details}{_hint(error.code(), details) if address else ''}"
+    )
+
+
+def _hint(code: grpc.StatusCode, details: str) -> str:
+    """What a person can do about a failure of gRPC itself, if it says why."""
+    if code is _Code.UNIMPLEMENTED:
+        return "; the server there is of another kind or version: see the address"
+    if code is _Code.DEADLINE_EXCEEDED:
+        return "; see that the server runs, and that the address and port are those of it"
+    return next((f"; {hint}" for sign, hint in _HINTS.items() if sign in details), "")
 
 
 def lost_status(error: grpc.aio.AioRpcError) -> bool:

@@ -133,6 +133,88 @@ def test_a_name_that_yaml_takes_for_something_else_is_answered_with_quotes(tmp_p
         FederationSpec.from_yaml(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "a:\n\tb: 1\n",
+            "line 2, column 1: found character '\\t' that cannot start any token; indent with spaces",
+        ),
+        ("a: 1\n---\nb: 2\n", "line 2, column 1: but found another document; keep one"),
+        ("a: b: c\n", "line 1, column 5: mapping values are not allowed here; put a text"),
+        ('a: !!python/object/apply:os.system ["id"]', "line 1, column 4: could not determine a constructor"),
+        ("? [a, b]\n: x\n", "line 1, column 3: found unhashable key"),
+        ("a: {b: ${C}}\n", "line 1, column 9"),
+        ("a: @b\n", "line 1, column 4"),
+        ("b: 1\na: \x01\n", "line 2: remove the control characters"),
+        ("[" * 5000, "nested too deeply"),
+        ("b: 1\na: " + "9" * 5000, "line 2: " + "9" * 60 + "...: write a shorter number"),
+        ("a: 2024-13-01", "month must be in 1..12"),
+    ],
+)
+def test_what_is_no_yaml_is_refused_in_one_line_with_the_place(tmp_path, text, said):
+    message = refusal(tmp_path, text)
+    assert said in message
+    assert f"{tmp_path}/x.yaml" in message
+    assert "\n" not in message
+    assert "unicode string" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("text", ["010", "-010", "0_7", "00", "1:30", "1:30.5", "-1:30"])
+def test_numbers_that_yaml_reads_in_another_base_without_a_word_are_refused(tmp_path, text):
+    assert f"line 2: {text}: write a number without leading zeros or colons" in refusal(
+        tmp_path, f"b: 1\na: {text}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0", 0), ("-0", 0), ("0.5", 0.5), ("0x10", 16), ("1_000", 1000), ("00e1", 0.0), ("'010'", "010")],
+)
+def test_numbers_that_can_be_read_in_one_way_alone_are_read(tmp_path, text, value):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"a: {text}")
+    assert read_yaml(path) == {"a": value}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_names_the_encoding(tmp_path, encoding):
+    path = tmp_path / "x.yaml"
+    path.write_bytes("a: b\u00e9n\u00e9f\n".encode(encoding))
+    assert read_yaml(path) == {"a": "b\u00e9n\u00e9f"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("a: 1\nb: b\u00e9\n".encode("latin-1"), "line 2 is not UTF-8"), (b"\xff\xfea", "line 1 is not UTF-16")],
+)
+def test_another_encoding_is_refused_with_the_line_and_the_remedy(tmp_path, content, said):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(DomainError, match=said) as error:
+        read_yaml(path)
+    assert error.value.message.endswith(": save the file as UTF-8")
+
+
+def test_of_very_many_problems_the_first_are_listed(tmp_path):
+    path = tmp_path / "f.yaml"
+    labels = ", ".join(map(str, range(5000)))
+    path.write_text(f"name: f\ntraining: {{base_model: b, labels: [{labels}]}}\n")
+    with pytest.raises(DomainError, match=r"training.labels.0 = 0: write text") as error:
+        FederationSpec.from_yaml(path)
+    assert error.value.message.endswith("  and 4,980 more problems")
+    assert len(error.value.message) < 5000
+
+
+def test_half_a_character_and_a_number_for_a_name_are_refused_in_users_words(tmp_path):
+    path = tmp_path / "f.yaml"
+    path.write_text('name: f\n1: x\ntraining: {base_model: "\\ud800", labels: [x, y]}\n')
+    with pytest.raises(DomainError, match="half of a character") as error:
+        FederationSpec.from_yaml(path)
+    assert "1 = 1: put the name into quotes" in error.value.message
+
+
 def test_a_list_in_the_environment_that_is_no_json_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("SHELORA_COORDINATOR_AGGREGATION_ADDRESSES", "a:1,b:2")
     with pytest.raises(DomainError, match="SHELORA_COORDINATOR_AGGREGATION_ADDRESSES") as error:

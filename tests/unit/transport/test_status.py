@@ -113,6 +113,30 @@ def test_a_failure_of_grpc_itself_gets_the_nearest_reason_and_names_its_status(c
     assert (error.reason, error.message) == (reason, f"{code.name}: details")
 
 
+@pytest.mark.parametrize(
+    ("code", "details", "said"),
+    [
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            "last error: ipv4:1.2.3.4:7101: Connection refused",
+            "nothing listens there",
+        ),
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            "address lookup failed for h:7101: Domain name not found",
+            "no such host",
+        ),
+        (grpc.StatusCode.UNAVAILABLE, "Tls handshake failed: WRONG_VERSION_NUMBER", "does not speak TLS"),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", "see that the server runs"),
+        (grpc.StatusCode.UNIMPLEMENTED, "Method not found!", "of another kind or version"),
+    ],
+)
+def test_who_cannot_be_called_is_named_with_what_to_do(code, details, said):
+    message = error_from_rpc(rpc_error(code, details), "h:7101").message
+    assert message.startswith(f"{code.name} at h:7101: {details}; ")
+    assert said in message
+
+
 def test_a_reason_of_a_newer_version_falls_back_to_the_status():
     error = error_from_rpc(rpc_error(grpc.StatusCode.NOT_FOUND, "gone", "NOT_INVENTED_YET"))
     assert error.reason is Reason.INTERNAL
