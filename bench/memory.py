@@ -1,8 +1,10 @@
-"""Memory that the complete mode takes, a role a process: growth of the peak of resident memory.
+"""Memory that the complete mode takes by role: growth of the peak of resident memory, in a process of its own. Linux.
 
 Factors are made as they are read, shards go to disk and come from it, so what grows is what the role itself holds.
+What the roles before it freed is given back to the system first.
 """
 
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -30,7 +32,7 @@ class Memory:
 
 
 def measure(workload: Workload) -> Memory:
-    """Runs a round; every role in a process of its own that measures it."""
+    """Runs a round in a new process, role after role."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
         return pool.apply(_measured, (workload,))
@@ -69,6 +71,9 @@ def _measured(workload: Workload) -> Memory:
 
 def _grown(action: Callable[[], None]) -> int:
     """By how much the peak of resident memory passes what is resident before."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     peak = Path("/proc/self/clear_refs")
     if os.access(peak, os.W_OK):
         peak.write_text("5", encoding="ascii")  # the peak starts anew, from what is resident now
