@@ -1,6 +1,7 @@
 """The use cases behind the RPCs: who may do what, in which order, on which records."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -350,14 +351,16 @@ class Handlers:
         )
         kept = None
         if dealt is not None:
-            shards = [bytes.fromhex(shard.sha256) for shard in update.shards]
-            kept = self.convening.dealt(federation, record, update.client_id, shards, dealt)
-            update = update.model_copy(update={"dealing": kept.digest})
+            content = dealt.SerializeToString(deterministic=True)
+            update = update.model_copy(update={"dealing": hashlib.sha256(content).hexdigest()})
         earlier = await self.store.commit_of(federation, record.sequence, update.client_id)
         if earlier is None:
             if record.round.state is not RoundState.COLLECTING:
                 return CommitOutcome.NOT_COLLECTING, 0
             update = await self._checked(federation, record, update)
+            if dealt is not None:
+                shards = [bytes.fromhex(shard.sha256) for shard in update.shards]
+                kept = self.convening.dealt(federation, record, update.client_id, shards, dealt)
             # Last of all: a sealed update stays as it is, also if it is refused after all.
             await self.aggregation.seal(record.round.round_id, update)
         return await self.store.commit(federation, record.sequence, update, kept)

@@ -517,14 +517,6 @@ class Dealt:
     shares: tuple[bytes, ...]
     """By place in the committee's order."""
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all of it, in hex."""
-        hashed = hashlib.sha256(self.dealing)
-        for share in self.shares:
-            hashed.update(hashlib.sha256(share).digest())
-        return hashed.hexdigest()
-
 
 class Evaluation(Record):
     """What an agent measured after it applied a result."""
