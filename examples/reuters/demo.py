@@ -34,13 +34,14 @@ from examples.reuters.cohort import (
 from examples.reuters.report import modes_table, plot_rounds, summarize
 from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.operator import Operator, operator
-from shelora.cli.render import round_figures, rounds_table, size, training_rounds
+from shelora.cli.render import rounds_table
 from shelora.cli.screen import FederationScreen
 from shelora.cli.supervision import clear, interruptible
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.terminal import CommandLine, Terminal
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import round_figures, size, training_rounds
 
 ASSETS: Final = Path("assets")
 REFRESH_S: Final = 0.5

@@ -12,9 +12,9 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 
-from shelora.cli.render import round_figures, size, training_rounds
 from shelora.errors import DomainError, Reason
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import round_figures, size, training_rounds
 
 _PACKAGES: Final = (
     "shelora",

@@ -9,10 +9,10 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
-from shelora.cli.render import RoundFigures, round_figures, training_rounds
 from shelora.configuration import invalid
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.version import VERSION
+from shelora.view import RoundFigures, round_figures, training_rounds
 
 
 def document(federation: pb.Federation) -> dict[str, Any]:

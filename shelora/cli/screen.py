@@ -6,9 +6,10 @@ from typing import Final, Self
 
 from rich.live import Live
 
-from shelora.cli.render import federation_view, standing
+from shelora.cli.render import federation_view
 from shelora.terminal import Terminal
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import standing
 
 PAUSE_S: Final = 10.0
 """Seconds between two lines that differ in how far a stage is."""

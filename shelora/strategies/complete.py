@@ -24,6 +24,10 @@ class Complete:
     needs_plan: bool = False
     needs_committee: bool = True
     summary: str = "only encrypted sums"
+    servers_see: str = (
+        "No part of an update: ciphertexts under fresh keys that nobody shares, and their sum. A committee of the "
+        "round's agents opens the sum of one certified set, for agents only."
+    )
 
     def encrypts(self, budget: float) -> str:
         """Everything, whatever the budget."""

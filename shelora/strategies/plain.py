@@ -15,6 +15,7 @@ class Plain:
     needs_plan: Final = False
     needs_committee: Final = False
     summary: Final = "UNPROTECTED"
+    servers_see: Final = "Everything: updates travel in the clear. For comparison only."
 
     def encrypts(self, budget: float) -> str:
         """Whatever the budget."""

@@ -77,6 +77,10 @@ class Strategy(Protocol):
     def summary(self) -> str:
         """What it protects, in some words, for a status line."""
 
+    @property
+    def servers_see(self) -> str:
+        """What servers see of a client's update, and what not, in a sentence or two for an operator."""
+
     def encrypts(self, budget: float) -> str:
         """What a client of that budget encrypts, in a word or a percentage."""
 

@@ -18,6 +18,10 @@ class SheLora:
     needs_plan: Final = True
     needs_committee: Final = False
     summary: Final = "every agent's budget encrypted"
+    servers_see: Final = (
+        "All of B, and the columns of A beyond each agent's budget, in secret order. The rest is encrypted with CKKS "
+        "under a key that all agents of the federation share and servers never hold."
+    )
 
     def encrypts(self, budget: float) -> str:
         """The share of columns."""

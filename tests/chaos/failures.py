@@ -17,9 +17,9 @@ import pytest
 
 from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.operator import operator
-from shelora.cli.render import training_rounds
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import training_rounds
 from tests.chaos.nursery import ForkingCluster, Nursery
 from tests.chaos.relay import TcpRelay
 from tests.e2e.agents import AGENTS, Agent, configure, specification

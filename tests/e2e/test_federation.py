@@ -20,9 +20,9 @@ from services.key_authority.epochs import EpochId
 from services.key_authority.sealer import SealingKey
 from services.shell.redis_client import connect
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.render import round_figures, training_rounds
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import round_figures, training_rounds
 from tests.e2e import federations
 from tests.e2e.agents import AGENTS, LABELS, enrol, spawn_agent, specification, start_agent
 from tests.e2e.recorder import Recorder, inside_tls, recording

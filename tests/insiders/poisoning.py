@@ -21,9 +21,9 @@ from examples.reuters.assets import MINILM, REUTERS, fetch
 from examples.reuters.cohort import AGENTS, Protection, agent_config, federation_spec, write_data
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import operator
-from shelora.cli.render import training_rounds
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import training_rounds
 
 HOSTILE = AGENTS[0].name
 ATTACKS = ("flip", "claim+flip", "boost", "claim+boost", "head", "claim+head+reverse")

@@ -2,15 +2,9 @@
 
 from rich.console import Console
 
-from shelora.cli.render import (
-    _STATE,
-    federation_view,
-    federations_table,
-    round_figures,
-    size,
-    training_rounds,
-)
+from shelora.cli.render import federation_view, federations_table
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import STATES, round_figures, size, training_rounds
 
 
 def federation() -> pb.Federation:
@@ -117,7 +111,7 @@ def test_a_failed_federation_shows_why():
 
 def test_every_state_of_a_round_has_words():
     for state in pb.RoundState.values():
-        assert state == pb.ROUND_STATE_UNSPECIFIED or _STATE[state]
+        assert state == pb.ROUND_STATE_UNSPECIFIED or STATES[state]
 
 
 def test_the_list_has_a_line_for_each_federation():

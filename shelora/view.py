@@ -1,0 +1,205 @@
+"""What is said of a federation to people, in words and figures: on a terminal, on the operator's page, in reports.
+
+Pure: from what the coordinator answered to text and numbers. How it looks is decided elsewhere.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from statistics import median, median_low
+from typing import Final
+
+from shelora.strategies.registry import strategies, strategy_of
+from shelora.v1 import coordinator_pb2 as pb
+
+NEVER_MS: Final = 2**62
+"""More than any time since a member was seen."""
+SILENT_MS: Final = 60_000
+"""Silence that is pointed out."""
+_COPIES: Final = "two processes have this identity, of which one counts; the other was refused"
+MAX_DROPPED: Final = 20
+"""Updates refused or left out that are shown, the newest."""
+STATES: Final = {
+    pb.ROUND_STATE_SELECTING: "selecting a cohort",
+    pb.ROUND_STATE_KEYING: "seating the committee",
+    pb.ROUND_STATE_COLLECTING: "collecting updates",
+    pb.ROUND_STATE_CERTIFYING: "agreeing on updates",
+    pb.ROUND_STATE_AGGREGATING: "aggregating",
+    pb.ROUND_STATE_PUBLISHED: "published",
+    pb.ROUND_STATE_ABANDONED: "abandoned",
+}
+PHASES: Final = {
+    pb.PHASE_CREATED: "created",
+    pb.PHASE_RUNNING: "running",
+    pb.PHASE_FINISHED: "finished",
+    pb.PHASE_FAILED: "failed",
+}
+
+
+@dataclass(frozen=True)
+class RoundFigures:
+    """One training round in numbers, medians over its agents unless said otherwise: what one agent says moves none."""
+
+    number: int
+    train_loss: float | None
+    test_accuracy: float | None
+    """Share of all evaluated test examples, after applying the round's result; of an agent count as many as the median
+    agent has twice."""
+    test_examples: int
+    """Of these."""
+    upload_bytes: float
+    download_bytes: float
+    train_s: float
+    encrypt_s: float
+    aggregate_s: float
+    """Wall seconds of aggregation on the servers."""
+    decrypt_s: float
+
+
+def round_figures(summary: pb.RoundSummary) -> RoundFigures:
+    """Figures of one round from what its agents reported."""
+    updates, evaluations = summary.updates, summary.evaluations
+    counted = _believed([e.example_count for e in evaluations])
+    tested = sum(counted)
+    right = sum(
+        count * e.correct_count / e.example_count
+        for count, e in zip(counted, evaluations, strict=True)
+        if count
+    )
+    return RoundFigures(
+        number=summary.number,
+        train_loss=median_low(u.train_loss for u in updates) if updates else None,
+        test_accuracy=right / tested if tested else None,
+        test_examples=tested,
+        upload_bytes=_median(u.upload_bytes for u in updates),
+        download_bytes=_median(e.download_bytes for e in evaluations),
+        train_s=_median(u.train_s for u in updates),
+        encrypt_s=_median(u.encrypt_s for u in updates),
+        aggregate_s=summary.aggregate_wall_s,
+        decrypt_s=_median(e.decrypt_s for e in evaluations),
+    )
+
+
+def training_rounds(federation: pb.Federation) -> list[pb.RoundSummary]:
+    """The published training rounds, oldest first."""
+    return [
+        r for r in federation.history if r.kind == pb.ROUND_KIND_TRAIN and r.state == pb.ROUND_STATE_PUBLISHED
+    ]
+
+
+def standing(federation: pb.Federation) -> str:
+    """Where a federation stands, in one line."""
+    return f"{heading(federation)}: {activity(federation)}"
+
+
+def heading(federation: pb.Federation) -> str:
+    """Name, phase and epoch."""
+    phase = PHASES.get(federation.phase, "unknown")
+    return f"federation {federation.federation_id} · {phase}{_epoch(federation)}"
+
+
+def _epoch(federation: pb.Federation) -> str:
+    if not federation.epoch:
+        return ""
+    return f" · keys of epoch {federation.epoch}" + (
+        ", new ones follow" if federation.rotation_pending else ""
+    )
+
+
+def dropped_updates(federation: pb.Federation) -> list[tuple[str, pb.DroppedUpdate]]:
+    """Updates that are in no aggregate, oldest first, each with the name of its round."""
+    current = [federation.current] if federation.HasField("current") else []
+    return [(round_name(r), drop) for r in [*federation.history, *current] for drop in r.dropped]
+
+
+def member_troubles(federation: pb.Federation) -> list[tuple[str, str, str]]:
+    """What keeps members from their work: client, Reason, words; two copies of one, and long silence, included."""
+    found = []
+    for member in federation.members:
+        if member.reason:
+            found.append((member.client_id, member.reason, member.why))
+        if member.copy_refused_unix_ms:
+            at = datetime.fromtimestamp(member.copy_refused_unix_ms / 1000, UTC)
+            found.append((member.client_id, "CLIENT_REPLACED", f"{_COPIES}, last at {at:%Y-%m-%d %H:%M} UTC"))
+        if federation.phase == pb.PHASE_RUNNING and member.idle_ms > SILENT_MS:
+            seen = f"for {_minutes(member.idle_ms)}" if member.idle_ms < NEVER_MS else "lately"
+            found.append((member.client_id, "silent", f"nothing was heard of it {seen}"))
+    return found
+
+
+def _minutes(idle_ms: int) -> str:
+    minutes = idle_ms / 60_000
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1 MB is 10^6 bytes."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def protection_summary(mode: str) -> str:
+    """What a strategy protects; its name if this version does not know it."""
+    return strategy_of(mode).summary if mode in strategies() else mode
+
+
+def encrypts(mode: str, budget: float) -> str:
+    """What a client of that budget encrypts."""
+    return strategy_of(mode).encrypts(budget) if mode in strategies() else "-"
+
+
+def servers_see(mode: str) -> str:
+    """What servers see of an update, in a sentence."""
+    if mode not in strategies():
+        return f"This version does not know the mode {mode}: ask its makers."
+    return strategy_of(mode).servers_see
+
+
+def needs_committee(mode: str) -> bool:
+    """Whether a committee of clients opens each round's sum."""
+    return mode in strategies() and strategy_of(mode).needs_committee
+
+
+def activity(federation: pb.Federation) -> str:
+    """What is going on, in one line."""
+    if federation.deleting:
+        return "being deleted"
+    if federation.stopped:
+        done = f"after {federation.trained_rounds} rounds"
+        return f"stopped {done}" if federation.phase != pb.PHASE_RUNNING else f"stopping {done}"
+    if federation.phase != pb.PHASE_RUNNING:
+        return "-" if federation.phase != pb.PHASE_CREATED else f"{federation.member_count} agents joined"
+    if not federation.HasField("current"):
+        return f"waiting for {federation.spec.round.clients} agents, {federation.member_count} joined"
+    current = federation.current
+    name = "negotiation"
+    if current.kind == pb.ROUND_KIND_TRAIN:
+        name = f"round {current.number} of {federation.spec.round.rounds}"
+    attempt = f" (attempt {current.attempt})" if current.attempt > 1 else ""
+    return f"{name}{attempt}: {STATES.get(current.state, '')}, {_progress(current)}"
+
+
+def _progress(current: pb.RoundSummary) -> str:
+    if current.state == pb.ROUND_STATE_AGGREGATING:
+        return f"{current.shards_done} of {current.shard_count} shards"
+    dropped = f", {len(current.dropped)} refused" if current.dropped else ""
+    return f"{current.update_count} of {current.cohort_count} updates, {size(current.upload_bytes)}{dropped}"
+
+
+def round_name(summary: pb.RoundSummary) -> str:
+    """Its number, and its attempt if it is not the first."""
+    number = str(summary.number) if summary.kind == pb.ROUND_KIND_TRAIN else "vote"
+    return f"{number}, attempt {summary.attempt}" if summary.attempt > 1 else number
+
+
+def _median(values: Iterable[float]) -> float:
+    collected = list(values)
+    return median(collected) if collected else 0.0
+
+
+def _believed(counts: Sequence[int]) -> list[int]:
+    """What agents say they tested, each up to twice the median: nobody outweighs the others by claiming a billion."""
+    most = int(2 * median(counts)) if counts else 0
+    return [min(count, most) for count in counts]
