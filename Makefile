@@ -28,17 +28,22 @@ SOURCES := shelora coordinator client_agent services attack bench examples load 
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures test-insiders attack up images push protos verify-protos unit clean
+.PHONY: help setup demo test simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures test-insiders attack up test-dashboard images push protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
-setup: $(INSTALLED)  ## Create the virtual environment
+settest-dashboard: $(INSTALLED)  ## Drive the operator's page with a browser; skips where there is no chromium
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest -o python_files='browser_*.py' tests/dashboard
+
+up: $(INSTALLED)  ## Create the virtual environment
 
 $(INSTALLED): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		--constraint requirements/constraints.txt --editable '.[agent,local,demo,attack,dev]'
+		--constraint requirements/constraints.txt --editable '.[agent,dashboard,local,demo,attack,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8, selective and complete (PROTECTION=none, or one of them)

@@ -3,9 +3,9 @@
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -25,6 +25,7 @@ from shelora.cli.operator import (
     promised_level,
     revoke_holder,
 )
+from shelora.cli.page import Reach, metrics_addresses, require_dashboard
 from shelora.cli.render import federation_view, federations_table, revocations_table
 from shelora.cli.reporting import reported
 from shelora.cli.revoking import consequences
@@ -267,6 +268,31 @@ def export(
     console.say(f"wrote {to}" + (f" and {csv}" if csv else ""))
 
 
+@federation_app.command("report")
+def federation_report(
+    name: NameArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file to make; by default NAME.html.")
+    ] = None,
+    coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
+) -> None:
+    """Write one HTML file with curves, members, bytes, settings and privacy of a federation, to keep or to send.
+
+    It needs nothing else to be read: no network, no scripts. Its figures are medians over agents.
+    """
+    with reported():
+        require_dashboard()
+    from shelora.dashboard.rendering import report  # noqa: PLC0415 - needs packages that are optional
+
+    federation = _ask(lambda o: o.get(name), Target.of(coordinator, identity, key_authority))
+    path = output or Path(f"{federation.federation_id}.html")
+    with reported():
+        write_new(path, report(federation))
+    console.say(f"wrote {path}")
+
+
 @federation_app.command()
 def show(
     name: NameArgument,
@@ -291,6 +317,55 @@ def show(
         return federation
 
     console.print(federation_view(_ask(follow, Target.of(coordinator, identity, key_authority))))
+
+
+@app.command()
+def dashboard(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 for a free one.")] = 0,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=HOST:PORT",
+            help="Metrics address of a server, to show its load; repeat for more. The local cluster's are known.",
+        ),
+    ] = None,
+    enrolment: Annotated[
+        str | None,
+        typer.Option(
+            help="Enrolment address of the key authority as devices reach it, host:port, to show them."
+        ),
+    ] = None,
+    coordinator: CoordinatorOption = None,
+    identity: IdentityOption = None,
+    key_authority: KeyAuthorityOption = None,
+) -> None:
+    """Serve a page with all federations to a browser on this machine, until Ctrl-C.
+
+    It shows them live, creates, starts, stops, extends and deletes them, issues tokens and revokes clients: with the
+    operator's certificate, so with the same rights as these commands. The address that is printed lets in whoever has
+    it; it is new at every start.
+    """
+    with reported():
+        require_dashboard()
+    from shelora.dashboard.serving import serve  # noqa: PLC0415 - needs packages that are optional
+
+    target = Target.of(coordinator, identity, key_authority)
+    with reported():
+        reach = Reach(
+            coordinator=target.coordinator,
+            identity=target.identity,
+            key_authority=target.key_authority,
+            enrolment=enrolment or target.enrolment,
+            metrics={**target.metrics, **metrics_addresses(metrics or [])},
+        )
+    configure_logs("operator", json=not sys.stderr.isatty())
+    with reported(), suppress(KeyboardInterrupt), interruptible():
+        asyncio.run(serve(reach, port, _tell_address))
+
+
+def _tell_address(address: str) -> None:
+    console.say("The page is open on this machine until Ctrl-C. This address lets in whoever has it:")
+    print(address, flush=True)  # noqa: T201 - never wrapped
 
 
 @token_app.command("create")
@@ -440,13 +515,17 @@ def secrets(
     console.say(f"{len(made)} secrets made; {folder} is complete")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """Where the operator's calls go, and who makes them: what was given, the rest from the local cluster."""
 
     coordinator: str
     identity: Path
     key_authority: str | None
+    enrolment: str = ""
+    """Where tokens are exchanged; "" if it is not known."""
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """Prometheus address by server, of a local cluster."""
 
     @classmethod
     def of(cls, coordinator: str | None, identity: Path | None, key_authority: str | None) -> "Target":
@@ -455,11 +534,17 @@ class Target:
             for address in filter(None, (coordinator, key_authority)):
                 HostPort.parse(address)
         if identity is not None and (coordinator or key_authority):
-            return cls(coordinator or "", identity, key_authority)
+            return cls(coordinator=coordinator or "", identity=identity, key_authority=key_authority)
         with reported():
             local = Addresses.read(DEFAULT_FOLDER)
         own = identity or Path(local.operator_identity)
-        return cls(coordinator or local.coordinator, own, key_authority or local.key_authority)
+        return cls(
+            coordinator=coordinator or local.coordinator,
+            identity=own,
+            key_authority=key_authority or local.key_authority,
+            enrolment=local.enrolment,
+            metrics=local.metrics,
+        )
 
     def require_key_authority(self) -> str:
         """Raises CONFIGURATION_INVALID if it is not known."""

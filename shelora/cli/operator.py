@@ -1,7 +1,7 @@
 """What an operator asks of a coordinator and of the key authority."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # the asynchronous stub is a type only; at run time the chann
 DELETE_S: Final = 60.0
 """Seconds to wait for a deletion; a coordinator looks at ended federations twice a minute."""
 POLL_S: Final = 0.3
+REREAD_ROUNDS: Final = 8
+"""Newest rounds of a history that was read before which are read again: evaluations come after the end."""
 RETRY_S: Final = 10.0
 """A person waits: shorter than between servers."""
 
@@ -107,9 +109,17 @@ class Operator:
             )
             raise DomainError(Reason.STORE_UNAVAILABLE, why) from None
 
-    async def get(self, federation: str) -> pb.Federation:
-        """Reads a federation, its history page by page."""
-        request = pb.GetFederationRequest(federation_id=federation)
+    async def get(self, federation: str, known: Sequence[pb.RoundSummary] = ()) -> pb.Federation:
+        """Reads a federation, its history page by page.
+
+        Args:
+            federation: Its name.
+            known: History read before. All but its newest rounds, whose reports may still come, is not read again.
+        """
+        kept = known[:-REREAD_ROUNDS]
+        request = pb.GetFederationRequest(
+            federation_id=federation, history_after=kept[-1].sequence if kept else 0
+        )
         found = page = await call(self._stub.GetFederation, request, retry_s=RETRY_S)
         while page.more_history:
             request.view = pb.FEDERATION_VIEW_HISTORY
@@ -117,6 +127,13 @@ class Operator:
             page = await call(self._stub.GetFederation, request, retry_s=RETRY_S)
             found.history.extend(page.history)
         found.more_history = False
+        if not kept:
+            return shown(found)
+        if [r.round_id for r in found.history[:REREAD_ROUNDS]] != [r.round_id for r in known[len(kept) :]]:
+            return await self.get(federation)  # another federation has the name now
+        read = list(found.history)
+        del found.history[:]
+        found.history.extend([*kept, *read])
         return shown(found)
 
     async def list(self) -> list[pb.Federation]:

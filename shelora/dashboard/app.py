@@ -1,0 +1,286 @@
+"""The page's addresses: parse, ask, render. All that acts is a POST with the page's form secret."""
+
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+from urllib.parse import parse_qsl
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from shelora.cli.exporting import encoded, rounds_csv
+from shelora.cli.operator import Operator
+from shelora.dashboard.forms import checked, groups
+from shelora.dashboard.model import FederationPage, federation_page, federation_row
+from shelora.dashboard.rendering import STATIC, rendered, report
+from shelora.dashboard.security import Gate, Secrets, same_form
+from shelora.dashboard.watching import Watch
+from shelora.errors import DomainError, Reason
+from shelora.levels import Level
+from shelora.transport.identity import Identity, Role
+from shelora.v1 import coordinator_pb2 as pb
+from shelora.version import VERSION
+
+MAX_FORM_BYTES: Final = 64 * 1024
+_FORM: Final = "application/x-www-form-urlencoded"
+_UNREACHABLE: Final = {Reason.STORE_UNAVAILABLE: 503, Reason.FEDERATION_UNKNOWN: 404}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Authority:
+    """What the key authority does for the page; `shelora.cli.operator` has the calls."""
+
+    enrolment: str
+    """Where devices exchange tokens, as its operator knows it; "" if it is not known."""
+    token: Callable[[str, str, timedelta, Level | None], Awaitable[str]]
+    """A token for federation, client ("": it names itself), lifetime, promise (None: what the federation has)."""
+    revoke: Callable[[Identity], Awaitable[Any]]
+    """Revokes a client."""
+
+
+class Page:
+    """The page of one operator.
+
+    Args:
+        operator: Connected to the coordinator.
+        watch: What is shown.
+        authority: None without a key authority: no tokens, no revocation.
+        secrets_: This process's.
+        hosts: What browsers may call this machine, `host:port` each.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        watch: Watch,
+        authority: Authority | None,
+        secrets_: Secrets,
+        hosts: Sequence[str],
+    ) -> None:
+        self._operator = operator
+        self._watch = watch
+        self._authority = authority
+        self._secrets = secrets_
+        self._root = f"/{secrets_.path}"
+        self.app = Gate(self._routes(), secrets_, hosts)
+
+    def _routes(self) -> Starlette:
+        named = "/f/{name}"
+        routes = [
+            Route("/", self._index),
+            Route("/new", self._new, methods=["GET", "POST"]),
+            Route("/events", self._events),
+            Route(named, self._federation),
+            Route(named + "/export.json", self._export),
+            Route(named + "/rounds.csv", self._csv),
+            Route(named + "/report.html", self._report),
+            Route(named + "/token", self._token, methods=["GET", "POST"]),
+            Route(named + "/revoke", self._revoke, methods=["GET", "POST"]),
+            Route(named + "/{action}", self._act, methods=["GET", "POST"]),
+            Mount("/static", StaticFiles(directory=STATIC)),
+        ]
+
+        @asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            async with self._watch.running():
+                yield
+
+        return Starlette(
+            routes=[Mount(self._root, routes=routes)],
+            lifespan=lifespan,
+            exception_handlers={DomainError: self._refused, HTTPException: self._failed},
+        )
+
+    async def _index(self, _: Request) -> Response:
+        return self._html("index.html", **self._overview(""))
+
+    async def _federation(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        page = self._shown(await self._watch.fresh(name))
+        return self._html("federation.html", page=page, **self._overview(name))
+
+    async def _events(self, request: Request) -> Response:
+        """Parts of the page whenever they change, as server-sent events."""
+        name = request.query_params.get("federation", "")
+        return StreamingResponse(self._parts(name), media_type="text/event-stream")
+
+    async def _parts(self, name: str) -> AsyncIterator[str]:
+        told: dict[str, str] = {}
+        with self._watch.viewing(name):
+            async for _ in self._watch.changes():
+                for part, html in self._live(name).items():
+                    if told.get(part) != html:
+                        told[part] = html
+                        yield f"event: part\ndata: {json.dumps({'id': part, 'html': html})}\n\n"
+                yield ": alive\n\n"
+
+    def _live(self, name: str) -> dict[str, str]:
+        """HTML of each live part by its id."""
+        values = self._overview(name)
+        parts = {
+            part: rendered(f"_{part}.html", **values)
+            for part in ("problem", "federations", "alerts", "servers")
+        }
+        federation = self._watch.federation(name)
+        if federation is not None:
+            page = self._shown(federation)
+            parts["federation"] = rendered("_federation.html", page=page, **values)
+        elif name:
+            parts["federation"] = rendered("_gone.html", **values)
+        return parts
+
+    async def _new(self, request: Request) -> Response:
+        if request.method == "GET":
+            return self._html("new.html", groups=groups(), refusal="", **self._overview(""))
+        sent = await self._sent(request)
+        begin = sent.pop("start", "") == "yes"
+        spec, errors = checked(sent)
+        if spec is None:
+            form = groups(sent, errors)
+            return self._html("new.html", 422, groups=form, refusal="", **self._overview(""))
+        try:
+            await self._operator.create(spec.to_proto())
+            if begin:
+                await self._operator.start(spec.name)
+        except DomainError as error:
+            refusal = f"{error.reason}: {error.message}"
+            return self._html("new.html", 409, groups=groups(sent), refusal=refusal, **self._overview(""))
+        return self._to(f"/f/{spec.name}")
+
+    async def _act(self, request: Request) -> Response:
+        """Start, stop, extend, rotate, delete: a GET asks, a POST does."""
+        name, action = request.path_params["name"], request.path_params["action"]
+        if action not in {"start", "stop", "extend", "rotate", "delete"}:
+            raise HTTPException(404, "Nothing is here.")
+        if request.method == "GET":
+            row = federation_row(await self._watch.fresh(name))
+            return self._html("confirm.html", action=action, row=row, client="", **self._overview(name))
+        sent = await self._sent(request)
+        if action == "delete":
+            if sent.get("typed") != name:
+                raise DomainError(
+                    Reason.INVALID_ARGUMENT, f"type the federation's name, {name}, to delete it"
+                )
+            await self._operator.delete(name)
+            return self._to("/")
+        if action == "extend":
+            await self._operator.extend(name, _count(sent.get("rounds", "")))
+        else:
+            simple = {
+                "start": self._operator.start,
+                "stop": self._operator.stop,
+                "rotate": self._operator.rotate,
+            }
+            await simple[action](name)
+        return self._to(f"/f/{name}")
+
+    async def _revoke(self, request: Request) -> Response:
+        name, authority = request.path_params["name"], self._require_authority()
+        if request.method == "GET":
+            row = federation_row(await self._watch.fresh(name))
+            client = request.query_params.get("client", "")
+            return self._html("confirm.html", action="revoke", row=row, client=client, **self._overview(name))
+        client = (await self._sent(request)).get("client", "")
+        await authority.revoke(Identity(Role.CLIENT, name, client))
+        return self._to(f"/f/{name}")
+
+    async def _token(self, request: Request) -> Response:
+        name, authority = request.path_params["name"], self._require_authority()
+        values: dict[str, Any] = {"name": name, "levels": list(Level), "authority": authority.enrolment}
+        if request.method == "GET":
+            return self._html("token.html", token="", client="", **values, **self._overview(name))
+        sent = await self._sent(request)
+        client = sent.get("client", "").strip()
+        lifetime = timedelta(hours=_count(sent.get("hours", "")))
+        promise = Level(sent["promise"]) if sent.get("promise") in set(Level) else None
+        token = await authority.token(name, client, lifetime, promise)
+        return self._html("token.html", token=token, client=client, **values, **self._overview(name))
+
+    async def _export(self, request: Request) -> Response:
+        return await self._file(request, encoded, "json", "application/json")
+
+    async def _csv(self, request: Request) -> Response:
+        return await self._file(request, rounds_csv, "csv", "text/csv")
+
+    async def _report(self, request: Request) -> Response:
+        return await self._file(request, report, "html", "text/html")
+
+    async def _file(
+        self, request: Request, content: Callable[[Any], str], suffix: str, kind: str
+    ) -> Response:
+        """A file to keep, never shown as a page of ours."""
+        name = request.path_params["name"]
+        federation = await self._operator.get(name)
+        headers = {"Content-Disposition": f'attachment; filename="{federation.federation_id}.{suffix}"'}
+        return Response(content(federation), media_type=kind, headers=headers)
+
+    async def _sent(self, request: Request) -> dict[str, str]:
+        """The fields of a form of this page. Raises: HTTPException."""
+        if request.headers.get("content-type", "").partition(";")[0] != _FORM:
+            raise HTTPException(415, "Send a form.")
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_FORM_BYTES:
+                raise HTTPException(413, "The form is too large.")
+        sent = dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True, max_num_fields=200))
+        if not same_form(sent.pop("form", ""), self._secrets):
+            raise HTTPException(403, "The form is of another page: load it again.")
+        return sent
+
+    def _shown(self, federation: pb.Federation) -> FederationPage:
+        return federation_page(federation, self._watch.memory, self._watch.now_s)
+
+    def _require_authority(self) -> Authority:
+        if self._authority is None:
+            raise DomainError(Reason.CONFIGURATION_INVALID, "start the page with --key-authority host:port")
+        return self._authority
+
+    def _overview(self, chosen: str) -> dict[str, Any]:
+        """What every template gets."""
+        watch = self._watch
+        return {
+            "root": self._root,
+            "form_secret": self._secrets.form,
+            "chosen": chosen,
+            "problem": watch.problem,
+            "federations": [federation_row(f) for f in watch.federations],
+            "alerts": watch.alerts,
+            "servers": watch.servers,
+            "tokens": self._authority is not None,
+            "version": VERSION,
+        }
+
+    def _html(self, template: str, status: int = 200, **values: Any) -> Response:  # noqa: ANN401 - a template's
+        return HTMLResponse(rendered(template, **values), status_code=status)
+
+    def _to(self, path: str) -> Response:
+        return RedirectResponse(self._root + path, status_code=303)
+
+    async def _refused(self, _: Request, error: Exception) -> Response:
+        assert isinstance(error, DomainError)
+        status = _UNREACHABLE.get(error.reason, 409)
+        return self._error(status, str(error.reason), error.message)
+
+    async def _failed(self, _: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return self._error(error.status_code, str(error.status_code), error.detail)
+
+    def _error(self, status: int, reason: str, message: str) -> Response:
+        values: Mapping[str, Any] = self._overview("")
+        return self._html("error.html", status, reason=reason, message=message, **values)
+
+
+def _count(text: str) -> int:
+    """A whole number from 1. Raises: INVALID_ARGUMENT."""
+    if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
+        raise DomainError(Reason.INVALID_ARGUMENT, "write a whole number, at least 1")
+    return int(text)

@@ -1,0 +1,337 @@
+"""What the page shows of federations, as plain values: pure, from the coordinator's answers and the page's memory.
+
+Figures of a round are medians over its agents, and are shown only if `min_updates` agents reported: those of fewer
+would be nearly one agent's own. Members' rows hold no loss, no accuracy and no number of examples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Final
+
+from markupsafe import Markup
+
+from shelora.dashboard.charts import Series, line_chart, sparkline
+from shelora.dashboard.memory import Memory
+from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import (
+    MAX_DROPPED,
+    NEVER_MS,
+    PHASES,
+    SILENT_MS,
+    STATES,
+    RoundFigures,
+    activity,
+    dropped_updates,
+    encrypts,
+    member_troubles,
+    needs_committee,
+    protection_summary,
+    round_figures,
+    round_name,
+    servers_see,
+    size,
+    training_rounds,
+)
+
+MAX_ROUNDS: Final = 12
+"""Rounds in the timeline, the newest."""
+MAX_ROWS: Final = 500
+"""Members shown; those in trouble first."""
+MAX_POINTS: Final = 400
+"""Rounds in a chart; of more, every second, third and so on."""
+PLAIN_STAGES: Final = (pb.ROUND_STATE_SELECTING, pb.ROUND_STATE_COLLECTING, pb.ROUND_STATE_AGGREGATING)
+COMMITTEE_STAGES: Final = (
+    pb.ROUND_STATE_SELECTING,
+    pb.ROUND_STATE_KEYING,
+    pb.ROUND_STATE_COLLECTING,
+    pb.ROUND_STATE_CERTIFYING,
+    pb.ROUND_STATE_AGGREGATING,
+)
+_SHORT: Final = {
+    pb.ROUND_STATE_SELECTING: "selecting",
+    pb.ROUND_STATE_KEYING: "keying",
+    pb.ROUND_STATE_COLLECTING: "collecting",
+    pb.ROUND_STATE_CERTIFYING: "certifying",
+    pb.ROUND_STATE_AGGREGATING: "aggregating",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationRow:
+    """One federation in the list."""
+
+    name: str
+    phase: str
+    now: str
+    members: int
+    trained: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a round."""
+
+    name: str
+    status: str
+    """`done`, `now`, `next` or `lost`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRow:
+    """One round of the timeline."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    state: str
+    updates: str
+    lasted: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberRow:
+    """One member."""
+
+    name: str
+    rank: int
+    encrypts: str
+    stage: str
+    progress: float
+    activity: str
+    seen: str
+    silent: bool
+    troubles: tuple[str, ...]
+    spark: Markup
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationPage:
+    """Everything about one federation."""
+
+    row: FederationRow
+    epoch: int
+    rotates: bool
+    failure: str
+    base_model: str
+    protection: str
+    mode: str
+    servers_see: str
+    committee: bool
+    rounds: tuple[RoundRow, ...]
+    members: tuple[MemberRow, ...]
+    more_members: int
+    dropped: tuple[tuple[str, str, str, str], ...]
+    """Round, client, reason or "gave up", words."""
+    figures: tuple[RoundFigures, ...]
+    withheld: bool
+    """Whether figures of some round are not shown, as too few agents reported."""
+    quality: Markup
+    loss: Markup
+    traffic: Markup
+    accuracy: str
+    """The newest."""
+    up: str
+    down: str
+    actions: frozenset[str]
+    """What can be done now: start, stop, extend, rotate, delete."""
+
+
+def federation_row(federation: pb.Federation) -> FederationRow:
+    """One line of the list."""
+    return FederationRow(
+        name=federation.federation_id,
+        phase="deleting" if federation.deleting else PHASES.get(federation.phase, "unknown"),
+        now=activity(federation),
+        members=federation.member_count,
+        trained=federation.trained_rounds,
+        rounds=federation.spec.round.rounds,
+    )
+
+
+def federation_page(federation: pb.Federation, memory: Memory, now_s: float) -> FederationPage:
+    """The whole page of a federation.
+
+    Args:
+        federation: With members and history.
+        memory: What this process remembers.
+        now_s: Of the clock that the memory was told by.
+    """
+    mode, least = federation.spec.protection.mode, federation.spec.round.min_updates
+    summaries = training_rounds(federation)
+    figures = tuple(shown_figures(r, least) for r in summaries)
+    rows = _members(federation, memory, now_s)
+    drawn = figures[:: 1 + len(figures) // MAX_POINTS]
+    newest = figures[-1] if figures else None
+    return FederationPage(
+        row=federation_row(federation),
+        epoch=federation.epoch,
+        rotates=federation.rotation_pending,
+        failure=federation.failure,
+        base_model=federation.spec.training.base_model,
+        protection=protection_summary(mode),
+        mode=mode,
+        servers_see=servers_see(mode),
+        committee=needs_committee(mode),
+        rounds=_timeline(federation),
+        members=rows[:MAX_ROWS],
+        more_members=max(0, len(rows) - MAX_ROWS),
+        dropped=_dropped(federation),
+        figures=figures,
+        withheld=any(min(len(r.updates), len(r.evaluations)) < least for r in summaries),
+        quality=_quality(drawn),
+        loss=_loss(drawn),
+        traffic=_traffic(drawn),
+        accuracy=_share(newest.test_accuracy if newest else None),
+        up=size(newest.upload_bytes) if newest and newest.upload_bytes else "-",
+        down=size(newest.download_bytes) if newest and newest.download_bytes else "-",
+        actions=_actions(federation),
+    )
+
+
+def shown_figures(summary: pb.RoundSummary, least: int) -> RoundFigures:
+    """Figures of a round, without those that fewer than `least` agents reported."""
+    figures = round_figures(summary)
+    if len(summary.updates) < least:
+        figures = replace(figures, train_loss=None, upload_bytes=0.0, train_s=0.0, encrypt_s=0.0)
+    if len(summary.evaluations) < least:
+        figures = replace(figures, test_accuracy=None, test_examples=0, download_bytes=0.0, decrypt_s=0.0)
+    return figures
+
+
+def ago(seconds: float) -> str:
+    """How long ago, for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"
+
+
+def _actions(federation: pb.Federation) -> frozenset[str]:
+    if federation.deleting:
+        return frozenset()
+    by_phase = {
+        pb.PHASE_CREATED: {"start", "stop", "extend"},
+        pb.PHASE_RUNNING: {"extend"} if federation.stopped else {"stop", "extend", "rotate"},
+        pb.PHASE_FINISHED: {"extend"},
+    }
+    possible = by_phase.get(federation.phase, set())
+    unprotected = federation.spec.protection.mode == "none"
+    return frozenset(possible - ({"rotate"} if unprotected else set())) | {"delete"}
+
+
+def _timeline(federation: pb.Federation) -> tuple[RoundRow, ...]:
+    """The newest rounds, the newest first."""
+    current = [federation.current] if federation.HasField("current") else []
+    newest = [*federation.history[-MAX_ROUNDS:], *current][-MAX_ROUNDS:]
+    committee = needs_committee(federation.spec.protection.mode)
+    return tuple(_round(r, federation.now_unix_ms, committee=committee) for r in reversed(newest))
+
+
+def _round(summary: pb.RoundSummary, now_ms: int, *, committee: bool) -> RoundRow:
+    stages = COMMITTEE_STAGES if committee and summary.kind == pb.ROUND_KIND_TRAIN else PLAIN_STAGES
+    dropped = f", {len(summary.dropped)} refused or left out" if summary.dropped else ""
+    end = summary.ended_unix_ms or now_ms
+    return RoundRow(
+        name="negotiation" if summary.kind == pb.ROUND_KIND_VOTE else f"round {round_name(summary)}",
+        stages=tuple(Stage(_SHORT[s], _status(s, summary, stages)) for s in stages),
+        state=STATES.get(summary.state, ""),
+        updates=f"{summary.update_count} of {summary.cohort_count} updates, {size(summary.upload_bytes)}{dropped}",
+        lasted=ago((end - summary.opened_unix_ms) / 1000) if 0 < summary.opened_unix_ms <= end else "",
+        reason=summary.reason,
+    )
+
+
+def _status(stage: int, summary: pb.RoundSummary, stages: Sequence[int]) -> str:
+    if summary.state == pb.ROUND_STATE_PUBLISHED:
+        return "done"
+    if summary.state == pb.ROUND_STATE_ABANDONED:
+        return "lost"
+    if summary.state not in stages:
+        return "next"
+    place, reached = stages.index(stage), stages.index(summary.state)
+    return "now" if place == reached else "done" if place < reached else "next"
+
+
+def _members(federation: pb.Federation, memory: Memory, now_s: float) -> tuple[MemberRow, ...]:
+    troubles: dict[str, list[str]] = {}
+    for client, reason, why in member_troubles(federation):
+        troubles.setdefault(client, []).append(f"{reason}: {why}")
+    rows = [_member(federation, m, troubles.get(m.client_id, []), memory, now_s) for m in federation.members]
+    return tuple(sorted(rows, key=lambda row: (not row.troubles, row.name)))
+
+
+def _member(
+    federation: pb.Federation, member: pb.Member, troubles: Sequence[str], memory: Memory, now_s: float
+) -> MemberRow:
+    name = member.client_id
+    return MemberRow(
+        name=name,
+        rank=member.rank,
+        encrypts=encrypts(federation.spec.protection.mode, member.budget),
+        stage=member.stage,
+        progress=member.progress,
+        activity=_activity(federation, member, memory, now_s),
+        seen=f"{ago(member.idle_ms / 1000)} ago" if member.idle_ms < NEVER_MS else "not lately",
+        silent=member.idle_ms > SILENT_MS and federation.phase == pb.PHASE_RUNNING,
+        troubles=tuple(troubles),
+        spark=sparkline(memory.heard(federation.federation_id, name), name),
+    )
+
+
+def _activity(federation: pb.Federation, member: pb.Member, memory: Memory, now_s: float) -> str:
+    """The last thing of note that a member did in the round in progress, in words."""
+    current, name = federation.current, member.client_id
+    for drop in current.dropped:
+        if drop.client_id == name:
+            return f"gave up: {drop.reason}" if drop.gave_up else f"update refused: {drop.reason}"
+    for report in current.updates:
+        if report.client_id == name:
+            sent_s = memory.sent_s(federation.federation_id, name, current.round_id)
+            when = f", {ago(now_s - sent_s)} ago" if sent_s is not None else ""
+            what = "ballot" if current.kind == pb.ROUND_KIND_VOTE else "update"
+            return f"{what} sent, {size(report.upload_bytes)}{when}"
+    if not member.stage:
+        return "joined"
+    share = f", {member.progress:.0%}" if 0 < member.progress < 1 else ""
+    return f"{member.stage}{share}"
+
+
+def _dropped(federation: pb.Federation) -> tuple[tuple[str, str, str, str], ...]:
+    found = dropped_updates(federation)[-MAX_DROPPED:]
+    return tuple(
+        (name, drop.client_id, f"gave up: {drop.reason}" if drop.gave_up else drop.reason, drop.why)
+        for name, drop in reversed(found)
+    )
+
+
+def _quality(figures: Sequence[RoundFigures]) -> Markup:
+    values = [f.test_accuracy for f in figures]
+    words = [_share(v) for v in values]
+    one = Series(name="accuracy", values=values, words=words, kind="a")
+    return line_chart("Test accuracy", [f.number for f in figures], [one], unit="%")
+
+
+def _loss(figures: Sequence[RoundFigures]) -> Markup:
+    values = [f.train_loss for f in figures]
+    words = ["" if v is None else f"{v:.3f}" for v in values]
+    one = Series(name="loss", values=values, words=words, kind="a")
+    return line_chart("Training loss, median", [f.number for f in figures], [one])
+
+
+def _traffic(figures: Sequence[RoundFigures]) -> Markup:
+    up, down = ([getattr(f, f"{way}_bytes") or None for f in figures] for way in ("upload", "download"))
+    both = [
+        Series(name=name, values=values, words=["" if v is None else size(v) for v in values], kind=kind)
+        for name, values, kind in (("up", up, "a"), ("down", down, "b"))
+    ]
+    return line_chart("Bytes an agent, median", [f.number for f in figures], both, unit="B")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def when(unix_ms: int) -> str:
+    """A time, UTC."""
+    return f"{datetime.fromtimestamp(unix_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"

@@ -1,0 +1,111 @@
+"""Serves the page on this machine until a signal: one connection to the coordinator, one certificate, kept renewed."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
+from typing import Final
+
+import uvicorn
+
+from shelora.cli.operator import create_token, operator, own_credentials, promised_level, revoke_holder
+from shelora.cli.page import Reach
+from shelora.configuration import invalid
+from shelora.dashboard.app import Authority, Page
+from shelora.dashboard.security import Secrets
+from shelora.dashboard.watching import Watch
+from shelora.levels import Level
+from shelora.transport.enrolment import keep_renewed, renewal_at
+from shelora.transport.identity import Identity, Role
+from shelora.transport.tls import IdentityFolder, TlsCredentials
+
+HOST: Final = "127.0.0.1"
+GRACE_S: Final = 2
+
+
+async def serve(reach: Reach, port: int, tell: Callable[[str], None]) -> None:
+    """Serves until SIGINT or SIGTERM.
+
+    Args:
+        reach: Whom to ask, as whom.
+        port: On 127.0.0.1; 0 for a free one.
+        tell: Takes the page's whole address, which lets in whoever has it.
+
+    Raises: DomainError CONFIGURATION_INVALID if the port is taken, or there is no valid identity.
+    """
+    with _listening(port) as listener:
+        actual = listener.getsockname()[1]
+        secrets = Secrets()
+        hosts = [f"{name}:{actual}" for name in (HOST, "localhost")]
+        async with _page(reach, secrets, hosts) as page:
+            config = uvicorn.Config(
+                page.app,
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="on",
+                log_level="warning",
+                access_log=False,  # addresses are secrets
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=GRACE_S,
+            )
+            tell(f"http://{HOST}:{actual}/{secrets.path}/?token={secrets.token}")
+            await uvicorn.Server(config).serve(sockets=[listener])
+
+
+@asynccontextmanager
+async def _page(reach: Reach, secrets: Secrets, hosts: list[str]) -> AsyncIterator[Page]:
+    credentials = await own_credentials(reach.identity, reach.key_authority)
+    async with operator(reach.coordinator, credentials) as connection, _renewed(reach, credentials):
+        watch = Watch(connection, reach.metrics)
+        yield Page(connection, watch, _authority(reach, credentials), secrets, hosts)
+
+
+@asynccontextmanager
+async def _renewed(reach: Reach, credentials: TlsCredentials) -> AsyncIterator[None]:
+    if reach.key_authority is None:
+        yield
+        return
+    renewal = renewal_at(reach.key_authority, credentials)
+    task = asyncio.create_task(keep_renewed(IdentityFolder(reach.identity), renewal))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def _authority(reach: Reach, credentials: TlsCredentials) -> Authority | None:
+    """The calls of the command line, with this operator's certificate."""
+    address = reach.key_authority
+    if address is None:
+        return None
+
+    async def token(federation: str, client: str, lifetime: timedelta, promise: Level | None) -> str:
+        level = promise or await promised_level(reach.coordinator, credentials, federation)
+        created = await create_token(
+            address,
+            credentials,
+            Role.CLIENT,
+            federation=federation,
+            client=client,
+            expires_in=lifetime,
+            promise=level,
+        )
+        return created.token
+
+    async def revoke(holder: Identity) -> None:
+        await revoke_holder(address, credentials, holder)
+
+    return Authority(enrolment=reach.enrolment, token=token, revoke=revoke)
+
+
+def _listening(port: int) -> socket.socket:
+    """Raises: CONFIGURATION_INVALID if the port is taken."""
+    try:
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        raise invalid(f"--port {port}: {error.strerror}: give another one, or 0 for a free one") from error
