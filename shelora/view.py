@@ -157,6 +157,11 @@ def servers_see(mode: str) -> str:
     return strategy_of(mode).servers_see
 
 
+def needs_keys(mode: str) -> bool:
+    """Whether updates are protected by an epoch's keys; False for a mode that this version does not know."""
+    return mode in strategies() and strategy_of(mode).needs_keys
+
+
 def needs_committee(mode: str) -> bool:
     """Whether a committee of clients opens each round's sum."""
     return mode in strategies() and strategy_of(mode).needs_committee

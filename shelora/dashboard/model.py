@@ -26,6 +26,7 @@ from shelora.view import (
     encrypts,
     member_troubles,
     needs_committee,
+    needs_keys,
     protection_summary,
     round_figures,
     round_name,
@@ -119,6 +120,7 @@ class FederationPage:
     mode: str
     servers_see: str
     committee: bool
+    keyed: bool
     rounds: tuple[RoundRow, ...]
     members: tuple[MemberRow, ...]
     more_members: int
@@ -174,6 +176,7 @@ def federation_page(federation: pb.Federation, memory: Memory, now_s: float) -> 
         mode=mode,
         servers_see=servers_see(mode),
         committee=needs_committee(mode),
+        keyed=needs_keys(mode),
         rounds=_timeline(federation),
         members=rows[:MAX_ROWS],
         more_members=max(0, len(rows) - MAX_ROWS),
@@ -216,8 +219,8 @@ def _actions(federation: pb.Federation) -> frozenset[str]:
         pb.PHASE_FINISHED: {"extend"},
     }
     possible = by_phase.get(federation.phase, set())
-    unprotected = federation.spec.protection.mode == "none"
-    return frozenset(possible - ({"rotate"} if unprotected else set())) | {"delete"}
+    keyed = needs_keys(federation.spec.protection.mode)
+    return frozenset(possible - (set() if keyed else {"rotate"})) | {"delete"}
 
 
 def _timeline(federation: pb.Federation) -> tuple[RoundRow, ...]:

@@ -14,8 +14,8 @@ from services.key_authority.custody import read_vault
 from services.key_authority.sealer import SealingKey
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import operator
-from shelora.cli.render import training_rounds
 from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import training_rounds
 from tests.e2e import federations
 from tests.e2e.agents import Agent, spawn_agent, specification, start_agent
 

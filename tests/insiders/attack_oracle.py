@@ -14,7 +14,6 @@ from client_agent.keys import EpochSecrets
 from shelora.ckks.wire import decode_block
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import operator
-from shelora.cli.render import training_rounds
 from shelora.federation import ScreeningSpec
 from shelora.lora import products
 from shelora.lora.codec import parse_update
@@ -24,6 +23,7 @@ from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import common_pb2, key_authority_pb2
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1.key_authority_pb2_grpc import KeyAuthorityStub
+from shelora.view import training_rounds
 from tests.e2e import federations
 from tests.e2e.agents import Agent, configure, enrol, save_tiny_bert, specification
 
