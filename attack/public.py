@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from attack.stage import Scene
-from client_agent.checkpoint import CAUSAL_LM, load_checkpoint
+from client_agent.checkpoint import load_checkpoint
 from client_agent.config import LoraSettings
 from client_agent.data import Examples
 from client_agent.encoding import Encoder
 from client_agent.keys import EpochSecrets
 from client_agent.model import AdaptedModel, choose_device
 from shelora.lora.shards import Float64
+from shelora.tasks import CAUSAL_LM
 
 
 class Public:

@@ -5,29 +5,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from client_agent.checkpoint import CAUSAL_LM
 from client_agent.learning import Evaluation, Origin
 from client_agent.tables import quoted
+from client_agent.tasks.registry import task_of
 from shelora.federation import TrainingSpec
 
 _LICENCE = re.compile(r"^license:\s*([\w.+-]{1,60})\s*$", re.MULTILINE)
 _FRONT_BYTES = 65_536
-_CLASSIFIER = """\
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoConfig, AutoTokenizer
-
-known = AutoConfig.from_pretrained("adapter")  # this folder
-labels = {"num_labels": known.num_labels, "id2label": known.id2label, "label2id": known.label2id}
-model = AutoPeftModelForSequenceClassification.from_pretrained("adapter", **labels)
-tokenizer = AutoTokenizer.from_pretrained("adapter")
-"""
-_DECODER = """\
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("adapter")  # this folder
-tokenizer = AutoTokenizer.from_pretrained("adapter")
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +43,11 @@ def licence_of(path: str) -> str:
 def rendered(card: Card, made: Origin, measured: Evaluation | None) -> str:
     """The card as Markdown with the front matter of the Hugging Face hub."""
     spec = card.spec
-    causal = spec.task == CAUSAL_LM
+    task = task_of(spec.task)
     front = {
         "base_model": spec.base_model,
         "library_name": "peft",
-        "pipeline_tag": "text-generation" if causal else "text-classification",
+        "pipeline_tag": task.pipeline,
         "tags": ["lora", "federated-learning", "shelora"],
         **({"license": card.licence} if card.licence else {}),
     }
@@ -76,14 +60,14 @@ def rendered(card: Card, made: Origin, measured: Evaluation | None) -> str:
         "",
         f"- Base model: {quoted(spec.base_model)}, by the federation's name for it",
         f"- Licence of the base model: {card.licence or 'not stated where it was loaded from'}",
-        f"- Task: {spec.task}" + ("" if causal else f"; classes: {', '.join(map(quoted, spec.labels))}"),
+        f"- Task: {spec.task}" + (f"; classes: {', '.join(map(quoted, spec.labels))}" if spec.labels else ""),
         f"- Training round {made.number}, the aggregate of {made.contributors} clients",
         f"- {spec.local_steps} steps a round of {spec.batch_size} examples, learning rate {spec.learning_rate:g}",
         f"- Texts are cut to {spec.max_tokens} tokens",
         f"- LoRA on {', '.join(map(quoted, spec.target_modules))}",
         f"- Rank {card.rank} and alpha {card.alpha:g} at this client",
         f"- Examples at this client: {card.train_count:,} for training, {card.test_count:,} for tests",
-        f"- {_measured(measured, causal=causal)}",
+        f"- {_measured(measured, task.predictions_named)}",
         "",
         "## Use",
         "",
@@ -91,15 +75,14 @@ def rendered(card: Card, made: Origin, measured: Evaluation | None) -> str:
         "`base_model_name_or_path` in `adapter_config.json`.",
         "",
         "```python",
-        _DECODER if causal else _CLASSIFIER,
+        task.usage,
     ]
     return "\n".join(lines) + "```\n"
 
 
-def _measured(measured: Evaluation | None, *, causal: bool) -> str:
+def _measured(measured: Evaluation | None, what: str) -> str:
     if measured is None:
         return "Not evaluated by this client"
-    what = "next tokens" if causal else "test examples"
     share = measured.correct / max(measured.count, 1)
     return f"At this client: {share:.1%} of {measured.count:,} {what} right, loss {measured.loss:.4f}"
 

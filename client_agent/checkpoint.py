@@ -13,8 +13,6 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,15 +21,10 @@ from transformers.utils import logging as transformers_logging
 
 from client_agent.access import denial
 from client_agent.tables import first_line
+from client_agent.tasks.port import Task
+from client_agent.tasks.registry import task_of, tasks
 from shelora.errors import DomainError, Reason
 
-SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
-CAUSAL_LM: Final = "causal-lm"
-
-_LOADERS: Final[dict[str, Any]] = {
-    SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
-    CAUSAL_LM: AutoModelForCausalLM,
-}
 _POOLER: Final = "pooler"
 """Checkpoints of language models often lack the pooler that classification puts on top; it is trained then."""
 _LOADING: Final = threading.RLock()
@@ -45,7 +38,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     head: tuple[str, ...]
     """Names of modules that are trained and averaged whole, in the model's order: the classifier, and what else of the
-    head or of a pooler the checkpoint lacks. None for causal-lm."""
+    head or of a pooler the checkpoint lacks. None for tasks without a head."""
     notes: tuple[str, ...] = ()
     """What whoever trains it should know."""
 
@@ -57,17 +50,16 @@ def load_checkpoint(path: str, task: str, labels: Sequence[str]) -> Checkpoint:
     loaded, has no padding token, or lacks a weight that would stay frozen: it would be random, and different at every
     agent.
     """
-    if task not in _LOADERS:
-        raise invalid(f"task {task!r} is not known; known are {', '.join(_LOADERS)}")
+    what = task_of(task)
     if why := _absence(path) or denial(Path(path)):
         raise invalid(f"model.path: {why}")
     with quiet():
-        _check_kind(path, task)
-        model, absent, misshapen = _load_model(path, task, labels)
+        _check_kind(path, what)
+        model, absent, misshapen = _load_model(path, what, labels)
         tokenizer = _load_tokenizer(path)
     _set_padding(path, model, tokenizer)
     missing = absent | misshapen
-    head = _head(model, missing) if task == SEQUENCE_CLASSIFICATION else ()
+    head = _head(model, missing) if what.has_head else ()
     whole = _with_poolers(path, model, head, missing)
     return Checkpoint(model, tokenizer, whole, tuple(_notes(model, head, absent)))
 
@@ -166,19 +158,19 @@ def _loading(path: str, what: str) -> Iterator[None]:
         raise invalid(f"model.path: {why}") from error
 
 
-def _check_kind(path: str, task: str) -> None:
+def _check_kind(path: str, task: Task) -> None:
     """Raises: MODEL_INVALID if the architecture is none for the task, or the weights are quantized."""
     place, options = _source(path)
     if "gguf_file" in options:  # a language model in any case, whose weights become float32
         return
     with _loading(path, "the configuration"):
         config = AutoConfig.from_pretrained(place, **options)
-    if type(config) not in _LOADERS[task]._model_mapping:  # noqa: SLF001 - its error names every class there is
-        able = [known for known, loader in _LOADERS.items() if type(config) in loader._model_mapping]  # noqa: SLF001
+    if type(config) not in task.loader._model_mapping:  # noqa: SLF001 - its error names every class there is
+        able = [t.name for t in tasks() if type(config) in t.loader._model_mapping]  # noqa: SLF001
         remedy = f"it is for {' or '.join(able)}" if able else "take a model of texts"
         raise invalid(
-            f"model.path: {path} is a {config.model_type} model and cannot be trained for {task}, the federation's "
-            f"task; {remedy}"
+            f"model.path: {path} is a {config.model_type} model and cannot be trained for {task.name}, the "
+            f"federation's task; {remedy}"
         )
     if getattr(config, "quantization_config", None):
         raise invalid(
@@ -187,21 +179,15 @@ def _check_kind(path: str, task: str) -> None:
 
 
 def _load_model(
-    path: str, task: str, labels: Sequence[str]
+    path: str, task: Task, labels: Sequence[str]
 ) -> tuple[PreTrainedModel, frozenset[str], frozenset[str]]:
     """The model, and the names of its parameters that the checkpoint lacks, or has in another shape."""
     place, options = _source(path)
     if "gguf_file" not in options:
         options["use_safetensors"] = True
-    if task == SEQUENCE_CLASSIFICATION:
-        names = dict(enumerate(labels))
-        options |= {
-            "num_labels": len(labels),
-            "id2label": names,
-            "label2id": {v: k for k, v in names.items()},
-        }
+    options |= task.loading(labels)
     with _loading(path, "the model"):
-        model, info = _LOADERS[task].from_pretrained(
+        model, info = task.loader.from_pretrained(
             place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     return model, frozenset(info["missing_keys"]), frozenset(entry[0] for entry in info["mismatched_keys"])

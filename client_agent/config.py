@@ -81,7 +81,7 @@ class DataConfig(StrictModel):
     text_field: Name = "text"
     """Field (column) that holds the text."""
     label_field: Name = "label"
-    """Field (column) that holds the class name; not read for causal-lm."""
+    """Field (column) that holds the class name; read for sequence-classification alone."""
 
 
 class LoraSettings(StrictModel):

@@ -24,7 +24,7 @@ class Examples:
 
     texts: tuple[str, ...]
     labels: tuple[int, ...] = ()
-    """As many as texts, or none (causal-lm)."""
+    """As many as texts, or none (next tokens)."""
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -1,13 +1,27 @@
 """Texts to batches of token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from client_agent.data import Examples
 from shelora.errors import DomainError, Reason
+
+SHOWN_TOKENS: Final = 40
+"""Tokens of an example that are shown to people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as the model takes it."""
+
+    ids: Sequence[int]
+    """Token ids."""
+    targets: Sequence[int] = ()
+    """The index of its label; none where the next tokens are the targets."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,7 +33,7 @@ class Batch:
     attention_mask: torch.Tensor
     """[examples, tokens], int64: 1 for a token, 0 for padding."""
     targets: torch.Tensor
-    """[examples], int64: label indices; empty for causal-lm, whose targets are the next tokens."""
+    """[examples], int64: label indices; empty where the next tokens are the targets."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -30,12 +44,12 @@ class Encoder:
     """Tokenizes, cuts and pads. Stateless but for the tokenizer.
 
     The special tokens that a tokenizer puts around a text, such as [CLS] or <s>, are not put a second time around a
-    text that holds them already. A text that is cut keeps its beginning; for causal-lm no end follows it then, or the
-    model would learn to end where the limit is.
+    text that holds them already. A text that is cut keeps its beginning; no appended end follows it then, or the model
+    would learn to end where the limit is.
 
     Args:
         limit: Tokens an example is cut to.
-        append_end: Whether an end token follows each whole text (causal-lm: the model learns where texts end).
+        append_end: Whether an end token follows each whole text: the model learns where texts end.
 
     Raises: DomainError MODEL_INVALID if special tokens leave no room for a text.
     """
@@ -72,18 +86,25 @@ class Encoder:
         tokens: list[str] = self._tokenizer.convert_ids_to_tokens(self.ids([text])[0])
         return tokens
 
+    def shown(self, examples: Examples) -> Mapping[str, str]:
+        """The first example's tokens; what lies in the middle of many is left out."""
+        return {"the first one": " ".join(shortened(self.tokens(examples.texts[0]), SHOWN_TOKENS))}
+
+    def encoded(self, examples: Examples) -> list[Encoded]:
+        """Every example as `ids`, with its label if it has one."""
+        ids = self.ids(examples.texts)
+        targets: list[tuple[int, ...]] = [(label,) for label in examples.labels] or [()] * len(ids)
+        return [Encoded(row, target) for row, target in zip(ids, targets, strict=True)]
+
     def batch(self, examples: Examples) -> Batch:
         """The batch of these examples."""
-        return self.padded(self.ids(examples.texts), examples.labels)
+        return self.collated(self.encoded(examples))
 
-    def padded(self, ids: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:
-        """The batch of examples that are token ids already."""
-        width = max(len(row) for row in ids)
-        return Batch(
-            input_ids=torch.tensor([[*row, *[self._pad] * (width - len(row))] for row in ids]),
-            attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
-            targets=torch.tensor(list(labels), dtype=torch.int64),
-        )
+    def collated(self, encoded: Sequence[Encoded]) -> Batch:
+        """The batch of examples that are encoded already."""
+        targets = [target for one in encoded for target in one.targets]
+        ids, mask = padded([one.ids for one in encoded], self._pad)
+        return Batch(ids, mask, torch.tensor(targets, dtype=torch.int64))
 
     def _bodies(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids without special tokens but those that the texts hold themselves, uncut."""
@@ -105,6 +126,21 @@ class Encoder:
             return [*head, *body, *tail]
         kept = [] if self._ends_matter else self._tail
         return [*head, *body[: self.limit - len(head) - len(kept)], *kept]
+
+
+def padded(rows: Sequence[Sequence[int]], filling: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows filled up on the right, and a mask that is 1 where a row is; both [rows, longest], int64."""
+    width = max(len(row) for row in rows)
+    values = [[*row, *[filling] * (width - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(values), torch.tensor(mask)
+
+
+def shortened(tokens: Sequence[str], most: int) -> list[str]:
+    """The tokens, about that many; dots stand for what lies in the middle of more."""
+    if len(tokens) <= most:
+        return list(tokens)
+    return [*tokens[: most // 2], "...", *tokens[-(most // 2) :]]
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -3,27 +3,24 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from pydantic import ValidationError
 from rich.console import Group
 from rich.text import Text
 
-from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION, usual_targets
+from client_agent.checkpoint import usual_targets
 from client_agent.config import AgentConfig
-from client_agent.data import Examples, found_labels
 from client_agent.model import AdaptedModel
 from client_agent.preparation import Prepared, prepare
 from client_agent.protection import expected_layout
 from client_agent.survey import WHOLE
 from client_agent.tables import invalid
+from client_agent.tasks.port import ExampleSet
+from client_agent.tasks.registry import task_of
 from shelora.configuration import explain
 from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.lora.kinds import kind_of
 from shelora.terminal import Records
-
-SHOWN_TOKENS: Final = 40
-"""Tokens of an example that are shown."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,18 +38,16 @@ def inspect(config: AgentConfig, training: TrainingSpec, protection: ProtectionS
     return Inspection(prepared, estimated_upload_bytes(prepared.model, config.budget, protection))
 
 
-def guessed_training(config: AgentConfig, target_modules: Sequence[str], *, causal_lm: bool) -> TrainingSpec:
+def guessed_training(config: AgentConfig, target_modules: Sequence[str], task: str) -> TrainingSpec:
     """A specification to check against without a coordinator: its labels are those of the training file.
 
     Args: target_modules: None are named: those that are usual for the model's architecture.
     Raises: DomainError DATA_INVALID, MODEL_INVALID.
     """
-    task = CAUSAL_LM if causal_lm else SEQUENCE_CLASSIFICATION
-    labels = () if causal_lm else found_labels(config.data.train, config.data.label_field)
     fields = {
         "base_model": Path(config.model.path).name,
         "task": task,
-        "labels": labels,
+        "labels": task_of(task).labels_found(config.data),
         "target_modules": tuple(target_modules) or usual_targets(config.model.path),
     }
     try:
@@ -94,19 +89,12 @@ def _tokens_table(training: TrainingSpec, found: Prepared) -> Records:
     reason = "by the federation" if lengths.limit == training.max_tokens else "as the model takes no more"
     table.add("cut to", f"{lengths.limit:,} {reason}")
     table.add("cut", f"{lengths.cut:,} of {len(found.examples):,} ({lengths.cut / len(found.examples):.1%})")
-    table.add("the first one", _shortened(found.encoder.tokens(found.examples.texts[0])))
+    for name, text in found.encoder.shown(found.examples).items():
+        table.add(name, text)
     return table
 
 
-def _shortened(tokens: Sequence[str]) -> str:
-    """The tokens with spaces between them; what lies in the middle of many is left out."""
-    if len(tokens) <= SHOWN_TOKENS:
-        return " ".join(tokens)
-    half = SHOWN_TOKENS // 2
-    return " ".join([*tokens[:half], "...", *tokens[-half:]])
-
-
-def _counts(examples: Examples | None, labels: Sequence[str]) -> Mapping[str, int]:
+def _counts(examples: ExampleSet | None, labels: Sequence[str]) -> Mapping[str, int]:
     return {} if examples is None else {**examples.count_by_label(labels), "all": len(examples)}
 
 

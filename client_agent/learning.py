@@ -44,7 +44,7 @@ class Evaluation:
     """What evaluation measured."""
 
     count: int
-    """Predictions: examples, or next tokens for causal-lm."""
+    """Predictions: examples, or tokens."""
     correct: int
     loss: float
     """Mean over the predictions."""

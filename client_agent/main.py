@@ -17,6 +17,7 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.private_memory import keep_memory_private
 from shelora.stopping import stop_signals
+from shelora.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
 from shelora.telemetry.logs import configure_logs
 from shelora.telemetry.metrics import start_metrics_server
 from shelora.terminal import CommandLine, Terminal
@@ -137,9 +138,10 @@ def check(
     offline: Annotated[
         bool, typer.Option("--offline", help="Ask no coordinator; take labels from the training file.")
     ] = False,
-    causal_lm: Annotated[
-        bool, typer.Option("--causal-lm", help="With --offline: train next tokens, not labels.")
-    ] = False,
+    task: Annotated[
+        str, typer.Option(help=f"With --offline: what to train, {', '.join(TASKS)}.")
+    ] = SEQUENCE_CLASSIFICATION,
+    causal_lm: Annotated[bool, typer.Option("--causal-lm", help="Short for --task causal-lm.")] = False,
     target_modules: Annotated[
         list[str] | None,
         typer.Option(
@@ -154,10 +156,8 @@ def check(
     labels and adapted modules come from the federation, so its coordinator is asked for them; --offline does
     without.
     """
-    targets = target_modules or []
-    _exit_with(
-        lambda: _check(AgentConfig.load(config), offline=offline, causal_lm=causal_lm, targets=targets)
-    )
+    targets, learnt = target_modules or [], CAUSAL_LM if causal_lm else task
+    _exit_with(lambda: _check(AgentConfig.load(config), offline=offline, task=learnt, targets=targets))
 
 
 @app.command()
@@ -256,13 +256,13 @@ async def _followed(config: AgentConfig) -> "Outcome":
     return await agent.run()
 
 
-def _check(config: AgentConfig, *, offline: bool, causal_lm: bool, targets: list[str]) -> int:
+def _check(config: AgentConfig, *, offline: bool, task: str, targets: list[str]) -> int:
     from client_agent.inspection import guessed_training, inspect, report  # noqa: PLC0415 - as above
 
     if not offline:
         config.credentials()
     if offline:
-        training, protection = guessed_training(config, targets, causal_lm=causal_lm), ProtectionSpec()
+        training, protection = guessed_training(config, targets, task), ProtectionSpec()
     else:
         training, protection = asyncio.run(_asked(config))
     Terminal().print(report(config, training, inspect(config, training, protection)))

@@ -17,8 +17,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from client_agent.checkpoint import (
-    CAUSAL_LM,
-    SEQUENCE_CLASSIFICATION,
     Checkpoint,
     invalid,
     is_norm,
@@ -30,6 +28,7 @@ from client_agent.encoding import Batch
 from client_agent.fingerprint import base_digest
 from client_agent.learning import Weights
 from client_agent.tables import first_line, listed
+from client_agent.tasks.registry import task_of
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.shards import Float32, Float64, LoraFactors
 from shelora.lora.sketches import Exponents
@@ -43,7 +42,6 @@ _LINEAR = (nn.Linear, Conv1D)
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 """Files of a PEFT adapter."""
-_TASKS = {SEQUENCE_CLASSIFICATION: TaskType.SEQ_CLS, CAUSAL_LM: TaskType.CAUSAL_LM}
 
 
 class InitialValues(Protocol):
@@ -71,7 +69,7 @@ class AdaptedModel:
         lora: LoraSettings,
         device: torch.device,
     ) -> None:
-        self.task = task
+        self.task = task_of(task)
         self.device = device
         self.rank = lora.rank
         self.scaling = lora.scaling
@@ -84,7 +82,7 @@ class AdaptedModel:
         """Token ids that the model knows: those below."""
         self._norms = frozenset(_norm_weights(checkpoint.model))
         _check_targets(checkpoint, target_modules)
-        config = _peft_config(checkpoint.head, task, target_modules, lora)
+        config = _peft_config(checkpoint.head, self.task.peft, target_modules, lora)
         self._peft = _adapt(checkpoint, config).to(device)
         self._peft.eval()
         self._layers = dict(_lora_layers(self._peft))
@@ -128,19 +126,14 @@ class AdaptedModel:
         return logits.float()
 
     def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [k, classes] and targets [k]: of every example, or of every next token for causal-lm."""
+        """Logits [k, classes] and targets [k], as the task has them: of examples, or of tokens."""
         batch = batch.to(self.device)
         logits = self._peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        if self.task == SEQUENCE_CLASSIFICATION:
-            return logits, batch.targets
-        known = batch.attention_mask[:, 1:].bool()
-        return logits[:, :-1][known], batch.input_ids[:, 1:][known]
+        return self.task.predictions(logits, batch)
 
     def target_count(self, batch: Batch) -> int:
         """Number of targets that `predict` returns for the batch."""
-        if self.task == SEQUENCE_CLASSIFICATION:
-            return len(batch.targets)
-        return int(batch.attention_mask[:, 1:].sum().item())
+        return self.task.target_count(batch)
 
     def weights(self) -> Weights:
         """A copy of everything trainable, with what is frozen beside it."""
@@ -279,7 +272,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _peft_config(
-    head: Sequence[str], task: str, target_modules: Sequence[str], lora: LoraSettings
+    head: Sequence[str], task: TaskType, target_modules: Sequence[str], lora: LoraSettings
 ) -> LoraConfig:
     # A head is trained whole, also where the name of a module inside of it ends like a target.
     inside_head = rf"({'|'.join(map(re.escape, head))})(\..*)?" if head else None
@@ -290,7 +283,7 @@ def _peft_config(
         target_modules=list(target_modules),
         exclude_modules=inside_head,
         modules_to_save=list(head) or None,
-        task_type=_TASKS[task],
+        task_type=task,
     )
 
 

@@ -2,18 +2,18 @@
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
-from torch.nn import functional
 
-from client_agent.checkpoint import CAUSAL_LM, invalid, load_checkpoint
+from client_agent.checkpoint import invalid, load_checkpoint
 from client_agent.config import AgentConfig
-from client_agent.data import Examples, read_examples
-from client_agent.encoding import Batch, Encoder
+from client_agent.encoding import Batch
 from client_agent.model import AdaptedModel, choose_device
-from client_agent.survey import Survey, survey
+from client_agent.survey import Survey
 from client_agent.tables import first_line
+from client_agent.tasks.port import ExampleEncoder, ExampleSet
+from client_agent.tasks.registry import task_of
 from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
 
@@ -27,10 +27,11 @@ _CAUSAL_TOLERANCE: Final = 1e-4
 class Prepared:
     """Everything that training needs, and fits together."""
 
-    examples: Examples
-    test: Examples | None
+    examples: ExampleSet
+    test: ExampleSet | None
     model: AdaptedModel
-    encoder: Encoder
+    encoder: ExampleEncoder[Any]
+    """Of those examples."""
     lengths: Survey
     """Of the training examples."""
 
@@ -41,17 +42,15 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
     Raises: DomainError DATA_INVALID, MODEL_INVALID, MEMORY_UNAVAILABLE.
     """
     data = config.data
-    examples = read_examples(data.train, data.text_field, data.label_field, spec.labels)
-    test = None
-    if data.test is not None:
-        test = read_examples(data.test, data.text_field, data.label_field, spec.labels)
+    task = task_of(spec.task)
+    examples = task.read(data.train, data, spec)
+    test = task.read(data.test, data, spec) if data.test is not None else None
     model = _load_model(config, spec)
-    causal = spec.task == CAUSAL_LM
-    encoder = Encoder(model.tokenizer, min(spec.max_tokens, model.most_positions), append_end=causal)
-    lengths = survey(data.train, data.text_field, examples, encoder)
+    encoder = task.encoder(model.tokenizer, min(spec.max_tokens, model.most_positions), spec)
+    lengths = task.survey(data.train, data, examples, encoder)
     _check_vocabulary(model, lengths)
     if data.test is not None and test is not None:
-        _check_vocabulary(model, survey(data.test, data.text_field, test, encoder))
+        _check_vocabulary(model, task.survey(data.test, data, test, encoder))
     _rehearse(model, encoder.batch(examples.select([lengths.longest])))
     return Prepared(examples=examples, test=test, model=model, encoder=encoder, lengths=lengths)
 
@@ -78,10 +77,10 @@ def _check_vocabulary(model: AdaptedModel, lengths: Survey) -> None:
 def _rehearse(model: AdaptedModel, batch: Batch) -> None:
     """Computes a loss and its gradient once; the model's state does not change."""
     try:
-        if model.task == CAUSAL_LM:
+        if model.task.predicts_next:
             _check_causal(model, batch)
         logits, targets = model.predict(batch)
-        loss = functional.cross_entropy(logits.float(), targets)
+        loss = model.task.loss(logits, targets) / len(targets)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         value = float(loss.item())
     except DomainError:
@@ -111,6 +110,6 @@ def _check_causal(model: AdaptedModel, batch: Batch) -> None:
         first, second = (model.logits(probe)[:, :-1] for probe in (ids, other))
     if (first - second).abs().max() > _CAUSAL_TOLERANCE * first.abs().max():
         raise invalid(
-            "the model sees the tokens that it is to predict, as an encoder does: take a decoder for causal-lm, or ask "
-            "for a federation with task sequence-classification"
+            f"the model sees the tokens that it is to predict, as an encoder does: take a decoder for "
+            f"{model.task.name}, or ask for a federation with task sequence-classification"
         )

@@ -6,23 +6,23 @@ rows of a column as SHE-LoRA (arXiv 2505.21051) does.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from client_agent.data import Examples
-from client_agent.encoding import Encoder
 from client_agent.model import AdaptedModel
+from client_agent.tasks.port import ExampleEncoder, ExampleSet
 from client_agent.training import Report
 from shelora.lora.shards import Float64
 
 BATCH_EXAMPLES: Final = 16
+_Examples = TypeVar("_Examples", bound=ExampleSet)
 
 
 def sensitivity_scores(
-    model: AdaptedModel, encoder: Encoder, examples: Examples, report: Report
+    model: AdaptedModel, encoder: ExampleEncoder[_Examples], examples: _Examples, report: Report
 ) -> dict[str, Float64]:
     """Scores [in_features] of every adapted matrix by name.
 
@@ -49,7 +49,7 @@ class _Accumulator:
 
 
 def _squared_norms(
-    model: AdaptedModel, encoder: Encoder, examples: Examples, report: Report
+    model: AdaptedModel, encoder: ExampleEncoder[_Examples], examples: _Examples, report: Report
 ) -> dict[str, Float64]:
     model.module.eval()
     with _accumulating(model) as sums:

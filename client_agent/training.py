@@ -4,19 +4,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
-from torch.nn import functional
 
-from client_agent.data import Examples
 from client_agent.drawing import batches
-from client_agent.encoding import Batch, Encoder
+from client_agent.encoding import Batch
 from client_agent.model import AdaptedModel
+from client_agent.tasks.port import ExampleEncoder, ExampleSet
 from shelora.errors import DomainError, Reason
 
 MAX_GRADIENT_NORM: Final = 1.0
 """Gradients are scaled down to this norm, as is usual in fine-tuning; one odd batch does not wreck a round."""
+
+_Examples = TypeVar("_Examples", bound=ExampleSet)
 
 Report = Callable[[float], None]
 """Takes the progress, 0 to 1; may raise to stop the work."""
@@ -46,7 +47,11 @@ class TrainingOutcome:
 
 
 def train(
-    model: AdaptedModel, encoder: Encoder, examples: Examples, run: TrainingRun, report: Report
+    model: AdaptedModel,
+    encoder: ExampleEncoder[_Examples],
+    examples: _Examples,
+    run: TrainingRun,
+    report: Report,
 ) -> TrainingOutcome:
     """Updates the model's trainable parameters in place.
 
@@ -96,7 +101,7 @@ def _step(
 def _accumulate(model: AdaptedModel, part: Batch, count: int) -> float:
     """Adds the gradient of this part's share of the mean over `count` targets; returns the share."""
     logits, targets = model.predict(part)
-    loss = functional.cross_entropy(logits.float(), targets, reduction="sum") / count
+    loss = model.task.loss(logits, targets) / count
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return float(loss.item())
 

@@ -27,6 +27,7 @@ from shelora.errors import DomainError, Reason
 from shelora.levels import Level
 from shelora.strategies.port import Strategy
 from shelora.strategies.registry import strategies, strategy_of
+from shelora.tasks import SEQUENCE_CLASSIFICATION, TASKS, TaskName
 from shelora.text import printable
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -54,7 +55,7 @@ class TrainingSpec(Spec):
     base_model: Name
     """Base model every agent must have, by the name its agents know it under."""
 
-    task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
+    task: TaskName = SEQUENCE_CLASSIFICATION
     """What the model learns; it decides the head, the loss and what `correct` counts in evaluations."""
 
     labels: Names = ()
@@ -90,22 +91,27 @@ class TrainingSpec(Spec):
 
     @model_validator(mode="after")
     def _texts_have_a_next_token(self) -> Self:
-        if self.task == "causal-lm" and self.max_tokens < 2:
+        least = TASKS[self.task].least_tokens
+        if self.max_tokens < least:
             raise PydanticCustomError(
                 "max_tokens",
-                "max_tokens = {value} leaves no next token to predict: causal-lm needs at least 2",
-                {"value": self.max_tokens},
+                "max_tokens = {value} leaves no next token to predict: {task} needs at least {least}",
+                {"value": self.max_tokens, "task": self.task, "least": least},
             )
         return self
 
     @model_validator(mode="after")
     def _labels_fit_the_task(self) -> Self:
-        if self.task == "causal-lm" and self.labels:
-            raise PydanticCustomError("labels", "labels must be empty for causal-lm: remove them")
-        if self.task == "sequence-classification" and len(set(self.labels)) < max(2, len(self.labels)):
+        labelled = TASKS[self.task].labelled
+        if not labelled and self.labels:
+            raise PydanticCustomError(
+                "labels", "labels must be empty for {task}: remove them", {"task": self.task}
+            )
+        if labelled and len(set(self.labels)) < max(2, len(self.labels)):
             raise PydanticCustomError(
                 "labels",
-                "labels must name at least 2 different classes for sequence-classification: list them",
+                "labels must name at least 2 different classes for {task}: list them",
+                {"task": self.task},
             )
         return self
 

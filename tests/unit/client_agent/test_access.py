@@ -4,9 +4,10 @@ import pytest
 
 from client_agent import access
 from client_agent.access import denial
-from client_agent.checkpoint import SEQUENCE_CLASSIFICATION, load_checkpoint
+from client_agent.checkpoint import load_checkpoint
 from client_agent.data import read_examples
 from shelora.errors import DomainError, Reason
+from shelora.tasks import SEQUENCE_CLASSIFICATION
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertModel
 
-from client_agent.checkpoint import SEQUENCE_CLASSIFICATION, load_checkpoint, quiet
+from client_agent.checkpoint import load_checkpoint, quiet
 from client_agent.fingerprint import base_digest
 from client_agent.learning import BaseDigest
 from shelora.obfuscation import Obfuscation
+from shelora.tasks import SEQUENCE_CLASSIFICATION
 from tests.unit.client_agent.tiny import LABELS, bert_config, classifier, save_model
 
 

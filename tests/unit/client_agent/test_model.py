@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION, load_checkpoint, quiet
+from client_agent.checkpoint import load_checkpoint, quiet
 from client_agent.config import LoraSettings
 from client_agent.data import Examples
 from client_agent.encoding import Encoder
@@ -18,6 +18,7 @@ from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.shards import LoraFactors
 from shelora.lora.sketches import Exponents
 from shelora.obfuscation import Obfuscation
+from shelora.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from tests.unit.client_agent.tiny import LABELS, classifier, decoder
 
 

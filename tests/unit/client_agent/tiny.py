@@ -6,9 +6,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from client_agent.checkpoint import CAUSAL_LM, SEQUENCE_CLASSIFICATION, load_checkpoint, quiet
+from client_agent.checkpoint import load_checkpoint, quiet
 from client_agent.config import LoraSettings
 from client_agent.model import AdaptedModel
+from shelora.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 GOOD = ["good", "great", "fine", "nice", "happy"]

@@ -1,0 +1,1 @@
+"""What agents learn: a module a task, and one registry."""

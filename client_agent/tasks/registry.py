@@ -1,0 +1,22 @@
+"""The tasks by name."""
+
+from typing import Final
+
+from client_agent.tasks.causal import CausalLm
+from client_agent.tasks.classification import SequenceClassification
+from client_agent.tasks.port import Task
+from shelora.errors import DomainError, Reason
+
+_TASKS: Final[dict[str, Task]] = {task.name: task for task in (SequenceClassification(), CausalLm())}
+
+
+def task_of(name: str) -> Task:
+    """The task of that name. Raises: DomainError MODEL_INVALID."""
+    if name not in _TASKS:
+        raise DomainError(Reason.MODEL_INVALID, f"task {name!r} is not known; known are {', '.join(_TASKS)}")
+    return _TASKS[name]
+
+
+def tasks() -> tuple[Task, ...]:
+    """All of them."""
+    return tuple(_TASKS.values())
