@@ -42,9 +42,14 @@ class AggregationPool:
         self._retry_s = retry_s
         self._aggregate_timeout_s = aggregate_timeout_s
 
-    async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
-        """Makes a round known. Raises LAYOUT_MISMATCH if it is known with another layout."""
-        request = pb.OpenRoundRequest(round_id=round_id, layout=layout_to_proto(layout), ttl_s=ttl_s)
+    async def open_round(self, round_id: str, layout: Layout, ttl_s: int, ranks: Mapping[str, int]) -> None:
+        """Makes a round known to the clients in `ranks`. Raises LAYOUT_MISMATCH if it has another layout."""
+        request = pb.OpenRoundRequest(
+            round_id=round_id,
+            layout=layout_to_proto(layout),
+            ttl_s=ttl_s,
+            members=[pb.RoundMember(client_id=name, rank=rank) for name, rank in ranks.items()],
+        )
         await self._anywhere(lambda stub: stub.OpenRound(request, timeout=TIMEOUT_S))
 
     async def stored(self, round_id: str, client_id: str) -> dict[int, StoredShard]:

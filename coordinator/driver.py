@@ -608,7 +608,15 @@ class Driver:
             layout = await self._store.layout(federation.federation_id, record.layout_digest)
             rules = federation.spec.round
             ttl_s = rules.deadline_s * (1 + rules.max_attempts) + self._policy.result_ttl_s
-            await self._aggregation.open_round(record.round.round_id, layout.layout(), min(ttl_s, MAX_TTL_S))
+            members = await self._store.members(federation.federation_id)
+            ranks = {
+                name: min(members[name].rank, layout.max_rank)
+                for name in record.round.cohort
+                if name in members
+            }
+            await self._aggregation.open_round(
+                record.round.round_id, layout.layout(), min(ttl_s, MAX_TTL_S), ranks
+            )
         now_ms = self._clock_ms()
         opened = record.round.advance(Event.OPEN, now_ms)
         return WriteRound("open_round", record.model_copy(update={"round": opened, "step_ms": now_ms}))

@@ -21,7 +21,10 @@ class RoundKeys:
 
     @property
     def round(self) -> str:
-        """Hash: layout, layout_digest, format. While it exists the round accepts writes; all else expires with it."""
+        """Hash: layout, layout_digest, format. While it exists the round accepts writes; all else expires with it.
+
+        A round of some clients alone has `restricted`, and `rank:<client>` of each.
+        """
         return f"{self._base}round"
 
     @property

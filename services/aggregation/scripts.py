@@ -38,7 +38,7 @@ if ttl < 1 then return {'ROUND_UNKNOWN'} end
 """Every writer's first step. Closes: a late write after CloseRound, which would leave keys that nobody deletes."""
 
 OPEN_ROUND: Final = """
--- KEYS: round, closed. ARGV: layout digest, layout, format, ttl in ms.
+-- KEYS: round, closed. ARGV: layout digest, layout, format, ttl in ms; then client and rank of each member.
 -- Closes: two replicas open one round with different layouts; the first one opened is the round's layout. A call that
 -- was sent before CloseRound arrives after it, and opens a round that nobody closes again.
 if redis.call('EXISTS', KEYS[2]) == 1 then return {'ROUND_UNKNOWN'} end
@@ -47,6 +47,9 @@ if digest then
   return {digest == ARGV[1] and 'OK' or 'LAYOUT_MISMATCH'}
 end
 redis.call('HSET', KEYS[1], 'layout_digest', ARGV[1], 'layout', ARGV[2], 'format', ARGV[3])
+for index = 5, #ARGV, 2 do
+  redis.call('HSET', KEYS[1], 'restricted', 1, 'rank:' .. ARGV[index], ARGV[index + 1])
+end
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return {'OK'}
 """

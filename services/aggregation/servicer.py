@@ -65,7 +65,8 @@ class AggregationServicer(aggregation_pb2_grpc.AggregationServicer):
             _check_sizes(layout, self._max_shard_bytes)
             if not MIN_TTL_S <= request.ttl_s <= MAX_TTL_S:
                 raise invalid(f"ttl_s must be {MIN_TTL_S} to {MAX_TTL_S}")
-            await self._store.open_round(checked_id("round_id", request.round_id), layout, request.ttl_s)
+            round_id, ranks = checked_id("round_id", request.round_id), _ranks(request, layout)
+            await self._store.open_round(round_id, layout, request.ttl_s, ranks)
             _log.info("round_open", round_id=request.round_id, shard_count=len(layout.shards))
         return pb.OpenRoundResponse()
 
@@ -169,6 +170,14 @@ def _aggregation_request(request: pb.AggregateShardRequest) -> AggregationReques
             CommittedContribution(c.client_id, c.sha256, c.weight, c.scaling) for c in request.contributions
         ),
     )
+
+
+def _ranks(request: pb.OpenRoundRequest, layout: Layout) -> dict[str, int]:
+    """Largest rank of each member's update."""
+    ranks = {checked_id("client_id", member.client_id): member.rank for member in request.members}
+    if any(not 1 <= rank <= layout.max_rank for rank in ranks.values()):
+        raise invalid(f"the rank of a member must be 1 to {layout.max_rank}")
+    return ranks
 
 
 def _check_sizes(layout: Layout, max_shard_bytes: int) -> None:

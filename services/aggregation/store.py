@@ -7,8 +7,10 @@ publishes results. Both answer STORE_UNAVAILABLE when Redis does not answer or h
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from itertools import chain
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import redis
@@ -61,14 +63,19 @@ _FAILURES: Final = Failures("the shard store", store_full)
 class ShardStore(Protocol):
     """What the service needs of a store. Every method may raise STORE_UNAVAILABLE."""
 
-    async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
-        """Makes a round known for `ttl_s` seconds.
+    async def open_round(
+        self, round_id: str, layout: Layout, ttl_s: int, ranks: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """Makes a round known for `ttl_s` seconds, to the clients in `ranks` alone if there are any.
 
         Raises: LAYOUT_MISMATCH if it is known with another layout, ROUND_UNKNOWN if it was closed before.
         """
 
     async def layout(self, round_id: str) -> Layout:
         """The layout of a round. Raises ROUND_UNKNOWN."""
+
+    async def largest_rank(self, round_id: str, client_id: str) -> int | None:
+        """Largest rank of a client's update; None for the layout's. Raises NOT_IN_COHORT."""
 
     async def begin(self, slot: ShardSlot, digest: Digest, token: str) -> Upload | None:
         """Begins or resumes an upload; other content at the slot's partial bytes is dropped.
@@ -166,12 +173,14 @@ class RedisShardStore:
         """A section of Redis' INFO. Raises what the client raises."""
         return await self._client.info(section)
 
-    async def open_round(self, round_id: str, layout: Layout, ttl_s: int) -> None:
+    async def open_round(
+        self, round_id: str, layout: Layout, ttl_s: int, ranks: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
         content = layout_to_proto(layout).SerializeToString(deterministic=True)
         answer = await self._scripted(
             self._open_round,
             [RoundKeys(round_id).round, RoundKeys(round_id).closed],
-            [layout.digest, content, FORMAT, ttl_s * 1000],
+            [layout.digest, content, FORMAT, ttl_s * 1000, *chain.from_iterable(ranks.items())],
         )
         _accepted(answer)
 
@@ -183,6 +192,15 @@ class RedisShardStore:
             return self._remembered(digest, await self._command("HGET", key, "layout"))
         self._layouts.move_to_end(digest)
         return self._layouts[digest]
+
+    async def largest_rank(self, round_id: str, client_id: str) -> int | None:
+        key = RoundKeys(round_id).round
+        restricted, rank = await self._command("HMGET", key, "restricted", f"rank:{client_id}")
+        if restricted is None:
+            return None
+        if rank is None:
+            raise DomainError(Reason.NOT_IN_COHORT, "this client was not asked for an update in this round")
+        return int(rank)
 
     async def begin(self, slot: ShardSlot, digest: Digest, token: str) -> Upload | None:
         keys = RoundKeys(slot.round_id)

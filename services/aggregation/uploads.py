@@ -81,7 +81,8 @@ class Uploads:
         Raises: what PutShard names. Every refusal deletes the bytes; STORE_UNAVAILABLE and cancellation keep them.
         """
         layout = await self._store.layout(announced.slot.round_id)
-        _check_announcement(layout, announced)
+        rank = await self._store.largest_rank(announced.slot.round_id, announced.slot.client_id)
+        _check_announcement(layout, announced, layout.max_rank if rank is None else rank)
         async with self._slots.taken(announced.slot):
             upload = await self._store.begin(announced.slot, announced.digest, self._new_token())
             if upload is None:
@@ -223,15 +224,20 @@ class _Batch:
             self._buffer.clear()
 
 
-def _check_announcement(layout: Layout, announced: Announcement) -> None:
+def _check_announcement(layout: Layout, announced: Announcement, rank: int) -> None:
+    """Holds an upload against its round and the largest rank of its client's update."""
     if announced.layout_digest != layout.digest:
         raise DomainError(Reason.LAYOUT_MISMATCH, "the round is open with another layout")
     shard = layout.shard(announced.slot.shard)
-    largest = kind_of(shard).largest_update_bytes(layout, shard)
-    total = announced.digest.total_bytes
-    if total > largest:
+    kind, total = kind_of(shard), announced.digest.total_bytes
+    if total > (largest := kind.largest_update_bytes(layout, shard, layout.max_rank)):
         raise DomainError(
             Reason.TRANSFER_TOO_LARGE, f"{total} bytes announced, at most {largest} are accepted"
+        )
+    if total > kind.largest_update_bytes(layout, shard, rank):
+        raise DomainError(
+            Reason.NOT_IN_COHORT,
+            f"this round asked this client for rank {rank} at most: join again for the next",
         )
 
 

@@ -116,8 +116,8 @@ class Kind(Protocol):
     def require(self, layout: Layout, shard: Shard) -> None:
         """Raises INVALID_ARGUMENT unless the shard can be of this kind in that layout."""
 
-    def largest_update_bytes(self, layout: Layout, shard: Shard) -> int:
-        """Bound of a serialized update shard in bytes, for refusing a transfer before it begins."""
+    def largest_update_bytes(self, layout: Layout, shard: Shard, rank: int) -> int:
+        """Bound of a serialized update shard of a client of that rank in bytes, for refusing a transfer early."""
 
     def update_bytes(self, layout: Layout, shard: Shard, rank: int) -> int:
         """About the bytes of an update shard of a client of that rank that encrypts every tier."""

@@ -37,5 +37,5 @@ register(sums.SUMS_KIND)
 
 
 def largest_update_bytes(layout: Layout) -> list[int]:
-    """Bound of a serialized update shard in bytes, by shard."""
-    return [kind_of(shard).largest_update_bytes(layout, shard) for shard in layout.shards]
+    """Bound of a serialized update shard of the largest rank in bytes, by shard."""
+    return [kind_of(shard).largest_update_bytes(layout, shard, layout.max_rank) for shard in layout.shards]

@@ -72,11 +72,11 @@ class Slotted(ABC):
         """Ciphertexts a row of a shard."""
         return -(-self.slot_count(layout, shard, tiers) // layout.ckks.slots)
 
-    def largest_update_bytes(self, layout: Layout, shard: Shard) -> int:
+    def largest_update_bytes(self, layout: Layout, shard: Shard, rank: int) -> int:
         """As of `Kind`."""
         per_ciphertext = layout.ckks.poly_degree * _LARGEST_COEFFICIENT_BYTES + _CIPHERTEXT_FRAME_BYTES
-        encrypted = self.update_rows(layout.max_rank) * self.chunk_count(layout, shard) * per_ciphertext
-        return self.clear_bytes(layout, shard, layout.max_rank, 0) + encrypted + ENVELOPE_BYTES
+        encrypted = self.update_rows(rank) * self.chunk_count(layout, shard) * per_ciphertext
+        return self.clear_bytes(layout, shard, rank, 0) + encrypted + ENVELOPE_BYTES
 
     def update_bytes(self, layout: Layout, shard: Shard, rank: int) -> int:
         """As of `Kind`: a seeded ciphertext is one polynomial."""

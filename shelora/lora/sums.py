@@ -49,7 +49,7 @@ class Summed(ABC):
         """What the additive encoding of a shard must be."""
         return ShardShape(terms_of(layout).additive, index, self.values(layout, layout.shard(index)))
 
-    def largest_update_bytes(self, layout: Layout, shard: Shard) -> int:
+    def largest_update_bytes(self, layout: Layout, shard: Shard, rank: int) -> int:
         """As of `Kind`: all are of one size."""
         return self._encoded_bytes(layout, shard) + ENVELOPE_BYTES
 

@@ -90,6 +90,7 @@ LARGEST_REQUESTS: Final[Mapping[str, int]] = MappingProxyType(
         # Matrices and tensors of a model: 16 384 of each at most, some 70 bytes each.
         "/shelora.v1.Coordinator/Join": 4 * 2**20,
         "/shelora.v1.Coordinator/PublishPlan": 4 * 2**20,
+        # A layout, and a rank a client of the cohort.
         "/shelora.v1.Aggregation/OpenRound": 4 * 2**20,
         # A digest a shard.
         "/shelora.v1.Coordinator/CommitUpdate": 2 * 2**20,

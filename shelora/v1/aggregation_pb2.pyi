@@ -26,6 +26,7 @@ class OpenRoundRequest(_message.Message):
     ROUND_ID_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     TTL_S_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     """Identifier of the round, 1 to 128 characters, unique for all federations and attempts."""
     ttl_s: _builtins.int
@@ -34,20 +35,50 @@ class OpenRoundRequest(_message.Message):
     def layout(self) -> _common_pb2.Layout:
         """Layout of the round's updates."""
 
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundMember]:
+        """The clients asked for an update. Nobody else stores anything, and these no shard larger than one of their rank
+        can be: NOT_IN_COHORT. Empty (older coordinators): any client of the federation, up to the layout's rank.
+        """
+
     def __init__(
         self,
         *,
         round_id: _builtins.str = ...,
         layout: _common_pb2.Layout | None = ...,
         ttl_s: _builtins.int = ...,
+        members: _abc.Iterable[Global___RoundMember] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "round_id", b"round_id", "ttl_s", b"ttl_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "members", b"members", "round_id", b"round_id", "ttl_s", b"ttl_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenRoundRequest: _TypeAlias = OpenRoundRequest  # noqa: Y015
+
+@_typing.final
+class RoundMember(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.str
+    rank: _builtins.int
+    """LoRA rank of its update, at most; 1 to the layout's max_rank."""
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.str = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundMember: _TypeAlias = RoundMember  # noqa: Y015
 
 @_typing.final
 class OpenRoundResponse(_message.Message):

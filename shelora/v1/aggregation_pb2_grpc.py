@@ -83,7 +83,8 @@ class AggregationServicer:
 
     def OpenRound(self, request, context):
         """Makes a round known, so that shards can be checked as they arrive. Called by the coordinator.
-        Idempotent: the same round with the same layout succeeds again; another layout fails with LAYOUT_MISMATCH.
+        Idempotent: the same round with the same layout succeeds again, and the first members stay; another layout fails
+        with LAYOUT_MISMATCH.
         Fails with ROUND_UNKNOWN if CloseRound came first: the call was late, and nobody would close the round again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -98,7 +99,7 @@ class AggregationServicer:
         Resumable: pieces are kept as they arrive; a call may start at `offset` = QueryShards' received_bytes, or less.
         Refuses with a named reason, and forgets the bytes: TRANSFER_TOO_LARGE, TRANSFER_TRUNCATED, TRANSFER_OFFSET,
         DIGEST_MISMATCH, SHARD_MALFORMED, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, CIPHERTEXT_*,
-        LAYOUT_MISMATCH, ROUND_UNKNOWN. A connection that breaks keeps the bytes.
+        LAYOUT_MISMATCH, ROUND_UNKNOWN, NOT_IN_COHORT. A connection that breaks keeps the bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

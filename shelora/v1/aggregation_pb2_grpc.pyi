@@ -35,7 +35,8 @@ class AggregationStub:
     def __new__(cls, channel: _aio.Channel) -> AggregationAsyncStub: ...
     OpenRound: _grpc.UnaryUnaryMultiCallable[_aggregation_pb2.OpenRoundRequest, _aggregation_pb2.OpenRoundResponse]
     """Makes a round known, so that shards can be checked as they arrive. Called by the coordinator.
-    Idempotent: the same round with the same layout succeeds again; another layout fails with LAYOUT_MISMATCH.
+    Idempotent: the same round with the same layout succeeds again, and the first members stay; another layout fails
+    with LAYOUT_MISMATCH.
     Fails with ROUND_UNKNOWN if CloseRound came first: the call was late, and nobody would close the round again.
     """
     PutShard: _grpc.StreamUnaryMultiCallable[_aggregation_pb2.PutShardRequest, _aggregation_pb2.PutShardResponse]
@@ -46,7 +47,7 @@ class AggregationStub:
     Resumable: pieces are kept as they arrive; a call may start at `offset` = QueryShards' received_bytes, or less.
     Refuses with a named reason, and forgets the bytes: TRANSFER_TOO_LARGE, TRANSFER_TRUNCATED, TRANSFER_OFFSET,
     DIGEST_MISMATCH, SHARD_MALFORMED, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, CIPHERTEXT_*,
-    LAYOUT_MISMATCH, ROUND_UNKNOWN. A connection that breaks keeps the bytes.
+    LAYOUT_MISMATCH, ROUND_UNKNOWN, NOT_IN_COHORT. A connection that breaks keeps the bytes.
     """
     QueryShards: _grpc.UnaryUnaryMultiCallable[_aggregation_pb2.QueryShardsRequest, _aggregation_pb2.QueryShardsResponse]
     """Says what has arrived of a client's update. Read only.
@@ -84,7 +85,8 @@ class AggregationAsyncStub(AggregationStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenRound: _aio.UnaryUnaryMultiCallable[_aggregation_pb2.OpenRoundRequest, _aggregation_pb2.OpenRoundResponse]  # type: ignore[assignment]
     """Makes a round known, so that shards can be checked as they arrive. Called by the coordinator.
-    Idempotent: the same round with the same layout succeeds again; another layout fails with LAYOUT_MISMATCH.
+    Idempotent: the same round with the same layout succeeds again, and the first members stay; another layout fails
+    with LAYOUT_MISMATCH.
     Fails with ROUND_UNKNOWN if CloseRound came first: the call was late, and nobody would close the round again.
     """
     PutShard: _aio.StreamUnaryMultiCallable[_aggregation_pb2.PutShardRequest, _aggregation_pb2.PutShardResponse]  # type: ignore[assignment]
@@ -95,7 +97,7 @@ class AggregationAsyncStub(AggregationStub):
     Resumable: pieces are kept as they arrive; a call may start at `offset` = QueryShards' received_bytes, or less.
     Refuses with a named reason, and forgets the bytes: TRANSFER_TOO_LARGE, TRANSFER_TRUNCATED, TRANSFER_OFFSET,
     DIGEST_MISMATCH, SHARD_MALFORMED, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, CIPHERTEXT_*,
-    LAYOUT_MISMATCH, ROUND_UNKNOWN. A connection that breaks keeps the bytes.
+    LAYOUT_MISMATCH, ROUND_UNKNOWN, NOT_IN_COHORT. A connection that breaks keeps the bytes.
     """
     QueryShards: _aio.UnaryUnaryMultiCallable[_aggregation_pb2.QueryShardsRequest, _aggregation_pb2.QueryShardsResponse]  # type: ignore[assignment]
     """Says what has arrived of a client's update. Read only.
@@ -136,7 +138,8 @@ class AggregationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_aggregation_pb2.OpenRoundResponse, _abc.Awaitable[_aggregation_pb2.OpenRoundResponse]]:
         """Makes a round known, so that shards can be checked as they arrive. Called by the coordinator.
-        Idempotent: the same round with the same layout succeeds again; another layout fails with LAYOUT_MISMATCH.
+        Idempotent: the same round with the same layout succeeds again, and the first members stay; another layout fails
+        with LAYOUT_MISMATCH.
         Fails with ROUND_UNKNOWN if CloseRound came first: the call was late, and nobody would close the round again.
         """
 
@@ -153,7 +156,7 @@ class AggregationServicer(metaclass=_abc_1.ABCMeta):
         Resumable: pieces are kept as they arrive; a call may start at `offset` = QueryShards' received_bytes, or less.
         Refuses with a named reason, and forgets the bytes: TRANSFER_TOO_LARGE, TRANSFER_TRUNCATED, TRANSFER_OFFSET,
         DIGEST_MISMATCH, SHARD_MALFORMED, SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, CIPHERTEXT_*,
-        LAYOUT_MISMATCH, ROUND_UNKNOWN. A connection that breaks keeps the bytes.
+        LAYOUT_MISMATCH, ROUND_UNKNOWN, NOT_IN_COHORT. A connection that breaks keeps the bytes.
         """
 
     @_abc_1.abstractmethod

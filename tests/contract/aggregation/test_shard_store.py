@@ -70,6 +70,17 @@ async def test_opening_a_round_again_does_not_prolong_it(store, layout, client, 
     assert client.ttl(RoundKeys(ROUND).round) <= 600
 
 
+async def test_a_round_knows_whom_it_asked_and_for_what_rank(store, layout, open_round):
+    assert await store.largest_rank(ROUND, "alice") is None, "whoever it is"
+    asked = {"alice": 4, "ü:1\n": 2}
+    await store.open_round("round-2", layout, 600, asked)
+    await store.open_round("round-2", layout, 600, {"bob": 8})  # a repeat: the first stay
+    assert {name: await store.largest_rank("round-2", name) for name in asked} == asked
+    for other in ("bob", "alice:4", ""):
+        with refused(Reason.NOT_IN_COHORT):
+            await store.largest_rank("round-2", other)
+
+
 async def test_a_round_of_another_format_is_named_as_such_and_stays_as_it_is(
     store, worker, client, open_round
 ):

@@ -29,6 +29,7 @@ class FakeAggregation(aggregation_pb2_grpc.AggregationServicer):
 
     layouts: dict[str, bytes] = field(default_factory=dict)
     updates: dict[tuple[str, str], dict[int, common_pb2.ShardDigest]] = field(default_factory=dict)
+    ranks: dict[str, dict[str, int]] = field(default_factory=dict)
     sealed: set[tuple[str, str]] = field(default_factory=set)
     requests: dict[tuple[str, int], bytes] = field(default_factory=dict)
     results: dict[tuple[str, int], common_pb2.ShardDigest] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class FakeAggregation(aggregation_pb2_grpc.AggregationServicer):
             digest = layout_from_proto(request.layout).digest
             if self.layouts.setdefault(request.round_id, digest) != digest:
                 raise DomainError(Reason.LAYOUT_MISMATCH, "another layout")
+            self.ranks[request.round_id] = {member.client_id: member.rank for member in request.members}
             return pb.OpenRoundResponse()
 
     async def QueryShards(self, request, context):

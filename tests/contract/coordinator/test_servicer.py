@@ -254,6 +254,14 @@ async def test_a_commit_of_shards_that_have_not_arrived_is_refused(stub, fed):
         await stub.CommitUpdate(request)
 
 
+async def test_a_round_is_opened_for_its_cohort_up_to_the_rank_of_each(fed):
+    await fed.begin(spec("none"), clients="ac")
+    await fed.join("b", rank=2)
+    await fed.settle()
+    round_ = (await fed.assignment("a")).train.round
+    assert fed.aggregation.ranks[round_.round_id] == {"a": 4, "b": 2, "c": 4}
+
+
 async def test_a_commit_whose_shards_are_replaced_meanwhile_is_refused(stub, fed):
     round_ = await collecting(fed)
     request = commit_request(fed, round_)

@@ -50,8 +50,13 @@ class Caller:
         self.stub = stub
         self.address = address
 
-    async def open(self, layout: Layout, round_id: str = ROUND, ttl_s: int = TTL_S) -> None:
-        request = pb.OpenRoundRequest(round_id=round_id, layout=layout_to_proto(layout), ttl_s=ttl_s)
+    async def open(self, layout: Layout, round_id: str = ROUND, ttl_s: int = TTL_S, **ranks: int) -> None:
+        members = [
+            pb.RoundMember(client_id=name.replace("_", "-"), rank=rank) for name, rank in ranks.items()
+        ]
+        request = pb.OpenRoundRequest(
+            round_id=round_id, layout=layout_to_proto(layout), ttl_s=ttl_s, members=members
+        )
         await self.stub.OpenRound(request)
 
     async def put(

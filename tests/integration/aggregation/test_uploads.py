@@ -249,13 +249,56 @@ def with_block(cohort, change) -> bytes:
 
 
 async def test_more_bytes_than_a_shard_can_have_are_refused_before_any_is_read(caller, cohort, keys):
-    largest = kind_of(cohort.layout.shards[1]).largest_update_bytes(cohort.layout, cohort.layout.shards[1])
+    shard = cohort.layout.shards[1]
+    largest = kind_of(shard).largest_update_bytes(cohort.layout, shard, cohort.layout.max_rank)
     digest = common_pb2.ShardDigest(sha256=bytes(32), total_bytes=largest + 1)
     await caller.open(cohort.layout)
     call = caller.stub.PutShard()
     await call.write(announcement(cohort.layout, CLIENT, 1, b"", digest=digest))
     assert await refusal(call) is Reason.TRANSFER_TOO_LARGE  # the stream is still open
     assert keys.besides_the_round() == set()
+
+
+async def test_a_client_that_was_not_asked_stores_nothing(caller, cohort, keys):
+    await caller.open(cohort.layout, client_0=cohort.layout.max_rank)
+    data = cohort.shard_bytes(CLIENT, 1)
+    assert await refusal(caller.put(cohort.layout, CLIENT, 1, data)) is Reason.NOT_IN_COHORT
+    assert keys.besides_the_round() == set()
+    await caller.put(cohort.layout, "client-0", 1, cohort.shard_bytes("client-0", 1))  # the control
+
+
+async def test_a_client_stores_no_more_than_an_update_of_its_rank(caller, wide, keys):
+    shard, most = wide.layout.shards[0], wide.layout.max_rank
+    bounds = [kind_of(shard).largest_update_bytes(wide.layout, shard, rank) for rank in (1, most)]
+    assert bounds[0] < bounds[1]
+    await caller.open(wide.layout, client_0=1, client_1=most)
+    for client, bound, reason in zip(
+        wide.clients, bounds, (Reason.NOT_IN_COHORT, Reason.TRANSFER_TOO_LARGE), strict=True
+    ):
+        digest = common_pb2.ShardDigest(sha256=bytes(32), total_bytes=bound + 1)
+        call = caller.stub.PutShard()
+        await call.write(announcement(wide.layout, client, 0, b"", digest=digest))
+        assert await refusal(call) is reason
+    assert keys.besides_the_round() == set()
+
+
+async def test_uploads_that_are_never_finished_do_not_add_up(caller, wide, keys):
+    """Redis holds one of them a shard, beside the shard's checked content, however many are begun."""
+
+    def stored() -> int:
+        return sum(
+            keys.client.strlen(key)
+            for kind in ("partial", "update")
+            for key in keys.client.keys(f"*{kind}:*")
+        )
+
+    good = wide.shard_bytes("client-0", 0)
+    await caller.open(wide.layout)
+    await caller.put(wide.layout, "client-0", 0, good)
+    for number in range(5):
+        await broken_upload(caller, wide, bytes([number]) * len(good), pieces=6)
+        await eventually(lambda: at_least(caller, 4 * PIECE_BYTES))  # the control: each is kept
+        assert stored() <= len(good) + 6 * PIECE_BYTES
 
 
 async def test_more_bytes_than_announced_are_refused(caller, cohort, keys):

@@ -150,9 +150,9 @@ def test_the_byte_limit_bounds_every_update_and_leaves_little_room(
     for content in protect(layout, factors, values, min(tiers, len(budgets)), orders, Encryptor(TOY_KEY)):
         shard = layout.shards[content.shard]
         size = len(encode_update(layout, content))
-        assert size <= kind_of(shard).largest_update_bytes(layout, shard)
+        assert size <= kind_of(shard).largest_update_bytes(layout, shard, layout.max_rank)
         if content.encrypted_tiers == len(budgets):
-            assert kind_of(shard).largest_update_bytes(layout, shard) <= 2 * size + 2**17
+            assert kind_of(shard).largest_update_bytes(layout, shard, layout.max_rank) <= 2 * size + 2**17
 
 
 def test_the_digest_is_the_one_that_was_published():

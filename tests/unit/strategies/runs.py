@@ -93,7 +93,7 @@ def run(public, secret, clients, terms, obfuscation=None, key=None, round_=None)
         for index, data in enumerate(updates[-1]):
             validate_update(layout, index, data)
             shard = layout.shard(index)
-            assert len(data) <= kind_of(shard).largest_update_bytes(layout, shard)
+            assert len(data) <= kind_of(shard).largest_update_bytes(layout, shard, layout.max_rank)
     members = [Contribution(str(i), c.weight, c.model.scaling) for i, c in enumerate(clients)]
     contents = [
         decode_result(layout, i, aggregate_shard(layout, i, members, lambda c, i=i: updates[int(c)][i]))

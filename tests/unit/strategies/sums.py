@@ -46,7 +46,9 @@ class Round:
             for index, data in enumerate(self.updates[-1]):
                 validate_update(self.layout, index, data)
                 shard = self.layout.shard(index)
-                assert len(data) <= kind_of(shard).largest_update_bytes(self.layout, shard)
+                assert len(data) <= kind_of(shard).largest_update_bytes(
+                    self.layout, shard, self.layout.max_rank
+                )
 
     def context(self, client, **fields):
         return AgentContext(
