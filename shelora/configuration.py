@@ -136,10 +136,16 @@ _Loader.add_implicit_resolver(
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """A line for each of the first problems: the field's dotted path, its value, what to do, what the field is."""
-    problems = error.errors(include_url=False)
+    problems = _own(error.errors(include_url=False))
     lines = [_line(problem, model) for problem in problems[:MAX_PROBLEMS]]
     more = len(problems) - len(lines)
     return "\n".join([*lines, f"  and {more:,} more problems"] if more else lines)
+
+
+def _own(problems: Sequence[ErrorDetails]) -> Sequence[ErrorDetails]:
+    """Without lists that are too short only because of a wrong item, which is named itself."""
+    inside = {problem["loc"][:-1] for problem in problems}
+    return [p for p in problems if p["type"] != "too_short" or p["loc"] not in inside]
 
 
 def _line(problem: ErrorDetails, model: type[BaseModel]) -> str:

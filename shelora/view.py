@@ -174,8 +174,10 @@ def activity(federation: pb.Federation) -> str:
     if federation.stopped:
         done = f"after {federation.trained_rounds} rounds"
         return f"stopped {done}" if federation.phase != pb.PHASE_RUNNING else f"stopping {done}"
+    if federation.phase == pb.PHASE_CREATED:
+        return f"{federation.member_count} agents joined"
     if federation.phase != pb.PHASE_RUNNING:
-        return "-" if federation.phase != pb.PHASE_CREATED else f"{federation.member_count} agents joined"
+        return f"{federation.trained_rounds} of {federation.spec.round.rounds} training rounds done"
     if not federation.HasField("current"):
         return f"waiting for {federation.spec.round.clients} agents, {federation.member_count} joined"
     current = federation.current

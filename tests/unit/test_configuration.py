@@ -207,6 +207,14 @@ def test_of_very_many_problems_the_first_are_listed(tmp_path):
     assert len(error.value.message) < 5000
 
 
+def test_a_wrong_item_of_a_list_is_named_alone(tmp_path):
+    path = tmp_path / "f.yaml"
+    path.write_text("name: f\ntraining: {base_model: b, labels: [x, y], target_modules: [1]}\n")
+    with pytest.raises(DomainError, match=r"training.target_modules.0 = 1: write text") as error:
+        FederationSpec.from_yaml(path)
+    assert "list at least" not in error.value.message
+
+
 def test_half_a_character_and_a_number_for_a_name_are_refused_in_users_words(tmp_path):
     path = tmp_path / "f.yaml"
     path.write_text('name: f\n1: x\ntraining: {base_model: "\\ud800", labels: [x, y]}\n')

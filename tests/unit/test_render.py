@@ -4,7 +4,7 @@ from rich.console import Console
 
 from shelora.cli.render import federation_view, federations_table
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.view import STATES, round_figures, size, training_rounds
+from shelora.view import STATES, round_figures, size, standing, training_rounds
 
 
 def federation() -> pb.Federation:
@@ -156,3 +156,11 @@ def test_a_stopped_federation_says_after_how_many_rounds():
     assert "stopped after 1 rounds" in shown(federations_table([stopped]))
     stopped.deleting = True
     assert "being deleted" in shown(federation_view(stopped))
+
+
+def test_a_federation_that_is_over_says_how_many_rounds_were_done():
+    over = federation()
+    over.phase, over.trained_rounds = pb.PHASE_FINISHED, 5
+    assert standing(over).endswith("5 of 5 training rounds done")
+    over.phase, over.trained_rounds = pb.PHASE_FAILED, 2
+    assert standing(over).endswith("2 of 5 training rounds done")
