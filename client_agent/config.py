@@ -79,7 +79,7 @@ class DataConfig(StrictModel):
     test: DataPath | None = None
     """Test examples, for the evaluation reported after each round. None: nothing is reported."""
     text_field: Name = "text"
-    """Field (column) that holds the text."""
+    """Field (column) that holds the text; not read for chat, whose records have fields of their own (docs/chat.md)."""
     label_field: Name = "label"
     """Field (column) that holds the class name; read for sequence-classification alone."""
 

@@ -16,6 +16,13 @@ _LABEL_SETTING: Final = "data.label_field"
 LEAST_LABELS: Final = 2
 _EXACT: Final = 2**53
 """Floats below are exact where they are whole numbers."""
+_KINDS: Final = {
+    bool: "true or false",
+    str: "text",
+    tuple: "an object",
+    list: "a list",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,7 @@ def read_examples(path: Path, text_field: str, label_field: str, labels: Sequenc
     texts: list[str] = []
     numbers: list[int] = []
     for place, row in read_rows(path, fields):
-        texts.append(_text(row[text_field], text_field, place))
+        texts.append(sound_text(row[text_field], text_field, place))
         if labels:
             numbers.append(_label(row[label_field], label_field, index, place))
     if not texts:
@@ -82,9 +89,10 @@ def place_of(path: Path, text_field: str, index: int) -> str:
     return next(islice(read_rows(path, {text_field: _TEXT_SETTING}), index, None))[0]
 
 
-def _text(value: object, field: str, place: str) -> str:
+def sound_text(value: object, field: str, place: str) -> str:
+    """The value, if it is text that is neither empty nor torn. Raises: DomainError DATA_INVALID."""
     if not isinstance(value, str):
-        raise invalid(f"{place}: field {field!r} must be text, not {_kind(value)}")
+        raise invalid(f"{place}: field {field!r} must be text, not {kind_of_value(value)}")
     if not value.strip():
         raise invalid(f"{place}: field {field!r} is empty")
     if not value.isascii() and (half := next((c for c in value if "\ud800" <= c <= "\udfff"), "")):
@@ -116,16 +124,11 @@ def _label_names(value: object, field: str, place: str) -> tuple[str, ...]:
         case float() if math.isfinite(value):
             whole = value.is_integer() and abs(value) < _EXACT
             return (str(int(value)), repr(value)) if whole else (repr(value),)
-    raise invalid(f"{place}: field {field!r} must be a class name, not {_kind(value)}")
+    raise invalid(f"{place}: field {field!r} must be a class name, not {kind_of_value(value)}")
 
 
-def _kind(value: object) -> str:
+def kind_of_value(value: object) -> str:
     """A value's kind in the words of JSON."""
-    match value:
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "a number" if math.isfinite(value) else "NaN or a number without bounds"
-        case tuple():
-            return "an object"
-    return "a list"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "a number" if math.isfinite(value) else "NaN or a number without bounds"
+    return _KINDS.get(type(value), type(value).__name__)

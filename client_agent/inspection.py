@@ -89,6 +89,8 @@ def _tokens_table(training: TrainingSpec, found: Prepared) -> Records:
     reason = "by the federation" if lengths.limit == training.max_tokens else "as the model takes no more"
     table.add("cut to", f"{lengths.limit:,} {reason}")
     table.add("cut", f"{lengths.cut:,} of {len(found.examples):,} ({lengths.cut / len(found.examples):.1%})")
+    if lengths.ends_cut:
+        table.add("whose answer is cut", f"{lengths.ends_cut:,}; the others lose the beginning of the prompt")
     for name, text in found.encoder.shown(found.examples).items():
         table.add(name, text)
     return table

@@ -27,6 +27,8 @@ class Survey:
     """Tokens that examples are cut to."""
     largest_id: int
     """Largest token id that occurs."""
+    ends_cut: int = 0
+    """Of the examples that are cut, those whose answer does not fit, so that its end is cut."""
 
     @property
     def cut(self) -> int:

@@ -7,6 +7,7 @@ import codecs
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO, TypeAlias
 
@@ -56,6 +57,28 @@ def read_rows(path: Path, fields: Fields) -> Iterator[Row]:
     """Every row, read as it is asked for. Raises: DomainError DATA_INVALID."""
     try:
         yield from _reader(path)(path, fields)
+    except PermissionError as error:
+        raise invalid(denied(path)) from error
+    except OSError as error:
+        raise invalid(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row of which it is not known before what fields it has."""
+
+    place: str
+    values: Mapping[str, object]
+    """Of the fields that were asked for, those that it has. JSON objects inside are tuples of pairs, lists lists."""
+    names: Sequence[str]
+    """All of its fields."""
+
+
+def read_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+    """Every row with whatever of the fields it has, nulls too. Raises: DomainError DATA_INVALID."""
+    try:
+        _reader(path)
+        yield from _RECORDS[path.suffix.lower()](path, fields)
     except PermissionError as error:
         raise invalid(denied(path)) from error
     except OSError as error:
@@ -113,6 +136,19 @@ def _jsonl_rows(path: Path, fields: Fields) -> Iterator[Row]:
                 yield place, _members(_parsed(line.rstrip("\n"), place), fields, place)
 
 
+def _jsonl_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+    with _opened(path, newline=None) as file:
+        for number, line in enumerate(_sound_lines(path, file), start=1):
+            if line.strip():
+                place = f"{path}, line {number}"
+                pairs = _parsed(line.rstrip("\n"), place)
+                names = [name for name, _ in pairs]
+                for field in fields:
+                    if names.count(field) > 1:
+                        raise invalid(f"{place}: field {field!r} occurs {names.count(field)} times: keep one")
+                yield Record(place, {name: value for name, value in pairs if name in fields}, names)
+
+
 def _parsed(line: str, place: str) -> tuple[tuple[str, object], ...]:
     """A JSON object as its pairs, so that repeated names are seen; lists stay lists."""
     try:
@@ -160,6 +196,15 @@ def _csv_rows(path: Path, fields: Fields) -> Iterator[Row]:
                     "into double quotes"
                 )
             yield place, {field: _cell(cells, index, field, place) for field, index in columns.items()}
+
+
+def _csv_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+    with _opened(path, newline="") as file:
+        header = next(_records(path, file), ("", []))[1]
+    if header:
+        there = {field: field for field in fields if field in header}
+        for place, row in _csv_rows(path, there):
+            yield Record(place, row, header)
 
 
 def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str]]]:
@@ -247,6 +292,34 @@ def _parquet_rows(path: Path, fields: Fields) -> Iterator[Row]:
         raise invalid(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
+def _parquet_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            there = [field for field in fields if field in names]
+            _columns(names, {field: field for field in there}, str(path))
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=there):
+                columns = [batch.column(field) for field in there]
+                for index in range(batch.num_rows):
+                    number += 1
+                    values = {f: _as_json(c[index].as_py()) for f, c in zip(there, columns, strict=True)}
+                    yield Record(f"{path}, row {number}", values, names)
+    except UnicodeDecodeError as error:
+        raise invalid(f"{path}, row {number} is not UTF-8") from error
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise invalid(f"{path} is not readable behind row {number}: {first_line(error)}") from error
+
+
+def _as_json(value: object) -> object:
+    """A list of structs as JSON has it: objects are pairs. Arrow's maps are not objects, and come as lists."""
+    if isinstance(value, list):
+        return [
+            tuple(e.items()) if isinstance(e, dict) else list(e) if isinstance(e, tuple) else e for e in value
+        ]
+    return tuple(value.items()) if isinstance(value, dict) else value
+
+
 def _check_type(kind: Any, field: str, path: Path) -> None:  # noqa: ANN401 - pyarrow is untyped
     """Refuses what is neither text nor number; nulls are named by their row."""
     types = pa.types
@@ -286,3 +359,4 @@ def first_line(error: BaseException) -> str:
 
 
 _READERS: Final = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+_RECORDS: Final = {".jsonl": _jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}

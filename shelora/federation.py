@@ -27,7 +27,7 @@ from shelora.errors import DomainError, Reason
 from shelora.levels import Level
 from shelora.strategies.port import Strategy
 from shelora.strategies.registry import strategies, strategy_of
-from shelora.tasks import SEQUENCE_CLASSIFICATION, TASKS, TaskName
+from shelora.tasks import ANSWERS, SEQUENCE_CLASSIFICATION, TASKS, LossOn, TaskName
 from shelora.text import printable
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -59,7 +59,7 @@ class TrainingSpec(Spec):
     """What the model learns; it decides the head, the loss and what `correct` counts in evaluations."""
 
     labels: Names = ()
-    """Class names in order of their index, at least two; none for causal-lm."""
+    """Class names in order of their index, at least two; for sequence-classification alone."""
 
     target_modules: Annotated[Names, Field(min_length=1)] = ("query", "value")
     """Suffixes of module names to adapt. The attention's query and value carry most of LoRA's effect."""
@@ -81,13 +81,16 @@ class TrainingSpec(Spec):
     later rounds let their average settle."""
 
     max_tokens: Annotated[int, Field(ge=1, le=131_072)] = 128
-    """Tokens an example is cut to, at least 2 for causal-lm; time and memory of a step grow with it."""
+    """Tokens an example is cut to, at least 2 for causal-lm, 8 for chat; time and memory of a step grow with it."""
 
     calibration_examples: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Examples that sensitivity scores are measured on; the ranking settles within some dozens."""
 
     evaluation_examples: Annotated[int, Field(ge=0, le=2**31 - 1)] = 256
     """Test examples after each round, 0 for none; after the last round, all."""
+
+    loss_on: LossOn = ANSWERS
+    """Of conversations (chat), what is learnt: the assistant's answers alone, or everything, prompts included."""
 
     @model_validator(mode="after")
     def _texts_have_a_next_token(self) -> Self:

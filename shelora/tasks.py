@@ -6,9 +6,13 @@ How agents carry them out is in `client_agent.tasks`. A new task is named here a
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-TaskName: TypeAlias = Literal["sequence-classification", "causal-lm"]
+TaskName: TypeAlias = Literal["sequence-classification", "causal-lm", "chat"]
+LossOn: TypeAlias = Literal["answers", "everything"]
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
 CAUSAL_LM: Final = "causal-lm"
+CHAT: Final = "chat"
+ANSWERS: Final = "answers"
+EVERYTHING: Final = "everything"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,4 +28,5 @@ class TaskRules:
 TASKS: Final[dict[TaskName, TaskRules]] = {
     SEQUENCE_CLASSIFICATION: TaskRules(labelled=True, least_tokens=1),
     CAUSAL_LM: TaskRules(labelled=False, least_tokens=2),
+    CHAT: TaskRules(labelled=False, least_tokens=8),
 }

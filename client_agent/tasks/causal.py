@@ -1,7 +1,7 @@
 """The next token of plain texts."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import TaskType
@@ -13,13 +13,13 @@ from client_agent.encoding import Batch, Encoder
 from client_agent.survey import Survey, survey
 from client_agent.tasks.port import Task
 from shelora.federation import TrainingSpec
-from shelora.tasks import CAUSAL_LM
+from shelora.tasks import CAUSAL_LM, TaskName
 
 
 class CausalLm(Task):
     """Texts alone; the loss is of every token but the first."""
 
-    name = CAUSAL_LM
+    name: ClassVar[TaskName] = CAUSAL_LM
     peft = TaskType.CAUSAL_LM
     loader = AutoModelForCausalLM
     has_head = False

@@ -158,10 +158,11 @@ class TrainingSpec(_message.Message):
     EVALUATION_EXAMPLES_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_DECAY_FIELD_NUMBER: _builtins.int
     MAX_RANK_FIELD_NUMBER: _builtins.int
+    LOSS_ON_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Base model every agent must have, for error messages and the adapter's metadata."""
     task: _builtins.str
-    """"sequence-classification" or "causal-lm"."""
+    """"sequence-classification", "causal-lm" or "chat"."""
     local_steps: _builtins.int
     """Optimizer steps a round, 1 to 100000."""
     batch_size: _builtins.int
@@ -169,7 +170,7 @@ class TrainingSpec(_message.Message):
     learning_rate: _builtins.float
     """AdamW learning rate, greater than 0."""
     max_tokens: _builtins.int
-    """Tokens an example is cut to, 1 (2 for causal-lm) to 131072."""
+    """Tokens an example is cut to, 1 (2 for causal-lm, 8 for chat) to 131072."""
     calibration_examples: _builtins.int
     """Examples the sensitivity scores are measured on, 1 to 100000."""
     evaluation_examples: _builtins.int
@@ -178,9 +179,11 @@ class TrainingSpec(_message.Message):
     """Factor on the learning rate from one round to the next, greater than 0, at most 1."""
     max_rank: _builtins.int
     """Largest rank that a client may join with, 1 to 1024: an update may have the bytes of the largest rank."""
+    loss_on: _builtins.str
+    """What of conversations is learnt: "answers" of the assistant alone, or "everything". Read for chat alone."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Class names in order of their index; empty for causal-lm."""
+        """Class names in order of their index, for sequence-classification; empty otherwise."""
 
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -201,10 +204,11 @@ class TrainingSpec(_message.Message):
         evaluation_examples: _builtins.int | None = ...,
         learning_rate_decay: _builtins.float | None = ...,
         max_rank: _builtins.int | None = ...,
+        loss_on: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_task", b"_task", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_loss_on", b"_loss_on", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_task", b"_task", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "loss_on", b"loss_on", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_task", b"_task", "base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "target_modules", b"target_modules", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_loss_on", b"_loss_on", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_task", b"_task", "base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "loss_on", b"loss_on", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "target_modules", b"target_modules", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -218,6 +222,8 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__learning_rate_decay: _TypeAlias = _typing.Literal["_learning_rate_decay", b"_learning_rate_decay"]  # noqa: Y015
     _WhichOneofReturnType__local_steps: _TypeAlias = _typing.Literal["local_steps"]  # noqa: Y015
     _WhichOneofArgType__local_steps: _TypeAlias = _typing.Literal["_local_steps", b"_local_steps"]  # noqa: Y015
+    _WhichOneofReturnType__loss_on: _TypeAlias = _typing.Literal["loss_on"]  # noqa: Y015
+    _WhichOneofArgType__loss_on: _TypeAlias = _typing.Literal["_loss_on", b"_loss_on"]  # noqa: Y015
     _WhichOneofReturnType__max_rank: _TypeAlias = _typing.Literal["max_rank"]  # noqa: Y015
     _WhichOneofArgType__max_rank: _TypeAlias = _typing.Literal["_max_rank", b"_max_rank"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
@@ -236,6 +242,8 @@ class TrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate_decay) -> _WhichOneofReturnType__learning_rate_decay | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__local_steps) -> _WhichOneofReturnType__local_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss_on) -> _WhichOneofReturnType__loss_on | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_rank) -> _WhichOneofReturnType__max_rank | None: ...
     @_typing.overload

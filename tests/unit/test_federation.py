@@ -141,6 +141,7 @@ def unlike_the_defaults() -> FederationSpec:
                 "max_tokens": 7,
                 "calibration_examples": 7,
                 "evaluation_examples": 0,
+                "loss_on": "everything",
             },
             "round": {
                 "rounds": 7,

@@ -1,4 +1,5 @@
 import asyncio
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import structlog
 import torch
+from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 
 from client_agent import memory
 from client_agent.agent import Agent, Outcome
@@ -23,7 +25,7 @@ from client_agent.state import Inbox, newest_adapter
 from shelora.errors import DomainError, Reason
 from shelora.negotiation import sealed
 from shelora.v1 import coordinator_pb2 as pb
-from tests.unit.client_agent.tiny import bert_config, save_model
+from tests.unit.client_agent.tiny import bert_config, save_chat_model, save_model
 
 Make = Callable[..., Any]
 
@@ -60,6 +62,35 @@ async def test_agents_of_different_ranks_and_budgets_finish_a_federation_and_agr
     two, three = (product(federation.folder / name, 1.0) for name in ("two", "three"))
     for name, value in two.items():
         np.testing.assert_allclose(value, three[name], atol=1e-5)
+
+
+async def test_agents_learn_to_answer_and_their_adapter_does(make_federation: Make, tmp_path: Path) -> None:
+    federation = make_federation("chat")
+    training = {"task": "chat", "labels": (), "target_modules": ("q_proj", "v_proj"), "max_tokens": 32}
+    told = federation.spec.training.model_copy(update=training)
+    federation.spec = federation.spec.model_copy(update={"training": told})
+    federation.model = save_chat_model(tmp_path / "model")
+    await federation.start()
+    records = [{"prompt": "the movie", "completion": "was good"}, {"prompt": "movie", "completion": "bad"}]
+    data = tmp_path / "chat.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    files = {"train": str(data), "test": str(data)}
+    agents = [await federation.agent(name, data=files) for name in ("one", "two")]
+    assert await outcomes(*agents) == [Outcome.FINISHED] * 2
+    record = await federation.now()
+    last = [r for r in record.history if r.kind == pb.ROUND_KIND_TRAIN][-1]
+    assert [(e.example_count, e.correct_count) for e in last.evaluations] == [(5, 5)] * 2
+    adapter = federation.folder / "one" / "state" / "adapter"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(federation.model), adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the movie"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    told_back = model.generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(told_back).split() == ["was", "good", "[END]"]
 
 
 async def test_an_agent_stopped_after_training_uploads_without_training_again(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import client_agent
 from client_agent.config import AgentConfig
+from client_agent.conversations import FIELDS, read_conversations
 from client_agent.data import found_labels, place_of, read_examples
 from shelora.errors import DomainError, Reason
 
@@ -39,7 +40,8 @@ scalars = (
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3)
 )
-names = st.sampled_from(["text", "label", "", "text ", "other"]) | texts
+names = st.sampled_from(["text", "label", "", "text ", "other", *FIELDS]) | texts
+members = st.sampled_from(["role", "content", "from", "value"])
 
 
 @contextmanager
@@ -56,6 +58,7 @@ def check(path: Path) -> None:
         lambda: read_examples(path, "text", "label", LABELS),
         lambda: read_examples(path, "text", "label", ()),
         lambda: found_labels(path, "label"),
+        lambda: read_conversations(path),
     ):
         refused = refusal(read)
         if refused:
@@ -120,6 +123,27 @@ def test_any_csv(
 def test_any_jsonl(rows: list[Any], indent: int | None, escaped: bool, encoding: str) -> None:
     lines = [dumped(row, indent=indent, ensure_ascii=escaped) for row in rows]
     with written("a.jsonl", "\n".join(lines).encode(encoding, "replace")) as path:
+        check(path)
+
+
+turns = st.dictionaries(members, values | st.sampled_from(["user", "assistant", "gpt", "tool"])) | values
+
+
+@odd
+@given(
+    records=st.lists(
+        st.dictionaries(st.sampled_from(FIELDS), st.lists(turns, max_size=3) | values), max_size=3
+    )
+)
+@example(records=[{"messages": [{"role": "assistant", "content": "a\ud83d"}]}])
+def test_any_conversations(records: list[Any]) -> None:
+    with written("a.jsonl", "\n".join(map(dumped, records)).encode()) as path:
+        check(path)
+    with written("a.parquet", b"") as path:
+        try:
+            pq.write_table(pa.Table.from_pylist(records), path)
+        except (pa.ArrowException, ValueError, OverflowError, TypeError):
+            return  # no such file can be
         check(path)
 
 

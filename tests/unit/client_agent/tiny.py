@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from client_agent.checkpoint import load_checkpoint, quiet
 from client_agent.config import LoraSettings
@@ -15,6 +15,12 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 GOOD = ["good", "great", "fine", "nice", "happy"]
 BAD = ["bad", "awful", "poor", "sad", "angry"]
 LABELS = ("bad", "good")
+CHAT_WORDS = ["[PAD]", "[UNK]", "[BOS]", "[END]", *GOOD, *BAD, "the", "movie", "was"]
+CHAT_WORDS += ["user", "assistant", "system", ":", "###", "Instruction", "Response"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' [END]\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -74,3 +80,33 @@ def decoder(folder: Path) -> AdaptedModel:
         lora=LoraSettings(rank=4, alpha=8),
         device=torch.device("cpu"),
     )
+
+
+def chat_tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(CHAT_WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[END]"
+    )
+    made.chat_template = template
+    return made
+
+
+def save_chat_model(folder: Path) -> Path:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    with quiet():
+        LlamaForCausalLM(config).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
