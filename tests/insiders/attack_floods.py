@@ -79,8 +79,7 @@ async def test_a_members_flood_holds_up_no_other_member(lab: Lab, flood: Any):
             await _made(flood(hostile), ends)
     assert sum(ends.values()) > 8, "the attack was not made"
     assert flood is joins or grpc.StatusCode.OK not in ends
-    assert len(latency.times_s) > SECONDS, "the others could not call"
-    assert latency.worst_s < STANDSTILL_S
+    assert latency.worst_s < STANDSTILL_S  # the last call is waited for, so that one that hangs counts
 
 
 async def _made(call: Callable[[], Awaitable[Any]], ends: Counter[grpc.StatusCode]) -> None:
