@@ -77,7 +77,7 @@ async def test_one_that_joins_beats_and_never_trains_costs_a_grace_and_no_deadli
 async def test_one_that_comes_first_with_a_model_of_its_own_fixes_nothing(lab: Lab):
     spec = await lab.create("first", round={"clients": 3})
     odd = [common_pb2.Matrix(name="x", out_features=1, in_features=1)]
-    async with lab.hostile(spec) as hostile, hostile.member(matrices=odd, tensors=[]):
+    async with lab.hostile(spec) as hostile, hostile.member(matrices=odd, tensors=[], rank=1):
         async with lab.running(spec, "a", "b", "c") as members:
             assert await members == ["finished"] * 3
         assert await refusal(hostile.join(matrices=odd, tensors=[])) is Reason.FEDERATION_CLOSED
