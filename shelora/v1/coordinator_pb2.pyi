@@ -378,7 +378,9 @@ class ProtectionSpec(_message.Message):
     MAX_VOTE_WEIGHT_FIELD_NUMBER: _builtins.int
     KEY_ROTATION_ROUNDS_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
-    """"selective" (encrypt each client's budget of columns, all tensors) or "none"."""
+    """"selective" (encrypt each client's budget of columns, all tensors), "complete" (only encrypted sums, which a committee
+    of the round's clients opens) or "none".
+    """
     parameters: _builtins.str
     """CKKS profile by name."""
     negotiation: _builtins.str
