@@ -58,14 +58,15 @@ class ChatEncoder:
     def cut(self, one: Rendered) -> Encoded:
         """Tokens up to the end of the last answer, the beginning left out where they are too many.
 
-        A token that begins texts stays. Where the last answer does not fit with a prompt of a quarter of the limit, its
-        end is cut instead.
+        A token that begins the whole, and nothing else in it, stays. Where the last answer does not fit with a prompt
+        of a quarter of the limit, its end is cut instead.
         """
         start, end = last_answer(one.learnt)
         kept = list(range(end))
         if end > self.limit:
             first = max(0, min(end - self.limit, start - self.limit // _LEAST_PROMPT))
-            head = range(1 if first and one.ids[0] == self._tokenizer.bos_token_id else 0)
+            begins = one.ids[0] == self._tokenizer.bos_token_id and one.ids.count(one.ids[0]) == 1
+            head = range(1 if first and begins else 0)
             first += len(head)
             kept = [*head, *range(first, min(end, first + self.limit - len(head)))]
         ids = [one.ids[index] for index in kept]

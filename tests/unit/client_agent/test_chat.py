@@ -124,6 +124,14 @@ def test_an_answer_that_does_not_fit_keeps_its_beginning_and_learns_no_end() -> 
     assert said == "[bos] assistant : GOOD GOOD GOOD GOOD GOOD GOOD GOOD GOOD GOOD"
 
 
+def test_a_cut_doubles_no_token_that_begins_every_turn() -> None:
+    """SmolLM2's BOS token is the one that begins a turn of ChatML: a cut at a turn had it twice."""
+    every = "{% for m in messages %}{{ bos_token + m['role'] + ' : ' + m['content'] + ' [END]' }}{% endfor %}"
+    every += "{% if add_generation_prompt %}{{ bos_token + 'assistant : ' }}{% endif %}"
+    asked = of(("system", "the " * 20), ("user", "movie"), ("assistant", "bad"))
+    assert learnt(asked, every, limit=10) == "[bos] user : movie [end] [bos] assistant : BAD [END]"
+
+
 @pytest.mark.parametrize(
     "record",
     [
