@@ -14,16 +14,18 @@ REFUSED = {
     "big-metadata": {"RESOURCE_EXHAUSTED", "UNAVAILABLE"},
     "bad-tokens": {"UNAUTHENTICATED", "RESOURCE_EXHAUSTED"},
     "bad-proofs": {"UNAUTHENTICATED", "RESOURCE_EXHAUSTED"},
-    "silent-calls": {"DATA_LOSS", "RESOURCE_EXHAUSTED", "UNAVAILABLE"},
+    "silent-calls": {"DATA_LOSS", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE"},
 }
-"""How the calls end: that they reached the server, and were refused."""
+"""How calls end that reached the server and were refused."""
 
 
 @pytest.mark.parametrize("kind", [*CALLS, "silent-calls"])
 async def test_calls_of_strangers_do_not_make_the_key_authority_grow(lab: Lab, kind: str):
     figures = await under_attack(lab, kind, "enrolment", SECONDS)
-    assert sum(figures.ends.values()) >= AT_ONCE / 2, "the attack was not made"
-    assert set(figures.ends) <= REFUSED[kind]
+    refused = sum(figures.ends.get(end, 0) for end in REFUSED[kind])
+    assert refused >= AT_ONCE / 2, f"the attack was not made: {figures.ends}"
+    # Where it is overrun, gRPC resets streams before our code sees them (REFUSED_STREAM, told as UNAVAILABLE).
+    assert set(figures.ends) <= REFUSED[kind] | {"UNAVAILABLE"}
     assert figures.worst_growth_mib < MOST_GROWTH_MIB, figures
 
 
