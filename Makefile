@@ -43,7 +43,7 @@ up: $(INSTALLED)  ## Create the virtual environment
 $(INSTALLED): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		--constraint requirements/constraints.txt --editable '.[agent,dashboard,local,demo,attack,dev]'
+		--constraint requirements/constraints.txt --editable '.[agent,privacy,dashboard,local,demo,attack,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8, selective and complete (PROTECTION=none, or one of them)

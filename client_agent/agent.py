@@ -31,8 +31,8 @@ from shelora.transport.enrolment import keep_renewed, renewal_at
 from shelora.transport.replicas import Replicas
 from shelora.v1 import coordinator_pb2 as pb
 
-Learn: TypeAlias = Callable[[AgentConfig, TrainingSpec, AgentState], LocalLearner]
-"""Reads the data and loads the model: `client_agent.learner.Learner`, or a stand-in."""
+Learn: TypeAlias = Callable[[AgentConfig, TrainingSpec, AgentState, int], LocalLearner]
+"""Reads the data and loads the model, for that many rounds: `client_agent.learner.Learner`, or a stand-in."""
 
 HEARTBEAT_S: Final = 5.0
 """Seconds to the next heartbeat unless the coordinator has named others."""
@@ -72,6 +72,7 @@ _OVER: Final = frozenset(
         Reason.SUM_UNREADABLE,
         Reason.STATEMENT_REWRITTEN,
         Reason.STEP_OVER,
+        Reason.PRIVACY_EXHAUSTED,
     }
 )
 """The assignment cannot be done (any more), but the next one may."""
@@ -161,7 +162,7 @@ class Agent:
     ) -> Outcome:
         spec = await self._specification(session)
         self._require_protection(spec.protection.level, state)
-        learner = await worker.run(self._learn, self._config, spec.training, state)
+        learner = await worker.run(self._learn, self._config, spec.training, state, spec.round.rounds)
         _log.info("model_ready", matrices=len(learner.model.matrices), examples=len(learner.examples))
         identity = Identity(
             self._config.federation,

@@ -14,7 +14,9 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     ValidationInfo,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from shelora.configuration import StrictModel, explain, invalid, parse_yaml, read_yaml
 from shelora.levels import Level
@@ -104,6 +106,27 @@ class ProtectionConfig(StrictModel):
     what the operator promised at enrolment, and what it first took part under; never `none`, which must be written."""
 
 
+class PrivacyConfig(StrictModel):
+    """Differential privacy of each training example (docs/privacy.md). Exactly one of epsilon and noise_multiplier."""
+
+    epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """What all rounds together may tell of one example, above 0: the noise follows from it. Training ends with it."""
+    noise_multiplier: Annotated[float, Field(ge=0.01, le=1000)] | None = None
+    """Standard deviation of the noise over `max_gradient_norm`. Costs what it costs, without end."""
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    """Probability that the promise does not hold, far below 1 / number of examples."""
+    max_gradient_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Norm that each example's gradient is scaled down to."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise PydanticCustomError(
+                "privacy", "give exactly one of epsilon (the budget) and noise_multiplier (the noise)"
+            )
+        return self
+
+
 class ResourcesConfig(StrictModel):
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads for training; 0 takes all cores."""
@@ -152,6 +175,8 @@ class AgentConfig(StrictModel):
     it. The client leaves a federation that would have it encrypt less."""
     protection: ProtectionConfig = ProtectionConfig()
     """The least protection this client accepts."""
+    privacy: PrivacyConfig | None = None
+    """What this client's updates may tell of one training example. None: no limit."""
     resources: ResourcesConfig = ResourcesConfig()
     """What of this machine to use."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,7 @@ from rich.text import Text
 from client_agent.conditions import SAMPLE_S, Conditions
 from client_agent.config import AgentConfig
 from client_agent.inspection import Inspection, inspect
+from client_agent.learner import budget_of
 from client_agent.memory import memory_here
 from client_agent.session import Session
 from client_agent.training import TrainingRun, train
@@ -197,7 +199,7 @@ def check_tenseal(parameters: str = "standard") -> list[Finding]:
 def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
     """Data, model, and one training step of the federation's kind: memory and time."""
     try:
-        found = inspect(config, spec.training, spec.protection)
+        found = inspect(config, spec.training, spec.protection, spec.round.rounds)
     except DomainError as error:
         return [
             Finding("data and model", Verdict.FAILED, error.message, "see the configuration's data and model")
@@ -215,6 +217,8 @@ def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
             for note in model.notes
         ),
     ]
+    if found.privacy:
+        findings.append(Finding("privacy", Verdict.OK, found.privacy))
     try:
         seconds = _one_step(config, spec, found)
     except DomainError as error:
@@ -301,9 +305,13 @@ def _one_step(config: AgentConfig, spec: FederationSpec, found: Inspection) -> f
     training = spec.training
     ready = found.prepared
     run = TrainingRun(1, training.batch_size, 1e-6, seed=1, micro_batch=config.resources.micro_batch)
-    seconds = [
-        train(ready.model, ready.encoder, ready.examples, run, lambda _: None).seconds for _ in range(2)
-    ]
+    step = partial(train, ready.model, ready.encoder, ready.examples, run)
+    budget = budget_of(config, training, examples=len(ready.examples), rounds=spec.round.rounds)
+    if budget is not None:
+        from client_agent.private_training import train_privately  # noqa: PLC0415 - an extra of its own
+
+        step = partial(train_privately, ready.model, ready.encoder, ready.examples, run, budget.mechanism)
+    seconds = [step(report=lambda _: None).seconds for _ in range(2)]
     return seconds[-1]
 
 

@@ -39,6 +39,11 @@ class Batch:
         """The same batch on a device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device))
 
+    def only(self, index: int) -> "Batch":
+        """The batch of that example alone, padded as it is."""
+        rows = slice(index, index + 1)
+        return Batch(self.input_ids[rows], self.attention_mask[rows], self.targets[rows])
+
 
 class Encoder:
     """Tokenizes, cuts and pads. Stateless but for the tokenizer.

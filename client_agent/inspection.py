@@ -10,6 +10,7 @@ from rich.text import Text
 
 from client_agent.checkpoint import usual_targets
 from client_agent.config import AgentConfig
+from client_agent.learner import budget_of
 from client_agent.model import AdaptedModel
 from client_agent.preparation import Prepared, prepare
 from client_agent.protection import expected_layout
@@ -30,12 +31,23 @@ class Inspection:
     prepared: Prepared
     upload_bytes: int
     """Estimate of the bytes of one update."""
+    privacy: str = ""
+    """What the privacy budget buys; "" without one."""
 
 
-def inspect(config: AgentConfig, training: TrainingSpec, protection: ProtectionSpec) -> Inspection:
-    """Does what `run` does before it joins. Raises: DomainError DATA_INVALID, MODEL_INVALID."""
+def inspect(
+    config: AgentConfig, training: TrainingSpec, protection: ProtectionSpec, rounds: int | None = None
+) -> Inspection:
+    """Does what `run` does before it joins. Raises: DomainError DATA_INVALID, MODEL_INVALID, CONFIGURATION_INVALID.
+
+    Args: rounds: of the federation; None if it is not asked.
+    """
     prepared = prepare(config, training)
-    return Inspection(prepared, estimated_upload_bytes(prepared.model, config.budget, protection))
+    upload_bytes = estimated_upload_bytes(prepared.model, config.budget, protection)
+    if config.privacy is not None and rounds is None:
+        return Inspection(prepared, upload_bytes, "what the budget buys depends on the federation's rounds")
+    budget = budget_of(config, training, examples=len(prepared.examples), rounds=rounds or 1)
+    return Inspection(prepared, upload_bytes, str(budget) if budget else "")
 
 
 def guessed_training(config: AgentConfig, target_modules: Sequence[str], task: str) -> TrainingSpec:
@@ -112,4 +124,9 @@ def _model_table(config: AgentConfig, found: Inspection) -> Records:
     table.add("device", model.device.type)
     table.add("columns encrypted", f"{config.budget:.2%}")
     table.add("upload a round, about", f"{found.upload_bytes / 1e6:,.2f} MB")
+    table.add("privacy", found.privacy or "none: updates may tell what is in single examples")
+    if found.privacy and found.prepared.test:
+        table.add(
+            "outside of it", "the test examples: how many of them are right is reported after each round"
+        )
     return table

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import torch
@@ -23,7 +23,7 @@ from client_agent.preparation import prepare
 from client_agent.progress import Activity
 from client_agent.scoring import sensitivity_scores
 from client_agent.state import CARD, AgentState
-from client_agent.training import TrainingRun, train
+from client_agent.training import TrainingOutcome, TrainingRun, train
 from shelora.federation import TrainingSpec
 from shelora.lora.algebra import remainder, reparameterize
 from shelora.lora.restore import Restored
@@ -31,6 +31,9 @@ from shelora.lora.shards import Float32, Float64, LoraFactors
 from shelora.lora.sketches import Exponents
 from shelora.obfuscation import Obfuscation
 from shelora.protocol import Stage
+
+if TYPE_CHECKING:
+    from client_agent.privacy import Budget
 
 _log = structlog.get_logger(__name__)
 _INITIAL: Final = "initial/"
@@ -40,8 +43,11 @@ _INITIAL: Final = "initial/"
 class Learner:
     """Model, data and the state they are in. Not thread-safe."""
 
-    def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState) -> None:
-        """Reads the data, loads the model. Raises: DomainError DATA_INVALID, MODEL_INVALID."""
+    def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState, rounds: int = 1) -> None:
+        """Reads the data, loads the model. Raises: DomainError DATA_INVALID, MODEL_INVALID, CONFIGURATION_INVALID.
+
+        Args: rounds: of the federation, which a privacy budget must last for.
+        """
         torch.set_num_threads(config.resources.threads or torch.get_num_threads())
         self._spec = spec
         self._state = state
@@ -51,6 +57,10 @@ class Learner:
         prepared = prepare(config, spec)
         self.examples, self.test, self.model = prepared.examples, prepared.test, prepared.model
         self._encoder = prepared.encoder
+        self._budget = budget_of(config, spec, examples=len(self.examples), rounds=rounds)
+        self.privacy = str(self._budget.mechanism) if self._budget else ""
+        if self._budget:
+            _log.info("privacy_budget", what=str(self._budget))
         for note in self.model.notes:
             _log.warning("model_noted", what=note)
         self.base = self.model.base
@@ -73,6 +83,7 @@ class Learner:
             "training": spec.model_dump_json(),
             "dropout": repr(config.lora.dropout),
             "data": self.examples.fingerprint(),
+            "privacy": self.privacy,
         }
         self._position: str | None = None
 
@@ -141,7 +152,9 @@ class Learner:
         The outcome is kept: the same round number and variant from the same state, with the same data, is not trained
         twice, neither after a restart nor when a round is attempted again. Another variant has other batches.
 
-        Raises: Stopped; DomainError VALUE_NOT_FINITE.
+        Under differential privacy whatever is trained is spent before it is kept, and the loss is 0.
+
+        Raises: Stopped; DomainError VALUE_NOT_FINITE, PRIVACY_EXHAUSTED.
         """
         key = self._key(self._position or "") | self._training_identity
         key |= {"number": str(number), "variant": variant}
@@ -149,15 +162,30 @@ class Learner:
         if saved is not None and key.items() <= saved[0].items():
             _log.info("training_reused", round_number=number)
             return Trained(saved[1], float(saved[0]["loss"]), float(saved[0]["seconds"]))
+        if self._budget:
+            self._budget.require_round()
         trained = self._train(number, activity, variant)
+        self._spend(number)
         self._state.save_trained(
             key | {"loss": repr(trained.loss), "seconds": repr(trained.seconds)}, trained.weights
         )
-        _log.info("trained", round_number=number, start=self._position, loss=trained.loss)
+        told = {} if self._budget else {"loss": trained.loss}
+        _log.info("trained", round_number=number, start=self._position, **told)
         return trained
 
+    def _spend(self, number: int) -> None:
+        if self._budget:
+            epsilon = self._budget.spend()
+            left = self._budget.rounds_left()
+            _log.info("privacy_spent", round_number=number, epsilon=round(epsilon, 3), rounds_left=left)
+
     def score(self, activity: Activity) -> dict[str, Float64]:
-        """Sensitivity of the columns by matrix, on some examples. Raises: Stopped."""
+        """Sensitivity of the columns by matrix, on some examples. Raises: Stopped.
+
+        Under differential privacy, of the base model's weights alone: examples have no say in votes.
+        """
+        if self._budget:
+            return self.model.base_weight_sums()
         chosen = sample(
             len(self.examples), self._spec.calibration_examples, seed_of(self._client_id, "calibration")
         )
@@ -233,11 +261,19 @@ class Learner:
         start = self.model.weights()
         try:
             with timed(Stage.TRAINING):
-                outcome = train(self.model, self._encoder, self.examples, run, count_and_report)
+                outcome = self._trained(run, count_and_report)
             return Trained(self.model.weights(), outcome.loss, outcome.seconds)
         finally:
             self.model.load(start)
             self._position = before
+
+    def _trained(self, run: TrainingRun, report: Callable[[float], None]) -> TrainingOutcome:
+        if self._budget is None:
+            return train(self.model, self._encoder, self.examples, run, report)
+        from client_agent.private_training import train_privately  # noqa: PLC0415 - an extra of its own
+
+        mechanism = self._budget.mechanism
+        return train_privately(self.model, self._encoder, self.examples, run, mechanism, report)
 
     def _reporter(self, activity: Activity, stage: Stage) -> Callable[[float], None]:
         return partial(self._conditions.report, activity, stage)
@@ -245,6 +281,15 @@ class Learner:
     def _key(self, round_id: str) -> dict[str, str]:
         """What saved weights must agree in to stand for the state after that round."""
         return {"round": round_id, **self._identity}
+
+
+def budget_of(config: AgentConfig, spec: TrainingSpec, *, examples: int, rounds: int) -> "Budget | None":
+    """The privacy budget, if the configuration has one. Raises: CONFIGURATION_INVALID."""
+    if config.privacy is None:
+        return None
+    from client_agent.privacy import Budget  # noqa: PLC0415 - an extra of its own
+
+    return Budget(config, spec, examples=examples, rounds=rounds)
 
 
 def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, obfuscation: Obfuscation) -> Weights:

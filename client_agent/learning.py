@@ -35,7 +35,7 @@ class Trained:
 
     weights: Weights
     loss: float
-    """Mean over the steps."""
+    """Mean over the steps; 0 under differential privacy, which tells none."""
     seconds: float
 
 
@@ -114,6 +114,10 @@ class LocalLearner(Protocol):
     @property
     def base(self) -> BaseDigest | None:
         """Of the base model; None if there is none, as with a stand-in."""
+
+    @property
+    def privacy(self) -> str:
+        """How training hides an example; "" if it does not. Updates made otherwise are not sent."""
 
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""

@@ -14,7 +14,7 @@ from client_agent.config import IDENTITY, AgentConfig
 from client_agent.loading import check_loading, unusable
 from shelora.configuration import invalid
 from shelora.errors import DomainError, Reason
-from shelora.federation import ProtectionSpec, TrainingSpec
+from shelora.federation import FederationSpec, ProtectionSpec
 from shelora.private_memory import keep_memory_private
 from shelora.stopping import stop_signals
 from shelora.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
@@ -263,9 +263,12 @@ def _check(config: AgentConfig, *, offline: bool, task: str, targets: list[str])
         config.credentials()
     if offline:
         training, protection = guessed_training(config, targets, task), ProtectionSpec()
+        found = inspect(config, training, protection)
     else:
-        training, protection = asyncio.run(_asked(config))
-    Terminal().print(report(config, training, inspect(config, training, protection)))
+        spec = asyncio.run(_asked(config))
+        training = spec.training
+        found = inspect(config, training, spec.protection, spec.round.rounds)
+    Terminal().print(report(config, training, found))
     return 0
 
 
@@ -281,7 +284,7 @@ def _doctor(config: AgentConfig) -> int:
     return EXIT_FAILED if failed(findings) else 0
 
 
-async def _asked(config: AgentConfig) -> tuple[TrainingSpec, ProtectionSpec]:
+async def _asked(config: AgentConfig) -> FederationSpec:
     from client_agent.session import Session  # noqa: PLC0415 - as above
 
     session = Session(config, config.credentials())
@@ -293,7 +296,7 @@ async def _asked(config: AgentConfig) -> tuple[TrainingSpec, ProtectionSpec]:
         ) from error
     finally:
         await session.close()
-    return spec.training, spec.protection
+    return spec
 
 
 def _loaded(action: Callable[[], int]) -> int:

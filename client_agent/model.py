@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -134,6 +135,19 @@ class AdaptedModel:
     def target_count(self, batch: Batch) -> int:
         """Number of targets that `predict` returns for the batch."""
         return self.task.target_count(batch)
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy of each example, the mean over its own targets, [examples]; 0 of one without targets."""
+        batch = batch.to(self.device)
+        logits = self._peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        chosen, targets = self.task.predictions(logits, batch)
+        values = functional.cross_entropy(chosen.float(), targets, reduction="none")
+        count = len(batch.input_ids)
+        # Whose a target is: what the task picks if every logit is the number of its example.
+        numbers = torch.arange(count, device=self.device).view(count, *[1] * (logits.ndim - 1))
+        owners = self.task.predictions(numbers.expand(*logits.shape[:-1], 1), batch)[0][..., 0]
+        per_example = torch.bincount(owners, minlength=count).clamp(min=1)
+        return values.new_zeros(count).index_add(0, owners, values) / per_example
 
     def weights(self) -> Weights:
         """A copy of everything trainable, with what is frozen beside it."""

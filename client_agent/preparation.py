@@ -1,5 +1,6 @@
 """What an agent trains with, read and tried out before it joins: `check`, `doctor` and `run` find the same."""
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any, Final
@@ -52,7 +53,24 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
     if data.test is not None and test is not None:
         _check_vocabulary(model, task.survey(data.test, data, test, encoder))
     _rehearse(model, encoder.batch(examples.select([lengths.longest])))
+    if config.privacy is not None:
+        _rehearse_privately(model, encoder, examples, lengths)
     return Prepared(examples=examples, test=test, model=model, encoder=encoder, lengths=lengths)
+
+
+def _rehearse_privately(
+    model: AdaptedModel, encoder: ExampleEncoder[Any], examples: ExampleSet, lengths: Survey
+) -> None:
+    """Raises: CONFIGURATION_INVALID without Opacus; MODEL_INVALID for a model that it cannot train."""
+    if importlib.util.find_spec("opacus") is None:
+        raise DomainError(
+            Reason.CONFIGURATION_INVALID,
+            "privacy: needs the package opacus, which is not installed: pip install 'shelora[agent,privacy]'",
+        )
+    from client_agent.private_training import rehearse_privately  # noqa: PLC0415 - an extra of its own
+
+    pair = [lengths.longest, (lengths.longest + 1) % len(examples)]
+    rehearse_privately(model, encoder.batch(examples.select(pair)))
 
 
 def _load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:

@@ -5,6 +5,7 @@
     standing.json           how the newest plan serves this client, and the weight of its next vote
     promise.json            the strongest protection it took part under
     spool/<round>/          serialized shards of the update being uploaded; complete once its manifest is there
+    privacy.json            what was spent of the privacy budget (`client_agent.privacy`)
     certified.json          the set of updates that this client certified for each round, as a member of its committee
     inbox/<round>/          shards of the result being downloaded
     adapter/                the adapter of the newest result that was applied
@@ -74,6 +75,8 @@ class UpdateNote:
     """Digest of the base model in hex; never sent as it is."""
     base_tags: Mapping[str, str] | None = None
     """The same by part, in hex, keyed by the epoch's secret: what is sent."""
+    privacy: str = ""
+    """How the examples are hidden, as `LocalLearner.privacy`; never sent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ class TrainingOutcome:
     """What training measured."""
 
     loss: float
-    """Mean over the steps."""
+    """Mean over the steps; 0 if it is nobody's to know."""
     seconds: float
 
 
@@ -63,19 +63,20 @@ def train(
     losses = []
     model.module.train()
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(model.device)):
+        with torch.random.fork_rng(devices=cuda_devices(model.device)):
             torch.manual_seed(run.seed)
             for step, chosen in enumerate(batches(len(examples), run.batch_size, run.steps, run.seed)):
                 report(step / run.steps)
-                parts = [encoder.batch(examples.select(part)) for part in _parts(chosen, run.micro_batch)]
+                parts = [encoder.batch(examples.select(part)) for part in parts_of(chosen, run.micro_batch)]
                 losses.append(_step(model, parts, optimizer, step))
     finally:
         model.module.eval()
     return TrainingOutcome(sum(losses) / len(losses), time.monotonic() - started)
 
 
-def _parts(chosen: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    size = size or len(chosen)
+def parts_of(chosen: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """The choice in parts of that size, the last perhaps smaller; 0: in one part, if there is any."""
+    size = size or max(len(chosen), 1)
     return (chosen[start : start + size] for start in range(0, len(chosen), size))
 
 
@@ -106,5 +107,6 @@ def _accumulate(model: AdaptedModel, part: Batch, count: int) -> float:
     return float(loss.item())
 
 
-def _cuda_devices(device: torch.device) -> list[torch.device]:
+def cuda_devices(device: torch.device) -> list[torch.device]:
+    """The devices whose random state is another than the CPU's."""
     return [device] if device.type == "cuda" else []

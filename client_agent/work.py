@@ -129,7 +129,7 @@ class Work:
         """Scores the columns and commits the encrypted votes, or casts a ballot."""
         layout = layout_from_proto(vote.round.layout)
         spool = await self._worker.run(self._state.spool, vote.round.round_id, layout.digest)
-        if spool is None or spool.note.base != self._base:
+        if spool is None or (spool.note.base, spool.note.privacy) != (self._base, self._learner.privacy):
             check_vote_layout(layout, self._learner.model, self._me.protection)
             await self._require_resources(layout)
             secrets = await self._enter(vote.round.epoch)
@@ -155,8 +155,8 @@ class Work:
         layout = layout_from_proto(train.round.layout)
         attempt = await self._joined(train.round, layout)
         spool = await self._worker.run(self._state.spool, train.round.round_id, layout.digest)
-        now = (len(self._learner.examples), self._base)
-        if spool is None or (spool.note.example_count, spool.note.base) != now:  # as before a restart
+        now = (len(self._learner.examples), self._base, self._learner.privacy)
+        if spool is None or _made_with(spool.note) != now:  # as before a restart
             base = train.base if train.HasField("base") else None
             await self._require_resources(layout, base, copies=COPIES)
             secrets = await self._enter(train.round.epoch)
@@ -408,7 +408,8 @@ class Work:
         return self._learner.base.hex() if self._learner.base else ""
 
     def _with_base(self, note: UpdateNote, secrets: EpochSecrets) -> UpdateNote:
-        """The note with what others compare their base model by."""
+        """The note with how it was made, and what others compare their base model by."""
+        note = replace(note, privacy=self._learner.privacy)
         base = self._learner.base
         if base is None:
             return note
@@ -511,6 +512,11 @@ class Work:
 def _dealt(dealer: Dealer, weight: int, shards: Sequence[bytes]) -> bytes:
     """The key of an update with these shards, shared among the committee."""
     return dealer.deal(shards, weight).SerializeToString()
+
+
+def _made_with(note: UpdateNote) -> tuple[int, str, str]:
+    """Examples, base model and privacy that an update was made with."""
+    return note.example_count, note.base, note.privacy
 
 
 def _origin(result: common_pb2.ResultRef) -> Origin:

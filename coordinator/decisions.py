@@ -528,8 +528,8 @@ def median_overlap(commits: Sequence[Commit]) -> float | None:
 
 
 def median_train_loss(commits: Sequence[Commit]) -> float:
-    """Median of the training losses that updates report, of two the lower, nats; there is at least one."""
-    return median_low(commit.update.report.train_loss for commit in commits)
+    """Median of the training losses that updates report, of two the lower, nats; 0 if none is told."""
+    return median_low([c.update.report.train_loss for c in commits if c.update.report.train_loss] or [0.0])
 
 
 def contributors(record: RoundRecord, commits: Sequence[Commit]) -> list[Commit]:

@@ -41,7 +41,9 @@ class SyntheticModel:
 class SyntheticLearner:
     """A `LocalLearner` that keeps nothing: what it is given it forgets, what it returns it draws."""
 
-    def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState) -> None:  # noqa: ARG002 - as `Learn`
+    privacy = ""
+
+    def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState, rounds: int) -> None:  # noqa: ARG002 - as `Learn`
         self.model = SyntheticModel(config.lora.rank, config.lora.scaling)
         self.examples: Sized = range(64)
         self.base: BaseDigest | None = None

@@ -59,6 +59,7 @@ class RoundFigures:
 def round_figures(summary: pb.RoundSummary) -> RoundFigures:
     """Figures of one round from what its agents reported."""
     updates, evaluations = summary.updates, summary.evaluations
+    losses = [u.train_loss for u in updates if u.train_loss]  # 0: not told
     counted = _believed([e.example_count for e in evaluations])
     tested = sum(counted)
     right = sum(
@@ -68,7 +69,7 @@ def round_figures(summary: pb.RoundSummary) -> RoundFigures:
     )
     return RoundFigures(
         number=summary.number,
-        train_loss=median_low(u.train_loss for u in updates) if updates else None,
+        train_loss=median_low(losses) if losses else None,
         test_accuracy=right / tested if tested else None,
         test_examples=tested,
         upload_bytes=_median(u.upload_bytes for u in updates),

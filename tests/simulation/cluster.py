@@ -378,7 +378,7 @@ class Cluster:
             }
         )
 
-        def learn(config: AgentConfig, _spec: object, state: AgentState) -> MarkedLearner:
+        def learn(config: AgentConfig, _spec: object, state: AgentState, _rounds: int) -> MarkedLearner:
             model = MarkedModel(self._size.most_rounds, self._size.clients, config.lora.rank)
             return MarkedLearner(
                 config, state, index=index, examples=10 * 2**index, model=model, applied=self.observer.applied

@@ -53,6 +53,8 @@ class MarkedLearner:
         applied: Told of every result.
     """
 
+    privacy = ""
+
     def __init__(
         self,
         config: AgentConfig,

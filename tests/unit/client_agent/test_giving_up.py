@@ -114,6 +114,13 @@ async def test_an_agent_that_ends_over_its_work_says_so_first_and_shows_no_paylo
     assert "secret" not in said[2]
 
 
+async def test_a_spent_privacy_budget_gives_the_round_up_and_the_agent_goes_on_following():
+    session = Session()
+    follower = await performed(session, Work(failure(Reason.PRIVACY_EXHAUSTED)))
+    assert [said[:2] for said in session.given_up] == [("train/1", Reason.PRIVACY_EXHAUSTED)]
+    assert not follower._ended.done()
+
+
 async def test_what_is_tried_again_is_not_given_up_and_heartbeats_name_it_meanwhile():
     session, work = Session(), Work(failure(Reason.MEMORY_UNAVAILABLE))
     follower = _Follower(session, work, LEARNER, 0.05)
