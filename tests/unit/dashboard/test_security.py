@@ -188,7 +188,7 @@ async def test_every_answer_has_the_policy_and_is_stored_nowhere(site):
     for answer in answers:
         assert answer.headers["content-security-policy"] == POLICY
         assert "unsafe" not in POLICY
-        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["referrer-policy"] == "same-origin"
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["cache-control"] == "no-store"
 
