@@ -46,8 +46,8 @@ $(INSTALLED): pyproject.toml requirements/constraints.txt
 		--constraint requirements/constraints.txt --editable '.[agent,privacy,dashboard,local,demo,attack,dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8, selective and complete (PROTECTION=none, or one of them)
-	$(BIN)/python -m examples.reuters.demo $(if $(PROTECTION),--protection $(PROTECTION))
+demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8, selective and complete (PROTECTION=none, or one of them; DASHBOARD=1)
+	$(BIN)/python -m examples.reuters.demo $(if $(PROTECTION),--protection $(PROTECTION)) $(if $(DASHBOARD),--dashboard)
 
 test: $(INSTALLED)  ## Run the tests; longer suites have targets of their own
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -34,6 +34,7 @@ from examples.reuters.cohort import (
 from examples.reuters.report import modes_table, plot_rounds, summarize
 from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.operator import Operator, operator
+from shelora.cli.page import open_beside
 from shelora.cli.render import rounds_table
 from shelora.cli.screen import FederationScreen
 from shelora.cli.supervision import clear, interruptible
@@ -62,12 +63,18 @@ def main(
         typer.Option(help="selective, complete, or none for comparison; left out: selective, then complete."),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Folder for everything the run leaves.")] = Path("runs/demo"),
+    *,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Serve the operator's page beside it, and print its address.")
+    ] = False,
 ) -> None:
     """Run a federation of four agents on Reuters R8 with all-MiniLM-L6-v2."""
     modes = (protection,) if protection else BOTH
     try:
         with interruptible():
-            compare([run(mode, folder if mode is modes[0] else folder / mode) for mode in modes], folder)
+            folders = [folder if mode is modes[0] else folder / mode for mode in modes]
+            runs = [run(*one, dashboard=dashboard) for one in zip(modes, folders, strict=True)]
+            compare(runs, folder)
     except DomainError as error:
         console.refuse(error, "the demo failed: ")
         sys.exit(1)
@@ -76,7 +83,7 @@ def main(
         sys.exit(130)
 
 
-def run(protection: Protection, folder: Path) -> dict[str, Any]:
+def run(protection: Protection, folder: Path, *, dashboard: bool = False) -> dict[str, Any]:
     """The federation under one mode. Returns its summary; raises DomainError with the reason if anything fails."""
     started = time.monotonic()
     with console.stages("fetching model and data (about 120 MB the first time)"):
@@ -91,6 +98,8 @@ def run(protection: Protection, folder: Path) -> dict[str, Any]:
             cluster = stack.enter_context(
                 LocalCluster(folder / "cluster", fixed_ports=False, workers=2, tell=tell)
             )
+        if dashboard:
+            console.say(f"the operator's page; this address lets in whoever has it:\n{open_beside(cluster)}")
         agents = [start_agent(cluster, profile, folder, model, protection) for profile in AGENTS]
         console.say(f"{len(agents)} agents enrolled with a token each; {cluster.trust}")
         federation = asyncio.run(follow(cluster, agents, spec))

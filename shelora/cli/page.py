@@ -1,11 +1,18 @@
 """What `shelora dashboard` needs to know before it can serve."""
 
+import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from shelora.cli.cluster import LocalCluster
 from shelora.configuration import invalid
 from shelora.transport.address import HostPort
+
+_ADDRESS: Final = re.compile(r"^(http://127\.0\.0\.1:\S+token=\S+)$", re.MULTILINE)
+_POLL_S: Final = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,26 @@ def metrics_addresses(given: Sequence[str]) -> dict[str, str]:
             raise invalid(f"--metrics {text}: write NAME=HOST:PORT, as in coordinator=10.0.0.5:9100")
         found[name] = str(HostPort.parse(address))
     return found
+
+
+def open_beside(cluster: LocalCluster) -> str:
+    """Serves the page of a local cluster until the cluster stops. Returns its address.
+
+    Raises: INTERNAL with the end of its log if it does not start.
+    """
+    at = cluster.addresses
+    metrics = [f"--metrics={name}={address}" for name, address in at.metrics.items()]
+    environment = {
+        "SHELORA_COORDINATOR": at.coordinator,
+        "SHELORA_KEY_AUTHORITY": at.key_authority,
+        "SHELORA_IDENTITY": at.operator_identity,
+    }
+    arguments = ["dashboard", f"--enrolment={at.enrolment}", *metrics]
+    page = cluster.spawn("dashboard", "shelora.cli.main", arguments, environment)
+    while not (found := _ADDRESS.search(page.log.read_text(errors="replace"))):
+        page.require_alive()
+        time.sleep(_POLL_S)
+    return found[1]
 
 
 def require_dashboard() -> None:

@@ -72,6 +72,10 @@ class Page:
         self._root = f"/{secrets_.path}"
         self.app = Gate(self._routes(), secrets_, hosts)
 
+    async def end(self) -> None:
+        """Ends all streams."""
+        await self._watch.end()
+
     def _routes(self) -> Starlette:
         named = "/f/{name}"
         routes = [

@@ -54,7 +54,8 @@ class Input:
     @property
     def label(self) -> str:
         """Its name within its section."""
-        return self.path.rpartition(".")[2].replace("_", " ")
+        name = self.path.rpartition(".")[2]
+        return (name[:-2] + " (s)" if name.endswith("_s") else name).replace("_", " ")
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 import base64
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, Final
 
 from google.protobuf.json_format import MessageToDict
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from shelora.dashboard.memory import Memory
 from shelora.dashboard.model import federation_page, when
@@ -15,6 +17,14 @@ from shelora.version import VERSION
 from shelora.view import size
 
 STATIC: Final = Path(__file__).parent / "static"
+
+_QUOTED: Final = re.compile("`([^`]*)`")
+
+
+def _quoted(text: str) -> Markup:
+    """Names in backquotes as code."""
+    return Markup(_QUOTED.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
+
 
 environment: Final = Environment(
     loader=PackageLoader("shelora.dashboard"),
@@ -25,6 +35,7 @@ environment: Final = Environment(
 )
 environment.filters["size"] = size
 environment.filters["when"] = when
+environment.filters["quoted"] = _quoted
 
 
 def rendered(template: str, **values: Any) -> str:  # noqa: ANN401 - a template's own

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Final
@@ -22,6 +22,18 @@ from shelora.transport.tls import IdentityFolder, TlsCredentials
 
 HOST: Final = "127.0.0.1"
 GRACE_S: Final = 2
+
+
+class _Server(uvicorn.Server):
+    """Ends the page's streams before it waits for connections to end: they would never end by themselves."""
+
+    def __init__(self, config: uvicorn.Config, end: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._end = end
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._end()
+        await super().shutdown(sockets)
 
 
 async def serve(reach: Reach, port: int, tell: Callable[[str], None]) -> None:
@@ -52,7 +64,7 @@ async def serve(reach: Reach, port: int, tell: Callable[[str], None]) -> None:
                 timeout_graceful_shutdown=GRACE_S,
             )
             tell(f"http://{HOST}:{actual}/{secrets.path}/?token={secrets.token}")
-            await uvicorn.Server(config).serve(sockets=[listener])
+            await _Server(config, page.end).serve(sockets=[listener])
 
 
 @asynccontextmanager

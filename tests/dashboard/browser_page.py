@@ -16,6 +16,7 @@ import pytest
 
 from client_agent.main import EXIT_REFUSED
 from shelora.cli.cluster import LocalCluster
+from shelora.cli.page import open_beside
 from tests.e2e import agents as tiny
 
 playwright = pytest.importorskip(
@@ -74,32 +75,13 @@ def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
 
 
 @pytest.fixture
-def address(cluster: LocalCluster) -> Iterator[str]:
+def address(cluster: LocalCluster) -> str:
     """The page's, which `shelora dashboard` prints."""
-    at = cluster.addresses
-    metrics = [f"--metrics={name}={address}" for name, address in at.metrics.items()]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "shelora.cli.main", "dashboard", f"--enrolment={at.enrolment}", *metrics],
-        env={
-            **os.environ,
-            "SHELORA_COORDINATOR": at.coordinator,
-            "SHELORA_KEY_AUTHORITY": at.key_authority,
-            "SHELORA_IDENTITY": at.operator_identity,
-        },
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    line = ""
-    while not line.startswith("http://127.0.0.1:"):
-        line = process.stdout.readline()
-        assert line, "the page did not start"
-    yield line.strip()
-    process.terminate()
-    assert process.wait(20) in {0, -15}
+    return open_beside(cluster)
 
 
 @pytest.fixture
-async def page(tmp_path: Path):
+async def page(address: str, tmp_path: Path):
     """A browser that has never been anywhere; fails the test if the policy stops anything, or a script fails."""
     async with playwright.async_playwright() as driver:
         context = await driver.chromium.launch_persistent_context(
