@@ -131,7 +131,7 @@ class Page:
         values = self._overview(name)
         parts = {
             part: rendered(f"_{part}.html", **values)
-            for part in ("problem", "federations", "alerts", "servers")
+            for part in ("problem", "federations", "start", "alerts", "servers")
         }
         federation = self._watch.federation(name)
         if federation is not None:
@@ -174,6 +174,7 @@ class Page:
                     Reason.INVALID_ARGUMENT, f"type the federation's name, {name}, to delete it"
                 )
             await self._operator.delete(name)
+            await self._watch.look()
             return self._to("/")
         if action == "extend":
             await self._operator.extend(name, _count(sent.get("rounds", "")))

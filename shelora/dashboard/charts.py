@@ -10,9 +10,9 @@ from typing import Final
 
 from markupsafe import Markup
 
-WIDTH: Final = 480
-HEIGHT: Final = 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 26
+WIDTH: Final = 360
+HEIGHT: Final = 180
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 12, 26
 SPARK_WIDTH: Final = 96
 SPARK_HEIGHT: Final = 18
 

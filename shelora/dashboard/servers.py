@@ -107,7 +107,8 @@ def _rate(now: Sample, before: Sample | None, name: str, form: str) -> str:
 def _note(now: Sample) -> str:
     parts = []
     if workers := now.get("shelora_aggregation_workers_count"):
-        parts.append(f"{now.get('shelora_aggregation_queue_count'):.0f} shards wait, {workers:.0f} workers")
+        kind = "worker" if workers == 1 else "workers"
+        parts.append(f"{now.get('shelora_aggregation_queue_count'):.0f} shards wait, {workers:.0f} {kind}")
     if started := now.get("process_start_time_seconds"):
         parts.append(f"up {ago(max(0.0, now.at_s - started))}")
     return ", ".join(parts)
