@@ -4,6 +4,7 @@ import asyncio
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -61,7 +62,7 @@ def _read(address: str, at_s: float) -> Sample | None:
     try:
         with _OPENER.open(f"http://{address}/metrics", timeout=TIMEOUT_S) as answer:
             return parsed(answer.read(MAX_BYTES).decode(), at_s)
-    except (OSError, ValueError):
+    except (OSError, HTTPException, ValueError):
         return None
 
 

@@ -105,6 +105,7 @@ async def look(page, name: str, **media) -> None:
 
 
 async def fits_a_phone(page) -> None:
+    await page.wait_for_load_state("load")  # with its style
     await page.set_viewport_size(PHONE)
     assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     nameless = await page.evaluate(

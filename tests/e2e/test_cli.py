@@ -185,6 +185,10 @@ def test_a_federation_is_extended_stopped_exported_and_deleted_and_its_name_is_f
     files = ("--to", str(tmp_path / "reuters.json"), "--csv", str(tmp_path / "rounds.csv"))
     for code in (0, 1):
         assert shelora("federation", "export", "reuters", *files, at=at).returncode == code
+    report = ("federation", "report", "reuters", "--output", str(tmp_path / "reuters.html"))
+    for code in (0, 1):
+        assert shelora(*report, at=at).returncode == code
+    assert "its operator stopped it before a round was published" in (tmp_path / "reuters.html").read_text()
     exported = json.loads((tmp_path / "reuters.json").read_text())["federation"]
     assert exported["failure"] == "its operator stopped it before a round was published"
     unasked = shelora("federation", "delete", "reuters", at=at)
