@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from services.key_authority.custody import open_custody, read_register, reseal
-from services.key_authority.register import Grant, Register
+from services.key_authority.register import Grant, Redeemed, Register
 from services.key_authority.sealer import Binding, SealingKey
 from shelora.errors import DomainError, Reason
 from shelora.transport.identity import Identity, Role
@@ -45,7 +45,7 @@ def refusal(action, *arguments):
 
 def test_what_was_answered_survives_a_restart(path, register):
     redeemed = register.redeem(TOKEN, KEY, "", NOW)
-    assert redeemed == (Identity(Role.CLIENT, "clinic", "ward-7"), (), NOW)
+    assert redeemed == Redeemed(Identity(Role.CLIENT, "clinic", "ward-7"), (), NOW)
     restarted = opened(path)
     assert restarted.redeem(TOKEN, KEY, "", NOW) == redeemed
     assert refusal(restarted.redeem, TOKEN, IMPOSTOR, "", NOW).reason is Reason.TOKEN_REFUSED
