@@ -73,7 +73,8 @@ class View:
     unawaited: int = 0
     """Clients of a collecting round that are not waited for and have not committed, though they may."""
     laggards: AbstractSet[str] = frozenset()
-    """Clients that missed the newest round that closed; only read when the next one is made."""
+    """Clients that missed the newest round that closed, or were left out of it for another base model; only read when
+    the next one is made."""
     working: AbstractSet[str] = frozenset()
     """Members that say they do what they were asked; only read while a plan is made."""
     revoked: Mapping[str, int] = field(default_factory=dict)

@@ -374,12 +374,16 @@ class Driver:
         return (await self._store.objections(federation, federation.plan.number)).keys()
 
     async def _laggards(self, federation: FederationRecord) -> AbstractSet[str]:
-        """Who missed the newest round, if that one waited for its clients."""
+        """Who missed the newest round, if that one waited for its clients, and who was left out for another base model.
+
+        The latter are told to end and to come back with the right one: the others do not wait until they do.
+        """
         newest = federation.sequence - 1  # the one before that of the ticket
         found = await self._store.round(federation, newest) if newest else None
         if found is None or not (found.record.closed_ms or found.record.round.reason is _TOO_FEW):
             return set()
-        return set(found.record.round.cohort) - await self._store.committers(federation, newest)
+        strangers = {drop.client_id for drop in found.record.dropped if drop.reason is Reason.MODEL_MISMATCH}
+        return set(found.record.round.cohort) - (await self._store.committers(federation, newest) - strangers)
 
     async def _proceedings(self, federation: FederationRecord, record: RoundRecord) -> Proceedings:
         """What the round's committee has come to, as far as its state asks for it."""

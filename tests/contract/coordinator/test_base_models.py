@@ -36,6 +36,22 @@ async def test_another_base_model_is_left_out_of_the_first_round_and_told(fed, m
     assert aggregated[0] == ["a", "c"]
 
 
+async def test_one_that_ended_for_its_base_model_is_not_waited_for(fed):
+    """Seen from outside: the round after the one that left it out lasted its whole deadline."""
+    fed.bases = {"a": "xxx", "b": "yxx", "c": "xxx"}
+    await fed.begin(spec("none", rounds=3, deadline_s=3600))
+    begun = fed.now_ms
+    while not (await fed.federation()).ended:
+        await fed.settle()
+        if (await fed.shown()).history:
+            fed.idle = {"b"}  # it was told, and has ended
+        await fed.act()
+        fed.now_ms += 5000
+    assert left_out((await fed.shown()).history[0]) == ["b"]
+    assert (await fed.federation()).trained == 3
+    assert fed.now_ms - begun < 60_000, "less than the least grace"
+
+
 async def test_a_ballot_of_another_base_model_is_left_out(fed):
     fed.bases = {"a": "xxx", "b": "xxx", "c": "xzx"}
     await fed.begin(spec("selective", negotiation="ope"))
