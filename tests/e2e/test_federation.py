@@ -32,7 +32,17 @@ WINDOW = 12
 """Bytes of a secret that count as found: 2^-96 by chance."""
 
 
-HISTORY = {"federation", "members", "sessions", "round", "commits", "refusals", "evaluations", "layout", "plan"}
+HISTORY = {
+    "federation",
+    "members",
+    "sessions",
+    "round",
+    "commits",
+    "refusals",
+    "evaluations",
+    "layout",
+    "plan",
+}
 RETENTION_S = 30 * 86_400
 
 REPLANNING = {"replan_every_rounds": 1, "replan_below_overlap": 0.5}
