@@ -1,6 +1,6 @@
 """By how much one hostile member of four moves the model: the demo's federation, smaller, once for each attack.
 
-    python -m tests.insiders.poisoning                    # the honest run and every attack, several minutes each
+    python -m tests.insiders.poisoning                    # two runs without an attack, and every attack, minutes each
     python -m tests.insiders.poisoning honest claim+flip
 
 Prints the accuracy that the honest members measure after every round, and who was left out. Needs the demo's model and
@@ -18,7 +18,14 @@ from pathlib import Path
 import yaml
 
 from examples.reuters.assets import MINILM, REUTERS, fetch
-from examples.reuters.cohort import AGENTS, Protection, agent_config, federation_spec, write_data
+from examples.reuters.cohort import (
+    AGENTS,
+    AgentProfile,
+    Protection,
+    agent_config,
+    federation_spec,
+    write_data,
+)
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import operator
 from shelora.federation import FederationSpec
@@ -28,14 +35,17 @@ from shelora.view import training_rounds
 HOSTILE = AGENTS[0].name
 ATTACKS = ("flip", "claim+flip", "boost", "claim+boost", "head", "claim+head+reverse")
 FOLDER = Path("runs/poisoning")
+HONEST, ABSENT = "honest", "absent"
+"""All four are honest; the one that attacks elsewhere does not take part. Whose update is left out costs no less than
+its absence, so an attack that is stopped is to be held against that."""
 TEST_EXAMPLES = 150
 """An agent's; the order of the test data is random."""
 
 
-def small(spec: FederationSpec, rounds: int) -> FederationSpec:
+def small(spec: FederationSpec, rounds: int, clients: int) -> FederationSpec:
     """The demo's federation with shorter texts and fewer rounds."""
     training = spec.training.model_copy(update={"max_tokens": 24, "evaluation_examples": TEST_EXAMPLES})
-    round_ = spec.round.model_copy(update={"rounds": rounds, "deadline_s": 900})
+    round_ = spec.round.model_copy(update={"rounds": rounds, "clients": clients, "deadline_s": 900})
     return spec.model_copy(update={"training": training, "round": round_})
 
 
@@ -58,18 +68,22 @@ def run(attack: str, spec: FederationSpec, model: Path, data: Path) -> list[pb.R
     if "flip" in attack:
         flip(home / "agents" / HOSTILE / "train.jsonl", spec.training.labels)
     with LocalCluster(home / "cluster", fixed_ports=False, workers=1) as cluster:
-        for agent in AGENTS:
+        for agent in _taking_part(attack):
             folder = home / "agents" / agent.name
             asyncio.run(cluster.enrol_client(spec.name, agent.name, folder / "state"))
             config = folder / "agent.yaml"
             content = agent_config(cluster.addresses, agent, model, Protection(spec.protection.mode))
             config.write_text(yaml.safe_dump(content, sort_keys=False))
-            attacks = agent.name == HOSTILE and attack != "honest"
+            attacks = agent.name == HOSTILE and attack != HONEST
             module = "tests.insiders.hostile_agent" if attacks else "client_agent.main"
             cluster.spawn(
                 agent.name, module, [*([attack] if attacks else []), "run", "--config", str(config)], {}
             )
         return asyncio.run(_followed(cluster, spec))
+
+
+def _taking_part(attack: str) -> list[AgentProfile]:
+    return [agent for agent in AGENTS if attack != ABSENT or agent.name != HOSTILE]
 
 
 async def _followed(cluster: LocalCluster, spec: FederationSpec) -> list[pb.RoundSummary]:
@@ -101,8 +115,9 @@ def accuracy(summary: pb.RoundSummary) -> float:
 def main(attacks: Sequence[str], rounds: int = 5) -> None:
     assets = FOLDER / "assets"
     model, data = fetch(MINILM, assets), fetch(REUTERS, assets)
-    for attack in attacks or ("honest", *ATTACKS):
-        found = run(attack, small(federation_spec(Protection.SELECTIVE), rounds), model, data)
+    for attack in attacks or (HONEST, ABSENT, *ATTACKS):
+        spec = small(federation_spec(Protection.SELECTIVE), rounds, len(_taking_part(attack)))
+        found = run(attack, spec, model, data)
         shown = " ".join(f"{accuracy(summary):6.1%}" for summary in found)
         dropped = [sum(d.client_id == HOSTILE for d in summary.dropped) for summary in found]
         print(f"{attack:20} {shown}   left out in {sum(dropped)} of {len(found)} rounds", flush=True)  # noqa: T201
