@@ -102,8 +102,9 @@ def replayed(log: bytes, federation: str) -> list[Round]:
         match words:
             case [b"HSET", key, *pairs] if _place(key, federation, "round"):
                 values = dict(zip(pairs[::2], pairs[1::2], strict=True))
-                layout = layout_from_proto(common_pb2.Layout.FromString(values[b"layout"]))
-                rounds.setdefault(_round(key), Round(layout))
+                if b"layout" in values:
+                    layout = layout_from_proto(common_pb2.Layout.FromString(values[b"layout"]))
+                    rounds.setdefault(_round(key), Round(layout))
             case [b"SET", key, value, *_]:
                 strings[key.decode()] = value
                 _keep(rounds, key, value, federation)
