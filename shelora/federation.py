@@ -197,9 +197,10 @@ class ProtectionSpec(Spec):
     """How clients agree on columns: `sealed` adds up encrypted votes; `ope`, the paper's way, shows the coordinator
     the order of scores under secret labels."""
 
-    tensor_bound: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """Largest absolute value in a tensor that is averaged whole: heads start within 0.1 and move by a learning rate a
-    step. Precision is lost in proportion to it, and a hostile member can push a head that far."""
+    tensor_bound: Annotated[float, Field(gt=0, le=1e6)] = 4.0
+    """Largest absolute value in a tensor that is averaged whole. An agent whose head outgrows it stops, so it must hold
+    what all rounds together can reach: heads start within 0.1 and move by at most a learning rate a step. Precision is
+    lost in proportion to it, and it is how far a hostile member can try to push a head."""
 
     max_directions: Annotated[int, Field(ge=1, le=4096)] = 256
     """Most directions in an aggregate. The sum of all ranks is lossless; beyond, the result says what it left out."""

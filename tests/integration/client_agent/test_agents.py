@@ -239,7 +239,7 @@ async def test_an_agent_restarted_after_the_end_still_gets_the_adapter(make_fede
 async def test_an_agent_with_another_model_than_most_is_refused_by_name_though_it_came_first(
     make_federation: Make, tmp_path: Path
 ) -> None:
-    federation = make_federation("strict", rounds=1)
+    federation = make_federation("strict", rounds=4)  # long enough for the odd one to hear of it
     await federation.start()
     model = {"path": str(_larger_model(tmp_path / "larger")), "device": "cpu"}
     other = asyncio.create_task((await federation.agent("other", model=model)).run())
