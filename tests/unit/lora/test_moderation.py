@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from shelora.errors import DomainError, Reason
 from shelora.lora.moderation import MULTIPLE, REMEMBERED, SPREAD, moderated, remembered
 
-NORMS = st.floats(0, 1e12)
+NORMS = st.floats(0, 1e12, allow_subnormal=False)
 
 
 @given(change=NORMS, own=NORMS, last=st.lists(NORMS, max_size=5))
