@@ -407,6 +407,10 @@ class _Follower:
     async def _told_why(self, assignment: pb.Assignment, error: DomainError) -> None:
         """Before an agent ends over its work it says so; and hears, if its final result is gone, that all of it is."""
         await self._session.give_up(assignment.assignment_id, error)
+        with contextlib.suppress(DomainError):
+            await self._session.heartbeat(
+                Progress(), error
+            )  # the operator sees it, whenever the next were due
         if assignment.HasField("finish"):
             await asyncio.sleep(self._retry_s)
 

@@ -45,6 +45,8 @@ from shelora.strategies.port import RoundTerms
 
 GATHERING: Final = frozenset({RoundState.SELECTING, RoundState.KEYING, RoundState.COLLECTING})
 """States of a round that has no updates to lose but those that clients can send again."""
+UNOPENED: Final = frozenset({Reason.SUM_UNREADABLE, Reason.ANSWERS_REFUSED})
+"""What clients say that cannot open the result which a round begins from."""
 LEAD_MS: Final = 60_000
 """Time after which a leader that does not say that it makes the plan is replaced."""
 
@@ -486,13 +488,30 @@ def layout_of(
     return federation.strategy.layout(model, protection, round_)
 
 
+def _unable(view: View, record: RoundRecord) -> set[str]:
+    """Clients of a round that say that they cannot open the result it begins from, if there is a way back from it."""
+    if not (record.round.convenes and view.federation.retractable):
+        return set()
+    return {drop.client_id for drop in view.given_up if drop.reason in UNOPENED} - record.dropped_ids
+
+
+def _turnout(view: View, record: RoundRecord, objecting: AbstractSet[str]) -> Turnout:
+    """Who cannot open the start of a round counts as one not waited for, while these may become more than half."""
+    unable = _unable(view, record)
+    gone = objecting | {drop.client_id for drop in view.given_up} - unable
+    asked, absent = len(record.round.cohort), len(record.dropped) + len(gone - record.dropped_ids)
+    if 2 * (asked - absent - view.update_count) > asked - len(record.dropped):
+        return Turnout(view.update_count, absent, view.unawaited + len(unable))
+    return Turnout(view.update_count, absent + len(unable), view.unawaited)
+
+
 def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:
+    if 2 * len(_unable(view, record)) > len(record.round.cohort) - len(record.dropped):
+        return abandon(record, Reason.SUM_UNREADABLE, now_ms)
     if record.round.convenes and not committees.is_able(record, view.proceedings):
         return abandon(record, Reason.COMMITTEE_INCOMPLETE, now_ms)
     round_, objecting = record.round, _objecting(view, record)
-    gone = objecting | {drop.client_id for drop in view.given_up}
-    absent = len(record.dropped) + len(gone - record.dropped_ids)
-    turnout = Turnout(view.update_count, absent, view.unawaited)
+    turnout = _turnout(view, record, objecting)
     ends_ms = grace_ends_ms(round_, record.most_ms, view.federation.spec.round.grace)
     due = should_close(round_, turnout, now_ms, ends_ms)
     if due is Event.CLOSE:

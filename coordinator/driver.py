@@ -102,7 +102,7 @@ class DriverPolicy:
     concurrency: int = 4
     """Shards of a round aggregated at once."""
     result_ttl_s: int = 7 * 86_400
-    """Time that aggregation keeps a round, its result included, beyond the deadlines of all attempts at the next one.
+    """Time that aggregation keeps a round, its result included, beyond the deadlines of all attempts at the next two.
     A safety net: what is not needed any more is deleted by name."""
 
 
@@ -611,7 +611,8 @@ class Driver:
         if not takes_ballots(federation, record):
             layout = await self._store.layout(federation.federation_id, record.layout_digest)
             rules = federation.spec.round
-            ttl_s = rules.deadline_s * (1 + rules.max_attempts) + self._policy.result_ttl_s
+            attempts = 1 + 2 * rules.max_attempts  # its own, and those of two rounds that may begin from it
+            ttl_s = rules.deadline_s * attempts + self._policy.result_ttl_s
             members = await self._store.members(federation.federation_id)
             ranks = {
                 name: min(members[name].rank, layout.max_rank)

@@ -134,6 +134,23 @@ class Ticket(Record):
     """Which batches are trained on; 0 without a committee."""
 
 
+class Result(Record):
+    """The result of a published training round, as long as agents may ask for it."""
+
+    sequence: int
+    """Of its round."""
+    layout: str
+    """Digest of its layout in hex."""
+    plan: Plan | None
+    """Plan under which it was made."""
+    epoch: int
+    """Epoch in which it was made; 0 of a record that is older than epochs were noted."""
+    opening: StoredDigest | None
+    """What opens it; None without a committee."""
+    attempt: int
+    """Which attempt its round was."""
+
+
 class Garbage(Record):
     """A round whose data aggregation may delete."""
 
@@ -210,6 +227,11 @@ class FederationRecord(Record):
     """Epoch in which it was made; 0 for none."""
     result_opening: StoredDigest | None = None
     """What opens it; None without a committee."""
+    result_attempt: int = 1
+    """Which attempt its round was."""
+    result_before: Result | None = None
+    """With a committee, the result that takes its place if agents cannot open it. None if that is the initial state,
+    or if it has taken its place already."""
     garbage: tuple[Garbage, ...] = ()
     extra_rounds: int = 0
     """Training rounds beyond those of the specification; less than 0 if it was stopped."""
@@ -248,13 +270,42 @@ class FederationRecord(Record):
 
     @property
     def oldest_epoch(self) -> int:
-        """The oldest epoch whose keys agents may still need: that of the newest result, until there is a later one.
+        """The oldest epoch whose keys agents may still need: that of a result in use, until there is a later one.
 
         None of those so far if it ended before keys were noted: they may have been made all the same.
         """
         if self.ended and self.strategy.needs_keys and not self.key_id:
             return self.epoch + 1
-        return min(self.epoch, self.result_epoch or self.epoch)
+        return min([self.epoch, *(result.epoch for result in self.results if result.epoch)])
+
+    @property
+    def result(self) -> Result | None:
+        """The newest result; None before the first."""
+        if not self.result_sequence:
+            return None
+        return Result(
+            sequence=self.result_sequence,
+            layout=self.result_layout,
+            plan=self.result_plan,
+            epoch=self.result_epoch,
+            opening=self.result_opening,
+            attempt=self.result_attempt,
+        )
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """The newest result, and the one that may take its place."""
+        return tuple(result for result in (self.result, self.result_before) if result is not None)
+
+    @property
+    def retractable(self) -> bool:
+        """Whether there is a way back from the newest result: to the one before, or from the first to the start."""
+        first = self.trained == 1
+        return (
+            self.strategy.needs_committee
+            and bool(self.result_sequence)
+            and (first or bool(self.result_before))
+        )
 
     @property
     def revoked_ms(self) -> int:
@@ -296,8 +347,9 @@ class FederationRecord(Record):
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """The plan in force and the one under which the newest result was made."""
-        return tuple(plan for plan in (self.plan, self.result_plan) if plan is not None)
+        """The plan in force and those under which the results in use were made."""
+        made_under = (result.plan for result in self.results)
+        return tuple(plan for plan in (self.plan, *made_under) if plan is not None)
 
     @property
     def negotiations(self) -> tuple[Negotiation, ...]:
@@ -308,12 +360,14 @@ class FederationRecord(Record):
     @property
     def results_in_use(self) -> frozenset[int]:
         """Sequences of the rounds whose results agents may still ask for."""
-        return frozenset({self.result_sequence, *(n.votes_sequence for n in self.negotiations)} - {0})
+        made = (result.sequence for result in self.results)
+        return frozenset({*made, *(n.votes_sequence for n in self.negotiations)})
 
     @property
     def layouts_in_use(self) -> frozenset[str]:
         """Digests of the layouts of those results."""
-        return frozenset({self.result_layout, *(n.votes_layout for n in self.negotiations)} - {""})
+        made = (result.layout for result in self.results)
+        return frozenset({*made, *(n.votes_layout for n in self.negotiations)})
 
 
 class ShardResult(Record):

@@ -871,8 +871,8 @@ class RedisStore:
         ]
 
     def _opening_keys(self, record: FederationRecord) -> list[str]:
-        opening = record.result_opening
-        return [self._keys.opening(record.federation_id, opening.sha256)] if opening else []
+        openings = (result.opening for result in record.results)
+        return [self._keys.opening(record.federation_id, opening.sha256) for opening in openings if opening]
 
     def _plan_keys(self, record: FederationRecord) -> list[str]:
         return [self._keys.plan(record.federation_id, plan.digest.sha256) for plan in record.plans]

@@ -17,6 +17,7 @@ from coordinator.records import (
     Negotiation,
     Phase,
     Plan,
+    Result,
     RoundRecord,
     StoredDigest,
     Ticket,
@@ -33,6 +34,11 @@ MAX_NAMED: Final = 5
 MAX_TIERS: Final = 16
 """Tiers of a plan: each costs slots in every matrix, whatever the number of clients."""
 
+_SPOILED: Final = (
+    "more than half of its clients could not open it. A client shared another secret than it encrypted under, or more "
+    "members of the committee lied than it withstands, and nobody can tell who; create another federation, of clients "
+    "that you trust"
+)
 _STEADY: Final = "see that agents run without interruption, or raise round.committee_s"
 
 WHY: Final[Mapping[Reason, str]] = {
@@ -327,6 +333,8 @@ def _after_abandonment(record: FederationRecord, ended: RoundRecord, absent: str
     reason = ended.round.reason
     if reason in NO_FAULT:
         return edit(record, attempt=1)
+    if reason is Reason.SUM_UNREADABLE:
+        return retracted(record, ended.round.draw, absent)
     if ended.silent:  # nothing was uploaded, and each time there are fewer
         return edit(record, silent=tuple(sorted({*record.silent, *ended.silent})))
     if record.attempt < record.spec.round.max_attempts:
@@ -338,17 +346,63 @@ def _after_abandonment(record: FederationRecord, ended: RoundRecord, absent: str
     return failed(record, f"{name} was abandoned {record.attempt} times, at last for {reason}: {why}{said}")
 
 
+def retracted(record: FederationRecord, draw: int, said: str) -> FederationRecord:
+    """Takes the newest result back, which agents cannot open: its round is repeated from the result before.
+
+    The repetition is an attempt at the same round, with a draw of its own. After the last attempt the federation has
+    failed, with the result before.
+
+    Args: draw: of the round that was to begin from it; spent, as a draw belongs to one start. said: what agents say.
+    """
+    number, attempts = record.trained, record.result_attempt
+    after = edit(
+        record,
+        **_as_newest(record.result_before),
+        result_before=None,
+        trained=number - 1,
+        rotated_at=min(record.rotated_at, number - 1),
+        draws=max(draw, record.draws),
+        attempt=attempts + 1,
+    )
+    if attempts < record.spec.round.max_attempts:
+        return after
+    return failed(
+        after,
+        f"the sum of round {number} was spoiled in attempt {attempts}, the last one: {_SPOILED}. {said}",
+    )
+
+
+def _as_newest(result: Result | None) -> dict[str, Any]:
+    """The fields of a record whose newest result that is."""
+    if result is None:
+        return {
+            "result_sequence": 0,
+            "result_layout": "",
+            "result_plan": None,
+            "result_epoch": 0,
+            "result_opening": None,
+            "result_attempt": 1,
+        }
+    fields = ("sequence", "layout", "plan", "epoch", "opening", "attempt")
+    return {f"result_{name}": getattr(result, name) for name in fields}
+
+
 def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationRecord:
     last = ended.round.number >= record.rounds
+    result = Result(
+        sequence=ended.sequence,
+        layout=ended.layout_digest,
+        plan=record.ticket.plan if record.ticket else None,
+        epoch=ended.epoch,
+        opening=ended.opening,
+        attempt=ended.round.attempt,
+    )
     return edit(
         record,
+        **_as_newest(result),
         attempt=1,
         trained=ended.round.number,
-        result_sequence=ended.sequence,
-        result_layout=ended.layout_digest,
-        result_plan=record.ticket.plan if record.ticket else None,
-        result_epoch=ended.epoch,
-        result_opening=ended.opening,
+        result_before=record.result if ended.round.convenes else None,
         silent=(),
         phase=Phase.FINISHED if last else record.phase,
     )

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from statistics import median, median_low
 from typing import Final
 
+from shelora.errors import Reason
 from shelora.strategies.registry import strategies, strategy_of
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -82,10 +83,27 @@ def round_figures(summary: pb.RoundSummary) -> RoundFigures:
 
 
 def training_rounds(federation: pb.Federation) -> list[pb.RoundSummary]:
-    """The published training rounds, oldest first."""
-    return [
-        r for r in federation.history if r.kind == pb.ROUND_KIND_TRAIN and r.state == pb.ROUND_STATE_PUBLISHED
-    ]
+    """The published training rounds, oldest first, without those that were spoiled."""
+    return _published(federation)[0]
+
+
+def spoiled_rounds(federation: pb.Federation) -> list[pb.RoundSummary]:
+    """The published training rounds whose sum agents could not open, so that they were taken back; oldest first."""
+    return _published(federation)[1]
+
+
+def _published(federation: pb.Federation) -> tuple[list[pb.RoundSummary], list[pb.RoundSummary]]:
+    """Published training rounds: those that count, and those that the abandonment of the next one took back."""
+    counting: list[pb.RoundSummary] = []
+    spoiled: list[pb.RoundSummary] = []
+    for summary in federation.history:
+        if summary.kind != pb.ROUND_KIND_TRAIN:
+            continue
+        if summary.state == pb.ROUND_STATE_PUBLISHED:
+            counting.append(summary)
+        elif summary.reason == Reason.SUM_UNREADABLE and counting:
+            spoiled.append(counting.pop())
+    return counting, spoiled
 
 
 def standing(federation: pb.Federation) -> str:

@@ -25,7 +25,9 @@ from shelora.view import (
     member_troubles,
     protection_summary,
     round_figures,
+    round_name,
     size,
+    spoiled_rounds,
     training_rounds,
 )
 
@@ -88,6 +90,8 @@ def _headline(federation: pb.Federation) -> Text:
     text = Text.assemble(
         (heading(federation), "bold"), f"\n{spec.training.base_model}, {protection}\n{activity(federation)}"
     )
+    if spoiled := ", ".join(round_name(summary) for summary in spoiled_rounds(federation)):
+        text.append(f"\nspoiled, as agents could not open their sums: {spoiled}", style="yellow")
     if federation.failure:
         text.append(f"\n{federation.failure}", style="red")
     return text

@@ -15,6 +15,7 @@ from coordinator import transitions
 from coordinator.convening import Convening, dealings_in
 from coordinator.servicer import CoordinatorServicer
 from shelora.additive.sampler import Csprng
+from shelora.additive.secret import SecretKey
 from shelora.committee.certificate import ContributorSet
 from shelora.committee.context import RoundContext
 from shelora.committee.dealer import Dealer
@@ -93,6 +94,23 @@ class _StopsAtSigning(Committees):
             await super()._step(serve, attempt, seat)
 
 
+class _SharesAnotherSecret(Committees):
+    """A dealer that shares another secret than it encrypted under: what it deals is sound, and no sum of it opens."""
+
+    def dealer(self, attempt: Attempt, keys: KeySet) -> Dealer:
+        honest = super().dealer(attempt, keys)
+        honest._secret = SecretKey.draw(attempt.context.parameters, Csprng.fresh())
+        return honest
+
+
+class _SharesAnotherSecretOnce(_SharesAnotherSecret):
+    """The same, in the first draw."""
+
+    def dealer(self, attempt: Attempt, keys: KeySet) -> Dealer:
+        first = attempt.context.round_number == 1
+        return super().dealer(attempt, keys) if first else Committees.dealer(self, attempt, keys)
+
+
 LIARS: Final[dict[str, type[Committees]]] = {
     "refuses everyone": _RefusesEveryone,
     "answers anything": _AnswersAnything,
@@ -102,12 +120,19 @@ LIARS: Final[dict[str, type[Committees]]] = {
 }
 
 
+SPOILERS: Final[dict[str, type[Committees]]] = {
+    "shares another secret": _SharesAnotherSecret,
+    "shares another secret once": _SharesAnotherSecretOnce,
+}
+"""Those that cost the others rounds, and end a federation if they never stop."""
+
+
 @contextmanager
 def lying(by_client: dict[str, str]) -> Iterator[None]:
-    """Has clients lie, each in a way of LIARS."""
+    """Has clients lie, each in a way of LIARS or SPOILERS."""
 
     def made(federation_id: str, client_id: str, *arguments: Any, **named: Any) -> Committees:
-        kind = LIARS[by_client[client_id]] if client_id in by_client else Committees
+        kind = (LIARS | SPOILERS)[by_client[client_id]] if client_id in by_client else Committees
         return kind(federation_id, client_id, *arguments, **named)
 
     with (

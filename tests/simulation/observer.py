@@ -184,7 +184,7 @@ class Observer:
             if record.rounds <= before.rounds:
                 self._violated("a finished federation goes on without more rounds")
             self.reopened()
-        if record.trained not in {before.trained, before.trained + 1}:
+        if record.trained not in {before.trained, before.trained + 1} and not self._retracts(before, record):
             self._violated(f"{before.trained} rounds trained, then {record.trained}")
         if record.sequence not in {before.sequence, before.sequence + 1}:
             self._violated(f"round {before.sequence} is followed by {record.sequence}")
@@ -198,6 +198,14 @@ class Observer:
             self._violated("a federation with a result failed over a plan")
         if before.accepted_plan and record.accepted_plan < before.accepted_plan:
             self._violated("a plan is not accepted any more")
+
+    def _retracts(self, before: FederationRecord, after: FederationRecord) -> bool:
+        """Whether the newest result is taken back as it must be: over liars, by the round that began from it."""
+        ended = self.rounds[before.round_id(before.ticket.sequence)] if before.ticket else None
+        if not self.liars or ended is None or ended.round.reason is not Reason.SUM_UNREADABLE:
+            return False
+        earlier = before.result_before.sequence if before.result_before else 0
+        return (after.trained, after.result_sequence) == (before.trained - 1, earlier)
 
     # Results
 
@@ -272,7 +280,8 @@ class Observer:
                 self._violated(f"{client_id} was told that its update of {round_id} counts, and it does not")
         if federation.garbage:
             self._violated(f"garbage is left: {federation.garbage}")
-        needed = [federation.oldest_epoch, federation.epoch] if federation.key_id else []
+        made = [result.epoch for result in federation.results]
+        needed = [federation.oldest_epoch, *made, federation.epoch] if federation.key_id else []
         if sorted(set(needed)) != list(epochs):
             self._violated(f"there are keys of the epochs {list(epochs)}, needed are those of {needed}")
         self._look_for_leftovers(federation)

@@ -1,5 +1,7 @@
 """Committees with members and dealers that lie, and with a coordinator that asks for a second set."""
 
+from dataclasses import replace
+
 import pytest
 
 from shelora.committee.rules import committee_rule
@@ -36,6 +38,25 @@ def test_two_liars_of_seven_stop_nobody(liars):
         report = run(complete(2, 7))
     kept(report)
     assert report.phase == "FINISHED"
+
+
+@pytest.mark.parametrize("key_rotation", [0, 1])
+def test_a_sum_that_does_not_open_costs_its_round_and_the_federation_goes_on(key_rotation):
+    schedule = complete(3, 4)
+    size = replace(schedule.size, key_rotation=key_rotation)
+    with lying({"agent-1": "shares another secret once"}):
+        report = run(replace(schedule, size=size), traced=True)
+    kept(report)
+    assert report.phase == "FINISHED"
+    assert any("abandon_round" in line and "SUM_UNREADABLE" in line for line in report.trace), "it did lie"
+
+
+def test_a_client_that_spoils_every_sum_ends_the_federation_after_its_last_attempt():
+    """The control: without it the federation finishes (above)."""
+    with lying({"agent-1": "shares another secret"}):
+        report = run(complete(3, 4))
+    kept(report)
+    assert report.phase == "FAILED"
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 
+from coordinator.records import Dropped
 from services.key_authority.ca import Issuer, Root
 from services.key_authority.ca import _new_root as new_root
 from shelora.additive.sampler import Csprng
@@ -86,6 +87,9 @@ class Client:
     refuses: frozenset[str] = frozenset()
     """Dealers whose sound shares it refuses: it lies."""
 
+    unreadable: frozenset[str] = frozenset()
+    """Rounds whose result it cannot open, or says so."""
+
     def restart(self) -> None:
         self.seats.clear()
 
@@ -94,11 +98,16 @@ class Client:
             return
         match assignment.WhichOneof("work"):
             case "train":
-                await self.train(assignment.train.round)
+                opens = assignment.train.base.round_id not in self.unreadable
+                await self.train(assignment.train.round, opens=opens)
+                if not opens:
+                    words = "the sum does not open"
+                    said = Dropped(client_id=self.name, reason=Reason.SUM_UNREADABLE, why=words, gave_up=True)
+                    await self.fed.handlers.give_up("fed", assignment.assignment_id, said)
             case "serve":
                 await self.serve(assignment.serve)
 
-    async def train(self, round_: pb.RoundRef) -> None:
+    async def train(self, round_: pb.RoundRef, *, opens: bool = True) -> None:
         context = RoundContext.from_proto(round_.context)
         scope = ("fed", round_.round_id, self.name)
         committee = context.committee(self.secret.committee_key())
@@ -118,7 +127,7 @@ class Client:
                     raise
         federation = await self.fed.federation()
         record = (await self.fed.store.round(federation, federation.ticket.sequence)).record
-        if record.order and self.silent_from not in {"commit", "key"}:
+        if opens and record.order and self.silent_from not in {"commit", "key"}:
             await self.commit(round_, context)
 
     def seat(self, context: RoundContext) -> Member:

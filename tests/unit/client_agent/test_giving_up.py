@@ -66,6 +66,9 @@ class Work:
         if self.errors:
             raise self.errors.pop(0)
 
+    async def finish(self, *_: object) -> None:
+        raise self.errors.pop(0)
+
     async def drop_update(self) -> None:
         self.dropped += 1
 
@@ -112,6 +115,16 @@ async def test_an_agent_that_ends_over_its_work_says_so_first_and_shows_no_paylo
     (said,) = session.given_up
     assert said[:2] == ("train/1", reason)
     assert "secret" not in said[2]
+
+
+async def test_an_agent_that_cannot_open_the_final_result_shows_it_to_the_operator_before_it_ends():
+    """The next heartbeat would come too late."""
+    session = Session()
+    follower = _Follower(session, Work(failure(Reason.SUM_UNREADABLE)), LEARNER, 0.0)
+    await follower._take(pb.Assignment(assignment_id="finish/1", finish=pb.Finish()))
+    with pytest.raises(DomainError):
+        await follower._ended
+    assert session.troubles == [Reason.SUM_UNREADABLE]
 
 
 async def test_a_spent_privacy_budget_gives_the_round_up_and_the_agent_goes_on_following():

@@ -64,7 +64,7 @@ def test_a_round_that_can_still_succeed_drops_the_revoked_and_another_is_abandon
 def test_epochs_are_retired_when_nothing_else_is_to_do_and_no_result_needs_them():
     idle = view(running(epoch=3, result_epoch=2, result_sequence=3), alive=set())
     assert decide(idle, NOW) == RetireEpochs(2)
-    done = view(running(epoch=3, result_epoch=2, retired_before=2), alive=set())
+    done = view(running(epoch=3, result_epoch=2, result_sequence=3, retired_before=2), alive=set())
     assert isinstance(decide(done, NOW), Rest)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import transitions
-from coordinator.records import FederationRecord, Member, Model, Phase
+from coordinator.records import FederationRecord, Member, Model, Phase, Result
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, Tensor
 from shelora.rounds import RoundKind, RoundState
@@ -212,6 +212,36 @@ def test_an_abandoned_round_is_tried_again_until_the_attempts_are_used_up():
     failed = settled(again.model_copy(update={"ticket": ticket()}), ended)
     assert failed.phase is Phase.FAILED
     assert "fewer than 2 clients sent an update in time" in failed.failure
+
+
+def test_a_result_that_is_taken_back_gives_way_to_the_one_before_and_its_epoch():
+    earlier = Result(sequence=1, layout="aa", plan=None, epoch=1, opening=DIGEST, attempt=1)
+    record = federation(
+        sequence=4,
+        ticket=ticket(sequence=4),
+        trained=2,
+        rotated_at=2,
+        epoch=3,
+        draws=3,
+        result_sequence=3,
+        result_layout="bb",
+        result_epoch=2,
+        result_before=earlier,
+    )
+    assert (record.results_in_use, record.layouts_in_use, record.oldest_epoch) == ({1, 3}, {"aa", "bb"}, 1)
+    ended = a_round(RoundState.ABANDONED, sequence=4, reason=Reason.SUM_UNREADABLE)
+    after = settled(record, ended.model_copy(update={"round": replace(ended.round, draw=4)}))
+    assert (after.result, after.result_before) == (earlier, None)
+    assert (after.trained, after.rotated_at, after.attempt, after.draws) == (1, 1, 2, 4)
+    assert [(g.round_id, g.results) for g in after.garbage] == [
+        ("fed.00000001.3", True),
+        ("fed.00000001.4", True),
+    ]
+
+
+def test_without_a_committee_no_earlier_result_is_kept():
+    record = federation(ticket=ticket(), sequence=2, result_sequence=1, trained=1)
+    assert settled(record, a_round(RoundState.PUBLISHED)).results_in_use == {2}
 
 
 def test_a_refused_plan_costs_no_attempt():

@@ -1,0 +1,138 @@
+"""Published sums that clients cannot open: the round is repeated from the result before, but for no lone liar."""
+
+import pytest
+
+from coordinator.records import Phase
+from shelora.v1 import coordinator_pb2 as pb
+from tests.contract.coordinator.members import Convened
+from tests.contract.coordinator.test_committees import FOUR, convened, states
+from tests.contract.coordinator.world import World
+
+SPOILED = ("ABANDONED", "SUM_UNREADABLE")
+PUBLISHED = ("PUBLISHED", "")
+
+
+async def cannot_open(fed: World, party: Convened, names: str, *sequences: int) -> None:
+    """Has clients say that they cannot open the results of these rounds."""
+    federation = await fed.federation()
+    for name in names:
+        party.clients[name].unreadable = frozenset(map(federation.round_id, sequences))
+
+
+def numbers(shown: pb.Federation) -> list[int]:
+    return [round_.number for round_ in shown.history]
+
+
+async def test_a_sum_that_most_cannot_open_is_taken_back_and_its_round_repeated(fed):
+    party = await convened(fed, FOUR, rounds=3)
+    await cannot_open(fed, party, "abc", 2)
+    while (await fed.federation()).sequence < 4:
+        await party.step()
+    federation = await fed.federation()
+    assert (federation.result_sequence, federation.trained, federation.attempt) == (1, 1, 2)
+    federation = await party.play()
+    shown = await fed.shown()
+    assert federation.phase is Phase.FINISHED, federation.failure
+    assert states(shown) == [PUBLISHED, PUBLISHED, SPOILED, PUBLISHED, PUBLISHED]
+    assert numbers(shown) == [1, 2, 3, 2, 3]
+    assert [round_.attempt for round_ in shown.history] == [1, 1, 1, 2, 1]
+    assert {drop.client_id for drop in shown.history[2].dropped} == set("abc"), (
+        "the operator sees who said so"
+    )
+    assert federation.draws == 5, "that of the round which could not begin is spent, too"
+    assert all(len(client.notes.sets) == 4 for client in party.clients.values()), "one set a draw"
+
+
+async def test_the_repetition_begins_from_the_result_before_which_is_still_there(fed):
+    party = await convened(fed, FOUR, rounds=2)
+    while (await fed.federation()).trained < 1:
+        await party.step()
+    await cannot_open(fed, party, FOUR, 2)
+    await fed.handlers.extend("fed", 3)
+    while (await fed.federation()).sequence < 4:
+        await party.step()
+    await fed.settle()
+    federation = await fed.federation()
+    train = (await fed.assignment("a")).train
+    assert (train.round.number, train.base.round_id) == (2, federation.round_id(1))
+    assert (await party.clients["a"].open(federation.round_id(1))).contributors == tuple(FOUR)
+    assert federation.results_in_use == {1}
+    assert fed.aggregation.result_rounds() == {federation.round_id(1)}, "what was taken back is deleted"
+
+
+async def test_the_first_sum_is_taken_back_to_the_start(fed):
+    party = await convened(fed, FOUR, rounds=2)
+    await cannot_open(fed, party, FOUR, 1)
+    while (await fed.federation()).sequence < 3:
+        await party.step()
+    await fed.settle()
+    train = (await fed.assignment("a")).train
+    assert (train.round.number, train.HasField("base")) == (1, False)
+    federation = await party.play()
+    assert (federation.phase, federation.trained) == (Phase.FINISHED, 2)
+
+
+@pytest.mark.parametrize(("names", "liars"), [("abc", "c"), (FOUR, "d"), (FOUR, "cd")])
+async def test_liars_that_are_no_majority_take_nothing_back(fed, names, liars):
+    party = await convened(fed, names, rounds=3)
+    await cannot_open(fed, party, liars, 1, 2)
+    federation = await party.play(90)
+    shown = await fed.shown()
+    assert federation.phase is Phase.FINISHED, federation.failure
+    assert SPOILED not in states(shown)
+    assert numbers(shown) == [1, 2, 3]
+
+
+async def test_two_of_three_are_a_majority(fed):
+    party = await convened(fed, "abc", rounds=2)
+    await cannot_open(fed, party, "ab", 1)
+    federation = await party.play()
+    assert federation.phase is Phase.FINISHED, federation.failure
+    assert SPOILED in states(await fed.shown())
+
+
+async def test_of_two_one_alone_takes_nothing_back_and_the_federation_fails_as_without_it(fed):
+    party = await convened(fed, "ab", rounds=2, max_attempts=2)
+    await cannot_open(fed, party, "a", 1)
+    federation = await party.play(200)
+    assert (federation.phase, federation.trained) == (Phase.FAILED, 1)
+    assert "a: SUM_UNREADABLE" in federation.failure
+
+
+async def test_a_round_waits_for_a_majority_that_may_still_say_so(fed):
+    """With as many as a result needs gone it would be abandoned before the third says so."""
+    party = await convened(fed, FOUR, rounds=2, min_updates=3, max_attempts=2)
+    await cannot_open(fed, party, "abc", 1)
+    while (await fed.federation()).trained < 1:
+        await party.step()
+    party.clients["c"].silent_from = party.clients["d"].silent_from = "commit"
+    party.clients["c"].unreadable = frozenset()
+    await party.until("COLLECTING")
+    for _ in range(3):
+        await party.step()
+    assert states(await fed.shown()) == [PUBLISHED]
+    await cannot_open(fed, party, "abc", 1)
+    await party.step()
+    assert states(await fed.shown()) == [PUBLISHED, SPOILED]
+
+
+async def test_repeated_spoiling_ends_the_federation_after_the_last_attempt_with_the_result_before(fed):
+    party = await convened(fed, FOUR, rounds=3, max_attempts=2)
+    await cannot_open(fed, party, FOUR, 2, 4, 6, 8)
+    federation = await party.play(120)
+    assert (federation.phase, federation.trained, federation.result_sequence) == (Phase.FAILED, 1, 1)
+    assert "the sum of round 2 was spoiled in attempt 2" in federation.failure
+    assert "a: SUM_UNREADABLE, the sum does not open" in federation.failure
+    assert (await fed.assignment("a")).halt.result.round_id == federation.round_id(1)
+
+
+async def test_a_last_sum_that_does_not_open_is_repeated_when_the_federation_is_extended(fed):
+    party = await convened(fed, FOUR, rounds=2)
+    await cannot_open(fed, party, FOUR, 2)
+    federation = await party.play()
+    assert (federation.phase, federation.results_in_use) == (Phase.FINISHED, {1, 2})
+    await fed.handlers.extend("fed", 3)
+    federation = await party.play()
+    shown = await fed.shown()
+    assert (federation.phase, federation.trained) == (Phase.FINISHED, 3)
+    assert numbers(shown) == [1, 2, 3, 2, 3]
