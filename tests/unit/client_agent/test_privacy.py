@@ -445,7 +445,7 @@ def test_an_audit_with_canaries_finds_less_than_the_accountant_admits_and_much_w
     without = Examples(("the movie was good", "the movie was bad"), (1, 0))
     canary = Examples((*without.texts, "angry angry angry"), (*without.labels, 1))
     probe = encoder.batch(Examples(("angry angry angry",), (1,)))
-    run, trials, delta = TrainingRun(1, 2, 0.05, seed=0), 30, 1e-2
+    run, trials, delta = TrainingRun(1, 2, 0.05, seed=0), 100, 1e-2
 
     def seen(examples: Examples, noise: float) -> float:
         model.load(before)
