@@ -20,8 +20,13 @@ _log = structlog.get_logger(__name__)
 def keep_memory_private() -> None:
     """For this process and what it forks; a program that it executes must call it again. Never raises."""
     try:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if sys.platform == "linux" and ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-            raise OSError("prctl refused")  # noqa: TRY301 - told as any other failure
+        _give_up_dumps()
     except (OSError, ValueError, AttributeError) as error:
         _log.warning("memory_not_private", why=str(error))
+
+
+def _give_up_dumps() -> None:
+    """For good: a process cannot take this back."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux" and ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError("prctl refused")

