@@ -126,7 +126,7 @@ def _cases(downloads: Path, seed: int) -> Iterator[Case]:
     yield _fellows(snippets, steps=1)
 
 
-MODES: Final = ("none", "selective")
+MODES: Final = ("none", "selective", "complete")
 
 
 def _causal_cases(

@@ -40,16 +40,16 @@ class Tap:
         self._thread.join()
 
     def taken(self) -> bytes:
-        """Everything so far, file by file in the order of their names."""
+        """Everything so far, file by file in the order in which they appeared."""
         self._copy()
-        return b"".join(bytes(self._copies[path]) for path in sorted(self._copies))
+        return b"".join(bytes(copy) for copy in self._copies.values())
 
     def _follow(self) -> None:
         while not self._ended.wait(POLL_S):
             self._copy()
 
     def _copy(self) -> None:
-        for path in self._folder.glob(_FILES):
+        for path in sorted(self._folder.glob(_FILES), key=_number):
             copy = self._copies.setdefault(path, bytearray())
             try:
                 with path.open("rb") as file:
@@ -57,6 +57,11 @@ class Tap:
                     copy += file.read()
             except FileNotFoundError:  # rewritten meanwhile
                 continue
+
+
+def _number(path: Path) -> int:
+    """Of a file that Redis names `<name>.aof.<number>.incr.aof`; a rewrite begins the next one."""
+    return int(path.name.removesuffix(".incr.aof").rpartition(".")[2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
