@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Self
+from typing import BinaryIO, Final, Self
 from urllib.parse import unquote
 
 from services.aggregation.keys import PREFIX
@@ -28,6 +28,8 @@ class Tap:
         """Takes the folder of a Valkey server with `appendonly yes`."""
         self._folder = folder
         self._copies: dict[Path, bytearray] = {}
+        self._files: dict[Path, BinaryIO] = {}
+        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tap", daemon=True)
 
@@ -38,6 +40,8 @@ class Tap:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        for file in self._files.values():
+            file.close()
 
     def taken(self) -> bytes:
         """Everything so far, file by file in the order in which they appeared."""
@@ -49,14 +53,14 @@ class Tap:
             self._copy()
 
     def _copy(self) -> None:
-        for path in sorted(self._folder.glob(_FILES), key=_number):
-            copy = self._copies.setdefault(path, bytearray())
-            try:
-                with path.open("rb") as file:
-                    file.seek(len(copy))
-                    copy += file.read()
-            except FileNotFoundError:  # rewritten meanwhile
-                continue
+        """Reads on in every file. One that was rewritten is deleted, and read to its end all the same: it is open."""
+        with self._lock:
+            for path in sorted(self._folder.glob(_FILES), key=_number):
+                if path not in self._files:
+                    self._files[path] = path.open("rb")
+                    self._copies[path] = bytearray()
+            for path, file in self._files.items():
+                self._copies[path] += file.read()
 
 
 def _number(path: Path) -> int:

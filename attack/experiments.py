@@ -35,25 +35,20 @@ def setting(scene: Scene) -> str:
 
 
 def decoded(performance: Performance, public: Public, data: str, *, control: bool = False) -> Finding:
-    """Text from the clear B of the last layer's query, by a server."""
+    """Text from the clear B of the last layer's query, by a server, or from the stored bytes if nothing is clear."""
     scene, round_ = performance.scene, performance.rounds[0]
     decoder = Decoder(public)
     name = next(n for n in reversed(public.names) if n.endswith("q_proj"))
     found: list[tuple[list[int], list[int]]] = []
     for client in scene.clients:
         true = public.ids(client.texts[0])
-        seen = clear_parts(round_, client.name).get(name)
-        if seen is None:
-            found.append((true, true[:OPENING]))
-            continue
-        B = adam.unscaled(seen.B, scene.learning_rate)
-        gradient = adam.gradient(B, scene.learning_rate) if scene.steps == 1 else B
-        even, rows, _ = adam.evened(gradient)
+        even, rows, _ = adam.evened(_gradient(scene, round_, client, name, public))
         guess = decoder.text(even, rows, true[:OPENING], len(true) + 1, true[-1], client.rank)
         found.append((true, guess))
+    clear = bool(clear_parts(round_, scene.clients[0].name))
     return Finding(
         setting=setting(scene),
-        attacker="server: clear B, A unknown",
+        attacker="server: clear B, A unknown" if clear else "server: all it stored",
         data=data,
         figures={
             "exact": float(np.mean([true == guess for true, guess in found])),
@@ -61,7 +56,10 @@ def decoded(performance: Performance, public: Public, data: str, *, control: boo
             "rouge-2": float(np.mean([rouge(t[OPENING:], g[OPENING:], 2) for t, g in found])),
         },
         counts={"texts": len(found)},
+        chance={"exact": 0.0},
+        error={"exact": 0.0},
         at_least={"rouge-1": 0.8} if control else {},
+        no_better_than_chance=not clear,
         capture=round_.digest,
     )
 
