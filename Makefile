@@ -33,12 +33,7 @@ PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
-settest-dashboard: $(INSTALLED)  ## Drive the operator's page with a browser; skips where there is no chromium
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint requirements/constraints.txt --editable '.[browser]'
-	$(BIN)/python -m pytest -o python_files='browser_*.py' tests/dashboard
-
-up: $(INSTALLED)  ## Create the virtual environment
+setup: $(INSTALLED)  ## Create the virtual environment
 
 $(INSTALLED): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -106,6 +101,11 @@ test-insiders: $(INSTALLED)  ## Attack a local cluster as strangers and as membe
 
 attack: $(INSTALLED)  ## Attack captured messages of real federations in every protection mode, print what comes back
 	OMP_NUM_THREADS=1 $(BIN)/python -m attack
+
+test-dashboard: $(INSTALLED)  ## Drive the operator's page with a browser; skips where there is no chromium
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest -o python_files='browser_*.py' tests/dashboard
 
 up: $(INSTALLED)  ## Run a local cluster until Ctrl-C
 	$(BIN)/shelora up
