@@ -438,7 +438,7 @@ def _create(view: View, ticket: Ticket) -> Decision:
     if len(asked) < rules.min_updates:
         return WriteFederation("readmit_silent", transitions.readmitted(federation))
     round_id = federation.round_id(ticket.sequence)
-    cohort = select_cohort(round_id, asked, rules.cohort_limit if training else 0)
+    cohort = select_cohort(round_id, asked, federation.spec.cohort_limit if training else 0)
     layout = layout_of(federation, federation.model, ticket, view.members)
     round_ = Round(
         round_id=round_id,

@@ -13,6 +13,7 @@ from load.plots import plot_cost, plot_memory
 from load.run import Measured, Plan, run
 from shelora.cli.supervision import clear, interruptible
 from shelora.errors import DomainError
+from shelora.strategies.registry import DEFAULT
 from shelora.terminal import CommandLine, Terminal
 
 console = Terminal()
@@ -27,9 +28,11 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Training rounds.")] = 3,
     processes: Annotated[int, typer.Option(min=1, help="Processes that the agents share.")] = 2,
     directions: Annotated[
-        int, typer.Option(min=1, help="max_directions: what agents download is in proportion to it.")
+        int,
+        typer.Option(min=1, help="max_directions: what agents download is in proportion to it (selective)."),
     ] = 32,
     starts_per_s: Annotated[float, typer.Option(min=0.1, help="Agents started a second.")] = 20.0,
+    mode: Annotated[str, typer.Option(help="Protection: complete or selective.")] = DEFAULT,
     folder: Annotated[Path, typer.Option(help="Folder for everything the runs leave.")] = Path("runs/load"),
 ) -> None:
     """Runs a federation of simulated agents on a real local cluster, and reports what it cost.
@@ -43,7 +46,7 @@ def main(
             clear(folder)
             folder.mkdir(parents=True)
             for count in sorted(set(agents)):
-                plan = Plan(count, rounds, min(processes, count), directions, starts_per_s)
+                plan = Plan(count, rounds, min(processes, count), directions, starts_per_s, mode)
                 runs.append(_run(plan, folder / f"{count}"))
                 console.print(*tables(figures(runs[-1])))
                 _report(runs, folder)

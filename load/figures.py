@@ -27,6 +27,7 @@ def figures(run: Measured) -> dict[str, Any]:
     votes = [r for r in run.federation.history if r.kind == pb.ROUND_KIND_VOTE]
     return {
         "agents": run.plan.agents,
+        "mode": run.plan.mode,
         "problems": run.problems,
         "enrol_s": run.enrol_s,
         "wall_s": run.wall_s,
@@ -85,7 +86,7 @@ def _rounds_table(found: dict[str, Any]) -> Table:
     table = Table(
         "",
         *(f"round {number}" for number in range(1, len(found["round_s"]) + 1)),
-        title=f"{found['agents']} agents: seconds of a round",
+        title=f"{found['agents']} agents, {found['mode']}: seconds of a round",
     )
     for label, name in (
         ("from its opening to its result", "round_s"),

@@ -17,6 +17,7 @@ from load.resources import Usage, sampled
 from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.operator import Operator, operator
 from shelora.federation import FederationSpec
+from shelora.strategies.registry import DEFAULT
 from shelora.v1 import coordinator_pb2 as pb
 
 FEDERATION: Final = "load"
@@ -40,9 +41,11 @@ class Plan:
     processes: int
     """Processes that the agents share."""
     directions: int
-    """`max_directions` of the federation: what an agent downloads is in proportion to it."""
+    """`max_directions` of the federation: what an agent downloads is in proportion to it, but for `complete`."""
     starts_per_s: float
     """Agents started a second."""
+    mode: str = DEFAULT
+    """How updates are protected."""
 
     @property
     def spec(self) -> FederationSpec:
@@ -57,7 +60,7 @@ class Plan:
                     "deadline_s": DEADLINE_S,
                     "max_attempts": 1,
                 },
-                "protection": {"max_directions": self.directions},
+                "protection": {"mode": self.mode, "max_directions": self.directions},
             }
         )
 

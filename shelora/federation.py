@@ -4,9 +4,11 @@ The fields and ranges are those of `FederationSpec` in coordinator.proto, which 
 here. A value that passed these classes is sound: nothing behind them checks it again.
 """
 
+from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal, Self
 
 from google.protobuf.message import Message
 from pydantic import (
@@ -26,7 +28,7 @@ from shelora.configuration import StrictModel, explain, invalid, read_yaml
 from shelora.errors import DomainError, Reason
 from shelora.levels import Level
 from shelora.strategies.port import Strategy
-from shelora.strategies.registry import strategies, strategy_of
+from shelora.strategies.registry import DEFAULT, UNNAMED, strategies, strategy_of
 from shelora.tasks import ANSWERS, SEQUENCE_CLASSIFICATION, TASKS, LossOn, TaskName
 from shelora.text import printable
 from shelora.v1 import coordinator_pb2 as pb
@@ -37,6 +39,18 @@ def _printable(text: str) -> str:
         raise PydanticCustomError("characters", "remove the control characters")
     return text
 
+
+ABSENT: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "protection": MappingProxyType({"mode": UNNAMED}),
+        "round": MappingProxyType({"clients": 2, "min_updates": 2}),
+    }
+)
+"""What absence on the wire means where the default has changed: what it meant before.
+
+A caller of today sends every field. One that leaves these out relies on what that meant, and must not get another
+federation than it asked for.
+"""
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)]
 Names = Annotated[tuple[Name, ...], Strict(strict=False)]
@@ -125,11 +139,12 @@ class RoundSpec(Spec):
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 3
     """Training rounds."""
 
-    clients: Annotated[int, Field(ge=2, le=100_000)] = 2
+    clients: Annotated[int, Field(ge=2, le=100_000)] = 3
     """Clients that must have joined before the first round, at least `min_updates`."""
 
-    min_updates: Annotated[int, Field(ge=2, le=100_000)] = 2
-    """Updates below which a round is abandoned. An aggregate of one update is that update, so two is the least."""
+    min_updates: Annotated[int, Field(ge=2, le=100_000)] = 3
+    """Updates below which a round is abandoned. An aggregate of one update is that update, so two is the least; of two,
+    either client can work out the other's from the result, and tell a server."""
 
     deadline_s: Annotated[int, Field(ge=1, le=7 * 86_400)] = 3600
     """Seconds a round collects updates. A week at most: state expires after it has not changed for longer."""
@@ -166,7 +181,8 @@ class RoundSpec(Spec):
         if self.clients < self.min_updates:
             raise PydanticCustomError(
                 "clients",
-                "clients = {clients} can never send min_updates = {least} updates: raise clients or lower min_updates",
+                "clients = {clients} can never send min_updates = {least} updates: raise clients or lower min_updates "
+                "(with 2, either client can work out the other's update from the result)",
                 {"clients": self.clients, "least": self.min_updates},
             )
         if 0 < self.target_updates < self.min_updates:
@@ -177,25 +193,21 @@ class RoundSpec(Spec):
             )
         return self
 
-    @property
-    def cohort_limit(self) -> int:
-        """Most clients that a training round asks; 0 for no limit."""
-        return ceil(self.target_updates * self.over_selection)
-
 
 class ProtectionSpec(Spec):
     """How updates are protected."""
 
-    mode: str = "selective"
-    """How updates are protected: `selective` encrypts each client's budget of columns and all tensors; `none` nothing,
-    for comparison only."""
+    mode: str = DEFAULT
+    """How updates are protected. `complete`: nothing travels in the clear, and a committee of the round's clients opens
+    their sum alone. `selective`, the paper's SHE-LoRA: each client encrypts its budget of columns and all tensors,
+    under a key that all clients share. `none`: nothing, for comparison only."""
 
     parameters: str = STANDARD.name
-    """CKKS profile by name; the default is 128-bit secure and the smallest on the wire."""
+    """CKKS profile by name; the default is 128-bit secure and the smallest on the wire. Not read by `complete`."""
 
     negotiation: Literal["sealed", "ope"] = "sealed"
-    """How clients agree on columns: `sealed` adds up encrypted votes; `ope`, the paper's way, shows the coordinator
-    the order of scores under secret labels."""
+    """Under `selective`, how clients agree on columns: `sealed` adds up encrypted votes; `ope`, the paper's way, shows
+    the coordinator the order of scores under secret labels."""
 
     tensor_bound: Annotated[float, Field(gt=0, le=1e6)] = 4.0
     """Largest absolute value in a tensor that is averaged whole. An agent whose head outgrows it stops, so it must hold
@@ -315,6 +327,27 @@ class FederationSpec(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rounds_fit_the_strategy(self) -> Self:
+        most, rules = self.protection.strategy.most_updates, self.round
+        for name in ("min_updates", "target_updates"):
+            if 0 < most < getattr(rules, name):
+                raise PydanticCustomError(
+                    name,
+                    "round.{name} = {value} is more than a round of protection.mode {mode} adds up: use at most {most}",
+                    {"name": name, "value": getattr(rules, name), "mode": self.protection.mode, "most": most},
+                )
+        return self
+
+    @property
+    def cohort_limit(self) -> int:
+        """Most clients that a training round asks; 0 for no limit."""
+        limits = (
+            ceil(self.round.target_updates * self.round.over_selection),
+            self.protection.strategy.most_updates,
+        )
+        return min((limit for limit in limits if limit), default=0)
+
     @classmethod
     def from_yaml(cls, path: Path) -> Self:
         """Reads a specification.
@@ -330,12 +363,16 @@ class FederationSpec(Spec):
 
     @classmethod
     def from_proto(cls, message: pb.FederationSpec) -> Self:
-        """What is absent has its default: a caller need not know every field. A zero that was sent is a zero.
+        """What is absent has its default, or its value in `ABSENT`: a caller need not know every field. A zero that was
+        sent is a zero.
 
         Raises: INVALID_ARGUMENT with a line for every wrong field.
         """
+        sent = _sent(message)
+        for section, meant in ABSENT.items():
+            sent[section] = {**meant, **sent.get(section, {})}
         try:
-            return cls.model_validate(_sent(message))
+            return cls.model_validate(sent)
         except ValidationError as error:
             refusal = f"the federation is refused:\n{explain(error, cls)}"
             raise DomainError(Reason.INVALID_ARGUMENT, refusal) from None

@@ -16,8 +16,8 @@ DIRICHLET_ALPHA: Final = 0.3
 
 
 class Protection(StrEnum):
-    SELECTIVE = "selective"
     COMPLETE = "complete"
+    SELECTIVE = "selective"
     NONE = "none"
 
 
@@ -76,7 +76,7 @@ def write_data(source: Path, folder: Path) -> Mapping[str, int]:
 
 
 def agent_config(
-    servers: Servers, profile: AgentProfile, model: Path, protection: Protection = Protection.SELECTIVE
+    servers: Servers, profile: AgentProfile, model: Path, protection: Protection = Protection.COMPLETE
 ) -> dict[str, Any]:
     """The content of an agent's YAML file; paths are relative to it."""
     return {

@@ -63,7 +63,7 @@ def main(
 ) -> None:
     """Give every agent of the demo its examples, configuration and token, and start the federation."""
     servers = Servers(coordinator, tuple(aggregation), key_authority)
-    spec = federation_spec(Protection.SELECTIVE)
+    spec = federation_spec(Protection.COMPLETE)
     spec = spec.model_copy(
         update={
             "round": spec.round.model_copy(update={"rounds": rounds}),

@@ -386,7 +386,8 @@ def token_create(
         Level | None,
         typer.Option(
             help="Least protection that the client is promised. Its certificate carries the promise, and it leaves a "
-            "federation that offers less. By default what the federation has now, as the coordinator says.",
+            "federation that offers less. By default what the federation has now, as the coordinator says; complete if "
+            "there is none of that name yet.",
         ),
     ] = None,
     coordinator: CoordinatorOption = None,

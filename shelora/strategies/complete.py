@@ -7,7 +7,7 @@ encryption, whose sums a committee of the round's clients opens (`shelora.additi
 from dataclasses import dataclass, replace
 from typing import Final
 
-from shelora.additive.parameters import DEFAULT
+from shelora.additive.parameters import DEFAULT, MAX_CONTRIBUTORS
 from shelora.lora.layout import Layout, SumTerms
 from shelora.lora.sketches import sketch_sizes
 from shelora.lora.sums import build_sums_layout
@@ -23,6 +23,7 @@ class Complete:
     needs_keys: bool = True
     needs_plan: bool = False
     needs_committee: bool = True
+    most_updates: int = MAX_CONTRIBUTORS
     summary: str = "only encrypted sums"
     servers_see: str = (
         "No part of an update: ciphertexts under fresh keys that nobody shares, and their sum. A committee of the "

@@ -14,6 +14,7 @@ class Plain:
     needs_keys: Final = False
     needs_plan: Final = False
     needs_committee: Final = False
+    most_updates: Final = 0
     summary: Final = "UNPROTECTED"
     servers_see: Final = "Everything: updates travel in the clear. For comparison only."
 

@@ -74,6 +74,10 @@ class Strategy(Protocol):
         """Whether a committee of each training round's clients opens its sum; nobody else can."""
 
     @property
+    def most_updates(self) -> int:
+        """Most updates in one round's result; more clients than that are not asked. 0 for no limit of its own."""
+
+    @property
     def summary(self) -> str:
         """What it protects, in some words, for a status line."""
 

@@ -6,6 +6,12 @@ from shelora.errors import DomainError, Reason
 from shelora.strategies import complete, plain, she_lora
 from shelora.strategies.port import Strategy
 
+DEFAULT: Final = complete.STRATEGY.name
+"""The mode of a federation whose file names none."""
+
+UNNAMED: Final = she_lora.STRATEGY.name
+"""The mode that a message without one means: the default when callers still left it out."""
+
 _STRATEGIES: Final[dict[str, Strategy]] = {}
 
 
@@ -29,6 +35,6 @@ def strategy_of(name: str) -> Strategy:
         raise DomainError(Reason.INVALID_ARGUMENT, f"there is no strategy {name!r}: use {known}") from None
 
 
-register(she_lora.STRATEGY)
 register(complete.STRATEGY)
+register(she_lora.STRATEGY)
 register(plain.STRATEGY)

@@ -17,6 +17,7 @@ class SheLora:
     needs_keys: Final = True
     needs_plan: Final = True
     needs_committee: Final = False
+    most_updates: Final = 0
     summary: Final = "every agent's budget encrypted"
     servers_see: Final = (
         "All of B, and the columns of A beyond each agent's budget, in secret order. The rest is encrypted with CKKS "

@@ -141,7 +141,9 @@ class TrainingSpec(_message.Message):
     """What training agents agree on. The operator fixes it; rank, alpha and budget are each client's own.
 
     In this and the messages below up to FederationSpec, a field that is absent has its default (shelora/federation.py), so
-    that a caller that does not know it changes nothing; a zero that was sent is a zero. New fields are `optional`.
+    that a caller that does not know it changes nothing; a zero that was sent is a zero. New fields are `optional`. Where a
+    default has changed, absence keeps what it meant before (ABSENT there), and the field's comment says so; what is read
+    from a YAML file has the new default, and is sent.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -273,9 +275,11 @@ class RoundSpec(_message.Message):
     rounds: _builtins.int
     """Training rounds, 1 to 10000."""
     clients: _builtins.int
-    """Clients that must have joined before the first round, at least min_updates."""
+    """Clients that must have joined before the first round, at least min_updates. Absent: 2; in YAML: 3."""
     min_updates: _builtins.int
-    """Updates below which a round is abandoned, at least 2: an aggregate of one update is that update."""
+    """Updates below which a round is abandoned, at least 2: an aggregate of one update is that update, and of two either
+    client can work out the other's. Absent: 2; in YAML: 3. At most 16384 under "complete".
+    """
     deadline_s: _builtins.int
     """Seconds a round collects updates, from its opening."""
     max_attempts: _builtins.int
@@ -287,7 +291,9 @@ class RoundSpec(_message.Message):
     0 for never, and agents measure none.
     """
     target_updates: _builtins.int
-    """Updates at which a training round closes without waiting for slower clients, at least min_updates; 0 for all asked."""
+    """Updates at which a training round closes without waiting for slower clients, at least min_updates; 0 for all asked. At
+    most 16384 under "complete".
+    """
     over_selection: _builtins.float
     """Clients asked for every update wanted, 1 to 10; only with target_updates."""
     grace: _builtins.float
@@ -378,8 +384,9 @@ class ProtectionSpec(_message.Message):
     MAX_VOTE_WEIGHT_FIELD_NUMBER: _builtins.int
     KEY_ROTATION_ROUNDS_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
-    """"selective" (encrypt each client's budget of columns, all tensors), "complete" (only encrypted sums, which a committee
-    of the round's clients opens) or "none".
+    """"complete" (only encrypted sums, which a committee of the round's clients opens), "selective" (encrypt each client's
+    budget of columns, all tensors) or "none". Absent: "selective", which callers meant that did not send it; in YAML:
+    "complete". A coordinator that does not know a mode refuses it by name.
     """
     parameters: _builtins.str
     """CKKS profile by name."""

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from shelora.cli.cluster import Addresses, LocalCluster, Process
 from shelora.federation import FederationSpec
+from shelora.strategies.registry import DEFAULT
 
 LABELS = ("cold", "warm")
 WORDS = {"cold": ["ice", "snow", "frost", "winter"], "warm": ["sun", "beach", "fire", "summer"]}
@@ -91,7 +92,7 @@ def _shuffled(rng: random.Random, words: list[str]) -> list[str]:
 
 
 def specification(
-    mode: str = "selective", protection: Mapping[str, Any] | None = None, **round_fields: float
+    mode: str = DEFAULT, protection: Mapping[str, Any] | None = None, **round_fields: float
 ) -> FederationSpec:
     return FederationSpec.model_validate(
         {

@@ -53,9 +53,13 @@ FLOOR = {"coverage_floor": 0.9, "max_vote_weight": 16.0}
 @pytest.mark.parametrize(
     ("spec", "votes", "epoch"),
     [
-        (specification(), 1, 1),
-        (specification(protection={"negotiation": "sealed", **FLOOR}, **REPLANNING), 2, 1),
-        (specification(protection={"negotiation": "ope", **FLOOR, **NEW_KEYS}, **REPLANNING, rounds=3), 3, 2),
+        (specification("selective"), 1, 1),
+        (specification("selective", {"negotiation": "sealed", **FLOOR}, **REPLANNING), 2, 1),
+        (
+            specification("selective", {"negotiation": "ope", **FLOOR, **NEW_KEYS}, **REPLANNING, rounds=3),
+            3,
+            2,
+        ),
     ],
     ids=["sealed", "sealed and replanned", "ope, replanned, then with new keys"],
 )

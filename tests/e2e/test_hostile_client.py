@@ -44,7 +44,7 @@ ROUND_S = 20
 async def test_what_is_not_believed_is_refused_or_left_out_and_the_federation_finishes(
     cluster: LocalCluster, model: Path, tmp_path: Path
 ):
-    spec = specification(rounds=1, clients=4, min_updates=2, deadline_s=ROUND_S)
+    spec = specification("selective", rounds=1, clients=4, min_updates=2, deadline_s=ROUND_S)
     await federations.start(cluster, spec)
     hostile = asyncio.create_task(_take_part(cluster, model, tmp_path / NAME))
     agents = [await start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]

@@ -20,7 +20,9 @@ def test_simulated_agents_finish_a_federation_and_every_update_counts(tmp_path: 
     # On a busy machine a heartbeat may time out, which the agent makes up for; nothing else may fail.
     assert not [problem for problem in run["problems"] if "DEADLINE_EXCEEDED" not in problem]
     assert (run["agents"], len(run["round_s"])) == (AGENTS, ROUNDS)
-    assert run["latency_s"]["CommitUpdate"]["count"] == AGENTS * (1 + ROUNDS)
+    assert run["latency_s"]["CommitUpdate"]["count"] == AGENTS * ROUNDS
+    assert run["latency_s"]["GetOpening"]["count"] >= AGENTS * ROUNDS, "every agent opens every sum"
+    assert run["mode"] == "complete"
     assert run["latency_s"]["ReportEvaluation"]["count"] == AGENTS * ROUNDS
     assert {"redis", "coordinator", "key-authority", "aggregation-0", "aggregation-0/worker-0"} <= set(
         run["services"]

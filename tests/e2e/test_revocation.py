@@ -29,7 +29,10 @@ from tests.identities import OPERATOR, client
 async def test_a_revoked_agent_is_cut_off_and_the_others_finish_in_the_next_epoch(
     cluster: LocalCluster, model: Path, tmp_path: Path
 ):
-    spec, addresses = specification(rounds=8), cluster.addresses  # more than fit between two polls
+    spec, addresses = (
+        specification("selective", rounds=8),
+        cluster.addresses,
+    )  # more than fit between two polls
     *others, revoked = [await start_agent(cluster, agent, addresses, model, tmp_path) for agent in AGENTS]
     await federations.start(cluster, spec)
     async with (

@@ -58,7 +58,10 @@ class Lab:
         return operator(self.cluster.addresses.coordinator, self.cluster.credentials)
 
     async def create(self, name: str, *, start: bool = True, **rules: Any) -> FederationSpec:
-        """A new federation, its name made unique: `round`, `training`, `protection`, `screening` as in YAML."""
+        """A new federation, its name made unique: `round`, `training`, `protection`, `screening` as in YAML.
+
+        `selective` unless `protection` says otherwise: hostile members there write shards of their own.
+        """
         training = {"base_model": "synthetic", "labels": ["cold", "warm"], "target_modules": ["query"]}
         rounds = {"rounds": 1, "clients": 3, "min_updates": 2, "deadline_s": 60}
         spec = FederationSpec.model_validate(
@@ -67,6 +70,7 @@ class Lab:
                 "name": f"{name}-{next(self._numbers)}",
                 "training": {**training, **rules.get("training", {})},
                 "round": {**rounds, **rules.get("round", {})},
+                "protection": {"mode": "selective", **rules.get("protection", {})},
             }
         )
         async with self.operator() as connection:

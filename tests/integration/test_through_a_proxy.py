@@ -52,7 +52,7 @@ async def test_agents_enrol_and_finish_a_federation_through_a_proxy_alone(cluste
         {
             "name": "far",
             "training": {"base_model": "tiny", "labels": LABELS, "local_steps": 2, "calibration_examples": 4},
-            "round": {"rounds": 1, "clients": 2, "deadline_s": 120},
+            "round": {"rounds": 1, "clients": 2, "min_updates": 2, "deadline_s": 120},
         }
     )
     async with operator(where.coordinator, cluster.credentials) as connection:

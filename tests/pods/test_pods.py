@@ -32,7 +32,7 @@ SERVERS = (
     "coordinator-1",
 )
 ABSENT = "agent-sensor"
-"""It stands still while the others' round goes on, which waits for it."""
+"""It stands still while the others' round goes on, which waits for it. It has its place on the committee by then."""
 KUBECTL = """
 kubectl() {  # --namespace NAME exec [-i] POD|deployment/NAME -- COMMAND...
     shift 3
@@ -75,6 +75,10 @@ def federation(cluster: Cluster) -> dict:
     asked = ("exec", cluster.pods["demo-shelora-operator-0"].container, "python3", "-c", ASK, FEDERATION)
     done = podman(*asked, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else {}
+
+
+def collecting(cluster: Cluster) -> bool:
+    return federation(cluster).get("current", {}).get("state") == "ROUND_STATE_COLLECTING"
 
 
 def waiting_round(cluster: Cluster) -> str:
@@ -148,7 +152,7 @@ def test_agents_enrol_by_the_notes_and_train(cluster: Cluster, home: Path, model
         )
         cluster.pods[pod.name] = pod
         cluster.start(pod)
-    cluster.wait(lambda: federation(cluster).get("current", {}).get("kind") == "ROUND_KIND_TRAIN", "training")
+    cluster.wait(lambda: collecting(cluster), "agents train")
     podman("pause", cluster.pods[ABSENT].container)
     cluster.wait(lambda: bool(waiting_round(cluster)), "a round waits for the one that stands still")
 

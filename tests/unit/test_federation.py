@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from shelora.errors import DomainError, Reason
-from shelora.federation import FederationSpec
+from shelora.federation import ABSENT, FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 
 MINIMAL = {
@@ -31,7 +31,7 @@ def refusal(tmp_path, content) -> str:
 def test_a_minimal_file_gets_every_default(tmp_path):
     spec = FederationSpec.from_yaml(written(tmp_path, MINIMAL))
     assert spec.training.labels == ("earn", "acq")
-    assert (spec.round.rounds, spec.round.min_updates, spec.protection.mode) == (3, 2, "selective")
+    assert (spec.round.rounds, spec.round.min_updates, spec.protection.mode) == (3, 3, "complete")
 
 
 def test_a_specification_survives_the_wire(tmp_path):
@@ -60,6 +60,17 @@ def test_every_field_of_the_wire_has_a_field_here_and_back():
             "round.min_update = 2: there is no such field; did you mean round.min_updates?",
         ),
         ("round", {"clients": 2, "min_updates": 3}, "raise clients or lower min_updates"),
+        ("round", {"clients": 2}, "lower min_updates (with 2, either client can work out the other's update"),
+        (
+            "round",
+            {"clients": 20_000, "min_updates": 20_000},
+            "round.min_updates = 20000 is more than a round of protection.mode complete adds up: use at most 16384",
+        ),
+        (
+            "round",
+            {"target_updates": 20_000},
+            "round.target_updates = 20000 is more than a round of protection.mode complete adds up: use at most",
+        ),
         ("training", {"task": "diffusion"}, "training.task = 'diffusion': use 'sequence-classification'"),
         ("training", {"labels": ["only"]}, "at least 2 different classes"),
         ("training", {"labels": ["same", "same"]}, "at least 2 different classes"),
@@ -182,10 +193,16 @@ DEFAULTED = [
 """Every field that MINIMAL leaves out."""
 
 
+def meant(section: str, field: str) -> object:
+    """What a message without that field means."""
+    default = getattr(getattr(FederationSpec.model_validate(MINIMAL), section), field)
+    return ABSENT.get(section, {}).get(field, default)
+
+
 def test_what_was_sent_is_what_arrives_zeros_too():
-    spec, default = unlike_the_defaults(), FederationSpec.model_validate(MINIMAL)
+    spec = unlike_the_defaults()
     for section, field in DEFAULTED:
-        assert getattr(getattr(spec, section), field) != getattr(getattr(default, section), field)
+        assert getattr(getattr(spec, section), field) != meant(section, field)
     assert (
         FederationSpec.from_proto(pb.FederationSpec.FromString(spec.to_proto().SerializeToString())) == spec
     )
@@ -193,16 +210,58 @@ def test_what_was_sent_is_what_arrives_zeros_too():
 
 @pytest.mark.parametrize(("section", "field"), DEFAULTED)
 def test_a_field_that_an_older_caller_does_not_send_has_its_default(section, field):
-    message = FederationSpec.model_validate(MINIMAL).to_proto()
+    sent = {**MINIMAL, "round": {"min_updates": 2}}
+    message = FederationSpec.model_validate(sent).to_proto()
     getattr(message, section).ClearField(field)
-    assert FederationSpec.from_proto(message) == FederationSpec.model_validate(MINIMAL)
+    assert FederationSpec.from_proto(message) == FederationSpec.model_validate(
+        {**sent, section: {**sent.get(section, {}), field: meant(section, field)}}
+    )
 
 
 @pytest.mark.parametrize("section", ["round", "protection", "screening"])
 def test_a_section_that_an_older_caller_does_not_send_has_its_defaults(section):
     message = FederationSpec.model_validate(MINIMAL).to_proto()
     message.ClearField(section)
-    assert FederationSpec.from_proto(message) == FederationSpec.model_validate(MINIMAL)
+    assert FederationSpec.from_proto(message) == FederationSpec.model_validate(
+        {**MINIMAL, section: dict(ABSENT.get(section, {}))}
+    )
+
+
+def test_a_caller_from_before_complete_was_the_default_gets_what_it_meant():
+    """It sent no mode for `selective`, and for two clients nothing."""
+    message = FederationSpec.model_validate(MINIMAL).to_proto()
+    message.ClearField("round")
+    message.ClearField("protection")
+    spec = FederationSpec.from_proto(message)
+    assert (spec.protection.mode, spec.round.clients, spec.round.min_updates) == ("selective", 2, 2)
+
+
+def test_a_caller_of_today_leaves_no_field_to_be_guessed():
+    message = FederationSpec.model_validate(MINIMAL).to_proto()
+    for section, fields in ABSENT.items():
+        assert all(getattr(message, section).HasField(field) for field in fields)
+    assert message.protection.mode == "complete"
+
+
+def test_two_clients_take_saying_so(tmp_path):
+    """Of two, either can work out the other's update, in every mode: a federation of two is meant, or a mistake."""
+    two = {**MINIMAL, "round": {"clients": 2, "min_updates": 2}}
+    spec = FederationSpec.from_yaml(written(tmp_path, two))
+    assert (spec.protection.mode, spec.round.min_updates) == ("complete", 2)
+
+
+def test_a_round_asks_no_more_clients_than_its_mode_adds_up():
+    many = {"clients": 20_000, "min_updates": 3}
+    complete = FederationSpec.model_validate({**MINIMAL, "round": many})
+    assert complete.cohort_limit == 16_384
+    assert (
+        complete.model_copy(
+            update={"round": complete.round.model_copy(update={"target_updates": 10})}
+        ).cohort_limit
+        == 13
+    )
+    selective = {**MINIMAL, "round": {**many, "min_updates": 20_000}, "protection": {"mode": "selective"}}
+    assert FederationSpec.model_validate(selective).cohort_limit == 0
 
 
 def test_every_field_of_a_specification_knows_whether_it_was_sent():

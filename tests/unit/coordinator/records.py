@@ -36,7 +36,8 @@ def federation(**fields) -> FederationRecord:
         {
             "name": "fed",
             "training": {"base_model": "tiny", "labels": ["x", "y"]},
-            "round": {"rounds": 2, "clients": 3, "deadline_s": 60, "max_attempts": 2},
+            "round": {"rounds": 2, "clients": 3, "min_updates": 2, "deadline_s": 60, "max_attempts": 2},
+            "protection": {"mode": "selective"},
         }
     )
     record = FederationRecord(

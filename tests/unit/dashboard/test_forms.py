@@ -36,7 +36,7 @@ def test_every_field_of_the_yaml_file_is_in_the_form_with_its_default():
         ("training.learning_rate", "-1", "more than 0"),
         ("training.task", "other", "sequence-classification"),
         ("training.labels", "cold", "at least 2 different classes"),
-        ("protection.mode", "magic", "use 'selective'"),
+        ("protection.mode", "magic", "use 'complete' or 'selective'"),
         ("protection.parameters", "weak", "use one of"),
         ("round.clients", "1", "at least 2"),
         ("round.target_updates", "1", "less than min_updates"),

@@ -15,6 +15,7 @@ class FrozenA:
     needs_keys: bool = True
     needs_plan: bool = False
     needs_committee: bool = False
+    most_updates: int = 0
     summary: str = "B encrypted, A frozen"
     servers_see: str = "Ciphertexts of B. A is the same for all and never travels."
 
