@@ -28,6 +28,7 @@ from client_agent.model import AdaptedModel, choose_device
 from client_agent.scoring import sensitivity_scores
 from examples.reuters.assets import MINILM, REUTERS, fetch
 from examples.reuters.split import LABELS, Example, dirichlet_split, read_tab
+from shelora.lora.layout import Matrix
 from shelora.lora.shards import Float64
 from shelora.negotiation.ope import Ope, quantize
 from shelora.negotiation.plan import joined_scores
@@ -56,16 +57,26 @@ def measure(
     """Prints how well the attacker undoes the labels of each client, and what chance gives."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     folder = fetch(REUTERS, assets)
-    texts = read_tab(folder / "reuters-r8-train.tab")
-    parts = dirichlet_split([e.label for e in texts], AGENTS, 0.5, seed=7)
     model = _model(fetch(MINILM, assets))
-    clients = [_scores(model, [texts[i] for i in part][:examples]) for part in parts]
+    clients = _clients(model, folder, examples)
     public = _scores(model, read_tab(folder / "reuters-r8-test.tab")[:examples])
     priors = {
         "weights alone": model.base_weight_sums(),
         "weights and public text": public,
     }
     Console().print(_table(model, clients, priors))
+
+
+def client_scores(assets: Path, examples: int) -> tuple[tuple[Matrix, ...], list[dict[str, Float64]]]:
+    """The model's matrices, and the scores of every client."""
+    model = _model(fetch(MINILM, assets))
+    return model.matrices, _clients(model, fetch(REUTERS, assets), examples)
+
+
+def _clients(model: AdaptedModel, folder: Path, examples: int) -> list[dict[str, Float64]]:
+    texts = read_tab(folder / "reuters-r8-train.tab")
+    parts = dirichlet_split([e.label for e in texts], AGENTS, 0.5, seed=7)
+    return [_scores(model, [texts[i] for i in part][:examples]) for part in parts]
 
 
 def _model(folder: Path) -> AdaptedModel:

@@ -146,6 +146,7 @@ class BallotNegotiator:
 _PROTOCOLS: Final[Mapping[str, Callable[[Desk], Negotiator]]] = {
     "sealed": SealedNegotiator,
     "ope": BallotNegotiator,
+    "ope-refined": BallotNegotiator,
 }
 
 

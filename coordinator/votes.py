@@ -19,8 +19,8 @@ from coordinator.records import (
     StoredDigest,
     Update,
 )
-from shelora.negotiation.ballots import Ballot, Tally, ballot_bytes
-from shelora.negotiation.ranking import Ranking, tier_ends, total_columns
+from shelora.negotiation.ballots import Ballot, Tally, ballot_bytes, most_polled
+from shelora.negotiation.ranking import tier_ends, total_columns
 from shelora.rounds import RoundKind
 
 
@@ -115,9 +115,12 @@ class Sealed:
 
 
 class Ballots:
-    """Ballots of secret labels, ranked here."""
+    """Ballots of secret labels, ranked here as published, or better (`refine`)."""
 
     by_ballots: Final = True
+
+    def __init__(self, *, refine: bool) -> None:
+        self._refine = refine
 
     def outcome(
         self,
@@ -153,9 +156,9 @@ class Ballots:
         commits: Sequence[Commit],
         tiers: tuple[float, ...],
     ) -> Counted:
-        """As of `Votes`, one ballot in memory at a time."""
-        tally, missing = Tally(total_columns(federation.matrices)), []
-        for update in (commit.update for commit in commits):
+        """As of `Votes`, of a bounded sample of the voters."""
+        tally, missing = Tally([m.in_features for m in federation.matrices]), []
+        for update in _sampled(federation, record, [commit.update for commit in commits]):
             data = await store.ballot(federation, record.sequence, update.client_id)
             if data is None or not _is_of(data, update):  # lost, or replaced while it was being committed
                 missing.append(update.client_id)
@@ -163,7 +166,7 @@ class Ballots:
                 tally.add(await asyncio.to_thread(opened_ballot, data, federation))
         if missing:
             return Counted(missing=tuple(missing))
-        ranked, encoded = await asyncio.to_thread(_ranked_list, tally, federation, tiers)
+        ranked, encoded = await asyncio.to_thread(_ranked_list, tally, federation, tiers, refine=self._refine)
         if ranked is not None:
             await store.put_plan(federation.federation_id, ranked.digest.sha256, encoded)
         return Counted(ranked=ranked)
@@ -173,7 +176,11 @@ class Ballots:
         await store.drop_ballots(federation, sequence)
 
 
-_PROTOCOLS: Final[Mapping[str, Votes]] = {"sealed": Sealed(), "ope": Ballots()}
+_PROTOCOLS: Final[Mapping[str, Votes]] = {
+    "sealed": Sealed(),
+    "ope": Ballots(refine=False),
+    "ope-refined": Ballots(refine=True),
+}
 
 
 def votes_of(federation: FederationRecord) -> Votes:
@@ -202,15 +209,27 @@ def _is_of(data: bytes, update: Update) -> bool:
     return [sha256(data).hexdigest()] == [digest.sha256 for digest in update.shards]
 
 
+def _sampled(
+    federation: FederationRecord, record: RoundRecord, updates: Sequence[Update]
+) -> Sequence[Update]:
+    """Those whose ballots are ranked, in order: all of them, or as many as there is room for, drawn by the vote."""
+
+    def draw(update: Update) -> bytes:
+        return sha256(f"{record.round.round_id}/{update.client_id}".encode()).digest()
+
+    most = most_polled(total_columns(federation.matrices))
+    drawn = {update.client_id for update in sorted(updates, key=draw)[:most]}
+    return [update for update in updates if update.client_id in drawn]
+
+
 def _ranked_list(
-    tally: Tally, federation: FederationRecord, tiers: tuple[float, ...]
+    tally: Tally, federation: FederationRecord, tiers: tuple[float, ...], *, refine: bool
 ) -> tuple[RankedList | None, bytes]:
     """What is kept of the ranking, and its encoded form; None if no member affords encryption."""
     if not tiers:
         return None, b""
     matrices = federation.matrices
-    length = tier_ends(tiers, total_columns(matrices))[-1]
-    ranking = Ranking(tiers, tally.rank(length, federation.spec.protection.common_weight))
+    ranking = tally.rank(tiers, federation.spec.protection.common_weight, refine=refine)
     encoded = ranking.encode()
     digest = StoredDigest(sha256=sha256(encoded).hexdigest(), total_bytes=len(encoded))
     columns = tuple(m.tier_columns for m in ranking.matrices_with_counts(matrices))

@@ -205,9 +205,10 @@ class ProtectionSpec(Spec):
     parameters: str = STANDARD.name
     """CKKS profile by name; the default is 128-bit secure and the smallest on the wire. Not read by `complete`."""
 
-    negotiation: Literal["sealed", "ope"] = "sealed"
+    negotiation: Literal["sealed", "ope", "ope-refined"] = "sealed"
     """Under `selective`, how clients agree on columns: `sealed` adds up encrypted votes; `ope`, the paper's way, shows
-    the coordinator the order of scores under secret labels."""
+    the coordinator the order of scores under secret labels; `ope-refined` shows it the same, and serves clients more
+    evenly."""
 
     tensor_bound: Annotated[float, Field(gt=0, le=1e6)] = 4.0
     """Largest absolute value in a tensor that is averaged whole. An agent whose head outgrows it stops, so it must hold
@@ -217,8 +218,9 @@ class ProtectionSpec(Spec):
     max_directions: Annotated[int, Field(ge=1, le=4096)] = 256
     """Most directions in an aggregate. The sum of all ranks is lossless; beyond, the result says what it left out."""
 
-    common_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Under `ope`, the weight of what most clients name against what any client finds most sensitive."""
+    common_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Under `ope`, the weight of what most clients name against what any client finds most sensitive; absent, all
+    three weights of the paper are searched for."""
 
     coverage_floor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of what a client could cover at its budget below which its next vote gains weight; 0 for never. It

@@ -10,7 +10,8 @@ class Level(StrEnum):
     NONE = "none"
     """Everything travels in the clear."""
     SELECTIVE_OPE = "selective-ope"
-    """Columns of A and whole tensors are encrypted; the coordinator sees the order of scores (`negotiation: ope`)."""
+    """Columns of A and whole tensors are encrypted; the coordinator sees the order of scores (`negotiation: ope`, or
+    `ope-refined`)."""
     SELECTIVE = "selective"
     """Columns of A and whole tensors are encrypted, and so are the votes that choose the columns."""
     COMPLETE = "complete"
@@ -22,7 +23,7 @@ class Level(StrEnum):
 
         A strategy without a place on the scale counts as `none`: agents take part if their owners write that.
         """
-        if (mode, negotiation) == (cls.SELECTIVE, "ope"):
+        if (mode, negotiation) in {(cls.SELECTIVE, "ope"), (cls.SELECTIVE, "ope-refined")}:
             return cls.SELECTIVE_OPE
         return cls(mode) if mode in set(cls) else cls.NONE
 

@@ -1,13 +1,13 @@
-"""The paper's negotiation as a coordinator runs it: ballots in, one ranked list of labels out. It holds no secret.
+"""Ballots of the paper's negotiation, and their tally at the coordinator: one ranked list of labels. No secret.
 
 A ballot lists a client's most sensitive columns under secret labels, each with a number that keeps the order of the
-scores and hides their size (`shelora.negotiation.ope`). From all ballots the coordinator builds two lists of the
-same labels (SHE-LoRA, arXiv 2505.21051): *Common* by how many clients name a label, *Sensitivity* by its largest
-number; and merges them by weights. The largest number stands for a label because a maximum passes through any
-increasing function: of the numbers, only the order is used.
+scores and hides their size (`shelora.negotiation.ope`). The tally ranks them as published, budget after budget
+(`shelora.negotiation.published`). Where the paper takes sizes of scores, for risk, it takes places: of the numbers only
+the order means anything.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shelora.errors import DomainError, Reason
+from shelora.negotiation.published import Chosen, Poll, published, refined
+from shelora.negotiation.ranking import Ranking, tier_ends
 
 _FORMAT: Final = 1
 _HEADER: Final = struct.Struct("<HHI")
@@ -22,8 +24,10 @@ _HEADER: Final = struct.Struct("<HHI")
 _ENTRY_BYTES: Final = 12
 MAX_VALUE: Final = 2**63 - 1
 """Largest number in a ballot."""
-_LEAST_WEIGHT: Final = 1e-9
-"""Weights below move no label among less than a thousand million."""
+MOST_POLLED: Final = 32
+"""Clients whose ballots are ranked at most: the paper negotiates among those sampled for its first round."""
+_MOST_ENTRIES: Final = 2**23
+"""Clients times columns that are ranked at most, two clients excepted: some 25 bytes each are held."""
 
 Labels = NDArray[np.uint32]
 
@@ -70,52 +74,61 @@ def ballot_bytes(entries: int) -> int:
     return _HEADER.size + _ENTRY_BYTES * entries
 
 
-class Tally:
-    """Adds up ballots one by one; its size does not grow with their number."""
+def most_polled(total: int) -> int:
+    """Ballots that are ranked at most, of a model of so many columns: bounds memory and time."""
+    return max(2, min(MOST_POLLED, _MOST_ENTRIES // total))
 
-    def __init__(self, total: int) -> None:
-        """Takes the number of columns of the model."""
-        self._votes = np.zeros(total, dtype=np.int64)
-        self._largest = np.zeros(total, dtype=np.uint64)
+
+class Tally:
+    """Collects ballots, and ranks them."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """Takes the number of columns of each matrix."""
+        self._starts = np.cumsum([0, *sizes])
+        self._ballots: list[Ballot] = []
 
     def add(self, ballot: Ballot) -> None:
         """Counts a checked ballot."""
-        self._votes[ballot.labels] += 1
-        self._largest[ballot.labels] = np.maximum(self._largest[ballot.labels], ballot.values)
+        self._ballots.append(ballot)
 
-    def common(self) -> Labels:
-        """Labels that anyone named: those of most clients first, then by largest number, then by label."""
-        named = self._named()
-        return named[np.lexsort((-self._largest[named].astype(np.int64), -self._votes[named]))]
+    def rank(
+        self, tiers: Sequence[float], common_weight: float | None = None, *, refine: bool = False
+    ) -> Ranking:
+        """The ranked labels.
 
-    def sensitivity(self) -> Labels:
-        """The same labels: largest number first, then by clients, then by label."""
-        named = self._named()
-        return named[np.lexsort((-self._votes[named], -self._largest[named].astype(np.int64)))]
+        Args:
+            tiers: Budgets, increasing; at least one.
+            common_weight: Weight of Common against Sensitivity, without Clients; None searches all three weights.
+            refine: Whether the published choice is improved.
+        """
+        ends = tier_ends(tiers, int(self._starts[-1]))
+        named = [len(ballot.labels) for ballot in self._ballots]
+        budgets = np.searchsorted(ends, named, side="right") - 1
+        fixed = None if common_weight is None else (0.0, common_weight)
+        polls = self._polls()
+        chain = published(polls, budgets.tolist(), ends, fixed)
+        return Ranking(tuple(tiers), self._labels(refined(polls, chain) if refine else chain))
 
-    def rank(self, length: int, common_weight: float) -> Labels:
-        """The first `length` labels of the merged lists; labels nobody named follow by label, a secret order."""
-        merged = merge(self.common(), self.sensitivity(), common_weight)
-        rest = np.flatnonzero(self._votes == 0).astype(np.uint32)
-        return np.concatenate([merged, rest])[:length]
+    def _polls(self) -> list[Poll]:
+        scores = np.zeros((len(self._ballots), int(self._starts[-1])))
+        named = np.zeros(scores.shape, dtype=np.bool_)
+        levels = np.unique(np.concatenate([b.values for b in self._ballots] or [np.zeros(0, np.uint64)]))
+        for row, ballot in enumerate(self._ballots):
+            scores[row, ballot.labels] = 1 + np.searchsorted(levels, ballot.values)
+            named[row, ballot.labels] = True
+        cuts = self._starts[1:-1].tolist()
+        parts = zip(np.split(scores, cuts, axis=1), np.split(named, cuts, axis=1), strict=True)
+        return [Poll(*part) for part in parts]
 
-    def _named(self) -> Labels:
-        return np.flatnonzero(self._votes).astype(np.uint32)
-
-
-def merge(common: Labels, sensitivity: Labels, common_weight: float) -> Labels:
-    """One list from two orders of the same labels, such that every prefix serves both by their weights.
-
-    The first k labels hold the first ⌊k·w⌋ of `common` and the first ⌊k·(1-w)⌋ of `sensitivity`: place i of a list of
-    weight w falls due at i/w, a label at the earlier of its two dates, and at most k labels fall due by k.
-
-    Args: common_weight: w, 0 to 1; 0 gives `sensitivity` and 1 gives `common`. A weight below 10^-9 counts as 0.
-    """
-    due = np.full(int(common.max(initial=0)) + 1, np.inf)
-    for labels, weight in ((common, common_weight), (sensitivity, 1 - common_weight)):
-        if weight >= _LEAST_WEIGHT:
-            due[labels] = np.minimum(due[labels], np.arange(1, len(labels) + 1) / weight)
-    return sensitivity[np.argsort(due[sensitivity], kind="stable")]
+    def _labels(self, chain: Sequence[Chosen]) -> Labels:
+        """Labels of the columns of all matrices, budget after budget."""
+        parts, before = [], [0] * (len(self._starts) - 1)
+        for chosen in chain:
+            parts += [
+                start + c[n:] for start, c, n in zip(self._starts.tolist(), chosen, before, strict=False)
+            ]
+            before = [len(columns) for columns in chosen]
+        return np.concatenate(parts).astype(np.uint32)
 
 
 def _refused(why: str) -> DomainError:

@@ -16,6 +16,7 @@ from shelora.lora.shards import Float64
 from shelora.negotiation.ballots import Ballot
 from shelora.negotiation.plan import Plan, joined_scores
 from shelora.negotiation.protocol import MAX_VOTE_WEIGHT, Stake
+from shelora.negotiation.published import allotted
 from shelora.negotiation.ranking import Ranking, tier_ends, total_columns
 from shelora.negotiation.votes import VOTE_BOUND, normalized
 from shelora.obfuscation import Obfuscation
@@ -34,10 +35,10 @@ class Ope:
         self._vote = vote
 
     def cast(self, scores: Mapping[str, Float64], stake: Stake) -> Ballot:
-        """The client's most sensitive columns, as many as its budget allows."""
-        shares = joined_scores(normalized(self._matrices, scores), self._matrices)
-        (count,) = tier_ends([stake.budget], len(shares))
-        top = np.argsort(-shares, kind="stable")[:count]
+        """The client's most sensitive columns of each matrix, as many as its budget allows, in equal parts."""
+        parts = normalized(self._matrices, scores)
+        shares = joined_scores(parts, self._matrices)
+        top = self._top([parts[m.name] for m in self._matrices], stake.budget)
         levels = quantize(shares[top] * len(shares) * stake.weight)
         labels = np.argsort(self._columns())[top]
         order = np.argsort(labels)
@@ -48,6 +49,18 @@ class Ope:
         """The plan behind the coordinator's list of labels. Raises PLAN_REFUSED if it does not fit the tiers."""
         outcome.require_fit(total_columns(self._matrices), tiers)
         return Plan(outcome.tiers, self._columns()[outcome.columns].astype(np.uint32))
+
+    def _top(self, shares: Sequence[Float64], budget: float) -> NDArray[np.int64]:
+        """Columns of all matrices, numbered through: k of every matrix, as published."""
+        sizes = [len(part) for part in shares]
+        counts = allotted(tier_ends([budget], sum(sizes))[0], sizes)
+        starts = np.cumsum([0, *sizes])[:-1].tolist()
+        return np.concatenate(
+            [
+                start + np.argsort(-part, kind="stable")[:count]
+                for start, part, count in zip(starts, shares, counts, strict=True)
+            ]
+        )
 
     def _columns(self) -> NDArray[np.int64]:
         """True column by label, both numbered through over all matrices; labels stay within their matrix."""

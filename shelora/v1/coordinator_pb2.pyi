@@ -391,13 +391,17 @@ class ProtectionSpec(_message.Message):
     parameters: _builtins.str
     """CKKS profile by name."""
     negotiation: _builtins.str
-    """Negotiation protocol: "sealed" (encrypted votes, agents rank) or "ope" (ballots, the coordinator ranks)."""
+    """Negotiation protocol: "sealed" (encrypted votes, agents rank), or by ballots that the coordinator ranks: "ope" (as
+    published) or "ope-refined" (better for the client it serves worst).
+    """
     tensor_bound: _builtins.float
     """Largest absolute value in an encrypted tensor."""
     max_directions: _builtins.int
     """Largest number of directions in an aggregate."""
     common_weight: _builtins.float
-    """Weight of the Common list when "ope" merges it with the Sensitivity list, 0 to 1."""
+    """Weight of the Common list under ballots, 0 to 1; the rest is the Sensitivity list's. Absent: the coordinator
+    searches the weights of the three lists.
+    """
     coverage_floor: _builtins.float
     """Share of the sensitivity a client could cover at its budget below which its vote gains weight, 0 to 1; 0 for never."""
     max_vote_weight: _builtins.float

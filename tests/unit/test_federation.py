@@ -85,7 +85,11 @@ def test_every_field_of_the_wire_has_a_field_here_and_back():
             {"parameters": "insecure-toy"},
             "protection.parameters = 'insecure-toy': use one of large",
         ),
-        ("protection", {"negotiation": "open"}, "protection.negotiation = 'open': use 'sealed' or 'ope'"),
+        (
+            "protection",
+            {"negotiation": "open"},
+            "protection.negotiation = 'open': use 'sealed', 'ope' or 'ope-refined'",
+        ),
         (
             "protection",
             {"max_vote_weight": 65},

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from coordinator.records import Phase
+from coordinator.votes import votes_of
 from shelora.errors import DomainError, Reason
+from shelora.negotiation import ballots
 from shelora.negotiation.ballots import Ballot
 from shelora.negotiation.ranking import Ranking
 from shelora.v1 import common_pb2
@@ -29,8 +31,9 @@ async def voting(fed, **rules) -> pb.RoundRef:
     return (await fed.assignment("a")).vote.round
 
 
-async def test_a_federation_votes_by_ballots_trains_and_finishes(fed):
-    await fed.begin(spec(**OPE))
+@pytest.mark.parametrize("negotiation", ["ope", "ope-refined"])
+async def test_a_federation_votes_by_ballots_trains_and_finishes(fed, negotiation):
+    await fed.begin(spec(negotiation=negotiation))
     record = await fed.play()
     assert record.phase is Phase.FINISHED
     assert [kind for kind, *_ in outcomes(await fed.shown())] == ["VOTE", "TRAIN", "TRAIN"]
@@ -114,6 +117,20 @@ async def test_a_client_whose_ballot_was_lost_is_left_out(fed):
     record = (await fed.store.round(await fed.federation(), 1)).record
     assert [(drop.client_id, drop.reason) for drop in record.dropped] == [("c", Reason.SHARD_MISSING)]
     assert record.contributor_count == 2
+
+
+async def test_a_large_model_has_a_bounded_number_of_ballots_ranked(fed, monkeypatch):
+    monkeypatch.setattr(ballots, "_MOST_ENTRIES", 2 * COLUMNS)
+    round_ = await voting(fed)
+    for client in "abc":
+        await fed.cast(client, round_)
+    federation, ranked = await fed.federation(), []
+    monkeypatch.setattr(ballots.Tally, "add", lambda _, ballot: ranked.append(ballot))
+    record = (await fed.store.round(federation, 1)).record
+    commits = await fed.store.commits(federation, 1)
+    await votes_of(federation).count(fed.store, federation, record, commits, (1.0,))
+    assert len(commits) == 3
+    assert len(ranked) == 2
 
 
 async def test_too_few_ballots_abandon_the_vote(fed):

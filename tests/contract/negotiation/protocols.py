@@ -1,7 +1,8 @@
-"""Both protocols, run from scores to a plan through everything that happens to votes in between."""
+"""All protocols, run from scores to a plan through everything that happens to votes in between."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -51,9 +52,7 @@ def joined(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([scores[m.name] for m in MATRICES])
 
 
-def sealed(
-    clients: Sequence[Client], tiers: Sequence[float], secret: bytes = bytes(32), _weight: float = 0.5
-) -> Negotiated:
+def sealed(clients: Sequence[Client], tiers: Sequence[float], secret: bytes = bytes(32)) -> Negotiated:
     key = Obfuscation(secret, 1).plan_key()
     negotiators = [Sealed(MATRICES) for _ in clients]
     layout = vote_layout(MATRICES, KEY.parameters.name, KEY.key_id)
@@ -77,19 +76,22 @@ def sealed(
     return Negotiated(plans, [*(data for update in updates for data in update), *results, published])
 
 
-def ope(
-    clients: Sequence[Client], tiers: Sequence[float], secret: bytes = bytes(32), weight: float = 0.5
+def by_ballots(
+    clients: Sequence[Client], tiers: Sequence[float], secret: bytes = bytes(32), *, refine: bool
 ) -> Negotiated:
     negotiators = [Ope(MATRICES, Obfuscation(secret, 1), "fed.1") for _ in clients]
     sent = [
         n.cast(client.scores, client.stake).encode() for n, client in zip(negotiators, clients, strict=True)
     ]
-    tally = Tally(COLUMNS)
+    tally = Tally([m.in_features for m in MATRICES])
     for data, client in zip(sent, clients, strict=True):
         tally.add(Ballot.decode(data, COLUMNS, tier_ends([client.stake.budget], COLUMNS)[0]))
-    labels = tally.rank(max(tier_ends(tiers, COLUMNS)), weight)
-    published = Ranking(tuple(tiers), labels).encode()
+    published = tally.rank(tiers, refine=refine).encode()
     return Negotiated([n.plan(Ranking.decode(published), tiers) for n in negotiators], [*sent, published])
 
 
-PROTOCOLS = {"sealed": sealed, "ope": ope}
+PROTOCOLS = {
+    "sealed": sealed,
+    "ope": partial(by_ballots, refine=False),
+    "ope-refined": partial(by_ballots, refine=True),
+}

@@ -29,7 +29,8 @@ def test_every_federation_has_a_level():
     for mode, negotiation in itertools.product(("none", "selective"), ("sealed", "ope")):
         assert ProtectionSpec(mode=mode, negotiation=negotiation).level in set(Level)
     assert ProtectionSpec(mode="none", negotiation="ope").level is Level.NONE
-    assert ProtectionSpec(mode="selective", negotiation="ope").level is Level.SELECTIVE_OPE
+    for by_ballots in ("ope", "ope-refined"):
+        assert ProtectionSpec(mode="selective", negotiation=by_ballots).level is Level.SELECTIVE_OPE
 
 
 @pytest.mark.parametrize(("promised", "remembered"), list(itertools.product([None, *LEVELS], repeat=2)))

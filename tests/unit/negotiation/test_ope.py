@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix
-from shelora.negotiation.ballots import MAX_VALUE, Ballot, Tally, ballot_bytes, merge
+from shelora.negotiation.ballots import MAX_VALUE, Ballot, Tally, ballot_bytes
 from shelora.negotiation.ope import LEVELS, Ope, quantize
 from shelora.negotiation.protocol import Stake
 from shelora.negotiation.ranking import Ranking
@@ -86,56 +86,35 @@ def cast(matrices, seed, budgets):
     return [negotiator.cast(s, Stake(budget=b)) for s, b in zip(all_scores, budgets, strict=True)]
 
 
-def tallied(total, ballots) -> Tally:
-    tally = Tally(total)
+def ranked(matrices, ballots, tiers, **how) -> Ranking:
+    tally = Tally([m.in_features for m in matrices])
     for ballot in ballots:
         tally.add(ballot)
-    return tally
+    return tally.rank(tiers, **how)
 
 
-@given(elections(), st.floats(0, 1))
-def test_merging_is_a_permutation_of_the_union_of_all_ballots(election, weight):
-    matrices, seed, budgets = election
-    ballots = cast(matrices, seed, budgets)
-    tally = tallied(sum(m.in_features for m in matrices), ballots)
-    union = sorted(set().union(*(b.labels.tolist() for b in ballots)))
-    for labels in (tally.common(), tally.sensitivity(), merge(tally.common(), tally.sensitivity(), weight)):
-        assert sorted(labels.tolist()) == union
-
-
-@given(elections(), st.floats(0, 1))
-def test_every_prefix_holds_the_head_of_both_lists_by_their_weights(election, weight):
-    matrices, seed, budgets = election
-    tally = tallied(sum(m.in_features for m in matrices), cast(matrices, seed, budgets))
-    common, sensitivity = tally.common(), tally.sensitivity()
-    merged = merge(common, sensitivity, weight).tolist()
-    for k in range(len(merged) + 1):
-        prefix = set(merged[:k])
-        assert set(common[: int(k * weight * (1 - 1e-9))].tolist()) <= prefix
-        assert set(sensitivity[: int(k * (1 - weight) * (1 - 1e-9))].tolist()) <= prefix
-
-
-@given(elections(), st.randoms())
-def test_the_ranking_is_the_same_whatever_order_ballots_come_in(election, random):
-    matrices, seed, budgets = election
+@pytest.mark.parametrize("refine", [False, True])
+def test_the_ranking_is_the_same_whatever_order_ballots_come_in(refine):
+    matrices, seed, budgets = [Matrix("a", 4, 30), Matrix("b", 4, 7)], 5, [0.1, 0.5, 0.5, 1.0]
     ballots, total = cast(matrices, seed, budgets), sum(m.in_features for m in matrices)
-    ranked = tallied(total, ballots).rank(total, 0.5)
-    random.shuffle(ballots)
-    np.testing.assert_array_equal(tallied(total, ballots).rank(total, 0.5), ranked)
-    assert sorted(ranked.tolist()) == list(range(total))
-    np.testing.assert_array_equal(tallied(total, ballots).rank(total // 2, 0.5), ranked[: total // 2])
+    first = ranked(matrices, ballots, (0.5, 1.0), refine=refine).columns
+    again = ranked(matrices, ballots[::-1], (0.5, 1.0), refine=refine).columns
+    np.testing.assert_array_equal(first, again)
+    assert sorted(first.tolist()) == list(range(total))
 
 
-def test_the_extreme_weights_give_one_list_alone():
+@pytest.mark.parametrize(("weight", "first"), [(1.0, [0, 1]), (0.0, [1, 2])])
+def test_a_fixed_weight_of_one_gives_common_alone_and_of_zero_sensitivity(weight, first):
     ballots = [
         Ballot(np.array([0, 1], np.uint32), np.array([5, 9], np.uint64)),
         Ballot(np.array([0, 2], np.uint32), np.array([4, 7], np.uint64)),
     ]
-    tally = tallied(4, ballots)
-    assert tally.common().tolist() == [0, 1, 2]
-    assert tally.sensitivity().tolist() == [1, 2, 0]
-    assert tally.rank(4, 1.0).tolist() == [0, 1, 2, 3]
-    assert tally.rank(4, 0.0).tolist() == [1, 2, 0, 3]
+    ranking = ranked([Matrix("m", 4, 4)], ballots, (0.5, 1.0), common_weight=weight)
+    assert ranking.columns[:2].tolist() == first
+
+
+def test_without_ballots_labels_follow_by_number():
+    assert ranked([Matrix("m", 4, 4)], [], (0.5,)).columns.tolist() == [0, 1]
 
 
 @given(elections())
