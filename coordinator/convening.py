@@ -26,6 +26,8 @@ from shelora.v1 import coordinator_pb2 as pb
 
 KEYS_WAIT_S: Final = 10.0
 """Seconds that a client's call for the committee's keys waits for them."""
+SHOWN_AT_ONCE: Final = 64
+"""Shares read at once for a member: all members of a committee ask at the same time."""
 _ORDER_HEX: Final = 64
 
 _log = structlog.get_logger(__name__)
@@ -182,14 +184,17 @@ class Convening:
         federation, record = await self._round(federation_id, round_id, client_id)
         if client_id not in record.order or not record.round.closed or record.round.ended:
             raise _over()
-        dealings = await self.store.dealings(federation, record.sequence)
-        place = record.order.index(client_id)
-        shares = await self.store.shares(federation, record.sequence, place)
-        for name, dealing in dealings.items():
-            if name in shares and name not in record.dropped_ids:
-                shown = committee_pb2.DealtShare.FromString(shares[name])
-                shown.dealing.MergeFromString(dealing)
-                yield shown
+        place, sequence = record.order.index(client_id), record.sequence
+        dealers = sorted(await self.store.dealers(federation, sequence) - record.dropped_ids)
+        for first in range(0, len(dealers), SHOWN_AT_ONCE):
+            batch = dealers[first : first + SHOWN_AT_ONCE]
+            dealings = await self.store.dealings(federation, sequence, batch)
+            shares = await self.store.shares(federation, sequence, place, batch)
+            for name in batch:
+                if name in shares and name in dealings:
+                    shown = committee_pb2.DealtShare.FromString(shares[name])
+                    shown.dealing.MergeFromString(dealings[name])
+                    yield shown
 
     async def check(
         self, federation_id: str, round_id: str, client_id: str, check: committee_pb2.Signed

@@ -18,8 +18,8 @@ import structlog
 from coordinator import transitions
 from coordinator.aggregation import AggregationPool, contributions, lacks
 from coordinator.changes import Changes
-from coordinator.committees import Proceedings, context_of
-from coordinator.convening import checked_in, dealings_in, opening_of, views_in
+from coordinator.committees import Proceedings
+from coordinator.convening import opening_of
 from coordinator.decisions import (
     Aggregate,
     CreateRound,
@@ -43,6 +43,7 @@ from coordinator.decisions import (
     median_train_loss,
     revoked_since,
 )
+from coordinator.hearing import Hearing
 from coordinator.liveness import USUAL, Liveness
 from coordinator.metrics import KEY_EPOCH, MEMBERS, REFUSALS_TOTAL, ROUNDS_TOTAL, STAGE_SECONDS, TRAIN_LOSS
 from coordinator.records import (
@@ -55,7 +56,6 @@ from coordinator.records import (
     Phase,
     RoundRecord,
     ShardResult,
-    Statement,
     StoredDigest,
 )
 from coordinator.screening import misfits, outliers
@@ -151,6 +151,8 @@ class Driver:
         self._censuses: dict[str, int] = {}
         """Unix milliseconds of the last look at all members, by federation."""
         self._epochs: dict[str, int] = {}
+        self._hearings: dict[str, Hearing] = {}
+        """Of the round in progress, by federation."""
 
     async def run(self) -> None:
         """Looks for federations to drive until cancelled; gives every lease back then."""
@@ -221,6 +223,7 @@ class Driver:
         try:
             await _first(self._drive(federation_id), self._keep(federation_id, token))
         finally:
+            self._hearings.pop(federation_id, None)
             self._count_members(federation_id, None)
             self._count_epoch(federation_id, 0)
             if federation_id not in self._finished:  # another replica goes on
@@ -389,29 +392,11 @@ class Driver:
         """What the round's committee has come to, as far as its state asks for it."""
         if not record.round.convenes:
             return Proceedings()
-        state, place = record.round.state, (federation, record.sequence)
-        departed = await self._store.speakers(Statement.DEPARTURE, *place)
-        if state is RoundState.KEYING:
-            return Proceedings(
-                orders=await self._store.orders(*place),
-                views=views_in(await self._store.statements(Statement.VIEW, *place)),
-                departed=departed,
-            )
-        if state not in {RoundState.CERTIFYING, RoundState.AGGREGATING}:
-            return Proceedings(departed=departed)
-        context = context_of(federation, record)
-        checks = await self._store.statements(Statement.CHECK, *place)
-        dealings = {} if record.proposed else await self._store.dealings(*place)
-        counted = {name: dealt for name, dealt in dealings.items() if name not in record.dropped_ids}
-        shards = await self._store.shards(federation, record)
-        return Proceedings(
-            departed=departed,
-            dealings=dealings_in(context, counted),
-            checks=checked_in(context, record, checks),
-            signed=await self._store.speakers(Statement.SIGNATURE, *place),
-            answered=await self._store.speakers(Statement.ANSWER, *place),
-            aggregated=len(shards) == record.shard_count,
-        )
+        federation_id = federation.federation_id
+        heard = self._hearings.get(federation_id)
+        if heard is None or heard.round_id != record.round.round_id:
+            heard = self._hearings[federation_id] = Hearing(self._store, record.round.round_id)
+        return await heard.proceedings(federation, record)
 
     async def _members(
         self, federation: FederationRecord, round_: RoundRecord | None

@@ -155,9 +155,13 @@ class Store(Protocol):
         """Keeps what a client states, once, while the round is in a state of that kind. `order`: of a view."""
 
     async def statements(
-        self, kind: Statement, federation: FederationRecord, sequence: int
+        self,
+        kind: Statement,
+        federation: FederationRecord,
+        sequence: int,
+        client_ids: Sequence[str] | None = None,
     ) -> dict[str, bytes]:
-        """What clients have stated, by client, sorted."""
+        """What clients have stated, by client, sorted. Args: client_ids: only theirs."""
 
     async def statement(
         self, kind: Statement, federation: FederationRecord, sequence: int, client_id: str
@@ -170,11 +174,18 @@ class Store(Protocol):
     async def orders(self, federation: FederationRecord, sequence: int) -> dict[str, tuple[str, ...]]:
         """The committees that clients have stated, by `order_digest`."""
 
-    async def dealings(self, federation: FederationRecord, sequence: int) -> dict[str, bytes]:
-        """The Dealings of committed updates, without shares, by client, sorted."""
+    async def dealers(self, federation: FederationRecord, sequence: int) -> frozenset[str]:
+        """Whose updates have been committed with a Dealing."""
 
-    async def shares(self, federation: FederationRecord, sequence: int, place: int) -> dict[str, bytes]:
-        """The shares sealed to the member of a place, by client."""
+    async def dealings(
+        self, federation: FederationRecord, sequence: int, client_ids: Sequence[str]
+    ) -> dict[str, bytes]:
+        """The Dealings of those clients' committed updates, without shares, by client, sorted."""
+
+    async def shares(
+        self, federation: FederationRecord, sequence: int, place: int, client_ids: Sequence[str]
+    ) -> dict[str, bytes]:
+        """The shares of those clients that are sealed to the member of a place, by client."""
 
     async def drop_committee(self, federation: FederationRecord, sequence: int) -> None:
         """Deletes all statements, dealings and shares of a round."""
@@ -467,9 +478,13 @@ class RedisStore:
 
     @_available
     async def statements(
-        self, kind: Statement, federation: FederationRecord, sequence: int
+        self,
+        kind: Statement,
+        federation: FederationRecord,
+        sequence: int,
+        client_ids: Sequence[str] | None = None,
     ) -> dict[str, bytes]:
-        return await self._by_client(self._statements_key(kind, federation, sequence))
+        return await self._by_client(self._statements_key(kind, federation, sequence), client_ids)
 
     @_available
     async def statement(
@@ -480,8 +495,7 @@ class RedisStore:
 
     @_available
     async def speakers(self, kind: Statement, federation: FederationRecord, sequence: int) -> frozenset[str]:
-        names = await self._redis.hkeys(self._statements_key(kind, federation, sequence))
-        return frozenset(name.decode() for name in names)
+        return await self._names(self._statements_key(kind, federation, sequence))
 
     @_available
     async def orders(self, federation: FederationRecord, sequence: int) -> dict[str, tuple[str, ...]]:
@@ -490,16 +504,22 @@ class RedisStore:
         return {digest.decode(): tuple(json.loads(names)) for digest, names in sorted(fields.items())}
 
     @_available
-    async def dealings(self, federation: FederationRecord, sequence: int) -> dict[str, bytes]:
-        return await self._by_client(
-            self._keys.dealings(federation.federation_id, federation.instance, sequence)
-        )
+    async def dealers(self, federation: FederationRecord, sequence: int) -> frozenset[str]:
+        return await self._names(self._keys.dealings(federation.federation_id, federation.instance, sequence))
 
     @_available
-    async def shares(self, federation: FederationRecord, sequence: int, place: int) -> dict[str, bytes]:
-        return await self._by_client(
-            self._keys.shares(federation.federation_id, federation.instance, sequence, place)
-        )
+    async def dealings(
+        self, federation: FederationRecord, sequence: int, client_ids: Sequence[str]
+    ) -> dict[str, bytes]:
+        key = self._keys.dealings(federation.federation_id, federation.instance, sequence)
+        return await self._by_client(key, client_ids)
+
+    @_available
+    async def shares(
+        self, federation: FederationRecord, sequence: int, place: int, client_ids: Sequence[str]
+    ) -> dict[str, bytes]:
+        key = self._keys.shares(federation.federation_id, federation.instance, sequence, place)
+        return await self._by_client(key, client_ids)
 
     @_available
     async def drop_committee(self, federation: FederationRecord, sequence: int) -> None:
@@ -844,8 +864,16 @@ class RedisStore:
         if not await self._put(keys, [field, data, life_ms or self._retention_ms]):
             raise _unknown(federation_id)
 
-    async def _by_client(self, key: str) -> dict[str, bytes]:
-        return {name.decode(): bytes(value) for name, value in sorted((await self._hash(key)).items())}
+    async def _by_client(self, key: str, client_ids: Sequence[str] | None = None) -> dict[str, bytes]:
+        """Fields of a hash, sorted. Args: client_ids: only these, as far as they are there."""
+        if client_ids is None:
+            return {name.decode(): bytes(value) for name, value in sorted((await self._hash(key)).items())}
+        names = sorted(client_ids)
+        values = await self._redis.hmget(key, names) if names else []
+        return {name: bytes(value) for name, value in zip(names, values, strict=True) if value is not None}
+
+    async def _names(self, key: str) -> frozenset[str]:
+        return frozenset(name.decode() for name in await self._redis.hkeys(key))
 
     async def _hash(self, key: str) -> Mapping[bytes, bytes]:
         return cast("Mapping[bytes, bytes]", await self._redis.hgetall(key))  # the client decodes nothing

@@ -184,7 +184,9 @@ def equivocating() -> Iterator[Signed]:
             context = RoundContext.from_proto(own.serve.round.context)
             store = self._handlers.store
             record = (await store.federation(context.federation_id)).record
-            dealings = dealings_in(context, await store.dealings(record, record.ticket.sequence))
+            place = (record, record.ticket.sequence)
+            stored = await store.dealings(*place, sorted(await store.dealers(*place)))
+            dealings = dealings_in(context, stored)
             sets = [own.serve.proposed, other(context, own.serve.proposed, dealings)]
             contexts[context.round_id] = (context, sets)
             own.serve.proposed = sets[int(request.client_id[-1]) % 2]

@@ -279,8 +279,9 @@ async def test_nothing_of_the_committee_is_left_when_the_round_is_over(fed):
     await fed.settle()
     for kind in Statement:
         assert await fed.store.statements(kind, federation, 1) == {}
-    assert await fed.store.dealings(federation, 1) == {}
-    assert [await fed.store.shares(federation, 1, place) for place in range(5)] == [{}] * 5
+    assert not await fed.store.dealers(federation, 1)
+    assert await fed.store.dealings(federation, 1, FIVE) == {}
+    assert [await fed.store.shares(federation, 1, place, FIVE) for place in range(5)] == [{}] * 5
     assert (await party.clients["a"].open(federation.round_id(1))).contributors == tuple(FIVE)
 
 

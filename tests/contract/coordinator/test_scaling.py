@@ -8,6 +8,7 @@ import pytest
 from coordinator.handlers import _OwnCommit
 from coordinator.render import Renderer
 from coordinator.store import RedisStore
+from tests.contract.coordinator.members import Convened, Convening
 from tests.contract.coordinator.world import World, spec
 
 WATCHERS = [f"client-{index}" for index in range(20)]
@@ -91,3 +92,45 @@ async def test_joining_makes_the_driver_look_at_no_member_until_there_are_enough
     await fed.join(WATCHERS[-1])
     await fed.driver.step("fed")
     assert reads["members"] == 1
+
+
+async def test_what_a_committee_is_told_is_read_once_however_often_the_driver_looks(
+    fed: World, monkeypatch: pytest.MonkeyPatch
+):
+    """A thousand clients each wake the driver: looks that read all again would be a thousand times a thousand."""
+    values, looks = Counter(), 0
+
+    def counted(name):
+        method = getattr(RedisStore, name)
+
+        async def call(self, *args):
+            found = await method(self, *args)
+            kind = args[0] if name == "statements" else name
+            values[str(kind)] += len(found)
+            return found
+
+        return call
+
+    for name in ("statements", "dealings"):
+        monkeypatch.setattr(RedisStore, name, counted(name))
+    names = [f"ward-{number:02}" for number in range(12)]
+    party = Convened(fed, names)
+    await fed.begin(spec(Convening.name, clients=12, rounds=1), names)
+    step = fed.driver.step
+
+    async def often(federation_id):
+        nonlocal looks
+        looks += 3
+        for _ in range(2):
+            await step(federation_id)
+        return await step(federation_id)
+
+    monkeypatch.setattr(fed.driver, "step", often)
+    values.clear()
+    federation = await party.play()
+    assert federation.trained == 1, federation.failure
+    assert looks > 24
+    shown_to_members = 7 * 12
+    assert values["views"] == 12
+    assert values["checks"] == 7
+    assert values["dealings"] <= 12 + shown_to_members
