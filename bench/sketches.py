@@ -22,7 +22,7 @@ from bench.complete import singular_values
 from shelora.additive.parameters import DEFAULT, GUARD, TAIL
 from shelora.lora.layout import Matrix, SumTerms
 from shelora.lora.shards import FactoredUpdate, Float64
-from shelora.lora.sketches import HEADROOM, Sketch, Sketcher, best_cut, sketch_sizes
+from shelora.lora.sketches import HEADROOM, Sketch, Sketcher, best_cut, largest_deviation, sketch_sizes
 from shelora.obfuscation import SECRET_BYTES, Obfuscation
 
 RANK: Final = 8
@@ -48,8 +48,9 @@ class Choice:
 
     def values(self, features: int) -> int:
         """Of one square matrix."""
-        core = 0 if self.two else self.terms.core**2
-        return (self.columns + self.rows) * features + core
+        core = self.terms.core
+        corner = 0 if self.two else (core - self.columns) * (core - self.rows)
+        return (self.columns + self.rows) * features + corner
 
     @property
     def terms(self) -> SumTerms:
@@ -63,10 +64,14 @@ class Choice:
         deviation = math.sqrt(CLIENTS * (DEFAULT.deviation**2 + dropped + 1 / 12))
         return deviation / (DEFAULT.modulus / 2 * GUARD - TAIL * deviation - CLIENTS / 2)
 
-    def restored(self, sketcher: Sketcher, sketch: Sketch, noise: float = 0.0) -> FactoredUpdate:
-        """The cut. Args: noise: as a share of the largest entries of P and N."""
+    def levels(self, sketch: Sketch) -> tuple[float, float]:
+        """Deviations of the noise in an entry of the mean P and N, under bounds that lie as far above as on average."""
+        P, N = (largest_deviation(part) for part in (sketch.P.T, sketch.N))
+        return P * HEADROOM * 2**0.125 * self.noise, N * HEADROOM * 2**0.125 * self.noise
+
+    def restored(self, sketcher: Sketcher, sketch: Sketch, *levels: float) -> FactoredUpdate:
+        """The cut. Args: levels: of the noise in P and N."""
         if not self.two:
-            levels = (noise * float(np.abs(part).max()) for part in (sketch.P, sketch.N))
             return best_cut(sketcher.recovered(sketch, *levels), RANK)
         basis, triangular = np.linalg.qr(sketch.P)
         inner = np.linalg.pinv(sketcher.phi[: self.rows] @ sketch.P)
@@ -155,8 +160,8 @@ def errors(choice: Choice, factors: Factors, seed: int) -> Errors:
     sketcher = Sketcher.draw(Obfuscation(bytes(SECRET_BYTES), 1), choice.terms, matrix, seed)
     sketch = sketcher.sketch(B, A)
     clear = choice.restored(sketcher, sketch)
-    level = HEADROOM * 2**0.125 * choice.noise  # the bound lies that far above the largest, on average
-    noisy = choice.restored(sketcher, _with_noise(sketch, level, rng), level)
+    levels = choice.levels(sketch)
+    noisy = choice.restored(sketcher, _with_noise(sketch, levels, rng), *levels)
     exact = singular_values(B, A)
     missing = singular_values(np.hstack([B, -clear.Q]), np.vstack([A, clear.M]))
     difference = np.abs(clear.Q @ clear.M - noisy.Q @ noisy.M).max() / np.abs(B @ A).max()
@@ -166,10 +171,9 @@ def errors(choice: Choice, factors: Factors, seed: int) -> Errors:
     )
 
 
-def _with_noise(sketch: Sketch, level: float, rng: np.random.Generator) -> Sketch:
-    largest = [np.abs(part).max() for part in (sketch.P, sketch.N, sketch.P)]
-    parts = zip((sketch.P, sketch.N, sketch.Z), largest, strict=True)
-    return Sketch(*(part + level * most * rng.standard_normal(part.shape) for part, most in parts))
+def _with_noise(sketch: Sketch, levels: tuple[float, float], rng: np.random.Generator) -> Sketch:
+    parts = zip((sketch.P, sketch.N, sketch.Z), (*levels, levels[0]), strict=True)
+    return Sketch(*(part + level * rng.standard_normal(part.shape) for part, level in parts))
 
 
 def rows(spectra: dict[str, Makes], seeds: int) -> Iterator[tuple[str, ...]]:

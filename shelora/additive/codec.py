@@ -18,17 +18,19 @@ UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 
 HIGH_PLANES: Final = MappingProxyType({0: (), 2: (2,), 4: (4,), 6: (4, 2), 8: (8,)})
 """Widths of the upper planes, lowest bits first, by the number of upper bits."""
+PLANE_UNIT: Final = 64
+"""Planes are of a multiple of that many coefficients: every one is of whole bytes, and of whole words."""
 _STEP: Final = 1 << 16
 """Coefficients at a time: what is added stays in the processor's cache."""
 
 
 def encoded_bytes(parameters: AdditiveParameters, coefficients: int) -> int:
-    """Length of the planes of so many coefficients, a multiple of 64."""
+    """Length of the planes of so many coefficients, a multiple of PLANE_UNIT."""
     return 2 * coefficients + coefficients * parameters.high_bits // 8
 
 
 def encode(parameters: AdditiveParameters, coefficients: UInt32Array) -> bytes:
-    """The planes of coefficients [n], each below 2^kept_bits; n is a multiple of 64."""
+    """The planes of coefficients [n], each below 2^kept_bits; n is a multiple of PLANE_UNIT."""
     planes = [coefficients.astype("<u2").tobytes()]
     high = (coefficients >> np.uint32(LOW_BITS)).astype(np.uint8)
     for bits in HIGH_PLANES[parameters.high_bits]:

@@ -102,7 +102,7 @@ class Encryption:
         for first in range(0, shape.chunks, _BATCH):
             part = values[first * self.parameters.degree : (first + _BATCH) * self.parameters.degree]
             coefficients[first : first + _BATCH] = self._chunks(shape.shard, first, part)
-        return summand_header(shape) + encode(self.parameters, coefficients.reshape(-1))
+        return summand_header(shape) + encode(self.parameters, coefficients.reshape(-1)[: shape.coefficients])
 
     def _chunks(self, shard: int, first: int, values: FloatArray) -> npt.NDArray[np.uint32]:
         """The kept bits of the chunks that hold `values`, [count, N]."""
@@ -152,11 +152,12 @@ class SumOpener:
             contributors can sum to. Then a summand, a secret or the sum itself is garbage, or of another round.
         """
         planes = sum_planes(data, shape, self._contributors)
-        kept = decode(self.parameters, planes, shape.coefficients).reshape(shape.chunks, -1)
+        kept = np.zeros((shape.chunks, self.parameters.degree), dtype=np.uint32)
+        kept.reshape(-1)[: shape.coefficients] = decode(self.parameters, planes, shape.coefficients)
         opened = np.empty(kept.shape)
         for first in range(0, shape.chunks, _BATCH):
             opened[first : first + _BATCH] = self._plain(shape.shard, first, kept[first : first + _BATCH])
-        flat = opened.reshape(-1)
+        flat = opened.reshape(-1)[: shape.coefficients]
         self._check_guard(flat)
         return flat[: shape.values] / self._scale
 

@@ -3,7 +3,10 @@
     header, 52 bytes, little-endian
         magic 4s "SLAS" | version u16 | kind u16 (1 summand, 2 sum) | parameters digest 32s | shard u32 |
         values u32 | contributors u32 (1 for a summand)
-    planes of ceil(values / N) * N coefficients
+    planes of the coefficients that hold values, rounded up to 64, and at least N
+
+The rest of the last ring element does not travel: a sum is one of coefficients, each of which opens by itself. A shard
+has at least one whole element, so that garbage in it does not pass the guard.
 
 A shard has one valid encoding. Its reader names the shape it expects, and every header field must equal it before
 anything is allocated. Which round a shard is of is not in it: the dealing of its client signs its digest.
@@ -13,13 +16,13 @@ import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from shelora.additive.codec import encoded_bytes
+from shelora.additive.codec import PLANE_UNIT, encoded_bytes
 from shelora.additive.parameters import MAX_CONTRIBUTORS, AdditiveParameters
 from shelora.errors import DomainError, Reason
 
 HEADER_BYTES: Final = 52
 MAGIC: Final = b"SLAS"
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_SHARDS: Final = 1 << 24
 MAX_VALUES: Final = 1 << 30
 
@@ -62,8 +65,8 @@ class ShardShape:
 
     @property
     def coefficients(self) -> int:
-        """Values with their padding."""
-        return self.chunks * self.parameters.degree
+        """Those that travel: values with their padding, a multiple of 64."""
+        return max(self.parameters.degree, -(-self.values // PLANE_UNIT) * PLANE_UNIT)
 
     @property
     def encoded_bytes(self) -> int:

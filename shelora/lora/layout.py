@@ -35,7 +35,7 @@ MAX_TIERS = 64
 MAX_NAME = 256
 MAX_SKETCH = 4096
 """Columns of a sketch."""
-CORE_FACTOR = 2.5
+CORE_FACTOR = 2.4
 """Rows and columns of a sketch's core over k (`shelora.lora.sketches`)."""
 SOFT_CLEAR_BYTES = 4 * 2**20
 """Clear bytes of the largest client at which a shard is closed once its last ciphertext chunk is well filled."""
@@ -175,7 +175,7 @@ class SumTerms:
 
     @property
     def core(self) -> int:
-        """s: rows and columns of the sketch Z of every matrix, 2.5 times k, rounded up."""
+        """s: rows of Φ and columns of Χ of every matrix, CORE_FACTOR times k, rounded up."""
         return math.ceil(CORE_FACTOR * self.sketch_columns)
 
     def columns(self, matrix: Matrix) -> int:
@@ -185,6 +185,10 @@ class SumTerms:
     def rows(self, matrix: Matrix) -> int:
         """Rows of the sketch N of a matrix."""
         return min(self.sketch_rows, matrix.out_features, matrix.in_features)
+
+    def corner(self, matrix: Matrix) -> tuple[int, int]:
+        """Rows and columns of the sketch Z of a matrix: what of Φ ΔW Χ does not follow from P and N."""
+        return self.core - self.rows(matrix), self.core - self.columns(matrix)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """Three sketches of a matrix's update that add up, and the sum of the updates from their sums. Pure numpy.
 
-    P = ΔW Ω [out, k],  N = Ψ ΔW [l, in],  Z = Φ ΔW Χ [s, s]
-    ΔW ≈ Q (Φ Q)⁺ Z (Vᵀ Χ)⁺ Vᵀ            Q, V: orthonormal bases of P and of Nᵀ
+    P = ΔW Ω [out, k],  N = Ψ ΔW [l, in],  Z = Φ₂ ΔW Χ₂ [s - l, s - k]        Φ = [Ψ; Φ₂], Χ = [Ω, Χ₂]
+    ΔW ≈ Q (Φ Q)⁺ C (Vᵀ Χ)⁺ Vᵀ,  C = Φ ΔW Χ      Q, V: orthonormal bases of P and of Nᵀ
 
 All are linear in ΔW, so servers that only add give every agent the sketches of Σ w_i ΔW_i, whatever the ranks.
 The formula is Tropp, Yurtsever, Udell and Cevher, "Streaming low-rank matrix approximation with an application to
 scientific simulation", SIAM J. Sci. Comput. 41 (2019), equations 2.7 to 2.10: exact up to rounding once k and l reach
-the rank of ΔW, and else close to its best approximation. The core Z costs little, as its size does not grow with the
+the rank of ΔW, and else close to its best approximation. The core C costs little, as its size does not grow with the
 matrix, and spares l many rows: without it (P (Ψ P)⁺ N, Nakatsukasa, arXiv 2009.11392) the same error of the cut takes
 a half more values (`python -m bench.sketches`). Nearest work in federated LoRA: FedASK (arXiv 2507.09990), two passes.
 
-Ω is the first k columns of Χ, and Ψ the first l rows of Φ. They are integers of a keyed stream times a power of two
+Ω is the first k columns of Χ, and Ψ the first l rows of Φ. So the first l rows of C are N Χ, and the first k columns
+Φ P: only its last corner Z travels. Φ and Χ are integers of a keyed stream times a power of two
 (`Obfuscation.sketch`): every agent must have the same to the bit. What follows from the sums, QR and singular values,
 may differ between machines in the last bits and only leads to factors of one agent.
 """
@@ -26,13 +27,15 @@ from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, SumTerms
 from shelora.lora.shards import FactoredUpdate, Float64, LoraFactors
 
-RANK_FACTOR: Final = 1.375
-"""k and l over the largest rank."""
-HEADROOM: Final = 4.0
-"""A value may be that many times the largest of the last round's mean before it is clipped."""
-GROWTH_BITS: Final = 4
-"""A bound is never below the first round's over 2^4: after a round that hardly moved, the next one may move far more
-than HEADROOM times as much. Real first rounds stay below it by about 2^7."""
+RANK_FACTOR: Final = 1.25
+"""k and l over the largest rank, but for OVERSAMPLING."""
+OVERSAMPLING: Final = 1
+"""Added to that: a small rank needs proportionally more."""
+HEADROOM: Final = 5.0
+"""A value may be that many deviations of the last round's longest row of P, or column of N, before it is clipped."""
+GROWTH_BITS: Final = 5
+"""A bound is never below the first round's over 2^5: after a round that hardly moved, the next one may move far more
+than HEADROOM leaves room for. Real first rounds stay below it by about 2^7."""
 MAX_EXPONENT: Final = 256
 """Bounds are quarter powers of two, 2^(e / 4) for e of that magnitude at most."""
 _ROOTS: Final = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429, 2.0)
@@ -62,7 +65,7 @@ class DrawsSketches(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sketch:
-    """P [out, k], N [l, in] and Z [s, s] of one matrix."""
+    """P [out, k], N [l, in] and Z [s - l, s - k] of one matrix."""
 
     P: Float64
     N: Float64
@@ -114,7 +117,8 @@ class Sketcher:
     def sketch(self, B: Float64, A: Float64) -> Sketch:
         """The sketches of B A, B [out, r] and A [r, in]; the product is never formed."""
         left, right = self.phi @ B, A @ self.chi
-        return Sketch(B @ right[:, : self.columns], left[: self.rows] @ A, left @ right)
+        corner = left[self.rows :] @ right[:, self.columns :]
+        return Sketch(B @ right[:, : self.columns], left[: self.rows] @ A, corner)
 
     def recovered(self, sketch: Sketch, noise_P: float = 0.0, noise_N: float = 0.0) -> FactoredUpdate:
         """ΔW = Q M from its sketches, with Q [out, q] of orthonormal columns, q at most k.
@@ -123,8 +127,13 @@ class Sketcher:
             noise is left out.
         """
         Q, V = _basis(sketch.P, noise_P), _basis(sketch.N.T, noise_N)
-        core = np.linalg.pinv(self.phi @ Q) @ sketch.Z @ np.linalg.pinv(V.T @ self.chi)
+        core = np.linalg.pinv(self.phi @ Q) @ self._core(sketch) @ np.linalg.pinv(V.T @ self.chi)
         return FactoredUpdate(Q, core @ V.T)
+
+    def _core(self, sketch: Sketch) -> Float64:
+        """Φ ΔW Χ [s, s]: what follows from N and P, and the corner that was sent."""
+        below = np.hstack([self.phi[self.rows :] @ sketch.P, sketch.Z])
+        return np.vstack([sketch.N @ self.chi, below])
 
 
 def _basis(sketch: Float64, noise: float) -> Float64:
@@ -144,8 +153,8 @@ def _scaled(integers: NDArray[np.int16], dimension: int) -> Float64:
 
 
 def sketch_sizes(max_rank: int) -> tuple[int, int]:
-    """K and l for a cohort whose largest rank is that: 1.375 times it, rounded up."""
-    columns = math.ceil(RANK_FACTOR * max_rank)
+    """K and l for a cohort whose largest rank is that: 1.25 times it, rounded up, and one more."""
+    columns = math.ceil(RANK_FACTOR * max_rank) + OVERSAMPLING
     return columns, columns
 
 
@@ -155,9 +164,9 @@ def bound_of(exponent: int) -> float:
     return math.ldexp(_ROOTS[quarters], whole)
 
 
-def exponent_above(largest: float) -> int:
-    """The smallest e, within ±MAX_EXPONENT, with 2^(e / 4) above `largest` times HEADROOM. Exact: no logarithm."""
-    return _exponent_of(HEADROOM * largest)
+def exponent_above(deviation: float) -> int:
+    """The smallest e, within ±MAX_EXPONENT, with 2^(e / 4) above that times HEADROOM. Exact: no logarithm."""
+    return _exponent_of(HEADROOM * deviation)
 
 
 def first_exponents(matrix: Matrix, max_rank: int, largest_move: float) -> Exponents:
@@ -194,13 +203,24 @@ def _exponent_of(bound: float) -> int:
 def next_exponents(mean: Sketch, before: Exponents) -> Exponents:
     """Bounds after a round whose mean sketches were these: what every agent computes from the same opened sums.
 
+    The entries of a row of P are one row of ΔW times independent directions. Its deviation says what the next round's
+    directions may give better than its largest entry, which varies more from draw to draw.
+
     A round that moved nothing leaves the bounds as they were.
     """
-    largest_P, largest_N = float(np.abs(mean.P).max()), float(np.abs(mean.N).max())
+    longest_P, longest_N = largest_deviation(mean.P.T), largest_deviation(mean.N)
     return Exponents(
-        exponent_above(largest_P) if largest_P else before.P,
-        exponent_above(largest_N) if largest_N else before.N,
+        exponent_above(longest_P) if longest_P else before.P,
+        exponent_above(longest_N) if longest_N else before.N,
     )
+
+
+def largest_deviation(directions: Float64) -> float:
+    """The largest root mean square of a column of [k, n]. Added up row by row, so that it is the same to the bit."""
+    squares = np.zeros(directions.shape[1])
+    for row in directions:
+        squares += row * row
+    return math.sqrt(float(squares.max(initial=0)) / len(directions))
 
 
 def packed(name: str, sketch: Sketch, exponents: Exponents, clipping: Clipping) -> Float64:
@@ -243,7 +263,7 @@ def unpacked(matrix: Matrix, terms: SumTerms, values: Float64) -> tuple[Sketch, 
     return Sketch(
         (P * bound_of(exponents.P)).reshape(matrix.out_features, columns),
         (N * bound_of(exponents.N)).reshape(rows, matrix.in_features),
-        (Z * bound_of(exponents.P)).reshape(terms.core, terms.core),
+        (Z * bound_of(exponents.P)).reshape(terms.corner(matrix)),
     ), exponents
 
 

@@ -2,12 +2,13 @@
 
 A shard is a run of values in a fixed order. Of tensors it is the tensors, row major. Of a matrix of update ΔW it is
 
-    P = ΔW Ω [out, k],  N = Ψ ΔW [l, in],  Z = Φ ΔW Χ [s, s],  two exponents
+    P = ΔW Ω [out, k],  N = Ψ ΔW [l, in],  Z = Φ₂ ΔW Χ₂ [s - l, s - k],  two exponents
 
-row major, with secret Φ and Χ (`shelora.lora.sketches`): as many values whatever the client's rank. All values of a
-client are multiplied by its weight, which is what makes the sum a weighted one.
+row major, with secret Φ = [Ψ; Φ₂] and Χ = [Ω, Χ₂] (`shelora.lora.sketches`): as many values whatever the client's
+rank. All values of a client are multiplied by its weight, which is what makes the sum a weighted one.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -157,7 +158,7 @@ def sketch_values(terms: SumTerms, matrix: Matrix) -> int:
     """Values of one matrix in a shard of sketches."""
     P = matrix.out_features * terms.columns(matrix)
     N = terms.rows(matrix) * matrix.in_features
-    return P + N + terms.core**2 + EXPONENTS
+    return P + N + math.prod(terms.corner(matrix)) + EXPONENTS
 
 
 def update_of(shard: int, ciphertexts: Buffer) -> UpdateShardContent:

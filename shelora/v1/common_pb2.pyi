@@ -139,7 +139,7 @@ class SumTerms(_message.Message):
     """Columns k of a matrix's sketch P [out_features, k], 1 to 4096; fewer for a matrix with fewer rows or columns."""
     sketch_rows: _builtins.int
     """Rows l of its sketch N [l, in_features], k to 2 k; fewer for a matrix with fewer rows or columns. Its sketch Z is
-    [s, s], s = 2.5 k rounded up.
+    [s - l, s - k], s = 2.4 k rounded up.
     """
     def __init__(
         self,

@@ -71,14 +71,17 @@ def test_sums_wrap_at_the_kept_bits(parameters):
 def test_a_shard_costs_what_is_documented(parameters):
     shape = ShardShape(parameters, 0, parameters.degree * 10)
     assert shape.encoded_bytes - HEADER_BYTES == parameters.degree * 10 * parameters.kept_bits / 8
-    assert ShardShape(parameters, 0, 1).coefficients == parameters.degree
+    assert ShardShape(parameters, 0, 1).coefficients == parameters.degree, (
+        "garbage in less might pass the guard"
+    )
+    assert ShardShape(parameters, 0, 3 * parameters.degree + 1).coefficients == 3 * parameters.degree + 64
 
 
 @pytest.mark.parametrize(
     ("offset", "content", "reason"),
     [
         (0, b"SLCT", Reason.CIPHERTEXT_MALFORMED),
-        (4, b"\2\0", Reason.CIPHERTEXT_MALFORMED),
+        (4, b"\1\0", Reason.CIPHERTEXT_MALFORMED),
         (6, b"\2\0", Reason.CIPHERTEXT_MALFORMED),
         (8, bytes(32), Reason.CIPHERTEXT_FOREIGN_PARAMETERS),
         (40, b"\4\0\0\0", Reason.CIPHERTEXT_WRONG_SHAPE),

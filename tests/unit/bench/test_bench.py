@@ -72,7 +72,7 @@ def test_a_wrong_sum_shows_in_the_error():
 
 def test_tables_and_notes_are_written_for_all_ways(run):
     assert [len(table.rows) for table in (run.table(), run.ways())] == [15, 4]
-    assert any("k = 3, l = 3, s = 8" in note for note in run.notes())
+    assert any("k = 4, l = 4, s = 10" in note for note in run.notes())
 
 
 def test_the_clients_of_the_workload_start_from_one_A_and_differ():

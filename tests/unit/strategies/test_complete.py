@@ -223,9 +223,9 @@ def test_shards_are_bounded_and_so_is_what_an_update_takes():
     layout = complete.STRATEGY.layout(
         Model(16, 2.0, matrices, ()), SumProtection(), RoundTerms(key_id=b"", max_rank=16)
     )
-    values = [sum(4096 * (22 + 22) + 55**2 + 2 for _ in s.matrices) for s in layout.shards]
+    values = [sum(4096 * (21 + 21) + 30**2 + 2 for _ in s.matrices) for s in layout.shards]
     assert max(values) <= SHARD_VALUES
-    assert [len(s.matrices) for s in layout.shards] == [5, 5, 2]
+    assert [len(s.matrices) for s in layout.shards] == [6, 6]
     bytes_a_value = STANDARD.kept_bits // 8
     assert max(largest_update_bytes(layout)) < bytes_a_value * SHARD_VALUES + 2**17
 
