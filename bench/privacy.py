@@ -47,7 +47,7 @@ def compare(
     encoder = Encoder(model.tokenizer, TOKENS, append_end=False)
     start = model.weights()
     rate = federation_spec(Protection.NONE).training.learning_rate
-    run = TrainingRun(steps, batch_size, rate, seed=1, micro_batch=MICRO_BATCH)
+    run = TrainingRun(rates=[rate] * steps, batch_size=batch_size, seed=1, micro_batch=MICRO_BATCH)
     table = Table("epsilon", "spent", "noise multiplier", "accuracy", "seconds")
     for epsilon in [None, *sorted(epsilons or (8.0, 3.0, 1.0), reverse=True)]:
         noise = noise_for(epsilon, delta, batch_size / len(examples), steps) if epsilon else 0.0

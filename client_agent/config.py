@@ -3,6 +3,7 @@
 `SHELORA_AGENT__DATA__TRAIN=/data/train.jsonl` overrides `data.train`. Unknown fields are refused.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,14 +91,44 @@ class LoraSettings(StrictModel):
     rank: Annotated[int, Field(ge=1, le=1024)] = 8
     """Rank r of this client's factors. Larger costs memory and upload in proportion."""
     alpha: Annotated[float, Field(gt=0, le=10_000)] = 16.0
-    """LoRA alpha; an update is scaled by alpha / rank."""
+    """LoRA alpha; an update is scaled by alpha / rank, or as `rslora` says."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the inputs of the adapters while training, 0 to below 1."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones (arXiv 2312.03732)."""
 
     @property
     def scaling(self) -> float:
         """The s of ΔW = s B A."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class TrainingSettings(StrictModel):
+    """How this client trains, as far as each decides for itself (docs/training.md)."""
+
+    optimizer: Literal[
+        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "sgd"
+    ] = "adamw_torch"
+    """By the name that transformers gives it; those of 8 bits need bitsandbytes. Only optimizers that move a value by
+    about a learning rate a step at most: the bounds that protect sums and results are made of it."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Of all that is trained."""
+    max_gradient_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Gradients are scaled down to this norm, so that one odd batch does not wreck a round. At most 1 with sgd."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread over all classes or tokens."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Another seed draws other batches and other dropout."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _sgd_is_bounded(self) -> Self:
+        if self.optimizer == "sgd" and self.max_gradient_norm > 1:
+            raise PydanticCustomError(
+                "max_gradient_norm", "max_gradient_norm must be at most 1 with sgd, whose steps are as long"
+            )
+        return self
 
 
 class ProtectionConfig(StrictModel):
@@ -170,6 +201,8 @@ class AgentConfig(StrictModel):
     """The examples, which never leave this machine."""
     lora: LoraSettings = LoraSettings()
     """This client's adapter."""
+    training: TrainingSettings = TrainingSettings()
+    """How this client trains; what all must share is the federation's."""
     budget: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Least share of the columns of A to encrypt, 0 to 1. 1 is the safe choice; less is for uplinks that cannot carry
     it. The client leaves a federation that would have it encrypt less."""
@@ -185,6 +218,18 @@ class AgentConfig(StrictModel):
     """Address it listens on. It speaks plain HTTP to whoever reaches it: 0.0.0.0 belongs in a private network."""
     log: LogConfig = LogConfig()
     """Logs."""
+
+    @model_validator(mode="after")
+    def _privacy_has_its_own_loop(self) -> Self:
+        training = self.training
+        own = (training.label_smoothing, training.gradient_checkpointing, training.optimizer.endswith("8bit"))
+        if self.privacy is not None and any(own):
+            raise PydanticCustomError(
+                "privacy",
+                "privacy computes each example's gradient by itself: it goes with optimizer adamw_torch, "
+                "adamw_torch_fused or sgd, and without label_smoothing and gradient_checkpointing",
+            )
+        return self
 
     @classmethod
     def load(cls, path: Path, environment: Mapping[str, str] = os.environ) -> Self:

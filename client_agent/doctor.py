@@ -227,7 +227,7 @@ def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
     return [
         *findings,
         judged_memory(peak, memory_here().total),
-        judged_time(seconds * spec.training.local_steps, spec.round.deadline_s),
+        judged_time(seconds * spec.training.steps(len(found.prepared.examples)), spec.round.deadline_s),
         judged_disk(
             _disk_needed(found), shutil.disk_usage(_existing(config.state_dir)).free, config.state_dir
         ),
@@ -304,7 +304,13 @@ def _one_step(config: AgentConfig, spec: FederationSpec, found: Inspection) -> f
     """Seconds of a training step, the first one left out: it is slower."""
     training = spec.training
     ready = found.prepared
-    run = TrainingRun(1, training.batch_size, 1e-6, seed=1, micro_batch=config.resources.micro_batch)
+    run = TrainingRun(
+        rates=[1e-6],
+        batch_size=training.batch_size,
+        seed=1,
+        micro_batch=config.resources.micro_batch,
+        settings=config.training,
+    )
     step = partial(train, ready.model, ready.encoder, ready.examples, run)
     budget = budget_of(config, training, examples=len(ready.examples), rounds=spec.round.rounds)
     if budget is not None:

@@ -118,6 +118,7 @@ def _model_table(config: AgentConfig, found: Inspection) -> Records:
     shapes = sorted({(m.out_features, m.in_features) for m in model.matrices})
     table.add("adapted matrices", f"{len(model.matrices)}")
     table.add("their shapes", ", ".join(f"{out} x {in_}" for out, in_ in shapes))
+    table.add("could be adapted", ", ".join(f"{name} x {count}" for name, count in model.adaptable.items()))
     table.add("tensors trained whole", ", ".join(t.name for t in model.tensors) or "none")
     table.add("rank", f"{model.rank}")
     table.add("trainable parameters", f"{model.trainable_count:,}")

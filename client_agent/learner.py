@@ -16,11 +16,12 @@ from client_agent.drawing import sample, seed_of
 from client_agent.evaluation import evaluate
 from client_agent.keys import EpochSecrets
 from client_agent.learning import Evaluation, Origin, Trained, Weights
-from client_agent.metrics import TRAINING_STEPS, timed
+from client_agent.metrics import timed
 from client_agent.moderating import Moderator
 from client_agent.plausibility import Expectation, plausible
 from client_agent.preparation import prepare
 from client_agent.progress import Activity
+from client_agent.schedule import Schedule
 from client_agent.scoring import sensitivity_scores
 from client_agent.state import CARD, AgentState
 from client_agent.training import TrainingOutcome, TrainingRun, train
@@ -46,13 +47,15 @@ class Learner:
     def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState, rounds: int = 1) -> None:
         """Reads the data, loads the model. Raises: DomainError DATA_INVALID, MODEL_INVALID, CONFIGURATION_INVALID.
 
-        Args: rounds: of the federation, which a privacy budget must last for.
+        Args: rounds: of the federation: a privacy budget must last for them, the learning rate falls over them.
         """
         torch.set_num_threads(config.resources.threads or torch.get_num_threads())
         self._spec = spec
         self._state = state
         self._client_id = config.client_id
         self._micro_batch = config.resources.micro_batch
+        self._settings = config.training
+        self._schedule = Schedule(spec, rounds)
         self._conditions = Conditions(config.resources)
         prepared = prepare(config, spec)
         self.examples, self.test, self.model = prepared.examples, prepared.test, prepared.model
@@ -78,9 +81,11 @@ class Learner:
             "model": self.base.hex(),
             "rank": str(config.lora.rank),
             "alpha": repr(config.lora.alpha),
+            "rslora": repr(config.lora.rslora),
         }
         self._training_identity = {
             "training": spec.model_dump_json(),
+            "settings": config.training.model_dump_json(),
             "dropout": repr(config.lora.dropout),
             "data": self.examples.fingerprint(),
             "privacy": self.privacy,
@@ -157,7 +162,7 @@ class Learner:
         Raises: Stopped; DomainError VALUE_NOT_FINITE, PRIVACY_EXHAUSTED.
         """
         key = self._key(self._position or "") | self._training_identity
-        key |= {"number": str(number), "variant": variant}
+        key |= {"number": str(number), "variant": variant, "travel": repr(self._schedule.travel(number))}
         saved = self._state.trained()
         if saved is not None and key.items() <= saved[0].items():
             _log.info("training_reused", round_number=number)
@@ -237,35 +242,32 @@ class Learner:
             base=self.model.weights(),
             trained=trained,
             scaling=self.model.scaling,
-            step=self._spec.local_steps * self._learning_rate(number),
+            step=self._schedule.travel(number),
         )
-
-    def _learning_rate(self, number: int) -> float:
-        return self._spec.learning_rate * self._spec.learning_rate_decay ** (number - 1)
 
     def _train(self, number: int, activity: Activity, variant: str) -> Trained:
         run = TrainingRun(
-            steps=self._spec.local_steps,
+            rates=self._schedule.rates(number, self._spec.steps(len(self.examples))),
             batch_size=self._spec.batch_size,
-            learning_rate=self._learning_rate(number),
-            seed=seed_of(self._client_id, number, "training", *([variant] if variant else [])),
+            seed=seed_of(self._client_id, number, "training", *self._drawn(variant)),
             micro_batch=self._micro_batch,
+            settings=self._settings,
         )
         report = self._reporter(activity, Stage.TRAINING)
-
-        def count_and_report(fraction: float) -> None:
-            report(fraction)
-            TRAINING_STEPS.inc()
-
         self._position, before = None, self._position
         start = self.model.weights()
         try:
             with timed(Stage.TRAINING):
-                outcome = self._trained(run, count_and_report)
+                outcome = self._trained(run, report)
             return Trained(self.model.weights(), outcome.loss, outcome.seconds)
         finally:
             self.model.load(start)
             self._position = before
+
+    def _drawn(self, variant: str) -> tuple[str, ...]:
+        """What else the batches depend on."""
+        seed = self._settings.seed
+        return (*((variant,) if variant else ()), *((f"seed {seed}",) if seed else ()))
 
     def _trained(self, run: TrainingRun, report: Callable[[float], None]) -> TrainingOutcome:
         if self._budget is None:

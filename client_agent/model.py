@@ -1,6 +1,7 @@
 """The adapted model: a frozen base, LoRA factors on some matrices, a head trained whole."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,21 +15,15 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from client_agent.checkpoint import (
-    Checkpoint,
-    invalid,
-    is_norm,
-    quiet,
-    under,
-)
+from client_agent.checkpoint import Checkpoint, invalid, is_norm, quiet, under
 from client_agent.config import LoraSettings
 from client_agent.encoding import Batch
 from client_agent.fingerprint import base_digest
 from client_agent.learning import Weights
 from client_agent.tables import first_line, listed
+from client_agent.targets import WHOLE, Narrowed, Targets, check_adaptable, linear_layers, resolve
 from client_agent.tasks.registry import task_of
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.shards import Float32, Float64, LoraFactors
@@ -39,7 +34,6 @@ _PREFIX = "base_model.model."
 """What PEFT puts before the name of a module of the base model."""
 _COPY = f".modules_to_save.{_ADAPTER}"
 """What PEFT puts between a module trained whole and its parameter."""
-_LINEAR = (nn.Linear, Conv1D)
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 """Files of a PEFT adapter."""
@@ -58,6 +52,14 @@ class InitialValues(Protocol):
 class AdaptedModel:
     """A base model with one LoRA adapter. Not thread-safe: one thread at a time uses it.
 
+    Args:
+        checkpoint: The base model.
+        task: What it learns.
+        target_modules: What is adapted, as in a specification.
+        lora: This client's adapter.
+        device: Where to compute.
+        narrowed: What else the specification says of modules.
+
     Raises: DomainError MODEL_INVALID if a target matches no module, or one that is not a linear layer.
     """
 
@@ -69,6 +71,7 @@ class AdaptedModel:
         target_modules: Sequence[str],
         lora: LoraSettings,
         device: torch.device,
+        narrowed: Narrowed = WHOLE,
     ) -> None:
         self.task = task_of(task)
         self.device = device
@@ -82,11 +85,17 @@ class AdaptedModel:
         self.vocabulary = _rows(checkpoint.model.get_input_embeddings())
         """Token ids that the model knows: those below."""
         self._norms = frozenset(_norm_weights(checkpoint.model))
-        _check_targets(checkpoint, target_modules)
-        config = _peft_config(checkpoint.head, self.task.peft, target_modules, lora)
+        self.adaptable = linear_layers(checkpoint)
+        """How many linear layers there are of each name that `target_modules` can have."""
+        targets = resolve(checkpoint, target_modules, narrowed)
+        self._saved = targets.saved
+        config = _peft_config(checkpoint.head, self.task.peft, targets, lora)
         self._peft = _adapt(checkpoint, config).to(device)
         self._peft.eval()
         self._layers = dict(_lora_layers(self._peft))
+        if tuple(self._layers) != targets.adapted:
+            other = sorted(set(self._layers) ^ set(targets.adapted))
+            raise invalid(f"PEFT does not adapt what the federation's target_modules name: {listed(other)}")
         self._parameters = dict(_whole_parameters(self._peft))
         self.matrices = tuple(
             Matrix(name, layer.out_features, layer.in_features) for name, layer in self._layers.items()
@@ -101,6 +110,11 @@ class AdaptedModel:
         """The network, for training and evaluation modes."""
         network: nn.Module = self._peft
         return network
+
+    @property
+    def configuration(self) -> PreTrainedConfig:
+        """Of the base model."""
+        return self._peft.get_base_model().config
 
     @property
     def layers(self) -> Mapping[str, nn.Module]:
@@ -181,7 +195,9 @@ class AdaptedModel:
         self._exponents, self._changes = weights.exponents, weights.changes
 
     def initialise(self, values: InitialValues) -> None:
-        """B = 0, norms scale by 1, A and other tensors from `values`: the state in which every agent starts."""
+        """The state in which every agent starts: B = 0; A and the head from `values`, but the head's norms scale by 1;
+        modules_to_save as they are in the base model.
+        """
         factors = {
             m.name: LoraFactors(
                 B=np.zeros((m.out_features, self.rank), dtype=np.float32),
@@ -189,13 +205,16 @@ class AdaptedModel:
             )
             for m in self.matrices
         }
-        tensors = {
-            t.name: np.ones(t.shape, dtype=np.float32)
-            if t.name in self._norms
-            else values.initial_tensor(t.name, t.shape)
-            for t in self.tensors
-        }
-        self.load(Weights(factors, tensors))
+        self.load(Weights(factors, {t.name: self._initial_tensor(t, values) for t in self.tensors}))
+
+    def _initial_tensor(self, tensor: Tensor, values: InitialValues) -> Float32:
+        module = next((name for name in self._saved if under(tensor.name, [name])), None)
+        if module is not None:
+            original = self._peft.get_base_model().get_submodule(module).original_module
+            return _numpy(original.get_parameter(tensor.name.removeprefix(f"{module}.")))
+        if tensor.name in self._norms:
+            return np.ones(tensor.shape, dtype=np.float32)
+        return values.initial_tensor(tensor.name, tensor.shape)
 
     def save_adapter(self, folder: Path) -> None:
         """Writes what `PeftModel.from_pretrained(base, folder)` loads, the tokenizer, and the labels.
@@ -272,7 +291,7 @@ def _widen(folder: Path, beside: Mapping[str, LoraFactors | None], width: int, s
         arrays[B_key] = np.hstack([arrays[B_key], B]).astype(np.float32)
     config = json.loads(config_file.read_text())
     config["r"] += width
-    config["lora_alpha"] = scaling * config["r"]
+    config["lora_alpha"] = scaling * (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     safetensors.numpy.save_file(arrays, weights_file, metadata={"format": "pt"})
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
@@ -285,43 +304,19 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _peft_config(
-    head: Sequence[str], task: TaskType, target_modules: Sequence[str], lora: LoraSettings
-) -> LoraConfig:
+def _peft_config(head: Sequence[str], task: TaskType, targets: Targets, lora: LoraSettings) -> LoraConfig:
     # A head is trained whole, also where the name of a module inside of it ends like a target.
     inside_head = rf"({'|'.join(map(re.escape, head))})(\..*)?" if head else None
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(target_modules),
+        use_rslora=lora.rslora,
+        target_modules=list(targets.peft),
         exclude_modules=inside_head,
-        modules_to_save=list(head) or None,
+        modules_to_save=[*head, *targets.saved] or None,
         task_type=task,
     )
-
-
-def _check_targets(checkpoint: Checkpoint, target_modules: Sequence[str]) -> None:
-    """Raises: MODEL_INVALID naming a target that matches nothing, which PEFT leaves out without a word, or no layer."""
-    modules = {n: m for n, m in checkpoint.model.named_modules() if not under(n, checkpoint.head)}
-    linear = dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, _LINEAR))
-    for target in target_modules:
-        matching = [n for n in modules if f".{n}".endswith(f".{target}")]
-        if not matching:
-            raise invalid(
-                f"the federation's target_modules name {target!r}, and the model has no such module; its linear "
-                f"layers are {listed(linear)}"
-            )
-        for name in matching:
-            _check_adaptable(name, modules[name])
-
-
-def _check_adaptable(name: str, module: nn.Module) -> None:
-    if not isinstance(module, _LINEAR):
-        raise invalid(
-            f"the federation adapts {name}, of the kind {type(module).__name__}; only linear layers can be adapted, "
-            "and no experts that lie in one stacked parameter"
-        )
 
 
 def _adapt(checkpoint: Checkpoint, config: LoraConfig) -> PeftModel:
@@ -338,7 +333,7 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
         if not isinstance(module, LoraLayer):
             continue
         own = name.removeprefix(_PREFIX)
-        _check_adaptable(own, module.get_base_layer())
+        check_adaptable(own, module.get_base_layer())
         yield own, module
 
 

@@ -13,6 +13,7 @@ from client_agent.encoding import Batch
 from client_agent.model import AdaptedModel, choose_device
 from client_agent.survey import Survey
 from client_agent.tables import first_line
+from client_agent.targets import Narrowed
 from client_agent.tasks.port import ExampleEncoder, ExampleSet
 from client_agent.tasks.registry import task_of
 from shelora.errors import DomainError, Reason
@@ -81,6 +82,7 @@ def _load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:
         target_modules=spec.target_modules,
         lora=config.lora,
         device=choose_device(config.model.device),
+        narrowed=Narrowed(spec.target_layers, spec.target_pattern, spec.modules_to_save),
     )
 
 

@@ -133,7 +133,7 @@ class Budget:
             )
         self._folder = config.state_dir
         self._delta, self._limit = settings.delta, settings.epsilon
-        self._steps = spec.local_steps
+        self._steps = spec.steps(examples)
         self.rounds = rounds
         sample_rate = min(1.0, spec.batch_size / examples)
         ledger = Ledger.read(self._folder)

@@ -2,8 +2,8 @@
 
 Every step takes each example with probability q, by itself (Poisson sampling); scales each one's gradient, over all
 trainable parameters together, down to a norm C; adds up; adds normal noise of standard deviation σC to every value;
-divides by the expected batch size. AdamW sees the noisy gradients alone, so it costs no privacy. Nothing else depends
-on the examples: no error, no length of the work, and no loss is computed from them.
+divides by the expected batch size. The optimizer sees the noisy gradients alone, so it costs no privacy. Nothing else
+depends on the examples: no error, no length of the work, and no loss is computed from them.
 """
 
 import time
@@ -18,12 +18,20 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 
 from client_agent.encoding import Batch
+from client_agent.metrics import TRAINING_STEPS
 from client_agent.model import AdaptedModel
 from client_agent.noise import Randomness
 from client_agent.privacy import Mechanism
 from client_agent.tables import first_line
 from client_agent.tasks.port import ExampleEncoder, ExampleSet
-from client_agent.training import Report, TrainingOutcome, TrainingRun, cuda_devices, parts_of
+from client_agent.training import (
+    Report,
+    TrainingOutcome,
+    TrainingRun,
+    cuda_devices,
+    optimizer_of,
+    parts_of,
+)
 from shelora.errors import DomainError, Reason
 
 TOLERANCE: Final = 1e-3
@@ -55,7 +63,7 @@ def train_privately(
     started = time.monotonic()
     randomness = randomness or Randomness()
     optimizer = NoisyOptimizer(
-        torch.optim.AdamW(model.trainable(), lr=run.learning_rate, weight_decay=0.0),
+        optimizer_of(model, run.settings),
         mechanism,
         expected_batch_size=mechanism.sample_rate * len(examples),
         randomness=randomness,
@@ -64,11 +72,14 @@ def train_privately(
     try:
         with torch.random.fork_rng(devices=cuda_devices(model.device)), gradients_by_example(model):
             torch.manual_seed(randomness.seed())
-            for step in range(run.steps):
+            for step, rate in enumerate(run.rates):
                 report(step / run.steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
                 chosen = poisson_sample(len(examples), mechanism.sample_rate, randomness)
                 parts = [encoder.batch(examples.select(part)) for part in parts_of(chosen, run.micro_batch)]
                 private_step(model, parts, optimizer)
+                TRAINING_STEPS.inc()
     finally:
         model.module.eval()
     return TrainingOutcome(0.0, time.monotonic() - started)

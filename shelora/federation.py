@@ -4,6 +4,7 @@ The fields and ranges are those of `FederationSpec` in coordinator.proto, which 
 here. A value that passed these classes is sound: nothing behind them checks it again.
 """
 
+import re
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
@@ -52,9 +53,24 @@ A caller of today sends every field. One that leaves these out relies on what th
 federation than it asked for.
 """
 
+
+def _regular(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise PydanticCustomError(
+            "regular_expression", "is no regular expression: {why}", {"why": str(error)}
+        ) from None
+    return text
+
+
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)]
 Names = Annotated[tuple[Name, ...], Strict(strict=False)]
 """A list in YAML, a tuple here."""
+Indices = Annotated[tuple[Annotated[int, Field(ge=0, le=100_000)], ...], Strict(strict=False)]
+Schedule = Literal["constant", "linear", "cosine"]
+ALL_LINEAR: Final = "all-linear"
+"""In place of names: every linear layer but the head."""
 
 
 class Spec(StrictModel):
@@ -76,16 +92,37 @@ class TrainingSpec(Spec):
     """Class names in order of their index, at least two; for sequence-classification alone."""
 
     target_modules: Annotated[Names, Field(min_length=1)] = ("query", "value")
-    """Suffixes of module names to adapt. The attention's query and value carry most of LoRA's effect."""
+    """Suffixes of module names to adapt, or all-linear: every linear layer but the head. The attention's query and
+    value carry most of LoRA's effect."""
+
+    target_layers: Indices = ()
+    """Of them, those in these layers, from 0; empty for all. A module's layer is the first number in its name."""
+
+    target_pattern: Annotated[str, StringConstraints(max_length=512), AfterValidator(_regular)] = ""
+    """Of them, those whose whole name in the base model matches this regular expression; empty for all."""
+
+    modules_to_save: Names = ()
+    """Suffixes of names of modules to train and average whole, from the base model's values, as in PEFT. They travel
+    whole in every round, and no value may exceed tensor_bound."""
 
     local_steps: Annotated[int, Field(ge=1, le=100_000)] = 20
     """Optimizer steps a round: more drift apart between clients, fewer waste the round's traffic."""
+
+    local_epochs: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Passes over its data that a client trains a round, in no more than `local_steps` steps; 0 always trains
+    `local_steps`."""
 
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     """Examples a step."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    """AdamW learning rate; LoRA takes about ten times that of full fine-tuning."""
+    """Largest learning rate; LoRA takes about ten times that of full fine-tuning."""
+
+    learning_rate_schedule: Schedule = "constant"
+    """How it falls over all rounds, to a hundredth in the end."""
+
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    """Steps in which it rises from 0, counted over all rounds, `local_steps` a round."""
 
     max_rank: Annotated[int, Field(ge=1, le=1024)] = 64
     """Largest rank that a client may join with. What updates and results cost everyone grows with the largest rank."""
@@ -105,6 +142,25 @@ class TrainingSpec(Spec):
 
     loss_on: LossOn = ANSWERS
     """Of conversations (chat), what is learnt: the assistant's answers alone, or everything, prompts included."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_linear_is_one_word(cls, value: object) -> object:
+        return (value,) if value == ALL_LINEAR else value
+
+    @model_validator(mode="after")
+    def _all_linear_stands_alone(self) -> Self:
+        if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
+            raise PydanticCustomError(
+                "target_modules", "target_modules: all-linear stands alone: remove the other names"
+            )
+        return self
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps a round of a client with so many examples."""
+        if not self.local_epochs:
+            return self.local_steps
+        return min(self.local_steps, max(1, ceil(self.local_epochs * examples / self.batch_size)))
 
     @model_validator(mode="after")
     def _texts_have_a_next_token(self) -> Self:

@@ -110,9 +110,12 @@ class Task(ABC):
     def target_count(self, batch: Batch) -> int:
         """The k of `predictions`."""
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats, summed over the targets; a scalar."""
-        return functional.cross_entropy(logits.float(), targets, reduction="sum")
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+        """Cross-entropy in nats, summed over the targets; a scalar.
+
+        Args: smoothing: Share of a target that is spread over all classes, 0 to below 1.
+        """
+        return functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
 
     def correct(self, logits: torch.Tensor, targets: torch.Tensor) -> int:
         """Number of targets that have the largest logit."""

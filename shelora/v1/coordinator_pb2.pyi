@@ -161,6 +161,12 @@ class TrainingSpec(_message.Message):
     LEARNING_RATE_DECAY_FIELD_NUMBER: _builtins.int
     MAX_RANK_FIELD_NUMBER: _builtins.int
     LOSS_ON_FIELD_NUMBER: _builtins.int
+    TARGET_LAYERS_FIELD_NUMBER: _builtins.int
+    TARGET_PATTERN_FIELD_NUMBER: _builtins.int
+    MODULES_TO_SAVE_FIELD_NUMBER: _builtins.int
+    LOCAL_EPOCHS_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_SCHEDULE_FIELD_NUMBER: _builtins.int
+    WARMUP_STEPS_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Base model every agent must have, for error messages and the adapter's metadata."""
     task: _builtins.str
@@ -170,7 +176,7 @@ class TrainingSpec(_message.Message):
     batch_size: _builtins.int
     """Examples a step, 1 to 4096."""
     learning_rate: _builtins.float
-    """AdamW learning rate, greater than 0."""
+    """Largest learning rate, greater than 0."""
     max_tokens: _builtins.int
     """Tokens an example is cut to, 1 (2 for causal-lm, 8 for chat) to 131072."""
     calibration_examples: _builtins.int
@@ -183,13 +189,29 @@ class TrainingSpec(_message.Message):
     """Largest rank that a client may join with, 1 to 1024: an update may have the bytes of the largest rank."""
     loss_on: _builtins.str
     """What of conversations is learnt: "answers" of the assistant alone, or "everything". Read for chat alone."""
+    target_pattern: _builtins.str
+    """Of the modules to adapt, those whose whole name matches this regular expression of Python; empty for all."""
+    local_epochs: _builtins.float
+    """Passes over its data that a client trains a round, in at most local_steps steps, 0 to 1000; 0 for local_steps."""
+    learning_rate_schedule: _builtins.str
+    """How the learning rate falls over all rounds: "constant", "linear" or "cosine"."""
+    warmup_steps: _builtins.int
+    """Steps over all rounds in which the learning rate rises from 0, 0 to 10^9."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Class names in order of their index, for sequence-classification; empty otherwise."""
 
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Suffixes of module names to adapt, as in PEFT's target_modules; empty for the default."""
+        """Suffixes of module names to adapt, as in PEFT's target_modules, or "all-linear" alone; empty for the default."""
+
+    @_builtins.property
+    def target_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of the modules to adapt, those whose name holds one of these as its first number, 0 to 100000; empty for all."""
+
+    @_builtins.property
+    def modules_to_save(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Suffixes of names of modules to train and average whole, from the base model's values; empty for none."""
 
     def __init__(
         self,
@@ -207,10 +229,16 @@ class TrainingSpec(_message.Message):
         learning_rate_decay: _builtins.float | None = ...,
         max_rank: _builtins.int | None = ...,
         loss_on: _builtins.str | None = ...,
+        target_layers: _abc.Iterable[_builtins.int] | None = ...,
+        target_pattern: _builtins.str | None = ...,
+        modules_to_save: _abc.Iterable[_builtins.str] | None = ...,
+        local_epochs: _builtins.float | None = ...,
+        learning_rate_schedule: _builtins.str | None = ...,
+        warmup_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_loss_on", b"_loss_on", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_task", b"_task", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "loss_on", b"loss_on", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_learning_rate_schedule", b"_learning_rate_schedule", "_local_epochs", b"_local_epochs", "_local_steps", b"_local_steps", "_loss_on", b"_loss_on", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_target_pattern", b"_target_pattern", "_task", b"_task", "_warmup_steps", b"_warmup_steps", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "learning_rate_schedule", b"learning_rate_schedule", "local_epochs", b"local_epochs", "local_steps", b"local_steps", "loss_on", b"loss_on", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "target_pattern", b"target_pattern", "task", b"task", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_local_steps", b"_local_steps", "_loss_on", b"_loss_on", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_task", b"_task", "base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "local_steps", b"local_steps", "loss_on", b"loss_on", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "target_modules", b"target_modules", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_learning_rate_schedule", b"_learning_rate_schedule", "_local_epochs", b"_local_epochs", "_local_steps", b"_local_steps", "_loss_on", b"_loss_on", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_target_pattern", b"_target_pattern", "_task", b"_task", "_warmup_steps", b"_warmup_steps", "base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "learning_rate_schedule", b"learning_rate_schedule", "local_epochs", b"local_epochs", "local_steps", b"local_steps", "loss_on", b"loss_on", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "modules_to_save", b"modules_to_save", "target_layers", b"target_layers", "target_modules", b"target_modules", "target_pattern", b"target_pattern", "task", b"task", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -222,6 +250,10 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate_decay: _TypeAlias = _typing.Literal["learning_rate_decay"]  # noqa: Y015
     _WhichOneofArgType__learning_rate_decay: _TypeAlias = _typing.Literal["_learning_rate_decay", b"_learning_rate_decay"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate_schedule: _TypeAlias = _typing.Literal["learning_rate_schedule"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate_schedule: _TypeAlias = _typing.Literal["_learning_rate_schedule", b"_learning_rate_schedule"]  # noqa: Y015
+    _WhichOneofReturnType__local_epochs: _TypeAlias = _typing.Literal["local_epochs"]  # noqa: Y015
+    _WhichOneofArgType__local_epochs: _TypeAlias = _typing.Literal["_local_epochs", b"_local_epochs"]  # noqa: Y015
     _WhichOneofReturnType__local_steps: _TypeAlias = _typing.Literal["local_steps"]  # noqa: Y015
     _WhichOneofArgType__local_steps: _TypeAlias = _typing.Literal["_local_steps", b"_local_steps"]  # noqa: Y015
     _WhichOneofReturnType__loss_on: _TypeAlias = _typing.Literal["loss_on"]  # noqa: Y015
@@ -230,8 +262,12 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__max_rank: _TypeAlias = _typing.Literal["_max_rank", b"_max_rank"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__target_pattern: _TypeAlias = _typing.Literal["target_pattern"]  # noqa: Y015
+    _WhichOneofArgType__target_pattern: _TypeAlias = _typing.Literal["_target_pattern", b"_target_pattern"]  # noqa: Y015
     _WhichOneofReturnType__task: _TypeAlias = _typing.Literal["task"]  # noqa: Y015
     _WhichOneofArgType__task: _TypeAlias = _typing.Literal["_task", b"_task"]  # noqa: Y015
+    _WhichOneofReturnType__warmup_steps: _TypeAlias = _typing.Literal["warmup_steps"]  # noqa: Y015
+    _WhichOneofArgType__warmup_steps: _TypeAlias = _typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
@@ -243,6 +279,10 @@ class TrainingSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate_decay) -> _WhichOneofReturnType__learning_rate_decay | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate_schedule) -> _WhichOneofReturnType__learning_rate_schedule | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__local_epochs) -> _WhichOneofReturnType__local_epochs | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__local_steps) -> _WhichOneofReturnType__local_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss_on) -> _WhichOneofReturnType__loss_on | None: ...
@@ -251,7 +291,11 @@ class TrainingSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_pattern) -> _WhichOneofReturnType__target_pattern | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__task) -> _WhichOneofReturnType__task | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_steps) -> _WhichOneofReturnType__warmup_steps | None: ...
 
 Global___TrainingSpec: _TypeAlias = TrainingSpec  # noqa: Y015
 

@@ -157,6 +157,12 @@ def unlike_the_defaults() -> FederationSpec:
                 "calibration_examples": 7,
                 "evaluation_examples": 0,
                 "loss_on": "everything",
+                "target_layers": [0, 7],
+                "target_pattern": ".*",
+                "modules_to_save": ["norm"],
+                "local_epochs": 0.5,
+                "learning_rate_schedule": "cosine",
+                "warmup_steps": 7,
             },
             "round": {
                 "rounds": 7,

@@ -225,7 +225,7 @@ def test_training_lowers_the_loss_of_answers_and_counts_their_tokens(
     encoder = ChatEncoder(model.tokenizer, 32, everything=False)
     examples = Conversations(MANY.conversations + of(("user", "the"), ("assistant", "sad")).conversations)
     before = evaluate(model, encoder, examples, lambda _: None)
-    train(model, encoder, examples, TrainingRun(30, 2, 0.05, seed=3), lambda _: None)
+    train(model, encoder, examples, TrainingRun(rates=[0.05] * 30, batch_size=2, seed=3), lambda _: None)
     after = evaluate(model, encoder, examples, lambda _: None)
     assert before.count == after.count == 3 + 2 + 2
     assert after.loss < before.loss

@@ -115,7 +115,15 @@ def test_another_variant_of_a_round_trains_on_other_batches_and_is_kept_for_itse
 
 
 @pytest.mark.parametrize(
-    "changed", [{"LORA__ALPHA": "4"}, {"LORA__DROPOUT": "0.1"}, {"DATA__TRAIN": "other.jsonl"}]
+    "changed",
+    [
+        {"LORA__ALPHA": "4"},
+        {"LORA__DROPOUT": "0.1"},
+        {"LORA__RSLORA": "true"},
+        {"DATA__TRAIN": "other.jsonl"},
+        {"TRAINING__SEED": "1"},
+        {"TRAINING__WEIGHT_DECAY": "0.1"},
+    ],
 )
 def test_what_was_trained_otherwise_is_not_reused(
     make_learner: Callable[..., Learner], agent_folder: Path, changed: dict[str, str]

@@ -18,6 +18,7 @@ def test_an_offline_check_shows_data_and_model(agent_folder: Path) -> None:
         "bad │ 10 │ 10",
         "all │ 20 │ 20",
         "adapted matrices │ 4",
+        "query x 2, key x 2, value x 2, dense x 7",
         "32 x 32",
         "1,090",
         "MB",

@@ -153,7 +153,13 @@ def test_a_batch_without_targets_is_named_not_nan(llama_folder: Path, obfuscatio
     encoder = Encoder(model.tokenizer, 12, append_end=True)
     encoder.limit = 1
     with pytest.raises(DomainError, match="no text of step 1 has a second token") as caught:
-        train(model, encoder, Examples(("good",)), TrainingRun(1, 1, 0.01, seed=1), lambda _: None)
+        train(
+            model,
+            encoder,
+            Examples(("good",)),
+            TrainingRun(rates=[0.01] * 1, batch_size=1, seed=1),
+            lambda _: None,
+        )
     assert caught.value.reason is Reason.DATA_INVALID
 
 

@@ -196,7 +196,7 @@ def test_training_is_never_the_same_twice_and_leaves_no_hooks(
     model: AdaptedModel, encoder: Encoder, examples: Examples
 ) -> None:
     before = model.weights()
-    run = TrainingRun(3, 4, 0.01, seed=3, micro_batch=2)
+    run = TrainingRun(rates=[0.01] * 3, batch_size=4, seed=3, micro_batch=2)
     results = []
     for _ in range(2):
         model.load(before)
@@ -221,7 +221,7 @@ def test_with_little_noise_it_still_learns(
         model,
         encoder,
         examples,
-        TrainingRun(60, 10, 0.02, seed=0),
+        TrainingRun(rates=[0.02] * 60, batch_size=10, seed=0),
         mechanism(1e-5, 0.5, 1.0),
         ignore,
         Randomness(KEY),
@@ -445,7 +445,7 @@ def test_an_audit_with_canaries_finds_less_than_the_accountant_admits_and_much_w
     without = Examples(("the movie was good", "the movie was bad"), (1, 0))
     canary = Examples((*without.texts, "angry angry angry"), (*without.labels, 1))
     probe = encoder.batch(Examples(("angry angry angry",), (1,)))
-    run, trials, delta = TrainingRun(1, 2, 0.05, seed=0), 100, 1e-2
+    run, trials, delta = TrainingRun(rates=[0.05] * 1, batch_size=2, seed=0), 100, 1e-2
 
     def seen(examples: Examples, noise: float) -> float:
         model.load(before)
