@@ -204,8 +204,9 @@ class AgentConfig(StrictModel):
     training: TrainingSettings = TrainingSettings()
     """How this client trains; what all must share is the federation's."""
     budget: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Least share of the columns of A to encrypt, 0 to 1. 1 is the safe choice; less is for uplinks that cannot carry
-    it. The client leaves a federation that would have it encrypt less."""
+    """Least share of the columns of A to encrypt, 0 to 1, in a selective federation; complete ones encrypt everything.
+    1 is the safe choice; less is for uplinks that cannot carry it. The client leaves a federation that would have it
+    encrypt less."""
     protection: ProtectionConfig = ProtectionConfig()
     """The least protection this client accepts."""
     privacy: PrivacyConfig | None = None

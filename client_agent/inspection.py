@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -24,13 +25,17 @@ from shelora.lora.kinds import kind_of
 from shelora.terminal import Records
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Inspection:
     """What a check found."""
 
     prepared: Prepared
+    encrypted: str
+    """What of an update is, in a word or a share of the columns."""
     upload_bytes: int
-    """Estimate of the bytes of one update."""
+    """Estimate of the bytes of one update if no client has a larger rank."""
+    most_upload_bytes: int
+    """The same if one has the largest rank that the federation and the model allow."""
     privacy: str = ""
     """What the privacy budget buys; "" without one."""
 
@@ -43,11 +48,23 @@ def inspect(
     Args: rounds: of the federation; None if it is not asked.
     """
     prepared = prepare(config, training)
-    upload_bytes = estimated_upload_bytes(prepared.model, config.budget, protection)
+    model = prepared.model
+    held = max(min(matrix.out_features, matrix.in_features) for matrix in model.matrices)
+    estimated = partial(estimated_upload_bytes, model, config.budget, protection)
+    return Inspection(
+        prepared=prepared,
+        encrypted=protection.strategy.encrypts(config.budget),
+        upload_bytes=estimated(model.rank),
+        most_upload_bytes=estimated(max(model.rank, min(held, training.max_rank))),
+        privacy=_privacy(config, training, prepared, rounds),
+    )
+
+
+def _privacy(config: AgentConfig, training: TrainingSpec, prepared: Prepared, rounds: int | None) -> str:
     if config.privacy is not None and rounds is None:
-        return Inspection(prepared, upload_bytes, "what the budget buys depends on the federation's rounds")
+        return "what the budget buys depends on the federation's rounds"
     budget = budget_of(config, training, examples=len(prepared.examples), rounds=rounds or 1)
-    return Inspection(prepared, upload_bytes, str(budget) if budget else "")
+    return str(budget) if budget else ""
 
 
 def guessed_training(config: AgentConfig, target_modules: Sequence[str], task: str) -> TrainingSpec:
@@ -69,18 +86,23 @@ def guessed_training(config: AgentConfig, target_modules: Sequence[str], task: s
         raise invalid(f"{config.data.train} suits no federation: {why}") from None
 
 
-def estimated_upload_bytes(model: AdaptedModel, budget: float, protection: ProtectionSpec) -> int:
-    """Bytes of one update if the budget's share of every matrix is encrypted; the plan may spread it otherwise."""
-    layout = expected_layout(model, budget, protection)
+def estimated_upload_bytes(
+    model: AdaptedModel, budget: float, protection: ProtectionSpec, max_rank: int
+) -> int:
+    """Bytes of one update if the budget's share of every matrix is encrypted; the plan may spread it otherwise.
+
+    Args: max_rank: Largest rank of a client.
+    """
+    layout = expected_layout(model, budget, protection, max_rank)
     return sum(kind_of(shard).update_bytes(layout, shard, model.rank) for shard in layout.shards)
 
 
-def report(config: AgentConfig, training: TrainingSpec, found: Inspection) -> Group:
+def report(training: TrainingSpec, found: Inspection) -> Group:
     """Tables for a terminal, one example as the model sees it, and what else one should know."""
     return Group(
         _examples_table(training, found.prepared),
         _tokens_table(training, found.prepared),
-        _model_table(config, found),
+        _model_table(found),
         *(Text(f"note: {note}") for note in found.prepared.model.notes),
     )
 
@@ -112,7 +134,7 @@ def _counts(examples: ExampleSet | None, labels: Sequence[str]) -> Mapping[str, 
     return {} if examples is None else {**examples.count_by_label(labels), "all": len(examples)}
 
 
-def _model_table(config: AgentConfig, found: Inspection) -> Records:
+def _model_table(found: Inspection) -> Records:
     model = found.prepared.model
     table = Records("model", "", title="Model", sentences=[""], lines=True)
     shapes = sorted({(m.out_features, m.in_features) for m in model.matrices})
@@ -123,8 +145,12 @@ def _model_table(config: AgentConfig, found: Inspection) -> Records:
     table.add("rank", f"{model.rank}")
     table.add("trainable parameters", f"{model.trainable_count:,}")
     table.add("device", model.device.type)
-    table.add("columns encrypted", f"{config.budget:.2%}")
+    table.add("encrypted", found.encrypted)
     table.add("upload a round, about", f"{found.upload_bytes / 1e6:,.2f} MB")
+    if found.most_upload_bytes > found.upload_bytes:
+        table.add(
+            "at most", f"{found.most_upload_bytes / 1e6:,.2f} MB, where another client's rank is larger"
+        )
     table.add("privacy", found.privacy or "none: updates may tell what is in single examples")
     if found.privacy and found.prepared.test:
         table.add(

@@ -268,7 +268,7 @@ def _check(config: AgentConfig, *, offline: bool, task: str, targets: list[str])
         spec = asyncio.run(_asked(config))
         training = spec.training
         found = inspect(config, training, spec.protection, spec.round.rounds)
-    Terminal().print(report(config, training, found))
+    Terminal().print(report(training, found))
     return 0
 
 

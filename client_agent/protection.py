@@ -32,15 +32,20 @@ from shelora.strategies.port import RoundTerms
 _log = structlog.get_logger(__name__)
 
 
-def expected_layout(model: LocalModel, budget: float, protection: ProtectionSpec) -> Layout:
-    """The layout of this client's updates if it were alone; the plan may spread its budget otherwise over matrices."""
+def expected_layout(
+    model: LocalModel, budget: float, protection: ProtectionSpec, max_rank: int = 0
+) -> Layout:
+    """The layout of this client's updates if it were alone; the plan may spread its budget otherwise over matrices.
+
+    Args: max_rank: Largest rank of a client; 0 for its own.
+    """
     strategy = protection.strategy
     tiers = (budget,) if strategy.needs_plan and budget else ()
     round_ = RoundTerms(
         key_id=bytes(KEY_ID_BYTES) if strategy.needs_keys else b"",
         tiers=tiers,
         tier_columns=[tuple(round(m.in_features * tier) for tier in tiers) for m in model.matrices],
-        max_rank=model.rank,
+        max_rank=max_rank or model.rank,
     )
     return strategy.layout(model, protection, round_)
 

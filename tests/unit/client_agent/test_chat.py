@@ -193,9 +193,10 @@ def test_check_shows_what_is_learnt_and_what_is_cut(
     written(agent_folder / "train.jsonl", {"messages": CONVERSATION}, long, endless)
     written(agent_folder / "test.jsonl", {"prompt": "the movie", "completion": "was good"})
     config = AgentConfig.load(agent_folder / "agent.yaml", {"SHELORA_AGENT__MODEL__PATH": str(chat_folder)})
-    found = inspect(config, spec(max_tokens=32), ProtectionSpec())
+    found = inspect(config, spec(max_tokens=32), ProtectionSpec(mode="selective"))
+    assert (found.encrypted, found.most_upload_bytes) == ("100%", found.upload_bytes)
     assert (found.prepared.lengths.cut, found.prepared.lengths.ends_cut) == (2, 1)
-    Terminal().print(report(config, spec(max_tokens=32), found))
+    Terminal().print(report(spec(max_tokens=32), found))
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "assistant : [ was good [END] ] user : movie [END] assistant : [ bad [END] ]" in shown
     assert "5 of 19 tokens" in shown

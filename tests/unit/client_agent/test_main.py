@@ -22,6 +22,8 @@ def test_an_offline_check_shows_data_and_model(agent_folder: Path) -> None:
         "32 x 32",
         "1,090",
         "MB",
+        "encrypted │ everything",
+        "MB, where another client's rank is larger",
         "longest │ 6",
         "cut │ 0 of 20 (0.0%)",
         "[CLS] the movie was good [SEP]",

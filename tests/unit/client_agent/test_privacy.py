@@ -425,7 +425,7 @@ def test_the_agent_tells_what_the_budget_buys(
     noisy = configured(PRIVACY__NOISE_MULTIPLIER="1.5", PRIVACY__DELTA="1e-3")
     found = inspect(noisy, SPEC, ProtectionSpec(), ROUNDS)
     assert f"{epsilon_of(((1.5, 0.2, 12),), 1e-3):.3g} at delta 0.001 after 4 more rounds" in found.privacy
-    assert report(noisy, SPEC, found).renderables
+    assert report(SPEC, found).renderables
     with structlog.testing.capture_logs() as logs:
         make_learner(**EPSILON).train(1, Activity())
     (spent,) = [log for log in logs if log["event"] == "privacy_spent"]
