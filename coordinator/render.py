@@ -328,6 +328,7 @@ def round_to_proto(record: RoundRecord, update_count: int, shards_done: int) -> 
         shards_done=shards_done,
         shard_count=record.shard_count,
         sequence=record.sequence,
+        committee=record.order,
     )
 
 

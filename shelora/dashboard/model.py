@@ -105,6 +105,8 @@ class MemberRow:
     silent: bool
     troubles: tuple[str, ...]
     spark: Markup
+    in_committee: bool
+    """Whether it sits on the committee of the round in progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,12 +236,14 @@ def _timeline(federation: pb.Federation) -> tuple[RoundRow, ...]:
 def _round(summary: pb.RoundSummary, now_ms: int, *, committee: bool) -> RoundRow:
     stages = COMMITTEE_STAGES if committee and summary.kind == pb.ROUND_KIND_TRAIN else PLAIN_STAGES
     dropped = f", {len(summary.dropped)} refused or left out" if summary.dropped else ""
+    arrived = f"{summary.update_count} of {summary.cohort_count} updates, {size(summary.upload_bytes)}"
+    seated = f", committee of {len(summary.committee)}" if summary.committee else ""
     end = summary.ended_unix_ms or now_ms
     return RoundRow(
         name="negotiation" if summary.kind == pb.ROUND_KIND_VOTE else f"round {round_name(summary)}",
         stages=tuple(Stage(_SHORT[s], _status(s, summary, stages)) for s in stages),
         state=STATES.get(summary.state, ""),
-        updates=f"{summary.update_count} of {summary.cohort_count} updates, {size(summary.upload_bytes)}{dropped}",
+        updates=f"{arrived}{dropped}{seated}",
         lasted=ago((end - summary.opened_unix_ms) / 1000) if 0 < summary.opened_unix_ms <= end else "",
         reason=summary.reason,
     )
@@ -279,6 +283,7 @@ def _member(
         silent=member.idle_ms > SILENT_MS and federation.phase == pb.PHASE_RUNNING,
         troubles=tuple(troubles),
         spark=sparkline(memory.heard(federation.federation_id, name), name),
+        in_committee=name in federation.current.committee,
     )
 
 

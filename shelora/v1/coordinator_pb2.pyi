@@ -667,6 +667,7 @@ class RoundSummary(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
+    COMMITTEE_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     kind: Global___RoundKind.ValueType
     number: _builtins.int
@@ -706,6 +707,12 @@ class RoundSummary(_message.Message):
     def dropped(self) -> _containers.RepeatedCompositeFieldContainer[Global___DroppedUpdate]:
         """Updates that are not in the aggregate: refused at their commit, left out when the round closed, or lost."""
 
+    @_builtins.property
+    def committee(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Members of the committee that opens its sum, in the committee's order, at most 64. Empty before they have given their
+        keys, in a round without a committee, and from a coordinator that does not say.
+        """
+
     def __init__(
         self,
         *,
@@ -728,10 +735,11 @@ class RoundSummary(_message.Message):
         sequence: _builtins.int = ...,
         upload_bytes: _builtins.int = ...,
         dropped: _abc.Iterable[Global___DroppedUpdate] | None = ...,
+        committee: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate_cpu_s", b"aggregate_cpu_s", "aggregate_wall_s", b"aggregate_wall_s", "attempt", b"attempt", "cohort_count", b"cohort_count", "dropped", b"dropped", "ended_unix_ms", b"ended_unix_ms", "evaluations", b"evaluations", "kind", b"kind", "number", b"number", "opened_unix_ms", b"opened_unix_ms", "reason", b"reason", "round_id", b"round_id", "sequence", b"sequence", "shard_count", b"shard_count", "shards_done", b"shards_done", "state", b"state", "update_count", b"update_count", "updates", b"updates", "upload_bytes", b"upload_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate_cpu_s", b"aggregate_cpu_s", "aggregate_wall_s", b"aggregate_wall_s", "attempt", b"attempt", "cohort_count", b"cohort_count", "committee", b"committee", "dropped", b"dropped", "ended_unix_ms", b"ended_unix_ms", "evaluations", b"evaluations", "kind", b"kind", "number", b"number", "opened_unix_ms", b"opened_unix_ms", "reason", b"reason", "round_id", b"round_id", "sequence", b"sequence", "shard_count", b"shard_count", "shards_done", b"shards_done", "state", b"state", "update_count", b"update_count", "updates", b"updates", "upload_bytes", b"upload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,10 +55,12 @@ async def test_the_coordinator_never_learns_the_committee_before_clients_say_so(
     assert shown.state == pb.ROUND_STATE_KEYING
     federation = await fed.federation()
     assert (await fed.store.round(federation, 1)).record.order == ()
+    assert not shown.committee
     await party.act()
     await fed.settle()
     record = (await fed.store.round(federation, 1)).record
     assert record.order == party.clients["a"].seats[shown.round_id]._committee.members
+    assert tuple((await fed.shown()).current.committee) == record.order, "operators see who sits on it"
 
 
 async def test_of_a_large_cohort_some_are_members_and_all_are_in_the_sum(fed):

@@ -94,6 +94,15 @@ def test_a_round_has_the_stages_of_its_mode(mode, state, stages):
     assert " ".join(f"{stage.name}:{stage.status}" for stage in row.stages) == stages
 
 
+def test_who_sits_on_the_committee_is_shown_beside_its_name():
+    said = running(mode="complete", state=pb.ROUND_STATE_KEYING)
+    assert "committee" not in page(said).rounds[0].updates, "nobody has a seat yet"
+    said.current.committee.extend("cb")
+    shown = page(said)
+    assert {row.name: row.in_committee for row in shown.members} == {"a": False, "b": True, "c": True}
+    assert shown.rounds[0].updates.endswith("committee of 2")
+
+
 def test_privacy_is_said_in_the_strategys_words():
     plain, selective, complete = (page(running(mode=m)) for m in ("none", "selective", "complete"))
     assert "Everything" in plain.servers_see
