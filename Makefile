@@ -4,6 +4,7 @@ PROTECTION ?=
 SCHEDULES ?= 1000
 SEED ?= 0
 SECONDS ?= 60
+MODE ?= complete
 AGENTS ?= 1000
 VENV := .venv
 BIN := $(VENV)/bin
@@ -87,11 +88,11 @@ fuzz: $(INSTALLED)  ## Fuzz every decoder of binary messages for SECONDS each (6
 		--constraint requirements/constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
-load: $(INSTALLED)  ## Load a local cluster with simulated agents (AGENTS="100 300 1000" plots cost against their number)
-	$(BIN)/python -m load $(foreach number,$(AGENTS),--agents $(number))
+load: $(INSTALLED)  ## Load a local cluster with simulated agents (AGENTS="100 300 1000" plots cost against their number; MODE=selective)
+	$(BIN)/python -m load --mode $(MODE) $(foreach number,$(AGENTS),--agents $(number))
 
-chaos: $(INSTALLED)  ## Kill, stop and cut off the processes of a running federation (SECONDS, SEED), check what must hold
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED)
+chaos: $(INSTALLED)  ## Kill, stop and cut off the processes of a running federation (SECONDS, SEED, MODE=selective), check what must hold
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED) --mode $(MODE)
 
 test-failures: $(INSTALLED)  ## Kill, drain and add processes in the middle of rounds, one case a test
 	$(BIN)/python -m pytest tests/chaos/failures.py

@@ -165,7 +165,7 @@ class Learner:
         key |= {"number": str(number), "variant": variant, "travel": repr(self._schedule.travel(number))}
         saved = self._state.trained()
         if saved is not None and key.items() <= saved[0].items():
-            _log.info("training_reused", round_number=number)
+            _log.info("training_reused", round_number=number, variant=variant)
             return Trained(saved[1], float(saved[0]["loss"]), float(saved[0]["seconds"]))
         if self._budget:
             self._budget.require_round()
@@ -175,7 +175,7 @@ class Learner:
             key | {"loss": repr(trained.loss), "seconds": repr(trained.seconds)}, trained.weights
         )
         told = {} if self._budget else {"loss": trained.loss}
-        _log.info("trained", round_number=number, start=self._position, **told)
+        _log.info("trained", round_number=number, start=self._position, variant=variant, **told)
         return trained
 
     def _spend(self, number: int) -> None:

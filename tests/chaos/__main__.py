@@ -20,8 +20,9 @@ from coordinator.store import RedisStore
 from services.shell.redis_client import connect
 from shelora.cli.cluster import LocalCluster
 from shelora.federation import FederationSpec
+from shelora.strategies.registry import DEFAULT
 from tests.chaos import invariants
-from tests.chaos.auditor import RoundAudit, rounds_of
+from tests.chaos.auditor import RoundAudit, certified, rounds_of
 from tests.chaos.drill import Drill, Tale
 from tests.chaos.invariants import Finding
 from tests.chaos.nursery import ForkingCluster, Nursery
@@ -46,14 +47,16 @@ def main(
     seconds: Annotated[int, typer.Option(help="How long to disturb the federation.")] = 120,
     seed: Annotated[int, typer.Option(help="What happens when; 0 draws one.")] = 0,
     agents: Annotated[int, typer.Option(help="Agents, 3 to 8.")] = 4,
-    mode: Annotated[str, typer.Option(help="Protection: selective or none.")] = "selective",
+    mode: Annotated[str, typer.Option(help="Protection: complete, selective or none.")] = DEFAULT,
 ) -> None:
     """Kills, stops and cuts off the processes of a running federation, and checks that nothing is lost or doubled."""
     seed = seed or time.time_ns() % 1_000_000
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     tale = Tale(console.print)
-    console.print(f"chaos for {seconds} s, seed {seed}: processes, logs and summary in {FOLDER}")
+    console.print(
+        f"chaos for {seconds} s in mode {mode}, seed {seed}: processes, logs and summary in {FOLDER}"
+    )
     found = run(seconds, seed, agents, mode, tale)
     _show(found)
     summary = {
@@ -140,6 +143,9 @@ async def _findings(drill: Drill, cluster: LocalCluster, hangs: list[str], tale:
         invariants.rounds_are_in_order(rounds, federation),
         invariants.abandoned_rounds_say_why(rounds),
         invariants.every_commit_counts_once(rounds),
+        invariants.one_set_a_draw(rounds, {name: certified(state) for name, state in drill.states.items()}),
+        invariants.no_sum_of_too_few(rounds),
+        invariants.spent_rounds_train_anew(rounds, drill.logs()),
         await asyncio.to_thread(invariants.results_are_the_sums, rounds, drill.copies),
         invariants.nothing_is_trained_twice(drill.logs()),
         invariants.nothing_that_arrived_is_sent_again(drill.logs(), aggregation.values()),
@@ -153,7 +159,7 @@ async def _findings(drill: Drill, cluster: LocalCluster, hangs: list[str], tale:
 
 def _specification(mode: str, agents: int, rounds: int) -> FederationSpec:
     spec = specification(
-        mode, rounds=rounds, clients=agents, min_updates=2, deadline_s=40, max_attempts=50
+        mode, rounds=rounds, clients=agents, min_updates=2, deadline_s=40, committee_s=8, max_attempts=50
     ).model_dump()
     spec["training"] |= {"local_steps": 30, "batch_size": 8, "evaluation_examples": 8}
     return FederationSpec.model_validate(spec)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.aggregation import contributions
+from coordinator.committees import context_of
 from coordinator.decisions import contributors
 from coordinator.records import Commit, FederationRecord, RoundRecord
 from coordinator.store import RedisStore
+from shelora.committee.certificate import ContributorSet
 from shelora.federation import ScreeningSpec
 from shelora.lora.aggregate import aggregate_shard
 from shelora.lora.kind import Contribution
@@ -58,6 +60,8 @@ class RoundAudit:
     record: RoundRecord
     commits: list[Commit]
     layout: Layout
+    proposed: str = ""
+    """Digest in hex of the set that its committee was asked to certify, as members note it; "" if there was none."""
 
     @property
     def published(self) -> bool:
@@ -78,6 +82,12 @@ class RoundAudit:
             return f"{self.title}: a commit was counted twice: {clients}"
         if self.published and self.record.contributor_count != len(counted):
             return f"{self.title}: {self.record.contributor_count} counted, {len(counted)} committed"
+        if (
+            self.published
+            and self.record.round.convenes
+            and list(self.record.contributors) != sorted(counted)
+        ):
+            return f"{self.title}: {self.record.contributors} are certified, {counted} committed"
         if self.published and self.record.dropped:
             return f"{self.title}: committed updates were lost: {self.record.dropped}"
         return ""
@@ -112,5 +122,18 @@ async def rounds_of(store: RedisStore, federation: FederationRecord) -> list[Rou
         record = stored.record
         layout = await store.layout(federation.federation_id, record.layout_digest)
         commits = await store.commits(federation, record.sequence)
-        found.append(RoundAudit(record, commits, layout.layout()))
+        found.append(RoundAudit(record, commits, layout.layout(), _proposed(federation, record)))
     return found
+
+
+def _proposed(federation: FederationRecord, record: RoundRecord) -> str:
+    if not record.proposed:
+        return ""
+    return ContributorSet.read(context_of(federation, record), bytes.fromhex(record.proposed)).digest.hex()
+
+
+def certified(state: Path) -> dict[int, str]:
+    """What an agent has certified as a member of committees: digests of sets in hex, by draw."""
+    file = state / "certified.json"
+    noted = json.loads(file.read_bytes())["sets"] if file.exists() else {}
+    return {int(place.rpartition("/")[2]): digest for place, digest in noted.items()}

@@ -67,6 +67,8 @@ class Drill:
         """Targets that something befalls just now."""
         self._suffering: set[asyncio.Task[None]] = set()
         self.groups: list[int] = [process.popen.pid for process in cluster.processes]
+        self.states: dict[str, Path] = {}
+        """Where each agent's state lies."""
         self.copies = Copies(folder / "copies", {})
 
     @property
@@ -86,13 +88,11 @@ class Drill:
     async def begin(self, agents: list[Agent]) -> None:
         """Creates the federation and starts the agents."""
         at = replace(self._cluster.addresses, coordinator=self._relay.front("coordinator"))
+        self.states = {agent.name: self._folder / agent.name / "state" for agent in agents}
         for agent in agents:
-            state = self._folder / agent.name / "state"
-            await self._cluster.enrol_client(self._spec.name, agent.name, state)
+            await self._cluster.enrol_client(self._spec.name, agent.name, self.states[agent.name])
             self._configured[agent.name] = configure(agent, at, self._model, self._folder)
-        self.copies = Copies(
-            self._folder / "copies", {agent.name: self._folder / agent.name / "state" for agent in agents}
-        )
+        self.copies = Copies(self._folder / "copies", self.states)
         async with operator(at.coordinator, self._cluster.credentials) as connection:
             await connection.create(self._spec.to_proto())
             await connection.start(self._spec.name)

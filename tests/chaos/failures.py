@@ -7,26 +7,37 @@ import asyncio
 import json
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coordinator.main import now_ms
+from coordinator.store import RedisStore
+from services.shell.redis_client import connect
 from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.operator import operator
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import training_rounds
+from tests.chaos import invariants
+from tests.chaos.auditor import certified, rounds_of
 from tests.chaos.nursery import ForkingCluster, Nursery
 from tests.chaos.relay import TcpRelay
 from tests.e2e.agents import AGENTS, Agent, configure, specification
 
-CLINIC, BANK, _ = AGENTS
+pytestmark = pytest.mark.timeout(900)
+
+CLINIC, BANK, SENSOR = AGENTS
+WARD = Agent("ward", rank=8, alpha=8, budget=0.0, suffix=".jsonl")
+COMMITTEE = (CLINIC, BANK, SENSOR, WARD)
+"""Four: three of them certify a set, two of them open it."""
 POLL_S = 0.05
-STEPS = 20
+STEPS = 60
 DRAIN_S = 25
 """The default grace is 20."""
 COORDINATOR = {"LEASE_S": "2", "TICK_S": "0.2", "AGGREGATION_REFRESH_S": "0.5"}
@@ -42,16 +53,18 @@ class World:
     model: Path
 
     @asynccontextmanager
-    async def federation(self, name: str, rounds: int, mode: str = "none") -> AsyncIterator["Federation"]:
-        """A federation of two agents that has been started; they run until the context ends."""
-        usual = specification(mode, rounds=rounds, clients=2)
+    async def federation(
+        self, name: str, mode: str, *, agents: Sequence[Agent] = (CLINIC, BANK), **rules: int
+    ) -> AsyncIterator["Federation"]:
+        """A federation that has been started, and its agents; they run until the context ends."""
+        usual = specification(mode, clients=len(agents), **rules)
         training = usual.training.model_copy(update={"local_steps": STEPS})
         described = usual.model_copy(update={"name": name, "training": training})
         async with operator(self.cluster.addresses.coordinator, self.cluster.credentials) as connection:
             await connection.create(described.to_proto())
             await connection.start(name)
             running = Federation(self, described, connection)
-            for agent in (CLINIC, BANK):
+            for agent in agents:
                 await self.cluster.enrol_client(name, agent.name, running.home / agent.name / "state")
                 running.run(agent)
             try:
@@ -89,38 +102,84 @@ class Federation:
         await asyncio.to_thread(self.agents[agent.name].popen.wait)
         self.run(agent)
 
+    def stop(self, *agents: Agent) -> None:
+        for agent in agents:
+            self.agents[agent.name].popen.send_signal(signal.SIGSTOP)
+
+    def go_on(self, *agents: Agent) -> None:
+        for agent in agents:
+            self.agents[agent.name].popen.send_signal(signal.SIGCONT)
+
+    async def restart(self, *agents: Agent) -> None:
+        """Kills agents and runs them again, until they are back. What they held as members of a committee is gone."""
+        before = {agent: len(self.said(agent, "model_ready")) for agent in agents}
+        for agent in agents:
+            await self.kill_and_run_again(agent)
+        for agent in agents:
+            await until(lambda agent=agent: len(self.said(agent, "model_ready")) > before[agent])
+
     def said(self, agent: Agent, event: str, **fields: Any) -> list[dict[str, Any]]:
         """What an agent has logged."""
         return logged(self._log(agent), event, **fields)
 
     @asynccontextmanager
-    async def in_the_middle_of_round(self, number: int) -> AsyncIterator[None]:
-        """One agent has committed its update, the other stands still before it can."""
-        await until(lambda: len(self.said(BANK, "assigned", work="train")) >= number)
-        self.agents[BANK.name].popen.send_signal(signal.SIGSTOP)
-        before = 1 if self._spec.protection.mode == "selective" else 0
-        await until(lambda: len(self.said(CLINIC, "update_committed")) >= number + before)
+    async def in_the_middle_of_round(self, number: int, late: Agent = BANK) -> AsyncIterator[None]:
+        """All have committed their updates but one that stands still before it can."""
+        await until(lambda: len(self.said(late, "stage", stage="training")) >= number)
+        self.stop(late)
+        others = self._spec.round.clients - 1
+        await self.reached(lambda current: current.update_count == others)
         yield
-        self.agents[BANK.name].popen.send_signal(signal.SIGCONT)
+        self.go_on(late)
 
-    async def finished(self) -> pb.Federation:
-        """The federation at its end: each round published at the first attempt, with both updates."""
+    @asynccontextmanager
+    async def certifying(self, *absent: Agent) -> AsyncIterator[None]:
+        """A round has all updates and too few members to certify them: some stand still after their commits."""
+        async with self.in_the_middle_of_round(1, WARD):
+            self.stop(*absent)
+        await self.reached(lambda current: current.state == pb.ROUND_STATE_CERTIFYING)
+        yield
+        self.go_on(*absent)
+
+    async def reached(self, condition: Callable[[pb.RoundSummary], object]) -> None:
+        """Waits until the round in progress is as asked for."""
+        while not condition((await self._connection.get(self._spec.name)).current):  # noqa: ASYNC110 - as below
+            await asyncio.sleep(POLL_S)
+
+    async def finished(self, lost: Sequence[str] = ()) -> pb.Federation:
+        """The federation at its end: each round published with all updates, the first after these lost attempts."""
         await until(lambda: all(process.popen.poll() is not None for process in self.agents.values()))
-        assert {name: process.popen.poll() for name, process in self.agents.items()} == {
-            "clinic": 0,
-            "bank": 0,
-        }
+        ended = {name: process.popen.poll() for name, process in self.agents.items()}
+        assert ended == dict.fromkeys(self.agents, 0)
         federation = await self._connection.get(self._spec.name)
         assert federation.phase == pb.PHASE_FINISHED, federation.failure
-        assert all(r.state == pb.ROUND_STATE_PUBLISHED for r in federation.history)
-        rounds = training_rounds(federation)
-        assert [(r.number, r.attempt, r.update_count) for r in rounds] == [
-            (number, 1, 2) for number in range(1, self._spec.round.rounds + 1)
+        assert [r.reason for r in federation.history if r.state == pb.ROUND_STATE_ABANDONED] == list(lost)
+        numbers, updates = range(1, self._spec.round.rounds + 1), self._spec.round.clients
+        assert [(r.number, r.attempt, r.update_count) for r in training_rounds(federation)] == [
+            (number, 1 + len(lost) if number == 1 else 1, updates) for number in numbers
         ]
-        for agent in (CLINIC, BANK):
-            trained = Counter(event["round_number"] for event in self.said(agent, "trained"))
-            assert trained == dict.fromkeys(range(1, self._spec.round.rounds + 1), 1)
+        await self._nothing_is_amiss()
         return federation
+
+    def trained(self, agent: Agent) -> Counter[int]:
+        """How often an agent trained, by number of the round."""
+        return Counter(event["round_number"] for event in self.said(agent, "trained"))
+
+    async def _nothing_is_amiss(self) -> None:
+        """What `make chaos` looks at, of this federation."""
+        logs = {name: log_of(self._world, f"{self._spec.name}-{name}") for name in self.agents}
+        noted = {name: certified(self.home / name / "state") for name in self.agents}
+        async with connect(self._world.cluster.addresses.redis_url) as client:
+            store = RedisStore(client, now_ms, timedelta(days=30))
+            rounds = await rounds_of(store, (await store.federation(self._spec.name)).record)
+        findings = [
+            invariants.every_commit_counts_once(rounds),
+            invariants.one_set_a_draw(rounds, noted),
+            invariants.no_sum_of_too_few(rounds),
+            invariants.spent_rounds_train_anew(rounds, logs),
+            invariants.nothing_is_trained_twice(logs),
+        ]
+        assert not [found for found in findings if not found.holds]
 
     def _log(self, agent: Agent) -> Path:
         return log_of(self._world, f"{self._spec.name}-{agent.name}")
@@ -146,7 +205,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery, model: Pat
 
 
 async def test_an_agent_killed_in_training_upload_and_decryption_goes_on_where_it_was(world: World):
-    async with world.federation("killed-agent", rounds=1, mode="selective") as federation:
+    async with world.federation("killed-agent", "selective", rounds=1) as federation:
         await until(lambda: federation.said(CLINIC, "stage", stage="training"))
         await federation.kill_and_run_again(CLINIC)
 
@@ -176,9 +235,10 @@ async def test_an_agent_killed_in_training_upload_and_decryption_goes_on_where_i
     )
 
 
-async def test_servers_killed_and_restarted_in_the_middle_of_a_round_lose_nothing(world: World):
+@pytest.mark.parametrize("mode", ["complete", "none"])
+async def test_servers_killed_and_restarted_in_the_middle_of_a_round_lose_nothing(world: World, mode: str):
     servers = world.cluster.servers
-    async with world.federation("killed-servers", rounds=2) as federation:
+    async with world.federation(f"killed-servers-{mode}", mode, rounds=2) as federation:
         async with federation.in_the_middle_of_round(1):
             for name in ("redis", "coordinator-0", "coordinator-1", "aggregation-0"):
                 servers[name].popen.kill()
@@ -192,10 +252,60 @@ async def test_servers_killed_and_restarted_in_the_middle_of_a_round_lose_nothin
                 )
                 await asyncio.to_thread(world.cluster.restart, name)
         await federation.finished()
+    for agent in (CLINIC, BANK):
+        assert federation.trained(agent) == {1: 1, 2: 1}
+
+
+async def test_members_killed_after_and_before_the_certificate_are_not_missed(world: World):
+    rules = {"rounds": 2, "min_updates": 3, "committee_s": 20}
+    async with world.federation("lost-members", "complete", agents=COMMITTEE, **rules) as federation:
+        async with federation.certifying(BANK, SENSOR):
+            with standing_still(world, "aggregation-0", "aggregation-1"):
+                federation.go_on(SENSOR)  # the third to sign; what the fourth holds is never asked for
+                await federation.reached(lambda current: current.state == pb.ROUND_STATE_AGGREGATING)
+                await federation.restart(BANK)
+        async with federation.in_the_middle_of_round(2, WARD):
+            await federation.restart(BANK)
+        await federation.finished()
+    for agent in COMMITTEE:
+        assert federation.trained(agent) == {1: 1, 2: 1}
+    assert len({event["round"] for event in federation.said(BANK, "sits_out")}) == 2
+
+
+async def test_a_round_whose_committee_loses_its_quorum_is_trained_anew(world: World):
+    rules = {"rounds": 1, "min_updates": 3}
+    async with world.federation("lost-quorum", "complete", agents=COMMITTEE, **rules) as federation:
+        async with federation.certifying(BANK, SENSOR):
+            await federation.restart(BANK, SENSOR)
+        await federation.finished(lost=["QUORUM_MISSING"])
+    for agent in COMMITTEE:
+        assert federation.trained(agent) == {1: 2}, "a set of the first updates may have been certified"
+
+
+async def test_servers_killed_while_a_committee_certifies_and_opens_lose_nothing(world: World):
+    servers, kept = world.cluster.servers, ("redis", "coordinator-0", "coordinator-1")
+    replicas = ("aggregation-0", "aggregation-1")
+    rules = {"rounds": 1, "min_updates": 3, "committee_s": 120}
+    async with world.federation("killed-openers", "complete", agents=COMMITTEE, **rules) as federation:
+        async with federation.certifying(BANK, SENSOR):
+            for name in kept:
+                servers[name].popen.kill()
+            for name in kept:
+                await asyncio.to_thread(world.cluster.restart, name)
+            for name in replicas:
+                servers[name].popen.send_signal(signal.SIGSTOP)
+        await federation.reached(lambda current: current.state == pb.ROUND_STATE_AGGREGATING)
+        for name in (*kept, *replicas):
+            servers[name].popen.kill()
+        for name in (*kept, *replicas):
+            await asyncio.to_thread(world.cluster.restart, name)
+        await federation.finished()
+    for agent in COMMITTEE:
+        assert federation.trained(agent) == {1: 1}
 
 
 async def test_a_replica_started_later_takes_its_share_and_that_of_one_that_died(world: World):
-    async with world.federation("replicas", rounds=2) as federation:
+    async with world.federation("replicas", "none", rounds=2) as federation:
         async with federation.in_the_middle_of_round(1):
             name = await asyncio.to_thread(world.cluster.add_aggregation)
             address = world.relay.front(name)
@@ -206,6 +316,16 @@ async def test_a_replica_started_later_takes_its_share_and_that_of_one_that_died
         await federation.finished()
         assert logged(log_of(world, name), "shard_aggregated"), "the new replica aggregated nothing"
     await asyncio.to_thread(world.cluster.restart, "aggregation-0")
+
+
+@contextmanager
+def standing_still(world: World, *names: str) -> Iterator[None]:
+    """Servers are stopped, and go on at the end."""
+    for name in names:
+        world.cluster.servers[name].popen.send_signal(signal.SIGSTOP)
+    yield
+    for name in names:
+        world.cluster.servers[name].popen.send_signal(signal.SIGCONT)
 
 
 def _finishing(federation: Federation) -> bool:

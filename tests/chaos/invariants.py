@@ -66,11 +66,65 @@ def rounds_are_in_order(rounds: Sequence[RoundAudit], federation: pb.Federation)
     return Finding("each round is published once, in order", tuple(wrong), f"{len(numbers)} rounds")
 
 
+def one_set_a_draw(rounds: Sequence[RoundAudit], noted: Mapping[str, Mapping[int, str]]) -> Finding:
+    """Members certify one set of one draw: the one that was proposed. `noted`: by agent, `auditor.certified`."""
+    proposed: dict[int, str] = {}
+    wrong = [
+        f"{audit.title}: a second set is proposed of draw {audit.record.round.draw}"
+        for audit in rounds
+        if audit.proposed and proposed.setdefault(audit.record.round.draw, audit.proposed) != audit.proposed
+    ]
+    for name, sets in noted.items():
+        wrong += [
+            f"{name} certified a set of draw {draw} that was not proposed"
+            for draw, digest in sets.items()
+            if proposed.get(draw) != digest
+        ]
+    count = sum(map(len, noted.values()))
+    return Finding(
+        "no round number is opened for two sets", tuple(wrong), f"{len(proposed)} sets, {count} signatures"
+    )
+
+
+def no_sum_of_too_few(rounds: Sequence[RoundAudit]) -> Finding:
+    wrong, count = [], 0
+    for audit in rounds:
+        record, least = audit.record, audit.record.round.min_updates
+        sums = [len(record.contributors)] if record.proposed else []
+        sums += [record.contributor_count] if audit.published else []
+        count += bool(sums)
+        wrong += [f"{audit.title}: a sum of {updates} updates" for updates in sums if updates < least]
+    return Finding("no sum is of fewer updates than min_updates", tuple(wrong), f"{count} sums")
+
+
+def spent_rounds_train_anew(rounds: Sequence[RoundAudit], logs: Mapping[str, Path]) -> Finding:
+    """A draw whose set may have been certified is over, and no update that was made for it is sent for another one."""
+    wrong, spent, draws = [], 0, {}
+    for audit in rounds:
+        round_ = audit.record.round
+        draws[round_.round_id] = round_.draw
+        if round_.convenes and round_.draw <= spent:
+            wrong.append(f"{audit.title}: draw {round_.draw} is asked for again")
+        spent = round_.draw if round_.spent else spent
+    for name, path in logs.items():
+        made: dict[str, set[int]] = defaultdict(set)
+        variant = ""
+        for event in events(path):
+            if event["event"] in {"trained", "training_reused"}:
+                variant = event["variant"]
+            if variant and event["event"] == "update_committed" and draws.get(event["round"]):
+                made[variant].add(draws[event["round"]])
+        wrong += [f"{name} sent one update for draws {sorted(d)}" for d in made.values() if len(d) > 1]
+    return Finding("a round that is spent is trained anew", tuple(wrong), f"{spent} draws are spent")
+
+
 def nothing_is_trained_twice(logs: Mapping[str, Path]) -> Finding:
     wrong, count = [], 0
     for name, path in logs.items():
         trained = Counter(
-            (event["round_number"], event["start"]) for event in events(path) if event["event"] == "trained"
+            (event["round_number"], event["start"], event["variant"])
+            for event in events(path)
+            if event["event"] == "trained"
         )
         count += trained.total()
         wrong += [f"{name} trained round {what[0]} {n} times" for what, n in trained.items() if n > 1]
