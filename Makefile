@@ -6,6 +6,7 @@ SEED ?= 0
 SECONDS ?= 60
 MODE ?= complete
 AGENTS ?= 1000
+MINUTES ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -23,13 +24,13 @@ BUILD_OPTIONS ?=
 PLATFORM ?=
 # Where images go, as registry.example.org/fl/; empty: they stay here.
 REGISTRY ?=
-SOURCES := shelora coordinator client_agent services attack bench examples load tools tests deploy
+SOURCES := shelora coordinator client_agent services attack bench compare examples load tools tests deploy
 
 # Files of tests side by side, one a core: many of them wait for processes they started.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures test-insiders attack up test-dashboard images push protos verify-protos unit clean
+.PHONY: help setup demo test compare simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures test-insiders attack up test-dashboard images push protos verify-protos unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -82,6 +83,10 @@ fix: $(INSTALLED)  ## Format and repair what the linter can
 
 bench: $(INSTALLED)  ## Compare our protection modes with the published way
 	$(BIN)/python -m bench
+
+compare: $(INSTALLED)  ## Set our modes beside other ways of federated LoRA; goes on where it stopped (MINUTES=600)
+	OMP_NUM_THREADS=1 $(BIN)/python -m compare run --minutes $(MINUTES) || test $$? -eq 3
+	$(BIN)/python -m compare report
 
 fuzz: $(INSTALLED)  ## Fuzz every decoder of binary messages for SECONDS each (60)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

@@ -1,0 +1,1 @@
+"""Methods of federated LoRA, one object each: `compare.methods.registry` names them."""

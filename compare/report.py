@@ -1,0 +1,173 @@
+"""The page of the comparison: a table for every cohort that has run, and a plot, between two marks in comparison.md."""
+
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Final
+
+from compare.cells import Place, chosen_rate
+from compare.settings import SEEDS, Cell, Cohort
+
+BEGIN: Final = "<!-- written by `python -m compare report` -->"
+END: Final = "<!-- end of what is written -->"
+TITLES: Final = {
+    "complete": ("**complete**", "nothing"),
+    "selective": ("**selective**, all columns", "B"),
+    "exact": ("exact sum (FlexLoRA)", "all"),
+    "fedit": ("averaged apart (FedIT)", "all"),
+    "ffa": ("A frozen, random (FFA-LoRA)", "all"),
+    "ffa-activations": ("A frozen, along activations", "all"),
+    "rolora": ("A and B in turn (RoLoRA)", "all"),
+    "fedrot": ("turned, then averaged (FedRot-LoRA)", "all"),
+    "flora": ("stacked (FLoRA)", "all"),
+    "pooled": ("pooled data", "–"),
+    "alone": ("each client alone", "–"),
+}
+"""What a table calls a method, and what servers see of an update."""
+NAMES: Final = {"r8": "Reuters R8", "20news": "20 Newsgroups", "tomatoes": "Rotten Tomatoes"}
+SHOWN_CLEAR: Final = ("exact", "fedit", "ffa", "ffa-activations", "rolora", "fedrot", "flora")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A method in a cohort: the results of all seeds."""
+
+    method: str
+    rate: float
+    results: Sequence[dict[str, float]]
+
+    def mean(self, figure: str) -> float:
+        """Over the seeds."""
+        return mean(r[figure] for r in self.results)
+
+    def error(self, figure: str) -> float:
+        """Standard error of the mean."""
+        return float(stdev(r[figure] for r in self.results) / len(self.results) ** 0.5)
+
+
+def rows(cohort: Cohort, methods: Sequence[str], place: Place) -> list[Row]:
+    """The methods of which every seed has run."""
+    found = []
+    for method in methods:
+        cell = Cell(cohort=cohort, method=method, seed=0, learning_rate=0)
+        rate = chosen_rate(cell, place)
+        if rate is None:
+            continue
+        cells = [Cell(cohort=cohort, method=method, seed=seed, learning_rate=rate) for seed in SEEDS]
+        results = [r for r in map(place.known, cells) if r is not None]
+        if len(results) == len(SEEDS):
+            found.append(Row(method=method, rate=rate, results=results))
+    return found
+
+
+def write(cohorts: Iterable[Cohort], methods: Sequence[str], place: Place, docs: Path) -> None:
+    """Puts tables and the plot into the page."""
+    found = [(cohort, rows(cohort, methods, place)) for cohort in cohorts]
+    found = [(cohort, each) for cohort, each in found if each]
+    page = docs / "comparison.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    text = "\n".join(
+        [
+            BEGIN,
+            "",
+            *(_versions() if found else ()),
+            *(line for c, each in found for line in _table(c, each)),
+            END,
+        ]
+    )
+    page.write_text(before + text + after, encoding="utf-8")
+    if found:
+        _plot(found, docs / "images" / "comparison.svg")
+
+
+def _versions() -> list[str]:
+    names = ("torch", "numpy", "tenseal", "transformers")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return [
+        f"Python {platform.python_version()} on {platform.machine()}, {versions}.",
+        "",
+        "![Accuracy of every method, with mixed ranks and uneven labels](images/comparison.svg)",
+        "",
+    ]
+
+
+def gap(row: Row, others: Sequence[Row], figure: str) -> tuple[float, float, str]:
+    """How far a method is from the best one in the clear: mean of paired differences, its standard error, the other."""
+    best = max(
+        (other for other in others if other.method in SHOWN_CLEAR), key=lambda other: other.mean(figure)
+    )
+    differences = [a[figure] - b[figure] for a, b in zip(row.results, best.results, strict=True)]
+    return mean(differences), float(stdev(differences) / len(differences) ** 0.5), best.method
+
+
+def _table(cohort: Cohort, found: Sequence[Row]) -> list[str]:
+    lines = [
+        f"### {NAMES[cohort.data]}: {cohort.words}",
+        "",
+        "| | servers see | after a third | after all | worst client | directions | up | down | server | rate |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *map(_line, found),
+        "",
+    ]
+    ours = next((row for row in found if row.method == "complete"), None)
+    if ours and any(row.method in SHOWN_CLEAR for row in found):
+        lines += [_verdict(ours, found), ""]
+    return lines
+
+
+def _line(row: Row) -> str:
+    title, sees = TITLES[row.method]
+    shown = [f"{100 * row.mean(f):.1f} ± {100 * row.error(f):.1f}" for f in ("early", "accuracy", "worst")]
+    sent = [f"{row.mean(f) / 1000:,.0f} kB" if row.mean(f) else "–" for f in ("up", "down")]
+    server = f"{1000 * row.mean('server_s'):.0f} ms" if row.mean("server_s") else "–"
+    cells = [title, sees, *shown, f"{row.mean('effective_rank'):.1f}", *sent, server, f"{row.rate:g}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _verdict(ours: Row, found: Sequence[Row]) -> str:
+    parts = []
+    for figure, words in (("accuracy", "accuracy"), ("worst", "the worst client")):
+        difference, error, other = gap(ours, found, figure)
+        title = TITLES[other][0]
+        parts.append(f"{100 * difference:+.1f} ± {100 * error:.1f} points in {words} against {title}")
+    return f"`complete` against the best in the clear, paired by seed: {'; '.join(parts)}."
+
+
+def _plot(found: Sequence[tuple[Cohort, Sequence[Row]]], path: Path) -> None:
+    import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "compare", "svg.fonttype": "none", "font.size": 8})
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    main = [(c, each) for c, each in found if c.uneven and c.mixed]
+    counts = sorted({c.clients for c, _ in main})
+    figure, axes = plt.subplots(1, max(1, len(main)), figsize=(3.4 * max(1, len(main)), 3.2), squeeze=False)
+    for axis, (cohort, each) in zip(axes[0], main, strict=False):
+        ordered = sorted(each, key=lambda row: row.mean("accuracy"))
+        places = range(len(ordered))
+        for figure_name, marker, label in (
+            ("accuracy", "o", "all test texts"),
+            ("worst", "x", "worst client"),
+        ):
+            axis.errorbar(
+                [100 * row.mean(figure_name) for row in ordered],
+                list(places),
+                xerr=[100 * row.error(figure_name) for row in ordered],
+                fmt=marker, markersize=4, capsize=2, label=label,
+            )  # fmt: skip
+        axis.set_yticks(list(places), [TITLES[row.method][0].replace("**", "") for row in ordered])
+        axis.set_title(f"{NAMES[cohort.data]}, {cohort.clients} clients")
+        axis.set_xlabel("accuracy in percent")
+        axis.grid(axis="x", alpha=0.3)
+    if main:
+        axes[0][0].legend(loc="lower right")
+    assert counts or not main
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,151 @@
+"""One cell: a method from its first round to its last, measured."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client_agent.drawing import batches, seed_of
+from compare.data import Encoded, encoded, seed_bytes, split
+from compare.methods.port import Outcome
+from compare.methods.registry import METHODS
+from compare.network import Network, Schedule, network
+from compare.settings import DECAY, SCALING, Cell
+from compare.state import Held, World, dense, effective_rank
+from shelora.obfuscation import Obfuscation
+
+MOST_SHARE = 3.0
+"""No client weighs more than that many medians, as under `screening.max_example_ratio`."""
+OBSERVED = 64
+"""Examples of each client behind the directions of an activation-based A."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a cell measured."""
+
+    early: float
+    """Share of test examples told rightly after a third of the rounds."""
+    accuracy: float
+    """After all of them: of the model handed out, or the mean of the clients' models where none is."""
+    worst: float
+    """Least, over clients, of the share that its own model tells rightly of examples with its own mix of labels."""
+    effective_rank: float
+    """Of the update, mean over matrices."""
+    up: float
+    """Bytes a client and round."""
+    down: float
+    server_s: float
+    """CPU seconds a round."""
+    wall_s: float
+    """Of the whole cell."""
+
+    def record(self) -> dict[str, float]:
+        """As it is kept."""
+        return asdict(self)
+
+
+def run(cell: Cell, assets: Path, store: Path) -> Result:
+    """Runs a cell. The same cell gives the same figures, times excepted, on one machine."""
+    began, cohort = time.monotonic(), cell.cohort
+    data, net = encoded(cohort.data, assets, store), network(cohort.data, assets, store)
+    parts = split(data, cohort.clients, uneven=cohort.uneven, seed=cell.seed, least=cohort.batch)
+    method = METHODS[cell.method]()
+    held = list(method.begin(_world(cell, net, parts)))
+    outcomes, early = [], 0.0
+    for number in range(1, cohort.rounds + 1):
+        schedule = _schedule(cell, parts, number, pooled=method.pooled, trains=method.trains(number))
+        outcomes.append(method.combine(net.train(held, schedule, SCALING), number))
+        held = list(outcomes[-1].held)
+        if number == cohort.rounds // 3:
+            early = _accuracy(net, data, outcomes[-1])
+    last = outcomes[-1]
+    return Result(
+        early=early,
+        accuracy=_accuracy(net, data, last),
+        worst=_worst(net, data, held if len(held) > 1 else held * cohort.clients, parts),
+        effective_rank=_effective_rank(net, last),
+        up=float(np.mean([o.up for o in outcomes])),
+        down=float(np.mean([o.down for o in outcomes])),
+        server_s=float(np.mean([o.server_s for o in outcomes])),
+        wall_s=time.monotonic() - began,
+    )
+
+
+def _world(cell: Cell, net: Network, parts: Sequence[NDArray[np.int64]]) -> World:
+    sizes = np.array([len(part) for part in parts], dtype=np.float64)
+    sizes = np.minimum(sizes, MOST_SHARE * np.median(sizes))
+    world = World(
+        matrices=net.matrices,
+        tensors=net.tensors,
+        ranks=cell.cohort.ranks,
+        weights=sizes / sizes.sum(),
+        scaling=SCALING,
+        obfuscation=Obfuscation(seed_bytes(cell.seed), 1),
+        steps_per_round=cell.cohort.steps,
+        learning_rate=cell.learning_rate,
+    )
+    seen = np.concatenate([part[:: max(1, len(part) // OBSERVED)] for part in parts])
+    return replace(world, inputs=net.moments(world.initial(1), seen, SCALING))
+
+
+def _schedule(
+    cell: Cell, parts: Sequence[NDArray[np.int64]], number: int, *, pooled: bool, trains: tuple[bool, bool]
+) -> Schedule:
+    """The same batches for every method; pooled training sees as many examples a step as all clients together."""
+    cohort = cell.cohort
+    sources, size = (
+        ([np.concatenate(parts)], cohort.batch * cohort.clients) if pooled else (parts, cohort.batch)
+    )
+    chosen = [
+        [source[step].tolist() for step in _batches(cell, len(source), size, client, number)]
+        for client, source in enumerate(sources)
+    ]
+    return Schedule(
+        batches=chosen,
+        learning_rate=cell.learning_rate * DECAY ** (number - 1),
+        train_A=trains[0],
+        train_B=trains[1],
+    )
+
+
+def _batches(cell: Cell, count: int, size: int, client: int, number: int) -> list[list[int]]:
+    return list(batches(count, size, cell.cohort.steps, seed_of("compare", cell.seed, client, number)))
+
+
+def _tests(data: Encoded) -> NDArray[np.int64]:
+    return np.arange(data.training, len(data.labels))
+
+
+def _accuracy(net: Network, data: Encoded, outcome: Outcome) -> float:
+    return float(np.mean([net.hits(model, _tests(data), SCALING).mean() for model in outcome.models]))
+
+
+def _worst(net: Network, data: Encoded, held: Sequence[Held], parts: Sequence[NDArray[np.int64]]) -> float:
+    tests, known = _tests(data), {}
+    shares = []
+    for own, part in zip(held, parts, strict=True):
+        if id(own) not in known:
+            known[id(own)] = net.hits(own, tests, SCALING)
+        shares.append(
+            _by_mix(
+                known[id(own)], data.labels[tests], np.bincount(data.labels[part], minlength=data.classes)
+            )
+        )
+    return min(shares)
+
+
+def _by_mix(hits: NDArray[np.bool_], labels: NDArray[np.int64], mix: NDArray[np.int64]) -> float:
+    """Share told rightly if labels came in that mix; labels that the test examples lack are left out."""
+    there = np.bincount(labels, minlength=len(mix))
+    told = np.bincount(labels, weights=hits, minlength=len(mix))
+    weights = np.where(there > 0, mix, 0).astype(np.float64)
+    return float((weights * told / np.maximum(there, 1)).sum() / weights.sum())
+
+
+def _effective_rank(net: Network, outcome: Outcome) -> float:
+    model = outcome.models[0]
+    return float(np.mean([effective_rank(dense(model, m.name, SCALING)) for m in net.matrices]))

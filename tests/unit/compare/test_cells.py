@@ -1,0 +1,83 @@
+"""Cells are kept one by one, tuned before they are run, and shown only when every seed is there."""
+
+from dataclasses import replace
+
+import pytest
+
+from compare import report, settings
+from compare.__main__ import METHODS as NAMED
+from compare.cells import Place, chosen_rate, complete, missing
+from compare.methods.registry import METHODS
+from compare.settings import GRID, SEEDS, Cell, Cohort, tuning
+
+COHORT = Cohort(data="r8", clients=20)
+RESULT = {
+    "early": 0.5, "accuracy": 0.8, "worst": 0.6, "effective_rank": 2.0,
+    "up": 1e5, "down": 2e5, "server_s": 0.01, "wall_s": 3.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path) -> Place:
+    return Place(runs=tmp_path)
+
+
+def fill(place, methods, best=3e-3):
+    """Runs everything, as far as a table is concerned."""
+    while cells := missing([COHORT], methods, place):
+        for cell in cells:
+            drop = 0.0 if cell.learning_rate == best else 0.1
+            gain = 0.01 * (cell.method == "exact") + 0.001 * cell.seed
+            place.keep(cell, RESULT | {"accuracy": RESULT["accuracy"] - drop + gain})
+
+
+def test_the_command_names_the_methods_there_are():
+    assert set(NAMED) == set(METHODS) == set(report.TITLES)
+
+
+def test_learning_rates_are_tuned_on_a_seed_that_is_not_reported(place):
+    first = missing([COHORT], ["exact"], place)
+    assert [cell.learning_rate for cell in first] == list(GRID)
+    assert {cell.seed for cell in first}.isdisjoint(SEEDS)
+    for cell in first:
+        assert chosen_rate(cell, place) is None
+        place.keep(cell, RESULT | {"accuracy": cell.learning_rate})
+    assert chosen_rate(first[0], place) == max(GRID)
+    seeds = missing([COHORT], ["exact"], place)
+    assert [cell.seed for cell in seeds] == list(SEEDS)
+    assert {cell.learning_rate for cell in seeds} == {max(GRID)}
+
+
+def test_what_has_run_does_not_run_again_unless_it_was_another_cell(place, monkeypatch):
+    fill(place, ["exact"])
+    assert complete([COHORT], ["exact"], place)
+    cell = replace(tuning(Cell(cohort=COHORT, method="exact", seed=0, learning_rate=0))[0])
+    place.path(cell).write_text("{ torn", encoding="utf-8")
+    assert missing([COHORT], ["exact"], place) == [cell]
+    place.keep(cell, RESULT)
+    longer = replace(COHORT, steps=99)
+    assert len(missing([longer], ["exact"], place)) == len(GRID), "of another length under the same name"
+    monkeypatch.setattr(settings, "EDITION", -1)
+    assert len(missing([COHORT], ["exact"], place)) == len(GRID)
+
+
+def test_the_page_shows_methods_of_which_every_seed_has_run(place, tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    page = docs / "comparison.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    fill(place, ["complete", "exact", "alone"])
+    lacking = replace(Cell(cohort=COHORT, method="alone", seed=SEEDS[1], learning_rate=3e-3))
+    place.path(lacking).unlink()
+    report.write([COHORT], NAMED, place, docs)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "20 clients, labels by Dirichlet(0.3), ranks 2, 4, 8, 16" in text
+    assert "| **complete** | nothing | 50.0 ± 0.0 | 80.1 ± 0.1 |" in text
+    assert "each client alone" not in text
+    assert "-1.0 ± 0.0 points in accuracy against exact sum (FlexLoRA)" in text
+    report.write([COHORT], NAMED, place, docs)
+    assert page.read_text(encoding="utf-8") == text, "writing again changes nothing"
+    assert (docs / "images" / "comparison.svg").stat().st_size > 1000
