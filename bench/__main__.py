@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import complete, memory, ours, published
+from bench import baselines, complete, memory, ours, published
 from bench.figures import Run
 from bench.workload import Workload
 from services.aggregation.workers import ALLOCATOR
@@ -32,6 +32,7 @@ def compare(
     console = Console()
     console.print(run.table())
     console.print(run.ways())
+    console.print(baselines.table(run.others))
     for note in run.notes():
         console.print(f"• {note}")
     run.write(output)
@@ -46,7 +47,7 @@ def _measured(workload: Workload, sample: int) -> Run:
     columns = max(1, min(sample // (PARTS * workload.clients), workload.columns))
     with Progress() as progress:
         task = progress.add_task(
-            "measuring", total=PARTS * (2 + columns * workload.clients) + 2 * workload.matrices + 2
+            "measuring", total=PARTS * (2 + columns * workload.clients) + 2 * workload.matrices + 3
         )
         step = partial(progress.advance, task)
         mine, theirs = ours.Measurement(workload), published.Measurement(workload)
@@ -63,6 +64,8 @@ def _measured(workload: Workload, sample: int) -> Run:
         step()
         peaks = memory.measure(workload)
         step()
+        others = baselines.measure(workload)
+        step()
     return Run(
         workload=workload,
         published=theirs.found,
@@ -70,6 +73,7 @@ def _measured(workload: Workload, sample: int) -> Run:
         everything=everything,
         complete=sums.found,
         memory=peaks,
+        others=others,
     )
 
 

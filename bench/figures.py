@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from bench.baselines import Baseline
 from bench.complete import Complete
 from bench.memory import Memory
 from bench.ours import EncryptAll, Ours
@@ -60,6 +62,7 @@ class Run:
     everything: EncryptAll
     complete: Complete
     memory: Memory
+    others: Sequence[Baseline]
 
     def figures(self) -> dict[str, float]:
         """The figures that have targets."""
@@ -110,6 +113,7 @@ class Run:
             },
             "ours": {"encrypted_aggregation_cpu_s": self.ours.encrypted_aggregation_cpu_s, **_raw(self.ours)},
             "encrypt_all": asdict(self.everything),
+            "others": [asdict(row) for row in self.others],
             "complete": {
                 **_raw(self.complete),
                 "profile": self.complete.profile,
@@ -153,7 +157,7 @@ class Run:
         ):
             table.add_column(heading, justify="right" if heading else "left")
         table.add_row(
-            f"published, {self.workload.budget:.0%}",
+            f"as described, {self.workload.budget:.0%}",
             _bytes(published.upload_bytes + clear_up),
             _bytes(published.download_bytes + clear_down),
             _seconds(published.encrypt_cpu_s / clients),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from bench import complete, ours, published, sketches
+from bench import baselines, complete, ours, published, sketches
 from bench.figures import TARGETS, Run
 from bench.memory import Memory
 from bench.sketches import SPECTRA, choices, errors, recorded, rows
@@ -31,6 +31,7 @@ def run():
         everything=ours.measure_everything_encrypted(TINY),
         complete=sums.found,
         memory=Memory(protecting=1, aggregating=1, restoring=1, largest_shard=1),
+        others=baselines.measure(TINY),
     )
 
 
@@ -57,6 +58,16 @@ def test_the_complete_mode_restores_what_its_sketches_hold(run):
     assert found.best_cut_error <= found.cut_error < 1
     assert found.upload_bytes > found.values * 2.75
     assert found.download_bytes > found.values * 2.75
+
+
+def test_what_others_protect_costs_bytes_and_is_off_by_what_it_averages_or_drops(run):
+    found = baselines.measure(Workload(matrices=16, features=600, rank=4, clients=3, budget=0.05))
+    full, some, dropped, published_code = found
+    assert full.up > 10 * dropped.up
+    assert some.up < full.up / 3
+    assert (full.clear, full.error) == ("nothing", some.error)
+    assert 0 < full.error < min(dropped.error, published_code.error) <= 1
+    assert len(baselines.table(run.others).rows) == len(found)
 
 
 def test_a_wrong_sum_shows_in_the_error():
