@@ -2,8 +2,7 @@
 
 Written out rather than taken from PEFT: clients differ in their factors alone, so their batches share every frozen
 product, and what the frozen queries, keys and values make of an example is computed once. Ranks are filled up with
-zeros, whose gradients are zero. AdamW, clipping by each client's own norm, no decay of weights: as in
-`client_agent.training`.
+zeros, whose gradients are zero. AdamW, clipping by each client's own norm, no decay of weights: as agents train.
 """
 
 import math
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from client_agent.training import MAX_GRADIENT_NORM
 from compare.data import FROZEN_LAYERS, Encoded, encoded
+from compare.settings import MAX_GRADIENT_NORM
 from compare.state import Held
 from examples.reuters.assets import MINILM, fetch
 from shelora.lora.layout import Matrix, Tensor

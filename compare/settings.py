@@ -14,6 +14,8 @@ SCALING: Final = 2.0
 """LoRA's alpha / rank, at every client."""
 DECAY: Final = 0.8
 """Factor of the learning rate from a round to the next."""
+MAX_GRADIENT_NORM: Final = 1.0
+"""Gradients of a client are scaled down to this norm."""
 EDITION: Final = 1
 """Raised when figures of before do not compare with those of after: cached cells of another edition are not read."""
 
