@@ -149,15 +149,16 @@ def certified(
     try:
         verdict = judge(context, frozenset(now.dealings), {p: now.checks[p] for p in checked})
         return _proposed(context, record, now, verdict, now_ms)
-    except DomainError as error:  # too few checks, or too few updates are left
-        missing = error.reason is Reason.QUORUM_MISSING
-        return _abandoned(record, error.reason if missing else Reason.DEALING_REFUSED, now_ms)
+    except DomainError as error:
+        return _abandoned(record, error.reason, now_ms)
 
 
 def _proposed(
     context: RoundContext, record: RoundRecord, now: Proceedings, verdict: Verdict, now_ms: int
 ) -> RoundRecord:
-    """Raises: SET_REFUSED: too few updates."""
+    """Raises: DEALING_REFUSED: too few updates are left; SET_REFUSED: one could outweigh them."""
+    if len(verdict.contributors) < context.min_updates:
+        raise DomainError(Reason.DEALING_REFUSED, "too few updates are left")
     chosen = ContributorSet.of(context, {name: now.dealings[name] for name in verdict.contributors})
     left_out = tuple(
         Dropped(client_id=name, reason=Reason.DEALING_REFUSED, why=REFUSED_WHY) for name in verdict.left_out

@@ -460,9 +460,21 @@ def _create(view: View, ticket: Ticket) -> Decision:
         epoch=federation.epoch,
         revoked_ms=federation.revoked_ms,
         laggards=tuple(name for name in round_.cohort if name in view.laggards),
-        most_weight=most_weight([view.members[name].example_count for name in cohort], federation),
+        most_weight=most_weight(_claims(view, cohort), federation),
     )
     return CreateRound(record, layout)
+
+
+def _claims(view: View, cohort: Sequence[str]) -> list[int]:
+    """Examples of those clients of a cohort that are waited for, or of all if these are too few for an update of each.
+
+    A round in which only those come that claim few must not have a scale for those that claim many: members refuse sets
+    that one update could outweigh.
+    """
+    expected = [name for name in cohort if name not in view.laggards]
+    if len(expected) < view.federation.spec.round.min_updates:
+        expected = list(cohort)
+    return [view.members[name].example_count for name in expected]
 
 
 def most_weight(counts: Sequence[int], federation: FederationRecord) -> int:

@@ -53,6 +53,8 @@ WHY: Final[Mapping[Reason, str]] = {
     Reason.ANSWERS_MISSING: f"too few members of the committee opened the sum; {_STEADY}",
     Reason.DEALING_REFUSED: "too few updates were left whose keys the committee accepts; see that all agents are of "
     "one version",
+    Reason.SET_REFUSED: "clients with many examples stayed away, and one of them could outweigh those that came; "
+    "see that enough agents run, or raise round.min_updates",
     Reason.ROUND_UNKNOWN: "aggregation's store lost the round",
     Reason.WORKER_FAILED: "aggregation's workers kept failing",
 }

@@ -133,8 +133,17 @@ class SumOpener:
         context: bytes,
         contributors: int,
         most_contributors: int,
+        largest: float | None = None,
     ) -> None:
-        """Takes S [N], as `shelora.committee.reader` gives it.
+        """Opens under S [N], as `shelora.committee.reader` gives it.
+
+        Args:
+            parameters: Of the summands.
+            secret_sum: S.
+            context: Digest of the round's context.
+            contributors: How many updates were added.
+            most_contributors: K_max of the round.
+            largest: Magnitude that no honest sum of values exceeds; `contributors` if each may be up to 1.
 
         Raises: DomainError: SHAPE_MISMATCH; SUM_UNREADABLE: a coefficient that no honest sum of secrets has.
         """
@@ -143,13 +152,14 @@ class SumOpener:
         self._context = context
         self._contributors = contributors
         self._scale = parameters.scale(most_contributors)
+        self._largest = contributors if largest is None else largest
         self._multiplier = Multiplier(parameters, secret_sum)
 
     def open(self, data: bytes | memoryview, shape: ShardShape) -> FloatArray:
         """The sum of the values over the contributors, [shape.values].
 
-        Raises: DomainError: as `wire.sum_planes`; SUM_UNREADABLE: a coefficient is beyond what so many honest
-            contributors can sum to. Then a summand, a secret or the sum itself is garbage, or of another round.
+        Raises: DomainError: as `wire.sum_planes`; SUM_UNREADABLE: a coefficient is beyond what honest contributors
+            can sum to. Then a summand, a secret or the sum itself is garbage, or of another round.
         """
         planes = sum_planes(data, shape, self._contributors)
         kept = np.zeros((shape.chunks, self.parameters.degree), dtype=np.uint32)
@@ -174,7 +184,7 @@ class SumOpener:
         return centred
 
     def _check_guard(self, plain: FloatArray) -> None:
-        largest = self._contributors * self._scale + self.parameters.noise_bound(self._contributors)
+        largest = self._largest * self._scale + self.parameters.noise_bound(self._contributors)
         if float(np.abs(plain).max()) > largest:
             raise DomainError(
                 Reason.SUM_UNREADABLE,

@@ -11,7 +11,10 @@ from shelora.committee.statements import Kind, Trust, parsed, signed_bytes
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
 
-MAX_TOTAL_WEIGHT: Final = 2**63 - 1
+MOST_OVER_MEAN: Final = 4
+"""Largest `most_weight` over the mean weight of a set. With a whole honest cohort it is below 2 (no weight is above
+2/(K + 2) of the sum); members that stay away may double it, and so may a third of the others that weigh next to
+nothing. Agents hold sets to it, so no server can let one update weigh more than 4/n of n."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,10 @@ class ContributorSet:
 
     @classmethod
     def read(cls, context: RoundContext, content: bytes) -> "ContributorSet":
-        """Reads untrusted bytes. Raises: DomainError(SET_REFUSED): malformed, or fewer than `min_updates`."""
+        """Reads untrusted bytes.
+
+        Raises: DomainError(SET_REFUSED): malformed, fewer than `min_updates`, or one of them could outweigh the others.
+        """
         try:
             message = parsed(pb.ContributorSet, content)
             names = context.names(message.contributors)
@@ -54,6 +60,11 @@ class ContributorSet:
             raise _refused(f"dealings_digest must have {DIGEST_BYTES} bytes")
         if not len(names) <= message.total_weight <= len(names) * context.most_weight:
             raise _refused("total_weight is not the sum of that many weights")
+        if context.most_weight * len(names) > MOST_OVER_MEAN * message.total_weight:
+            raise _refused(
+                f"its {len(names)} updates weigh {message.total_weight} together, so that one that weighs "
+                f"{context.most_weight} would outweigh the others"
+            )
         return cls(
             contributors=names,
             dealings_digest=message.dealings_digest,

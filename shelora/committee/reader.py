@@ -39,13 +39,14 @@ class OpenedRound:
     """Members whose answers were malformed or wrong; the sum is right without them."""
 
     def sum_opener(self) -> SumOpener:
-        """Decrypts the shards of the sum."""
+        """Decrypts the shards of the sum. Values carry their weights, so that no honest sum exceeds these."""
         return SumOpener(
             self.context.parameters,
             self.secret_sum,
             self.context.digest,
             len(self.contributors),
             self.context.most_contributors,
+            self.total_weight / self.context.most_weight,
         )
 
 

@@ -105,7 +105,9 @@ def committee() -> dict[str, Any]:
     dealer = Dealer(context, KeySet(keys, keys_digest(context, keys)), signer, rng("dealer"))
     dealt = dealer.deal([bytes(32), bytes(range(32))], 17)
     names = context.cohort[:5]
-    chosen = ContributorSet.of(context, {name: (hashlib.sha256(name.encode()).digest(), 4) for name in names})
+    chosen = ContributorSet.of(
+        context, {name: (hashlib.sha256(name.encode()).digest(), 400) for name in names}
+    )
     return {
         "context_digest": context.digest.hex(),
         "committee": list(members.members),

@@ -77,7 +77,7 @@ def context_of(size, **changes):
         "most_contributors": size,
         "rule": committee_rule(size),
         "min_updates": 2,
-        "most_weight": 100,
+        "most_weight": 2,
     }
     return RoundContext(**(values | changes))
 
@@ -124,14 +124,14 @@ class World:
     def key_set(self, statements):
         return KeySet.of(self.context, self.committee, statements, self.trust)
 
-    def deal(self, name, *, weight=2, keys=None):
+    def deal(self, name, *, weight=2, keys=None, values=None):
         """One client uploads and deals."""
         dealer = Dealer(
             self.context, keys or self.keys, signer(name), rng(self.seed, "dealer", name, self.context.digest)
         )
         self.secrets[name] = dealer._secret.coefficients
         generator = np.random.default_rng([*name.encode(), self.seed])
-        self.values[name] = generator.uniform(-1, 1, VALUES)
+        self.values[name] = generator.uniform(-1, 1, VALUES) if values is None else np.full(VALUES, values)
         self.uploads[name] = dealer.encryption.encrypt(self.values[name])
         self.dealt[name] = dealer.deal([hashlib.sha256(self.uploads[name]).digest()], weight)
         return self.dealt[name]

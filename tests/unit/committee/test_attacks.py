@@ -413,7 +413,7 @@ def test_a_statement_of_one_client_does_not_pass_for_another():
     assert "signed by ward-002" in error.message
 
 
-@pytest.mark.parametrize("weight", [0, 101])
+@pytest.mark.parametrize("weight", [0, 3])
 def test_a_weight_beyond_the_agreed_one_is_refused_by_members(weight):
     world = World(context_of(5, most_weight=2**20))
     world.deal("ward-002", weight=1)
@@ -421,6 +421,60 @@ def test_a_weight_beyond_the_agreed_one_is_refused_by_members(weight):
     dealing.weight = weight
     strict = context_of(5)
     refused_with(Reason.DEALING_REFUSED, read_dealing, strict, dealing.SerializeToString())
+
+
+def test_no_server_names_a_scale_at_which_one_update_outweighs_the_others():
+    """Without the rule a colluding client that states and sends 2^20 has nearly all of the sum."""
+    world = World(context_of(5, most_weight=2**20)).collect()
+    world.check()
+    names, dealings = world.context.cohort, world.dealings
+    for name in world.members:
+        assert "outweigh" in refused_with(Reason.SET_REFUSED, world.members[name].certify, names)
+    with patch("shelora.committee.certificate.MOST_OVER_MEAN", 2**30):
+        content = ContributorSet.of(world.context, dealings).content
+    forged = assemble(
+        world.context, [signer(n).sign(Kind.SET, world.context, content) for n in world.members]
+    )
+    refused_with(Reason.SET_REFUSED, world.open, forged, [])
+
+
+@pytest.mark.parametrize(("most", "accepted"), [(8, True), (9, False)])
+def test_an_update_may_weigh_four_times_the_mean_of_its_set(most, accepted):
+    context = context_of(5, most_weight=most)
+    dealings = {name: (bytes(32), 2) for name in context.cohort}
+    if accepted:
+        ContributorSet.of(context, dealings)
+    else:
+        refused_with(Reason.SET_REFUSED, ContributorSet.of, context, dealings)
+
+
+@pytest.mark.parametrize("reach", [1.0, 1.05])
+def test_one_that_sends_more_than_the_bound_of_the_mean_spoils_the_round_and_moves_nothing(reach):
+    """What is within looks like an honest sum: the mean is at its bound."""
+    world = World(context_of(4, most_weight=1))
+    liar, *honest = world.context.cohort
+    for name in honest:
+        world.deal(name, weight=1, values=0.0)
+    with patch("shelora.additive.secret.VALUE_LIMIT", 10.0):
+        world.deal(liar, weight=1, values=4 * reach)
+    contributors = world.verdict(world.check()).contributors
+    certificate = world.certify(contributors)
+    opener = world.open(certificate, world.release(certificate)).sum_opener()
+    if reach == 1.0:
+        np.testing.assert_allclose(opener.open(world.total(contributors), world.shape), 4, atol=1e-4)
+    else:
+        refused_with(Reason.SUM_UNREADABLE, opener.open, world.total(contributors), world.shape)
+
+
+def test_weights_bound_the_mean_and_not_the_number_of_updates():
+    """Four updates of weight 1 of at most 2 sum to 2: what is between 2 and 4 no honest four send."""
+    world = World(context_of(4))
+    for name in world.context.cohort:
+        world.deal(name, weight=1, values=0.75)
+    contributors = world.verdict(world.check()).contributors
+    certificate = world.certify(contributors)
+    opener = world.open(certificate, world.release(certificate)).sum_opener()
+    refused_with(Reason.SUM_UNREADABLE, opener.open, world.total(contributors), world.shape)
 
 
 # --- members that lie

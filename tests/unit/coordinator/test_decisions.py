@@ -1,3 +1,8 @@
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
 from coordinator import transitions
 from coordinator.decisions import (
     OpenKeys,
@@ -9,9 +14,12 @@ from coordinator.decisions import (
     decide,
     median_overlap,
     median_train_loss,
+    most_weight,
 )
 from coordinator.records import Commit, Phase, Report, Update
+from shelora.committee.certificate import MOST_OVER_MEAN
 from shelora.errors import Reason
+from shelora.federation import ProtectionSpec
 from shelora.rounds import RoundKind, RoundState
 from tests.unit.coordinator.records import MEMBERS, PLAN, a_round, federation, ticket
 
@@ -101,3 +109,25 @@ def test_a_stop_leaves_no_keys_that_nobody_knows_of():
     ended = decide(view(early), NOW)
     assert ended == WriteFederation("end_stopped", transitions.stopped_now(early))
     assert decide(view(ended.record), NOW) == RetireEpochs(2)
+
+
+@given(claims=st.lists(st.one_of(st.integers(1, 10), st.integers(1, 10**9)), min_size=2, max_size=40))
+def test_members_certify_every_cohort_that_comes_whole_whatever_it_claims(claims):
+    most = most_weight(claims, federation())
+    weights = [min(claim, most) for claim in claims]
+    assert most * len(weights) <= (MOST_OVER_MEAN - 1) * sum(weights)
+
+
+def test_a_round_for_those_that_are_waited_for_has_their_scale():
+    """Else members would refuse every set of theirs, round after round."""
+    members = {n: MEMBERS["a"].model_copy(update={"client_id": n, "example_count": 10}) for n in "abc"}
+    members |= {n: MEMBERS["a"].model_copy(update={"client_id": n, "example_count": 1000}) for n in "defgh"}
+    spec = federation().spec
+    spec = spec.model_copy(update={"protection": ProtectionSpec(mode="complete")})
+    record = running(spec=spec, plan=None, ticket=ticket(RoundKind.TRAIN))
+    everyone = replace(view(record, alive=set(members)), members=members)
+    assert decide(everyone, NOW).record.most_weight == 1000
+    waited_for = replace(everyone, laggards=frozenset("defgh"))
+    assert decide(waited_for, NOW).record.most_weight == 10
+    nobody = replace(everyone, laggards=frozenset(members))
+    assert decide(nobody, NOW).record.most_weight == 1000
