@@ -83,8 +83,8 @@ def summing(known: AgentContext, dealer: Dealer, weight: int, largest_move: floa
     return replace(known, round_number=context.round_number, largest_move=largest_move, summand=summand)
 
 
-def summed(known: AgentContext, opened: OpenedRound) -> AgentContext:
-    """What a strategy may use of a result whose sum a committee opened."""
+def summed(known: AgentContext, opened: OpenedRound, largest_move: float) -> AgentContext:
+    """What a strategy may use of a result whose sum a committee opened. Args: largest_move: as of `summing`."""
     context, contributors = opened.context, len(opened.contributors)
     shares = opened.total_weight / context.most_weight
     noise = mean_noise(context.parameters, contributors, context.most_contributors, shares)
@@ -92,6 +92,7 @@ def summed(known: AgentContext, opened: OpenedRound) -> AgentContext:
     return replace(
         known,
         round_number=context.round_number,
+        largest_move=largest_move,
         opened=OpenedSum(opener=opener, shares=shares, noise=noise),
     )
 

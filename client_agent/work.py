@@ -503,7 +503,7 @@ class Work:
         with timed(Stage.DECRYPTING):
             known = round_context(self._learner.model, result.layout, plan, self._me.budget, secrets)
             if opened is not None:
-                known = summed(known, opened)
+                known = summed(known, opened, self._me.largest_move)
             parts = self._strategy.restored(result.layout, _contents(result, inbox, activity), known)
             self._learner.apply(result.round_id, parts, secrets.obfuscation, result.number)
         inbox.clear()  # last: whoever dies before has the shards still

@@ -186,12 +186,39 @@ def first_exponents(matrix: Matrix, max_rank: int, largest_move: float) -> Expon
     )
 
 
-def round_exponents(last: Exponents | None, first: Exponents) -> Exponents:
-    """The bounds of a round. Args: last: `next_exponents` of the last result; first: those of a first round."""
-    if last is None:
-        return first
-    growth = 4 * GROWTH_BITS
-    return Exponents(max(last.P, first.P - growth), max(last.N, first.N - growth))
+@dataclass(frozen=True, slots=True)
+class ExponentRange:
+    """What a round's exponents may be, whatever the results before it were.
+
+    One member can send what it likes within the bounds of a round, and so raise those of the next one, HEADROOM times a
+    round; it could go on until nothing is left of the others' values but noise. So no bound is above what all rounds so
+    far can have moved, and no agent takes a sum for one that is under others (`unpacked`).
+    """
+
+    first: Exponents
+    """Of a first round."""
+    least: Exponents
+    most: Exponents
+
+    @classmethod
+    def of(cls, matrix: Matrix, max_rank: int, largest_move: float, number: int) -> "ExponentRange":
+        """Args: number: of the round, from 1; the others as of `first_exponents`."""
+        first = first_exponents(matrix, max_rank, largest_move)
+        growth = 4 * GROWTH_BITS
+        least = Exponents(first.P - growth, first.N - growth)
+        return cls(first, least, first_exponents(matrix, max_rank, max(1, number) * largest_move))
+
+    def exponents(self, last: Exponents | None) -> Exponents:
+        """Those of a round. Args: last: `next_exponents` of the last result; None before there is one."""
+        if last is None:
+            return self.first
+        return Exponents(
+            min(max(last.P, self.least.P), self.most.P), min(max(last.N, self.least.N), self.most.N)
+        )
+
+    def holds(self, found: Exponents) -> bool:
+        """Whether a round's may be these."""
+        return self.least.P <= found.P <= self.most.P and self.least.N <= found.N <= self.most.N
 
 
 def _exponent_of(bound: float) -> int:
@@ -251,12 +278,20 @@ def _clip(name: str, values: Float64, clipping: Clipping) -> None:
         np.clip(values, -1, 1, out=values)
 
 
-def unpacked(matrix: Matrix, terms: SumTerms, values: Float64) -> tuple[Sketch, Exponents]:
+def unpacked(
+    matrix: Matrix, terms: SumTerms, values: Float64, possible: ExponentRange
+) -> tuple[Sketch, Exponents]:
     """The mean sketches and the bounds they were sent under, from the mean of the packed values.
 
-    Raises: SUM_UNREADABLE: the clients did not agree on the bounds, so their sum means nothing.
+    Raises: SUM_UNREADABLE: the clients did not agree on the bounds, so their sum means nothing, or on such as no honest
+        client sends under.
     """
     exponents = Exponents(*(_agreed(matrix.name, float(value)) for value in values[-2:] * MAX_EXPONENT))
+    if not possible.holds(exponents):
+        raise DomainError(
+            Reason.SUM_UNREADABLE,
+            f"{matrix.name} was sent under bounds that no round so far can have led to: some client lies",
+        )
     columns, rows = terms.columns(matrix), terms.rows(matrix)
     split = matrix.out_features * columns
     P, N, Z = np.split(values[:-2], [split, split + rows * matrix.in_features])

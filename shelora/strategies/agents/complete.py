@@ -11,19 +11,18 @@ from typing import Final
 import numpy as np
 
 from shelora.errors import DomainError, Reason
-from shelora.lora.layout import Layout, Tensor
+from shelora.lora.layout import Layout, Matrix, Tensor
 from shelora.lora.protect import checked_tensor
 from shelora.lora.restore import Restored
 from shelora.lora.shards import MIN_CONTRIBUTORS, Float32, Float64, ResultShardContent, UpdateShardContent
 from shelora.lora.sketches import (
+    ExponentRange,
     Sketcher,
     best_cut,
     bound_of,
-    first_exponents,
     joined,
     next_exponents,
     packed,
-    round_exponents,
     unpacked,
 )
 from shelora.lora.sums import SKETCHES_KIND, SUMS_KIND, sketch_values, terms_of, update_of
@@ -103,8 +102,7 @@ def _packed_matrices(layout: Layout, index: int, update: Update, context: AgentC
             )
         B, A = joined(factors, context.model.scaling, update.frozen.get(matrix.name))
         sketch = Sketcher.draw(context.obfuscation, terms, matrix, context.round_number).sketch(B, A)
-        first = first_exponents(matrix, layout.max_rank, context.largest_move)
-        exponents = round_exponents(update.exponents.get(matrix.name), first)
+        exponents = _possible(layout, matrix, context).exponents(update.exponents.get(matrix.name))
         parts.append(packed(matrix.name, sketch, exponents, context.clipping))
     return np.concatenate(parts)
 
@@ -125,7 +123,8 @@ def _restored_matrices(
     terms, values, first = terms_of(layout), _mean(layout, content, opened), 0
     for matrix in (layout.matrices[i] for i in layout.shards[content.shard].matrices):
         count = sketch_values(terms, matrix)
-        sketch, exponents = unpacked(matrix, terms, values[first : first + count])
+        possible = _possible(layout, matrix, context)
+        sketch, exponents = unpacked(matrix, terms, values[first : first + count], possible)
         first += count
         sketcher = Sketcher.draw(context.obfuscation, terms, matrix, context.round_number)
         noise = (opened.noise * bound_of(e) for e in (exponents.P, exponents.N))
@@ -146,6 +145,10 @@ def _restored_tensors(
         tensors[tensor.name] = part.astype(np.float32).reshape(tensor.shape)
         first += tensor.size
     yield Restored(tensors=tensors, summed=True)
+
+
+def _possible(layout: Layout, matrix: Matrix, context: AgentContext) -> ExponentRange:
+    return ExponentRange.of(matrix, layout.max_rank, context.largest_move, context.round_number)
 
 
 def _mean(layout: Layout, content: ResultShardContent, opened: OpenedSum) -> Float64:

@@ -11,9 +11,11 @@ from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, SumTerms
 from shelora.lora.shards import FactoredUpdate, LoraFactors
 from shelora.lora.sketches import (
+    GROWTH_BITS,
     HEADROOM,
     MAX_EXPONENT,
     Clipping,
+    ExponentRange,
     Exponents,
     Sketch,
     Sketcher,
@@ -24,7 +26,6 @@ from shelora.lora.sketches import (
     joined,
     next_exponents,
     packed,
-    round_exponents,
     sketch_sizes,
     unpacked,
 )
@@ -216,11 +217,49 @@ def test_bounds_follow_the_last_mean_and_stay_where_nothing_moved():
         assert bound_of(e - 1) <= HEADROOM * largest or e == -MAX_EXPONENT
 
 
-def test_bounds_leave_room_for_the_first_round_that_moves():
-    first = Exponents(12, 20)
-    assert round_exponents(None, first) == first
-    assert round_exponents(Exponents(-80, -80), first) == Exponents(-8, 0)
-    assert round_exponents(Exponents(28, 8), first) == Exponents(28, 8)
+def test_bounds_leave_room_for_the_first_round_that_moves_and_for_all_that_moved():
+    matrix = Matrix("m", 384, 384)
+    first = first_exponents(matrix, 4, 0.05)
+    in_fourth = ExponentRange.of(matrix, 4, 0.05, 4)
+    most = first_exponents(matrix, 4, 4 * 0.05)
+    assert in_fourth.exponents(None) == first
+    least = Exponents(first.P - 4 * GROWTH_BITS, first.N - 4 * GROWTH_BITS)
+    assert in_fourth.exponents(Exponents(-200, -200)) == least
+    between = Exponents(first.P + 1, most.N - 1)
+    assert in_fourth.exponents(between) == between
+    assert in_fourth.exponents(Exponents(200, 200)) == most
+    assert most.P > first.P + 8, "four times as far and more"
+    assert ExponentRange.of(matrix, 4, 0.05, 1).exponents(Exponents(200, 200)) == first
+
+
+def test_one_that_sends_its_bounds_every_round_does_not_raise_them_for_ever():
+    """Without the limit each round takes two bits of precision from the others', until nothing is left."""
+    matrix, move = Matrix("m", 6, 5), 0.05
+    bounds, unlimited = None, 0
+    for number in range(1, 41):
+        possible = ExponentRange.of(matrix, 4, move, number)
+        bounds = possible.exponents(bounds)
+        assert possible.holds(bounds)
+        full = Sketch(*(np.full((1, 1), bound_of(e)) for e in (bounds.P, bounds.N, bounds.P)))
+        bounds, unlimited = next_exponents(full, bounds), unlimited + 8
+    last, first = possible.exponents(bounds), possible.first
+    assert last.P - first.P < 4 * 13, "forty rounds of honest steps: 40 times each factor at most"
+    assert unlimited > 4 * 64
+
+
+@pytest.mark.parametrize("lie", [-40, 40])
+def test_bounds_that_no_honest_client_sends_under_are_noticed(lie):
+    """A member that sends other exponents times its weight's inverse moves their mean by a whole number."""
+    matrix, terms = Matrix("m", 6, 5), terms_for(2)
+    possible = ExponentRange.of(matrix, 2, 0.05, 1)
+    sketch = Sketcher.draw(SECRET, terms, matrix, 1).sketch(np.full((6, 1), 1e-3), np.full((1, 5), 1e-3))
+    honest = packed("m", sketch, possible.first, Clipping())
+    mean = honest.copy()
+    mean[-2] += lie / MAX_EXPONENT
+    assert unpacked(matrix, terms, honest, possible)[1] == possible.first
+    with pytest.raises(DomainError, match="some client lies") as refused:
+        unpacked(matrix, terms, mean, possible)
+    assert refused.value.reason is Reason.SUM_UNREADABLE
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
@@ -264,9 +303,10 @@ def test_the_mean_of_packed_values_is_the_mean_under_bounds_that_all_agree_on():
     sketcher = Sketcher.draw(SECRET, terms, matrix, 1)
     weights = np.array([0.75, 0.25])
     sketches = [sketcher.sketch(B, A) for B, A in cohort(rng, matrix, [1, 2])]
-    bounds = Exponents(17, 21)
+    possible = ExponentRange.of(matrix, 2, 2.0, 1)
+    bounds = possible.first
     mean = sum(w * packed("m", s, bounds, Clipping()) for w, s in zip(weights, sketches, strict=True))
-    found, agreed = unpacked(matrix, terms, mean + 1e-6)
+    found, agreed = unpacked(matrix, terms, mean + 1e-6, possible)
     assert agreed == bounds
     np.testing.assert_allclose(
         found.P, sum(w * s.P for w, s in zip(weights, sketches, strict=True)), atol=1e-4
@@ -280,7 +320,7 @@ def test_clients_under_different_bounds_are_noticed():
         packed("m", sketch, Exponents(4, 5), Clipping()) + packed("m", sketch, Exponents(4, 6), Clipping())
     ) / 2
     with pytest.raises(DomainError, match="m under different bounds") as refused:
-        unpacked(matrix, terms, mean)
+        unpacked(matrix, terms, mean, ExponentRange.of(matrix, 2, 0.05, 1))
     assert refused.value.reason is Reason.SUM_UNREADABLE
 
 

@@ -146,7 +146,9 @@ def test_an_update_beyond_its_bounds_is_clipped_and_counted():
 
 def test_agents_that_disagree_on_bounds_are_noticed_and_nothing_is_applied():
     clients = [Sending(c.model, c.weight, c.factors, c.tensors, {}, {}) for c in cohort()]
-    clients[1] = replace(clients[1], exponents={m.name: Exponents(80, 80) for m in clients[0].model.matrices})
+    clients[1] = replace(
+        clients[1], exponents={m.name: Exponents(-80, -80) for m in clients[0].model.matrices}
+    )
     with pytest.raises(DomainError) as refused:
         merged(Round(clients, SumProtection(), OBFUSCATION).parts())
     assert refused.value.reason is Reason.SUM_UNREADABLE
