@@ -346,9 +346,13 @@ class CertifiedSets:
         return None if noted is None else bytes.fromhex(noted)
 
     def note(self, instance: str, kind: str, round_number: int, set_digest: bytes) -> None:
-        """Notes a set durably. Raises: CONFIGURATION_INVALID; DISK_UNAVAILABLE, and nothing is noted."""
+        """Notes a set durably; it and its name in the folder are on disk when this returns.
+
+        Raises: ROUND_SPENT: another set is noted; CONFIGURATION_INVALID; DISK_UNAVAILABLE, and nothing is noted.
+        """
         noted = self._read()
-        noted[_place(instance, kind, round_number)] = set_digest.hex()
+        if noted.setdefault(_place(instance, kind, round_number), set_digest.hex()) != set_digest.hex():
+            raise DomainError(Reason.ROUND_SPENT, f"another set is noted for round {round_number}")
         with files.failures_named(self._path.parent):
             files.replace(self._path, json.dumps({"format": _FORMAT, "sets": noted}).encode())
 

@@ -1,8 +1,9 @@
 """The proof that shares lie on polynomials of degree below T + l, checked by each member alone.
 
 The dealer deals 8 random masking polynomials beside those of its secret, commits to all sealed shares, and publishes
-8 combinations: masks plus random multiples of the others, with multipliers hashed from the commitment. A member whose
-share fits them holds, but for a chance of 2^-128 a try, a value of the dealt polynomials; the masks hide the rest.
+8 combinations: masks plus random multiples of the others, with multipliers hashed from the commitment. Members whose
+shares fit them hold values of polynomials of that degree, but for a chance a try of C(m - T, T + l + 1) 65521^-8, which
+is at most 2^-108 (docs/committee.md); the masks hide the rest.
 (Atapoor, Baghery, Cozzo, Pedersen: VSS from Distributed ZK Proofs, ASIACRYPT 2023, eprint 2023/992, for batches.)
 """
 

@@ -80,8 +80,8 @@ class Trust:
             authority: The pinned root certificate in DER.
             federation_id: Whose clients may sign.
             clock: UTC time certificates are held against.
-            grace: How long after its end a certificate still vouches. None for members and dealers; readers of results
-                need some, because certificates live for a day and a client may come back later than that.
+            grace: How long after its end a certificate still vouches: for members and dealers as long as a round may
+                last; for readers of results longer, as certificates live for a day and a client may come back later.
         """
         self._grace = grace
         self._authority = authority

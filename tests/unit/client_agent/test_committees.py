@@ -1,8 +1,11 @@
 """What an agent refuses of a round whose sum a committee opens, whoever asks for it."""
 
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -12,7 +15,9 @@ from client_agent.session import is_fatal
 from client_agent.state import CertifiedSets
 from shelora.additive.parameters import DEFAULT, INSECURE_TOY, SMALL
 from shelora.committee.context import RoundContext
+from shelora.committee.dealing import shown_to
 from shelora.committee.rules import CommitteeRule, committee_rule
+from shelora.committee.statements import Kind, Signer
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, RoundSpec
 from shelora.lora.layout import Matrix
@@ -21,6 +26,7 @@ from shelora.strategies.complete import STRATEGY
 from shelora.strategies.port import RoundTerms
 from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
+from tests.unit.committee.rounds import World, context_of
 
 SECRET = bytes(range(32))
 SECRETS = EpochSecrets(1, Obfuscation(SECRET, 1), key_id=epoch_secret_id(SECRET))
@@ -171,3 +177,38 @@ def test_certified_sets_outlive_the_process_and_a_damaged_file_is_not_an_empty_o
             with pytest.raises(DomainError) as refused:
                 use()
             assert refused.value.reason is Reason.CONFIGURATION_INVALID
+
+
+def test_a_noted_set_is_never_replaced(tmp_path: Path):
+    notes = CertifiedSets(tmp_path / "certified.json")
+    for _ in range(2):
+        notes.note("00000001", "TRAIN", 1, b"\1" * 32)
+    with pytest.raises(DomainError) as refused:
+        notes.note("00000001", "TRAIN", 1, b"\2" * 32)
+    assert refused.value.reason is Reason.ROUND_SPENT
+    assert notes.certified("00000001", "TRAIN", 1) == b"\1" * 32
+
+
+def test_a_set_and_the_name_of_its_file_are_on_disk_before_it_is_signed(tmp_path: Path):
+    world = World(context_of(3)).collect()
+    name = world.committee.members[0]
+    member = world.member(name)
+    member._notes = CertifiedSets(tmp_path / "certified.json")
+    for dealer in world.dealt:
+        shown = shown_to(world.context, world.dealt[dealer], world.members[name].position)
+        world.members[name].receive(dealer, shown, world.keys)
+    member._held = world.members[name]._held
+    done, sync, sign = [], os.fsync, Signer.sign
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+
+    def signed(*arguments: object) -> object:
+        done.append(str(arguments[1]))
+        return sign(*arguments)
+
+    with mock.patch.object(os, "fsync", synced), mock.patch.object(Signer, "sign", signed):
+        member.certify(world.context.cohort)
+    assert done == [Kind.CHECK, "file", "folder", Kind.SET]
+    assert member._notes.certified("00000001", "TRAIN", 1)
