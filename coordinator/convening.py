@@ -5,8 +5,9 @@ otherwise be counted, and found out only when it is too late for another round.
 """
 
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 import structlog
@@ -16,11 +17,13 @@ from coordinator.changes import Changes
 from coordinator.committees import context_of, rule_of
 from coordinator.records import Dealt, FederationRecord, RoundRecord, Statement
 from coordinator.store import StateOutcome, Store, order_digest
+from services.shell.sharing import Shared
 from shelora.committee.context import RoundContext
-from shelora.committee.dealing import check_dealt, dealing_digest, read_dealing, shown_to, update_digest
+from shelora.committee.dealing import check_dealt, dealing_digest, read_dealing, shown, update_digest
 from shelora.committee.statements import Kind, Trust, parsed
 from shelora.committee.verdict import Checked
 from shelora.errors import DomainError, Reason
+from shelora.rounds import RoundState
 from shelora.v1 import committee_pb2
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -29,6 +32,8 @@ KEYS_WAIT_S: Final = 10.0
 SHOWN_AT_ONCE: Final = 64
 """Shares read at once for a member: all members of a committee ask at the same time."""
 _ORDER_HEX: Final = 64
+SEATED_KEPT: Final = 16
+"""Committees whose keys are kept: those of the rounds in progress, 45 KB each at most."""
 
 _log = structlog.get_logger(__name__)
 
@@ -96,12 +101,14 @@ class Convening:
         changes: Wake-ups.
         clock_ms: Unix milliseconds.
         root: Certificate of the authority in DER, whose clients' statements are believed.
+        seated: Keys of the newest seated committees, by round: read once for all clients of a cohort.
     """
 
     store: Store
     changes: Changes
     clock_ms: Callable[[], int]
     root: bytes
+    seated: Shared[str, list[committee_pb2.Signed]] = field(default_factory=lambda: Shared(SEATED_KEPT))
 
     def trust(self, federation_id: str) -> Trust:
         """Who is believed in a federation."""
@@ -147,7 +154,9 @@ class Convening:
             while True:
                 federation, record = await self._round(federation_id, round_id, client_id)
                 if record.order:
-                    return await self._keys(federation, record)
+                    return await self.seated.get(
+                        record.round.round_id, partial(self._keys, federation, record)
+                    )
                 if record.round.ended:
                     raise _over()
                 left_ms = ends_ms - self.clock_ms()
@@ -158,12 +167,9 @@ class Convening:
                 await signal.wait(left_ms / 1000)
 
     async def _keys(self, federation: FederationRecord, record: RoundRecord) -> list[committee_pb2.Signed]:
-        found = [
-            await self.store.statement(Statement.VIEW, federation, record.sequence, name)
-            for name in record.order
-        ]
-        keys = [key_of(statement) for statement in found if statement]
-        if len(keys) != len(found):
+        found = await self.store.statements(Statement.VIEW, federation, record.sequence, record.order)
+        keys = [key_of(found[name]) for name in record.order if name in found]
+        if len(keys) != len(record.order):
             raise _over()  # the round is over, and what was stated is deleted
         return [key for key in keys if key is not None]
 
@@ -192,9 +198,9 @@ class Convening:
             shares = await self.store.shares(federation, sequence, place, batch)
             for name in batch:
                 if name in shares and name in dealings:
-                    shown = committee_pb2.DealtShare.FromString(shares[name])
-                    shown.dealing.MergeFromString(dealings[name])
-                    yield shown
+                    part = committee_pb2.DealtShare.FromString(shares[name])
+                    part.dealing.MergeFromString(dealings[name])
+                    yield part
 
     async def check(
         self, federation_id: str, round_id: str, client_id: str, check: committee_pb2.Signed
@@ -209,7 +215,7 @@ class Convening:
     async def sign(
         self, federation_id: str, round_id: str, client_id: str, signature: committee_pb2.SetSignature
     ) -> None:
-        """Keeps a member's signature of the proposed set.
+        """Keeps a member's signature of the proposed set. One that comes when a quorum has signed is not needed.
 
         Raises: ROUND_UNKNOWN, NOT_IN_COHORT, SET_REFUSED, SIGNATURE_REFUSED, STATEMENT_REWRITTEN, STEP_OVER.
         """
@@ -221,7 +227,19 @@ class Convening:
             signature=signature.signature,
             certificate=signature.certificate,
         )
-        await self._by_member(Statement.SIGNATURE, Kind.SET, federation, record, client_id, signed)
+        try:
+            await self._by_member(Statement.SIGNATURE, Kind.SET, federation, record, client_id, signed)
+        except DomainError as error:
+            if error.reason is not Reason.STEP_OVER or not await self._is_certified(federation, record):
+                raise
+
+    async def _is_certified(self, federation: FederationRecord, record: RoundRecord) -> bool:
+        """Whether a quorum has signed the set, by now."""
+        found = await self.store.round(federation, record.sequence)
+        return found is not None and found.record.round.state in {
+            RoundState.AGGREGATING,
+            RoundState.PUBLISHED,
+        }
 
     async def answer(
         self, federation_id: str, round_id: str, client_id: str, answer: committee_pb2.Signed
@@ -257,9 +275,11 @@ class Convening:
         self.trust(federation.federation_id).verify(dealt.dealing, Kind.DEALING, context, client_id)
         if dealing.update_digest != update_digest(shards):
             raise DomainError(Reason.DEALING_REFUSED, "the dealing is of another update than the commit")
-        size = context.rule.size
-        shown = [shown_to(context, dealt, position) for position in range(1, size + 1)]
-        shares = tuple(_without_dealing(share) if share else b"" for share in shown)
+        parts = shown(context, dealt)
+        shares = tuple(
+            parts[position].SerializeToString(deterministic=True) if position in parts else b""
+            for position in range(1, context.rule.size + 1)
+        )
         return Dealt(dealt.dealing.SerializeToString(deterministic=True), shares)
 
     async def _by_member(
@@ -309,10 +329,6 @@ class Convening:
         if client_id not in record.round.cohort:
             raise DomainError(Reason.NOT_IN_COHORT, "this client was not asked for an update in this round")
         return federation, record
-
-
-def _without_dealing(shown: committee_pb2.DealtShare) -> bytes:
-    return committee_pb2.DealtShare(share=shown.share, path=shown.path).SerializeToString(deterministic=True)
 
 
 def _over() -> DomainError:

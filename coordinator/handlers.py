@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final, TypeAlias
 
 import structlog
@@ -101,7 +102,7 @@ class Handlers:
     root: bytes = b""
     """Certificate of the authority in DER, whose clients' statements are believed; those of nobody without."""
 
-    @property
+    @cached_property
     def convening(self) -> Convening:
         """The use cases of committees."""
         return Convening(self.store, self.changes, self.clock_ms, self.root)

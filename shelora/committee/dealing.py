@@ -86,13 +86,18 @@ def share_leaves(context: RoundContext, shares: Sequence[pb.SealedShare]) -> lis
     return [leaves.get(position, bytes(DIGEST_BYTES)) for position in range(1, context.rule.size + 1)]
 
 
+def shown(context: RoundContext, dealt: pb.DealtShares) -> dict[int, pb.DealtShare]:
+    """What members are shown of a dealing that `check_dealt` accepted, by position, without the dealing itself."""
+    paths = merkle.paths(share_leaves(context, dealt.shares))
+    return {s.position: pb.DealtShare(share=s, path=paths[s.position - 1]) for s in dealt.shares}
+
+
 def shown_to(context: RoundContext, dealt: pb.DealtShares, position: int) -> pb.DealtShare | None:
-    """What the member at a position is shown of a dealing that `check_dealt` accepted; None if it has no share."""
-    for share in dealt.shares:
-        if share.position == position:
-            path = merkle.path(share_leaves(context, dealt.shares), position - 1)
-            return pb.DealtShare(dealing=dealt.dealing, share=share, path=path)
-    return None
+    """What the member at a position is shown of such a dealing; None if it has no share."""
+    part = shown(context, dealt).get(position)
+    if part is not None:
+        part.dealing.CopyFrom(dealt.dealing)
+    return part
 
 
 def refused(message: str) -> DomainError:

@@ -22,13 +22,15 @@ def root(leaves: Sequence[bytes]) -> bytes:
     return level[0]
 
 
-def path(leaves: Sequence[bytes], index: int) -> list[bytes]:
-    """Siblings from leaf `index` to the root, lowest first."""
-    level, siblings = _filled(leaves), []
-    while len(level) > 1:
-        siblings.append(level[index ^ 1])
-        level, index = _above(level), index // 2
-    return siblings
+def paths(leaves: Sequence[bytes]) -> list[list[bytes]]:
+    """For each leaf its siblings from there to the root, lowest first."""
+    levels = [_filled(leaves)]
+    while len(levels[-1]) > 2:
+        levels.append(_above(levels[-1]))
+    siblings = levels if len(levels[0]) > 1 else []
+    return [
+        [level[(index >> depth) ^ 1] for depth, level in enumerate(siblings)] for index in range(len(leaves))
+    ]
 
 
 def root_from(leaf_digest: bytes, index: int, siblings: Sequence[bytes]) -> bytes:

@@ -375,8 +375,8 @@ class CoordinatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SignSet(self, request, context):
-        """Signs the proposed set of updates. While the round is certifying and that set is proposed. Fails with SET_REFUSED for
-        another set, SIGNATURE_REFUSED.
+        """Signs the proposed set of updates. While the round is certifying and that set is proposed; once a quorum has signed,
+        another signature is taken and not needed. Fails with SET_REFUSED for another set, SIGNATURE_REFUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -142,8 +142,8 @@ class CoordinatorStub:
     with SIGNATURE_REFUSED.
     """
     SignSet: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SignSetRequest, _coordinator_pb2.SignSetResponse]
-    """Signs the proposed set of updates. While the round is certifying and that set is proposed. Fails with SET_REFUSED for
-    another set, SIGNATURE_REFUSED.
+    """Signs the proposed set of updates. While the round is certifying and that set is proposed; once a quorum has signed,
+    another signature is taken and not needed. Fails with SET_REFUSED for another set, SIGNATURE_REFUSED.
     """
     PostAnswer: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PostAnswerRequest, _coordinator_pb2.PostAnswerResponse]
     """Gives the sum of a member's shares over the certified set. While the round is aggregating. Fails with
@@ -265,8 +265,8 @@ class CoordinatorAsyncStub(CoordinatorStub):
     with SIGNATURE_REFUSED.
     """
     SignSet: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SignSetRequest, _coordinator_pb2.SignSetResponse]  # type: ignore[assignment]
-    """Signs the proposed set of updates. While the round is certifying and that set is proposed. Fails with SET_REFUSED for
-    another set, SIGNATURE_REFUSED.
+    """Signs the proposed set of updates. While the round is certifying and that set is proposed; once a quorum has signed,
+    another signature is taken and not needed. Fails with SET_REFUSED for another set, SIGNATURE_REFUSED.
     """
     PostAnswer: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PostAnswerRequest, _coordinator_pb2.PostAnswerResponse]  # type: ignore[assignment]
     """Gives the sum of a member's shares over the certified set. While the round is aggregating. Fails with
@@ -529,8 +529,8 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.SignSetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.SignSetResponse, _abc.Awaitable[_coordinator_pb2.SignSetResponse]]:
-        """Signs the proposed set of updates. While the round is certifying and that set is proposed. Fails with SET_REFUSED for
-        another set, SIGNATURE_REFUSED.
+        """Signs the proposed set of updates. While the round is certifying and that set is proposed; once a quorum has signed,
+        another signature is taken and not needed. Fails with SET_REFUSED for another set, SIGNATURE_REFUSED.
         """
 
     @_abc_1.abstractmethod

@@ -287,6 +287,25 @@ async def test_nothing_of_the_committee_is_left_when_the_round_is_over(fed):
     assert (await party.clients["a"].open(federation.round_id(1))).contributors == tuple(FIVE)
 
 
+async def test_a_signature_after_the_quorums_is_taken_and_not_needed(fed):
+    """Members sign side by side: who comes after the last one that was needed has done nothing wrong."""
+    party = await convened(fed)
+    late = party.clients["e"]
+    late.silent_from = "sign"
+    current = await party.until("AGGREGATING")
+    federation = await fed.federation()
+    record = (await fed.store.round(federation, current.sequence)).record
+    signed = late.seats[current.round_id].certify(record.contributors)
+    signature = committee_pb2.SetSignature(signature=signed.signature, certificate=signed.certificate)
+    await fed.handlers.convening.sign("fed", current.round_id, "e", signature)
+    assert "e" not in await fed.store.speakers(Statement.SIGNATURE, federation, current.sequence)
+    with pytest.raises(DomainError) as forged:
+        await fed.handlers.convening.sign(
+            "fed", current.round_id, "e", committee_pb2.SetSignature(signature=b"x", certificate=b"y")
+        )
+    assert forged.value.reason is Reason.SIGNATURE_REFUSED
+
+
 async def test_a_set_that_was_not_proposed_finds_no_signature_here(fed):
     party = await convened(fed)
     for name in FIVE:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -131,6 +132,27 @@ async def test_what_a_committee_is_told_is_read_once_however_often_the_driver_lo
     assert federation.trained == 1, federation.failure
     assert looks > 24
     shown_to_members = 7 * 12
-    assert values["views"] == 12
+    assert values["views"] == 12 + 7, "and the keys of the seven members once for all who ask"
     assert values["checks"] == 7
     assert values["dealings"] <= 12 + shown_to_members
+
+
+async def test_the_keys_of_a_committee_are_read_once_for_all_who_ask(
+    fed: World, monkeypatch: pytest.MonkeyPatch
+):
+    reads, read = 0, RedisStore.statements
+
+    async def counted(self, *args):
+        nonlocal reads
+        reads += 1
+        return await read(self, *args)
+
+    names = [f"ward-{number:02}" for number in range(12)]
+    party = Convened(fed, names)
+    await fed.begin(spec(Convening.name, clients=12, rounds=1), names)
+    current = await party.until("COLLECTING")
+    fed.handlers = replace(fed.handlers)
+    monkeypatch.setattr(RedisStore, "statements", counted)
+    found = [await fed.handlers.convening.keys("fed", current.round_id, name) for name in names]
+    assert reads == 1
+    assert [len(keys) for keys in found] == [7] * 12
