@@ -131,6 +131,7 @@ def _prepare(cluster: LocalCluster, scene: Scene, client: Client, model: Path, h
         "lora": {"rank": client.rank, "alpha": client.alpha},
         "budget": client.budget,
         "resources": {"threads": 1},
+        "protection": {"accept": [scene.mode]},
     }
     (home / "agent.yaml").write_text(yaml.safe_dump(config))
 
