@@ -271,6 +271,10 @@ class ProtectionSpec(Spec):
     what all rounds together can reach: heads start within 0.1 and move by at most a learning rate a step. Precision is
     lost in proportion to it, and it is how far a hostile member can try to push a head."""
 
+    clear_bits: Literal[16, 32] = 16
+    """Bits in which `selective` sends what it does not encrypt: 16 (bfloat16) is half the traffic, and leaves attackers
+    signs and rough sizes; 32 is the method as published, and gives texts away after one local step."""
+
     max_directions: Annotated[int, Field(ge=1, le=4096)] = 256
     """Most directions in an aggregate. The sum of all ranks is lossless; beyond, the result says what it left out."""
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from shelora.lora.kinds import require_kinds
 from shelora.lora.layout import (
+    CLEAR_BITS,
     MAX_ITEMS,
     MAX_TENSOR_DIMENSIONS,
     MAX_TIERS,
@@ -69,6 +70,7 @@ def layout_to_proto(layout: Layout) -> pb.Layout:
         max_directions=layout.max_directions,
         shards=[_shard_to_proto(shard) for shard in layout.shards],
         sums=pb.SumTerms(**asdict(layout.sums)) if layout.sums else None,
+        clear_bits=None if layout.clear_bits == CLEAR_BITS[-1] else layout.clear_bits,
     )
 
 
@@ -92,6 +94,7 @@ def layout_from_proto(message: pb.Layout) -> Layout:
         max_directions=message.max_directions,
         shards=tuple(Shard(tuple(s.matrices), tuple(s.tensors), s.kind) for s in message.shards),
         sums=_sums_from_proto(message.sums) if message.HasField("sums") else None,
+        clear_bits=message.clear_bits if message.HasField("clear_bits") else CLEAR_BITS[-1],
     )
     return require_kinds(layout)
 

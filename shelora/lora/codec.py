@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from google.protobuf.message import Message
 
 from shelora.errors import DomainError, Reason
-from shelora.lora.fields import Pieces, bytes_field, float_bytes, last, message_field, serialized, take
+from shelora.lora.fields import Pieces, bytes_field, clear_format, float_bytes, last, message_field, serialized, take
 from shelora.lora.kind import Fields, UpdateHead
 from shelora.lora.kinds import kind_of
 from shelora.lora.layout import FORMAT, Layout, Shard
@@ -32,14 +32,13 @@ def encode_update(layout: Layout, content: UpdateShardContent) -> bytes:
         rank=content.rank,
         encrypted_tiers=content.encrypted_tiers,
     )
-    matrices = [
-        bytes_field(1, float_bytes(m.B)) + bytes_field(2, float_bytes(m.clear_A)) for m in content.matrices
-    ]
+    write = clear_format(layout.clear_bits).write
+    matrices = [bytes_field(1, write(m.B)) + bytes_field(2, write(m.clear_A)) for m in content.matrices]
     return _shard_bytes(head, _UPDATE_FIELDS, matrices, content.clear_tensors, content.ciphertexts)
 
 
 def decode_update(layout: Layout, index: int, data: Buffer) -> UpdateShardContent:
-    """Parses and checks everything but the ciphertexts. The content holds views of `data`, no copies.
+    """Parses and checks everything but the ciphertexts. The content holds views of `data`; copies of 16-bit values.
 
     Raises: what `parse_update` raises, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE.
     """

@@ -5,7 +5,8 @@ views, and protobuf itself writes and reads the concatenation of all others. The
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -45,15 +46,46 @@ def float_bytes(values: Float32) -> memoryview:
     return np.ascontiguousarray(values, dtype="<f4").reshape(-1).view(np.uint8).data
 
 
+def half_bytes(values: Float32) -> memoryview:
+    """bfloat16 little-endian, row major: a float32's upper 16 bits, the nearest, ties to even."""
+    bits = np.ascontiguousarray(values, dtype="<f4").reshape(-1).view("<u4")
+    rounded = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
+    return (rounded >> 16).astype("<u2").view(np.uint8).data
+
+
+def from_half_bytes(data: Buffer, shape: tuple[int, ...], what: str) -> Float32:
+    """The values of bfloat16 bytes. Raises SHAPE_MISMATCH, naming `what`, for another number of bytes."""
+    _require_bytes(data, 2 * math.prod(shape), shape, what)
+    values: NDArray[np.float32] = (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    return values.reshape(shape)
+
+
 def from_bytes(data: Buffer, shape: tuple[int, ...], what: str) -> Float32:
     """A view of float32 values. Raises SHAPE_MISMATCH, naming `what`, for another number of bytes."""
-    if len(data) != 4 * math.prod(shape):
+    _require_bytes(data, 4 * math.prod(shape), shape, what)
+    values: NDArray[np.float32] = np.frombuffer(data, dtype="<f4")
+    return values.reshape(shape)
+
+
+def _require_bytes(data: Buffer, count: int, shape: tuple[int, ...], what: str) -> None:
+    if len(data) != count:
         raise DomainError(
             Reason.SHAPE_MISMATCH,
             f"the shard does not fit its layout: {what} has {len(data)} bytes for shape {shape}",
         )
-    values: NDArray[np.float32] = np.frombuffer(data, dtype="<f4")
-    return values.reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ClearFormat:
+    """How float32 values are written and read."""
+
+    write: Callable[[Float32], memoryview]
+    read: Callable[[Buffer, tuple[int, ...], str], Float32]
+
+
+def clear_format(bits: int) -> ClearFormat:
+    """That of clear values of factors, for `Layout.clear_bits`."""
+    return {16: ClearFormat(half_bytes, from_half_bytes), 32: ClearFormat(float_bytes, from_bytes)}[bits]
 
 
 def take(message: Message, data: Buffer, numbers: Sequence[int]) -> dict[int, list[memoryview]]:

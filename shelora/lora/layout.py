@@ -54,7 +54,9 @@ SUMS = "sums"
 WHOLE = "whole"
 """Kind of a shard of tensors: averaged whole, in the clear or under CKKS (`shelora.lora.whole`)."""
 FLOAT_BYTES = 4
-"""Clear values travel as float32."""
+"""Of a float32."""
+CLEAR_BITS = (16, 32)
+"""Bits in which clear values of factors may travel: bfloat16 or float32."""
 
 
 def refuse(message: str) -> DomainError:
@@ -206,6 +208,8 @@ class Layout:
     shards: tuple[Shard, ...]
     sums: SumTerms | None = None
     """Of shards under additive encryption; None if there are none."""
+    clear_bits: int = 32
+    """Bits in which clear values of factors travel, one of CLEAR_BITS."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiers", tuple(map(float, self.tiers)))  # 1 and 1.0 make one digest
@@ -214,6 +218,8 @@ class Layout:
             raise refuse(f"max_rank must be 1 to {MAX_RANK}")
         if self.max_directions < 1:
             raise refuse("max_directions must be at least 1")
+        if self.clear_bits not in CLEAR_BITS:
+            raise refuse(f"clear_bits must be one of {CLEAR_BITS}")
         self._check_counts()
         if any(not 0 < b <= 1 for b in self.tiers) or list(self.tiers) != sorted(set(self.tiers)):
             raise refuse("tiers must be strictly increasing budgets in (0, 1]")
@@ -256,6 +262,8 @@ class Layout:
         }
         if self.sums is None:
             del form["sums"]
+        if self.clear_bits == CLEAR_BITS[-1]:  # layouts had no other before there was a choice
+            del form["clear_bits"]
         return hashlib.sha256(json.dumps(form, sort_keys=True, separators=(",", ":")).encode()).digest()
 
     def shard(self, index: int) -> Shard:
@@ -303,6 +311,7 @@ def build_layout(
     encrypt_tensors: bool,
     max_rank: int,
     max_directions: int,
+    clear_bits: int = 32,
 ) -> Layout:
     """Lays matrices and tensors out in shards.
 
@@ -322,6 +331,7 @@ def build_layout(
         max_rank=max_rank,
         max_directions=max_directions,
         shards=tuple(shards),
+        clear_bits=clear_bits,
     )
 
 

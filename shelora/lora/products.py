@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shelora.ckks.parameters import SUM_LIMIT
 from shelora.ckks.wire import BlockReader, encode_block
 from shelora.lora.algebra import NEGLIGIBLE, DirectionSketch, coordinates
-from shelora.lora.fields import from_bytes, last, take
+from shelora.lora.fields import clear_format, from_bytes, last, take
 from shelora.lora.kind import (
     Accumulates,
     Cohort,
@@ -30,7 +30,7 @@ from shelora.lora.kind import (
     check_values,
     expect,
 )
-from shelora.lora.layout import FLOAT_BYTES, PRODUCTS, Layout, Matrix, Shard, refuse
+from shelora.lora.layout import PRODUCTS, Layout, Matrix, Shard, refuse
 from shelora.lora.shards import (
     Buffer,
     Float32,
@@ -73,9 +73,8 @@ class Products(Slotted):
     def clear_bytes(self, layout: Layout, shard: Shard, rank: int, tiers: int) -> int:
         """As of `Slotted`: B, and the columns of A that are not encrypted."""
         matrices = [layout.matrices[i] for i in shard.matrices]
-        return sum(
-            FLOAT_BYTES * rank * (m.out_features + m.in_features - m.protected(tiers)) for m in matrices
-        )
+        values = sum(rank * (m.out_features + m.in_features - m.protected(tiers)) for m in matrices)
+        return values * layout.clear_bits // 8
 
     def update_rows(self, rank: int) -> int:
         """As of `Slotted`: those of A."""
@@ -97,7 +96,7 @@ class Products(Slotted):
             rank=head.rank,
             encrypted_tiers=head.encrypted_tiers,
             matrices=tuple(
-                _matrix_part(layout.matrices[i], part, head.rank, head.encrypted_tiers)
+                _matrix_part(layout, layout.matrices[i], part, head)
                 for i, part in zip(shard.matrices, fields.matrices, strict=True)
             ),
             clear_tensors=(),
@@ -148,12 +147,13 @@ class Products(Slotted):
 KIND: Final = Products()
 
 
-def _matrix_part(matrix: Matrix, data: Buffer, rank: int, tiers: int) -> MatrixPart:
-    clear = matrix.in_features - matrix.protected(tiers)
+def _matrix_part(layout: Layout, matrix: Matrix, data: Buffer, head: UpdateHead) -> MatrixPart:
+    clear = matrix.in_features - matrix.protected(head.encrypted_tiers)
     fields = take(pb.MatrixUpdate(), data, (1, 2))
+    read = clear_format(layout.clear_bits).read
     return MatrixPart(
-        B=from_bytes(last(fields[1]), (matrix.out_features, rank), f"B of {matrix.name}"),
-        clear_A=from_bytes(last(fields[2]), (rank, clear), f"A of {matrix.name}"),
+        B=read(last(fields[1]), (matrix.out_features, head.rank), f"B of {matrix.name}"),
+        clear_A=read(last(fields[2]), (head.rank, clear), f"A of {matrix.name}"),
     )
 
 

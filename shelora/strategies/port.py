@@ -27,6 +27,10 @@ class Terms(Protocol):
     def max_directions(self) -> int:
         """Most directions in an aggregate of products."""
 
+    @property
+    def clear_bits(self) -> int:
+        """Bits in which clear values of factors travel where some are encrypted."""
+
 
 class Shapes(Protocol):
     """A model's matrices, without tier_columns, and its tensors."""

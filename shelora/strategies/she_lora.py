@@ -6,7 +6,7 @@ B travels in the clear, and every client has the same key: docs/threat-model.md 
 from dataclasses import replace
 from typing import Final
 
-from shelora.lora.layout import Layout, build_layout
+from shelora.lora.layout import CLEAR_BITS, Layout, build_layout
 from shelora.strategies.port import RoundTerms, Shapes, Terms
 
 
@@ -48,6 +48,7 @@ def products_layout(model: Shapes, terms: Terms, round_: RoundTerms, *, encrypte
         encrypt_tensors=encrypted,
         max_rank=round_.max_rank,
         max_directions=terms.max_directions,
+        clear_bits=terms.clear_bits if encrypted else CLEAR_BITS[-1],
     )
 
 

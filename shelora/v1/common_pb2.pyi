@@ -174,6 +174,7 @@ class Layout(_message.Message):
     MAX_DIRECTIONS_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
     SUMS_FIELD_NUMBER: _builtins.int
+    CLEAR_BITS_FIELD_NUMBER: _builtins.int
     parameters: _builtins.str
     """CKKS profile by name ("standard", "large")."""
     key_id: _builtins.bytes
@@ -184,6 +185,8 @@ class Layout(_message.Message):
     """Largest rank of a client, 1 to 1024."""
     max_directions: _builtins.int
     """Largest number of directions q kept in an aggregate Q [out, q] M [q, in]."""
+    clear_bits: _builtins.int
+    """Bits in which clear values of factors travel: 16 (bfloat16) or 32 (float32); absent: 32."""
     @_builtins.property
     def matrices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Matrix]:
         """Adapted matrices in the model's order."""
@@ -219,12 +222,15 @@ class Layout(_message.Message):
         max_directions: _builtins.int = ...,
         shards: _abc.Iterable[Global___Shard] | None = ...,
         sums: Global___SumTerms | None = ...,
+        clear_bits: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sums", b"sums"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "clear_bits", b"clear_bits", "sums", b"sums"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encrypt_tensors", b"encrypt_tensors", "key_id", b"key_id", "matrices", b"matrices", "max_directions", b"max_directions", "max_rank", b"max_rank", "parameters", b"parameters", "shards", b"shards", "sums", b"sums", "tensors", b"tensors", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "clear_bits", b"clear_bits", "encrypt_tensors", b"encrypt_tensors", "key_id", b"key_id", "matrices", b"matrices", "max_directions", b"max_directions", "max_rank", b"max_rank", "parameters", b"parameters", "shards", b"shards", "sums", b"sums", "tensors", b"tensors", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__clear_bits: _TypeAlias = _typing.Literal["clear_bits"]  # noqa: Y015
+    _WhichOneofArgType__clear_bits: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clear_bits) -> _WhichOneofReturnType__clear_bits | None: ...
 
 Global___Layout: _TypeAlias = Layout  # noqa: Y015
 
@@ -367,10 +373,12 @@ class MatrixUpdate(_message.Message):
     B_FIELD_NUMBER: _builtins.int
     CLEAR_A_FIELD_NUMBER: _builtins.int
     b: _builtins.bytes
-    """B [out_features, rank], float32 little-endian, row major."""
+    """B [out_features, rank], little-endian, row major: float32, or bfloat16 (a float32's upper half) if the layout has 16
+    clear_bits.
+    """
     clear_a: _builtins.bytes
-    """The columns of A that the client does not encrypt, in the secret column order, [rank, clear columns], float32
-    little-endian, row major. Every magnitude is at most 1.
+    """The columns of A that the client does not encrypt, in the secret column order, [rank, clear columns], in the same
+    format. Every magnitude is at most 1.
     """
     def __init__(
         self,

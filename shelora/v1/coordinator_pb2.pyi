@@ -427,6 +427,7 @@ class ProtectionSpec(_message.Message):
     COVERAGE_FLOOR_FIELD_NUMBER: _builtins.int
     MAX_VOTE_WEIGHT_FIELD_NUMBER: _builtins.int
     KEY_ROTATION_ROUNDS_FIELD_NUMBER: _builtins.int
+    CLEAR_BITS_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
     """"complete" (only encrypted sums, which a committee of the round's clients opens), "selective" (encrypt each client's
     budget of columns, all tensors) or "none". Absent: "selective", which callers meant that did not send it; in YAML:
@@ -452,6 +453,8 @@ class ProtectionSpec(_message.Message):
     """Most votes that one client may come to have, 1 to 64. Without a coverage_floor every client has one."""
     key_rotation_rounds: _builtins.int
     """Training rounds after which the keys are replaced, 0 to 10000; 0 for never, unless asked for or after a revocation."""
+    clear_bits: _builtins.int
+    """Bits in which "selective" sends clear values of factors: 16 (bfloat16) or 32 (float32, as published)."""
     def __init__(
         self,
         *,
@@ -464,11 +467,14 @@ class ProtectionSpec(_message.Message):
         coverage_floor: _builtins.float | None = ...,
         max_vote_weight: _builtins.float | None = ...,
         key_rotation_rounds: _builtins.int | None = ...,
+        clear_bits: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "clear_bits", b"clear_bits", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "clear_bits", b"clear_bits", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clear_bits: _TypeAlias = _typing.Literal["clear_bits"]  # noqa: Y015
+    _WhichOneofArgType__clear_bits: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits"]  # noqa: Y015
     _WhichOneofReturnType__common_weight: _TypeAlias = _typing.Literal["common_weight"]  # noqa: Y015
     _WhichOneofArgType__common_weight: _TypeAlias = _typing.Literal["_common_weight", b"_common_weight"]  # noqa: Y015
     _WhichOneofReturnType__coverage_floor: _TypeAlias = _typing.Literal["coverage_floor"]  # noqa: Y015
@@ -487,6 +493,8 @@ class ProtectionSpec(_message.Message):
     _WhichOneofArgType__parameters: _TypeAlias = _typing.Literal["_parameters", b"_parameters"]  # noqa: Y015
     _WhichOneofReturnType__tensor_bound: _TypeAlias = _typing.Literal["tensor_bound"]  # noqa: Y015
     _WhichOneofArgType__tensor_bound: _TypeAlias = _typing.Literal["_tensor_bound", b"_tensor_bound"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clear_bits) -> _WhichOneofReturnType__clear_bits | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__common_weight) -> _WhichOneofReturnType__common_weight | None: ...
     @_typing.overload

@@ -48,6 +48,11 @@ class Products:
                 raise DomainError(Reason.PROTECTION_REFUSED, "the round asks for whole tensors in the clear")
             tiers_reaching(layout.tiers, budget)
             require_layout(layout.parameters == terms.parameters, "it names another CKKS profile")
+            if layout.clear_bits > terms.clear_bits:
+                raise DomainError(
+                    Reason.PROTECTION_REFUSED,
+                    f"the round asks for clear parts in {layout.clear_bits} bits, the federation promised {terms.clear_bits}",
+                )
 
     def check_result(self, layout: Layout, model: Adapted) -> None:
         """As of `AgentStrategy`."""

@@ -39,6 +39,7 @@ def layout_of(model: AdaptedModel, plan: Plan, **changes: Any) -> Layout:
         "encrypt_tensors": True,
         "max_rank": 8,
         "max_directions": 16,
+        "clear_bits": PROTECTION.clear_bits,
     }
     return build_layout(**(fields | changes))
 
@@ -56,6 +57,15 @@ def secrets_of(key: SecretKey, **changes: Any) -> key_authority_pb2.GetEpochSecr
 def test_a_layout_under_the_plan_is_accepted(model: AdaptedModel) -> None:
     plan = plan_of(model)
     SHE_LORA.check(layout_of(model, plan), model, PROTECTION, plan, 1.0)
+
+
+def test_clear_parts_in_more_bits_than_promised_are_refused(model: AdaptedModel) -> None:
+    plan = plan_of(model)
+    with pytest.raises(DomainError, match="clear parts in 32 bits, the federation promised 16") as caught:
+        SHE_LORA.check(layout_of(model, plan, clear_bits=32), model, PROTECTION, plan, 1.0)
+    assert caught.value.reason is Reason.PROTECTION_REFUSED
+    published = PROTECTION.model_copy(update={"clear_bits": 32})
+    SHE_LORA.check(layout_of(model, plan), model, published, plan, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shelora.errors import DomainError, Reason
-from shelora.lora.codec import decode_result
+from shelora.lora.codec import decode_result, decode_update
 from shelora.lora.kind import Contribution
 from shelora.lora.layout import Tensor
 from shelora.lora.restore import restore
@@ -45,6 +45,25 @@ def refused(call, *arguments):
 def error_of(cohort, restored, name):
     update, exact = restored.matrices[name], cohort.exact(name)
     return np.abs(update.Q @ update.M - exact).max() / max(np.abs(exact).max(), 1e-300)
+
+
+def test_clear_parts_in_16_bits_are_half_the_bytes_and_cost_a_thousandth():
+    whole, half = cohort_of(tiers=(0, 0, 0)), cohort_of(tiers=(0, 0, 0), clear_bits=16)
+    sizes = [[len(shard) for shard in c.updates()[0]][0] for c in (whole, half)]
+    values = 2 * (20 + 30 + 12 + 40)  # rank 2; the first shard's two matrices
+    assert sizes[0] - sizes[1] == pytest.approx(2 * values, abs=16)
+    restored = half.restored()
+    for name in half.layout.matrices[0].name, half.layout.matrices[2].name:
+        update, exact = restored.matrices[name], half.exact(name)
+        assert np.linalg.norm(update.Q @ update.M - exact) < 2**-8 * np.linalg.norm(exact)
+    for client in range(len(half.members)):
+        with pytest.raises(DomainError, match="does not fit its layout: B of"):
+            decode_update(whole.layout, 0, _relabelled(half, whole, client))
+
+
+def _relabelled(half, whole, client):
+    """A 16-bit shard that says it was made for the 32-bit layout."""
+    return half.updates()[client][0].replace(half.layout.digest, whole.layout.digest)
 
 
 def test_directions_beyond_the_limit_are_cut_to_the_best_approximation_of_the_stacked_b():

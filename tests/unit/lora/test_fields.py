@@ -1,8 +1,18 @@
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shelora.lora.fields import bytes_field, message_field, serialized, take_fields
+from shelora.errors import DomainError
+from shelora.lora.fields import (
+    bytes_field,
+    from_half_bytes,
+    half_bytes,
+    message_field,
+    serialized,
+    take_fields,
+)
 from shelora.v1 import common_pb2 as pb
 
 
@@ -64,3 +74,16 @@ def test_random_bytes_are_taken_apart_or_refused(data):
     except ValueError:
         return
     assert sum(map(len, taken[1] + taken[2])) + len(others) <= len(data)
+
+
+@given(values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), max_size=40))
+def test_half_values_are_the_bfloat16_that_torch_rounds_to(values):
+    given_values = np.array(values, np.float32)
+    read = from_half_bytes(half_bytes(given_values), given_values.shape, "B")
+    assert (read == torch.tensor(given_values).bfloat16().float().numpy()).all()
+    assert (from_half_bytes(half_bytes(read), read.shape, "B") == read).all()
+
+
+def test_half_values_of_another_count_are_refused():
+    with pytest.raises(DomainError, match=r"B has 6 bytes for shape \(4,\)"):
+        from_half_bytes(bytes(6), (4,), "B")

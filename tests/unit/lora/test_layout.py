@@ -179,6 +179,7 @@ CHANGES = {
     "encrypt_tensors": st.just(False),
     "max_rank": st.integers(1, 1024).filter(lambda v: v != 4),
     "max_directions": st.integers(1, 2**20).filter(lambda v: v != 16),
+    "clear_bits": st.just(16),
     "shards": st.just((Shard(matrices=(0,)), Shard(matrices=(1,)), Shard(tensors=(0,)))),
 }
 
@@ -204,6 +205,7 @@ def test_a_digest_does_not_depend_on_how_numbers_are_written():
         {"max_rank": 0},
         {"max_rank": 1025},
         {"max_directions": 0},
+        {"clear_bits": 8},
         {"tiers": (0.5, 0.25)},
         {"tiers": (0.25, 0.25)},
         {"tiers": (0.0, 0.5)},

@@ -27,6 +27,7 @@ class SumProtection:
     parameters: str = "standard"
     tensor_bound: float = 2.0
     max_directions: int = 64
+    clear_bits: int = 32
 
 
 @dataclass(frozen=True)

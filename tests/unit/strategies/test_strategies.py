@@ -26,6 +26,7 @@ class Terms:
     parameters: str = INSECURE_TOY.name
     tensor_bound: float = 4.0
     max_directions: int = 64
+    clear_bits: int = 32
     ckks = INSECURE_TOY
 
 
