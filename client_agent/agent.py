@@ -22,7 +22,7 @@ from client_agent.state import AgentState
 from client_agent.work import Identity, Work
 from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
-from shelora.federation import FederationSpec, TrainingSpec
+from shelora.federation import FederationSpec, TrainingSpec, one_step
 from shelora.levels import Level
 from shelora.protocol import Stage
 from shelora.telemetry.outages import Outage
@@ -162,6 +162,8 @@ class Agent:
     ) -> Outcome:
         spec = await self._specification(session)
         self._require_protection(spec.protection.level, state)
+        if unwise := one_step(spec.protection.mode, spec.training.local_steps):
+            _log.warning("one_step_a_round", why=unwise)
         learner = await worker.run(self._learn, self._config, spec.training, state, spec.round.rounds)
         _log.info("model_ready", matrices=len(learner.model.matrices), examples=len(learner.examples))
         identity = Identity(

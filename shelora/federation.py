@@ -79,6 +79,17 @@ class Spec(StrictModel):
     model_config = ConfigDict(strict=True)
 
 
+def one_step(mode: str, local_steps: int) -> str:
+    """What is unwise about so few local steps in that mode, with the remedy; "" for nothing."""
+    if local_steps != 1 or not strategy_of(mode).shows_factors:
+        return ""
+    return (
+        f"training.local_steps is 1, and under {mode} servers see factors of every update: one step's tell which "
+        "sentences were in a batch, and at 32 bits the sentences themselves (docs/threat-model.md). Use at least 10 "
+        "steps, or protection.mode: complete"
+    )
+
+
 class TrainingSpec(Spec):
     """What training agents agree on; rank, alpha and budget are each client's own."""
 
@@ -106,7 +117,8 @@ class TrainingSpec(Spec):
     whole in every round, and no value may exceed tensor_bound."""
 
     local_steps: Annotated[int, Field(ge=1, le=100_000)] = 20
-    """Optimizer steps a round: more drift apart between clients, fewer waste the round's traffic."""
+    """Optimizer steps a round: more drift apart between clients, fewer waste the round's traffic. Never 1 under
+    `selective`: what travels in the clear then tells which sentences an agent trained on."""
 
     local_epochs: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Passes over its data that a client trains a round, in no more than `local_steps` steps; 0 always trains

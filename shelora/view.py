@@ -10,6 +10,7 @@ from statistics import median, median_low
 from typing import Final
 
 from shelora.errors import Reason
+from shelora.federation import one_step
 from shelora.strategies.registry import strategies, strategy_of
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -184,6 +185,12 @@ def needs_keys(mode: str) -> bool:
 def needs_committee(mode: str) -> bool:
     """Whether a committee of clients opens each round's sum."""
     return mode in strategies() and strategy_of(mode).needs_committee
+
+
+def caution(spec: pb.FederationSpec) -> str:
+    """What an operator should know of a specification that is valid and unwise, in a sentence; "" for none."""
+    mode = spec.protection.mode
+    return one_step(mode, spec.training.local_steps) if mode in strategies() else ""
 
 
 def activity(federation: pb.Federation) -> str:

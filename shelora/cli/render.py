@@ -19,6 +19,7 @@ from shelora.view import (
     PHASES,
     RoundFigures,
     activity,
+    caution,
     dropped_updates,
     encrypts,
     heading,
@@ -90,6 +91,8 @@ def _headline(federation: pb.Federation) -> Text:
     text = Text.assemble(
         (heading(federation), "bold"), f"\n{spec.training.base_model}, {protection}\n{activity(federation)}"
     )
+    if warning := caution(spec):
+        text.append(f"\n{warning}", style="yellow")
     if spoiled := ", ".join(round_name(summary) for summary in spoiled_rounds(federation)):
         text.append(f"\nspoiled, as agents could not open their sums: {spoiled}", style="yellow")
     if federation.failure:

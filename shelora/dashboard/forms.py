@@ -117,7 +117,7 @@ def _input(
         text=text,
         hint=" ".join((field.description or "").split()),
         choices=_choices(path, field),
-        numeric=field.annotation in {int, float},
+        numeric=_is_number(field.annotation),
         required=field.is_required(),
         error=errors.get(path, ""),
     )
@@ -128,11 +128,11 @@ def _choices(path: str, field: FieldInfo) -> tuple[str, ...]:
         return strategies()
     if path == "protection.parameters":
         return tuple(sorted(p.name for p in PROFILES.values() if p.secure))
-    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return tuple(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ()
 
 
 def _shown(default: Any) -> str:  # noqa: ANN401 - of any field
-    if default is PydanticUndefined:
+    if default is PydanticUndefined or default is None:
         return ""
     return ", ".join(default) if isinstance(default, tuple) else str(default)
 
@@ -152,12 +152,17 @@ def _value(path: str, text: str) -> Any:  # noqa: ANN401 - of any field
     kind = _annotation(path)
     if get_origin(kind) is tuple:
         return [part.strip() for part in text.split(",") if part.strip()]
-    if kind in {int, float}:
+    if _is_number(kind):
         try:
             return parse_yaml(text, path)
         except DomainError:
             return text
     return text
+
+
+def _is_number(kind: Any) -> bool:  # noqa: ANN401 - a type, a form of typing or a choice
+    """Whether values are numbers: a type, a choice of them, or one that may be absent."""
+    return kind in {int, float} or isinstance(kind, int) or any(map(_is_number, get_args(kind)[:2]))
 
 
 def _annotation(path: str) -> Any:  # noqa: ANN401 - a type or a form of typing

@@ -22,6 +22,7 @@ from shelora.view import (
     STATES,
     RoundFigures,
     activity,
+    caution,
     dropped_updates,
     encrypts,
     member_troubles,
@@ -121,6 +122,8 @@ class FederationPage:
     protection: str
     mode: str
     servers_see: str
+    caution: str
+    """What is unwise about its specification; "" for nothing."""
     committee: bool
     keyed: bool
     rounds: tuple[RoundRow, ...]
@@ -177,6 +180,7 @@ def federation_page(federation: pb.Federation, memory: Memory, now_s: float) -> 
         protection=protection_summary(mode),
         mode=mode,
         servers_see=servers_see(mode),
+        caution=caution(federation.spec),
         committee=needs_committee(mode),
         keyed=needs_keys(mode),
         rounds=_timeline(federation),

@@ -10,7 +10,16 @@ from typing import Generic, TypeVar
 from google.protobuf.message import Message
 
 from shelora.errors import DomainError, Reason
-from shelora.lora.fields import Pieces, bytes_field, clear_format, float_bytes, last, message_field, serialized, take
+from shelora.lora.fields import (
+    Pieces,
+    bytes_field,
+    clear_format,
+    float_bytes,
+    last,
+    message_field,
+    serialized,
+    take,
+)
 from shelora.lora.kind import Fields, UpdateHead
 from shelora.lora.kinds import kind_of
 from shelora.lora.layout import FORMAT, Layout, Shard

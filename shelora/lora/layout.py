@@ -218,8 +218,6 @@ class Layout:
             raise refuse(f"max_rank must be 1 to {MAX_RANK}")
         if self.max_directions < 1:
             raise refuse("max_directions must be at least 1")
-        if self.clear_bits not in CLEAR_BITS:
-            raise refuse(f"clear_bits must be one of {CLEAR_BITS}")
         self._check_counts()
         if any(not 0 < b <= 1 for b in self.tiers) or list(self.tiers) != sorted(set(self.tiers)):
             raise refuse("tiers must be strictly increasing budgets in (0, 1]")
@@ -240,6 +238,8 @@ class Layout:
     def _check_counts(self) -> None:
         if max(len(self.matrices), len(self.tensors)) > MAX_ITEMS or len(self.tiers) > MAX_TIERS:
             raise refuse(f"a layout has at most {MAX_ITEMS} matrices, as many tensors and {MAX_TIERS} tiers")
+        if self.clear_bits not in CLEAR_BITS:
+            raise refuse(f"clear_bits must be one of {CLEAR_BITS}")
 
     @property
     def encrypts(self) -> bool:

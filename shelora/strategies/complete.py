@@ -24,6 +24,7 @@ class Complete:
     needs_plan: bool = False
     needs_committee: bool = True
     most_updates: int = MAX_CONTRIBUTORS
+    shows_factors: bool = False
     summary: str = "only encrypted sums"
     servers_see: str = (
         "No part of an update: ciphertexts under fresh keys that nobody shares, and their sum. A committee of the "

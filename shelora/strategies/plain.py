@@ -15,6 +15,7 @@ class Plain:
     needs_plan: Final = False
     needs_committee: Final = False
     most_updates: Final = 0
+    shows_factors: Final = True
     summary: Final = "UNPROTECTED"
     servers_see: Final = "Everything: updates travel in the clear. For comparison only."
 

@@ -82,6 +82,10 @@ class Strategy(Protocol):
         """Most updates in one round's result; more clients than that are not asked. 0 for no limit of its own."""
 
     @property
+    def shows_factors(self) -> bool:
+        """Whether servers see factors of a single client's update, or parts of them."""
+
+    @property
     def summary(self) -> str:
         """What it protects, in some words, for a status line."""
 

@@ -18,6 +18,7 @@ class SheLora:
     needs_plan: Final = True
     needs_committee: Final = False
     most_updates: Final = 0
+    shows_factors: Final = True
     summary: Final = "every agent's budget encrypted"
     servers_see: Final = (
         "All of B, and the columns of A beyond each agent's budget, in secret order. The rest is encrypted with CKKS "

@@ -3,6 +3,8 @@
 from rich.console import Console
 
 from shelora.cli.render import federation_view, federations_table
+from shelora.dashboard.memory import Memory
+from shelora.dashboard.model import federation_page
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import STATES, round_figures, size, standing, training_rounds
 
@@ -176,3 +178,18 @@ def test_a_federation_that_is_over_says_how_many_rounds_were_done():
     assert standing(over).endswith("5 of 5 training rounds done")
     over.phase, over.trained_rounds = pb.PHASE_FAILED, 2
     assert standing(over).endswith("2 of 5 training rounds done")
+
+
+def test_one_local_step_is_warned_of_where_servers_see_factors():
+    said = federation()
+    for mode, steps, warned in (
+        ("selective", 1, True),
+        ("none", 1, True),
+        ("selective", 2, False),
+        ("complete", 1, False),
+    ):
+        said.spec.protection.mode, said.spec.training.local_steps = mode, steps
+        console = Console(width=400, record=True)
+        console.print(federation_view(said))
+        assert ("local_steps is 1, and under" in console.export_text()) is warned
+        assert bool(federation_page(said, Memory(), 0.0).caution) is warned

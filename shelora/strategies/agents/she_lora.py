@@ -51,7 +51,8 @@ class Products:
             if layout.clear_bits > terms.clear_bits:
                 raise DomainError(
                     Reason.PROTECTION_REFUSED,
-                    f"the round asks for clear parts in {layout.clear_bits} bits, the federation promised {terms.clear_bits}",
+                    f"the round asks for clear parts in {layout.clear_bits} bits, and the federation promised "
+                    f"{terms.clear_bits}",
                 )
 
     def check_result(self, layout: Layout, model: Adapted) -> None:

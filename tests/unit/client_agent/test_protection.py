@@ -61,7 +61,7 @@ def test_a_layout_under_the_plan_is_accepted(model: AdaptedModel) -> None:
 
 def test_clear_parts_in_more_bits_than_promised_are_refused(model: AdaptedModel) -> None:
     plan = plan_of(model)
-    with pytest.raises(DomainError, match="clear parts in 32 bits, the federation promised 16") as caught:
+    with pytest.raises(DomainError, match="clear parts in 32 bits, and the federation promised 16") as caught:
         SHE_LORA.check(layout_of(model, plan, clear_bits=32), model, PROTECTION, plan, 1.0)
     assert caught.value.reason is Reason.PROTECTION_REFUSED
     published = PROTECTION.model_copy(update={"clear_bits": 32})

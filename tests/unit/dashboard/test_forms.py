@@ -38,6 +38,7 @@ def test_every_field_of_the_yaml_file_is_in_the_form_with_its_default():
         ("training.labels", "cold", "at least 2 different classes"),
         ("protection.mode", "magic", "use 'complete' or 'selective'"),
         ("protection.parameters", "weak", "use one of"),
+        ("protection.clear_bits", "24", "16 or 32"),
         ("round.clients", "1", "at least 2"),
         ("round.target_updates", "1", "less than min_updates"),
         ("screening.max_norm_ratio", "1", "at least 2"),

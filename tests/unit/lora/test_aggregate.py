@@ -49,7 +49,7 @@ def error_of(cohort, restored, name):
 
 def test_clear_parts_in_16_bits_are_half_the_bytes_and_cost_a_thousandth():
     whole, half = cohort_of(tiers=(0, 0, 0)), cohort_of(tiers=(0, 0, 0), clear_bits=16)
-    sizes = [[len(shard) for shard in c.updates()[0]][0] for c in (whole, half)]
+    sizes = [len(c.updates()[0][0]) for c in (whole, half)]
     values = 2 * (20 + 30 + 12 + 40)  # rank 2; the first shard's two matrices
     assert sizes[0] - sizes[1] == pytest.approx(2 * values, abs=16)
     restored = half.restored()

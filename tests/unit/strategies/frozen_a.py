@@ -16,6 +16,7 @@ class FrozenA:
     needs_plan: bool = False
     needs_committee: bool = False
     most_updates: int = 0
+    shows_factors: bool = False
     summary: str = "B encrypted, A frozen"
     servers_see: str = "Ciphertexts of B. A is the same for all and never travels."
 
