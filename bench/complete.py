@@ -102,6 +102,7 @@ class Model:
     parameters: str = "standard"
     tensor_bound: float = 1.0
     max_directions: int = 1
+    clear_bits: int = 32
     tensors: tuple[Tensor, ...] = ()
 
     @property
