@@ -4,8 +4,8 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -28,6 +28,8 @@ from shelora.errors import DomainError
 
 FELLOWS: Final = (2, 3, 4, 8, 16)
 OUTSIDERS: Final = 24
+THREADS: Final = 2
+"""Of an attack; agents have one each."""
 _CAUSAL: Final[dict[str, Any]] = {
     "task": "causal-lm",
     "max_tokens": 32,
@@ -39,9 +41,11 @@ _CLASSIFIER: Final[dict[str, Any]] = {
     "max_tokens": 32,
     "learning_rate": 0.003,
     "modules": ("query", "value"),
-    "rounds": 1,
 }
 console = Console()
+
+
+Attacks = Callable[[Performance, Public], Iterable[Finding]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +53,7 @@ class Case:
     """A federation and what is tried on it."""
 
     scene: Scene
-    data: str
-    attacks: Callable[[Performance, Public, str], list[Finding]]
+    attacks: Attacks
 
 
 def main(
@@ -60,6 +63,10 @@ def main(
     ),
     only: Annotated[str, typer.Option(help="Only cases whose name holds this.")] = "",
     seed: Annotated[int, typer.Option(help="Draws the clients' texts.")] = 0,
+    *,
+    everything: Annotated[
+        bool, typer.Option("--all", help="More batches and steps, and small budgets: an hour.")
+    ] = False,
 ) -> None:
     """Attacks the messages of real federations in every protection mode and prints a table.
 
@@ -71,7 +78,7 @@ def main(
     folder.mkdir(parents=True)
     try:
         with interruptible():
-            findings = _findings(folder, downloads, only, seed)
+            findings = _findings(folder, downloads, only, _cases(downloads, seed, everything=everything))
     except DomainError as error:
         console.print(f"the run failed: {error.reason}\n{error.message}", markup=False, highlight=False)
         sys.exit(1)
@@ -89,9 +96,9 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
-def _findings(folder: Path, downloads: Path, only: str, seed: int) -> list[Finding]:
+def _findings(folder: Path, downloads: Path, only: str, every: Iterable[Case]) -> list[Finding]:
     models = {"causal-lm": assets.smollm2(downloads), "sequence-classification": assets.minilm(downloads)}
-    cases = [case for case in _cases(downloads, seed) if only in case.scene.name]
+    cases = [case for case in every if only in case.scene.name]
     findings = list(simulated.findings(models["sequence-classification"], downloads)) if not only else []
     public: dict[str, Public] = {}
     cluster = LocalCluster(folder / "cluster", fixed_ports=False, settings=SETTINGS)
@@ -104,7 +111,8 @@ def _findings(folder: Path, downloads: Path, only: str, seed: int) -> list[Findi
             if case.scene.task not in public:
                 public[case.scene.task] = Public(case.scene, model)
             public[case.scene.task].scene = case.scene
-            findings += case.attacks(performance, public[case.scene.task], case.data)
+            torch.set_num_threads(THREADS)
+            findings += case.attacks(performance, public[case.scene.task])
             attacked = time.monotonic() - started - ran
             line = f"{number}/{len(cases)} {case.scene.name}: ran {ran:.0f} s, attacked {attacked:.0f} s"
             console.print(line, highlight=False)
@@ -112,97 +120,149 @@ def _findings(folder: Path, downloads: Path, only: str, seed: int) -> list[Findi
     return findings
 
 
-def _cases(downloads: Path, seed: int) -> Iterator[Case]:
-    everything = [e for e in assets.reuters(downloads) if len(e.text) >= 25]
-    topics = [e for e in everything if len(e.text) <= 140]
-    snippets = [e for e in assets.tomatoes(downloads) if 25 <= len(e.text) <= 70]
+def _cases(downloads: Path, seed: int, *, everything: bool) -> Iterator[Case]:
+    news = [e for e in assets.reuters(downloads) if len(e.text) >= SHORTEST]
+    topics = [e for e in news if len(e.text) <= LONGEST_TOPIC]
+    snippets = [e for e in assets.tomatoes(downloads) if SHORTEST <= len(e.text) <= LONGEST_SNIPPET]
     rng = np.random.default_rng(seed)
     rng.shuffle(topics)
     rng.shuffle(snippets)
-    private = [Example(text, "") for text in assets.PRIVATE]
-    for mode in MODES:
-        yield from _causal_cases(mode, private, snippets, topics)
-        yield from _classifier_cases(mode, topics, everything)
-    yield _fellows(snippets, steps=1)
+    for mode in (NONE, PUBLISHED, SELECTIVE, COMPLETE):
+        yield _texts(mode, snippets, topics)
+        if mode is not PUBLISHED or everything:  # of B in 32 bits, as under `none`
+            yield from _members(mode, topics, everything=everything)
+            yield from _classifiers(mode, topics, news, everything=everything)
+    yield _fellows(snippets, 10)
+    yield _colluding(snippets)
+    if everything:
+        yield _fellows(snippets, 1)
+        yield from _budgets(topics)
 
 
-MODES: Final = ("none", "selective", "complete")
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A mode of protection, as a federation asks for it."""
+
+    name: str
+    mode: str
+    clear_bits: int = 16
+
+    @property
+    def leaks(self) -> bool:
+        """Whether anything is in the clear."""
+        return self.mode != "complete"
 
 
-def _causal_cases(
-    mode: str, private: list[Example], snippets: list[Example], topics: list[Example]
+NONE: Final = Mode("none", "none")
+PUBLISHED: Final = Mode("published", "selective", 32)
+SELECTIVE: Final = Mode("selective", "selective")
+COMPLETE: Final = Mode("complete", "complete")
+SHORTEST: Final = 25
+LONGEST_SNIPPET: Final = 70
+LONGEST_TOPIC: Final = 140
+"""Characters."""
+
+
+def _texts(mode: Mode, snippets: list[Example], topics: list[Example]) -> Case:
+    """Sentences, one a client: by decoding, by spans, and by columns of A in the second round."""
+    exact = mode.leaks and mode is not SELECTIVE
+    sources = (
+        ("private sentences", [Example(text, "") for text in assets.PRIVATE]),
+        ("Rotten Tomatoes", snippets[:2]),
+        ("R8", topics[:2]),
+    )
+    clients = tuple(
+        replace(client, name=f"{data[:2].lower()}-{client.name}", data=data)
+        for data, examples in sources
+        for client in _clients([[example] for example in examples], 32)
+    )
+    scene = _causal(f"text-{mode.name}", mode, clients, 1, 1, rounds=2 if mode is NONE else 1)
+
+    def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
+        most = len(assets.PRIVATE) if mode in {PUBLISHED, SELECTIVE} else 1
+        yield from experiments.decoded(performance, public, most=most, control=exact)
+        if mode.leaks:
+            secrets = insiders.secrets_of(performance, scene.clients[0].name)
+            who = "server" if mode is NONE else KNOWS_A
+            yield experiments.spanned(performance, public, secrets, who, control=exact)
+        if mode is NONE:
+            yield from experiments.by_budget(performance, public)
+
+    return Case(scene=scene, attacks=attacks)
+
+
+KNOWS_A: Final = "server that knows the initial A (public in the authors' code), or with one colluding client"
+
+
+def _members(mode: Mode, topics: list[Example], *, everything: bool) -> Iterator[Case]:
+    for batch, steps in ((1, 1), (4, 1), (4, 10), *(((16, 1), (16, 10), (1, 10)) if everything else ())):
+        clients = _clients(_cut(topics[200:], 3, batch), rank=8, data="R8")
+        scene = _causal(f"member-{mode.name}-{batch}-{steps}", mode, clients, steps, batch)
+        yield Case(
+            scene=scene, attacks=_membership(topics, control=mode is NONE and batch == 1 and steps == 1)
+        )
+
+
+def _classifiers(
+    mode: Mode, topics: list[Example], news: list[Example], *, everything: bool
 ) -> Iterator[Case]:
-    """Text: sentences by decoding and by spans, at one step; membership at more."""
-
-    def text(performance: Performance, public: Public, data: str) -> list[Finding]:
-        found = [experiments.decoded(performance, public, data, control=mode in {"none", "selective"})]
-        if mode == "complete":
-            return found
-        secrets = insiders.secrets_of(performance, performance.scene.clients[0].name)
-        who = "server" if mode == "none" else "server with one colluding client"
-        return [*found, experiments.spanned(performance, public, data, secrets, who, control=True)]
-
-    for data, texts in (("private sentences", private), ("Rotten Tomatoes", snippets), ("R8", topics)):
-        count = 3 if data == "private sentences" else 2
-        clients = _clients([[example] for example in texts[:count]], rank=32)
+    for batch, steps in ((1, 1), (4, 10), *(((4, 1), (16, 1), (16, 10)) if everything else ())):
+        clients = _clients(_cut(topics[400:], 8, batch), rank=8, data="R8")
+        scene = _classifier(f"class-{mode.name}-{batch}-{steps}", mode, clients, steps, batch)
         yield Case(
-            scene=_causal(f"text-{mode}-{data.split()[0].lower()}", mode, clients, 1, 1),
-            data=data,
-            attacks=text,
+            scene=scene, attacks=_membership(topics, control=mode is NONE and steps == 1 and batch == 1)
         )
-    for batch, steps in ((1, 1), (4, 1), (4, 10)):
-        clients = _clients(_cut(topics[200:], 3, batch), rank=8)
-        scene = _causal(f"member-{mode}-{batch}-{steps}", mode, clients, steps, batch)
-        yield Case(scene=scene, data="R8", attacks=_membership(topics, control=mode != "complete"))
-
-
-def _classifier_cases(mode: str, topics: list[Example], everything: list[Example]) -> Iterator[Case]:
-    for batch, steps in ((1, 1), (4, 10)):
-        clients = _clients(_cut(topics[400:], 8, batch), rank=8)
-        scene = Scene(
-            name=f"class-{mode}-{batch}-{steps}",
-            mode=mode,
-            clients=clients,
-            steps=steps,
-            batch=batch,
-            classes=LABELS,
-            **_CLASSIFIER,
-        )
-        yield Case(
-            scene=scene, data="R8", attacks=_membership(topics, control=mode != "complete" and steps == 1)
-        )
-    clients = _clients(_uneven(everything, 12, 16), rank=8)
-    scene = Scene(
-        name=f"labels-{mode}", mode=mode, clients=clients, steps=5, batch=8, classes=LABELS, **_CLASSIFIER
-    )
+    clients = _clients(_uneven(news, 12, 16), rank=8, data="R8, Dirichlet 0.3")
     yield Case(
-        scene=scene,
-        data="R8, Dirichlet 0.3",
-        attacks=lambda p, public, data: [experiments.labels(p, public, data)],
+        scene=_classifier(f"labels-{mode.name}", mode, clients, 5, 8),
+        attacks=lambda p, public: [experiments.labels(p, public)],
     )
 
 
-def _membership(
-    topics: list[Example], *, control: bool
-) -> Callable[[Performance, Public, str], list[Finding]]:
+def _membership(topics: list[Example], *, control: bool) -> Attacks:
     outsiders = [example.text for example in topics[-OUTSIDERS:]]
-    return lambda p, public, data: [experiments.membership(p, public, data, outsiders, control=control)]
+    return lambda p, public: [experiments.membership(p, public, outsiders, control=control)]
 
 
 def _fellows(snippets: list[Example], steps: int) -> Case:
-    def attacks(performance: Performance, public: Public, data: str) -> list[Finding]:
+    def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
         secrets = insiders.secrets_of(performance, performance.scene.clients[0].name)
-        return experiments.fellow(performance, public, data, secrets, FELLOWS)
+        yield from experiments.fellow(performance, public, secrets, FELLOWS)
 
-    clients = _clients([[example] for example in snippets[100 : 100 + max(FELLOWS)]], rank=32)
-    return Case(scene=_causal("fellows", "none", clients, steps, 1), data="Rotten Tomatoes", attacks=attacks)
-
-
-def _causal(name: str, mode: str, clients: tuple[Client, ...], steps: int, batch: int) -> Scene:
-    return Scene(name=name, mode=mode, clients=clients, steps=steps, batch=batch, rounds=1, **_CAUSAL)
+    clients = _clients([[e] for e in snippets[100 : 100 + max(FELLOWS)]], 16, data="Rotten Tomatoes")
+    return Case(scene=_causal(f"fellows-{steps}", NONE, clients, steps, 1), attacks=attacks)
 
 
-def _clients(parts: Sequence[Sequence[Example]], rank: int) -> tuple[Client, ...]:
+def _colluding(snippets: list[Example]) -> Case:
+    def attacks(performance: Performance, public: Public) -> list[Finding]:
+        secrets = insiders.secrets_of(performance, performance.scene.clients[0].name)
+        return [experiments.colluding(performance, public, secrets)]
+
+    clients = _clients([[e] for e in snippets[100:103]], 16, data="Rotten Tomatoes")
+    return Case(scene=_causal("colluding-complete", COMPLETE, clients, 10, 1), attacks=attacks)
+
+
+def _budgets(topics: list[Example]) -> Iterator[Case]:
+    """Federations whose clients really encrypt less."""
+    for budget in (0.001, 0.1):
+        clients = tuple(replace(c, budget=budget) for c in _clients(_cut(topics[200:], 3, 1), 8, data="R8"))
+        scene = _causal(f"budget-{budget:g}", SELECTIVE, clients, 1, 1)
+        yield Case(scene=scene, attacks=_membership(topics, control=False))
+
+
+def _causal(
+    name: str, mode: Mode, clients: tuple[Client, ...], steps: int, batch: int, rounds: int = 1
+) -> Scene:
+    terms: dict[str, Any] = {"mode": mode.mode, "clear_bits": mode.clear_bits, "rounds": rounds} | _CAUSAL
+    return Scene(name=name, clients=clients, steps=steps, batch=batch, **terms)
+
+
+def _classifier(name: str, mode: Mode, clients: tuple[Client, ...], steps: int, batch: int) -> Scene:
+    terms: dict[str, Any] = {"mode": mode.mode, "clear_bits": mode.clear_bits, "rounds": 1} | _CLASSIFIER
+    return Scene(name=name, clients=clients, steps=steps, batch=batch, classes=LABELS, **terms)
+
+
+def _clients(parts: Sequence[Sequence[Example]], rank: int, data: str = "") -> tuple[Client, ...]:
     return tuple(
         Client(
             name=f"client-{index:02d}",
@@ -210,6 +270,7 @@ def _clients(parts: Sequence[Sequence[Example]], rank: int) -> tuple[Client, ...
             labels=tuple(e.label for e in part),
             rank=rank,
             alpha=float(rank),
+            data=data,
         )
         for index, part in enumerate(parts)
     )

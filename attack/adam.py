@@ -14,6 +14,14 @@ EPSILON: Final = 1e-8
 """The eps of torch's AdamW."""
 FLOAT_STEP: Final = 1e-7
 """About the distance of two float32 numbers near 1."""
+HALF_BITS: Final = 16
+HALF_STEP: Final = 2.0**-9
+"""That of bfloat16."""
+
+
+def step_of(bits: int) -> float:
+    """The distance of two numbers near 1 in a format of so many bits."""
+    return HALF_STEP if bits == HALF_BITS else FLOAT_STEP
 
 
 def gradient(step: Float64, learning_rate: float, floor: float = FLOAT_STEP) -> Float64:
@@ -27,12 +35,12 @@ def gradient(step: Float64, learning_rate: float, floor: float = FLOAT_STEP) -> 
     return np.sign(moved) * EPSILON * size / rest
 
 
-def evened(g: Float64) -> tuple[Float64, Float64, Float64]:
+def evened(g: Float64, floor: float = FLOAT_STEP) -> tuple[Float64, Float64, Float64]:
     """A gradient with rows and columns scaled so that the noise of the inversion is even, and both scales.
 
-    Its deviation is about FLOAT_STEP g^2 / eps, which is close to rank one in the logarithm.
+    Its deviation is about floor g^2 / eps, which is close to rank one in the logarithm.
     """
-    noise = np.log(FLOAT_STEP * g**2 / EPSILON + 1e-6 * np.abs(g) + 1e-16)
+    noise = np.log(floor * g**2 / EPSILON + 1e-6 * np.abs(g) + 1e-16)
     rows = np.exp(-noise.mean(axis=1))
     columns = np.exp(-(noise.mean(axis=0) - noise.mean()))
     scaled = rows[:, None] * g * columns[None]

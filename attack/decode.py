@@ -65,29 +65,52 @@ class Decoder:
         Args: gradient: of B [out, rank], its rows scaled by `row_scales` [out]; most_rank: bound of the span's rank.
         """
         vectors, values, _ = np.linalg.svd(gradient, full_matrices=False)
-        rank = rank_by_gap(values, most_rank)
-        span = torch.tensor(vectors[:, :rank], dtype=torch.float32)
+        span = torch.tensor(vectors[:, : rank_by_gap(values, most_rank)], dtype=torch.float32)
         scales = torch.tensor(row_scales, dtype=torch.float32)
         tokens = list(prefix)
         while len(tokens) < longest and tokens[-1] != end:
-            tokens.append(self._next(tokens, span, scales))
+            position, jacobian = self._at(tokens, scales)
+            tokens.append(self._nearest(position, jacobian, span))
         return tokens
 
-    def _next(self, tokens: list[int], span: torch.Tensor, scales: torch.Tensor) -> int:
-        """The next token whose delta is nearest to the span."""
+    def places(
+        self, gradient: Float64, row_scales: Float64, true: list[int], known: int, rank: int
+    ) -> list[int]:
+        """The place of every true token after the first `known` among all tokens, all before it given; 0 is the best.
+
+        Args: as of `text`; rank: of the span that is taken.
+        """
+        vectors = np.linalg.svd(gradient, full_matrices=False)[0]
+        span = torch.tensor(vectors[:, :rank], dtype=torch.float32)
+        scales = torch.tensor(row_scales, dtype=torch.float32)
+        found = []
+        for length in range(known, len(true)):
+            position, jacobian = self._at(true[:length], scales)
+            missed = self._missed(position, jacobian, span)
+            found.append(int((missed < missed[true[length]]).sum()))
+        return found
+
+    def _at(self, tokens: list[int], scales: torch.Tensor) -> tuple[_Position, torch.Tensor]:
+        """The last position, and the Jacobian [D, out] of its final state by its query."""
         position = self._position(tokens)
         jacobian = torch.func.jacrev(lambda query: self._final(query, position))(position.query).detach()
-        jacobian = jacobian * scales[None]  # [D, out]: of the final state by the query
-        with torch.no_grad():
-            return self._nearest(position, jacobian, span)
+        return position, jacobian * scales[None]
 
-    def _nearest(self, position: _Position, jacobian: torch.Tensor, span: torch.Tensor) -> int:
+    @torch.no_grad()
+    def _missed(self, position: _Position, jacobian: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
+        """For every token, about the share of its delta outside the span [V]."""
         outside = torch.randn(len(span), PROBES, generator=torch.Generator().manual_seed(0))
         outside = torch.linalg.qr(outside - span @ (span.T @ outside))[0]
         missed = (self._deltas(position, jacobian @ outside) ** 2).sum(1)
         missed = missed * (len(span) - span.shape[1]) / PROBES
         caught = (self._deltas(position, jacobian @ span) ** 2).sum(1)
-        finalists = (missed / (missed + caught)).argsort()[:FINALISTS]
+        share: torch.Tensor = missed / (missed + caught)
+        return share
+
+    @torch.no_grad()
+    def _nearest(self, position: _Position, jacobian: torch.Tensor, span: torch.Tensor) -> int:
+        """The next token whose delta is nearest to the span."""
+        finalists = self._missed(position, jacobian, span).argsort()[:FINALISTS]
         states = (position.next_token @ self._output)[None] - self._output[finalists]
         deltas = states @ jacobian
         deltas = deltas / deltas.norm(dim=1, keepdim=True)

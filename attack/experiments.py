@@ -4,12 +4,13 @@ Truth (private texts, labels) is used to score guesses, and to tell an attacker 
 how many distinct tokens a batch has (best-T recall), the first two tokens of a text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
 
-from attack import adam, insiders, tokens
+from attack import adam, columns, insiders, tokens
 from attack.capture import Round
 from attack.decode import Decoder
 from attack.findings import Finding
@@ -18,45 +19,72 @@ from attack.membership import CausalMembership, ClassifierMembership
 from attack.opened import clear_parts, normalization
 from attack.public import Public
 from attack.scores import auc, auc_error, recall, rouge
+from attack.spans import best
 from attack.stage import Client, Performance, Scene
 from client_agent.keys import EpochSecrets
 from shelora.lora.shards import Float64
 
 OPENING = 2
 """Tokens of a text that the decoder is given."""
+GUESSES = 10
+"""Guesses at the next token, all before it given, that are counted as success."""
 
 
-def setting(scene: Scene) -> str:
+def setting(scene: Scene, number: int = 1) -> str:
     """A scene in the table's words."""
-    budgets = {f"{100 * client.budget:g} %" for client in scene.clients}
-    mode = f"{scene.mode} {'/'.join(sorted(budgets))}" if scene.mode == "selective" else scene.mode
-    plural = "s" if scene.steps > 1 else ""
-    return f"{mode}, {scene.steps} step{plural}, batch {scene.batch}"
+    mode = scene.mode
+    if mode == "selective":
+        budgets = {f"{100 * client.budget:g} %" for client in scene.clients}
+        mode = f"selective {'/'.join(sorted(budgets))}, {scene.bits} bits"
+    plural, later = "s" if scene.steps > 1 else "", f", round {number}" if number > 1 else ""
+    return f"{mode}, {scene.steps} step{plural}, batch {scene.batch}{later}"
 
 
-def decoded(performance: Performance, public: Public, data: str, *, control: bool = False) -> Finding:
-    """Text from the clear B of the last layer's query, by a server, or from the stored bytes if nothing is clear."""
+def decoded(
+    performance: Performance, public: Public, *, most: int = 6, control: bool = False
+) -> Iterator[Finding]:
+    """Text from B of the last layer's query, or from the stored bytes if nothing is clear: a finding for every data.
+
+    Args: most: texts of each data.
+    """
+    by_data: dict[str, list[Client]] = {}
+    for client in performance.scene.clients:
+        by_data.setdefault(client.data, []).append(client)
+    for data, clients in by_data.items():
+        yield _decoded(performance, public, data, clients[:most], control=control)
+
+
+def _decoded(
+    performance: Performance, public: Public, data: str, clients: Sequence[Client], *, control: bool
+) -> Finding:
     scene, round_ = performance.scene, performance.rounds[0]
-    decoder = Decoder(public)
+    decoder = _decoder(public)
     name = next(n for n in reversed(public.names) if n.endswith("q_proj"))
     found: list[tuple[list[int], list[int]]] = []
-    for client in scene.clients:
+    places: list[int] = []
+    for client in clients:
         true = public.ids(client.texts[0])
-        even, rows, _ = adam.evened(_gradient(scene, round_, client, name, public))
+        even, rows, _ = adam.evened(_gradient(scene, round_, client, name, public), adam.step_of(scene.bits))
         guess = decoder.text(even, rows, true[:OPENING], len(true) + 1, true[-1], client.rank)
         found.append((true, guess))
+        if scene.bits == adam.HALF_BITS:
+            places += decoder.places(even, rows, true, OPENING, len(true) - OPENING)
     clear = bool(clear_parts(round_, scene.clients[0].name))
+    figures = {
+        "exact": float(np.mean([true == guess for true, guess in found])),
+        "rouge-1": float(np.mean([rouge(t[OPENING:], g[OPENING:], 1) for t, g in found])),
+        "rouge-2": float(np.mean([rouge(t[OPENING:], g[OPENING:], 2) for t, g in found])),
+    }
+    if places:
+        figures["next word in 10 guesses"] = float(np.mean(np.array(places) < GUESSES))
     return Finding(
         setting=setting(scene),
         attacker="server: clear B, A unknown" if clear else "server: all it stored",
         data=data,
-        figures={
-            "exact": float(np.mean([true == guess for true, guess in found])),
-            "rouge-1": float(np.mean([rouge(t[OPENING:], g[OPENING:], 1) for t, g in found])),
-            "rouge-2": float(np.mean([rouge(t[OPENING:], g[OPENING:], 2) for t, g in found])),
-        },
+        figures=figures,
         counts={"texts": len(found)},
-        chance={"exact": 0.0},
+        chance={"exact": 0.0}
+        | ({"next word in 10 guesses": GUESSES / len(public.first_inputs)} if places else {}),
         error={"exact": 0.0},
         at_least={"rouge-1": 0.8} if control else {},
         no_better_than_chance=not clear,
@@ -65,23 +93,55 @@ def decoded(performance: Performance, public: Public, data: str, *, control: boo
 
 
 def spanned(
-    performance: Performance, public: Public, data: str, secrets: EpochSecrets, who: str, *, control: bool
+    performance: Performance, public: Public, secrets: EpochSecrets, who: str, *, control: bool
 ) -> Finding:
-    """DAGER's check on the opened update of each client, by whoever has `secrets`."""
-    round_ = performance.rounds[0]
-    figures = [
-        recall(_tokens(public, performance.scene, client, round_, secrets), _inputs(public, client))
-        for client in performance.scene.clients
-    ]
+    """DAGER's check on the update of each client, by whoever has `secrets`: on B, with the A that it began from."""
+    round_, scene = performance.rounds[0], performance.scene
+    figures = [recall(_tokens(public, scene, c, round_, secrets), _inputs(public, c)) for c in scene.clients]
     return Finding(
-        setting=setting(performance.scene),
+        setting=setting(scene),
         attacker=who,
-        data=data,
+        data=_data(scene),
         figures={"recall": float(np.mean(figures))},
         counts={"clients": len(figures)},
+        chance={"recall": _chance(public, scene.clients)},
         at_least={"recall": 0.95} if control else {},
         capture=round_.digest,
     )
+
+
+def by_budget(performance: Performance, public: Public) -> Iterator[Finding]:
+    """What visible columns of A give away in the second round, at every budget, places known and secret."""
+    scene, round_, number = performance.scene, performance.rounds[1], 2
+    rng = np.random.default_rng(0)
+    found: dict[tuple[float, str], list[float]] = {}
+    for client in scene.clients:
+        start, true = columns.start_of(performance, public, client, number), _inputs(public, client)
+        moved = np.vstack(
+            [columns.movement(performance, start, client, n, number) for n in _first_layer(public)]
+        )
+        for view in columns.views(moved, public, len(true), rng):
+            guess = best(view.distances, len(true))
+            found.setdefault((view.budget, view.who), []).append(recall(guess, true))
+    for (budget, who), figures in found.items():
+        yield Finding(
+            setting=f"{100 * budget:g} % of columns hidden, {setting(scene, number).partition(', ')[2]}",
+            attacker=f"server: {who}",
+            data=_data(scene),
+            figures={"recall": float(np.mean(figures))},
+            counts={"clients": len(figures)},
+            chance={"recall": _chance(public, scene.clients)},
+            capture=round_.digest,
+        )
+
+
+def _data(scene: Scene) -> str:
+    return ", ".join(dict.fromkeys(client.data for client in scene.clients))
+
+
+def _chance(public: Public, clients: Sequence[Client]) -> float:
+    """Recall of guessing as many tokens of the vocabulary as a batch has."""
+    return float(np.mean([len(_inputs(public, c)) for c in clients])) / len(public.first_inputs)
 
 
 def _tokens(public: Public, scene: Scene, client: Client, round_: Round, secrets: EpochSecrets) -> set[int]:
@@ -93,7 +153,7 @@ def _tokens(public: Public, scene: Scene, client: Client, round_: Round, secrets
         factors = opened[name]
         A = insiders.initial_A(secrets, name, client.rank, factors.A.shape[1])
         B = factors.B * 2.0 ** -normalization(A)
-        distances.append(tokens.by_B(public, B, A, count, steps=scene.steps))
+        distances.append(tokens.by_B(public, B, A, count, steps=scene.steps, bits=scene.bits))
     return tokens.guessed(distances, count)
 
 
@@ -107,48 +167,89 @@ def _inputs(public: Public, client: Client) -> set[int]:
 
 
 def fellow(
-    performance: Performance, public: Public, data: str, secrets: EpochSecrets, sizes: Iterable[int]
-) -> list[Finding]:
-    """What a member finds out of the decrypted sum of a federation of each size, its own part taken out."""
+    performance: Performance, public: Public, secrets: EpochSecrets, sizes: Iterable[int]
+) -> Iterator[Finding]:
+    """What a member finds out of the exact sum of a federation of each size, its own part taken out."""
     scene, round_ = performance.scene, performance.rounds[0]
     opened = {c.name: insiders.opened_update(round_, c.name, secrets) for c in scene.clients}
-    rng, found = np.random.default_rng(0), []
     for size in sizes:
         victims = scene.clients[1:size]
-        true = set().union(*(_inputs(public, client) for client in victims))
-        distances = []
-        for name in _first_layer(public):
-            total = np.sum(
+        sums = {
+            name: np.sum(
                 [c.alpha / c.rank * opened[c.name][name].B @ opened[c.name][name].A for c in victims], axis=0
             )
-            total = total + rng.standard_normal(total.shape) * 1e-6 * np.abs(total).max()
-            rank = max(client.rank for client in victims)
-            A = insiders.initial_A(secrets, name, rank, total.shape[1])
-            B = total @ np.linalg.pinv(A)
-            steps = scene.steps if size == 2 else 0  # Adam's step is undone for a single victim alone
-            distances.append(tokens.by_B(public, B, A, len(true), steps=steps))
-        guess = tokens.guessed(distances, len(true))
-        chance = len(true) / len(public.first_inputs)
-        found.append(
-            Finding(
-                setting=f"any mode, {scene.steps} step{'s' if scene.steps > 1 else ''}, batch {scene.batch}",
-                attacker=f"fellow member, {size} in all: the decrypted sum",
-                data=data,
-                figures={"recall": recall(guess, true)},
-                counts={"tokens": len(true)},
-                chance={"recall": chance},
-                capture=round_.digest,
-            )
+            for name in _first_layer(public)
+        }
+        yield _from_sum(
+            performance, public, secrets, sums, victims, f"fellow member, {size} in all: the exact sum"
         )
-    return found
+
+
+def colluding(performance: Performance, public: Public, secrets: EpochSecrets) -> Finding:
+    """What a client that colludes with every server has under `complete`: the sum of the others, from its own files."""
+    sums = insiders.sum_of_others(performance, performance.scene.clients[0], _first_layer(public))
+    victims = performance.scene.clients[1:]
+    who = f"servers and one client of {len(victims) + 1}, or it alone: the sum it opened"
+    return _from_sum(performance, public, secrets, sums, victims, who)
+
+
+def _from_sum(
+    performance: Performance,
+    public: Public,
+    secrets: EpochSecrets,
+    sums: Mapping[str, Float64],
+    victims: Sequence[Client],
+    who: str,
+) -> Finding:
+    """Tokens of all victims together, from the sums of s B A of the first layer's matrices.
+
+    Two ways: what lies outside the A that all began from, as far as A moved; and B by that A.
+    """
+    scene, rng = performance.scene, np.random.default_rng(0)
+    true = set().union(*(_inputs(public, client) for client in victims))
+    ranks = sum(client.rank for client in victims)
+    beside, across = [], []
+    for name, total in sums.items():
+        noisy = total + rng.standard_normal(total.shape) * 1e-6 * np.abs(total).max()
+        A = insiders.initial_A(secrets, name, max(c.rank for c in victims), total.shape[1])
+        outside = np.eye(A.shape[1]) - np.linalg.pinv(A) @ A
+        steps = scene.steps if len(victims) == 1 else 0  # Adam's step is undone for a single victim alone
+        across.append(tokens.by_B(public, noisy @ np.linalg.pinv(A), A, len(true), steps=steps))
+        if scene.steps > 1:
+            beside.append(tokens.by_A(public, noisy @ outside, min(len(true), ranks), outside))
+    figures = {"recall": recall(tokens.guessed(beside or across, len(true)), true)}
+    if beside:
+        figures["recall by B"] = recall(tokens.guessed(across, len(true)), true)
+    return Finding(
+        setting=setting(scene)
+        if scene.mode == "complete"
+        else setting(scene).replace("none", "selective or none"),
+        attacker=who,
+        data=_data(scene),
+        figures=figures,
+        counts={"tokens": len(true)},
+        chance={"recall": len(true) / len(public.first_inputs)},
+        capture=performance.rounds[0].digest,
+    )
+
+
+@lru_cache(maxsize=4)
+def _decoder(public: Public) -> Decoder:
+    return Decoder(public)
+
+
+@lru_cache(maxsize=4)
+def _membership(public: Public) -> CausalMembership | ClassifierMembership:
+    """Keeps what candidates say from one federation to the next."""
+    return (CausalMembership if public.scene.task == "causal-lm" else ClassifierMembership)(public)
 
 
 def membership(
-    performance: Performance, public: Public, data: str, outsiders: Sequence[str], *, control: bool = False
+    performance: Performance, public: Public, outsiders: Sequence[str], *, control: bool = False
 ) -> Finding:
     """Was a sentence in a client's batch? By a server, from clear B, or from the stored bytes if nothing is clear."""
     scene, round_ = performance.scene, performance.rounds[0]
-    attack = (CausalMembership if scene.task == "causal-lm" else ClassifierMembership)(public)
+    attack = _membership(public)
     members: list[float] = []
     others: list[float] = []
     for client in scene.clients:
@@ -159,7 +260,7 @@ def membership(
     return Finding(
         setting=setting(scene),
         attacker="server: clear B, A unknown" if clear else "server: all it stored",
-        data=data,
+        data=_data(scene),
         figures={"auc": auc(members, others)},
         counts={"members": len(members), "others": len(others)},
         chance={"auc": 0.5},
@@ -177,7 +278,8 @@ def _gradient(scene: Scene, round_: Round, client: Client, name: str, public: Pu
         return _noise(round_, client, public, name)
     if scene.steps > 1:
         return seen.B
-    return adam.gradient(adam.unscaled(seen.B, scene.learning_rate), scene.learning_rate)
+    step = adam.unscaled(seen.B, scene.learning_rate)
+    return adam.gradient(step, scene.learning_rate, adam.step_of(scene.bits))
 
 
 def _noise(round_: Round, client: Client, public: Public, name: str) -> Float64:
@@ -189,7 +291,7 @@ def _noise(round_: Round, client: Client, public: Public, name: str) -> Float64:
     return np.resize(np.roll(values, -place), (rows, client.rank))
 
 
-def labels(performance: Performance, public: Public, data: str) -> Finding:
+def labels(performance: Performance, public: Public) -> Finding:
     """What servers learn of the clients' label distributions."""
     scene, round_ = performance.scene, performance.rounds[0]
     features = np.stack([_features(scene, round_, client, public) for client in scene.clients])
@@ -205,7 +307,7 @@ def labels(performance: Performance, public: Public, data: str) -> Finding:
         attacker="server: clear B, others' labels known"
         if clear
         else "server: all it stored, others' labels known",
-        data=data,
+        data=_data(scene),
         figures={"auc": leak.same_majority_auc, "majority": leak.majority, "closeness": 1 - leak.distance},
         counts={"clients": clients},
         chance={"auc": 0.5, "majority": leak.majority_by_chance, "closeness": 1 - leak.distance_by_chance},

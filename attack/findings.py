@@ -2,11 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
-
-Measure = Literal["recall", "exact", "rouge-1", "rouge-2", "auc", "majority", "distance", "order"]
-
-CHANCE: Final[dict[str, float]] = {"auc": 0.5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,20 +5,24 @@ The same client alone, a fellow member, sees the decrypted sum and takes its own
 """
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from attack.capture import Round
 from attack.opened import clear_parts, normalization
-from attack.stage import Performance
+from attack.stage import Client, Performance
 from client_agent.config import AgentConfig
 from client_agent.keys import EpochSecrets
 from client_agent.session import Session
+from client_agent.state import AgentState
 from shelora.ckks.wire import decode_block
+from shelora.errors import DomainError, Reason
 from shelora.lora.codec import parse_update
 from shelora.lora.kinds import kind_of
 from shelora.lora.shards import Float64
+from shelora.lora.sketches import joined
 from shelora.lora.slots import Slotted
 from shelora.negotiation.plan import column_orders
 from shelora.obfuscation import Obfuscation
@@ -75,6 +79,27 @@ def opened_update(round_: Round, client: str, secrets: EpochSecrets) -> dict[str
             A = np.empty_like(ordered)
             A[:, orders[matrix.name]] = ordered
             found[matrix.name] = Factors(B=clear[matrix.name].B, A=A)
+    return found
+
+
+def sum_of_others(performance: Performance, client: Client, names: Iterable[str]) -> dict[str, Float64]:
+    """By matrix the sum of the other clients' s B A after one round, from what a client keeps on its disk.
+
+    All have the same weight. What it keeps is the mean, cut to the round's largest rank, and its own update.
+    """
+    state = AgentState(performance.homes / client.name / "state")
+    try:
+        saved = state.applied()
+    finally:
+        state.close()
+    if saved is None:
+        raise DomainError(Reason.INTERNAL, f"{client.name} kept no result")
+    mean, own = saved[1], performance.trained[client.name][0]
+    scaling, found = client.alpha / client.rank, {}
+    for name in names:
+        B, A = joined(mean.factors[name], scaling, mean.frozen.get(name))
+        mine = scaling * own.factors[name].B.astype(np.float64) @ own.factors[name].A.astype(np.float64)
+        found[name] = len(performance.scene.clients) * B @ A - mine
     return found
 
 

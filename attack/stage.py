@@ -6,8 +6,9 @@ learner, certificate, state folder and connections) and share one process, so th
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ from attack.capture import Round, Tap, replayed
 from client_agent.agent import Agent, Outcome
 from client_agent.config import AgentConfig
 from client_agent.learner import Learner
+from client_agent.learning import Trained, Weights
+from client_agent.progress import Activity
 from client_agent.worker import Worker
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import operator
@@ -25,6 +28,8 @@ from shelora.federation import FederationSpec
 
 PATIENCE_S: Final = 600
 """Seconds for one federation."""
+WORKERS: Final = 2
+"""Agents that train at once, a thread each."""
 SETTINGS: Final = {"coordinator": {"TICK_S": "0.5"}}
 
 
@@ -38,6 +43,8 @@ class Client:
     rank: int = 16
     alpha: float = 16.0
     budget: float = 1.0
+    data: str = ""
+    """Where its texts are from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +63,13 @@ class Scene:
     learning_rate: float
     classes: tuple[str, ...] = ()
     modules: tuple[str, ...]
+    clear_bits: int = 16
+    """Under `selective`."""
+
+    @property
+    def bits(self) -> int:
+        """Of values that travel in the clear."""
+        return self.clear_bits if self.mode == "selective" else 32
 
     def specification(self) -> FederationSpec:
         """What the operator asks for."""
@@ -75,7 +89,7 @@ class Scene:
                     "evaluation_examples": 0,
                 },
                 "round": {"rounds": self.rounds, "clients": len(self.clients), "deadline_s": PATIENCE_S},
-                "protection": {"mode": self.mode},
+                "protection": {"mode": self.mode, "clear_bits": self.clear_bits},
                 "screening": {"max_norm_ratio": 0.0},
             }
         )
@@ -91,6 +105,8 @@ class Performance:
     log: bytes
     """All that Redis wrote while it ran."""
     homes: Path
+    trained: Mapping[str, Sequence[Weights]]
+    """By client, its updates before they were protected: its own to keep, if it is curious."""
 
 
 def perform(cluster: LocalCluster, tap: Tap, scene: Scene, model: Path, folder: Path) -> Performance:
@@ -99,12 +115,13 @@ def perform(cluster: LocalCluster, tap: Tap, scene: Scene, model: Path, folder: 
     homes = folder / scene.name
     for client in scene.clients:
         _prepare(cluster, scene, client, model, homes / client.name)
-    outcomes = asyncio.run(_run(cluster, scene, homes))
+    trained: dict[str, list[Weights]] = {client.name: [] for client in scene.clients}
+    outcomes = asyncio.run(_run(cluster, scene, homes, trained))
     if set(outcomes) != {Outcome.FINISHED}:
         raise DomainError(Reason.INTERNAL, f"the agents of {scene.name} ended as {outcomes}")
     log = tap.taken()[before:]
     rounds = [r for r in replayed(log, scene.name) if _trains(r)]
-    return Performance(scene, rounds, log, homes)
+    return Performance(scene, rounds, log, homes, trained)
 
 
 def _trains(round_: Round) -> bool:
@@ -136,18 +153,36 @@ def _prepare(cluster: LocalCluster, scene: Scene, client: Client, model: Path, h
     (home / "agent.yaml").write_text(yaml.safe_dump(config))
 
 
-async def _run(cluster: LocalCluster, scene: Scene, homes: Path) -> Sequence[Outcome]:
+class Hoarder(Learner):
+    """A learner that keeps every update it made."""
+
+    def __init__(self, hoard: list[Weights], *args: Any) -> None:  # noqa: ANN401 - those of Learner
+        self._hoard = hoard
+        super().__init__(*args)
+
+    def train(self, number: int, activity: Activity, variant: str = "") -> Trained:
+        """As of `Learner`."""
+        trained = super().train(number, activity, variant)
+        self._hoard.append(trained.weights)
+        return trained
+
+
+async def _run(
+    cluster: LocalCluster, scene: Scene, homes: Path, trained: Mapping[str, list[Weights]]
+) -> Sequence[Outcome]:
     async with operator(cluster.addresses.coordinator, cluster.credentials) as connection:
         await connection.create(scene.specification().to_proto())
         await connection.start(scene.name)
-    worker = Worker()
+    workers = [Worker() for _ in range(WORKERS)]
     agents = []
-    for client in scene.clients:
+    for number, client in enumerate(scene.clients):
         home = homes / client.name
         await cluster.enrol_client(scene.name, client.name, home / "state")
-        agents.append(Agent(AgentConfig.load(home / "agent.yaml", {}), Learner, worker=worker))
+        learn = partial(Hoarder, trained[client.name])
+        config = AgentConfig.load(home / "agent.yaml", {})
+        agents.append(Agent(config, learn, worker=workers[number % WORKERS]))
     try:
         async with asyncio.timeout(PATIENCE_S):
             return await asyncio.gather(*(agent.run() for agent in agents))
     finally:
-        await worker.close()
+        await asyncio.gather(*(worker.close() for worker in workers))

@@ -12,21 +12,26 @@ from attack.spans import basis, best, residuals
 from shelora.lora.shards import Float64
 
 
-def by_B(public: Public, B: Float64, A: Float64, tokens: int, *, steps: int) -> Float64:
+def by_B(public: Public, B: Float64, A: Float64, tokens: int, *, steps: int, bits: int = 32) -> Float64:
     """Distances of all tokens of the vocabulary [V] from the span of the gradient of B.
 
-    Args: B: [out, rank], not normalized; A: what it was trained with [rank, n]; tokens: distinct inputs of the batch.
+    Args: B: [out, rank], not normalized; A: what it was trained with [rank, n]; tokens: distinct inputs of the batch;
+        bits: in which B travelled.
     """
     scales = np.ones(len(A))
     if steps == 1:
-        B, _, scales = adam.evened(adam.gradient(B, public.scene.learning_rate))
+        floor = adam.step_of(bits)
+        B, _, scales = adam.evened(adam.gradient(B, public.scene.learning_rate, floor), floor)
     span = basis(B, min(tokens, len(A) - 1))
     return residuals(span, public.first_inputs @ (A.T * scales))
 
 
-def by_A(public: Public, moved: Float64, tokens: int) -> Float64:
-    """Distances of all tokens from the row space of how A moved [rank, n]."""
-    return residuals(basis(moved, min(tokens, len(moved))), public.first_inputs)
+def by_A(public: Public, moved: Float64, tokens: int, outside: Float64) -> Float64:
+    """Distances of all tokens from the row space of how A moved [rows, n].
+
+    Args: outside: projection [n, n] that takes out the A that training began from, in `moved` and in the inputs.
+    """
+    return residuals(basis(moved, min(tokens, len(moved))), public.first_inputs @ outside)
 
 
 def guessed(distances: list[Float64], count: int) -> set[int]:

@@ -599,6 +599,7 @@ class LayoutRecord(Record):
     max_directions: int
     shards: tuple[Shard, ...]
     sums: SumTerms | None = None
+    clear_bits: int = 32
 
     @classmethod
     def of(cls, layout: Layout) -> Self:
@@ -613,6 +614,7 @@ class LayoutRecord(Record):
             max_directions=layout.max_directions,
             shards=layout.shards,
             sums=layout.sums,
+            clear_bits=layout.clear_bits,
         )
 
     def layout(self) -> Layout:
@@ -627,4 +629,5 @@ class LayoutRecord(Record):
             max_directions=self.max_directions,
             shards=self.shards,
             sums=self.sums,
+            clear_bits=self.clear_bits,
         )

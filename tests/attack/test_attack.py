@@ -42,32 +42,53 @@ def stage(tmp_path_factory):
     structlog.reset_defaults()
 
 
-def scene(mode):
+def scene(mode, name, clear_bits=16):
     return Scene(
-        name=f"attacked-{mode}",
+        name=f"attacked-{name}",
         task="causal-lm",
         mode=mode,
-        clients=tuple(Client(name=f"c{i}", texts=(text,), rank=16) for i, text in enumerate(TEXTS)),
+        clients=tuple(
+            Client(name=f"c{i}", texts=(text,), rank=16, data="tiny") for i, text in enumerate(TEXTS)
+        ),
         steps=1,
         batch=1,
         rounds=1,
         max_tokens=32,
         learning_rate=0.002,
         modules=("q_proj", "v_proj"),
+        clear_bits=clear_bits,
     )
 
 
-def test_text_and_membership_come_back_from_the_clear_part_of_selective(stage, model):
-    performance = stage(scene("selective"), model)
+def test_text_and_membership_come_back_from_selective_as_it_was_published(stage, model):
+    performance = stage(scene("selective", "published", 32), model)
     public = Public(performance.scene, model)
 
-    text = experiments.decoded(performance, public, "tiny", control=True)
+    (text,) = experiments.decoded(performance, public, control=True)
     assert text.figures["exact"] == 1, (
         "the attack that the threat model tells of does not work any more: mend it"
     )
-    member = experiments.membership(performance, public, "tiny", OUTSIDERS, control=True)
-    assert member.problems() == []
-
     secrets = insiders.secrets_of(performance, "c0")
-    opened = experiments.spanned(performance, public, "tiny", secrets, "colluding client", control=True)
+    opened = experiments.spanned(performance, public, secrets, "colluding client", control=True)
     assert opened.problems() == [], "one client's key opens every update of selective: the control"
+
+
+def test_membership_comes_back_from_16_bits_and_text_does_not(stage, model):
+    performance = stage(scene("selective", "selective"), model)
+    public = Public(performance.scene, model)
+
+    member = experiments.membership(performance, public, OUTSIDERS, control=True)
+    assert member.problems() == []
+    (text,) = experiments.decoded(performance, public)
+    assert text.figures["exact"] == 0
+
+
+def test_nothing_comes_back_from_complete(stage, model):
+    performance = stage(scene("complete", "complete"), model)
+    public = Public(performance.scene, model)
+
+    member = experiments.membership(performance, public, OUTSIDERS)
+    (text,) = experiments.decoded(performance, public)
+    assert member.problems() == text.problems() == []
+    assert text.figures["exact"] == 0
+    assert "all it stored" in member.attacker, "nothing travelled in the clear"

@@ -1,0 +1,94 @@
+"""What columns of A give away that are not encrypted: DAGER's check on how A moved in a later round; causal models.
+
+From the second round on B is not zero, so A moves along the inputs of the batch, and every visible column shows one
+coordinate of that. The start is public under `none`: it follows from the last result. Columns are hidden here as they
+would be at a budget; of what is left the attacker knows the true places, or does not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from attack import adam
+from attack.opened import clear_parts
+from attack.public import Public
+from attack.spans import basis, residuals
+from attack.stage import Client, Performance
+from client_agent.learner import cut_to_rank
+from client_agent.learning import Weights
+from shelora.lora.codec import decode_result
+from shelora.lora.restore import restored_parts
+from shelora.lora.shards import Float64
+from shelora.negotiation.plan import column_orders
+
+BUDGETS: Final = (0.001, 0.1, 1.0)
+FLOOR: Final = 2e-7
+"""Least value of 1 - |step| / lr that is more than rounding: A is no small number, and its step a difference."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What an attacker makes of the visible columns."""
+
+    budget: float
+    who: str
+    distances: Float64
+    """Of all tokens [V] from the span."""
+
+
+def start_of(performance: Performance, public: Public, client: Client, number: int) -> Weights:
+    """What a client trained from in that round, 2 or more, as everyone can tell under `none`."""
+    last = performance.rounds[number - 2]
+    contents = [decode_result(last.layout, index, data) for index, data in sorted(last.results.items())]
+    orders = column_orders(None, last.layout.matrices, None)
+    parts = restored_parts(last.layout, contents, orders, None)
+    return cut_to_rank(parts, client.rank, client.alpha / client.rank, public.unprotected.obfuscation)
+
+
+def movement(performance: Performance, start: Weights, client: Client, name: str, number: int) -> Float64:
+    """How A of one matrix moved in a round [rank, n], from what was sent and where it began."""
+    before = start.factors[name].A.astype(np.float64)
+    sent = clear_parts(performance.rounds[number - 1], client.name)[name].A
+    middle = np.log2(np.abs(before).max(axis=1) / np.abs(sent).max(axis=1))
+    powers = np.round(middle)[:, None] + np.array([-1.0, 0.0, 1.0])  # rows were scaled by powers of two
+    off = [np.linalg.norm(2.0 ** p[:, None] * sent - before, axis=1) for p in powers.T]
+    chosen = powers[np.arange(len(powers)), np.argmin(off, axis=0)]
+    moved: Float64 = 2.0 ** chosen[:, None] * sent - before
+    return moved
+
+
+def views(
+    moved: Float64,
+    public: Public,
+    tokens: int,
+    rng: np.random.Generator,
+    budgets: tuple[float, ...] = BUDGETS,
+) -> Iterator[View]:
+    """The attackers at every budget.
+
+    Args: moved: movements of A of the first layer's matrices, one over the other [rows, n]; tokens: of the batch.
+    """
+    even, _, scales = adam.evened(adam.gradient(moved, public.scene.learning_rate, FLOOR), FLOOR)
+    columns = moved.shape[1]
+    inputs = public.first_inputs * scales
+    order = rng.permutation(columns)
+    for budget in budgets:
+        hidden = order[: max(1, round(budget * columns))]
+        seen = np.setdiff1d(order, hidden)
+        zeroed = even.copy()
+        zeroed[:, hidden] = 0
+        shuffled = rng.permutation(seen)
+        for who, rows, candidates in (
+            ("stock DAGER: zeros in their place", zeroed, inputs),
+            ("leaves them out, true places known", even[:, seen], inputs[:, seen]),
+            ("leaves them out, places secret", even[:, seen], inputs[:, shuffled]),
+        ):
+            yield View(budget=budget, who=who, distances=_distances(rows, candidates, tokens, rng))
+
+
+def _distances(rows: Float64, candidates: Float64, tokens: int, rng: np.random.Generator) -> Float64:
+    if not rows.size or not rows.any():
+        return rng.random(len(candidates))
+    return residuals(basis(rows, min(tokens, *rows.shape)), candidates)
