@@ -49,6 +49,8 @@ class Protection:
     parameters: str = STANDARD.name
     tensor_bound: float = 4.0
     max_directions: int = 512
+    clear_bits: int = 32
+    """As published: the methods are compared at the same precision."""
 
 
 TERMS: Final = Protection()
