@@ -13,7 +13,8 @@ import typer
 from client_agent.config import IDENTITY, AgentConfig
 from client_agent.loading import check_loading, unusable
 from shelora.configuration import invalid
-from shelora.errors import DomainError, Reason
+from shelora.errors import DomainError
+from shelora.exits import EXIT_FAILED, exit_code
 from shelora.federation import FederationSpec, ProtectionSpec
 from shelora.private_memory import keep_memory_private
 from shelora.stopping import stop_signals
@@ -27,33 +28,8 @@ from shelora.version import VersionOption
 if TYPE_CHECKING:
     from client_agent.agent import Outcome
 
-EXIT_FAILED: Final = 1
-"""The federation failed, or something broke; the log says what."""
 ENROL_RETRY_S: Final = 10.0
 """Seconds to try to reach the authority for: a person waits."""
-EXIT_REFUSED: Final = 2
-"""Configuration, data, model, token, identity or a package are refused. Starting the agent again does not help."""
-
-_REFUSED: Final = frozenset(
-    {
-        Reason.CONFIGURATION_INVALID,
-        Reason.PACKAGE_UNUSABLE,
-        Reason.DATA_INVALID,
-        Reason.MODEL_INVALID,
-        Reason.MODEL_MISMATCH,
-        Reason.VERSION_REFUSED,
-        Reason.PROTECTION_REFUSED,
-        Reason.UNAUTHENTICATED,
-        Reason.PERMISSION_DENIED,
-        Reason.CERTIFICATE_EXPIRED,
-        Reason.CERTIFICATE_REVOKED,
-        Reason.SERVER_UNTRUSTED,
-        Reason.TOKEN_REFUSED,
-        Reason.CLIENT_EXISTS,
-        Reason.CLIENT_REPLACED,
-        Reason.FEDERATION_CLOSED,
-    }
-)
 _HELP = """
 Trains a shared model on data that stays on this machine.
 
@@ -313,7 +289,7 @@ def _exit_with(action: Callable[[], int]) -> None:
         code = _loaded(action)
     except DomainError as error:
         Terminal(stderr=True).refuse(error, "client-agent: ")
-        code = EXIT_REFUSED if error.reason in _REFUSED else EXIT_FAILED
+        code = exit_code(error)
     sys.exit(code)
 
 

@@ -13,10 +13,10 @@ import typer
 from services.key_authority import custody, disk
 from services.key_authority.sealer import KEY_BYTES, SealingKey
 from services.key_authority.settings import sealing_key_beside
-from services.shell.process import EXIT_FAILED, EXIT_REFUSED
 from shelora import files
 from shelora.audit import LOG_NAME, verified
 from shelora.errors import DomainError, Reason
+from shelora.exits import EXIT_FAILED, exit_code
 from shelora.terminal import Terminal
 
 _PREFIX: Final = "SHELORA_KEY_AUTHORITY_"
@@ -102,7 +102,7 @@ def _reported() -> Iterator[None]:
         yield
     except DomainError as error:
         Terminal(stderr=True).say(f"key-authority: {error.message}")
-        sys.exit(EXIT_REFUSED if error.reason is Reason.CONFIGURATION_INVALID else EXIT_FAILED)
+        sys.exit(exit_code(error))
     except OSError as error:
         Terminal(stderr=True).say(f"key-authority: {error.filename}: {error.strerror}")
         sys.exit(EXIT_FAILED)

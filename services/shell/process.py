@@ -10,17 +10,12 @@ import structlog
 
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
+from shelora.exits import EXIT_FAILED, exit_code
 from shelora.private_memory import keep_memory_private
 from shelora.telemetry.logs import configure_logs
 from shelora.terminal import Terminal
 
 _Settings = TypeVar("_Settings", bound=ServerSettings)
-
-EXIT_FAILED: Final = 1
-"""Something broke; the log says what. A supervisor should start the process again."""
-
-EXIT_REFUSED: Final = 2
-"""The configuration is refused; standard error says why. Starting it again does not help."""
 
 OPEN_FILES: Final = 65_536
 """Files, so connections too, that a server asks to have open."""
@@ -31,7 +26,7 @@ _log = structlog.get_logger(__name__)
 def run_process(
     process: str, load: Callable[[], _Settings], main: Callable[[_Settings], Coroutine[Any, Any, None]]
 ) -> None:
-    """Runs a server to its end. Returns after a drain, exits with EXIT_REFUSED or EXIT_FAILED otherwise.
+    """Runs a server to its end. Returns after a drain, exits as `shelora.exits` says otherwise.
 
     Args:
         process: Name of the process in its logs.
@@ -63,6 +58,6 @@ def _explain(process: str, error: Exception) -> int:
         return EXIT_FAILED
     if error.reason is Reason.CONFIGURATION_INVALID:
         Terminal(stderr=True).say(f"{process}: {error.message}")  # for the operator, logs or not
-        return EXIT_REFUSED
-    _log.error("process_failed", reason=error.reason, why=error.message)
-    return EXIT_FAILED
+    else:
+        _log.error("process_failed", reason=error.reason, why=error.message)
+    return exit_code(error)

@@ -66,7 +66,10 @@ app.add_typer(audit_app, name="audit")
 console = Terminal()
 
 
-@app.callback(help="Private federated LoRA fine-tuning: run a local cluster, create and watch federations.")
+@app.callback(
+    help="Private federated LoRA fine-tuning: run a local cluster, create and watch federations. Exit codes: 0 done; "
+    "1 something broke or does not answer; 2 refused, and the message says what to change."
+)
 def _program(version: VersionOption = None) -> None:
     """Takes the options that come before a command."""
 

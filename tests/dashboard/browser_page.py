@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from client_agent.main import EXIT_REFUSED
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.page import open_beside
+from shelora.exits import EXIT_REFUSED
 from tests.e2e import agents as tiny
 
 playwright = pytest.importorskip(

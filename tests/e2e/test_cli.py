@@ -118,7 +118,7 @@ def test_what_a_killed_up_started_ends_in_order_before_another_starts_there(runn
     started = psutil.Process(running_up.pid).children(recursive=True)
     second = up()
     refused, _ = second.communicate(timeout=60)
-    assert second.returncode == 1
+    assert second.returncode == 2
     assert "CONFIGURATION_INVALID a cluster runs in" in refused
     assert f"started by process {running_up.pid}" in refused
     assert alive(started) == started
@@ -180,13 +180,13 @@ def test_a_federation_is_extended_stopped_exported_and_deleted_and_its_name_is_f
     assert "of 8" in " ".join(shelora("status", at=at).stdout.split())
     assert shelora("federation", "stop", "reuters", at=at).returncode == 0
     over = shelora("federation", "extend", "reuters", "--rounds", "1", at=at)
-    assert over.returncode == 1
+    assert over.returncode == 2
     assert "FEDERATION_CLOSED federation reuters has failed and cannot go on" in over.stderr
     files = ("--to", str(tmp_path / "reuters.json"), "--csv", str(tmp_path / "rounds.csv"))
-    for code in (0, 1):
+    for code in (0, 2):
         assert shelora("federation", "export", "reuters", *files, at=at).returncode == code
     report = ("federation", "report", "reuters", "--output", str(tmp_path / "reuters.html"))
-    for code in (0, 1):
+    for code in (0, 2):
         assert shelora(*report, at=at).returncode == code
     assert "its operator stopped it before a round was published" in (tmp_path / "reuters.html").read_text()
     exported = json.loads((tmp_path / "reuters.json").read_text())["federation"]
@@ -207,16 +207,16 @@ def test_a_federation_is_extended_stopped_exported_and_deleted_and_its_name_is_f
 def test_mistakes_are_answered_with_the_reason(cluster, tmp_path):
     at = addresses(cluster)
     unknown = shelora("federation", "show", "nothing-there", at=at)
-    assert unknown.returncode == 1
+    assert unknown.returncode == 2
     assert "FEDERATION_UNKNOWN" in unknown.stderr
     wrong = tmp_path / "wrong.yaml"
     text = (REPOSITORY / "examples/reuters/federation.yaml").read_text()
     wrong.write_text(text.replace("min_updates: 3", "min_updates: 1"))
     refused = shelora("federation", "create", str(wrong), at=at)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "round.min_updates" in refused.stderr
     nobody = shelora("status", "--identity", str(tmp_path / "absent"), at=at)
-    assert nobody.returncode == 1
+    assert nobody.returncode == 2
     assert "CONFIGURATION_INVALID" in nobody.stderr
     assert "enrol first" in nobody.stderr
 
@@ -232,14 +232,14 @@ def test_a_token_makes_another_operator_and_only_once(cluster, tmp_path):
     assert "enrolled as" in enrolled.stdout
     assert shelora("status", "--identity", str(folder), at=at).returncode == 0
     again = shelora(*enrol, str(tmp_path / "third"), at=at)
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "TOKEN_REFUSED" in again.stderr
 
 
 def test_revoking_the_operators_says_how_they_come_back_asks_and_cuts_all_off(running_up, tmp_path):
     at = addresses(tmp_path)
     wrong = shelora("revoke", "reuters", at=at)
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert "give FEDERATION and CLIENT" in wrong.stderr
     asked = shelora("revoke", "--role", "operator", at=at)
     assert asked.returncode == 1
@@ -248,7 +248,7 @@ def test_revoking_the_operators_says_how_they_come_back_asks_and_cuts_all_off(ru
     revoked = shelora("revoke", "--role", "operator", "--yes", at=at)
     assert "revoked all certificates of the operator" in revoked.stdout, revoked.stderr
     refused = shelora("revocations", at=at)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "CERTIFICATE_REVOKED" in refused.stderr
 
 
@@ -284,7 +284,7 @@ def test_a_token_makes_an_agent_a_member_once(cluster, tmp_path):
     assert second.returncode == 2
     assert "TOKEN_REFUSED" in second.stderr
     nonsense = shelora("token", "create", "--role", "coordinator", at=at)
-    assert nonsense.returncode == 1
+    assert nonsense.returncode == 2
     assert "names must be" in nonsense.stderr
 
 

@@ -234,6 +234,6 @@ def test_a_file_whose_path_has_brackets_is_named_rightly(tmp_path):
     bad.parent.mkdir()
     bad.write_text('name: "[/x]"\n')
     done = CliRunner().invoke(app, ["federation", "create", str(bad)])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert done.stderr.startswith(f"CONFIGURATION_INVALID {bad} is not a valid federation")
     assert "name = '[/x]'" in done.stderr

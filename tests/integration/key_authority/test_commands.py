@@ -193,5 +193,5 @@ def test_the_last_records_are_shown_as_a_table(log):
 def test_a_missing_log_is_named(tmp_path):
     for command in ("verify", "show"):
         result = audit(command, tmp_path / "absent.log")
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert "No such file" in result.stderr

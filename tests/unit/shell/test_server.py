@@ -10,11 +10,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.shell.observation import RPC_SECONDS, RPC_TOTAL
-from services.shell.process import EXIT_FAILED, EXIT_REFUSED, run_process
+from services.shell.process import run_process
 from services.shell.revocations import Revocations
 from services.shell.server import Ready, running_server, serve
 from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
+from shelora.exits import EXIT_FAILED, EXIT_REFUSED
 from shelora.transport.channel import open_channel
 from shelora.transport.status import translated
 from shelora.v1 import coordinator_pb2 as pb
@@ -363,16 +364,17 @@ async def test_a_port_in_use_is_a_refused_configuration(town, identity):
     ("error", "code"),
     [
         (DomainError(Reason.CONFIGURATION_INVALID, "data_dir is missing"), EXIT_REFUSED),
+        (DomainError(Reason.CERTIFICATE_REVOKED, "revoked"), EXIT_REFUSED),
         (DomainError(Reason.STORE_UNAVAILABLE, "no store"), EXIT_FAILED),
         (ZeroDivisionError(), EXIT_FAILED),
     ],
 )
-def test_the_exit_code_tells_a_refused_configuration_from_a_failure(error, code, capsys):
+def test_the_exit_code_tells_a_refusal_from_a_failure(error, code, capsys):
     def load():
         raise error
 
     with pytest.raises(SystemExit) as caught:
         run_process("bakery", load, None)
     assert caught.value.code == code
-    if code == EXIT_REFUSED:
+    if isinstance(error, DomainError) and error.reason is Reason.CONFIGURATION_INVALID:
         assert capsys.readouterr().err == "bakery: data_dir is missing\n"
