@@ -14,6 +14,8 @@ def denial(path: Path) -> str:
         )
     except PermissionError as error:
         return denied(error.filename)
+    except (OSError, ValueError):  # no name that a file can have
+        return ""
 
 
 def denied(place: Path | str) -> str:

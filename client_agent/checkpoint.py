@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from client_agent.access import denial
+from client_agent.hub import absence_on_hub
 from client_agent.tables import first_line
 from client_agent.tasks.port import Task
 from client_agent.tasks.registry import task_of, tasks
@@ -134,7 +135,8 @@ def _source(path: str) -> tuple[str, dict[str, Any]]:
     if path.endswith(".gguf"):
         file = Path(path)
         return str(file.parent), options | {"gguf_file": file.name}
-    return path, options | ({"local_files_only": True} if _exists(path) else {})
+    here = _exists(path) or bool(absence_on_hub(path))  # without the hub: what was downloaded before
+    return path, options | ({"local_files_only": True} if here else {})
 
 
 @contextmanager
@@ -151,10 +153,8 @@ def _loading(path: str, what: str) -> Iterator[None]:
                 "(config.json, tokenizer.json, model.safetensors)"
             )
         else:
-            why = (
-                f"there is no folder {path} beside the configuration file, nor can {what} be had from the Hugging "
-                f"Face hub by that name: {first_line(error)}"
-            )
+            absence = absence_on_hub(path) or f"{what} of that name cannot be loaded: {first_line(error)}"
+            why = f"there is no folder {path} beside the configuration file, and {absence}"
         raise invalid(f"model.path: {why}") from error
 
 
