@@ -30,7 +30,7 @@ SOURCES := shelora coordinator client_agent services attack bench compare exampl
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test compare simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures test-insiders attack up test-dashboard images push protos verify-protos unit clean
+.PHONY: help setup demo test compare simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -145,6 +145,15 @@ protos: $(INSTALLED)  ## Regenerate the stubs in shelora/v1
 
 verify-protos: $(INSTALLED)  ## Fail if the stubs are not those of protos/
 	$(BIN)/python -m tools.stubs verify
+
+diagrams: $(INSTALLED)  ## Draw the state machines in docs/images from their tables
+	$(BIN)/python -m tools.diagrams write
+
+docs: $(INSTALLED)  ## Write the documentation as a site to runs/site, links checked
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open runs/site/index.html"
 
 clean:  ## Remove what was built and run; the virtual environment stays
 	rm -rf runs assets build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
