@@ -64,6 +64,7 @@ class Cluster:
 
     def down(self) -> None:
         for pod in self.pods.values():
+            podman("pod", "stop", "--ignore", "--time", "0", pod.name, check=False)
             podman("pod", "rm", "--force", "--ignore", "--time", "0", pod.name)
             _remove(pod, pod.volumes)
         podman("network", "rm", "--force", NETWORK)

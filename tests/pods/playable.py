@@ -6,6 +6,8 @@ commands and settings as they are. Replaced is what podman knows nothing of, or 
   container of a pod an emptyDir in memory of its own, and one `tmp` to all pods. Sizes, and memory as medium, are lost.
 - Services become names of their pods in podman's network (`Pod.names`), those that the certificates hold. Podman does
   not look whether a pod is ready.
+- Ports of containers are taken out, which are for reading: Podman before 5 publishes them on this machine, where the
+  next replica's would meet them.
 - Probes and preStop are taken out: podman has no gRPC probes, no readiness and no hooks. `Pod.ready` says what a
   kubelet would ask; `cluster.py` asks, and waits before it stops.
 
@@ -21,6 +23,9 @@ from typing import Any
 from deploy.helm.tests.rendering import NAMESPACE, WORKLOADS, Rendered
 
 DOMAIN = "cluster.local"
+KEPT = {"io.podman.annotations.init.container.type": "always"}
+"""Podman runs these init containers at each start of a pod, as a kubelet does. Those of its other kind it removes, and
+fails if that is too soon for it."""
 Object = dict[str, Any]
 
 
@@ -84,13 +89,14 @@ def _pod(rendered: Rendered, workload: Object, name: str) -> Pod:
         container.pop(probe, None)
     ready = container.pop("readinessProbe", {})
     hooks = container.pop("lifecycle", {})
+    container.pop("ports", None)
     return Pod(
         name=name,
         component=labels["app.kubernetes.io/component"],
         manifest={
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": name, "labels": labels},
+            "metadata": {"name": name, "labels": labels, "annotations": KEPT},
             "spec": spec,
         },
         volumes=volumes,
