@@ -28,21 +28,34 @@ from shelora.transport.tls import IdentityFolder, TlsCredentials
 ENV_PREFIX: Final = "SHELORA_AGENT__"
 IDENTITY: Final = "identity"
 """Folder in `state_dir` for key and certificate."""
-SUFFIXES: Final = (".jsonl", ".csv", ".parquet")
+SUFFIXES: Final = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """How the names of data files end: what they hold."""
-_COMPRESSED: Final = (".gz", ".zip", ".bz2", ".xz", ".zst")
+PACKED: Final = (".gz", ".bz2", ".xz", ".zst")
+"""What may follow, of a compressed file."""
+_ARCHIVES: Final = (".zip", ".tar", ".7z", ".rar", ".tgz")
 _FOLDER: Final = "folder"
 """Key of the validation context: the folder that relative paths start from."""
 
 
 def unsupported_name(path: Path) -> str:
     """Why data in a file of that name is not read; "" if it is. Suffixes may be in capitals."""
-    suffix = path.suffix.lower()
-    if suffix in SUFFIXES:
+    suffix, packed = suffix_of(path)
+    if suffix in SUFFIXES and not (packed and suffix == ".parquet"):
         return ""
-    if suffix in _COMPRESSED:
-        return "it is compressed: unpack it first"
-    return f"the file name must end in one of {', '.join(SUFFIXES)}"
+    if suffix in _ARCHIVES or path.suffix.lower() in _ARCHIVES:
+        return "it is an archive: unpack it first"
+    return f"the file name must end in one of {', '.join(SUFFIXES)}, after which .gz, .bz2, .xz or .zst may follow"
+
+
+def suffix_of(path: Path) -> tuple[str, str]:
+    """What says the format, and what says how it is compressed: `.jsonl` and `.gz` of `a.jsonl.gz`."""
+    last = path.suffix.lower()
+    return (path.with_suffix("").suffix.lower(), last) if last in PACKED else (last, "")
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a path has `*`, `?` or `[` in it."""
+    return any(mark in str(path) for mark in "*?[")
 
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
@@ -58,9 +71,17 @@ def _absolute(path: Path, info: ValidationInfo) -> Path:
 
 
 def _data_file(path: Path) -> Path:
-    if why := unsupported_name(path):
+    """A file's name is looked at here; one without a suffix may be a folder, which is looked at when it is read."""
+    if path.suffix and not is_pattern(path) and not _is_folder(path) and (why := unsupported_name(path)):
         raise ValueError(why)
     return path
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no name that a file can have
+        return False
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -78,13 +99,19 @@ class ModelConfig(StrictModel):
 
 class DataConfig(StrictModel):
     train: DataPath
-    """Training examples; the suffix .jsonl, .csv or .parquet gives the format. Relative to the configuration file."""
+    """Training examples: a file whose suffix gives the format (.jsonl, .json, .csv, .tsv, .parquet; also compressed,
+    as .jsonl.gz), a folder of such files, a pattern (shards/*.parquet), or a saved dataset. Relative to the
+    configuration file."""
     test: DataPath | None = None
     """Test examples, for the evaluation reported after each round. None: nothing is reported."""
     text_field: Name = "text"
     """Field (column) that holds the text; not read for chat, whose records have fields of their own (docs/chat.md)."""
     label_field: Name = "label"
     """Field (column) that holds the class name; read for sequence-classification alone."""
+    pair_field: Name | None = None
+    """Field (column) that holds a second text, for classifications of pairs. None: there is one text."""
+    cache_dir: AbsolutePath | None = None
+    """Where examples of more than 64 MB are kept, in a nameless file, while the agent runs. None: in state_dir."""
 
 
 class LoraSettings(StrictModel):
@@ -248,6 +275,11 @@ class AgentConfig(StrictModel):
         except ValidationError as error:
             raise invalid(f"{path} is not a valid configuration:\n{explain(error, cls)}") from None
         return config.with_local_model(folder)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where many examples are kept while the agent runs."""
+        return self.data.cache_dir or self.state_dir
 
     @property
     def identity(self) -> IdentityFolder:

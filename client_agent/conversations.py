@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from client_agent.data import kind_of_value, sound_text
-from client_agent.tables import Record, invalid, listed, quoted, read_records
+from client_agent.sources import invalid
+from client_agent.spool import Spool
+from client_agent.tables import Record, listed, quoted, read_records
 
 ASSISTANT: Final = "assistant"
 USER: Final = "user"
@@ -49,7 +51,7 @@ class Conversation:
 class Conversations:
     """Conversations as examples."""
 
-    conversations: tuple[Conversation, ...]
+    conversations: Sequence[Conversation]
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -62,8 +64,7 @@ class Conversations:
         """SHA-256 in hex: equal for the same examples in the same order."""
         hashed = hashlib.sha256()
         for one in self.conversations:
-            turns = json.dumps([[turn.role, turn.content] for turn in one.turns])
-            hashed.update(hashlib.sha256(turns.encode()).digest())
+            hashed.update(hashlib.sha256(_as_text(one).encode()).digest())
         return hashed.hexdigest()
 
     def count_by_label(self, names: Sequence[str]) -> Mapping[str, int]:
@@ -72,12 +73,29 @@ class Conversations:
         return {}
 
 
-def read_conversations(path: Path) -> Conversations:
-    """Reads a .jsonl, .csv or .parquet file. Raises: DomainError DATA_INVALID naming file, line and field."""
-    conversations = tuple(_conversation(record) for record in read_records(path, FIELDS))
-    if not conversations:
+def read_conversations(path: Path, cache_dir: Path | None = None) -> Conversations:
+    """Reads what the path stands for. Raises: DomainError DATA_INVALID naming file, line and field.
+
+    Args:
+        path: A file, a folder, a pattern or a saved dataset.
+        cache_dir: Where many conversations are kept, as `client_agent.spool` has it.
+    """
+    spool = Spool(cache_dir, encode=_as_text, decode=_from_text)
+    for record in read_records(path, FIELDS):
+        spool.add(_conversation(record))
+    read = Conversations(spool.done())
+    if not read.conversations:
         raise invalid(f"{path} holds no examples")
-    return Conversations(conversations)
+    return read
+
+
+def _as_text(one: Conversation) -> str:
+    return json.dumps([one.of_messages, *([turn.role, turn.content] for turn in one.turns)])
+
+
+def _from_text(text: str) -> Conversation:
+    of_messages, *turns = json.loads(text)
+    return Conversation(tuple(Turn(*turn) for turn in turns), of_messages)
 
 
 def record_at(path: Path, index: int) -> str:

@@ -5,14 +5,17 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
-from client_agent.tables import invalid, listed, quoted, read_rows
+from client_agent.sources import invalid
+from client_agent.spool import Spool
+from client_agent.tables import listed, quoted, read_rows
 
 _TEXT_SETTING: Final = "data.text_field"
 _LABEL_SETTING: Final = "data.label_field"
+_PAIR_SETTING: Final = "data.pair_field"
 LEAST_LABELS: Final = 2
 _EXACT: Final = 2**53
 """Floats below are exact where they are whole numbers."""
@@ -29,9 +32,11 @@ _KINDS: Final = {
 class Examples:
     """Texts and, for classification, the index of each one's label."""
 
-    texts: tuple[str, ...]
-    labels: tuple[int, ...] = ()
+    texts: Sequence[str]
+    labels: Sequence[int] = ()
     """As many as texts, or none (next tokens)."""
+    seconds: Sequence[str] = ()
+    """The second text of each pair; none if there are no pairs."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -40,13 +45,15 @@ class Examples:
         """These examples, in this order."""
         chosen = list(indices)
         return Examples(
-            tuple(self.texts[i] for i in chosen), tuple(self.labels[i] for i in chosen) if self.labels else ()
+            tuple(self.texts[i] for i in chosen),
+            tuple(self.labels[i] for i in chosen) if self.labels else (),
+            tuple(self.seconds[i] for i in chosen) if self.seconds else (),
         )
 
     def fingerprint(self) -> str:
         """SHA-256 in hex: equal for the same examples in the same order."""
-        hashed = hashlib.sha256(repr(self.labels).encode())
-        for text in self.texts:
+        hashed = hashlib.sha256(repr(tuple(self.labels)).encode())
+        for text in chain(self.texts, self.seconds):
             hashed.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
         return hashed.hexdigest()
 
@@ -56,23 +63,47 @@ class Examples:
         return {name: counts[index] for index, name in enumerate(names)}
 
 
-def read_examples(path: Path, text_field: str, label_field: str, labels: Sequence[str]) -> Examples:
-    """Reads a .jsonl, .csv or .parquet file; of its fields those two alone.
+def read_examples(
+    path: Path,
+    text_field: str,
+    label_field: str,
+    labels: Sequence[str],
+    *,
+    pair_field: str | None = None,
+    cache_dir: Path | None = None,
+) -> Examples:
+    """Reads what the path stands for; of its fields those alone.
 
-    Args: labels: Class names in order of their index; empty if examples have no label.
+    Args:
+        path: A file, a folder, a pattern or a saved dataset.
+        text_field: Holds the text.
+        label_field: Holds the class name.
+        labels: Class names in order of their index; empty if examples have no label.
+        pair_field: Holds a second text; None for none.
+        cache_dir: Where many texts are kept, as `client_agent.spool` has it.
+
     Raises: DomainError DATA_INVALID naming file, line (row of a Parquet file, from 1) and field.
     """
     index = {name: position for position, name in enumerate(labels)}
     fields = {text_field: _TEXT_SETTING} | ({label_field: _LABEL_SETTING} if labels else {})
-    texts: list[str] = []
+    if pair_field is not None:
+        fields[pair_field] = _PAIR_SETTING
+    texts, seconds = _texts(cache_dir), _texts(cache_dir)
     numbers: list[int] = []
     for place, row in read_rows(path, fields):
-        texts.append(sound_text(row[text_field], text_field, place))
+        texts.add(sound_text(row[text_field], text_field, place))
+        if pair_field is not None:
+            seconds.add(sound_text(row[pair_field], pair_field, place))
         if labels:
             numbers.append(_label(row[label_field], label_field, index, place))
-    if not texts:
+    read = Examples(texts.done(), tuple(numbers), seconds.done())
+    if not read.texts:
         raise invalid(f"{path} holds no examples")
-    return Examples(tuple(texts), tuple(numbers))
+    return read
+
+
+def _texts(cache_dir: Path | None) -> Spool[str]:
+    return Spool(cache_dir, encode=str, decode=str)
 
 
 def found_labels(path: Path, label_field: str) -> tuple[str, ...]:

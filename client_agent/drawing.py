@@ -19,14 +19,14 @@ def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list
     """
     rng = np.random.default_rng(seed)
     size = min(batch_size, count)
-    pending: list[int] = []
+    pending = np.empty(0, dtype=np.int64)
     for _ in range(steps):
         while len(pending) < size:
-            held = set(pending)
-            order = rng.permutation(count).tolist()
+            order = rng.permutation(count)
             # What is still pending comes first; its repeats in the new pass go behind everything else.
-            pending += sorted(order, key=held.__contains__)
-        yield pending[:size]
+            repeated = np.isin(order, pending)
+            pending = np.concatenate([pending, order[~repeated], order[repeated]])
+        yield pending[:size].tolist()
         pending = pending[size:]
 
 

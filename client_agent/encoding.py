@@ -1,6 +1,6 @@
 """Texts to batches of token ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,6 +22,8 @@ class Encoded:
     """Token ids."""
     targets: Sequence[int] = ()
     """The index of its label; none where the next tokens are the targets."""
+    types: Sequence[int] = ()
+    """Which text of a pair each token is of, as the tokenizer numbers them; none of a single text."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,15 +36,26 @@ class Batch:
     """[examples, tokens], int64: 1 for a token, 0 for padding."""
     targets: torch.Tensor
     """[examples], int64: label indices; empty where the next tokens are the targets."""
+    token_type_ids: torch.Tensor | None = None
+    """[examples, tokens], int64: which text of a pair a token is of; None where that is not told apart."""
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model takes, by its names."""
+        types = {} if self.token_type_ids is None else {"token_type_ids": self.token_type_ids}
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **types}
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device))
+        return self._each(lambda tensor: tensor.to(device))
 
     def only(self, index: int) -> "Batch":
         """The batch of that example alone, padded as it is."""
-        rows = slice(index, index + 1)
-        return Batch(self.input_ids[rows], self.attention_mask[rows], self.targets[rows])
+        return self._each(lambda tensor: tensor[index : index + 1])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        types = None if self.token_type_ids is None else change(self.token_type_ids)
+        return Batch(change(self.input_ids), change(self.attention_mask), change(self.targets), types)
 
 
 class Encoder:
@@ -80,8 +93,11 @@ class Encoder:
         """Token ids of every text, special tokens included, each cut to the limit."""
         return [self._cut(body) for body in self._bodies(texts)]
 
-    def measure(self, texts: Sequence[str]) -> tuple[list[int], int]:
-        """Tokens of every text before it is cut, special tokens included, and the largest token id."""
+    def measure(self, texts: Sequence[str], seconds: Sequence[str] = ()) -> tuple[list[int], int]:
+        """Tokens of every text or pair before it is cut, special tokens included, and the largest token id."""
+        if seconds:
+            whole = self._pairs(texts, seconds, cut=False)["input_ids"]
+            return [len(row) for row in whole], max(max(row) for row in whole)
         bodies = self._bodies(texts)
         lengths = [sum(map(len, self._framed(body))) for body in bodies]
         return lengths, max((max(body) for body in bodies if body), default=0)
@@ -93,12 +109,17 @@ class Encoder:
 
     def shown(self, examples: Examples) -> Mapping[str, str]:
         """The first example's tokens; what lies in the middle of many is left out."""
-        return {"the first one": " ".join(shortened(self.tokens(examples.texts[0]), SHOWN_TOKENS))}
+        tokens = self._tokenizer.convert_ids_to_tokens(self.encoded(examples.select([0]))[0].ids)
+        return {"the first one": " ".join(shortened(tokens, SHOWN_TOKENS))}
 
     def encoded(self, examples: Examples) -> list[Encoded]:
-        """Every example as `ids`, with its label if it has one."""
+        """Every example as `ids`, with its label if it has one; of a pair, the longer text is cut first."""
+        targets: list[tuple[int, ...]] = [(label,) for label in examples.labels] or [()] * len(examples)
+        if examples.seconds:
+            pairs = self._pairs(examples.texts, examples.seconds, cut=True)
+            types: Sequence[Sequence[int]] = pairs.get("token_type_ids") or [()] * len(targets)
+            return [Encoded(*one) for one in zip(pairs["input_ids"], targets, types, strict=True)]
         ids = self.ids(examples.texts)
-        targets: list[tuple[int, ...]] = [(label,) for label in examples.labels] or [()] * len(ids)
         return [Encoded(row, target) for row, target in zip(ids, targets, strict=True)]
 
     def batch(self, examples: Examples) -> Batch:
@@ -109,7 +130,22 @@ class Encoder:
         """The batch of examples that are encoded already."""
         targets = [target for one in encoded for target in one.targets]
         ids, mask = padded([one.ids for one in encoded], self._pad)
-        return Batch(ids, mask, torch.tensor(targets, dtype=torch.int64))
+        types = padded([one.types for one in encoded], 0)[0] if encoded[0].types else None
+        return Batch(ids, mask, torch.tensor(targets, dtype=torch.int64), types)
+
+    def _pairs(
+        self, texts: Sequence[str], seconds: Sequence[str], *, cut: bool
+    ) -> dict[str, list[list[int]]]:
+        """As the tokenizer frames pairs, its special tokens included."""
+        encoded: dict[str, list[list[int]]] = self._tokenizer(
+            list(texts),
+            list(seconds),
+            truncation="longest_first" if cut else False,
+            max_length=self.limit if cut else None,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return encoded
 
     def _bodies(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids without special tokens but those that the texts hold themselves, uncut."""

@@ -15,8 +15,8 @@ from client_agent.learner import budget_of
 from client_agent.model import AdaptedModel
 from client_agent.preparation import Prepared, prepare
 from client_agent.protection import expected_layout
+from client_agent.sources import invalid
 from client_agent.survey import WHOLE
-from client_agent.tables import invalid
 from client_agent.tasks.port import ExampleSet
 from client_agent.tasks.registry import task_of
 from shelora.configuration import explain

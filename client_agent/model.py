@@ -143,7 +143,7 @@ class AdaptedModel:
     def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [k, classes] and targets [k], as the task has them: of examples, or of tokens."""
         batch = batch.to(self.device)
-        logits = self._peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = self._peft(**batch.inputs).logits
         return self.task.predictions(logits, batch)
 
     def target_count(self, batch: Batch) -> int:
@@ -153,7 +153,7 @@ class AdaptedModel:
     def losses(self, batch: Batch) -> torch.Tensor:
         """Cross-entropy of each example, the mean over its own targets, [examples]; 0 of one without targets."""
         batch = batch.to(self.device)
-        logits = self._peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = self._peft(**batch.inputs).logits
         chosen, targets = self.task.predictions(logits, batch)
         values = functional.cross_entropy(chosen.float(), targets, reduction="none")
         count = len(batch.input_ids)

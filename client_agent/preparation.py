@@ -43,7 +43,7 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
 
     Raises: DomainError DATA_INVALID, MODEL_INVALID, MEMORY_UNAVAILABLE.
     """
-    data = config.data
+    data = config.data.model_copy(update={"cache_dir": config.cache_dir})
     task = task_of(spec.task)
     examples = task.read(data.train, data, spec)
     test = task.read(data.test, data, spec) if data.test is not None else None

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from client_agent.data import Examples, place_of
 from client_agent.encoding import Encoder
-from client_agent.tables import invalid
+from client_agent.sources import invalid
 
 WHOLE: Final = 100
 PERCENTILES: Final = (50, 90, 99, WHOLE)
@@ -53,15 +53,15 @@ def survey(path: Path, text_field: str, examples: Examples, encoder: Encoder) ->
     Raises: DomainError DATA_INVALID naming the place of a text that gives nothing to learn from.
     """
     least = 1 if examples.labels else 2
-    lengths: list[int] = []
+    lengths = np.empty(len(examples), dtype=np.int64)
     largest = 0
     for start in range(0, len(examples), _AT_ONCE):
-        part, highest = encoder.measure(examples.texts[start : start + _AT_ONCE])
-        lengths += part
+        stop = min(start + _AT_ONCE, len(examples))
+        part, highest = encoder.measure(examples.texts[start:stop], examples.seconds[start:stop])
+        lengths[start:stop] = part
         largest = max(largest, highest)
-    for index, length in enumerate(lengths):
-        if length < least:
-            place = place_of(path, text_field, index)
-            what = "has no second token to predict" if length else "gives no token"
-            raise invalid(f"{place}: the text in field {text_field!r} {what}: remove it")
-    return Survey(np.array(lengths, dtype=np.int64), encoder.limit, largest)
+    for index in np.flatnonzero(lengths < least):
+        place = place_of(path, text_field, int(index))
+        what = "has no second token to predict" if lengths[index] else "gives no token"
+        raise invalid(f"{place}: the text in field {text_field!r} {what}: remove it")
+    return Survey(lengths, encoder.limit, largest)

@@ -1,12 +1,15 @@
-"""Rows of JSONL, CSV and Parquet files: the named fields alone, whatever else a file holds.
+"""Rows of JSON, CSV, Parquet and Arrow files: the named fields alone, whatever else a file holds.
 
 What cannot be read is refused with the file, the line (row of a Parquet file, from 1), the field and the remedy.
 """
 
 import codecs
 import csv
+import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO, TypeAlias
@@ -15,11 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from client_agent.access import denied
-from client_agent.config import unsupported_name
-from shelora.errors import DomainError, Reason
+from client_agent.config import suffix_of
+from client_agent.sources import files_of, format_of, invalid, opened
 
 Fields: TypeAlias = Mapping[str, str]
 """What to read: the setting that names a field, by the field's name in the file."""
+_Pairs: TypeAlias = tuple[tuple[str, object], ...]
+"""A JSON object, so that repeated names are seen."""
 Row: TypeAlias = tuple[str, Mapping[str, object]]
 """A row's place in words, and the value of every named field: never None, for a null is refused."""
 
@@ -27,11 +32,14 @@ MOST_SHOWN: Final = 20
 """Names that an error lists."""
 MOST_CHARACTERS: Final = 60
 """Characters of a name or value that an error shows."""
-_PARQUET_ROWS: Final = 4096
+_ARROW_ROWS: Final = 4096
 """Rows of a Parquet file held at once."""
+_PIECE: Final = 2**16
+"""Characters read at once where lines say nothing."""
+_LONGEST_RECORD: Final = 2**26
+"""Characters of one record in a list of JSON."""
 _LONGEST_INTEGER: Final = 300
 """Digits of an integer in JSON; more are beyond every float, and take quadratic time to convert."""
-_SAMPLE_BYTES: Final = 4096
 _MARKS: Final = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins like the mark of UTF-16
@@ -40,27 +48,14 @@ _MARKS: Final = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 """Byte order marks, and the encodings they stand for."""
-_PACKED: Final = (
-    (b"\x1f\x8b", "gzip"),
-    (b"PK\x03\x04", "zip"),
-    (b"BZh", "bzip2"),
-    (b"\xfd7zXZ", "xz"),
-    (b"\x28\xb5\x2f\xfd", "zstd"),
-)
-"""How compressed files begin. Those of Parquet are compressed inside."""
-_PARQUET: Final = b"PAR1"
-
 csv.field_size_limit(2**31 - 1)  # texts are cut to the federation's max_tokens later
 
 
 def read_rows(path: Path, fields: Fields) -> Iterator[Row]:
-    """Every row, read as it is asked for. Raises: DomainError DATA_INVALID."""
-    try:
-        yield from _reader(path)(path, fields)
-    except PermissionError as error:
-        raise invalid(denied(path)) from error
-    except OSError as error:
-        raise invalid(f"{path} cannot be read: {error.strerror or error}") from error
+    """Every row of the files that the path stands for, read as it is asked for. Raises: DomainError DATA_INVALID."""
+    for file in _files(path):
+        with _readable(file):
+            yield from _READERS[format_of(file)](file, fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +71,25 @@ class Record:
 
 def read_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
     """Every row with whatever of the fields it has, nulls too. Raises: DomainError DATA_INVALID."""
+    for file in _files(path):
+        with _readable(file):
+            yield from _RECORDS[format_of(file)](file, fields)
+
+
+def _files(path: Path) -> list[Path]:
+    with _readable(path):
+        return files_of(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        _reader(path)
-        yield from _RECORDS[path.suffix.lower()](path, fields)
+        yield
     except PermissionError as error:
         raise invalid(denied(path)) from error
     except OSError as error:
-        raise invalid(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def invalid(message: str) -> DomainError:
-    """A DATA_INVALID error."""
-    return DomainError(Reason.DATA_INVALID, message)
+        why = os.strerror(error.errno) if error.errno else first_line(error)
+        raise invalid(f"{path} cannot be read: {why}") from error
 
 
 def listed(names: Iterable[str]) -> str:
@@ -108,48 +110,113 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "...")
 
 
-def _reader(path: Path) -> Callable[[Path, Fields], Iterator[Row]]:
-    """How to read that file, judged by its name and its beginning. Raises: OSError, DATA_INVALID."""
-    if why := unsupported_name(path):
-        raise invalid(f"{path}: {why}")
-    if path.exists() and not path.is_file():
-        raise invalid(f"{path} is no file")
-    with path.open("rb") as file:
-        start = file.read(_SAMPLE_BYTES)
-    for magic, kind in _PACKED:
-        if start.startswith(magic):
-            raise invalid(f"{path} is compressed with {kind}: unpack it first")
-    suffix = path.suffix.lower()
-    if start.startswith(_PARQUET) and suffix != ".parquet":
-        raise invalid(f"{path} is a Parquet file: let its name end in .parquet")
-    return _READERS[suffix]
-
-
 # Text files
 
 
-def _jsonl_rows(path: Path, fields: Fields) -> Iterator[Row]:
+def _json_rows(path: Path, fields: Fields) -> Iterator[Row]:
+    for place, pairs in _objects(path):
+        yield place, _members(pairs, fields, place)
+
+
+def _json_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+    for place, pairs in _objects(path):
+        names = [name for name, _ in pairs]
+        for field in fields:
+            if names.count(field) > 1:
+                raise invalid(f"{place}: field {field!r} occurs {names.count(field)} times: keep one")
+        yield Record(place, {name: value for name, value in pairs if name in fields}, names)
+
+
+def _objects(path: Path) -> Iterator[tuple[str, _Pairs]]:
+    """The JSON objects of a file with their places: one a line, or, in .json, those of one list."""
+    if suffix_of(path)[0] == ".json" and _begins_list(path):
+        with _opened(path, newline=None) as file:
+            yield from _Listed(path, _sound(path, file, iter(lambda: file.read(_PIECE), ""))).objects()
+        return
     with _opened(path, newline=None) as file:
-        for number, line in enumerate(_sound_lines(path, file), start=1):
+        for number, line in enumerate(_sound(path, file, file), start=1):
             if line.strip():
                 place = f"{path}, line {number}"
-                yield place, _members(_parsed(line.rstrip("\n"), place), fields, place)
+                yield place, _parsed(line.rstrip("\n"), place)
 
 
-def _jsonl_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+def _begins_list(path: Path) -> bool:
     with _opened(path, newline=None) as file:
-        for number, line in enumerate(_sound_lines(path, file), start=1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                pairs = _parsed(line.rstrip("\n"), place)
-                names = [name for name, _ in pairs]
-                for field in fields:
-                    if names.count(field) > 1:
-                        raise invalid(f"{place}: field {field!r} occurs {names.count(field)} times: keep one")
-                yield Record(place, {name: value for name, value in pairs if name in fields}, names)
+        while piece := file.read(_PIECE):
+            if piece.strip():
+                return piece.lstrip().startswith("[")
+    return False
 
 
-def _parsed(line: str, place: str) -> tuple[tuple[str, object], ...]:
+class _Listed:
+    """The objects of one list of JSON, read as they are asked for, however the list is broken into lines."""
+
+    def __init__(self, path: Path, pieces: Iterator[str]) -> None:
+        self._path, self._pieces = path, pieces
+        self._decoder = json.JSONDecoder(object_pairs_hook=tuple, parse_int=_integer)
+        self._text, self._at = "", 0
+        self._line = 1
+
+    def objects(self) -> Iterator[tuple[str, _Pairs]]:
+        """Each with its place. Raises: DATA_INVALID."""
+        self._peek()
+        self._move(1)
+        while self._peek() != "]":
+            place = self._place
+            value = self._value()
+            if not isinstance(value, tuple):
+                raise invalid(f"{place}: the list of the file must hold JSON objects alone")
+            yield place, value
+            if self._peek() not in {",", "]"}:
+                raise invalid(f"{self._place}: a comma or the list's end must follow here")
+            if self._peek() == ",":
+                self._move(1)
+        self._move(1)
+        if self._peek():
+            raise invalid(f"{self._place}: something follows the end of the list")
+
+    @property
+    def _place(self) -> str:
+        return f"{self._path}, line {self._line}"
+
+    def _peek(self) -> str:
+        """The next character that is no blank; "" at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at].isspace():
+                self._move(1)
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def _value(self) -> object:
+        """The value that begins here. Doubles what it has read until the value is whole."""
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                left = len(self._text) - self._at
+                while len(self._text) - self._at <= 2 * left and self._more():
+                    pass
+                if left == len(self._text) - self._at or left > _LONGEST_RECORD:
+                    raise invalid(
+                        f"{self._place}: not valid JSON ({error.msg}) in the record that begins there"
+                    ) from error
+            except RecursionError as error:
+                raise invalid(f"{self._place}: the JSON is nested too deeply") from error
+            else:
+                self._move(end - self._at)
+                return value
+
+    def _move(self, count: int) -> None:
+        self._line += self._text.count("\n", self._at, self._at + count)
+        self._at += count
+
+    def _more(self) -> bool:
+        piece = next(self._pieces, "")
+        self._text, self._at = self._text[self._at :] + piece, 0
+        return bool(piece)
+
+
+def _parsed(line: str, place: str) -> _Pairs:
     """A JSON object as its pairs, so that repeated names are seen; lists stay lists."""
     try:
         value = json.loads(line, object_pairs_hook=tuple, parse_int=_integer)
@@ -209,7 +276,8 @@ def _csv_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
 
 def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str]]]:
     """Every record that is not empty, with the place of its first line."""
-    reader = csv.reader(_sound_lines(path, file), strict=True)
+    tabs = suffix_of(path)[0] == ".tsv"
+    reader = csv.reader(_sound(path, file, file), delimiter="\t" if tabs else ",", strict=True)
     while True:
         place = f"{path}, line {reader.line_num + 1}"
         try:
@@ -244,42 +312,62 @@ def _cell(cells: Sequence[str], index: int, field: str, place: str) -> str:
     return cells[index]
 
 
-def _opened(path: Path, newline: str | None) -> TextIO:
-    """The file as text: in the encoding that its byte order mark names, or in UTF-8."""
-    with path.open("rb") as file:
+@contextmanager
+def _opened(path: Path, newline: str | None) -> Iterator[TextIO]:
+    """The file as text, unpacked: in the encoding that its byte order mark names, or in UTF-8."""
+    with opened(path) as file:
         start = file.read(len(codecs.BOM_UTF32_LE))
     encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8")
-    return path.open(encoding=encoding, errors="surrogateescape", newline=newline)
+    with (
+        opened(path) as file,
+        io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape", newline=newline) as text,
+    ):
+        yield text
 
 
-def _sound_lines(path: Path, file: TextIO) -> Iterator[str]:
-    """The lines; refuses bytes that are no text, in the line that they are in."""
+def _sound(path: Path, file: TextIO, pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of the file, such as its lines; refuses bytes that are no text, in the line that they are in."""
     number = 1
     try:
-        for line in file:
-            place = f"{path}, line {number}"
-            if "\0" in line:
-                raise invalid(f"{place} holds NUL bytes: save the file as UTF-8")
-            if not line.isascii() and any("\ud800" <= character <= "\udfff" for character in line):
-                raise invalid(f"{place} is not {file.encoding.upper()}: save the file as UTF-8")
-            yield line
-            number += 1
+        for piece in pieces:
+            torn = not piece.isascii() and any("\ud800" <= character <= "\udfff" for character in piece)
+            if torn or "\0" in piece:
+                bad = next(i for i, c in enumerate(piece) if c == "\0" or "\ud800" <= c <= "\udfff")
+                place = f"{path}, line {number + piece.count(chr(10), 0, bad)}"
+                why = "holds NUL bytes" if piece[bad] == "\0" else f"is not {file.encoding.upper()}"
+                raise invalid(f"{place} {why}: save the file as UTF-8")
+            yield piece
+            number += piece.count("\n")
     except UnicodeError as error:
         raise invalid(f"{path}, line {number} or soon after, is not {file.encoding.upper()}") from error
 
 
-# Parquet
+# Parquet and Arrow
 
 
-def _parquet_rows(path: Path, fields: Fields) -> Iterator[Row]:
-    try:
+@contextmanager
+def _columns_of(path: Path) -> Iterator[tuple[Any, Callable[[Sequence[str]], Iterator[Any]]]]:
+    """The schema, and what gives batches of some columns. Raises: pa.ArrowException."""
+    if path.suffix.lower() == ".parquet":
         with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
+            yield file.schema_arrow, lambda names: file.iter_batches(_ARROW_ROWS, columns=list(names))
+        return
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+        yield stream.schema, lambda names: (batch.select(list(names)) for batch in stream)
+
+
+def _kind(path: Path) -> str:
+    return "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+
+
+def _arrow_rows(path: Path, fields: Fields) -> Iterator[Row]:
+    try:
+        with _columns_of(path) as (schema, batches):
             _columns(schema.names, fields, str(path))
             for field in fields:
                 _check_type(schema.field(field).type, field, path)
             number = 0
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=list(fields)):
+            for batch in batches(list(fields)):
                 columns = {field: _values(batch.column(field), field, path, number) for field in fields}
                 for values in zip(*columns.values(), strict=True):
                     number += 1
@@ -289,17 +377,17 @@ def _parquet_rows(path: Path, fields: Fields) -> Iterator[Row]:
                         {f: _known(v, f, place) for f, v in zip(columns, values, strict=True)},
                     )
     except pa.ArrowException as error:
-        raise invalid(f"{path} is not a readable Parquet file: {first_line(error)}") from error
+        raise invalid(f"{path} is not a readable {_kind(path)} file: {first_line(error)}") from error
 
 
-def _parquet_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+def _arrow_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
+        with _columns_of(path) as (schema, batches):
+            names = schema.names
             there = [field for field in fields if field in names]
             _columns(names, {field: field for field in there}, str(path))
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=there):
+            for batch in batches(there):
                 columns = [batch.column(field) for field in there]
                 for index in range(batch.num_rows):
                     number += 1
@@ -358,5 +446,19 @@ def first_line(error: BaseException) -> str:
     return said if " " in said else f"{type(error).__name__} {said}".strip()
 
 
-_READERS: Final = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-_RECORDS: Final = {".jsonl": _jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}
+_READERS: Final = {
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".parquet": _arrow_rows,
+    ".arrow": _arrow_rows,
+}
+_RECORDS: Final = {
+    ".jsonl": _json_records,
+    ".json": _json_records,
+    ".csv": _csv_records,
+    ".tsv": _csv_records,
+    ".parquet": _arrow_records,
+    ".arrow": _arrow_records,
+}

@@ -36,7 +36,7 @@ tokenizer = AutoTokenizer.from_pretrained("adapter")
 
     def read(self, path: Path, data: DataConfig, spec: TrainingSpec) -> Examples:
         del spec
-        return read_examples(path, data.text_field, data.label_field, ())
+        return read_examples(path, data.text_field, data.label_field, (), cache_dir=data.cache_dir)
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, limit: int, spec: TrainingSpec) -> Encoder:
         del spec

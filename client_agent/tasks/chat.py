@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from client_agent.config import DataConfig
 from client_agent.conversations import Conversations, read_conversations, record_at
 from client_agent.encoding import SHOWN_TOKENS, Batch, Encoded, padded, shortened
+from client_agent.sources import invalid
 from client_agent.survey import Survey
-from client_agent.tables import invalid
 from client_agent.tasks.causal import CausalLm
 from client_agent.templates import NotRenderable, Rendered, Renderer
 from shelora.errors import DomainError, Reason
@@ -107,8 +107,8 @@ class Chat(CausalLm):
     predictions_named = "learnt tokens"
 
     def read(self, path: Path, data: DataConfig, spec: TrainingSpec) -> Conversations:  # type: ignore[override]
-        del data, spec
-        return read_conversations(path)
+        del spec
+        return read_conversations(path, data.cache_dir)
 
     def encoder(  # type: ignore[override]
         self, tokenizer: PreTrainedTokenizerBase, limit: int, spec: TrainingSpec
@@ -132,7 +132,8 @@ def survey_conversations(path: Path, examples: Conversations, encoder: ChatEncod
 
     Raises: DomainError DATA_INVALID naming the place of one that cannot be rendered, or that has no token to learn.
     """
-    lengths, largest, ends_cut = [], 0, 0
+    lengths = np.empty(len(examples), dtype=np.int64)
+    largest = ends_cut = 0
     for index in range(len(examples)):
         try:
             one = encoder.rendered(examples.select([index]))[0]
@@ -144,10 +145,10 @@ def survey_conversations(path: Path, examples: Conversations, encoder: ChatEncod
             raise invalid(
                 f"{record_at(path, index)}: no token of an answer is left to learn: remove the record"
             )
-        lengths.append(end)
+        lengths[index] = end
         largest = max(largest, *one.ids)
         ends_cut += end > encoder.limit and start - encoder.limit // _LEAST_PROMPT < end - encoder.limit
-    return Survey(np.array(lengths, dtype=np.int64), encoder.limit, largest, ends_cut)
+    return Survey(lengths, encoder.limit, largest, ends_cut)
 
 
 def last_answer(learnt: Sequence[bool]) -> tuple[int, int]:

@@ -45,7 +45,14 @@ tokenizer = AutoTokenizer.from_pretrained("adapter")
         return found_labels(data.train, data.label_field)
 
     def read(self, path: Path, data: DataConfig, spec: TrainingSpec) -> Examples:
-        return read_examples(path, data.text_field, data.label_field, spec.labels)
+        return read_examples(
+            path,
+            data.text_field,
+            data.label_field,
+            spec.labels,
+            pair_field=data.pair_field,
+            cache_dir=data.cache_dir,
+        )
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, limit: int, spec: TrainingSpec) -> Encoder:
         del spec

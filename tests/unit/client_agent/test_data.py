@@ -197,11 +197,13 @@ def test_labels_may_be_numbers_and_truth_values(
 @pytest.mark.parametrize(
     ("magic", "name", "said"),
     [
-        (b"\x1f\x8b\x08", "data.csv", "compressed with gzip: unpack it first"),
-        (b"PK\x03\x04", "data.jsonl", "compressed with zip: unpack it first"),
+        (b"\x1f\x8b\x08", "data.csv", "cannot be unpacked with gzip"),
+        (b"PK\x03\x04", "data.jsonl", "is an archive (zip): unpack it first"),
         (b"PAR1", "data.csv", "let its name end in .parquet"),
-        (b"", "data.csv.gz", "it is compressed: unpack it first"),
-        (b"", "data.txt", "must end in one of .jsonl, .csv, .parquet"),
+        (b"text,label", "data.csv.gz", "is not compressed, as its name says it is: rename it"),
+        (b"", "data.csv.zip", "it is an archive: unpack it first"),
+        (b"", "data.txt", "must end in one of .jsonl, .json, .csv, .tsv, .parquet"),
+        (b"PAR1", "data.parquet.gz", "must end in one of"),
     ],
 )
 def test_a_file_of_another_kind_is_refused_with_the_remedy(
@@ -211,9 +213,10 @@ def test_a_file_of_another_kind_is_refused_with_the_remedy(
     assert said in refusal(tmp_path / name)
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.csv").mkdir()
-    assert "is no file" in refusal(tmp_path / "data.csv")
+    (tmp_path / "data.csv" / "README.md").write_text("what it is")
+    assert "holds no file of a kind that is read" in refusal(tmp_path / "data.csv")
 
 
 def odd_columns() -> dict[str, pa.Array]:
@@ -318,3 +321,20 @@ def test_a_sample_is_reproducible_and_no_larger_than_what_there_is() -> None:
     assert sample(100, 7, seed=1) == sample(100, 7, seed=1)
     assert len(set(sample(100, 7, seed=1))) == 7
     assert sample(5, 0, seed=1) == []
+
+
+def test_batches_are_those_of_a_list_that_is_sorted_by_what_is_pending() -> None:
+    """The control is how they were drawn before passes over millions of examples were numbers of one array."""
+
+    def drawn(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
+        rng, pending, found = np.random.default_rng(seed), [], []
+        for _ in range(steps):
+            while len(pending) < size:
+                held = set(pending)
+                pending += sorted(rng.permutation(count).tolist(), key=held.__contains__)
+            found.append(pending[:size])
+            pending = pending[size:]
+        return found
+
+    for count, size in ((10, 4), (7, 7), (5, 3), (1, 1)):
+        assert list(batches(count, size, 20, seed=3)) == drawn(count, size, 20, 3)

@@ -83,12 +83,36 @@ def refusal(call: Callable[[], object]) -> DomainError | None:
 
 @odd
 @given(
-    name=st.sampled_from(["a.csv", "a.jsonl", "a.parquet", "A.CSV", "a.csv.gz"]),
+    name=st.sampled_from(
+        ["a.csv", "a.jsonl", "a.json", "a.tsv", "a.parquet", "A.CSV", "a.csv.gz", "a.json.xz", "a.jsonl.zst"]
+    ),
+    magic=st.sampled_from([b"", b"", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"]),
     content=st.binary(max_size=300),
 )
-def test_any_bytes(name: str, content: bytes) -> None:
-    with written(name, content) as path:
+def test_any_bytes(name: str, magic: bytes, content: bytes) -> None:
+    with written(name, magic + content) as path:
         check(path)
+
+
+@odd
+@given(cut=st.integers(0, 60), flipped=st.integers(0, 60))
+def test_any_damage_of_a_saved_dataset(cut: int, flipped: int) -> None:
+    table = pa.table({"text": ["good", "bad"], "label": ["good", "bad"]})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with pa.ipc.new_stream(folder / "a.arrow", table.schema) as stream:
+            stream.write_table(table)
+        state = b'{"_data_files": [{"filename": "a.arrow"}]}'
+        for file, content in (
+            ("dataset_info.json", b"{}"),
+            ("state.json", state[: len(state) - cut]),
+            ("a.arrow", (folder / "a.arrow").read_bytes()),
+        ):
+            damaged = bytearray(content)
+            if flipped < len(damaged):
+                damaged[flipped] ^= 0x55
+            (folder / file).write_bytes(bytes(damaged))
+        check(folder)
 
 
 @odd
@@ -123,6 +147,9 @@ def test_any_csv(
 def test_any_jsonl(rows: list[Any], indent: int | None, escaped: bool, encoding: str) -> None:
     lines = [dumped(row, indent=indent, ensure_ascii=escaped) for row in rows]
     with written("a.jsonl", "\n".join(lines).encode(encoding, "replace")) as path:
+        check(path)
+    whole = "[" + ", ".join(lines) + "]"
+    with written("a.json", whole.encode(encoding, "replace")) as path:
         check(path)
 
 

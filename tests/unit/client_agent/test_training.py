@@ -1,11 +1,14 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from client_agent.config import TrainingSettings
 from client_agent.data import Examples
@@ -284,3 +287,41 @@ def test_label_smoothing_is_of_the_loss_that_is_trained_alone(
     assert train(model, encoder, examples, run, ignore).loss == pytest.approx(expected, rel=1e-5)
     plain = torch.nn.functional.cross_entropy(logits, targets).item()
     assert evaluate(model, encoder, examples, ignore).loss == pytest.approx(plain, rel=1e-5)
+
+
+def test_evaluation_by_window_agrees_with_one_of_everything(
+    model: AdaptedModel, encoder: Encoder, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(model, encoder, examples, ignore)
+    monkeypatch.setattr("client_agent.evaluation._ENCODED", 7)
+    told: list[float] = []
+    parts = evaluate(model, encoder, examples, told.append)
+    assert (parts.count, parts.correct) == (whole.count, whole.correct)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert told == [0.0, 7 / 20, 14 / 20]
+
+
+def test_pairs_are_framed_and_told_apart_as_the_tokenizer_does(bert_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bert_folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    encoder = Encoder(tokenizer, 8, append_end=False)
+    pairs = Examples(("good", "the movie was good the movie"), (1, 0), ("bad movie", "was bad"))
+    batch = encoder.batch(pairs)
+    assert tokenizer.decode(batch.input_ids[0]) == "[CLS] good [SEP] bad movie [SEP] [PAD] [PAD]"
+    assert (
+        tokenizer.decode(batch.input_ids[1]) == "[CLS] the movie was [SEP] was bad [SEP]"
+    )  # the longer is cut
+    assert batch.token_type_ids is not None
+    assert batch.token_type_ids.tolist() == [[0, 0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1]]
+    assert encoder.measure(pairs.texts, pairs.seconds) == ([6, 11], 16)
+    model = classifier(bert_folder)
+    with torch.inference_mode():
+        expected = model.module(**tokenizer(["good"], ["bad movie"], return_tensors="pt")).logits
+        torch.testing.assert_close(model.predict(batch.only(0))[0], expected, rtol=1e-4, atol=1e-7)
+        blind = replace(batch.only(0), token_type_ids=None)
+        assert not torch.allclose(model.predict(blind)[0], expected, rtol=1e-3, atol=1e-6)
