@@ -1,7 +1,15 @@
-"""`python -m bench.privacy`: what a privacy budget costs in accuracy on Reuters R8, one client without a federation."""
+"""`python -m bench.privacy`: what a privacy budget costs in accuracy on Reuters R8, one client without a federation.
 
+It trains in rounds with an optimizer of their own, as in a federation. Every round and every training is written down
+as it ends (`--folder`) and not repeated, so that a run can be interrupted. `plot` draws what the folder holds.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from statistics import mean, stdev
+from typing import Annotated, Any, Final
 
 import torch
 import typer
@@ -13,85 +21,195 @@ from client_agent.config import LoraSettings
 from client_agent.data import Examples
 from client_agent.encoding import Encoder
 from client_agent.evaluation import evaluate
-from client_agent.learning import Weights
 from client_agent.model import AdaptedModel
+from client_agent.noise import Randomness
 from client_agent.privacy import Mechanism, epsilon_of, noise_for
 from client_agent.private_training import train_privately
+from client_agent.state import AgentState
 from client_agent.training import TrainingRun, train
 from examples.reuters.assets import MINILM, REUTERS, fetch
-from examples.reuters.cohort import Protection, federation_spec
 from examples.reuters.split import LABELS, read_tab
 from shelora.obfuscation import Obfuscation
 from shelora.tasks import SEQUENCE_CLASSIFICATION
 
 ASSETS: Final = Path("assets")
-TOKENS: Final = 48
-MICRO_BATCH: Final = 32
+FOLDER: Final = Path("runs/privacy")
+TOKENS: Final = 32
+DECAY: Final = 0.8
+"""Of the learning rate, a round: the demo's."""
+MICRO_BATCH: Final = 64
+EPSILONS: Final = (8.0, 3.0, 1.0)
 app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One training."""
+
+    epsilon: float
+    """0: without a budget."""
+    rounds: int
+    steps: int
+    """A round."""
+    batch_size: int
+    learning_rate: float
+    max_gradient_norm: float
+    delta: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return "-".join(f"{key}{value:g}" for key, value in asdict(self).items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Data, model and where the model starts."""
+
+    examples: Examples
+    test: Examples
+    model: AdaptedModel
+    encoder: Encoder
+
+    @classmethod
+    def load(cls) -> "Bench":
+        data = fetch(REUTERS, ASSETS)
+        model = model_of(fetch(MINILM, ASSETS))
+        return cls(
+            examples=read(data / "reuters-r8-train.tab"),
+            test=read(data / "reuters-r8-test.tab"),
+            model=model,
+            encoder=Encoder(model.tokenizer, TOKENS, append_end=False),
+        )
+
+    def run(self, setting: Setting, state: AgentState) -> dict[str, Any]:
+        """Trains, from the last round that is written down, and tests on everything."""
+        rate, steps = min(1.0, setting.batch_size / len(self.examples)), setting.rounds * setting.steps
+        noise = noise_for(setting.epsilon, setting.delta, rate, steps) if setting.epsilon else 0.0
+        mechanism = Mechanism(
+            noise_multiplier=noise, sample_rate=rate, max_gradient_norm=setting.max_gradient_norm
+        )
+        self.model.initialise(Obfuscation(bytes(32), 1))
+        done = 0
+        if (saved := state.applied()) is not None:
+            done = int(saved[0]["round"])
+            self.model.load(saved[1])
+        for number in range(done + 1, setting.rounds + 1):
+            self._round(setting, mechanism, number)
+            state.save_applied({"round": str(number)}, self.model.weights())
+            print(f"{setting.name}: round {number}", flush=True)
+        found = evaluate(self.model, self.encoder, self.test, lambda _: None)
+        spent = epsilon_of(((noise, rate, steps),), setting.delta) if setting.epsilon else None
+        return asdict(setting) | {
+            "noise_multiplier": noise,
+            "spent": spent,
+            "correct": found.correct,
+            "count": found.count,
+        }
+
+    def _round(self, setting: Setting, mechanism: Mechanism, number: int) -> None:
+        seed = 1000 * setting.seed + number
+        rate = setting.learning_rate * DECAY ** (number - 1)
+        run = TrainingRun(
+            rates=[rate] * setting.steps,
+            batch_size=setting.batch_size,
+            seed=seed,
+            micro_batch=MICRO_BATCH,
+        )
+        if not setting.epsilon:
+            train(self.model, self.encoder, self.examples, run, lambda _: None)
+            return
+        randomness = Randomness(seed.to_bytes(32, "big"))
+        train_privately(self.model, self.encoder, self.examples, run, mechanism, lambda _: None, randomness)
 
 
 @app.command()
 def compare(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps, all rounds together.")] = 96,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step, on average.")] = 64,
-    delta: Annotated[float, typer.Option(help="Of every budget; below 1 / 5485.")] = 1e-5,
-    tested: Annotated[int, typer.Option(min=1, help="Test examples, of 2189.")] = 2189,
     epsilons: Annotated[
-        list[float] | None, typer.Option("--epsilon", help="Budgets; may be repeated.")
+        list[float] | None, typer.Option("--epsilon", help="Budgets, 0 for none; may be repeated.")
     ] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 6,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps a round.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step, on average.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 0.003,
+    clip: Annotated[float, typer.Option(help="Norm that each example's gradient is scaled down to.")] = 1.0,
+    delta: Annotated[float, typer.Option(help="Of every budget; below 1 / 5485.")] = 1e-5,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each.")] = 1,
+    folder: Annotated[Path, typer.Option(help="Where trainings are written down.")] = FOLDER,
 ) -> None:
-    """Trains the demo's classifier without a budget and with each; prints noise and accuracy."""
-    data = fetch(REUTERS, ASSETS)
-    examples, test = _read(data / "reuters-r8-train.tab"), _read(data / "reuters-r8-test.tab")
-    model = _model(fetch(MINILM, ASSETS))
-    encoder = Encoder(model.tokenizer, TOKENS, append_end=False)
-    start = model.weights()
-    rate = federation_spec(Protection.NONE).training.learning_rate
-    run = TrainingRun(rates=[rate] * steps, batch_size=batch_size, seed=1, micro_batch=MICRO_BATCH)
-    table = Table("epsilon", "spent", "noise multiplier", "accuracy", "seconds")
-    for epsilon in [None, *sorted(epsilons or (8.0, 3.0, 1.0), reverse=True)]:
-        noise = noise_for(epsilon, delta, batch_size / len(examples), steps) if epsilon else 0.0
-        seconds = _trained(model, start, encoder, examples, run, noise)
-        found = evaluate(model, encoder, test.select(range(min(tested, len(test)))), lambda _: None)
-        spent = epsilon_of(((noise, batch_size / len(examples), steps),), delta) if epsilon else float("inf")
+    """Trains the demo's classifier without a budget and with each, unless that is written down; prints all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    bench = None
+    for seed in range(seeds):
+        for epsilon in (0.0, *EPSILONS) if epsilons is None else epsilons:
+            setting = Setting(
+                epsilon=epsilon,
+                rounds=rounds,
+                steps=steps,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                max_gradient_norm=clip if epsilon else 0.0,
+                delta=delta,
+                seed=seed,
+            )
+            path = folder / f"{setting.name}.json"
+            if path.exists():
+                continue
+            bench = bench or Bench.load()
+            state = AgentState(folder / "states" / setting.name)
+            path.write_text(json.dumps(bench.run(setting, state), indent=1))
+            state.close()
+    Console().print(_table(list(_written(folder))))
+
+
+def _written(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob("epsilon*.json")):
+        yield json.loads(path.read_text())
+
+
+def _grouped(trainings: Sequence[dict[str, Any]]) -> dict[tuple[float, ...], list[dict[str, Any]]]:
+    groups: dict[tuple[float, ...], list[dict[str, Any]]] = {}
+    keys = ("epsilon", "rounds", "steps", "batch_size", "learning_rate", "max_gradient_norm")
+    for training in trainings:
+        groups.setdefault(tuple(training[key] for key in keys), []).append(training)
+    return groups
+
+
+def _table(trainings: Sequence[dict[str, Any]]) -> Table:
+    table = Table("epsilon", "steps", "batch", "rate", "clip", "noise", "accuracy", "trainings")
+    for (epsilon, rounds, steps, batch, rate, clip), group in sorted(_grouped(trainings).items()):
+        accuracies = [training["correct"] / training["count"] for training in group]
+        spread = f" ± {stdev(accuracies):.1%}" if len(group) > 1 else ""
         table.add_row(
-            f"{epsilon or 'none'}",
-            f"{spent:.2f}",
-            f"{noise:.3f}",
-            f"{found.correct / found.count:.1%}",
-            f"{seconds:.0f}",
+            f"{epsilon:g}" if epsilon else "none",
+            f"{rounds:g} x {steps:g}",
+            f"{batch:g}",
+            f"{rate:g}",
+            f"{clip:g}" if epsilon else "",
+            f"{group[0]['noise_multiplier']:.2f}" if epsilon else "",
+            f"{mean(accuracies):.1%}{spread}",
+            f"{len(group)}",
         )
-    Console().print(table)
+    return table
 
 
-def _read(path: Path) -> Examples:
+def read(path: Path) -> Examples:
+    """The examples of a tab file."""
     rows = read_tab(path)
     return Examples(tuple(row.text for row in rows), tuple(LABELS.index(row.label) for row in rows))
 
 
-def _model(folder: Path) -> AdaptedModel:
-    model = AdaptedModel(
+def model_of(folder: Path, rank: int = LoraSettings().rank) -> AdaptedModel:
+    """The demo's model; alpha is twice the rank."""
+    return AdaptedModel(
         load_checkpoint(str(folder), SEQUENCE_CLASSIFICATION, LABELS),
         task=SEQUENCE_CLASSIFICATION,
         target_modules=("query", "value"),
-        lora=LoraSettings(),
+        lora=LoraSettings(rank=rank, alpha=2 * rank),
         device=torch.device("cpu"),
     )
-    model.initialise(Obfuscation(bytes(32), 1))
-    return model
-
-
-def _trained(
-    model: AdaptedModel, start: Weights, encoder: Encoder, examples: Examples, run: TrainingRun, noise: float
-) -> float:
-    """Trains from the start; 0 for noise trains without privacy. Returns seconds."""
-    model.load(start)
-    if not noise:
-        return train(model, encoder, examples, run, lambda _: None).seconds
-    mechanism = Mechanism(
-        noise_multiplier=noise, sample_rate=run.batch_size / len(examples), max_gradient_norm=1.0
-    )
-    return train_privately(model, encoder, examples, run, mechanism, lambda _: None).seconds
 
 
 if __name__ == "__main__":
