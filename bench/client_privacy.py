@@ -55,6 +55,7 @@ class Terms:
     parameters: str = "standard"
     tensor_bound: float = 1.0
     max_directions: int = 1
+    clear_bits: int = 32
 
 
 @dataclass

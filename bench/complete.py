@@ -103,6 +103,7 @@ class Model:
     tensor_bound: float = 1.0
     max_directions: int = 1
     clear_bits: int = 32
+    noise: None = None
     tensors: tuple[Tensor, ...] = ()
 
     @property

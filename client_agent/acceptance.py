@@ -5,9 +5,14 @@ its Redis can change both; these rules are what such a change runs into. They ne
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
+from client_agent.config import HiddenClient
 from shelora.errors import DomainError, Reason
 from shelora.levels import WEAKEST_PROTECTED, Level
+
+_ROUNDING: Final = 1 + 1e-6
+"""Epsilons are computed on different machines."""
 
 
 def least_accepted(promises: Iterable[Level | None]) -> Level:
@@ -38,6 +43,38 @@ def require_level(offered: Level, written: Sequence[Level] | None, promises: Ite
             f"the federation offers {offered} protection, and this client was promised {least}: ask its operator "
             f"who changed it; write protection.accept: [{offered}] into the configuration if that is meant"
         )
+
+
+def require_hidden(
+    offered: HiddenClient | None, written: HiddenClient | None, known: HiddenClient | None
+) -> None:
+    """Refuses a federation whose sums tell more of a client than this one accepts.
+
+    Args:
+        offered: What the federation promises; None if nothing.
+        written: `protection.client_privacy` of the configuration; None if its owner left it out.
+        known: What an earlier run took part under.
+
+    Raises: PROTECTION_REFUSED, naming both and what to write if the offer is meant.
+    """
+    least = written or known
+    if least is None or (
+        offered is not None
+        and offered.epsilon <= least.epsilon * _ROUNDING
+        and offered.delta <= least.delta
+        and offered.tolerated >= least.tolerated
+    ):
+        return
+    asked = "its configuration asks for" if written else "this client took part under"
+    remedy = "ask its operator who changed it; write protection.client_privacy into the configuration if it is meant"
+    raise _refused(f"the federation offers {_told(offered)}, and {asked} {_told(least)}: {remedy}")
+
+
+def _told(hidden: HiddenClient | None) -> str:
+    if hidden is None:
+        return "no client privacy"
+    who = f"{hidden.tolerated} clients tolerated"
+    return f"client privacy of epsilon {hidden.epsilon:g} at delta {hidden.delta:g} with {who}"
 
 
 def _refused(message: str) -> DomainError:

@@ -10,9 +10,9 @@ from typing import Any, Final, TypeAlias
 
 import structlog
 
-from client_agent.acceptance import require_level
+from client_agent.acceptance import require_hidden, require_level
 from client_agent.committees import Committees
-from client_agent.config import AgentConfig
+from client_agent.config import AgentConfig, HiddenClient
 from client_agent.drawing import seed_of
 from client_agent.learning import LocalLearner
 from client_agent.progress import Activity, Progress, Stopped
@@ -22,7 +22,7 @@ from client_agent.state import AgentState
 from client_agent.work import Identity, Work
 from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
-from shelora.federation import FederationSpec, TrainingSpec, one_step
+from shelora.federation import ClientPrivacySpec, FederationSpec, TrainingSpec, one_step
 from shelora.levels import Level
 from shelora.protocol import Stage
 from shelora.telemetry.outages import Outage
@@ -164,6 +164,7 @@ class Agent:
         self._require_protection(spec.protection.level, state)
         if unwise := one_step(spec.protection.mode, spec.training.local_steps):
             _log.warning("one_step_a_round", why=unwise)
+        self._require_hidden(spec.protection.client_privacy, state)
         learner = await worker.run(self._learn, self._config, spec.training, state, spec.round.rounds)
         _log.info("model_ready", matrices=len(learner.model.matrices), examples=len(learner.examples))
         identity = Identity(
@@ -215,6 +216,16 @@ class Agent:
         state.save_promise(offered)
         if offered is Level.NONE:
             _log.warning("updates_are_not_protected", federation=self._config.federation)
+
+    def _require_hidden(self, offered: ClientPrivacySpec | None, state: AgentState) -> None:
+        """The same of what sums tell of this client. Raises: PROTECTION_REFUSED."""
+        hidden = None
+        if offered is not None:
+            hidden = HiddenClient(epsilon=offered.promised, delta=offered.delta, tolerated=offered.tolerated)
+        require_hidden(hidden, self._config.protection.client_privacy, state.hidden())
+        if hidden is not None:
+            state.save_hidden(hidden)
+            _log.info("client_privacy", **hidden.model_dump())
 
     async def _specification(self, session: Session) -> FederationSpec:
         """The federation's specification, waited for until its operator has created it."""
@@ -272,7 +283,7 @@ class _Follower:
         while True:
             try:
                 self._work.require_memory()
-                await self._session.join(self._learner.model, len(self._learner.examples))
+                await self._session.join(self._learner.model, self._work.counted)
             except DomainError as error:
                 if error.reason is Reason.FEDERATION_CLOSED:
                     _log.info("federation_closed", why=error.message)

@@ -155,6 +155,10 @@ class Committees:
         _require(
             context.rule == committee_rule(len(context.cohort)), "its committee is not that of its cohort"
         )
+        hides = layout.sums is not None and layout.sums.noise is not None
+        _require(
+            context.most_weight == 1 or not hides, "clients that sums hide weigh alike, and it says otherwise"
+        )
         _require(
             context.min_updates == self._rules.min_updates,
             f"it opens sums of {context.min_updates} updates, and {self._rules.min_updates} were promised",

@@ -158,10 +158,25 @@ class TrainingSettings(StrictModel):
         return self
 
 
+class HiddenClient(StrictModel):
+    """Client privacy of a federation's sums (docs/privacy.md, "Clients in sums"): the least that a client accepts, or
+    what it took part under.
+    """
+
+    epsilon: Annotated[float, Field(gt=0)]
+    """Largest epsilon of all sums together."""
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    """Largest delta."""
+    tolerated: Annotated[int, Field(ge=1)] = 1
+    """Least number of a sum's clients whose noise is not counted on."""
+
+
 class ProtectionConfig(StrictModel):
     accept: Annotated[tuple[Level, ...], Field(min_length=1)] | None = None
     """Levels of protection under which this client takes part: none, selective-ope, selective, complete. None: at least
     what the operator promised at enrolment, and what it first took part under; never `none`, which must be written."""
+    client_privacy: HiddenClient | None = None
+    """Least client privacy of the federation's sums. None: what this client first took part under, or none."""
 
 
 class PrivacyConfig(StrictModel):

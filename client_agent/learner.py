@@ -137,11 +137,8 @@ class Learner:
 
     def _moderator(self, number: int) -> Moderator | None:
         """What bounds the result of that round; None if this client trained nothing from the state that it holds."""
-        saved = self._state.applied()
-        if self._position is None and (saved is None or not self.holds(saved[0].get("round", ""))):
-            return None
-        trained = self._state.trained()
-        if trained is None or not self._key(self._position or "").items() <= trained[0].items():
+        trained = self._trained_here()
+        if trained is None:
             return None
         missed = number - int(trained[0]["number"]) if number else 0
         return Moderator(
@@ -150,6 +147,23 @@ class Learner:
             scaling=self.model.scaling,
             rounds=1 + max(0, missed),
         )
+
+    def _trained_here(self) -> tuple[dict[str, str], Weights] | None:
+        """What was trained from the state that this client holds, and how; None if it trained nothing from there."""
+        saved = self._state.applied()
+        if self._position is None and (saved is None or not self.holds(saved[0].get("round", ""))):
+            return None
+        trained = self._state.trained()
+        if trained is None or not self._key(self._position or "").items() <= trained[0].items():
+            return None
+        return trained
+
+    def start_of(self, number: int) -> Weights | None:
+        """What this client trained in that round from, if it still holds it: the state that results alone lead to."""
+        trained = self._trained_here()
+        if trained is None or int(trained[0]["number"]) != number:
+            return None
+        return self.model.weights()
 
     def train(self, number: int, activity: Activity, variant: str = "") -> Trained:
         """Trains from the current state, which does not change.

@@ -142,6 +142,9 @@ class LocalLearner(Protocol):
         Args: variant: Another one trains on other batches.
         """
 
+    def start_of(self, number: int) -> Weights | None:
+        """What this client trained in that round from, if it still holds it: the state that results alone lead to."""
+
     def score(self, activity: Activity) -> dict[str, Float64]:
         """Sensitivity of the columns by matrix. Raises: Stopped."""
 

@@ -39,7 +39,7 @@ class Moderator:
     def parts(self, parts: Iterable[Restored]) -> Iterator[Restored]:
         """The parts of a result, what is too long cut. Raises: VALUE_NOT_FINITE."""
         for part in parts:
-            yield self._part(part) if part.summed else part
+            yield self._part(part) if part.summed and not part.noisy else part
 
     def _part(self, part: Restored) -> Restored:
         return replace(

@@ -43,12 +43,16 @@ class Expectation:
 def plausible(parts: Iterable[Restored], expected: Expectation) -> Iterator[Restored]:
     """The parts of a result, each checked before it is handed on; tensors that moved too far stay as they were.
 
-    How far matrices move that were summed under encryption is bounded elsewhere (`client_agent.moderating`).
+    How far matrices move that were summed under encryption is bounded elsewhere (`client_agent.moderating`), and so is
+    all of a result whose clients added noise (`shelora.lora.noise`).
 
     Raises: RESULT_REFUSED, naming the matrix and both norms.
     """
     own = update_norm(expected.trained.factors, expected.scaling) if expected.trained else 0.0
     for part in parts:
+        if part.noisy:
+            yield part
+            continue
         for name, update in part.matrices.items() if not part.summed else ():
             _require_plausible(name, update, own)
         part.tensors.update(believed_tensors(part.tensors, expected))

@@ -79,7 +79,11 @@ def summing(known: AgentContext, dealer: Dealer, weight: int, largest_move: floa
     Args: weight: 1 to the round's largest. largest_move: How far local training can move one value at most.
     """
     context = dealer.context
-    summand = Summand(encryption=dealer.encryption, share=weight / context.most_weight)
+    summand = Summand(
+        encryption=dealer.encryption,
+        share=weight / context.most_weight,
+        most_contributors=context.most_contributors,
+    )
     return replace(known, round_number=context.round_number, largest_move=largest_move, summand=summand)
 
 
@@ -93,7 +97,13 @@ def summed(known: AgentContext, opened: OpenedRound, largest_move: float) -> Age
         known,
         round_number=context.round_number,
         largest_move=largest_move,
-        opened=OpenedSum(opener=opener, shares=shares, noise=noise),
+        opened=OpenedSum(
+            opener=opener,
+            shares=shares,
+            noise=noise,
+            contributors=contributors,
+            most_contributors=context.most_contributors,
+        ),
     )
 
 

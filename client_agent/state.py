@@ -4,8 +4,10 @@
     trained.safetensors     weights after the last training, until a result is applied
     standing.json           how the newest plan serves this client, and the weight of its next vote
     promise.json            the strongest protection it took part under
+    client-privacy.json     the client privacy it first took part under
     spool/<round>/          serialized shards of the update being uploaded; complete once its manifest is there
     privacy.json            what was spent of the privacy budget (`client_agent.privacy`)
+    sums.json               the sums that this client was in, under client privacy (`client_agent.sum_budget`)
     certified.json          the set of updates that this client certified for each round, as a member of its committee
     inbox/<round>/          shards of the result being downloaded
     adapter/                the adapter of the newest result that was applied
@@ -33,9 +35,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from client_agent.config import HiddenClient
 from client_agent.learning import Weights
+from client_agent.sum_budget import SumBudget
 from shelora import files
 from shelora.errors import DomainError, Reason
+from shelora.federation import ClientPrivacySpec
 from shelora.levels import Level
 from shelora.lora.shards import Float32, LoraFactors
 from shelora.lora.sketches import Exponents
@@ -50,6 +55,7 @@ _BEST_NOTE: Final = "best.json"
 ADAPTER: Final = "adapter"
 BEST: Final = "adapter-best"
 _PROMISE: Final = "promise.json"
+_HIDDEN: Final = "client-privacy.json"
 _CERTIFIED: Final = "certified.json"
 _HASH_BLOCK: Final = 1 << 20
 _UNREADABLE: Final = (OSError, ValueError, TypeError, RecursionError)
@@ -287,9 +293,30 @@ class AgentState:
         except (*_UNREADABLE, KeyError) as error:
             raise _unusable(self._folder, f"{_PROMISE} is damaged; delete it") from error
 
+    def save_hidden(self, hidden: HiddenClient) -> None:
+        """Remembers under what client privacy this client first took part."""
+        if self.hidden() is None:
+            files.replace(self._folder / _HIDDEN, hidden.model_dump_json().encode())
+
+    def hidden(self) -> HiddenClient | None:
+        """The client privacy that this client first took part under; None if it took part in no such federation.
+
+        Raises: DomainError CONFIGURATION_INVALID if the file cannot be read.
+        """
+        try:
+            return HiddenClient.model_validate_json((self._folder / _HIDDEN).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise _unusable(self._folder, f"{_HIDDEN} is damaged; delete it") from error
+
     def certified_sets(self) -> "CertifiedSets":
         """What this client certified as a member of committees."""
         return CertifiedSets(self._folder / _CERTIFIED)
+
+    def sum_budget(self, promised: ClientPrivacySpec) -> SumBudget:
+        """What sums have told of this client, under what its federation promises."""
+        return SumBudget(self._folder, promised)
 
     def begin_spool(self, round_id: str) -> SpoolWriter:
         """An empty spool; every other one is deleted."""

@@ -113,6 +113,9 @@ class Work:
                 summed_votes=self._summed_votes,
             ),
         )
+        hidden = identity.protection.client_privacy
+        self._sums = state.sum_budget(hidden) if hidden else None
+        """Under client privacy: sums that this client may be in. Then nothing of its examples is told beside them."""
         self._secrets: dict[int, EpochSecrets] = {}
         """Of the epochs that the newest assignment needs, at most two; others are forgotten."""
         self._newest_epoch = 0
@@ -155,7 +158,7 @@ class Work:
         layout = layout_from_proto(train.round.layout)
         attempt = await self._joined(train.round, layout)
         spool = await self._worker.run(self._state.spool, train.round.round_id, layout.digest)
-        now = (len(self._learner.examples), self._base, self._learner.privacy)
+        now = (self.counted, self._base, self._learner.privacy)
         if spool is None or _made_with(spool.note) != now:  # as before a restart
             base = train.base if train.HasField("base") else None
             await self._require_resources(layout, base, copies=COPIES)
@@ -163,14 +166,20 @@ class Work:
             plan = await self._checked_plan(train, layout, secrets, activity)
             self._strategy.check(layout, self._learner.model, self._me.protection, plan, self._me.budget)
             await self._begin_from(train, secrets, activity)
+            self._require_sum(attempt)
             self._forget_others(train.round.epoch)
             trained = await self._worker.run(self._trained, train, plan, attempt, activity)
             dealer = await self._dealer(attempt)
             spool = await self._worker.run(
-                self._spool_update, trained, layout, plan, secrets, dealer, activity
+                self._spool_update, train.round.number, trained, layout, plan, secrets, dealer, activity
             )
         self.committed.add(spool.note.round_id)
         await self._send(spool, activity)
+
+    @property
+    def counted(self) -> int:
+        """Examples that this client says it has: 1 under client privacy, for all alike."""
+        return 1 if self._sums else len(self._learner.examples)
 
     async def serve(self, serve: pb.Serve) -> None:
         """Does the next step of a member of the round's committee."""
@@ -346,14 +355,13 @@ class Work:
         if await self._worker.run(self._state.keep_if_best, self._me.federation_id, round_id, measured.loss):
             _log.info("best_adapter_so_far", round=round_id, folder=str(self._state.best_folder))
         report = pb.EvaluationReport(
-            example_count=measured.count,
-            correct_count=measured.correct,
-            loss=measured.loss,
             download_s=applied.download_s,
             decrypt_s=applied.decrypt_s,
-            evaluate_s=measured.seconds,
             download_bytes=applied.download_bytes,
         )
+        if self._sums is None:
+            report.example_count, report.correct_count = measured.count, measured.correct
+            report.loss, report.evaluate_s = measured.loss, measured.seconds
         await self._session.report_evaluation(round_id, report)
 
     async def _checked_plan(
@@ -442,8 +450,8 @@ class Work:
             layout_digest=b"",
             rank=model.rank,
             scaling=model.scaling,
-            example_count=len(self._learner.examples),
-            train_loss=trained.loss,
+            example_count=self.counted,
+            train_loss=0.0 if self._sums else trained.loss,
             train_s=trained.seconds,
             encrypt_s=0.0,
             overlap=overlap,
@@ -452,6 +460,7 @@ class Work:
 
     def _spool_update(
         self,
+        number: int,
         trained: tuple[UpdateNote, Weights],
         layout: Layout,
         plan: Plan | None,
@@ -463,9 +472,14 @@ class Work:
         known = round_context(self._learner.model, layout, plan, self._me.budget, secrets)
         deal: Callable[[Sequence[bytes]], bytes] | None = None
         if dealer is not None:
-            weight = min(note.example_count, dealer.context.most_weight)
+            round_ = dealer.context
+            weight = min(note.example_count, round_.most_weight)
             known = summing(known, dealer, weight, self._me.largest_move)
             deal = partial(_dealt, dealer, weight)
+            if self._sums:
+                known = replace(known, reference=self._learner.start_of(number))
+                self._sums.take(round_.instance, round_.round_number)
+                _log.info("client_privacy_spent", round=note.round_id, epsilon=round(self._sums.spent(), 3))
         return spool_update(
             self._state,
             layout,
@@ -476,6 +490,11 @@ class Work:
             deal=deal,
             activity=activity,
         )
+
+    def _require_sum(self, attempt: Attempt | None) -> None:
+        """Raises: PRIVACY_EXHAUSTED if the round's sum would tell more of this client than was promised."""
+        if self._sums and attempt:
+            self._sums.require(attempt.context.instance, attempt.context.round_number)
 
     def _assessed(self, plan: Plan, vote_round_id: str, activity: Activity) -> float | None:
         """Takes a new plan into account for the next vote; what is reported of drift."""
@@ -504,8 +523,11 @@ class Work:
             known = round_context(self._learner.model, result.layout, plan, self._me.budget, secrets)
             if opened is not None:
                 known = summed(known, opened, self._me.largest_move)
+                known = replace(known, reference=self._learner.start_of(result.number))
             parts = self._strategy.restored(result.layout, _contents(result, inbox, activity), known)
             self._learner.apply(result.round_id, parts, secrets.obfuscation, result.number)
+            if known.cut:
+                _log.warning("change_cut", parts=sorted(known.cut), why="no honest clients can have sent it")
         inbox.clear()  # last: whoever dies before has the shards still
 
 

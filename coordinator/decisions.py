@@ -478,7 +478,12 @@ def _claims(view: View, cohort: Sequence[str]) -> list[int]:
 
 
 def most_weight(counts: Sequence[int], federation: FederationRecord) -> int:
-    """Largest weight of an update whose client weighs it itself: as many examples as count at most."""
+    """Largest weight of an update whose client weighs it itself: as many examples as count at most.
+
+    1 where sums hide clients: what one changes is bounded for all alike, and example counts would tell of them.
+    """
+    if federation.spec.protection.client_privacy is not None:
+        return 1
     return ceil(max(counted_examples(counts, federation.spec.screening.max_example_ratio)))
 
 

@@ -114,7 +114,8 @@ def stopped_now(record: FederationRecord) -> FederationRecord:
 def extended(record: FederationRecord, rounds: int) -> FederationRecord:
     """Has the federation train `rounds` rounds in all. One that finished goes on from its result.
 
-    Raises: INVALID_ARGUMENT for fewer rounds than there are, or too many; FEDERATION_CLOSED if it has failed.
+    Raises: INVALID_ARGUMENT for fewer rounds than there are, too many, or more than client privacy is planned for;
+    FEDERATION_CLOSED if it has failed.
     """
     if record.phase is Phase.FAILED or record.deleting:
         gone = "is being deleted" if record.deleting else "has failed"
@@ -128,6 +129,14 @@ def extended(record: FederationRecord, rounds: int) -> FederationRecord:
             Reason.INVALID_ARGUMENT,
             f"rounds must be {record.rounds}, as many as there are now, to {MAX_ROUNDS}, not {rounds}: to end it "
             "earlier, stop it",
+        )
+    privacy = record.spec.protection.client_privacy
+    if privacy is not None and rounds > privacy.sums:
+        raise DomainError(
+            Reason.INVALID_ARGUMENT,
+            f"the noise of earlier rounds was for {privacy.sums} sums (protection.client_privacy.sums), and cannot be "
+            f"raised afterwards: {rounds} rounds would tell more of clients than was promised. Create another "
+            "federation, with sums for as many rounds as it may come to have",
         )
     if rounds == record.rounds:
         return record

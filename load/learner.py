@@ -84,6 +84,9 @@ class SyntheticLearner:
             Weights(factors, {t.name: _values(rng, *t.shape) for t in self.model.tensors}), 1.0, 0.0
         )
 
+    def start_of(self, number: int) -> Weights | None:  # noqa: ARG002 - the port's
+        return None
+
     def score(self, activity: Activity) -> dict[str, Float64]:
         activity.report(Stage.SCORING, 0.0)
         rng = np.random.default_rng(seed_of(self._client_id, "scores"))

@@ -24,10 +24,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from shelora.accounting import LARGEST_MULTIPLIER, MULTIPLIER_UNIT, epsilon_of, multiplier_for
+from shelora.additive import parameters as additive
 from shelora.ckks.parameters import PROFILES, STANDARD
 from shelora.configuration import StrictModel, explain, invalid, read_yaml
 from shelora.errors import DomainError, Reason
 from shelora.levels import Level
+from shelora.lora.noise import ClientNoise
 from shelora.strategies.port import Strategy
 from shelora.strategies.registry import DEFAULT, UNNAMED, strategies, strategy_of
 from shelora.tasks import ANSWERS, SEQUENCE_CLASSIFICATION, TASKS, LossOn, TaskName
@@ -262,6 +265,69 @@ class RoundSpec(Spec):
         return self
 
 
+class ClientPrivacySpec(Spec):
+    """Differential privacy of each client in the sums of `complete` (docs/privacy.md, "Clients in sums"). Exactly one
+    of epsilon and noise_multiplier.
+    """
+
+    epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """What the sums of all rounds together may tell of one client: the noise follows from it."""
+
+    noise_multiplier: Annotated[float, Field(ge=MULTIPLIER_UNIT, le=LARGEST_MULTIPLIER)] | None = None
+    """Standard deviation of the noise that is counted on in a sum, over `clip`; epsilon follows from it."""
+
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    """Probability that the promise does not hold: far below 1 / number of clients."""
+
+    clip: Annotated[float, Field(gt=0, le=1e6)]
+    """L2 norm that what one client changes in a round is scaled down to, over all its sketches and tensors."""
+
+    tolerated: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Clients of a sum that may leave their noise out, or know it and tell: at least 1, as every member knows its own.
+    The noise of the others, at least `updates` less these, is what the promise rests on."""
+
+    sums: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Sums that the budget is for; 0: `round.rounds` as they are at creation. More leaves room for rounds that are lost
+    after their updates were agreed on, and for `shelora federation extend`; each costs noise."""
+
+    updates: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Clients that every sum has at least: `round.min_updates`, which 0 stands for."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise PydanticCustomError(
+                "client_privacy", "give exactly one of epsilon (the budget) and noise_multiplier (the noise)"
+            )
+        if self.sums and self.epsilon is not None:
+            try:
+                multiplier_for(self.epsilon, self.delta, self.sums)
+            except ValueError:
+                raise PydanticCustomError(
+                    "epsilon",
+                    "epsilon = {epsilon} cannot be kept for {sums} sums with any noise: raise it",
+                    {"epsilon": self.epsilon, "sums": self.sums},
+                ) from None
+        return self
+
+    @property
+    def multiplier(self) -> float:
+        """The noise multiplier, given or found."""
+        if self.epsilon is None:
+            return self.noise_multiplier or 0.0
+        return multiplier_for(self.epsilon, self.delta, self.sums)
+
+    @property
+    def promised(self) -> float:
+        """Epsilon of all `sums` together, at delta, of a client whose changes are taken away or not."""
+        return epsilon_of([self.multiplier] * self.sums, self.delta)
+
+    @property
+    def promised_replaced(self) -> float:
+        """The same of a client whose data are replaced by others: its changes differ by up to twice the clip."""
+        return epsilon_of([self.multiplier / 2] * self.sums, self.delta)
+
+
 class ProtectionSpec(Spec):
     """How updates are protected."""
 
@@ -304,6 +370,23 @@ class ProtectionSpec(Spec):
     key_rotation_rounds: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Training rounds after which the keys are replaced, 0 for never: each time costs a vote. Revoking a client
     replaces them in any case, and so does `shelora federation rotate`."""
+
+    client_privacy: ClientPrivacySpec | None = None
+    """Under `complete`, how sums hide each client: {epsilon: 8, delta: 1e-5, clip: 0.5}, for example (docs/privacy.md).
+    None: they do not."""
+
+    @property
+    def noise(self) -> ClientNoise | None:
+        """What clients add to sums; None: nothing."""
+        privacy = self.client_privacy
+        if privacy is None:
+            return None
+        return ClientNoise(
+            bound=self.tensor_bound,
+            clip=privacy.clip,
+            multiplier=privacy.multiplier,
+            honest=privacy.updates - privacy.tolerated,
+        )
 
     @property
     def strategy(self) -> Strategy:
@@ -389,6 +472,59 @@ class FederationSpec(Spec):
 
     screening: ScreeningSpec = ScreeningSpec()
     """Which updates are believed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed_at_creation(cls, given: Any) -> Any:  # noqa: ANN401 - whatever was written
+        """What client privacy takes from the rounds stays as it is when these are extended."""
+        try:
+            privacy = given["protection"]["client_privacy"]
+            rounds = {**RoundSpec().model_dump(), **given.get("round", {})}
+            fixed = {"sums": privacy.get("sums") or rounds["rounds"]}
+            fixed["updates"] = privacy.get("updates") or rounds["min_updates"]
+            protection = {**given["protection"], "client_privacy": {**privacy, **fixed}}
+        except (KeyError, TypeError, AttributeError):
+            return given
+        return {**given, "protection": protection}
+
+    @model_validator(mode="after")
+    def _clients_are_hidden(self) -> Self:
+        privacy, rules = self.protection.client_privacy, self.round
+        if privacy is None:
+            return self
+        if not self.protection.strategy.needs_committee:
+            raise PydanticCustomError(
+                "client_privacy",
+                "protection.client_privacy hides clients in encrypted sums: set protection.mode: complete, or remove "
+                "it",
+            )
+        if privacy.updates != rules.min_updates or privacy.sums < rules.rounds:
+            raise PydanticCustomError(
+                "client_privacy",
+                "protection.client_privacy is for {sums} sums of at least {updates} updates, and round asks for "
+                "{rounds} of {least}: raise sums, or remove sums and updates",
+                {
+                    "sums": privacy.sums,
+                    "updates": privacy.updates,
+                    "rounds": rules.rounds,
+                    "least": rules.min_updates,
+                },
+            )
+        if privacy.tolerated >= rules.min_updates:
+            raise PydanticCustomError(
+                "client_privacy",
+                "protection.client_privacy.tolerated = {tolerated} of min_updates = {least} updates leaves no noise to "
+                "count on: lower it, or raise round.min_updates",
+                {"tolerated": privacy.tolerated, "least": rules.min_updates},
+            )
+        try:
+            noise = self.protection.noise
+            assert noise is not None
+            most = self.cohort_limit or rules.clients
+            noise.grid(additive.DEFAULT, min(additive.MAX_CONTRIBUTORS, most))
+        except DomainError as error:
+            raise PydanticCustomError("client_privacy", "{why}", {"why": error.message}) from None
+        return self
 
     @model_validator(mode="after")
     def _floor_has_another_vote(self) -> Self:

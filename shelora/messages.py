@@ -19,6 +19,7 @@ from shelora.lora.layout import (
     Tensor,
     refuse,
 )
+from shelora.lora.noise import ClientNoise
 from shelora.v1 import common_pb2 as pb
 
 
@@ -104,6 +105,13 @@ def _sums_from_proto(message: pb.SumTerms) -> SumTerms:
         profile=message.profile,
         sketch_columns=message.sketch_columns,
         sketch_rows=message.sketch_rows,
+        noise=_noise_from_proto(message.noise) if message.HasField("noise") else None,
+    )
+
+
+def _noise_from_proto(message: pb.ClientNoise) -> ClientNoise:
+    return ClientNoise(
+        bound=message.bound, clip=message.clip, multiplier=message.multiplier, honest=message.honest
     )
 
 

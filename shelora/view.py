@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from statistics import median, median_low
 from typing import Final
 
-from shelora.errors import Reason
-from shelora.federation import one_step
+from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec, one_step
 from shelora.strategies.registry import strategies, strategy_of
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -175,6 +175,27 @@ def servers_see(mode: str) -> str:
     if mode not in strategies():
         return f"This version does not know the mode {mode}: ask its makers."
     return strategy_of(mode).servers_see
+
+
+def client_privacy(spec: pb.FederationSpec) -> str:
+    """What sums may tell of one client, in a sentence; "" if that is not bounded.
+
+    It is worked out from the specification, which agents hold the coordinator to.
+    """
+    if not spec.protection.HasField("client_privacy"):
+        return ""
+    try:
+        privacy = FederationSpec.from_proto(spec).protection.client_privacy
+    except DomainError:
+        return "client privacy of a kind that this version does not know: ask its makers"
+    assert privacy is not None
+    members = "member" if privacy.tolerated == 1 else "members"
+    return (
+        f"client privacy: epsilon {privacy.promised:.3g} at delta {privacy.delta:g} for all of one client's data, "
+        f"taken away or not ({privacy.promised_replaced:.3g} if replaced), over at most {privacy.sums:,} sums, against "
+        f"whoever sees the model, with up to {privacy.tolerated:,} colluding {members} of a sum's {privacy.updates:,} "
+        "or more"
+    )
 
 
 def needs_keys(mode: str) -> bool:

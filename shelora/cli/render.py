@@ -20,6 +20,7 @@ from shelora.view import (
     RoundFigures,
     activity,
     caution,
+    client_privacy,
     dropped_updates,
     encrypts,
     heading,
@@ -93,6 +94,8 @@ def _headline(federation: pb.Federation) -> Text:
     )
     if warning := caution(spec):
         text.append(f"\n{warning}", style="yellow")
+    if told := client_privacy(spec):
+        text.append(f"\n{told}")
     if spoiled := ", ".join(round_name(summary) for summary in spoiled_rounds(federation)):
         text.append(f"\nspoiled, as agents could not open their sums: {spoiled}", style="yellow")
     if federation.failure:

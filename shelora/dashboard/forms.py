@@ -152,7 +152,7 @@ def _value(path: str, text: str) -> Any:  # noqa: ANN401 - of any field
     kind = _annotation(path)
     if get_origin(kind) is tuple:
         return [part.strip() for part in text.split(",") if part.strip()]
-    if _is_number(kind):
+    if _is_number(kind) or _is_section(kind):
         try:
             return parse_yaml(text, path)
         except DomainError:
@@ -163,6 +163,11 @@ def _value(path: str, text: str) -> Any:  # noqa: ANN401 - of any field
 def _is_number(kind: Any) -> bool:  # noqa: ANN401 - a type, a form of typing or a choice
     """Whether values are numbers: a type, a choice of them, or one that may be absent."""
     return kind in {int, float} or isinstance(kind, int) or any(map(_is_number, get_args(kind)[:2]))
+
+
+def _is_section(kind: Any) -> bool:  # noqa: ANN401 - a type or a form of typing
+    """Whether values are a section within a section, which a form takes in YAML's braces."""
+    return any(isinstance(k, type) and issubclass(k, BaseModel) for k in get_args(kind))
 
 
 def _annotation(path: str) -> Any:  # noqa: ANN401 - a type or a form of typing
@@ -179,5 +184,7 @@ def _place(problem: ErrorDetails) -> str:
     known = {f"{name}.{field}" for name, model in _sections() for field in model.model_fields}
     if dotted in known:
         return dotted
+    if (around := dotted.rpartition(".")[0]) in known:
+        return around
     candidates = [p for p in known if p.startswith(dotted) and p.rpartition(".")[2] == problem["type"]]
     return candidates[0] if len(candidates) == 1 else dotted

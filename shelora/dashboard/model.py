@@ -23,6 +23,7 @@ from shelora.view import (
     RoundFigures,
     activity,
     caution,
+    client_privacy,
     dropped_updates,
     encrypts,
     member_troubles,
@@ -124,6 +125,8 @@ class FederationPage:
     servers_see: str
     caution: str
     """What is unwise about its specification; "" for nothing."""
+    client_privacy: str
+    """What sums may tell of one client; "" if that is not bounded."""
     committee: bool
     keyed: bool
     rounds: tuple[RoundRow, ...]
@@ -181,6 +184,7 @@ def federation_page(federation: pb.Federation, memory: Memory, now_s: float) -> 
         mode=mode,
         servers_see=servers_see(mode),
         caution=caution(federation.spec),
+        client_privacy=client_privacy(federation.spec),
         committee=needs_committee(mode),
         keyed=needs_keys(mode),
         rounds=_timeline(federation),

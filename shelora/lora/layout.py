@@ -20,6 +20,7 @@ from shelora.additive.parameters import AdditiveParameters
 from shelora.ckks.parameters import CkksParameters, profile
 from shelora.ckks.wire import KEY_ID_BYTES
 from shelora.errors import DomainError, Reason
+from shelora.lora.noise import ClientNoise
 
 FORMAT = 1
 MAX_DIMENSION = 2**20
@@ -162,6 +163,8 @@ class SumTerms:
     """k: columns of a matrix's sketch P, 1 to 4096; a small matrix has fewer."""
     sketch_rows: int
     """l: rows of its sketch N, k to 2 k."""
+    noise: ClientNoise | None = None
+    """How the sums hide a client; None: they do not."""
 
     def __post_init__(self) -> None:
         additive.profile(self.profile)
@@ -262,6 +265,8 @@ class Layout:
         }
         if self.sums is None:
             del form["sums"]
+        elif self.sums.noise is None:
+            del form["sums"]["noise"]
         if self.clear_bits == CLEAR_BITS[-1]:  # layouts had no other before there was a choice
             del form["clear_bits"]
         return hashlib.sha256(json.dumps(form, sort_keys=True, separators=(",", ":")).encode()).digest()

@@ -36,6 +36,9 @@ class Restored:
     summed: bool = False
     """Whether servers could only add: then what lies beyond a client's rank stays in its model as a frozen part, and
     the client bounds what the result may change."""
+    noisy: bool = False
+    """Whether clients added noise to what they sent: then what they may change is bounded for all alike, and a result
+    is not held against this client's own update (`shelora.lora.noise`)."""
 
 
 def restore(
@@ -56,6 +59,7 @@ def merged(parts: Iterable[Restored]) -> Restored:
         tensors={name: value for part in every for name, value in part.tensors.items()},
         exponents={name: bounds for part in every for name, bounds in part.exponents.items()},
         summed=any(part.summed for part in every),
+        noisy=any(part.noisy for part in every),
     )
 
 

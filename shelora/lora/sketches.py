@@ -292,14 +292,26 @@ def unpacked(
             Reason.SUM_UNREADABLE,
             f"{matrix.name} was sent under bounds that no round so far can have led to: some client lies",
         )
+    sketch = parted(matrix, terms, values)
+    bound_P, bound_N = bound_of(exponents.P), bound_of(exponents.N)
+    return Sketch(sketch.P * bound_P, sketch.N * bound_N, sketch.Z * bound_P), exponents
+
+
+def parted(matrix: Matrix, terms: SumTerms, values: Float64) -> Sketch:
+    """The sketches in the packed values of one matrix, as they are."""
     columns, rows = terms.columns(matrix), terms.rows(matrix)
     split = matrix.out_features * columns
     P, N, Z = np.split(values[:-2], [split, split + rows * matrix.in_features])
     return Sketch(
-        (P * bound_of(exponents.P)).reshape(matrix.out_features, columns),
-        (N * bound_of(exponents.N)).reshape(rows, matrix.in_features),
-        (Z * bound_of(exponents.P)).reshape(terms.corner(matrix)),
-    ), exponents
+        P.reshape(matrix.out_features, columns),
+        N.reshape(rows, matrix.in_features),
+        Z.reshape(terms.corner(matrix)),
+    )
+
+
+def flat(sketch: Sketch) -> Float64:
+    """P, N, Z as they are and zeros in place of exponents: what `parted` reads."""
+    return np.concatenate([sketch.P.ravel(), sketch.N.ravel(), sketch.Z.ravel(), np.zeros(2)])
 
 
 def _agreed(name: str, mean: float) -> int:

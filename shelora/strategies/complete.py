@@ -50,6 +50,7 @@ class Complete:
                 profile=self.profile,
                 sketch_columns=columns,
                 sketch_rows=rows,
+                noise=terms.noise,
             ),
         )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shelora.lora.layout import Layout, Matrix, Tensor
+from shelora.lora.noise import ClientNoise
 
 
 class Terms(Protocol):
@@ -30,6 +31,10 @@ class Terms(Protocol):
     @property
     def clear_bits(self) -> int:
         """Bits in which clear values of factors travel where some are encrypted."""
+
+    @property
+    def noise(self) -> ClientNoise | None:
+        """How sums hide a client; None: they do not."""
 
 
 class Shapes(Protocol):

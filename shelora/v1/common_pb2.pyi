@@ -133,6 +133,7 @@ class SumTerms(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     SKETCH_COLUMNS_FIELD_NUMBER: _builtins.int
     SKETCH_ROWS_FIELD_NUMBER: _builtins.int
+    NOISE_FIELD_NUMBER: _builtins.int
     profile: _builtins.str
     """Additive parameters by name ("balanced", "standard", "compact", "small")."""
     sketch_columns: _builtins.int
@@ -141,20 +142,63 @@ class SumTerms(_message.Message):
     """Rows l of its sketch N [l, in_features], k to 2 k; fewer for a matrix with fewer rows or columns. Its sketch Z is
     [s - l, s - k], s = 2.4 k rounded up.
     """
+    @_builtins.property
+    def noise(self) -> Global___ClientNoise:
+        """How the sums hide a client (docs/privacy.md); absent: they do not. An agent encrypts under no other noise than that
+        of its federation's protection.client_privacy.
+        """
+
     def __init__(
         self,
         *,
         profile: _builtins.str = ...,
         sketch_columns: _builtins.int = ...,
         sketch_rows: _builtins.int = ...,
+        noise: Global___ClientNoise | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_noise", b"_noise", "noise", b"noise"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise", b"_noise", "noise", b"noise", "profile", b"profile", "sketch_columns", b"sketch_columns", "sketch_rows", b"sketch_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__noise: _TypeAlias = _typing.Literal["noise"]  # noqa: Y015
+    _WhichOneofArgType__noise: _TypeAlias = _typing.Literal["_noise", b"_noise"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise) -> _WhichOneofReturnType__noise | None: ...
+
+Global___SumTerms: _TypeAlias = SumTerms  # noqa: Y015
+
+@_typing.final
+class ClientNoise(_message.Message):
+    """What every client of a round cuts its change to, and adds (docs/privacy.md, "Clients in sums")."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUND_FIELD_NUMBER: _builtins.int
+    CLIP_FIELD_NUMBER: _builtins.int
+    MULTIPLIER_FIELD_NUMBER: _builtins.int
+    HONEST_FIELD_NUMBER: _builtins.int
+    bound: _builtins.float
+    """Largest magnitude of a value of what rounds start from: ProtectionSpec.tensor_bound. Above 0, at most 10^6."""
+    clip: _builtins.float
+    """L2 norm of what one client may change, over all sketches and tensors of its update. Above 0, at most 10^6."""
+    multiplier: _builtins.float
+    """Standard deviation of the noise of `honest` clients together, over the clip: 2^-10 to 2^12."""
+    honest: _builtins.int
+    """Clients whose noise is counted on, 1 to 2^14: min_updates less those that may leave theirs out."""
+    def __init__(
+        self,
+        *,
+        bound: _builtins.float = ...,
+        clip: _builtins.float = ...,
+        multiplier: _builtins.float = ...,
+        honest: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "sketch_columns", b"sketch_columns", "sketch_rows", b"sketch_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "clip", b"clip", "honest", b"honest", "multiplier", b"multiplier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SumTerms: _TypeAlias = SumTerms  # noqa: Y015
+Global___ClientNoise: _TypeAlias = ClientNoise  # noqa: Y015
 
 @_typing.final
 class Layout(_message.Message):

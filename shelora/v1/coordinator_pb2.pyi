@@ -427,6 +427,7 @@ class ProtectionSpec(_message.Message):
     COVERAGE_FLOOR_FIELD_NUMBER: _builtins.int
     MAX_VOTE_WEIGHT_FIELD_NUMBER: _builtins.int
     KEY_ROTATION_ROUNDS_FIELD_NUMBER: _builtins.int
+    CLIENT_PRIVACY_FIELD_NUMBER: _builtins.int
     CLEAR_BITS_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
     """"complete" (only encrypted sums, which a committee of the round's clients opens), "selective" (encrypt each client's
@@ -455,6 +456,10 @@ class ProtectionSpec(_message.Message):
     """Training rounds after which the keys are replaced, 0 to 10000; 0 for never, unless asked for or after a revocation."""
     clear_bits: _builtins.int
     """Bits in which "selective" sends clear values of factors: 16 (bfloat16) or 32 (float32, as published)."""
+    @_builtins.property
+    def client_privacy(self) -> Global___ClientPrivacySpec:
+        """Differential privacy of each client in the sums of "complete"; absent: none."""
+
     def __init__(
         self,
         *,
@@ -467,14 +472,17 @@ class ProtectionSpec(_message.Message):
         coverage_floor: _builtins.float | None = ...,
         max_vote_weight: _builtins.float | None = ...,
         key_rotation_rounds: _builtins.int | None = ...,
+        client_privacy: Global___ClientPrivacySpec | None = ...,
         clear_bits: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "clear_bits", b"clear_bits", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "_client_privacy", b"_client_privacy", "_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "clear_bits", b"clear_bits", "client_privacy", b"client_privacy", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "clear_bits", b"clear_bits", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "_client_privacy", b"_client_privacy", "_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "clear_bits", b"clear_bits", "client_privacy", b"client_privacy", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clear_bits: _TypeAlias = _typing.Literal["clear_bits"]  # noqa: Y015
     _WhichOneofArgType__clear_bits: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits"]  # noqa: Y015
+    _WhichOneofReturnType__client_privacy: _TypeAlias = _typing.Literal["client_privacy"]  # noqa: Y015
+    _WhichOneofArgType__client_privacy: _TypeAlias = _typing.Literal["_client_privacy", b"_client_privacy"]  # noqa: Y015
     _WhichOneofReturnType__common_weight: _TypeAlias = _typing.Literal["common_weight"]  # noqa: Y015
     _WhichOneofArgType__common_weight: _TypeAlias = _typing.Literal["_common_weight", b"_common_weight"]  # noqa: Y015
     _WhichOneofReturnType__coverage_floor: _TypeAlias = _typing.Literal["coverage_floor"]  # noqa: Y015
@@ -496,6 +504,8 @@ class ProtectionSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clear_bits) -> _WhichOneofReturnType__clear_bits | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__client_privacy) -> _WhichOneofReturnType__client_privacy | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__common_weight) -> _WhichOneofReturnType__common_weight | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__coverage_floor) -> _WhichOneofReturnType__coverage_floor | None: ...
@@ -515,6 +525,83 @@ class ProtectionSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tensor_bound) -> _WhichOneofReturnType__tensor_bound | None: ...
 
 Global___ProtectionSpec: _TypeAlias = ProtectionSpec  # noqa: Y015
+
+@_typing.final
+class ClientPrivacySpec(_message.Message):
+    """What the sums of all rounds together may tell of one client (docs/privacy.md, "Clients in sums"). Exactly one of
+    epsilon and noise_multiplier.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPSILON_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    CLIP_FIELD_NUMBER: _builtins.int
+    TOLERATED_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
+    UPDATES_FIELD_NUMBER: _builtins.int
+    epsilon: _builtins.float
+    """Above 0, at most 1000: the noise follows from it."""
+    noise_multiplier: _builtins.float
+    """Standard deviation of the noise that is counted on, over the clip: 2^-10 to 2^12."""
+    delta: _builtins.float
+    """Probability that the promise does not hold, above 0, below 1."""
+    clip: _builtins.float
+    """L2 norm of what one client may change in a round. Above 0, at most 10^6."""
+    tolerated: _builtins.int
+    """Clients of a sum that may leave out their noise or know it, from 1; less than updates."""
+    sums: _builtins.int
+    """Sums that the budget is for: at least RoundSpec.rounds, which it is if absent. A sum that is lost after its set was
+    certified counts.
+    """
+    updates: _builtins.int
+    """Clients that every sum has at least: RoundSpec.min_updates, which it is if absent."""
+    def __init__(
+        self,
+        *,
+        epsilon: _builtins.float | None = ...,
+        noise_multiplier: _builtins.float | None = ...,
+        delta: _builtins.float | None = ...,
+        clip: _builtins.float | None = ...,
+        tolerated: _builtins.int | None = ...,
+        sums: _builtins.int | None = ...,
+        updates: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_delta", b"_delta", "_epsilon", b"_epsilon", "_noise_multiplier", b"_noise_multiplier", "_sums", b"_sums", "_tolerated", b"_tolerated", "_updates", b"_updates", "clip", b"clip", "delta", b"delta", "epsilon", b"epsilon", "noise_multiplier", b"noise_multiplier", "sums", b"sums", "tolerated", b"tolerated", "updates", b"updates"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_delta", b"_delta", "_epsilon", b"_epsilon", "_noise_multiplier", b"_noise_multiplier", "_sums", b"_sums", "_tolerated", b"_tolerated", "_updates", b"_updates", "clip", b"clip", "delta", b"delta", "epsilon", b"epsilon", "noise_multiplier", b"noise_multiplier", "sums", b"sums", "tolerated", b"tolerated", "updates", b"updates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clip: _TypeAlias = _typing.Literal["clip"]  # noqa: Y015
+    _WhichOneofArgType__clip: _TypeAlias = _typing.Literal["_clip", b"_clip"]  # noqa: Y015
+    _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
+    _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
+    _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
+    _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
+    _WhichOneofReturnType__noise_multiplier: _TypeAlias = _typing.Literal["noise_multiplier"]  # noqa: Y015
+    _WhichOneofArgType__noise_multiplier: _TypeAlias = _typing.Literal["_noise_multiplier", b"_noise_multiplier"]  # noqa: Y015
+    _WhichOneofReturnType__sums: _TypeAlias = _typing.Literal["sums"]  # noqa: Y015
+    _WhichOneofArgType__sums: _TypeAlias = _typing.Literal["_sums", b"_sums"]  # noqa: Y015
+    _WhichOneofReturnType__tolerated: _TypeAlias = _typing.Literal["tolerated"]  # noqa: Y015
+    _WhichOneofArgType__tolerated: _TypeAlias = _typing.Literal["_tolerated", b"_tolerated"]  # noqa: Y015
+    _WhichOneofReturnType__updates: _TypeAlias = _typing.Literal["updates"]  # noqa: Y015
+    _WhichOneofArgType__updates: _TypeAlias = _typing.Literal["_updates", b"_updates"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip) -> _WhichOneofReturnType__clip | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__delta) -> _WhichOneofReturnType__delta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_multiplier) -> _WhichOneofReturnType__noise_multiplier | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sums) -> _WhichOneofReturnType__sums | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tolerated) -> _WhichOneofReturnType__tolerated | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__updates) -> _WhichOneofReturnType__updates | None: ...
+
+Global___ClientPrivacySpec: _TypeAlias = ClientPrivacySpec  # noqa: Y015
 
 @_typing.final
 class ScreeningSpec(_message.Message):

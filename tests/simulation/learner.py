@@ -104,6 +104,9 @@ class MarkedLearner:
         B[self._index, 0] = A[0, number - 1] = mark[number - 1, self._index] = 1.0
         return Trained(Weights({MATRIX: LoraFactors(B=B, A=A)}, {TENSOR: mark}), 1.0, 0.0)
 
+    def start_of(self, number: int) -> Weights | None:
+        return None
+
     def score(self, activity: Activity) -> dict[str, Any]:
         activity.report(Stage.SCORING, 0.0)
         (matrix,) = self.model.matrices

@@ -199,9 +199,10 @@ DEFAULTED = [
     for section, fields in FederationSpec.model_validate(MINIMAL).model_dump().items()
     if section != "name"
     for field in fields
-    if (section, field) not in {("training", "base_model"), ("training", "labels")}
+    if (section, field)
+    not in {("training", "base_model"), ("training", "labels"), ("protection", "client_privacy")}
 ]
-"""Every field that MINIMAL leaves out."""
+"""Every field that MINIMAL leaves out. Client privacy goes with one mode: test_client_privacy.py."""
 
 
 def meant(section: str, field: str) -> object:

@@ -7,11 +7,16 @@ What agents know of a round and servers do not comes in a `AgentContext`; a stra
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from shelora.additive.noise import noise_sampler
 from shelora.additive.parameters import AdditiveParameters
+from shelora.additive.sampler import Csprng
 from shelora.additive.wire import ShardShape
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
@@ -56,6 +61,11 @@ class Update(Protocol):
         """By matrix name, the bounds of sketches that the last result left; none before the first."""
 
 
+def drawn(deviation: int, count: int) -> NDArray[np.int64]:
+    """Noise that nobody predicts: discrete Gaussian integers, [count]."""
+    return noise_sampler(deviation).sample(Csprng.fresh(), count)
+
+
 class EncryptsSummand(Protocol):
     """What `shelora.additive.secret.Encryption` does."""
 
@@ -77,6 +87,8 @@ class Summand:
     encryption: EncryptsSummand
     share: float
     """Its weight over the largest that a client may have, in (0, 1]; the weight it commits to."""
+    most_contributors: int = 0
+    """K_max of the round; only asked for where clients add noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +99,12 @@ class OpenedSum:
     shares: float
     """The contributors' weights together, over the largest that one may have: by it the sum is divided."""
     noise: float
-    """Standard deviation of the noise in an entry of the mean, of values within ±1: `mean_noise`."""
+    """Standard deviation of the noise in an entry of the mean, of values within ±1: `mean_noise`. That which clients
+    add comes beside it."""
+    contributors: int = 0
+    """Only asked for, as the next, where clients add noise."""
+    most_contributors: int = 0
+    """K_max of the round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +129,14 @@ class AgentContext:
     """For an update under additive encryption."""
     opened: OpenedSum | None = None
     """For a result under additive encryption."""
+    reference: Update | None = None
+    """What this client trained the round's update from, which follows from results alone; None if it took no part."""
+    draws: Callable[[int, int], NDArray[np.int64]] = drawn
+    """Draws the noise that hides a client: so many integers of that deviation."""
     clipping: Clipping = field(default_factory=Clipping)
     """What `protect` cut; read when it has ended."""
+    cut: set[str] = field(default_factory=set)
+    """First names of the parts of a result that honest clients cannot have sent, and that were cut."""
 
 
 class AgentStrategy(Protocol):

@@ -7,6 +7,7 @@ import redis
 
 from coordinator.records import Phase
 from shelora.errors import DomainError, Reason
+from shelora.federation import FederationSpec
 from tests.contract.coordinator.test_driver import outcomes
 from tests.contract.coordinator.world import spec
 
@@ -196,3 +197,22 @@ async def test_a_federation_that_was_never_started_is_deleted_too(fed):
     finally:
         driving.cancel()
         await asyncio.gather(driving, return_exceptions=True)
+
+
+async def test_rounds_beyond_what_client_privacy_is_planned_for_are_refused(fed):
+    plain = spec("complete", rounds=1)
+    hidden = FederationSpec.model_validate(
+        {
+            **plain.model_dump(),
+            "protection": {
+                **plain.protection.model_dump(),
+                "client_privacy": {"noise_multiplier": 1.0, "delta": 1e-5, "clip": 0.5, "sums": 3},
+            },
+        }
+    )
+    await fed.begin(hidden)
+    assert (await fed.handlers.extend("fed", 3)).rounds == 3
+    with pytest.raises(DomainError, match="was for 3 sums") as refused:
+        await fed.handlers.extend("fed", 4)
+    assert refused.value.reason is Reason.INVALID_ARGUMENT
+    assert (await fed.federation()).rounds == 3

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -21,6 +21,7 @@ from shelora.committee.statements import Kind, Signer
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, RoundSpec
 from shelora.lora.layout import Matrix
+from shelora.lora.noise import ClientNoise
 from shelora.obfuscation import Obfuscation, epoch_secret_id
 from shelora.strategies.complete import STRATEGY
 from shelora.strategies.port import RoundTerms
@@ -114,6 +115,16 @@ def test_a_round_that_protects_less_than_promised_halts_the_agent_and_says_why(c
         committees().attempt(asked(**changes), LAYOUT, SECRETS)
     assert refused.value.reason is Reason.COMMITTEE_REFUSED
     assert is_fatal(refused.value)
+
+
+def test_clients_that_sums_hide_weigh_alike():
+    noise = ClientNoise(bound=4.0, clip=1.0, multiplier=1.0, honest=2)
+    hidden = replace(LAYOUT, sums=replace(LAYOUT.sums, noise=noise))
+    with pytest.raises(DomainError, match="weigh alike") as refused:
+        committees().attempt(asked(layout_digest=hidden.digest), hidden, SECRETS)
+    assert refused.value.reason is Reason.COMMITTEE_REFUSED
+    alike = asked(layout_digest=hidden.digest, most_weight=1)
+    assert committees().attempt(alike, hidden, SECRETS).context.most_weight == 1
 
 
 def test_without_the_epochs_secret_there_is_no_committee():

@@ -10,6 +10,7 @@ from shelora.lora.codec import decode_result, encode_update, validate_update
 from shelora.lora.kind import Contribution
 from shelora.lora.kinds import kind_of
 from shelora.lora.layout import Matrix, Tensor
+from shelora.lora.noise import ClientNoise
 from shelora.lora.restore import merged
 from shelora.lora.shards import LoraFactors
 from shelora.obfuscation import Obfuscation
@@ -28,6 +29,7 @@ class SumProtection:
     tensor_bound: float = 2.0
     max_directions: int = 64
     clear_bits: int = 32
+    noise: ClientNoise | None = None
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,16 @@ MOST_WEIGHT = 256
 class Round:
     """What clients send and what agents open, of clients with integer weights up to MOST_WEIGHT."""
 
-    def __init__(self, clients, terms, obfuscation, *, number=1, most=8, largest_move=0.05):
+    def __init__(
+        self, clients, terms, obfuscation, *, number=1, most=8, largest_move=0.05, references=None, draws=None
+    ):
         self.layout = PUBLIC.layout(
             clients[0].model, terms, RoundTerms(key_id=b"", max_rank=max(c.model.rank for c in clients))
         )
         self.clients, self.obfuscation, self.number, self.most = clients, obfuscation, number, most
         self.largest_move = largest_move
+        self.references, self.draws = references or {}, draws or {}
+        self.most_weight = 1 if terms.noise else MOST_WEIGHT
         self.clipping = Clipping()
         self.secrets, self.updates = [], []
         for client in clients:
@@ -38,7 +42,10 @@ class Round:
             self.secrets.append(key.coefficients)
             encryption = key.encryption(CONTEXT, most, Csprng.fresh())
             context = self.context(
-                client, summand=Summand(encryption=encryption, share=client.weight / MOST_WEIGHT)
+                client,
+                summand=Summand(
+                    encryption=encryption, share=client.weight / self.most_weight, most_contributors=most
+                ),
             )
             self.updates.append(
                 [encode_update(self.layout, c) for c in SECRET.protect(self.layout, client, context)]
@@ -57,6 +64,8 @@ class Round:
             round_number=self.number,
             largest_move=self.largest_move,
             clipping=self.clipping,
+            reference=self.references.get(id(client)),
+            **({"draws": self.draws[id(client)]} if id(client) in self.draws else {}),
             **fields,
         )
 
@@ -72,11 +81,13 @@ class Round:
     def opened(self, chosen=None):
         chosen = range(len(self.clients)) if chosen is None else chosen
         total = np.sum([self.secrets[i] for i in chosen], axis=0)
-        shares = sum(self.clients[i].weight for i in chosen) / MOST_WEIGHT
+        shares = sum(self.clients[i].weight for i in chosen) / self.most_weight
         return OpenedSum(
             opener=SumOpener(INSECURE_TOY, total, CONTEXT, len(chosen), self.most),
             shares=shares,
             noise=mean_noise(INSECURE_TOY, len(chosen), self.most, shares),
+            contributors=len(chosen),
+            most_contributors=self.most,
         )
 
     def parts(self, chosen=None, client=0):

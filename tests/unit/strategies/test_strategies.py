@@ -7,6 +7,7 @@ import pytest
 
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.errors import DomainError, Reason
+from shelora.lora.noise import ClientNoise
 from shelora.obfuscation import Obfuscation
 from shelora.strategies import plain, she_lora
 from shelora.strategies.agents import registry as agents
@@ -27,6 +28,7 @@ class Terms:
     tensor_bound: float = 4.0
     max_directions: int = 64
     clear_bits: int = 32
+    noise: ClientNoise | None = None
     ckks = INSECURE_TOY
 
 
