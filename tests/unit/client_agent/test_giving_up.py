@@ -51,6 +51,8 @@ class Session:
 class Work:
     """Training that fails as it is told; results that are kept."""
 
+    counted = 1
+
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
         self.dropped = 0

@@ -29,6 +29,8 @@ class Session:
 class Roomy:
     """Work that finds enough memory, after it found too little for some times."""
 
+    counted = 1
+
     def __init__(self, refusals: int = 0) -> None:
         self.refusals = refusals
 
