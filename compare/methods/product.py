@@ -50,8 +50,8 @@ class Protection:
     tensor_bound: float = 4.0
     max_directions: int = 512
     clear_bits: int = 32
-    noise: None = None
     """As published: the methods are compared at the same precision."""
+    noise: None = None
 
 
 TERMS: Final = Protection()
