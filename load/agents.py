@@ -86,6 +86,8 @@ async def run(share: Share) -> dict[str, Any]:
         "outcomes": Counter(outcomes),
         "failures": calls.failures,
         "seconds": calls.seconds,
+        "sent": calls.sent,
+        "received": calls.received,
         "bytes": {way: REGISTRY.get_sample_value(TRANSFERRED, {"direction": way}) for way in ("up", "down")},
     }
 

@@ -1,4 +1,4 @@
-"""Measures every call of simulated agents where they make it: seconds and, if it failed, why."""
+"""Measures every call of simulated agents where they make it: seconds, bytes of messages and, if it failed, why."""
 
 import asyncio
 import time
@@ -30,6 +30,9 @@ class Calls:
         """Of calls that ended well, by RPC; under "assignment" from the opening of a round until an agent knew."""
         self.failures: Counter[str] = Counter()
         """Failed attempts, by RPC and reason."""
+        self.sent: Counter[str] = Counter()
+        """Bytes of serialized messages, by RPC: what gRPC and TLS add is not in it."""
+        self.received: Counter[str] = Counter()
 
     def connect(self, address: str, credentials: Credentials | None) -> grpc.aio.Channel:
         """As `shelora.transport.channel.open_channel`, measured."""
@@ -76,7 +79,22 @@ class _Measured:
         found = getattr(self._channel, shape)
         if shape not in {"unary_unary", "unary_stream", "stream_unary", "stream_stream"}:
             return found
-        return lambda method, *args, **options: self._method(method, found(method, *args, **options))
+        return lambda method, **options: self._method(method, found(method, **self._sized(method, options)))
+
+    def _sized(self, method: str, options: dict[str, Any]) -> dict[str, Any]:
+        """A stub's options, with a serializer and a deserializer that count."""
+        rpc = method.rpartition("/")[2]
+
+        def serialize(message: Any) -> bytes:  # noqa: ANN401 - any message
+            data: bytes = options["request_serializer"](message)
+            self._calls.sent[rpc] += len(data)
+            return data
+
+        def deserialize(data: bytes) -> Any:  # noqa: ANN401 - any message
+            self._calls.received[rpc] += len(data)
+            return options["response_deserializer"](data)
+
+        return {**options, "request_serializer": serialize, "response_deserializer": deserialize}
 
     def _method(self, method: str, begin: Callable[..., Any]) -> Callable[..., Any]:
         rpc = method.rpartition("/")[2]

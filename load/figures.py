@@ -40,6 +40,9 @@ def figures(run: Measured) -> dict[str, Any]:
         "download_bytes": run.bytes_down,
         "redis_peak_bytes": run.redis_peak_bytes,
         "latency_s": {rpc: _latency(seconds) for rpc, seconds in sorted(run.seconds.items())},
+        "message_bytes": {
+            rpc: {"up": run.sent.get(rpc, 0), "down": run.received.get(rpc, 0)} for rpc in sorted(run.sent)
+        },
         "services": {name: _service(usage) for name, usage in run.usage.items()},
     }
 
@@ -101,9 +104,20 @@ def _rounds_table(found: dict[str, Any]) -> Table:
 
 
 def _latency_table(found: dict[str, Any]) -> Table:
-    table = Table("call", "count", "p50", "p95", "p99", title="seconds as the agents see them")
+    table = Table(
+        "call",
+        "count",
+        "p50",
+        "p95",
+        "p99",
+        "up",
+        "down",
+        title="seconds as the agents see them, bytes of messages a call",
+    )
     for rpc, row in found["latency_s"].items():
-        table.add_row(rpc, str(row["count"]), *(f"{row[f'p{p}']:.3f}" for p in PERCENTILES))
+        sizes = found["message_bytes"].get(rpc)
+        each = (size(sizes[way] / row["count"]) if sizes else "" for way in ("up", "down"))
+        table.add_row(rpc, str(row["count"]), *(f"{row[f'p{p}']:.3f}" for p in PERCENTILES), *each)
     table.caption = "assignment: from the opening of a round until an agent knew"
     return table
 

@@ -87,6 +87,9 @@ class Measured:
     """How the agents ended."""
     bytes_up: float
     bytes_down: float
+    sent: dict[str, int]
+    """Bytes of all agents' messages, by RPC."""
+    received: dict[str, int]
 
     @property
     def problems(self) -> list[str]:
@@ -142,6 +145,8 @@ async def _run(plan: Plan, cluster: LocalCluster, folder: Path, tell: Tell) -> M
         outcomes=sum((Counter(part["outcomes"]) for part in found), Counter()),
         bytes_up=sum(part["bytes"]["up"] for part in found),
         bytes_down=sum(part["bytes"]["down"] for part in found),
+        sent=sum((Counter(part["sent"]) for part in found), Counter()),
+        received=sum((Counter(part["received"]) for part in found), Counter()),
     )
 
 
