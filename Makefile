@@ -1,6 +1,7 @@
 # Every target sets itself up: a virtual environment with pinned packages in .venv. Needs Python 3.11 and make.
 PYTHON ?= python3.11
 PROTECTION ?=
+SEEDS ?=
 SCHEDULES ?= 1000
 SEED ?= 0
 SECONDS ?= 60
@@ -43,8 +44,8 @@ $(INSTALLED): pyproject.toml requirements/constraints.txt
 		--constraint requirements/constraints.txt --editable '.[agent,privacy,dashboard,local,demo,attack,dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8, selective and complete (PROTECTION=none, or one of them; DASHBOARD=1)
-	$(BIN)/python -m examples.reuters.demo $(if $(PROTECTION),--protection $(PROTECTION)) $(if $(DASHBOARD),--dashboard)
+demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8, selective and complete (PROTECTION=none, or one of them; DASHBOARD=1; SEEDS=5: complete and none on five splits)
+	$(BIN)/python -m examples.reuters.demo $(if $(SEEDS),--seeds $(SEEDS)) $(if $(PROTECTION),--protection $(PROTECTION)) $(if $(DASHBOARD),--dashboard)
 
 test: $(INSTALLED)  ## Run the tests; longer suites have targets of their own
 	$(BIN)/python -m pytest $(PARALLEL)

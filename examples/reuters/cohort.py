@@ -58,7 +58,7 @@ def federation_spec(protection: Protection) -> FederationSpec:
     )
 
 
-def write_data(source: Path, folder: Path) -> Mapping[str, int]:
+def write_data(source: Path, folder: Path, seed: int = SPLIT_SEED) -> Mapping[str, int]:
     """Writes every agent's train and test examples to `folder`. Returns the number of training examples by agent."""
     train = read_tab(source / "reuters-r8-train.tab")
     test = read_tab(source / "reuters-r8-test.tab")
@@ -66,7 +66,7 @@ def write_data(source: Path, folder: Path) -> Mapping[str, int]:
         raise DomainError(
             Reason.DATA_INVALID, "the training data does not hold the eight classes of Reuters R8"
         )
-    parts = dirichlet_split([e.label for e in train], len(AGENTS), DIRICHLET_ALPHA, SPLIT_SEED)
+    parts = dirichlet_split([e.label for e in train], len(AGENTS), DIRICHLET_ALPHA, seed)
     for position, (agent, indices) in enumerate(zip(AGENTS, parts, strict=True)):
         home = folder / agent.name
         home.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,15 @@
 """The demo: a real federation of four agents on this machine, every part a process of its own.
 
-    python -m examples.reuters.demo [--protection complete]
+    python -m examples.reuters.demo [--protection complete | --seeds 5]
 
 Fetches model and data, divides the data, starts the cluster and the agents, shows the federation live, and leaves
 summary, plot and adapter in runs/demo. Without --protection it does so twice, selective and then complete, and sets
-both side by side.
+both side by side. --seeds compares complete mode with no protection over several splits (seeds.py).
 """
 
 import asyncio
 import json
+import resource
 import shutil
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Final
 import typer
 import yaml
 
+from examples.reuters import seeds as paired
 from examples.reuters.assets import MINILM, REUTERS, fetch
 from examples.reuters.cohort import (
     AGENTS,
@@ -64,14 +66,27 @@ def main(
     ] = None,
     folder: Annotated[Path, typer.Option(help="Folder for everything the run leaves.")] = Path("runs/demo"),
     *,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Compare complete with none on so many splits of the data, three minutes a run; runs that are done "
+            "are kept in the folder `seeds`.",
+        ),
+    ] = 0,
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="Serve the operator's page beside it, and print its address.")
     ] = False,
 ) -> None:
     """Run a federation of four agents on Reuters R8 with all-MiniLM-L6-v2."""
+    if seeds and (protection or dashboard):
+        raise typer.BadParameter("--seeds runs complete and none, without --protection and --dashboard")
     modes = (protection,) if protection else BOTH
     try:
         with interruptible():
+            if seeds:
+                compare_seeds(seeds, folder / "seeds")
+                return
             folders = [folder if mode is modes[0] else folder / mode for mode in modes]
             runs = [run(*one, dashboard=dashboard) for one in zip(modes, folders, strict=True)]
             compare(runs, folder)
@@ -83,15 +98,20 @@ def main(
         sys.exit(130)
 
 
-def run(protection: Protection, folder: Path, *, dashboard: bool = False) -> dict[str, Any]:
-    """The federation under one mode. Returns its summary; raises DomainError with the reason if anything fails."""
-    started = time.monotonic()
+def run(
+    protection: Protection, folder: Path, *, seed: int = SPLIT_SEED, dashboard: bool = False
+) -> dict[str, Any]:
+    """The federation under one mode. Returns its summary; raises DomainError with the reason if anything fails.
+
+    Args: seed: of the split of the data.
+    """
+    started, before = time.monotonic(), children_cpu_s()
     with console.stages("fetching model and data (about 120 MB the first time)"):
         model, data = fetch(MINILM, ASSETS), fetch(REUTERS, ASSETS)
     clear(folder)
     folder.mkdir(parents=True)
     spec = federation_spec(protection)
-    counts = write_data(data, folder / "agents")
+    counts = write_data(data, folder / "agents", seed)
     console.say("examples: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     with ExitStack() as stack:
         with console.stages("starting a cluster") as tell:
@@ -103,7 +123,45 @@ def run(protection: Protection, folder: Path, *, dashboard: bool = False) -> dic
         agents = [start_agent(cluster, profile, folder, model, protection) for profile in AGENTS]
         console.say(f"{len(agents)} agents enrolled with a token each; {cluster.trust}")
         federation = asyncio.run(follow(cluster, agents, spec))
-    return finish(federation, spec, folder, time.monotonic() - started)
+    spent = {"wall_s": time.monotonic() - started, "cpu_s": children_cpu_s() - before}
+    return finish(federation, configuration(spec, seed), folder, spent)
+
+
+def configuration(spec: FederationSpec, seed: int) -> dict[str, Any]:
+    """What was run, as the summary has it."""
+    return {
+        "federation": spec.model_dump(mode="json"),
+        "agents": {a.name: {"rank": a.rank, "alpha": a.alpha, "budget": a.budget} for a in AGENTS},
+        "split": {"dirichlet_alpha": DIRICHLET_ALPHA, "seed": seed},
+    }
+
+
+def children_cpu_s() -> float:
+    """CPU seconds of all processes that were started here and have ended, theirs included."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def compare_seeds(count: int, folder: Path) -> None:
+    """Runs complete mode and none on so many splits; shows them side by side and writes summary.json."""
+
+    def one(protection: Protection, seed: int, home: Path) -> dict[str, Any]:
+        console.say(f"\nseed {seed}, {protection}")
+        summary = run(protection, home, seed=seed)
+        clear(home)
+        paired.keep(home, summary)
+        return summary
+
+    done: list[paired.Pair] = []
+    for pair in paired.pairs(
+        count, folder, one, lambda mode, seed: configuration(federation_spec(mode), seed)
+    ):
+        done.append(pair)
+        (folder / "summary.json").write_text(json.dumps(paired.summarized(done), indent=2) + "\n")
+        console.print(paired.table(done))
+    console.say(
+        f"left in {folder}: summary.json, and one of every run; runs that are there are not made again"
+    )
 
 
 def compare(summaries: Sequence[dict[str, Any]], folder: Path) -> None:
@@ -173,21 +231,21 @@ async def last_reports(
     return federation
 
 
-def finish(federation: pb.Federation, spec: FederationSpec, folder: Path, wall_s: float) -> dict[str, Any]:
-    """Writes plot and adapter; prints the final table. Returns the summary."""
-    configuration = {
-        "federation": spec.model_dump(mode="json"),
-        "agents": {a.name: {"rank": a.rank, "alpha": a.alpha, "budget": a.budget} for a in AGENTS},
-        "split": {"dirichlet_alpha": DIRICHLET_ALPHA, "seed": SPLIT_SEED},
-    }
-    summary = summarize(federation, configuration, wall_s)
+def finish(
+    federation: pb.Federation, ran: dict[str, Any], folder: Path, spent: dict[str, float]
+) -> dict[str, Any]:
+    """Writes plot and adapter; prints the final table. Returns the summary.
+
+    Args: ran: the configuration; spent: seconds.
+    """
+    summary = summarize(federation, ran, spent)
     plot_rounds(summary, folder / "rounds.png")
     shutil.copytree(folder / "agents" / ADAPTER_OF / "state" / "adapter", folder / "adapter")
     console.print(rounds_table([round_figures(r) for r in training_rounds(federation)]))
     up, down = (size(summary[f"{way}_bytes_per_agent_per_round"]) for way in ("upload", "download"))
     console.say(
         f"final test accuracy {summary['final_test_accuracy']:.1%} on {summary['final_test_examples']} test examples"
-        f" · {up} up and {down} down an agent and round · {wall_s:.0f} s\n"
+        f" · {up} up and {down} down an agent and round · {spent['wall_s']:.0f} s\n"
         f"left in {folder}: summary.json, rounds.png, adapter/ (load it with PeftModel.from_pretrained)"
     )
     return summary

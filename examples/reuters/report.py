@@ -29,8 +29,12 @@ _PACKAGES: Final = (
 )
 
 
-def summarize(federation: pb.Federation, configuration: Mapping[str, Any], wall_s: float) -> dict[str, Any]:
+def summarize(
+    federation: pb.Federation, configuration: Mapping[str, Any], spent: Mapping[str, float]
+) -> dict[str, Any]:
     """What summary.json holds: the table's figures, the configuration, versions.
+
+    Args: spent: wall_s, from the command to the end; cpu_s, of all processes of the run.
 
     Raises: INTERNAL if the last round has no evaluation.
     """
@@ -41,7 +45,7 @@ def summarize(federation: pb.Federation, configuration: Mapping[str, Any], wall_
     return {
         "final_test_accuracy": figures[-1].test_accuracy,
         "final_test_examples": figures[-1].test_examples,
-        "wall_s": wall_s,
+        **spent,
         "upload_bytes_per_agent_per_round": sum(f.upload_bytes for f in figures) / len(figures),
         "download_bytes_per_agent_per_round": sum(f.download_bytes for f in figures) / len(figures),
         "rounds": [{**asdict(f), "agents": _agents(r)} for f, r in zip(figures, rounds, strict=True)],

@@ -1,5 +1,6 @@
 """The demo's files: its configuration parses, its split is what it says, altered downloads are refused."""
 
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -10,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client_agent.config import AgentConfig
-from examples.reuters import assets
+from examples.reuters import assets, seeds
 from examples.reuters.cohort import AGENTS, Protection, agent_config, federation_spec
 from examples.reuters.demo import compare
 from examples.reuters.split import LEAST_EXAMPLES, Example, dirichlet_split, read_tab, write_jsonl
 from shelora.cli.cluster import Addresses
 from shelora.errors import DomainError, Reason
+from shelora.terminal import Terminal
 
 LABELS = ["earn"] * 2000 + ["acq"] * 1500 + ["ship"] * 300
 
@@ -94,3 +96,61 @@ def test_the_summary_has_the_fields_of_the_first_mode_and_those_of_each_under_mo
     shown = capsys.readouterr().out
     assert "85.5%" in shown
     assert "88.1%" in shown
+
+
+def ran(accuracy, wall_s, configuration):
+    sent = dict.fromkeys(("upload_bytes_per_agent_per_round", "download_bytes_per_agent_per_round"), 5e5)
+    return {
+        "final_test_accuracy": accuracy,
+        "wall_s": wall_s,
+        "cpu_s": 2 * wall_s,
+        "configuration": configuration,
+        **sent,
+    }
+
+
+def test_an_interrupted_comparison_of_seeds_goes_on_where_it_was_and_is_whole(tmp_path):
+    runs, broken = [], True
+
+    def configuration(mode, seed):
+        return {"mode": mode.value, "seed": seed}
+
+    def run(mode, seed, folder):
+        if broken and len(runs) == 3:
+            raise KeyboardInterrupt
+        runs.append((mode.value, seed))
+        complete = mode is Protection.COMPLETE
+        summary = ran(0.9 + 0.01 * (seed - 7) * complete, 110 if complete else 100, configuration(mode, seed))
+        seeds.keep(folder, summary)
+        return summary
+
+    with pytest.raises(KeyboardInterrupt):
+        list(seeds.pairs(3, tmp_path, run, configuration))
+    assert runs == [("complete", 7), ("none", 7), ("complete", 8)]
+    broken = False
+    found = list(seeds.pairs(3, tmp_path, run, configuration))
+    assert runs[3:] == [("none", 8), ("complete", 9), ("none", 9)]
+    summary = seeds.summarized(found)
+    assert [pair["seed"] for pair in summary["pairs"]] == [7, 8, 9]
+    assert summary["accuracy_difference"] == pytest.approx(
+        {"mean": 0.01, "standard_error": 0.01 / 3**0.5}, abs=1e-9
+    )
+    assert summary["wall_ratio"]["mean"] == pytest.approx(1.1)
+    assert summary["accuracy_kept"]
+    shown = io.StringIO()
+    Terminal(file=shown, width=120).print(seeds.table(found))
+    assert "+1.0 ± 0.6" in shown.getvalue()
+
+
+def test_a_kept_run_of_another_configuration_is_made_anew(tmp_path):
+    made = []
+
+    def run(mode, seed, folder):
+        made.append(seed)
+        summary = ran(0.9, 100, {"rounds": 6})
+        seeds.keep(folder, summary)
+        return summary
+
+    for rounds in (6, 6, 7):
+        list(seeds.pairs(1, tmp_path, run, lambda mode, seed: {"rounds": rounds}))  # noqa: B023 - used at once
+    assert made == [7, 7, 7, 7], "two runs, kept, and two of the other configuration"
