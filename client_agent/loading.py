@@ -1,9 +1,12 @@
 """Whether packages with native code load on this device: a build for another processor kills whoever loads it."""
 
+import atexit
+import gc
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from shelora.errors import DomainError, Reason
@@ -19,6 +22,21 @@ def check_loading(packages: Sequence[str] = NATIVE) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own arguments
         if done.returncode:
             raise unusable(package, _cause(done.returncode, done.stderr))
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For importing torch and transformers: the collector is off meanwhile, and passes it over at exit.
+
+    They are hundreds of thousands of objects that live as long as the process. Collections go through all of them again
+    and again while they are made, a fifth of the time, and the interpreter once more before it exits, a second.
+    """
+    atexit.register(gc.freeze)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def unusable(package: str, why: str) -> DomainError:

@@ -11,7 +11,7 @@ import structlog
 import typer
 
 from client_agent.config import IDENTITY, AgentConfig
-from client_agent.loading import check_loading, unusable
+from client_agent.loading import check_loading, uncollected, unusable
 from shelora.configuration import invalid
 from shelora.errors import DomainError
 from shelora.exits import EXIT_FAILED, exit_code
@@ -222,8 +222,9 @@ def _run(config: AgentConfig) -> int:
 
 
 async def _followed(config: AgentConfig) -> "Outcome":
-    from client_agent.agent import Agent  # noqa: PLC0415 - as above
-    from client_agent.learner import Learner  # noqa: PLC0415 - as above
+    with uncollected():
+        from client_agent.agent import Agent  # noqa: PLC0415 - as above
+        from client_agent.learner import Learner  # noqa: PLC0415 - as above
 
     agent = Agent(config, Learner)
     loop = asyncio.get_running_loop()

@@ -1,5 +1,7 @@
 """Packages that do not load here are named, with what to do."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,16 @@ def test_an_agent_whose_package_does_not_load_is_not_started_again(
     said = capsys.readouterr().err
     assert said.startswith("client-agent: PACKAGE_UNUSABLE torch._C cannot be loaded")
     assert "Traceback" not in said
+
+
+def test_what_is_imported_is_neither_collected_meanwhile_nor_at_the_end() -> None:
+    code = (
+        "import gc\n"
+        "from client_agent.loading import uncollected\n"
+        "with uncollected():\n"
+        "    assert not gc.isenabled()\n"
+        "    import atexit\n"
+        "    atexit._run_exitfuncs()\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 1000\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
