@@ -198,7 +198,7 @@ async def follow(cluster: LocalCluster, agents: Sequence[Process], spec: Federat
             while federation.phase == pb.PHASE_RUNNING:
                 require_alive(cluster, agents)
                 await asyncio.sleep(REFRESH_S)
-                federation = await connection.get(spec.name)
+                federation = await connection.get(spec.name, federation.history)
                 screen.show(federation)
             return await last_reports(connection, agents, federation, screen)
 
@@ -221,7 +221,7 @@ async def last_reports(
         raise DomainError(Reason.INTERNAL, f"the federation failed: {federation.failure}")
     while any(agent.popen.poll() is None for agent in agents):
         await asyncio.sleep(REFRESH_S)
-        federation = await connection.get(federation.federation_id)
+        federation = await connection.get(federation.federation_id, federation.history)
         screen.show(federation)
     for agent in agents:
         if agent.popen.returncode:

@@ -315,7 +315,7 @@ def show(
             screen.show(federation)
             while federation.phase in {pb.PHASE_CREATED, pb.PHASE_RUNNING}:
                 await asyncio.sleep(REFRESH_S)
-                federation = await o.get(name)
+                federation = await o.get(name, federation.history)
                 screen.show(federation)
         return federation
 

@@ -30,8 +30,9 @@ if TYPE_CHECKING:  # the asynchronous stub is a type only; at run time the chann
 DELETE_S: Final = 60.0
 """Seconds to wait for a deletion; a coordinator looks at ended federations twice a minute."""
 POLL_S: Final = 0.3
-REREAD_ROUNDS: Final = 8
-"""Newest rounds of a history that was read before which are read again: evaluations come after the end."""
+REREAD_ROUNDS: Final = 3
+"""Newest rounds of a history that was read before which are read again: agents evaluate a result as the next round
+begins, and one that cannot be opened is taken back after at most two."""
 RETRY_S: Final = 10.0
 """A person waits: shorter than between servers."""
 
