@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from client_agent.agent import Agent
+from client_agent.agent import Agent, Learn
 from client_agent.config import AgentConfig
 from client_agent.worker import Worker
 from load.learner import MATRICES, TENSORS, SyntheticLearner
@@ -92,7 +92,13 @@ class Lab:
         return folder
 
     async def honest(
-        self, spec: FederationSpec, name: str, rank: int = 4, promise: Level | None = None, **config: Any
+        self,
+        spec: FederationSpec,
+        name: str,
+        rank: int = 4,
+        promise: Level | None = None,
+        learn: Learn = SyntheticLearner,
+        **config: Any,
     ) -> str:
         """Runs the real agent, its updates random, to its end. Returns its outcome, or the reason it raised."""
         addresses, folder = self.cluster.addresses, await self.enrolled(spec, name, promise)
@@ -110,7 +116,7 @@ class Lab:
         }
         worker = Worker()
         try:
-            agent = Agent(AgentConfig.model_validate(values), SyntheticLearner, worker=worker, retry_s=1.0)
+            agent = Agent(AgentConfig.model_validate(values), learn, worker=worker, retry_s=1.0)
             return (await agent.run()).value
         except DomainError as error:
             return error.reason.value

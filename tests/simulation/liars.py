@@ -2,8 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from unittest import mock
 
@@ -11,7 +11,7 @@ import client_agent.agent
 import client_agent.committees
 import shelora.committee.dealer
 from client_agent.committees import Attempt, Committees
-from coordinator import transitions
+from coordinator import decisions, transitions
 from coordinator.convening import Convening, dealings_in
 from coordinator.servicer import CoordinatorServicer
 from shelora.additive.sampler import Csprng
@@ -165,15 +165,43 @@ class Signed:
     sets: defaultdict[int, dict[bytes, set[str]]] = field(default_factory=lambda: defaultdict(dict))
 
 
-@contextmanager
-def equivocating() -> Iterator[Signed]:
-    """A coordinator that shows every other member a set without its first contributor. Yields what members signed."""
-    watch, sign = CoordinatorServicer.Watch, Convening.sign
-    seen, contexts = Signed(), {}
+Forge = Callable[[RoundContext, bytes, dict[str, tuple[bytes, int]], str], bytes]
+"""What a coordinator shows a member in place of a set: its context, its bytes, all dealings, the member's name."""
 
-    def other(context: RoundContext, content: bytes, dealings: dict[str, tuple[bytes, int]]) -> bytes:
+
+def equivocating() -> AbstractContextManager[Signed]:
+    """A coordinator that shows every other member a set without its first contributor."""
+
+    def forge(context: RoundContext, content: bytes, dealings: Any, client_id: str) -> bytes:
         names = ContributorSet.read(context, content).contributors
-        return ContributorSet.of(context, {name: dealings[name] for name in names[1:]}).content
+        other = ContributorSet.of(context, {name: dealings[name] for name in names[1:]}).content
+        return other if int(client_id[-1]) % 2 else content
+
+    return proposing(forge)
+
+
+def too_few() -> AbstractContextManager[Signed]:
+    """A coordinator that asks for the sum of fewer updates than were promised, and of as few as a sum can have."""
+
+    def forge(context: RoundContext, content: bytes, dealings: Any, client_id: str) -> bytes:
+        chosen = {name: dealings[name] for name in sorted(dealings)[:2]}
+        most = max(weight for _, weight in chosen.values())
+        return ContributorSet.of(replace(context, min_updates=2, most_weight=most), chosen).content
+
+    return proposing(forge)
+
+
+def outweighed() -> AbstractContextManager[None]:
+    """A coordinator that names a scale at which one update could outweigh all others."""
+    return mock.patch.object(decisions, "most_weight", return_value=2**20)
+
+
+@contextmanager
+def proposing(forge: Forge) -> Iterator[Signed]:
+    """A coordinator that shows members other sets than it stored. Yields what members signed."""
+    watch, sign = CoordinatorServicer.Watch, Convening.sign
+    seen = Signed()
+    shown: defaultdict[str, dict[bytes, RoundContext]] = defaultdict(dict)
 
     async def forked(self: CoordinatorServicer, request: Any, grpc_context: Any) -> Any:
         async for assignment in watch(self, request, grpc_context):
@@ -184,19 +212,18 @@ def equivocating() -> Iterator[Signed]:
             context = RoundContext.from_proto(own.serve.round.context)
             store = self._handlers.store
             record = (await store.federation(context.federation_id)).record
-            place = (record, record.ticket.sequence)
-            stored = await store.dealings(*place, sorted(await store.dealers(*place)))
-            dealings = dealings_in(context, stored)
-            sets = [own.serve.proposed, other(context, own.serve.proposed, dealings)]
-            contexts[context.round_id] = (context, sets)
-            own.serve.proposed = sets[int(request.client_id[-1]) % 2]
+            dealings = dealings_in(
+                context, await store.dealings(record, record.ticket.sequence, context.cohort)
+            )
+            shown[context.round_id][own.serve.proposed] = context
+            own.serve.proposed = forge(context, own.serve.proposed, dealings, request.client_id)
+            shown[context.round_id][own.serve.proposed] = context
             yield own
 
     async def noted(
         self: Convening, federation_id: str, round_id: str, client_id: str, signature: Any
     ) -> None:
-        context, sets = contexts[round_id]
-        for content in sets:
+        for content, context in shown[round_id].items():
             signed = committee_pb2.Signed(
                 content=content, signature=signature.signature, certificate=signature.certificate
             )

@@ -6,7 +6,7 @@ import pytest
 
 from shelora.committee.rules import committee_rule
 from tests.simulation.cluster import Size
-from tests.simulation.liars import LIARS, draws_unspent, equivocating, lying
+from tests.simulation.liars import LIARS, draws_unspent, equivocating, lying, outweighed, too_few
 from tests.simulation.simulation import Report, Schedule, run
 from tests.simulation.test_simulation import explained
 
@@ -88,3 +88,23 @@ def test_a_coordinator_that_shows_members_two_sets_gets_a_quorum_for_one_at_most
         honest = [signers - corrupt for signers in sets.values()]
         assert not honest[0] & honest[1], "nobody honest signs two"
         assert sum(len(signers | corrupt) >= rule.quorum for signers in sets.values()) <= 1
+
+
+@pytest.mark.parametrize("clients", [4, 7])
+def test_a_coordinator_that_asks_for_fewer_updates_than_promised_gets_no_signature(clients):
+    schedule = complete(clients, clients)
+    with too_few() as signed:
+        report = run(replace(schedule, size=replace(schedule.size, min_updates=3)))
+    kept(report)
+    assert not signed.sets
+    assert report.phase == "FAILED", "members were asked, refused and left"
+
+
+def test_a_coordinator_that_names_a_scale_for_one_client_alone_gets_no_set_certified():
+    """The control is any other run: the same federation finishes (`test_one_liar_of_four_stops_nobody`)."""
+    with outweighed():
+        report = run(complete(4, 4), traced=True)
+    kept(report)
+    assert report.phase == "FAILED"
+    assert any("SET_REFUSED" in line for line in report.trace)
+    assert not any("certify_set" in line for line in report.trace)
