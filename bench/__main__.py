@@ -17,6 +17,8 @@ from services.aggregation.workers import ALLOCATOR
 
 PARTS = 5
 """Turns of the ways."""
+WIDTH = 110
+"""Of what goes into a file or pipe."""
 SUMMARY = Path("runs/bench/summary.json")
 app = typer.Typer(add_completion=False)
 
@@ -29,7 +31,7 @@ def compare(
 ) -> None:
     """Compares our protection modes with the published way; exits with 1 if a target is missed."""
     run = _measured(Workload(matrices=matrices), sample)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(run.table())
     console.print(run.ways())
     console.print(baselines.table(run.others))

@@ -24,6 +24,7 @@ import tenseal as ts
 from rich.console import Console
 from rich.table import Table
 
+from bench.tables import ways_table
 from bench.workload import Costs, Workload
 from shelora.lora.shards import Float64
 
@@ -171,17 +172,7 @@ def _error(found: Float64, exact: Float64) -> float:
 
 def table(rows: Sequence[Baseline]) -> Table:
     """The rows for a terminal."""
-    shown = Table(title="Others at the same shapes: one round, CPU time, one thread")
-    for heading in (
-        "",
-        "up, a client",
-        "down",
-        "a client protects",
-        "all aggregate",
-        "largest error",
-        "clear",
-    ):
-        shown.add_column(heading, justify="right" if heading else "left")
+    shown = ways_table("Others at the same shapes: one round, CPU time, one thread")
     for row in rows:
         shown.add_row(
             row.name,

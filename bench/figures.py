@@ -16,6 +16,7 @@ from bench.complete import Complete
 from bench.memory import Memory
 from bench.ours import EncryptAll, Ours
 from bench.published import Published
+from bench.tables import ways_table
 from bench.workload import Costs, Workload
 
 MEGABYTE = 1e6
@@ -32,7 +33,8 @@ class Target:
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
     def __str__(self) -> str:
-        return f"≥ {self.least:g}" if self.least is not None else f"≤ {self.most:g}"
+        sign, limit = ("≥", self.least) if self.least is not None else ("≤", self.most or 0.0)
+        return f"{sign} {limit / MEGABYTE:g} MB" if limit >= MEGABYTE else f"{sign} {limit:g}"
 
 
 TARGETS = {
@@ -145,17 +147,7 @@ class Run:
         clients = self.workload.clients
         shards = complete.aggregation.usual.cpu_s + complete.committee.usual.cpu_s
         clear_up, clear_down = ours.upload_clear_bytes, ours.download_clear_bytes
-        table = Table(title="All ways: one round, CPU time, one thread")
-        for heading in (
-            "",
-            "up, a client",
-            "down",
-            "a client protects",
-            "all aggregate",
-            "largest error",
-            "clear",
-        ):
-            table.add_column(heading, justify="right" if heading else "left")
+        table = ways_table("All ways: one round, CPU time, one thread")
         table.add_row(
             f"as described, {self.workload.budget:.0%}",
             _bytes(published.upload_bytes + clear_up),
@@ -180,7 +172,7 @@ class Run:
             _bytes(everything.download_bytes),
             _seconds(everything.protection.cpu_s),
             _seconds(everything.aggregation.cpu_s),
-            "",
+            _share(everything.max_abs_error, everything.largest_entry),
             "B",
         )
         table.add_row(

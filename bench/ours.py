@@ -72,6 +72,9 @@ class EncryptAll:
     aggregation: Cost = field(default_factory=Cost)
     download_bytes: int = 0
     """All of it."""
+    max_abs_error: float = 0.0
+    largest_entry: float = 0.0
+    """Of ΔW."""
 
 
 class MeasuredEncryptor:
@@ -202,10 +205,13 @@ def measure_everything_encrypted(workload: Workload) -> EncryptAll:
     with found.aggregation.measured():
         results = shards.aggregated(updates)
     found.download_bytes = sum(map(len, results))
+    restored = shards.restored(results)
+    for name in workload.names:
+        _compare(workload, name, restored.matrices.pop(name), found)
     return found
 
 
-def _compare(workload: Workload, name: str, update: FactoredUpdate, found: Ours) -> None:
+def _compare(workload: Workload, name: str, update: FactoredUpdate, found: Ours | EncryptAll) -> None:
     """Error of Q M against sum_i w_i s_i B_i A_i in float64, over every entry."""
     factors = [workload.factors(client, name) for client in range(workload.clients)]
     weight = workload.scaling / workload.clients

@@ -47,6 +47,7 @@ def test_the_summary_has_every_target_and_what_was_measured(run, tmp_path):
         "complete_relative_error",
     }
     assert all(np.isfinite(summary[name]) for name in TARGETS)
+    assert 0 < summary["encrypt_all"]["max_abs_error"] < 1e-6
     assert summary["complete"]["protection"]["count"] == 2
     assert {"published", "ours", "encrypt_all", "workload", "versions", "machine", "missed"} <= summary.keys()
 
