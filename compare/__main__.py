@@ -14,7 +14,8 @@ from compare.settings import Cell, Cohort
 
 DATA: Final = ("r8", "20news", "tomatoes")
 METHODS: Final = (
-    "complete", "selective", "exact", "fedit", "ffa", "ffa-activations", "rolora", "fedrot", "flora", "pooled", "alone",
+    "complete", "selective", "exact", "fedit", "ffa", "ffa-activations", "rolora", "fedrot", "flora", "dropped",
+    "published", "pooled", "alone",
 )  # fmt: skip
 """As in `compare.methods.registry`, which loads torch."""
 app = typer.Typer(

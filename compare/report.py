@@ -23,6 +23,8 @@ TITLES: Final = {
     "rolora": ("A and B in turn (RoLoRA)", "all"),
     "fedrot": ("turned, then averaged (FedRot-LoRA)", "all"),
     "flora": ("stacked (FLoRA)", "all"),
+    "dropped": ("10 % of columns dropped", "all that is sent"),
+    "published": ("SHE-LoRA as published, 10 %", "B, 90 % of A"),
     "pooled": ("pooled data", "–"),
     "alone": ("each client alone", "–"),
 }

@@ -6,12 +6,15 @@ from dataclasses import replace
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compare.methods.port import Outcome
 from compare.state import Held, World
 from shelora.lora.algebra import reparameterize
 from shelora.lora.shards import FactoredUpdate, Float32, Float64, LoraFactors
 
+PROTECTED: Final = 0.1
+"""Share of columns that a budget would encrypt, for what becomes of them elsewhere."""
 EVEN_ROW: Final = 1 / np.sqrt(3)
 """Norm of a row of PEFT's initial A, uniform within 1/sqrt(columns)."""
 
@@ -38,7 +41,7 @@ class ExactSum(_Clear):
     def combine(self, trained: Sequence[Held], number: int) -> Outcome:  # noqa: ARG002 - the same in every round
         """As of `Method`."""
         world, began = self._world, time.process_time()
-        sums = {m.name: _sum(world, m.name, trained) for m in world.matrices}
+        sums = {m.name: self.altered(m.name, _sum(world, m.name, trained)) for m in world.matrices}
         head = world.mean_head(trained)
         cut = {rank: self._cut(sums, head, rank) for rank in {*world.ranks}}
         spent = time.process_time() - began
@@ -51,6 +54,10 @@ class ExactSum(_Clear):
             server_s=spent,
         )
 
+    def altered(self, name: str, update: FactoredUpdate) -> FactoredUpdate:  # noqa: ARG002
+        """What becomes of a matrix's sum."""
+        return update
+
     def _cut(self, sums: Mapping[str, FactoredUpdate], head: Mapping[str, Float32], rank: int) -> Held:
         initial = self._world.initial(rank)
         return Held(
@@ -60,6 +67,36 @@ class ExactSum(_Clear):
             },
             head=head,
         )
+
+
+class Dropped(ExactSum):
+    """The columns that SHE-LoRA would encrypt are not sent: PROTECTED of them, those whose inputs are largest."""
+
+    def altered(self, name: str, update: FactoredUpdate) -> FactoredUpdate:
+        """As of `ExactSum`."""
+        M = update.M.copy()
+        M[:, _sensitive(self._world, name)] = 0
+        return FactoredUpdate(update.Q, M)
+
+
+class AsPublished(ExactSum):
+    """SHE-LoRA's published code: the encrypted part is divided by the number of clients twice.
+
+    And the columns that change places with it, the last ones, are lost.
+    """
+
+    def altered(self, name: str, update: FactoredUpdate) -> FactoredUpdate:
+        """As of `ExactSum`."""
+        M, columns = update.M.copy(), _sensitive(self._world, name)
+        lost = np.setdiff1d(np.arange(M.shape[1] - len(columns), M.shape[1]), columns)
+        M[:, columns] /= self._world.clients
+        M[:, lost] = 0
+        return FactoredUpdate(update.Q, M)
+
+
+def _sensitive(world: World, name: str) -> NDArray[np.intp]:
+    sizes = np.diagonal(world.inputs[name])
+    return np.argsort(-sizes, kind="stable")[: round(PROTECTED * len(sizes))]
 
 
 def _sum(world: World, name: str, trained: Sequence[Held]) -> FactoredUpdate:

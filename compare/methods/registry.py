@@ -16,6 +16,8 @@ METHODS: Final[dict[str, Callable[[], Method]]] = {
     "rolora": clear.Alternating,
     "fedrot": clear.Rotated,
     "flora": clear.Stacked,
+    "dropped": clear.Dropped,
+    "published": clear.AsPublished,
     "pooled": clear.Pooled,
     "alone": clear.Alone,
 }

@@ -114,6 +114,15 @@ def test_directions_from_activations_are_the_strongest_ones():
     np.testing.assert_allclose(np.linalg.norm(A, axis=1), 1 / np.sqrt(3), rtol=1e-5)
 
 
+def test_columns_that_are_dropped_or_divided_twice_are_those_with_the_largest_inputs():
+    for name, kept in (("dropped", 0.0), ("published", 1 / 3)):
+        there, updates, outcome = after_a_round(name)
+        found, wanted = dense(outcome.models[0], "query", SCALING), exact(there, updates, "query")
+        large = slice(43, 48)  # ten percent of 48, which are the last ones too
+        np.testing.assert_allclose(found[:, large], kept * wanted[:, large], atol=0.02 * np.abs(wanted).max())
+        np.testing.assert_allclose(found[:, :43], wanted[:, :43], atol=0.02 * np.abs(wanted).max())
+
+
 def test_turning_makes_clients_whose_factors_are_turned_alike_agree_and_keeps_products():
     there = world((4, 4))
     base = trained(there.initial(4), 0)
