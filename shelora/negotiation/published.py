@@ -78,8 +78,16 @@ def _fairness(shares: Sequence[Float64], chosen: Sequence[Columns]) -> float:
 
 def _least(shares: Float64, chosen: Columns) -> Float64:
     """Least coverage, and one less the largest risk, of one matrix."""
-    least: Float64 = shares[:, :, chosen].sum(axis=2).min(axis=1, initial=1.0)
+    least: Float64 = _served(shares, chosen).min(axis=1, initial=1.0)
     return least
+
+
+def _served(shares: Float64, chosen: Columns) -> Float64:
+    """What the chosen columns are of every client's [2, clients]."""
+    indicator = np.zeros(shares.shape[2])
+    indicator[chosen] = 1
+    served: Float64 = shares @ indicator
+    return served
 
 
 def published(
@@ -147,12 +155,14 @@ def _order(first: Float64, second: Float64, among: NDArray[np.bool_]) -> Columns
 def picked(lists: Sequence[Columns], count: int, weights: Weights) -> Columns:
     """`count` columns: the shares of the first two lists, rounded down, then the third, then what nobody names."""
     first, second = int(weights[0] * count), int(weights[1] * count)
-    found: list[int] = []
+    taken = np.zeros(1 + max(int(columns.max(initial=-1)) for columns in lists), dtype=np.bool_)
+    parts, found = [], 0
     for columns, until in zip(lists, (first, first + second, count, count), strict=True):
-        known = set(found)
-        fresh = (column for column in columns.tolist() if column not in known)
-        found += [column for column, _ in zip(fresh, range(until - len(found)), strict=False)]
-    return np.array(found, dtype=np.int64)
+        fresh = columns[~taken[columns]][: max(0, until - found)]
+        taken[fresh] = True
+        parts.append(fresh)
+        found += len(fresh)
+    return np.concatenate(parts)
 
 
 def allotted(total: int, room: Sequence[int]) -> list[int]:
@@ -195,7 +205,7 @@ def _improved(shares: Float64, before: Columns, own: Columns, within: Columns) -
     for _ in range(REFINEMENTS if importance.size and 0 < count < len(free) else 0):
         values = np.einsum("kc,kcn->n", importance, shares[:, :, free])
         found = np.concatenate([before, free[np.argsort(-values, kind="stable")[:count]]])
-        served = shares[:, :, found].sum(axis=2)
+        served = _served(shares, found)
         least = served.min(axis=1)
         if (least >= start).all() and least.sum() > best_value:
             best, best_value = found, float(least.sum())
