@@ -58,19 +58,16 @@ def chosen_rate(cell: Cell, place: Place) -> float | None:
 
 
 def wanted(cohorts: Iterable[Cohort], methods: Sequence[str], place: Place) -> Iterator[Cell]:
-    """Cells in the order in which they are best run: a cohort's tuning, then its seeds, whose rates may be unknown yet.
+    """Cells in the order in which they are best run: method by method, its tuning, then its seeds.
 
-    A cell whose rate is unknown has rate 0.
+    A cell whose rate is not known yet has rate 0.
     """
     for cohort in cohorts:
-        first = [
-            Cell(cohort=cohort, method=method, seed=SEEDS[0], learning_rate=GRID[0]) for method in methods
-        ]
-        for cell in first:
+        for method in methods:
+            cell = Cell(cohort=cohort, method=method, seed=SEEDS[0], learning_rate=GRID[0])
             yield from tuning(cell)
-        for seed in SEEDS:
-            for cell in first:
-                yield replace(cell, seed=seed, learning_rate=chosen_rate(cell, place) or 0.0)
+            rate = chosen_rate(cell, place) or 0.0
+            yield from (replace(cell, seed=seed, learning_rate=rate) for seed in SEEDS)
 
 
 def missing(cohorts: Sequence[Cohort], methods: Sequence[str], place: Place) -> list[Cell]:
