@@ -37,6 +37,7 @@ from services.key_authority.epochs import EpochSecrets, from_bytes, to_bytes
 from services.key_authority.sealer import Binding
 from shelora.additive import INSECURE_TOY as ADDITIVE_TOY
 from shelora.additive import Adder, ShardShape
+from shelora.additive.sampler import Csprng
 from shelora.additive.secret import SumOpener
 from shelora.additive.wire import sum_header, summand_header
 from shelora.audit import AuditEntry, AuditEvent, AuditRecord, verified
@@ -46,6 +47,7 @@ from shelora.ckks.wire import BlockShape, FullBlock, SeededBlock, decode_block, 
 from shelora.committee.certificate import ContributorSet, verified_set
 from shelora.committee.context import RoundContext
 from shelora.committee.dealing import check_dealt, read_dealing, shown_to
+from shelora.committee.sealing import open_answer, seal_answer
 from shelora.committee.statements import Kind
 from shelora.committee.verdict import Checked
 from shelora.errors import DomainError, Reason
@@ -75,7 +77,7 @@ from shelora.transport.tls import IDENTITY_FILE, IdentityFolder
 from shelora.v1 import committee_pb2, common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 from tests.identities import COORDINATOR, SEALER, TestAuthority, client
-from tests.unit.committee.rounds import World, context_of
+from tests.unit.committee.rounds import ANSWER_KEY, World, context_of, signer
 from tests.unit.lora.cohorts import TOY_KEY, Cohort, layout_of, lora_factors, planned
 from tests.unit.lora.cohorts import Member as CohortMember
 from tests.unit.strategies.runs import SumProtection
@@ -461,6 +463,37 @@ def _opening() -> bytes:
     return committee_pb2.Opening(certificate=certificate, answers=answers).SerializeToString()
 
 
+def _as_first_member(kind: Kind, content: bytes) -> committee_pb2.Signed:
+    """A hostile member's statement: its signature is right, whatever it signs."""
+    world, _, _ = _round()
+    return signer(world.committee.members[0]).sign(kind, world.context, content)
+
+
+def _keys_with(content: bytes) -> object:
+    world, _, _ = _round()
+    others = (member.key for member in list(world.members.values())[1:])
+    return world.key_set([_as_first_member(Kind.COMMITTEE_KEY, content), *others])
+
+
+def _opened_with(content: bytes) -> object:
+    world, certificate, answers = _round()
+    return world.open(certificate, [_as_first_member(Kind.ANSWER, content), *answers[1:]])
+
+
+def _sealed_answer(values: bytes) -> bytes:
+    world, certificate, _ = _round()
+    chosen = ContributorSet.read(world.context, certificate.content)
+    sealed = seal_answer(ANSWER_KEY, chosen.digest, 1, values, Csprng(bytes(32)))
+    return committee_pb2.Answer(position=1, sealed=sealed).SerializeToString()
+
+
+def _summed_shares() -> bytes:
+    world, certificate, answers = _round()
+    chosen = ContributorSet.read(world.context, certificate.content)
+    answer = committee_pb2.Answer.FromString(answers[0].content)
+    return open_answer(ANSWER_KEY, chosen.digest, 1, answer.sealed)
+
+
 _BINDING = Binding("epoch secrets", "5e" * 16, "clinic", 1)
 _RESTORING = SHARDS | CIPHERTEXTS | {Reason.TOO_FEW_CONTRIBUTORS}
 _INVALID = frozenset({Reason.INVALID_ARGUMENT})
@@ -642,6 +675,24 @@ DECODERS: dict[str, Decoder] = {
             _message(committee_pb2.Opening, lambda m: _round()[0].open(m.certificate, m.answers)),
             lambda: [_opening()],
             _CERTIFYING | {Reason.ANSWERS_REFUSED, Reason.SUM_UNREADABLE},
+        ),
+        Decoder(
+            "committee-key",
+            _keys_with,
+            lambda: [_round()[0].members[_round()[0].committee.members[0]].key.content],
+            frozenset({Reason.COMMITTEE_REFUSED}),
+        ),
+        Decoder(
+            "answer",
+            _opened_with,
+            lambda: [_round()[2][0].content],
+            frozenset({Reason.ANSWERS_REFUSED, Reason.SUM_UNREADABLE}),
+        ),
+        Decoder(
+            "summed-shares",
+            lambda data: _opened_with(_sealed_answer(data)),
+            lambda: [_summed_shares()],
+            frozenset({Reason.ANSWERS_REFUSED, Reason.SUM_UNREADABLE}),
         ),
         Decoder("weights-file", _in_state(_weights), _weight_files, frozenset()),
         Decoder(
