@@ -31,6 +31,10 @@ KEYS_WAIT_S: Final = 10.0
 """Seconds that a client's call for the committee's keys waits for them."""
 SHOWN_AT_ONCE: Final = 64
 """Shares read at once for a member: all members of a committee ask at the same time."""
+SHOWN_KEPT: Final = 64
+"""Batches of dealings kept, 50 KB each: members are shown the same ones at about the same time."""
+OPENED_KEPT: Final = 8
+"""Openings kept, 100 KB each of the largest committees."""
 _ORDER_HEX: Final = 64
 SEATED_KEPT: Final = 16
 """Committees whose keys are kept: those of the rounds in progress, 45 KB each at most."""
@@ -102,6 +106,8 @@ class Convening:
         clock_ms: Unix milliseconds.
         root: Certificate of the authority in DER, whose clients' statements are believed.
         seated: Keys of the newest seated committees, by round: read once for all clients of a cohort.
+        shown: Dealings, by round, number of dropped updates and first of a batch: read once for all members.
+        opened: What opens the newest results, by federation and digest: read once for all clients.
     """
 
     store: Store
@@ -109,6 +115,10 @@ class Convening:
     clock_ms: Callable[[], int]
     root: bytes
     seated: Shared[str, list[committee_pb2.Signed]] = field(default_factory=lambda: Shared(SEATED_KEPT))
+    shown: Shared[tuple[str, int, int], dict[str, bytes]] = field(default_factory=lambda: Shared(SHOWN_KEPT))
+    opened: Shared[tuple[str, str], pb.GetOpeningResponse] = field(
+        default_factory=lambda: Shared(OPENED_KEPT)
+    )
 
     def trust(self, federation_id: str) -> Trust:
         """Who is believed in a federation."""
@@ -194,7 +204,10 @@ class Convening:
         dealers = sorted(await self.store.dealers(federation, sequence) - record.dropped_ids)
         for first in range(0, len(dealers), SHOWN_AT_ONCE):
             batch = dealers[first : first + SHOWN_AT_ONCE]
-            dealings = await self.store.dealings(federation, sequence, batch)
+            dealings = await self.shown.get(
+                (round_id, len(record.dropped), first),
+                partial(self.store.dealings, federation, sequence, batch),
+            )
             shares = await self.store.shares(federation, sequence, place, batch)
             for name in batch:
                 if name in shares and name in dealings:
@@ -248,14 +261,18 @@ class Convening:
         federation, record = await self._round(federation_id, round_id, client_id)
         await self._by_member(Statement.ANSWER, Kind.ANSWER, federation, record, client_id, answer)
 
-    async def opening(self, federation_id: str, round_id: str) -> bytes:
-        """A serialized GetOpeningResponse. Raises: RESULT_UNKNOWN."""
+    async def opening(self, federation_id: str, round_id: str) -> pb.GetOpeningResponse:
+        """What opens a round's sum. Raises: RESULT_UNKNOWN."""
         federation = (await self.store.federation(federation_id)).record
         sequence = federation.sequence_of(round_id)
         found = await self.store.round(federation, sequence) if sequence else None
         if found is None or found.record.opening is None:
             raise DomainError(Reason.RESULT_UNKNOWN, "no committee has opened that result")
-        return await self.store.opening(federation_id, found.record.opening.sha256)
+        sha256 = found.record.opening.sha256
+        return await self.opened.get((federation_id, sha256), partial(self._opening, federation_id, sha256))
+
+    async def _opening(self, federation_id: str, sha256: str) -> pb.GetOpeningResponse:
+        return pb.GetOpeningResponse.FromString(await self.store.opening(federation_id, sha256))
 
     def dealt(
         self,

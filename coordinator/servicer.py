@@ -229,8 +229,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def GetOpening(self, request: pb.GetOpeningRequest, context: _Context) -> pb.GetOpeningResponse:
         async with translated(context):
-            opening = await self._handlers.convening.opening(request.federation_id, request.round_id)
-            return pb.GetOpeningResponse.FromString(opening)
+            return await self._handlers.convening.opening(request.federation_id, request.round_id)
 
     async def _federation(self, record: FederationRecord) -> pb.Federation:
         return await self._render.federation(record, self._handlers.clock_ms())

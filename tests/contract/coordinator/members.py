@@ -189,9 +189,7 @@ class Client:
         await self.fed.handlers.convening.check(*scope, seat.check())
 
     async def open(self, round_id: str) -> OpenedRound:
-        response = pb.GetOpeningResponse.FromString(
-            await self.fed.handlers.convening.opening("fed", round_id)
-        )
+        response = await self.fed.handlers.convening.opening("fed", round_id)
         context = RoundContext.from_proto(response.context)
         committee = context.committee(SECRET.committee_key())
         return open_round(context, committee, response.opening, SECRET.answer_key(), trust(), Csprng.fresh())
