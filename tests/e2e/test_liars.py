@@ -7,6 +7,7 @@ Servers are processes of their own. Agents are the real ones and share this proc
 import asyncio
 from collections import defaultdict
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,8 +67,10 @@ WAYS = {
     "bad-shares": LIARS["deals bad shares"],
     "bad-answer": LIARS["answers anything"],
     "other-base": Committees,
+    "claims": Committees,
 }
-"""By the federation, what the member `liar` does; in the last it has another base model."""
+"""By the federation, what the member `liar` does; in the last two it has another base model, or 10^9 examples."""
+EXAMPLES = 64
 SPOILED = ("another-secret", "garbage")
 
 
@@ -80,6 +83,8 @@ class Seen:
     """By client, the results that it applied."""
     named: set[tuple[str, ...]] = field(default_factory=set)
     """Liars that readers of results found."""
+    weights: set[int] = field(default_factory=set)
+    """Weights of all certified updates together."""
     history: list[pb.RoundSummary] = field(default_factory=list)
 
 
@@ -90,7 +95,8 @@ class Learner(SyntheticLearner):
 
     def __init__(self, config: Any, *arguments: Any) -> None:
         super().__init__(config, *arguments)
-        other = config.client_id == "liar" and config.federation.startswith("other-base")
+        lies = config.client_id == "liar" and config.federation.rpartition("-")[0]
+        other, self.examples = lies == "other-base", range(10**9 if lies == "claims" else EXAMPLES)
         self.base = BaseDigest(weights=bytes([other]) * 32, tokenizer=bytes(32), chat_template=bytes(32))
 
     def apply(self, round_id: str, *arguments: Any, **named: Any) -> None:
@@ -127,11 +133,13 @@ def made(federation_id: str, client_id: str, *arguments: Any, **named: Any) -> C
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     """All federations at once on one cluster."""
     folder: Path = tmp_path_factory.mktemp("liars")
-    open_round, named = client_agent.committees.open_round, defaultdict(set)
+    open_round, named, weights = client_agent.committees.open_round, defaultdict(set), defaultdict(set)
 
     def opened(context: Any, *arguments: Any) -> Any:
         found = open_round(context, *arguments)
-        named[context.federation_id.rpartition("-")[0]].add(found.liars)
+        way = context.federation_id.rpartition("-")[0]
+        named[way].add(found.liars)
+        weights[way].add(found.total_weight)
         return found
 
     async def everything(lab: Lab) -> list[Seen]:
@@ -144,7 +152,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     ):
         found = dict(zip(WAYS, asyncio.run(everything(Lab(cluster, folder))), strict=True))
     for way, what in found.items():
-        what.named = named[way]
+        what.named, what.weights = named[way], weights[way]
     return found
 
 
@@ -193,3 +201,11 @@ def test_an_agent_with_another_base_model_is_left_out_by_name_before_a_set_is_ce
     assert found.outcomes == {**dict.fromkeys(HONEST, "finished"), "liar": Reason.MODEL_MISMATCH}
     (round_,) = found.history
     assert [(d.client_id, d.reason) for d in round_.dropped] == [("liar", Reason.MODEL_MISMATCH)]
+
+
+def test_one_that_claims_a_billion_examples_has_the_documented_share_and_no_more(seen):
+    found = seen["claims"]
+    assert set(found.outcomes.values()) == {"finished"}
+    (total,) = found.weights
+    others = EXAMPLES * len(HONEST)
+    assert Fraction(total - others, total) == Fraction(2, len(HONEST) + 1 + 2)
