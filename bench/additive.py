@@ -116,7 +116,7 @@ class Cohort:
             most_contributors=size,
             rule=committee_rule(size),
             min_updates=2,
-            most_weight=1000,
+            most_weight=1,
         )
         return cls(context, signers, Trust(root.der, "bench", lambda: datetime.now(UTC)))
 
