@@ -19,11 +19,11 @@ from shelora.additive import (
     AdditiveParameters,
     ShardShape,
 )
-from shelora.additive.codec import decode
+from shelora.additive.codec import decode, encode
 from shelora.additive.ring import Multiplier, expand_public
 from shelora.additive.sampler import Csprng, gaussian
 from shelora.additive.secret import SecretKey, SumOpener, open_sum
-from shelora.additive.wire import HEADER_BYTES, summand_header, summand_planes
+from shelora.additive.wire import HEADER_BYTES, sum_header, sum_planes, summand_header, summand_planes
 from shelora.errors import DomainError, Reason
 from tests.unit.additive import exact
 
@@ -348,6 +348,17 @@ def test_never_two_sums_that_differ_by_one_client():
     kept = decode(STANDARD, summand_planes(data, ShardShape(STANDARD, 0, 1024)), 1024)
     opener = SumOpener(STANDARD, everyone - without, CONTEXT, 1, 5)
     assert np.abs(opener._plain(0, 0, kept.reshape(1, -1))[0] / STANDARD.scale(5) - x).max() < 1e-5
+
+
+def test_not_guaranteed_who_adds_can_add_values_of_its_choice_and_nobody_sees_it():
+    """Sums carry no authentication: docs/committee.md, "who can do what"."""
+    x, secret_sum, data = cohort(STANDARD, 4, 100)
+    shape, shift = ShardShape(STANDARD, 0, 100), 0.25
+    honest = decode(STANDARD, sum_planes(data, shape, 4), shape.coefficients)
+    step = np.uint32(round(shift * STANDARD.scale(4)) >> STANDARD.dropped_bits)
+    forged = encode(STANDARD, (honest + step) & np.uint32((1 << STANDARD.kept_bits) - 1))
+    opened = open_sum(STANDARD, secret_sum, CONTEXT, shape, sum_header(shape, 4) + forged, 4, 4)
+    np.testing.assert_allclose(opened, x.sum(axis=0) + shift, atol=1e-4)
 
 
 def test_servers_and_one_client_learn_nothing_of_another_but_the_sum():
