@@ -187,6 +187,7 @@ def _texts(mode: Mode, snippets: list[Example], topics: list[Example]) -> Case:
             yield experiments.spanned(performance, public, secrets, who, control=exact)
         if mode is NONE:
             yield from experiments.by_budget(performance, public)
+            yield experiments.unmixed(performance, public)
 
     return Case(scene=scene, attacks=attacks)
 
@@ -199,7 +200,8 @@ def _members(mode: Mode, topics: list[Example], *, everything: bool) -> Iterator
         clients = _clients(_cut(topics[200:], 3, batch), rank=8, data="R8")
         scene = _causal(f"member-{mode.name}-{batch}-{steps}", mode, clients, steps, batch)
         yield Case(
-            scene=scene, attacks=_membership(topics, control=mode is NONE and batch == 1 and steps == 1)
+            scene=scene,
+            attacks=_membership(topics, control=mode is NONE and steps == batch == 1, basis=mode is NONE),
         )
 
 
@@ -210,18 +212,27 @@ def _classifiers(
         clients = _clients(_cut(topics[400:], 8, batch), rank=8, data="R8")
         scene = _classifier(f"class-{mode.name}-{batch}-{steps}", mode, clients, steps, batch)
         yield Case(
-            scene=scene, attacks=_membership(topics, control=mode is NONE and steps == 1 and batch == 1)
+            scene=scene,
+            attacks=_membership(topics, control=mode is NONE and steps == batch == 1, basis=mode is NONE),
         )
     clients = _clients(_uneven(news, 12, 16), rank=8, data="R8, Dirichlet 0.3")
+    forms = (False, True) if mode is NONE else (False,)
     yield Case(
         scene=_classifier(f"labels-{mode.name}", mode, clients, 5, 8),
-        attacks=lambda p, public: [experiments.labels(p, public)],
+        attacks=lambda p, public: [experiments.labels(p, public, basis=basis) for basis in forms],
     )
 
 
-def _membership(topics: list[Example], *, control: bool) -> Attacks:
+def _membership(topics: list[Example], *, control: bool, basis: bool) -> Attacks:
+    """Args: basis: also from an orthonormal basis of B, by the same capture."""
     outsiders = [example.text for example in topics[-OUTSIDERS:]]
-    return lambda p, public: [experiments.membership(p, public, outsiders, control=control)]
+
+    def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
+        yield experiments.membership(performance, public, outsiders, control=control)
+        if basis:
+            yield experiments.membership(performance, public, outsiders, basis=True)
+
+    return attacks
 
 
 def _fellows(snippets: list[Example], steps: int) -> Case:
@@ -247,7 +258,7 @@ def _budgets(topics: list[Example]) -> Iterator[Case]:
     for budget in (0.001, 0.1):
         clients = tuple(replace(c, budget=budget) for c in _clients(_cut(topics[200:], 3, 1), 8, data="R8"))
         scene = _causal(f"budget-{budget:g}", SELECTIVE, clients, 1, 1)
-        yield Case(scene=scene, attacks=_membership(topics, control=False))
+        yield Case(scene=scene, attacks=_membership(topics, control=False, basis=False))
 
 
 def _causal(

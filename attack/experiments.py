@@ -10,7 +10,7 @@ from itertools import chain
 
 import numpy as np
 
-from attack import adam, columns, insiders, tokens
+from attack import adam, bases, columns, insiders, tokens
 from attack.capture import Round
 from attack.decode import Decoder
 from attack.findings import Finding
@@ -245,20 +245,29 @@ def _membership(public: Public) -> CausalMembership | ClassifierMembership:
 
 
 def membership(
-    performance: Performance, public: Public, outsiders: Sequence[str], *, control: bool = False
+    performance: Performance,
+    public: Public,
+    outsiders: Sequence[str],
+    *,
+    control: bool = False,
+    basis: bool = False,
 ) -> Finding:
-    """Was a sentence in a client's batch? By a server, from clear B, or from the stored bytes if nothing is clear."""
+    """Was a sentence in a client's batch? By a server, from clear B, or from the stored bytes if nothing is clear.
+
+    Args: basis: from what an orthonormal basis of B would tell.
+    """
     scene, round_ = performance.scene, performance.rounds[0]
     attack = _membership(public)
     members: list[float] = []
     others: list[float] = []
     for client in scene.clients:
-        gradients = {name: _gradient(scene, round_, client, name, public) for name in attack.names}
+        seen = _basis if basis else _gradient
+        gradients = {name: seen(scene, round_, client, name, public) for name in attack.names}
         members += [attack.score(gradients, text) for text in client.texts[: scene.batch]]
         others += [attack.score(gradients, text) for text in outsiders]
     clear = bool(clear_parts(round_, scene.clients[0].name))
     return Finding(
-        setting=setting(scene),
+        setting=_form(scene, basis=basis),
         attacker="server: clear B, A unknown" if clear else "server: all it stored",
         data=_data(scene),
         figures={"auc": auc(members, others)},
@@ -291,10 +300,35 @@ def _noise(round_: Round, client: Client, public: Public, name: str) -> Float64:
     return np.resize(np.roll(values, -place), (rows, client.rank))
 
 
-def labels(performance: Performance, public: Public) -> Finding:
-    """What servers learn of the clients' label distributions."""
+def _basis(scene: Scene, round_: Round, client: Client, name: str, public: Public) -> Float64:
+    return bases.as_basis(_gradient(scene, round_, client, name, public))
+
+
+def _form(scene: Scene, *, basis: bool) -> str:
+    """The setting, of a capture under `none` that is looked at as if B had travelled as a basis."""
+    return setting(scene).replace("none", "B as an orthonormal basis") if basis else setting(scene)
+
+
+def unmixed(performance: Performance, public: Public) -> Finding:
+    """How much of B comes back from an orthonormal basis of its columns: the last layer's query, one step."""
     scene, round_ = performance.scene, performance.rounds[0]
-    features = np.stack([_features(scene, round_, client, public) for client in scene.clients])
+    name = next(n for n in reversed(public.names) if n.endswith("q_proj"))
+    seen = [clear_parts(round_, client.name)[name].B for client in scene.clients]
+    return Finding(
+        setting=_form(scene, basis=True),
+        attacker="server: vectors of even magnitudes in the span",
+        data=_data(scene),
+        figures={"columns of B": float(np.mean([bases.found_again(B) for B in seen]))},
+        counts={"clients": len(seen)},
+        chance={"columns of B": 0.0},
+        capture=round_.digest,
+    )
+
+
+def labels(performance: Performance, public: Public, *, basis: bool = False) -> Finding:
+    """What servers learn of the clients' label distributions; `basis` as of `membership`."""
+    scene, round_ = performance.scene, performance.rounds[0]
+    features = np.stack([_features(scene, round_, client, public, basis=basis) for client in scene.clients])
     shares = np.array(
         [[c.labels.count(label) / len(c.labels) for label in scene.classes] for c in scene.clients]
     )
@@ -303,7 +337,7 @@ def labels(performance: Performance, public: Public) -> Finding:
     clients = len(scene.clients)
     spread = (leak.majority_by_chance * (1 - leak.majority_by_chance) / clients) ** 0.5
     return Finding(
-        setting=setting(scene),
+        setting=_form(scene, basis=basis),
         attacker="server: clear B, others' labels known"
         if clear
         else "server: all it stored, others' labels known",
@@ -317,6 +351,8 @@ def labels(performance: Performance, public: Public) -> Finding:
     )
 
 
-def _features(scene: Scene, round_: Round, client: Client, public: Public) -> Float64:
+def _features(scene: Scene, round_: Round, client: Client, public: Public, *, basis: bool) -> Float64:
     parts = [_gradient(scene, round_, client, name, public) for name in public.names]
+    if basis:
+        parts = [bases.projection(bases.as_basis(part)) for part in parts]
     return np.concatenate([(part / max(float(np.linalg.norm(part)), 1e-30)).ravel() for part in parts])

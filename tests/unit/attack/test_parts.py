@@ -1,15 +1,20 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attack import adam, spans
+from attack import adam, bases, columns, spans
 from attack.capture import commands, replayed
 from attack.findings import Finding
 from attack.labels import label_leak
 from attack.scores import auc, auc_error, recall, rouge
+from attack.stage import Client
+from client_agent.learning import Weights
 from services.aggregation.keys import RoundKeys
+from shelora.lora.shards import LoraFactors
 from shelora.messages import layout_to_proto
 
 
@@ -96,3 +101,40 @@ def test_a_control_that_fails_and_a_leak_are_problems():
     assert Finding(**row, **leak, no_better_than_chance=True).problems()
     assert not Finding(**row, **leak).problems()
     assert not Finding(**row, **(leak | {"figures": {"auc": 0.79}}), no_better_than_chance=True).problems()
+
+
+def test_columns_of_even_magnitudes_come_back_from_their_span_and_others_do_not():
+    rng = np.random.default_rng(0)
+    shrunk = 1 - 1e-3 * rng.exponential(size=(256, 8))  # as after a first step of AdamW
+    steps = np.sign(rng.standard_normal((256, 8))) * shrunk
+    assert bases.found_again(steps) == 1
+    assert bases.found_again(rng.standard_normal((256, 8))) == 0
+
+
+def test_movement_of_A_comes_back_whatever_powers_of_two_its_rows_were_scaled_by(monkeypatch):
+    rng = np.random.default_rng(1)
+    before = rng.standard_normal((6, 20)).astype(np.float32)
+    step = 1e-3 * rng.standard_normal((6, 20)).astype(np.float32)
+    after = before + step
+    sent = np.ldexp(after, -np.frexp(np.abs(after).max(axis=1))[1][:, None])
+    monkeypatch.setattr(columns, "clear_parts", lambda *_: {"q": SimpleNamespace(A=sent.astype(np.float64))})
+    start = Weights({"q": LoraFactors(np.zeros((4, 6), np.float32), before)}, {})
+    performance = SimpleNamespace(rounds=[None, None])
+    moved = columns.movement(performance, start, Client(name="c", texts=("t",)), "q", 2)
+    assert np.abs(moved - (after.astype(np.float64) - before)).max() < 1e-6
+
+
+def test_hidden_columns_cost_whoever_fills_in_zeros_and_nobody_who_leaves_them_out():
+    rng, rate = np.random.default_rng(2), 1e-3
+    inputs = rng.standard_normal((400, 64))
+    true = set(range(6))
+    g = 1e-8 * rng.standard_normal((16, 6)) @ inputs[:6]
+    moved = -rate * g / (np.abs(g) + adam.EPSILON)
+    public = SimpleNamespace(first_inputs=inputs, scene=SimpleNamespace(learning_rate=rate))
+    found = {
+        view.who: recall(spans.best(view.distances, 6), true)
+        for view in columns.views(moved, public, 6, rng, (0.8,))
+    }
+    assert found["leaves them out, true places known"] == 1
+    assert found["leaves them out, places secret"] < 0.5
+    assert found["stock DAGER: zeros in their place"] < 1
