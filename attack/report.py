@@ -4,10 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Final
 
 from rich.table import Table
 
 from attack.findings import Finding
+
+BEYOND: Final = "#b03a2e"
+WITHIN: Final = "#5d8aa8"
+SLACK: Final = 0.02
+"""Above chance that is not drawn as a leak, where no error is known."""
 
 
 def table(findings: Sequence[Finding]) -> Table:
@@ -41,7 +47,7 @@ def markdown(findings: Sequence[Finding]) -> str:
 
 
 def write(findings: Sequence[Finding], folder: Path) -> None:
-    """Leaves table.md, findings.json and recall.png."""
+    """Leaves table.md, findings.json (with the digests of the captures) and attack.png."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(markdown(findings))
     (folder / "findings.json").write_text(json.dumps([asdict(f) for f in findings], indent=2))
@@ -49,21 +55,29 @@ def write(findings: Sequence[Finding], folder: Path) -> None:
 
 
 def _plot(findings: Sequence[Finding], path: Path) -> None:
-    """One bar a row: the first figure, with chance as a mark."""
+    """One bar a row: its first figure beside what guessing gives, its words on the right."""
     import matplotlib as mpl  # noqa: PLC0415 - only a report pays for it
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415 - as above
 
-    figure, axes = plt.subplots(figsize=(10, 0.32 * len(findings) + 1.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(13, 0.4 * len(findings) + 1.4))
+    figure.subplots_adjust(left=0.03, right=0.27, top=1 - 0.75 / (0.4 * len(findings) + 1.4), bottom=0.03)
     for place, finding in enumerate(reversed(findings)):
         name, value = next(iter(finding.figures.items()))
-        axes.barh(place, value, color="#b03a2e" if value > 0.5 + 0.2 * (name == "auc") else "#5d8aa8")
-        if name in finding.chance:
-            axes.plot([finding.chance[name]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1)
-    labels = [f"{f.setting} · {f.attacker} · {f.data} · {next(iter(f.figures))}" for f in reversed(findings)]
-    axes.set_yticks(range(len(findings)), labels, fontsize=7)
-    axes.set_xlim(0, 1.02)
-    axes.set_xlabel("figure (black: chance)")
-    figure.savefig(path, dpi=150)
+        chance = finding.chance.get(name, 0.0)
+        beyond = value > chance + max(3 * finding.error.get(name, 0.0), SLACK)
+        axes.barh(place, value, color=BEYOND if beyond else WITHIN)
+        axes.plot([chance] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
+        axes.text(1.03, place, f"{value:.2f} {name}", va="center", fontsize=8, weight="bold")
+        words = f"{finding.setting}\n{finding.attacker} \N{MIDDLE DOT} {finding.data}"
+        axes.text(1.5, place, words, va="center", fontsize=7, linespacing=1.2)
+    axes.set_yticks([])
+    axes.set_ylim(-0.6, len(findings) - 0.4)
+    axes.set_xlim(0, 1)
+    axes.xaxis.tick_top()
+    axes.spines[["right", "bottom"]].set_visible(False)
+    title = "What the captured messages give away. Red: beyond chance; the black line is chance."
+    figure.suptitle(title, x=0.03, ha="left", fontsize=10)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
