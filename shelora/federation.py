@@ -46,7 +46,7 @@ def _printable(text: str) -> str:
 
 ABSENT: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
-        "protection": MappingProxyType({"mode": UNNAMED}),
+        "protection": MappingProxyType({"mode": UNNAMED, "clear_bits": 32}),
         "round": MappingProxyType({"clients": 2, "min_updates": 2}),
     }
 )

@@ -455,7 +455,9 @@ class ProtectionSpec(_message.Message):
     key_rotation_rounds: _builtins.int
     """Training rounds after which the keys are replaced, 0 to 10000; 0 for never, unless asked for or after a revocation."""
     clear_bits: _builtins.int
-    """Bits in which "selective" sends clear values of factors: 16 (bfloat16) or 32 (float32, as published)."""
+    """Bits in which "selective" sends clear values of factors: 16 (bfloat16) or 32 (float32, as published). Absent: 32; in
+    YAML: 16.
+    """
     @_builtins.property
     def client_privacy(self) -> Global___ClientPrivacySpec:
         """Differential privacy of each client in the sums of "complete"; absent: none."""

@@ -183,7 +183,7 @@ def unlike_the_defaults() -> FederationSpec:
                 "negotiation": "ope",
                 "tensor_bound": 0.5,
                 "max_directions": 7,
-                "clear_bits": 32,
+                "clear_bits": 16,
                 "common_weight": 0.0,
                 "coverage_floor": 0.25,
                 "max_vote_weight": 2.0,
