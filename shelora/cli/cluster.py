@@ -124,7 +124,9 @@ class Relay(Protocol):
 
 
 class LocalCluster:
-    """Starts the servers in order of their needs and stops them in reverse. A context manager.
+    """Starts the servers in order of their needs, those that need nothing of each other side by side.
+
+    Stops them in reverse. A context manager.
 
     Args:
         folder: For data, logs and addresses.
@@ -226,7 +228,7 @@ class LocalCluster:
         """Starts another replica of aggregation. Returns its name."""
         self._replicas += 1
         name = f"aggregation-{self._replicas - 1}"
-        self._start_aggregation(name, self._replicas - 1)
+        self._start_aggregation(name, self._replicas - 1)()
         return name
 
     def _start(self) -> Addresses:
@@ -234,18 +236,21 @@ class LocalCluster:
             (self._folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         for stale in (self._folder / "ready").iterdir():
             stale.unlink()
-        self._redis_url = self._start_redis()
-        self._key_authority, enrolment = self._start_key_authority()
+        redis_url, authority = self._start_redis(), self._start_key_authority()
+        self._redis_url = redis_url()
+        self._key_authority, enrolment = authority()
         self._members = Members(self._folder / "identities", self._key_authority, enrolment, self._names)
         asyncio.run(self._members.enrol_operator(self._operator_token.read_text()))
-        aggregation = tuple(
+        replicas = [
             self._start_aggregation(name, replica)
             for replica, name in enumerate(_numbered("aggregation", self._replicas))
-        )
-        coordinators = [
+        ]
+        aggregation = tuple(serving() for serving in replicas)
+        starting = [
             self._start_coordinator(name, replica, aggregation)
             for replica, name in enumerate(_numbered("coordinator", self._coordinators))
         ]
+        coordinators = [serving() for serving in starting]
         addresses = Addresses(
             coordinators[0],
             self._key_authority,
@@ -290,8 +295,8 @@ class LocalCluster:
     def _operator_token(self) -> Path:
         return self._folder / "operator.token"
 
-    def _start_key_authority(self) -> tuple[str, str]:
-        """Its address, and that for enrolment."""
+    def _start_key_authority(self) -> Callable[[], tuple[str, str]]:
+        """What waits until it serves: its address, and that for enrolment."""
         settings = {
             "DATA_DIR": str(self._folder / "key-authority"),
             "SEALING_KEY_FILE": str(self._kept_secret("sealing-key")),
@@ -299,17 +304,22 @@ class LocalCluster:
             "OPERATOR_TOKEN_FILE": str(self._operator_token),
             "NAMES": json.dumps(self._names),
         }
-        address = self._serve(
+        serving = self._serve(
             "key-authority", "services.key_authority.main", KEY_AUTHORITY_PORT, settings, "key-authority"
         )
-        return address, str(json.loads(self._ready("key-authority").read_text())["enrolment_address"])
+
+        def served() -> tuple[str, str]:
+            address = serving()
+            return address, str(json.loads(self._ready("key-authority").read_text())["enrolment_address"])
+
+        return served
 
     def _announce(self, addresses: Addresses) -> None:
         path = self._folder / ADDRESSES
         path.write_text(json.dumps(asdict(addresses), indent=2))
         self._stack.callback(path.unlink, missing_ok=True)
 
-    def _start_aggregation(self, name: str, replica: int) -> str:
+    def _start_aggregation(self, name: str, replica: int) -> Callable[[], str]:
         settings = {
             **self._member_settings(name, Role.AGGREGATION),
             **({} if self._workers is None else {"WORKERS": str(self._workers)}),
@@ -320,7 +330,7 @@ class LocalCluster:
     def _advertised(self, name: str) -> str:
         return "127.0.0.1:0" if self._relay is None else self._relay.front(name)
 
-    def _start_coordinator(self, name: str, replica: int, aggregation: Sequence[str]) -> str:
+    def _start_coordinator(self, name: str, replica: int, aggregation: Sequence[str]) -> Callable[[], str]:
         settings = {
             **self._member_settings(name, Role.COORDINATOR),
             "AGGREGATION_ADDRESSES": json.dumps(aggregation),
@@ -355,8 +365,10 @@ class LocalCluster:
     def _ready(self, name: str) -> Path:
         return self._folder / "ready" / f"{name}.json"
 
-    def _serve(self, name: str, module: str, port: int, settings: Mapping[str, str], front: str) -> str:
-        """Starts a server and waits until it serves. Returns the address that callers use."""
+    def _serve(
+        self, name: str, module: str, port: int, settings: Mapping[str, str], front: str
+    ) -> Callable[[], str]:
+        """Starts a server. Returns what waits until it serves, and returns the address that callers use."""
         stem = f"SHELORA_{name.rstrip('-0123456789').replace('-', '_').upper()}_"
         environment = {
             "LISTEN": f"127.0.0.1:{port if self._fixed else 0}",
@@ -369,10 +381,15 @@ class LocalCluster:
             {stem + field: value for field, value in environment.items()},
             ready=self._ready(name),
         )
-        self._run(name, launch)
-        content = self._note_metrics(name)
-        self._launches[name] = launch.at(stem, content["address"], content["enrolment_address"])
-        return self._fronted(front, content["address"])
+        process = self._run(name, launch)
+
+        def served() -> str:
+            launch.wait(process)
+            content = self._note_metrics(name)
+            self._launches[name] = launch.at(stem, content["address"], content["enrolment_address"])
+            return self._fronted(front, content["address"])
+
+        return served
 
     def _note_metrics(self, name: str) -> dict[str, Any]:
         """Keeps where a server serves metrics. Returns what its ready file says; Valkey has none."""
@@ -389,19 +406,26 @@ class LocalCluster:
         self._relay.lead(front, address)
         return self._relay.front(front)
 
-    def _start_redis(self) -> str:
+    def _start_redis(self) -> Callable[[], str]:
         """Valkey on loopback. What it has answered survives its death: the log is on disk before (docs/failures.md)."""
         folder = self._folder / "redis"
         port = REDIS_PORT if self._fixed else _free_port()
-        self._run("redis", _Launch(_redis_command(folder, port), {}, redis_port=port))
-        return f"redis://{self._fronted('redis', f'127.0.0.1:{port}')}/0"
+        launch = _Launch(_redis_command(folder, port), {}, redis_port=port)
+        process = self._run("redis", launch)
 
-    def _run(self, name: str, launch: "_Launch") -> None:
+        def served() -> str:
+            launch.wait(process)
+            return f"redis://{self._fronted('redis', f'127.0.0.1:{port}')}/0"
+
+        return served
+
+    def _run(self, name: str, launch: "_Launch") -> Process:
+        """Starts a server; it is stopped with the cluster."""
         self._tell(f"starting {name}")
         self._launches[name] = launch
         self._servers[name] = process = self._process(name, launch, "server")
         self._stack.callback(self._stop, name)
-        launch.wait(process)
+        return process
 
     def _stop(self, name: str) -> None:
         """Stops the newest process of that name."""
