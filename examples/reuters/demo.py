@@ -71,7 +71,7 @@ def main(
         typer.Option(
             min=0,
             help="Compare complete with none on so many splits of the data, three minutes a run; runs that are done "
-            "are kept in the folder `seeds`.",
+            "are kept in a folder beside, runs/demo-seeds.",
         ),
     ] = 0,
     dashboard: Annotated[
@@ -85,7 +85,7 @@ def main(
     try:
         with interruptible():
             if seeds:
-                compare_seeds(seeds, folder / "seeds")
+                compare_seeds(seeds, folder.with_name(f"{folder.name}-seeds"))  # a later demo clears its own
                 return
             folders = [folder if mode is modes[0] else folder / mode for mode in modes]
             runs = [run(*one, dashboard=dashboard) for one in zip(modes, folders, strict=True)]
