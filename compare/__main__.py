@@ -2,6 +2,7 @@
 
 import logging
 import os
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -70,7 +71,14 @@ def run(
 
     chosen = cohorts(data, clients, even=even, equal=equal)
     place = Place(assets=assets, runs=runs)
-    if not run_missing(chosen, methods, place, processes=processes, seconds=60 * minutes, report=told):
+    try:
+        whole = run_missing(chosen, methods, place, processes=processes, seconds=60 * minutes, report=told)
+    except BrokenProcessPool:
+        console.print(
+            "A process was killed, for want of memory or time: run again to go on from the last cell."
+        )
+        raise typer.Exit(1) from None
+    if not whole:
         console.print("Cells are missing still: run again to go on.")
         raise typer.Exit(3)
 

@@ -1,9 +1,12 @@
 """Cells are kept one by one, tuned before they are run, and shown only when every seed is there."""
 
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
+from compare import __main__ as command
 from compare import report, settings
 from compare.__main__ import METHODS as NAMED
 from compare.cells import Place, chosen_rate, complete, missing
@@ -59,6 +62,23 @@ def test_what_has_run_does_not_run_again_unless_it_was_another_cell(place, monke
     assert len(missing([longer], ["exact"], place)) == len(GRID), "of another length under the same name"
     monkeypatch.setattr(settings, "EDITION", -1)
     assert len(missing([COHORT], ["exact"], place)) == len(GRID)
+
+
+def test_a_killed_process_is_told_and_what_is_finished_stays(place, monkeypatch):
+    def killed(*_, **__):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(command, "run_missing", killed)
+    result = CliRunner().invoke(command.app, ["run", "--data", "r8", "--runs", str(place.runs)])
+    assert result.exit_code == 1
+    assert "run again to go on" in result.stdout
+
+
+def test_an_unknown_method_or_data_set_is_refused_with_those_there_are():
+    for option in ("--methods", "--data"):
+        result = CliRunner().invoke(command.app, ["run", option, "fedprox"])
+        assert result.exit_code == 2
+        assert "fedprox" in result.output
 
 
 def test_the_page_shows_methods_of_which_every_seed_has_run(place, tmp_path):
