@@ -147,9 +147,10 @@ def _plot(found: Sequence[tuple[Cohort, Sequence[Row]]], path: Path) -> None:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     main = [(c, each) for c, each in found if c.uneven and c.mixed]
-    counts = sorted({c.clients for c, _ in main})
-    figure, axes = plt.subplots(1, max(1, len(main)), figsize=(3.4 * max(1, len(main)), 3.2), squeeze=False)
-    for axis, (cohort, each) in zip(axes[0], main, strict=False):
+    figure, axes = plt.subplots(
+        max(1, len(main)), 1, figsize=(6.4, 3.4 * max(1, len(main))), squeeze=False, layout="constrained"
+    )
+    for axis, (cohort, each) in zip(axes[:, 0], main, strict=False):
         ordered = sorted(each, key=lambda row: row.mean("accuracy"))
         places = range(len(ordered))
         for figure_name, marker, label in (
@@ -166,10 +167,7 @@ def _plot(found: Sequence[tuple[Cohort, Sequence[Row]]], path: Path) -> None:
         axis.set_title(f"{NAMES[cohort.data]}, {cohort.clients} clients")
         axis.set_xlabel("accuracy in percent")
         axis.grid(axis="x", alpha=0.3)
-    if main:
-        axes[0][0].legend(loc="lower right")
-    assert counts or not main
-    figure.tight_layout()
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
