@@ -19,7 +19,7 @@ from client_agent.state import AgentState
 from client_agent.worker import Worker
 from shelora.additive.sampler import Csprng
 from shelora.committee.certificate import ContributorSet
-from shelora.committee.context import Committee, RoundContext
+from shelora.committee.context import COMMON_START, Committee, RoundContext
 from shelora.committee.dealer import Dealer
 from shelora.committee.keys import KeySet
 from shelora.committee.member import Member
@@ -127,9 +127,16 @@ class Committees:
 
     # What a round is about
 
-    def attempt(self, round_: pb.RoundRef, layout: Layout, secrets: EpochSecrets) -> Attempt:
-        """The round as this client works it out. Raises: COMMITTEE_REFUSED: it protects less than was promised."""
+    def attempt(
+        self, round_: pb.RoundRef, layout: Layout, secrets: EpochSecrets, start: bytes = COMMON_START
+    ) -> Attempt:
+        """The round as this client works it out.
+
+        Args: start: `result_digest` of the result that this client starts from.
+        Raises: COMMITTEE_REFUSED: it protects less than was promised, or starts from another result.
+        """
         context = self._context(round_.context, layout)
+        _require(context.start == start, "it starts from another result than this client was given")
         _require(self._client_id in context.cohort, "this client is not in its cohort")
         _require(
             (context.round_id, context.epoch, context.attempt)

@@ -57,6 +57,7 @@ BEST: Final = "adapter-best"
 _PROMISE: Final = "promise.json"
 _HIDDEN: Final = "client-privacy.json"
 _CERTIFIED: Final = "certified.json"
+_RESULT: Final = "result.json"
 _HASH_BLOCK: Final = 1 << 20
 _UNREADABLE: Final = (OSError, ValueError, TypeError, RecursionError)
 """What reading a damaged file may raise."""
@@ -309,6 +310,26 @@ class AgentState:
             return None
         except (OSError, ValueError) as error:
             raise _unusable(self._folder, f"{_HIDDEN} is damaged; delete it") from error
+
+    def note_result(self, round_id: str, digest: bytes) -> None:
+        """Notes which result is applied as a round's, before it is."""
+        note = {"format": _FORMAT, "round_id": round_id, "digest": digest.hex()}
+        files.replace(self._folder / _RESULT, json.dumps(note).encode())
+
+    def require_result(self, round_id: str, digest: bytes) -> None:
+        """Refuses another result of a round than the one that was applied as its.
+
+        Raises: COMMITTEE_REFUSED: servers show agents different ones.
+        """
+        try:
+            note = json.loads((self._folder / _RESULT).read_bytes())
+            other = note["round_id"] == round_id and note["digest"] != digest.hex()
+        except (*_UNREADABLE, KeyError):  # none was applied
+            return
+        if other:
+            raise DomainError(
+                Reason.COMMITTEE_REFUSED, f"this client was given another result of {round_id} before"
+            )
 
     def certified_sets(self) -> "CertifiedSets":
         """What this client certified as a member of committees."""

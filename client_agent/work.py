@@ -29,6 +29,7 @@ from client_agent.standing import assess, stake_of
 from client_agent.state import AgentState, Inbox, Spool, UpdateNote
 from client_agent.uploads import upload
 from client_agent.worker import Worker
+from shelora.committee.context import COMMON_START, result_digest
 from shelora.committee.dealer import Dealer
 from shelora.committee.reader import OpenedRound
 from shelora.errors import DomainError, Reason
@@ -156,7 +157,7 @@ class Work:
     async def train(self, train: pb.Train, activity: Activity) -> None:
         """Applies the base result, evaluates it, trains, commits the update."""
         layout = layout_from_proto(train.round.layout)
-        attempt = await self._joined(train.round, layout)
+        attempt = await self._joined(train, layout)
         spool = await self._worker.run(self._state.spool, train.round.round_id, layout.digest)
         now = (self.counted, self._base, self._learner.privacy)
         if spool is None or _made_with(spool.note) != now:  # as before a restart
@@ -191,14 +192,18 @@ class Work:
             raise DomainError(Reason.COMMITTEE_REFUSED, "this federation's sums are opened by no committee")
         return self._committees
 
-    async def _joined(self, round_: pb.RoundRef, layout: Layout) -> Attempt | None:
+    async def _joined(self, train: pb.Train, layout: Layout) -> Attempt | None:
         """The round of a committee, which this client has told its view and, as a member, its key.
 
         Said before anything else is done: the others wait for it. Raises: COMMITTEE_REFUSED.
         """
         if not self._me.protection.strategy.needs_committee:
             return None
-        attempt = self._convening.attempt(round_, layout, await self._enter(round_.epoch))
+        round_, start = train.round, COMMON_START
+        if train.HasField("base"):
+            start = _digest_of(train.base)
+            await self._worker.run(self._state.require_result, train.base.round_id, start)
+        attempt = self._convening.attempt(round_, layout, await self._enter(round_.epoch), start)
         await self._convening.join(attempt)
         return attempt
 
@@ -332,6 +337,7 @@ class Work:
         opened = None
         if self._me.protection.strategy.needs_committee:
             opened = await self._convening.opened(reference, result.layout, secrets)
+            await self._worker.run(self._state.note_result, reference.round_id, _digest_of(reference))
         watch = Stopwatch()
         inbox = await download(self._replicas, self._state, result, activity)
         download_s = watch.seconds
@@ -534,6 +540,10 @@ class Work:
 def _dealt(dealer: Dealer, weight: int, shards: Sequence[bytes]) -> bytes:
     """The key of an update with these shards, shared among the committee."""
     return dealer.deal(shards, weight).SerializeToString()
+
+
+def _digest_of(reference: common_pb2.ResultRef) -> bytes:
+    return result_digest(reference.round_id, (shard.sha256 for shard in reference.shards))
 
 
 def _made_with(note: UpdateNote) -> tuple[int, str, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from coordinator.records import Dropped, FederationRecord, RoundRecord
 from shelora.additive import parameters
 from shelora.committee.certificate import ContributorSet
-from shelora.committee.context import RoundContext
+from shelora.committee.context import COMMON_START, RoundContext
 from shelora.committee.rules import CommitteeRule, committee_rule
 from shelora.committee.verdict import Checked, Verdict, judge
 from shelora.errors import DomainError, Reason
@@ -76,6 +76,7 @@ def context_of(federation: FederationRecord, record: RoundRecord) -> RoundContex
         rule=rule_of(record),
         min_updates=round_.min_updates,
         most_weight=record.most_weight,
+        start=bytes.fromhex(record.start) or COMMON_START,
     )
 
 

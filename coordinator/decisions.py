@@ -461,6 +461,7 @@ def _create(view: View, ticket: Ticket) -> Decision:
         revoked_ms=federation.revoked_ms,
         laggards=tuple(name for name in round_.cohort if name in view.laggards),
         most_weight=most_weight(_claims(view, cohort), federation),
+        start=federation.result_digest,
     )
     return CreateRound(record, layout)
 

@@ -149,6 +149,8 @@ class Result(Record):
     """What opens it; None without a committee."""
     attempt: int
     """Which attempt its round was."""
+    digest: str = ""
+    """`shelora.committee.context.result_digest` in hex; empty of a record that is older."""
 
 
 class Garbage(Record):
@@ -228,6 +230,7 @@ class FederationRecord(Record):
     result_opening: StoredDigest | None = None
     """What opens it; None without a committee."""
     result_attempt: int = 1
+    result_digest: str = ""
     """Which attempt its round was."""
     result_before: Result | None = None
     """With a committee, the result that takes its place if agents cannot open it. None if that is the initial state,
@@ -290,6 +293,7 @@ class FederationRecord(Record):
             epoch=self.result_epoch,
             opening=self.result_opening,
             attempt=self.result_attempt,
+            digest=self.result_digest,
         )
 
     @property
@@ -430,6 +434,8 @@ class RoundRecord(Record):
     """The same as members sign it: a serialized ContributorSet in hex."""
     most_weight: int = 1
     """With a committee, the largest weight of an update."""
+    start: str = ""
+    """With a committee, the digest of the result that the round starts from, in hex; empty for the common start."""
     opening: StoredDigest | None = None
     """What opens the published sum; None without a committee."""
 

@@ -23,6 +23,7 @@ from coordinator.records import (
     Ticket,
 )
 from coordinator.votes import votes_of
+from shelora.committee.context import result_digest
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, Tensor
 from shelora.rounds import RoundKind, RoundState
@@ -393,8 +394,9 @@ def _as_newest(result: Result | None) -> dict[str, Any]:
             "result_epoch": 0,
             "result_opening": None,
             "result_attempt": 1,
+            "result_digest": "",
         }
-    fields = ("sequence", "layout", "plan", "epoch", "opening", "attempt")
+    fields = ("sequence", "layout", "plan", "epoch", "opening", "attempt", "digest")
     return {f"result_{name}": getattr(result, name) for name in fields}
 
 
@@ -407,6 +409,7 @@ def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationR
         epoch=ended.epoch,
         opening=ended.opening,
         attempt=ended.round.attempt,
+        digest=_digest_of(ended),
     )
     return edit(
         record,
@@ -417,6 +420,11 @@ def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationR
         silent=(),
         phase=Phase.FINISHED if last else record.phase,
     )
+
+
+def _digest_of(ended: RoundRecord) -> str:
+    shards = (bytes.fromhex(shard.sha256) for shard in ended.results)
+    return result_digest(ended.round.round_id, shards).hex()
 
 
 def budgets(members: Mapping[str, Member]) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """The context of a round: all that its statements are about, as a checked value with one digest."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -17,6 +18,9 @@ MAX_WEIGHT: Final = 2**31 - 1
 _DOMAIN: Final = b"shelora/committee/v1/context"
 _DECIDERS_DOMAIN: Final = b"shelora/committee/v1/deciders"
 _ORDER_DOMAIN: Final = b"shelora/committee/v1/order"
+_RESULT_DOMAIN: Final = b"shelora/committee/v1/result"
+COMMON_START: Final = bytes(DIGEST_BYTES)
+"""In place of `result_digest`, for rounds that start from no result."""
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KIND: Final = re.compile(r"[A-Z]{1,16}")
 
@@ -42,6 +46,7 @@ class RoundContext:
     rule: CommitteeRule
     min_updates: int
     most_weight: int
+    start: bytes = COMMON_START
 
     def __post_init__(self) -> None:
         for field in ("federation_id", "instance"):
@@ -52,7 +57,8 @@ class RoundContext:
         _require(bool(_KIND.fullmatch(self.kind)), "kind must be 1 to 16 capital letters")
         for field in ("round_number", "attempt", "epoch"):
             _require(1 <= getattr(self, field) < 2**32, f"{field} must be 1 to 2^32 - 1")
-        _require(len(self.layout_digest) == DIGEST_BYTES, "layout_digest must have 32 bytes")
+        for field in ("layout_digest", "start"):
+            _require(len(getattr(self, field)) == DIGEST_BYTES, f"{field} must have 32 bytes")
         self._check_cohort()
         size, most = len(self.cohort), self.most_contributors
         _require(size <= most <= MAX_CONTRIBUTORS, "most_contributors must hold the cohort")
@@ -89,6 +95,7 @@ class RoundContext:
             _number(len(self.cohort)),
             *(name.encode() for name in self.cohort),
             *map(_number, limits),
+            self.start,
         )
 
     @property
@@ -165,6 +172,7 @@ class RoundContext:
             packing=self.rule.packing,
             min_updates=self.min_updates,
             most_weight=self.most_weight,
+            start=self.start,
         )
 
     @classmethod
@@ -194,6 +202,7 @@ class RoundContext:
             rule=CommitteeRule(message.committee_size, message.threshold, message.packing),
             min_updates=message.min_updates,
             most_weight=message.most_weight,
+            start=message.start,
         )
 
 
@@ -210,6 +219,11 @@ class Committee:
     def name(self, position: int) -> str | None:
         """The client at a position; None if there is no such position."""
         return self.members[position - 1] if 1 <= position <= len(self.members) else None
+
+
+def result_digest(round_id: str, shards: Iterable[bytes]) -> bytes:
+    """What names a published result as the start of a round, 32 bytes. Args: shards: SHA-256 of each, in order."""
+    return joined_digest(_RESULT_DOMAIN, round_id.encode(), *shards)
 
 
 def joined_digest(*parts: bytes) -> bytes:

@@ -44,6 +44,7 @@ class RoundContext(_message.Message):
     PACKING_FIELD_NUMBER: _builtins.int
     MIN_UPDATES_FIELD_NUMBER: _builtins.int
     MOST_WEIGHT_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     """Federation the round is of, 1 to 64 characters of [a-z0-9-]."""
     instance: _builtins.str
@@ -76,6 +77,10 @@ class RoundContext(_message.Message):
     """Updates below which nothing is certified or opened, at least 2."""
     most_weight: _builtins.int
     """Largest weight a dealing may state, from 1."""
+    start: _builtins.bytes
+    """The result that the round starts from: SHA-256 over its round and the SHA-256 of its shards (docs/committee.md), 32
+    bytes; zeros for the common start. Agents that start from another one refuse the round.
+    """
     @_builtins.property
     def cohort(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Clients asked for an update, sorted, no name twice: 2 to 16384. With the epoch's secret it gives the committee."""
@@ -99,10 +104,11 @@ class RoundContext(_message.Message):
         packing: _builtins.int = ...,
         min_updates: _builtins.int = ...,
         most_weight: _builtins.int = ...,
+        start: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cohort", b"cohort", "committee_size", b"committee_size", "epoch", b"epoch", "federation_id", b"federation_id", "instance", b"instance", "kind", b"kind", "layout_digest", b"layout_digest", "min_updates", b"min_updates", "most_contributors", b"most_contributors", "most_weight", b"most_weight", "packing", b"packing", "parameters", b"parameters", "round_id", b"round_id", "round_number", b"round_number", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cohort", b"cohort", "committee_size", b"committee_size", "epoch", b"epoch", "federation_id", b"federation_id", "instance", b"instance", "kind", b"kind", "layout_digest", b"layout_digest", "min_updates", b"min_updates", "most_contributors", b"most_contributors", "most_weight", b"most_weight", "packing", b"packing", "parameters", b"parameters", "round_id", b"round_id", "round_number", b"round_number", "start", b"start", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,9 +12,9 @@ import pytest
 from client_agent.committees import Attempt, Committees
 from client_agent.keys import EpochSecrets
 from client_agent.session import is_fatal
-from client_agent.state import CertifiedSets
+from client_agent.state import AgentState, CertifiedSets
 from shelora.additive.parameters import DEFAULT, INSECURE_TOY, SMALL
-from shelora.committee.context import RoundContext
+from shelora.committee.context import COMMON_START, RoundContext, result_digest
 from shelora.committee.dealing import shown_to
 from shelora.committee.rules import CommitteeRule, committee_rule
 from shelora.committee.statements import Kind, Signer
@@ -149,6 +149,22 @@ def test_attempts_share_an_update_only_if_the_same_committee_decides_about_the_s
         variant(epoch=2),
     ]
     assert len({variant(), *others}) == 5
+
+
+def test_a_round_that_starts_from_another_result_is_refused(tmp_path: Path):
+    mine, other = (result_digest("clinic.00000001.3", [shard]) for shard in (b"\1" * 32, b"\2" * 32))
+    committees().attempt(asked(start=mine), LAYOUT, SECRETS, mine)
+    for start in (other, COMMON_START):
+        with pytest.raises(DomainError, match="starts from another result") as refused:
+            committees().attempt(asked(start=start), LAYOUT, SECRETS, mine)
+        assert refused.value.reason is Reason.COMMITTEE_REFUSED
+    state = AgentState(tmp_path / "state")
+    state.require_result("clinic.00000001.3", mine)
+    state.note_result("clinic.00000001.3", mine)
+    state.require_result("clinic.00000001.3", mine)
+    state.require_result("clinic.00000001.4", other)
+    with pytest.raises(DomainError, match="another result of clinic"):
+        state.require_result("clinic.00000001.3", other)
 
 
 async def test_a_member_that_lost_its_key_says_so_and_does_nothing_else():

@@ -24,6 +24,7 @@ CHANGES = {
     "rule": CommitteeRule(5, 2, 1),
     "min_updates": 3,
     "most_weight": 99,
+    "start": b"\1" * 32,
 }
 
 WRONG = {
@@ -40,6 +41,7 @@ WRONG = {
     "rule": CommitteeRule(16, 5, 4),
     "min_updates": 1,
     "most_weight": 0,
+    "start": b"",
 }
 
 
