@@ -19,6 +19,9 @@ def agent_pod(name: str, home: Path, model: Path, enrolment: str) -> Pod:
         "name": "agent",
         "image": AGENT_IMAGE,
         "command": [*command, "--token-file", f"{home}/token", "--authority", enrolment],
+        "env": [
+            {"name": "TMPDIR", "value": str(home)}
+        ],  # torch needs one; Podman 4 gives no /tmp beside a read-only root
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
