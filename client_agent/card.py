@@ -63,7 +63,7 @@ def rendered(card: Card, made: Origin, measured: Evaluation | None) -> str:
         f"- Task: {spec.task}" + (f"; classes: {', '.join(map(quoted, spec.labels))}" if spec.labels else ""),
         f"- Training round {made.number}, the aggregate of {made.contributors} clients",
         f"- {spec.local_steps} steps a round of {spec.batch_size} examples, learning rate {spec.learning_rate:g}",
-        f"- Texts are cut to {spec.max_tokens} tokens",
+        *([f"- Texts are cut to {spec.max_tokens} tokens"] if task.reads_text else []),
         f"- LoRA on {', '.join(map(quoted, spec.target_modules))}",
         f"- Rank {card.rank} and alpha {card.alpha:g} at this client",
         f"- Examples at this client: {card.train_count:,} for training, {card.test_count:,} for tests",
@@ -95,6 +95,8 @@ def name_base(folder: Path, base_model: str) -> None:
         ("tokenizer_config.json", "name_or_path"),
     ):
         path = folder / name
+        if not path.exists():  # of a tokenizer, where there is none
+            continue
         values = json.loads(path.read_text(encoding="utf-8"))
         if field in values:
             path.write_text(json.dumps(values | {field: base_model}, indent=2) + "\n", encoding="utf-8")

@@ -36,7 +36,8 @@ class Checkpoint:
     """A base model in float32 on the CPU, its tokenizer, and the modules that must be trained whole."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """Its tokenizer, or what prepares images for it."""
     head: tuple[str, ...]
     """Names of modules that are trained and averaged whole, in the model's order: the classifier, and what else of the
     head or of a pooler the checkpoint lacks. None for tasks without a head."""
@@ -57,8 +58,10 @@ def load_checkpoint(path: str, task: str, labels: Sequence[str]) -> Checkpoint:
     with quiet():
         _check_kind(path, what)
         model, absent, misshapen = _load_model(path, what, labels)
-        tokenizer = _load_tokenizer(path)
-    _set_padding(path, model, tokenizer)
+        tokenizer = _load_processor(path, what)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        _set_padding(path, model, tokenizer)
+    _check_buffers(path, model)
     missing = absent | misshapen
     head = _head(model, missing) if what.has_head else ()
     whole = _with_poolers(path, model, head, missing)
@@ -167,7 +170,7 @@ def _check_kind(path: str, task: Task) -> None:
         config = AutoConfig.from_pretrained(place, **options)
     if type(config) not in task.loader._model_mapping:  # noqa: SLF001 - its error names every class there is
         able = [t.name for t in tasks() if type(config) in t.loader._model_mapping]  # noqa: SLF001
-        remedy = f"it is for {' or '.join(able)}" if able else "take a model of texts"
+        remedy = f"it is for {' or '.join(able)}" if able else "take a model of texts or images"
         raise invalid(
             f"model.path: {path} is a {config.model_type} model and cannot be trained for {task.name}, the "
             f"federation's task; {remedy}"
@@ -193,10 +196,25 @@ def _load_model(
     return model, frozenset(info["missing_keys"]), frozenset(entry[0] for entry in info["mismatched_keys"])
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def _check_buffers(path: str, model: PreTrainedModel) -> None:
+    """Raises: MODEL_INVALID for running statistics: they move with each client's data, and no update carries them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:  # noqa: SLF001
+            raise invalid(
+                f"model.path: {path} normalizes batches ({name}, a {type(module).__name__}), whose running means "
+                "differ from client to client: take a model with layer norms, such as ViT or ConvNeXt"
+            )
+
+
+def _load_processor(path: str, task: Task) -> Any:  # noqa: ANN401 - as transformers has it
     place, options = _source(path)
-    with _loading(path, "the tokenizer"):
-        return AutoTokenizer.from_pretrained(place, **options)
+    what = (
+        "the tokenizer"
+        if task.processor is AutoTokenizer
+        else "the image processor (preprocessor_config.json)"
+    )
+    with _loading(path, what):
+        return task.processor.from_pretrained(place, **options)
 
 
 def _set_padding(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -107,7 +107,9 @@ class DataConfig(StrictModel):
     text_field: Name = "text"
     """Field (column) that holds the text; not read for chat, whose records have fields of their own (docs/chat.md)."""
     label_field: Name = "label"
-    """Field (column) that holds the class name; read for sequence-classification alone."""
+    """Field (column) that holds the class name; read for classification of texts and images alone."""
+    image_field: Name = "image"
+    """Field (column) that holds an image, or its path; read for image-classification, but not for images in folders."""
     pair_field: Name | None = None
     """Field (column) that holds a second text, for classifications of pairs. None: there is one text."""
     cache_dir: AbsolutePath | None = None

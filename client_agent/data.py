@@ -95,7 +95,7 @@ def read_examples(
         if pair_field is not None:
             seconds.add(sound_text(row[pair_field], pair_field, place))
         if labels:
-            numbers.append(_label(row[label_field], label_field, index, place))
+            numbers.append(label_index(row[label_field], label_field, index, place))
     read = Examples(texts.done(), tuple(numbers), seconds.done())
     if not read.texts:
         raise invalid(f"{path} holds no examples")
@@ -109,7 +109,15 @@ def _texts(cache_dir: Path | None) -> Spool[str]:
 def found_labels(path: Path, label_field: str) -> tuple[str, ...]:
     """The distinct labels of a file, sorted, at least two. Raises: DomainError DATA_INVALID."""
     rows = read_rows(path, {label_field: _LABEL_SETTING})
-    found = {_label_names(row[label_field], label_field, place)[0] for place, row in rows}
+    return distinct_labels(path, label_field, ((place, row[label_field]) for place, row in rows))
+
+
+def distinct_labels(path: Path, label_field: str, labels: Iterable[tuple[str, object]]) -> tuple[str, ...]:
+    """The distinct ones, sorted, at least two. Raises: DomainError DATA_INVALID.
+
+    Args: labels: With their places.
+    """
+    found = {_label_names(label, label_field, place)[0] for place, label in labels}
     if len(found) < LEAST_LABELS:
         raise invalid(f"{path} holds {len(found)} labels in {label_field!r}, and a classifier needs two")
     return tuple(sorted(found))
@@ -133,7 +141,8 @@ def sound_text(value: object, field: str, place: str) -> str:
     return value
 
 
-def _label(value: object, field: str, index: Mapping[str, int], place: str) -> int:
+def label_index(value: object, field: str, index: Mapping[str, int], place: str) -> int:
+    """The index of a class name. Raises: DomainError DATA_INVALID."""
     names = _label_names(value, field, place)
     for name in names:
         if name in index:

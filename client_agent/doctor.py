@@ -209,7 +209,12 @@ def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
         Finding(
             "data",
             Verdict.OK,
-            f"{len(found.prepared.examples):,} examples, {lengths.cut:,} of them cut to {lengths.limit:,} tokens",
+            f"{len(found.prepared.examples):,} examples"
+            + (
+                f", {lengths.cut:,} of them cut to {lengths.limit:,} tokens"
+                if lengths.is_cut_anywhere
+                else ""
+            ),
         ),
         Finding("model", Verdict.OK, f"{len(model.matrices)} matrices on {model.device.type}"),
         *(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol, Self
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,8 +10,38 @@ from transformers import PreTrainedTokenizerBase
 from client_agent.data import Examples
 from shelora.errors import DomainError, Reason
 
+TEXTS_AT_ONCE: Final = 4096
+"""Texts that are encoded at once where not all are needed."""
 SHOWN_TOKENS: Final = 40
 """Tokens of an example that are shown to people."""
+
+
+class ModelBatch(Protocol):
+    """What a model is given at once, of texts or of images."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def inputs(self) -> Mapping[str, torch.Tensor]:
+        """What the model takes, by its names."""
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """As the task has them."""
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """[examples, tokens]: what is no padding; None if nothing is padded."""
+
+    @property
+    def described(self) -> str:
+        """One of its examples, for people."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on a device."""
+
+    def only(self, index: int) -> Self:
+        """The batch of that example alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +68,19 @@ class Batch:
     """[examples], int64: label indices; empty where the next tokens are the targets."""
     token_type_ids: torch.Tensor | None = None
     """[examples, tokens], int64: which text of a pair a token is of; None where that is not told apart."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[examples, tokens]: what is no padding."""
+        return self.attention_mask
+
+    @property
+    def described(self) -> str:
+        """One of its examples, for people."""
+        return f"a text of {self.input_ids.shape[1]} tokens"
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -80,6 +123,7 @@ class Encoder:
         end = tokenizer.eos_token_id
         if append_end and end is not None and end not in self._tail:
             self._tail = [*self._tail, int(end)]
+        self.at_once = TEXTS_AT_ONCE
         self.limit = min(limit, tokenizer.model_max_length)
         needed = max(2, len(self._head) + 1) if append_end else len(self._head) + 1 + len(self._tail)
         if self.limit < needed:

@@ -2,19 +2,16 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
-from client_agent.encoding import Encoded
 from client_agent.learning import Evaluation
 from client_agent.model import AdaptedModel
 from client_agent.tasks.port import ExampleEncoder, ExampleSet
 from client_agent.training import Report
 
 BATCH_EXAMPLES: Final = 32
-_ENCODED: Final = 4096
-"""Examples that are encoded at once."""
 _Examples = TypeVar("_Examples", bound=ExampleSet)
 
 
@@ -40,12 +37,10 @@ def evaluate(
     return Evaluation(count, correct, loss / max(count, 1), time.monotonic() - started)
 
 
-def _batches(
-    encoder: ExampleEncoder[_Examples], examples: _Examples
-) -> Iterator[tuple[int, Sequence[Encoded]]]:
+def _batches(encoder: ExampleEncoder[_Examples], examples: _Examples) -> Iterator[tuple[int, Sequence[Any]]]:
     """Batches of examples of like length, with how many went before."""
-    for start in range(0, len(examples), _ENCODED):
-        stop = min(start + _ENCODED, len(examples))
+    for start in range(0, len(examples), encoder.at_once):
+        stop = min(start + encoder.at_once, len(examples))
         window = sorted(encoder.encoded(examples.select(range(start, stop))), key=lambda one: len(one.ids))
         for first in range(0, len(window), BATCH_EXAMPLES):
             yield start + first, window[first : first + BATCH_EXAMPLES]

@@ -32,8 +32,8 @@ def base_digest(checkpoint: Checkpoint) -> BaseDigest:
     }
     return BaseDigest(
         weights=weights_digest(frozen),
-        tokenizer=_tokenizer_digest(checkpoint.tokenizer),
-        chat_template=_of(checkpoint.tokenizer.chat_template),
+        tokenizer=_processor_digest(checkpoint.tokenizer),
+        chat_template=_of(getattr(checkpoint.tokenizer, "chat_template", None)),
     )
 
 
@@ -49,6 +49,13 @@ def _tensor_digest(named: tuple[str, torch.Tensor]) -> bytes:
     hashed = hashlib.sha256(_of([name, str(value.dtype), list(value.shape)]))
     hashed.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return hashed.digest()
+
+
+def _processor_digest(processor: Any) -> bytes:  # noqa: ANN401 - a tokenizer, or what prepares images
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return _tokenizer_digest(processor)
+    settings = {name: value for name, value in processor.to_dict().items() if not name.startswith("_")}
+    return _of(json.loads(json.dumps(settings, default=str)))
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:

@@ -117,12 +117,15 @@ def _examples_table(training: TrainingSpec, found: Prepared) -> Records:
 
 def _tokens_table(training: TrainingSpec, found: Prepared) -> Records:
     lengths = found.lengths
-    table = Records("tokens", "", title="Training examples in tokens", sentences=[""], lines=True)
+    unit = lengths.unit
+    table = Records(unit, "", title=f"Training examples in {unit}", sentences=[""], lines=True)
     for percentile, length in lengths.percentiles().items():
         table.add("longest" if percentile == WHOLE else f"{percentile} % have at most", f"{length:,}")
-    reason = "by the federation" if lengths.limit == training.max_tokens else "as the model takes no more"
-    table.add("cut to", f"{lengths.limit:,} {reason}")
-    table.add("cut", f"{lengths.cut:,} of {len(found.examples):,} ({lengths.cut / len(found.examples):.1%})")
+    if lengths.is_cut_anywhere:
+        reason = "by the federation" if lengths.limit == training.max_tokens else "as the model takes no more"
+        share = lengths.cut / len(found.examples)
+        table.add("cut to", f"{lengths.limit:,} {reason}")
+        table.add("cut", f"{lengths.cut:,} of {len(found.examples):,} ({share:.1%})")
     if lengths.ends_cut:
         table.add("whose answer is cut", f"{lengths.ends_cut:,}; the others lose the beginning of the prompt")
     for name, text in found.encoder.shown(found.examples).items():

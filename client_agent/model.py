@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from client_agent.checkpoint import Checkpoint, invalid, is_norm, quiet, under
 from client_agent.config import LoraSettings
-from client_agent.encoding import Batch
+from client_agent.encoding import ModelBatch
 from client_agent.fingerprint import base_digest
 from client_agent.learning import Weights
 from client_agent.tables import first_line, listed
@@ -82,7 +82,7 @@ class AdaptedModel:
         self.notes = checkpoint.notes
         self.most_positions = _most_positions(checkpoint.model)
         """Tokens that the model can take, as far as it says so."""
-        self.vocabulary = _rows(checkpoint.model.get_input_embeddings())
+        self.vocabulary = _vocabulary(checkpoint.model)
         """Token ids that the model knows: those below."""
         self._norms = frozenset(_norm_weights(checkpoint.model))
         self.adaptable = linear_layers(checkpoint)
@@ -140,23 +140,23 @@ class AdaptedModel:
         logits: torch.Tensor = self._peft(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return logits.float()
 
-    def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [k, classes] and targets [k], as the task has them: of examples, or of tokens."""
         batch = batch.to(self.device)
         logits = self._peft(**batch.inputs).logits
         return self.task.predictions(logits, batch)
 
-    def target_count(self, batch: Batch) -> int:
+    def target_count(self, batch: ModelBatch) -> int:
         """Number of targets that `predict` returns for the batch."""
         return self.task.target_count(batch)
 
-    def losses(self, batch: Batch) -> torch.Tensor:
+    def losses(self, batch: ModelBatch) -> torch.Tensor:
         """Cross-entropy of each example, the mean over its own targets, [examples]; 0 of one without targets."""
         batch = batch.to(self.device)
         logits = self._peft(**batch.inputs).logits
         chosen, targets = self.task.predictions(logits, batch)
         values = functional.cross_entropy(chosen.float(), targets, reduction="none")
-        count = len(batch.input_ids)
+        count = len(batch)
         # Whose a target is: what the task picks if every logit is the number of its example.
         numbers = torch.arange(count, device=self.device).view(count, *[1] * (logits.ndim - 1))
         owners = self.task.predictions(numbers.expand(*logits.shape[:-1], 1), batch)[0][..., 0]
@@ -304,7 +304,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _peft_config(head: Sequence[str], task: TaskType, targets: Targets, lora: LoraSettings) -> LoraConfig:
+def _peft_config(
+    head: Sequence[str], task: TaskType | None, targets: Targets, lora: LoraSettings
+) -> LoraConfig:
     # A head is trained whole, also where the name of a module inside of it ends like a target.
     inside_head = rf"({'|'.join(map(re.escape, head))})(\..*)?" if head else None
     return LoraConfig(
@@ -348,7 +350,11 @@ def _most_positions(model: PreTrainedModel) -> int:
     return min(limits, default=2**31)
 
 
-def _rows(embedding: nn.Module) -> int:
+def _vocabulary(model: PreTrainedModel) -> int:
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # of images
+        return 2**31
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 2**31
 
 

@@ -9,7 +9,7 @@ import torch
 
 from client_agent.checkpoint import invalid, load_checkpoint
 from client_agent.config import AgentConfig
-from client_agent.encoding import Batch
+from client_agent.encoding import ModelBatch
 from client_agent.model import AdaptedModel, choose_device
 from client_agent.survey import Survey
 from client_agent.tables import first_line
@@ -94,7 +94,7 @@ def _check_vocabulary(model: AdaptedModel, lengths: Survey) -> None:
         )
 
 
-def _rehearse(model: AdaptedModel, batch: Batch) -> None:
+def _rehearse(model: AdaptedModel, batch: ModelBatch) -> None:
     """Computes a loss and its gradient once; the model's state does not change."""
     try:
         if model.task.predicts_next:
@@ -110,10 +110,7 @@ def _rehearse(model: AdaptedModel, batch: Batch) -> None:
             Reason.MEMORY_UNAVAILABLE, f"one example does not fit: {first_line(error)}"
         ) from error
     except Exception as error:  # a model can make torch raise anything
-        tokens = batch.input_ids.shape[1]
-        raise invalid(
-            f"the model cannot be trained on a text of {tokens} tokens: {first_line(error)}"
-        ) from error
+        raise invalid(f"the model cannot be trained on {batch.described}: {first_line(error)}") from error
     finally:
         for parameter in model.trainable():
             parameter.grad = None
@@ -121,9 +118,9 @@ def _rehearse(model: AdaptedModel, batch: Batch) -> None:
         raise invalid(f"the model's loss is {value} before any training: are its weights damaged?")
 
 
-def _check_causal(model: AdaptedModel, batch: Batch) -> None:
+def _check_causal(model: AdaptedModel, batch: ModelBatch) -> None:
     """Raises: MODEL_INVALID if the last token changes what is predicted before it."""
-    ids = batch.input_ids[:, :_PROBED_TOKENS]
+    ids = batch.inputs["input_ids"][:, :_PROBED_TOKENS]
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % model.vocabulary
     with torch.inference_mode():

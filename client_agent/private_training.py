@@ -17,7 +17,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 
-from client_agent.encoding import Batch
+from client_agent.encoding import ModelBatch
 from client_agent.metrics import TRAINING_STEPS
 from client_agent.model import AdaptedModel
 from client_agent.noise import Randomness
@@ -90,7 +90,7 @@ def poisson_sample(count: int, rate: float, randomness: Randomness) -> list[int]
     return [int(index) for index in np.flatnonzero(randomness.uniform(count) < rate)]
 
 
-def private_step(model: AdaptedModel, parts: Sequence[Batch], optimizer: DPOptimizer) -> None:
+def private_step(model: AdaptedModel, parts: Sequence[ModelBatch], optimizer: DPOptimizer) -> None:
     """One step of the optimizer. Its batch comes in parts, to save memory; no parts are an empty batch: noise alone."""
     for number, part in enumerate(parts or [None], start=1):
         optimizer.zero_grad(set_to_none=True)
@@ -103,7 +103,7 @@ def private_step(model: AdaptedModel, parts: Sequence[Batch], optimizer: DPOptim
         optimizer.step()
 
 
-def compute_gradients(model: AdaptedModel, part: Batch) -> None:
+def compute_gradients(model: AdaptedModel, part: ModelBatch) -> None:
     """Leaves every example's gradient in `grad_sample` [examples, ...] of the parameters, zero if it is not finite.
 
     An example's loss is the mean over its own targets: none, of a text of one token, give a gradient of zero.
@@ -160,13 +160,13 @@ def gradients_by_example(model: AdaptedModel) -> Iterator[None]:
         hooks.cleanup()
 
 
-def rehearse_privately(model: AdaptedModel, batch: Batch) -> None:
+def rehearse_privately(model: AdaptedModel, batch: ModelBatch) -> None:
     """Sees that each example's gradient is that of the example alone. The model's state does not change.
 
     Args: batch: of two examples.
     Raises: MODEL_INVALID for layers whose gradients cannot be told apart by example, or that mix examples.
     """
-    alone = [_gradients_alone(model, batch.only(index)) for index in range(len(batch.input_ids))]
+    alone = [_gradients_alone(model, batch.only(index)) for index in range(len(batch))]
     with gradients_by_example(model):
         _train_adapted_layers_only(model)
         try:
@@ -182,7 +182,7 @@ def rehearse_privately(model: AdaptedModel, batch: Batch) -> None:
             raise _unsupported("an example's gradient depends on what else is in its batch")
 
 
-def _gradients_alone(model: AdaptedModel, batch: Batch) -> list[torch.Tensor]:
+def _gradients_alone(model: AdaptedModel, batch: ModelBatch) -> list[torch.Tensor]:
     """The gradient of one example by plain backpropagation, by parameter."""
     model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
     gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in model.trainable()]

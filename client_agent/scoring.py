@@ -56,7 +56,7 @@ def _squared_norms(
         for start in range(0, len(examples), BATCH_EXAMPLES):
             report(start / len(examples))
             batch = encoder.batch(examples.select(range(start, min(start + BATCH_EXAMPLES, len(examples)))))
-            mask = batch.attention_mask.bool().to(model.device)
+            mask = None if batch.mask is None else batch.mask.bool().to(model.device)
             for accumulator in sums.values():
                 accumulator.mask = mask
             with torch.inference_mode():

@@ -11,6 +11,7 @@ from client_agent.data import Examples, place_of
 from client_agent.encoding import Encoder
 from client_agent.sources import invalid
 
+NO_LIMIT: Final = 2**31
 WHOLE: Final = 100
 PERCENTILES: Final = (50, 90, 99, WHOLE)
 _AT_ONCE: Final = 1024
@@ -29,6 +30,13 @@ class Survey:
     """Largest token id that occurs."""
     ends_cut: int = 0
     """Of the examples that are cut, those whose answer does not fit, so that its end is cut."""
+    unit: str = "tokens"
+    """What lengths count."""
+
+    @property
+    def is_cut_anywhere(self) -> bool:
+        """Whether there is a limit: images have none."""
+        return self.limit < NO_LIMIT
 
     @property
     def cut(self) -> int:

@@ -109,7 +109,7 @@ def _named(model: PreTrainedModel, modules: Mapping[str, nn.Module], targets: Se
 
 
 def _all_linear(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    output = model.get_output_embeddings()
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return (name for name, module in modules.items() if isinstance(module, LINEAR) and module is not output)
 
 

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from client_agent.config import TrainingSettings
 from client_agent.drawing import batches
-from client_agent.encoding import Batch
+from client_agent.encoding import ModelBatch
 from client_agent.metrics import TRAINING_STEPS
 from client_agent.model import AdaptedModel
 from client_agent.tasks.port import ExampleEncoder, ExampleSet
@@ -128,7 +128,7 @@ def cuda_devices(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
 
 
-class _Parts(Dataset[Mapping[str, Batch]]):
+class _Parts(Dataset[Mapping[str, ModelBatch]]):
     """What is computed at once, encoded when it is asked for."""
 
     def __init__(
@@ -139,7 +139,7 @@ class _Parts(Dataset[Mapping[str, Batch]]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> Mapping[str, Batch]:
+    def __getitem__(self, index: int) -> Mapping[str, ModelBatch]:
         return {_INPUTS: self._encoder.batch(self._examples.select(self._indices[index]))}
 
 
@@ -163,13 +163,13 @@ class _RoundTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
         """Takes what to train on, in the order of training."""
         self.train_dataset = _Parts(encoder, examples, parts)
 
-    def get_train_dataloader(self) -> DataLoader[Mapping[str, Batch]]:
+    def get_train_dataloader(self) -> DataLoader[Mapping[str, ModelBatch]]:
         """The parts of all steps; nothing is shuffled here."""
         return DataLoader(self.train_dataset, batch_size=None, generator=torch.Generator())
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Mapping[str, Batch]], num_batches: int, device: torch.device
-    ) -> tuple[list[Mapping[str, Batch]], int]:
+        self, epoch_iterator: Iterator[Mapping[str, ModelBatch]], num_batches: int, device: torch.device
+    ) -> tuple[list[Mapping[str, ModelBatch]], int]:
         """The parts of a step, and how many targets they have together."""
         del device
         parts = [next(epoch_iterator) for _ in range(num_batches)]
@@ -192,7 +192,7 @@ class _RoundTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: Mapping[str, Batch],
+        inputs: Mapping[str, ModelBatch],
         return_outputs: bool = False,  # noqa: FBT001, FBT002 - as transformers has it
         num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
@@ -203,14 +203,14 @@ class _RoundTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
         return self._adapted.task.loss(logits, targets, smoothing) / (num_items_in_batch or 1)
 
     def training_step(
-        self, model: torch.nn.Module, inputs: Mapping[str, Batch], num_items_in_batch: int | None = None
+        self, model: torch.nn.Module, inputs: Mapping[str, ModelBatch], num_items_in_batch: int | None = None
     ) -> torch.Tensor:
         """Adds the part's gradient, notes its loss."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._loss += float(loss.item())
         return loss
 
-    def floating_point_ops(self, inputs: Mapping[str, Batch]) -> int:
+    def floating_point_ops(self, inputs: Mapping[str, ModelBatch]) -> int:
         """Not counted."""
         del inputs
         return 0

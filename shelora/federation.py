@@ -103,7 +103,7 @@ class TrainingSpec(Spec):
     """What the model learns; it decides the head, the loss and what `correct` counts in evaluations."""
 
     labels: Names = ()
-    """Class names in order of their index, at least two; for sequence-classification alone."""
+    """Class names in order of their index, at least two; for classification of texts and images alone."""
 
     target_modules: Annotated[Names, Field(min_length=1)] = ("query", "value")
     """Suffixes of module names to adapt, or all-linear: every linear layer but the head. The attention's query and

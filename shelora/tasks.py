@@ -6,11 +6,12 @@ How agents carry them out is in `client_agent.tasks`. A new task is named here a
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-TaskName: TypeAlias = Literal["sequence-classification", "causal-lm", "chat"]
+TaskName: TypeAlias = Literal["sequence-classification", "causal-lm", "chat", "image-classification"]
 LossOn: TypeAlias = Literal["answers", "everything"]
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
 CAUSAL_LM: Final = "causal-lm"
 CHAT: Final = "chat"
+IMAGE_CLASSIFICATION: Final = "image-classification"
 ANSWERS: Final = "answers"
 EVERYTHING: Final = "everything"
 
@@ -29,4 +30,5 @@ TASKS: Final[dict[TaskName, TaskRules]] = {
     SEQUENCE_CLASSIFICATION: TaskRules(labelled=True, least_tokens=1),
     CAUSAL_LM: TaskRules(labelled=False, least_tokens=2),
     CHAT: TaskRules(labelled=False, least_tokens=8),
+    IMAGE_CLASSIFICATION: TaskRules(labelled=True, least_tokens=1),
 }

@@ -45,9 +45,11 @@ tokenizer = AutoTokenizer.from_pretrained("adapter")
     def survey(self, path: Path, data: DataConfig, examples: Any, encoder: Any) -> Survey:  # noqa: ANN401 - its own
         return survey(path, data.text_field, examples, encoder)
 
-    def predictions(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def predictions(  # type: ignore[override]
+        self, logits: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         known = batch.attention_mask[:, 1:].bool()
         return logits[:, :-1][known], batch.input_ids[:, 1:][known]
 
-    def target_count(self, batch: Batch) -> int:
+    def target_count(self, batch: Batch) -> int:  # type: ignore[override]
         return int(batch.attention_mask[:, 1:].sum().item())

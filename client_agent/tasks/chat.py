@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from client_agent.config import DataConfig
 from client_agent.conversations import Conversations, read_conversations, record_at
-from client_agent.encoding import SHOWN_TOKENS, Batch, Encoded, padded, shortened
+from client_agent.encoding import SHOWN_TOKENS, TEXTS_AT_ONCE, Batch, Encoded, padded, shortened
 from client_agent.sources import invalid
 from client_agent.survey import Survey
 from client_agent.tasks.causal import CausalLm
@@ -39,6 +39,7 @@ class ChatEncoder:
         self._pad = int(tokenizer.pad_token_id)
         self._renderer = Renderer(tokenizer)
         self._everything = everything
+        self.at_once = TEXTS_AT_ONCE
         self.limit = min(limit, tokenizer.model_max_length)
         least = TASKS[CHAT].least_tokens
         if self.limit < least:
@@ -119,11 +120,13 @@ class Chat(CausalLm):
         del data
         return survey_conversations(path, examples, encoder)
 
-    def predictions(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def predictions(  # type: ignore[override]
+        self, logits: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         known = batch.targets[:, 1:] != NOT_LEARNT
         return logits[:, :-1][known], batch.targets[:, 1:][known]
 
-    def target_count(self, batch: Batch) -> int:
+    def target_count(self, batch: Batch) -> int:  # type: ignore[override]
         return int((batch.targets[:, 1:] != NOT_LEARNT).sum().item())
 
 

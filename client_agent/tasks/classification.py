@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import TaskType
@@ -10,17 +10,17 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from client_agent.config import DataConfig
 from client_agent.data import Examples, found_labels, read_examples
-from client_agent.encoding import Batch, Encoder
+from client_agent.encoding import Encoder, ModelBatch
 from client_agent.survey import Survey, survey
 from client_agent.tasks.port import Task
 from shelora.federation import TrainingSpec
-from shelora.tasks import SEQUENCE_CLASSIFICATION
+from shelora.tasks import SEQUENCE_CLASSIFICATION, TaskName
 
 
 class SequenceClassification(Task):
     """Texts with labels; the loss is of the label."""
 
-    name = SEQUENCE_CLASSIFICATION
+    name: ClassVar[TaskName] = SEQUENCE_CLASSIFICATION
     peft = TaskType.SEQ_CLS
     loader = AutoModelForSequenceClassification
     has_head = True
@@ -61,8 +61,8 @@ tokenizer = AutoTokenizer.from_pretrained("adapter")
     def survey(self, path: Path, data: DataConfig, examples: Any, encoder: Any) -> Survey:  # noqa: ANN401 - its own
         return survey(path, data.text_field, examples, encoder)
 
-    def predictions(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def predictions(self, logits: torch.Tensor, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         return logits, batch.targets
 
-    def target_count(self, batch: Batch) -> int:
+    def target_count(self, batch: ModelBatch) -> int:
         return len(batch.targets)

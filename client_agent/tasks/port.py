@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 import torch
 from peft import TaskType
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from client_agent.config import DataConfig
-from client_agent.encoding import Batch, Encoded
+from client_agent.encoding import ModelBatch
 from client_agent.survey import Survey
 from shelora.federation import TrainingSpec
 from shelora.tasks import TaskName
@@ -40,13 +40,16 @@ class ExampleEncoder(Protocol[_Examples_contra]):
     limit: int
     """Tokens an example is cut to."""
 
-    def encoded(self, examples: _Examples_contra) -> list[Encoded]:
-        """Every example, special tokens included, cut to the limit."""
+    at_once: int
+    """Examples to encode at once where not all are needed."""
 
-    def collated(self, encoded: Sequence[Encoded]) -> Batch:
+    def encoded(self, examples: _Examples_contra) -> Sequence[Any]:
+        """Every example, special tokens included, cut to the limit; what has more `ids` takes longer."""
+
+    def collated(self, encoded: Sequence[Any]) -> ModelBatch:
         """One batch of them, padded on the right to the longest."""
 
-    def batch(self, examples: _Examples_contra) -> Batch:
+    def batch(self, examples: _Examples_contra) -> ModelBatch:
         """The batch of these examples."""
 
     def shown(self, examples: _Examples_contra) -> Mapping[str, str]:
@@ -57,14 +60,18 @@ class Task(ABC):
     """A task, without state."""
 
     name: ClassVar[TaskName]
-    peft: ClassVar[TaskType]
-    """What PEFT calls it."""
+    peft: ClassVar[TaskType | None]
+    """What PEFT calls it, if it has a name for it."""
     loader: ClassVar[Any]
     """The class of transformers that loads its models."""
+    processor: ClassVar[Any] = AutoTokenizer
+    """The class of transformers that loads what prepares a model's inputs."""
     has_head: ClassVar[bool]
     """Whether a head on top of the base model is trained whole."""
     predicts_next: ClassVar[bool]
     """Whether a model that sees later tokens cannot learn it."""
+    reads_text: ClassVar[bool] = True
+    """Whether examples have tokens."""
     predictions_named: ClassVar[str]
     """What `correct` counts, in the plural."""
     pipeline: ClassVar[str]
@@ -103,11 +110,11 @@ class Task(ABC):
         """Encodes every example once. Raises: DomainError DATA_INVALID naming one without anything to learn from."""
 
     @abstractmethod
-    def predictions(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def predictions(self, logits: torch.Tensor, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [k, classes] and targets [k] of a batch, from the model's logits. Everything on one device."""
 
     @abstractmethod
-    def target_count(self, batch: Batch) -> int:
+    def target_count(self, batch: ModelBatch) -> int:
         """The k of `predictions`."""
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:

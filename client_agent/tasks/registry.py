@@ -5,10 +5,13 @@ from typing import Final
 from client_agent.tasks.causal import CausalLm
 from client_agent.tasks.chat import Chat
 from client_agent.tasks.classification import SequenceClassification
+from client_agent.tasks.images import ImageClassification
 from client_agent.tasks.port import Task
 from shelora.errors import DomainError, Reason
 
-_TASKS: Final[dict[str, Task]] = {task.name: task for task in (SequenceClassification(), CausalLm(), Chat())}
+_TASKS: Final[dict[str, Task]] = {
+    task.name: task for task in (SequenceClassification(), CausalLm(), Chat(), ImageClassification())
+}
 
 
 def task_of(name: str) -> Task:

@@ -170,7 +170,7 @@ class TrainingSpec(_message.Message):
     base_model: _builtins.str
     """Base model every agent must have, for error messages and the adapter's metadata."""
     task: _builtins.str
-    """"sequence-classification", "causal-lm" or "chat"."""
+    """"sequence-classification", "causal-lm", "chat" or "image-classification"."""
     local_steps: _builtins.int
     """Optimizer steps a round, 1 to 100000."""
     batch_size: _builtins.int
@@ -199,7 +199,7 @@ class TrainingSpec(_message.Message):
     """Steps over all rounds in which the learning rate rises from 0, 0 to 10^9."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Class names in order of their index, for sequence-classification; empty otherwise."""
+        """Class names in order of their index, for classification of texts and images; empty otherwise."""
 
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -293,7 +293,7 @@ def test_evaluation_by_window_agrees_with_one_of_everything(
     model: AdaptedModel, encoder: Encoder, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(model, encoder, examples, ignore)
-    monkeypatch.setattr("client_agent.evaluation._ENCODED", 7)
+    monkeypatch.setattr(encoder, "at_once", 7)
     told: list[float] = []
     parts = evaluate(model, encoder, examples, told.append)
     assert (parts.count, parts.correct) == (whole.count, whole.correct)
