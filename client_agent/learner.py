@@ -1,5 +1,6 @@
 """Everything an agent computes with its model and data. Synchronous; the agent runs it in its one worker thread."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from client_agent.keys import EpochSecrets
 from client_agent.learning import Evaluation, Origin, Trained, Weights
 from client_agent.metrics import timed
 from client_agent.moderating import Moderator
-from client_agent.plausibility import Expectation, plausible
+from client_agent.plausibility import JUDGING_EXAMPLES, Expectation, Losses, plausible, require_useful
 from client_agent.preparation import prepare
 from client_agent.progress import Activity
 from client_agent.schedule import Schedule
@@ -91,6 +92,8 @@ class Learner:
             "privacy": self.privacy,
         }
         self._position: str | None = None
+        self._best_loss = math.inf
+        """The smallest loss of a result on own examples, since this process started."""
 
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
@@ -131,14 +134,40 @@ class Learner:
         weights = cut_to_rank(checked, self.model.rank, self.model.scaling, obfuscation)
         if moderator:
             weights = replace(weights, changes=moderator.changes)
-        self.model.load(weights)
+        self._load_result(weights, moderator)
         self._state.save_applied(self._key(round_id), weights)
         self._position = round_id
+
+    def _load_result(self, weights: Weights, moderator: Moderator | None) -> None:
+        """Loads a result, or what was there before if servers could only add and it serves this client badly.
+
+        Nobody judges under differential privacy: what an agent refuses tells of its examples. Raises: RESULT_REFUSED.
+        """
+        if moderator is None or not moderator.summed or self._budget:
+            self.model.load(weights)
+            return
+        try:
+            before, own, after = map(self._loss_with, (moderator.before, moderator.own, weights))
+            losses = Losses(best=min(before, self._best_loss), before=before, own=own, after=after)
+            require_useful(losses)
+        except BaseException:
+            self.model.load(moderator.before)
+            raise
+        self._best_loss = min(losses.best, after)
+
+    def _loss_with(self, weights: Weights) -> float:
+        """Mean loss on some of this client's own training examples; loads the weights."""
+        self.model.load(weights)
+        count = min(self._spec.calibration_examples, JUDGING_EXAMPLES)
+        chosen = sample(len(self.examples), count, seed_of(self._client_id, "judging"))
+        return evaluate(self.model, self._encoder, self.examples.select(chosen), lambda _: None).loss
 
     def _moderator(self, number: int) -> Moderator | None:
         """What bounds the result of that round; None if this client trained nothing from the state that it holds."""
         trained = self._trained_here()
         if trained is None:
+            return None
+        if number and number < int(trained[0]["number"]):  # a later result was taken back
             return None
         missed = number - int(trained[0]["number"]) if number else 0
         return Moderator(

@@ -35,11 +35,15 @@ class Moderator:
     """Training rounds since: it may have missed some."""
     changes: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """By name, what is remembered after this result."""
+    summed: bool = False
+    """Whether servers could only add up the result, so that nobody has screened it, and no noise hides it."""
 
     def parts(self, parts: Iterable[Restored]) -> Iterator[Restored]:
         """The parts of a result, what is too long cut. Raises: VALUE_NOT_FINITE."""
         for part in parts:
-            yield self._part(part) if part.summed and not part.noisy else part
+            judged = part.summed and not part.noisy
+            self.summed = self.summed or judged
+            yield self._part(part) if judged else part
 
     def _part(self, part: Restored) -> Restored:
         return replace(

@@ -22,6 +22,13 @@ TIMES_OWN = 10.0
 """Most by which a matrix of a result may exceed this client's whole update, in Frobenius norm."""
 STEP_MARGIN = 1.5
 """Most by which a tensor's value may move in a round, in learning rates a step. AdamW moves a value by about one."""
+WORSE_BY_FACTOR, WORSE_BY = 1.5, 0.25
+"""Most that the loss on own examples may be after a result: that many times the best one so far, and that much more, in
+nats."""
+MUCH_TO_LEARN, LITTLE = 1.0, 0.1
+"""Where own training lowered the loss on own examples by more than that, in nats, a result lowers it by that share."""
+JUDGING_EXAMPLES = 32
+"""Own examples that a result is judged by."""
 
 _log = structlog.get_logger(__name__)
 
@@ -91,6 +98,39 @@ def believed_tensors(tensors: Mapping[str, Float32], expected: Expectation) -> d
         then="keeps the values that the round started from; some member may be hostile",
     )
     return {name: expected.base.tensors[name] for name in tensors}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Mean losses on some of this client's own training examples, in nats."""
+
+    best: float
+    """The smallest that a result had so far, or the state that the round began with."""
+    before: float
+    """Of the state that the round began with."""
+    own: float
+    """Of what this client trained from there."""
+    after: float
+    """With the result."""
+
+
+def require_useful(losses: Losses) -> None:
+    """Raises RESULT_REFUSED if a result makes the model worse, or learns less, than it does with honest members.
+
+    Those of honest members that differ much are well within both bounds (docs/threat-model.md). A hostile member can
+    stay within them too.
+    """
+    most = WORSE_BY_FACTOR * losses.best + WORSE_BY
+    learned = losses.before - losses.own
+    if learned > MUCH_TO_LEARN:
+        most = min(most, losses.before - LITTLE * learned)
+    if not losses.after <= most:  # NaN is not
+        raise DomainError(
+            Reason.RESULT_REFUSED,
+            f"the result is not applied: with it the loss on this client's own examples is {losses.after:.3g}, before "
+            f"it {losses.before:.3g}, after own training {losses.own:.3g}: a member may be hostile, or the learning "
+            "rate too high",
+        )
 
 
 def _require_plausible(name: str, update: FactoredUpdate, own: float) -> None:

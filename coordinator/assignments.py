@@ -166,11 +166,17 @@ def _in_round(
     if committed:
         return Wait("the update is committed; waiting for the other agents")
     if client_id not in round_.round.cohort or client_id in round_.dropped_ids:
-        return Wait("a round is in progress; this agent takes part from the next one")
+        return Wait(_SITS_OUT if client_id == federation.sits_out else _FROM_THE_NEXT)
     if round_.round.kind is RoundKind.VOTE:
         return Vote(round_)
     plan = federation.ticket.plan if federation.ticket else None
     return Train(round_, plan, federation.result_sequence, federation.result_plan)
+
+
+_FROM_THE_NEXT: Final = "a round is in progress; this agent takes part from the next one"
+_SITS_OUT: Final = (
+    "most agents refused or could not open results with this agent's update; they go on without it"
+)
 
 
 def _once_closed(round_: RoundRecord, client_id: str) -> Work:

@@ -45,8 +45,8 @@ from shelora.strategies.port import RoundTerms
 
 GATHERING: Final = frozenset({RoundState.SELECTING, RoundState.KEYING, RoundState.COLLECTING})
 """States of a round that has no updates to lose but those that clients can send again."""
-UNOPENED: Final = frozenset({Reason.SUM_UNREADABLE, Reason.ANSWERS_REFUSED})
-"""What clients say that cannot open the result which a round begins from."""
+UNOPENED: Final = frozenset({Reason.SUM_UNREADABLE, Reason.ANSWERS_REFUSED, Reason.RESULT_REFUSED})
+"""What clients say that cannot open the result which a round begins from, or refuse it."""
 LEAD_MS: Final = 60_000
 """Time after which a leader that does not say that it makes the plan is replaced."""
 
@@ -435,6 +435,8 @@ def _create(view: View, ticket: Ticket) -> Decision:
     if len(willing) < rules.min_updates or federation.model is None:
         return Rest()
     asked = willing - frozenset(federation.silent)
+    if len(asked - {federation.sits_out}) >= rules.min_updates:
+        asked -= {federation.sits_out}
     if len(asked) < rules.min_updates:
         return WriteFederation("readmit_silent", transitions.readmitted(federation))
     round_id = federation.round_id(ticket.sequence)
@@ -507,7 +509,7 @@ def layout_of(
 
 
 def _unable(view: View, record: RoundRecord) -> set[str]:
-    """Clients of a round that say that they cannot open the result it begins from, if there is a way back from it."""
+    """Clients of a round that cannot open the result it begins from, or refuse it, if there is a way back from it."""
     if not (record.round.convenes and view.federation.retractable):
         return set()
     return {drop.client_id for drop in view.given_up if drop.reason in UNOPENED} - record.dropped_ids

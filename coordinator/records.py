@@ -151,6 +151,8 @@ class Result(Record):
     """Which attempt its round was."""
     digest: str = ""
     """`shelora.committee.context.result_digest` in hex; empty of a record that is older."""
+    contributors: tuple[str, ...] = ()
+    """With a committee, whose updates are in it, those of most examples first; empty if they are too many."""
 
 
 class Garbage(Record):
@@ -230,8 +232,16 @@ class FederationRecord(Record):
     result_opening: StoredDigest | None = None
     """What opens it; None without a committee."""
     result_attempt: int = 1
-    result_digest: str = ""
     """Which attempt its round was."""
+    result_digest: str = ""
+    """`shelora.committee.context.result_digest` in hex; empty of a record that is older."""
+    result_contributors: tuple[str, ...] = ()
+    """With a committee, whose updates are in it, those of most examples first; empty if they are too many."""
+    suspects: tuple[str, ...] | None = None
+    """Clients whose updates were in every result that was taken back; None if none was. One that spoils results alone
+    is always among them, and who was left out of one that is taken back is not."""
+    sits_out: str = ""
+    """The suspect that is not asked, if the others are enough; "" for none."""
     result_before: Result | None = None
     """With a committee, the result that takes its place if agents cannot open it. None if that is the initial state,
     or if it has taken its place already."""
@@ -294,6 +304,7 @@ class FederationRecord(Record):
             opening=self.result_opening,
             attempt=self.result_attempt,
             digest=self.result_digest,
+            contributors=self.result_contributors,
         )
 
     @property

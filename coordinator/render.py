@@ -76,6 +76,7 @@ class Renderer:
             now_unix_ms=now_ms,
             stopped=record.stopped,
             deleting=record.deleting,
+            sits_out=record.sits_out,
             epoch=record.epoch if record.key_id else 0,
             rotation_pending=record.rotation_due and not record.ended,
         )

@@ -35,10 +35,14 @@ MAX_NAMED: Final = 5
 MAX_TIERS: Final = 16
 """Tiers of a plan: each costs slots in every matrix, whatever the number of clients."""
 
+MAX_SUSPECTS: Final = 64
+"""Clients of a result among which the one that spoils results is looked for. Each costs at most one result; in a larger
+cohort one client moves the mean little."""
+
 _SPOILED: Final = (
-    "more than half of its clients could not open it. A client shared another secret than it encrypted under, or more "
-    "members of the committee lied than it withstands, and nobody can tell who; create another federation, of clients "
-    "that you trust"
+    "more than half of its clients could not open it, or refused it, and so it was without each client that was left "
+    "out in turn. More than one client spoils the sums, or too few are left without one; create another federation, of "
+    "clients that you trust"
 )
 _STEADY: Final = "see that agents run without interruption, or raise round.committee_s"
 
@@ -310,7 +314,7 @@ def settled(
         outcome = votes_of(record).outcome(record, ended, voters, budgets(members), now_ms)
         after = edit(record, attempt=1, planned_at=record.trained, overlap=None, **outcome)
     else:
-        after = edit(_after_training(record, ended), overlap=overlap)
+        after = edit(_after_training(record, ended, members), overlap=overlap)
     if ended.round.spent:
         after = edit(after, draws=ended.round.draw)
     told = ended.dropped if ended.round.kind is RoundKind.TRAIN else _misfits(ended.dropped)
@@ -359,29 +363,40 @@ def _after_abandonment(record: FederationRecord, ended: RoundRecord, absent: str
 
 
 def retracted(record: FederationRecord, draw: int, said: str) -> FederationRecord:
-    """Takes the newest result back, which agents cannot open: its round is repeated from the result before.
+    """Takes the newest result back, which agents cannot open or refuse: its round is repeated from the result before.
 
-    The repetition is an attempt at the same round, with a draw of its own. After the last attempt the federation has
+    The repetition is an attempt at the same round, with a draw of its own, and one suspect sits it out. As long as that
+    clears somebody, attempts are not limited: each leaves a suspect less. After the last attempt the federation has
     failed, with the result before.
 
     Args: draw: of the round that was to begin from it; spent, as a draw belongs to one start. said: what agents say.
     """
     number, attempts = record.trained, record.result_attempt
+    suspects = _suspects(record)
+    narrowed = bool(suspects) and len(suspects) < len(record.suspects or (*suspects, ""))
     after = edit(
         record,
         **_as_newest(record.result_before),
         result_before=None,
+        suspects=suspects,
+        sits_out=suspects[0] if suspects else "",
         trained=number - 1,
         rotated_at=min(record.rotated_at, number - 1),
         draws=max(draw, record.draws),
         attempt=attempts + 1,
     )
-    if attempts < record.spec.round.max_attempts:
+    if narrowed or attempts < record.spec.round.max_attempts:
         return after
     return failed(
         after,
         f"the sum of round {number} was spoiled in attempt {attempts}, the last one: {_SPOILED}. {said}",
     )
+
+
+def _suspects(record: FederationRecord) -> tuple[str, ...]:
+    """Who may have spoiled all results that were taken back, the newest too; nobody if that was not one alone."""
+    known = record.result_contributors if record.suspects is None else record.suspects
+    return tuple(name for name in known if name in record.result_contributors)
 
 
 def _as_newest(result: Result | None) -> dict[str, Any]:
@@ -395,12 +410,15 @@ def _as_newest(result: Result | None) -> dict[str, Any]:
             "result_opening": None,
             "result_attempt": 1,
             "result_digest": "",
+            "result_contributors": (),
         }
-    fields = ("sequence", "layout", "plan", "epoch", "opening", "attempt", "digest")
+    fields = ("sequence", "layout", "plan", "epoch", "opening", "attempt", "digest", "contributors")
     return {f"result_{name}": getattr(result, name) for name in fields}
 
 
-def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationRecord:
+def _after_training(
+    record: FederationRecord, ended: RoundRecord, members: Mapping[str, Member]
+) -> FederationRecord:
     last = ended.round.number >= record.rounds
     result = Result(
         sequence=ended.sequence,
@@ -410,6 +428,7 @@ def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationR
         opening=ended.opening,
         attempt=ended.round.attempt,
         digest=_digest_of(ended),
+        contributors=_by_weight(ended.contributors, members),
     )
     return edit(
         record,
@@ -425,6 +444,14 @@ def _after_training(record: FederationRecord, ended: RoundRecord) -> FederationR
 def _digest_of(ended: RoundRecord) -> str:
     shards = (bytes.fromhex(shard.sha256) for shard in ended.results)
     return result_digest(ended.round.round_id, shards).hex()
+
+
+def _by_weight(contributors: Sequence[str], members: Mapping[str, Member]) -> tuple[str, ...]:
+    """In the order in which they are suspected: who weighs most can do most. Nobody if they are too many."""
+    if len(contributors) > MAX_SUSPECTS:
+        return ()
+    counts = {name: members[name].example_count if name in members else 0 for name in contributors}
+    return tuple(sorted(contributors, key=lambda name: (-counts[name], name)))
 
 
 def budgets(members: Mapping[str, Member]) -> tuple[float, ...]:

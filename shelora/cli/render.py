@@ -97,7 +97,14 @@ def _headline(federation: pb.Federation) -> Text:
     if told := client_privacy(spec):
         text.append(f"\n{told}")
     if spoiled := ", ".join(round_name(summary) for summary in spoiled_rounds(federation)):
-        text.append(f"\nspoiled, as agents could not open their sums: {spoiled}", style="yellow")
+        text.append(
+            f"\nspoiled, as agents could not open their sums, or refused them: {spoiled}", style="yellow"
+        )
+    if federation.sits_out:
+        text.append(
+            f"\n{federation.sits_out} sits out: its update was in every result that was taken back",
+            style="yellow",
+        )
     if federation.failure:
         text.append(f"\n{federation.failure}", style="red")
     return text

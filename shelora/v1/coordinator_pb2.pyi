@@ -1029,6 +1029,7 @@ class Federation(_message.Message):
     ROTATION_PENDING_FIELD_NUMBER: _builtins.int
     STOPPED_FIELD_NUMBER: _builtins.int
     DELETING_FIELD_NUMBER: _builtins.int
+    SITS_OUT_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     phase: Global___Phase.ValueType
     failure: _builtins.str
@@ -1049,6 +1050,10 @@ class Federation(_message.Message):
     """Whether its operator stopped it before its last round."""
     deleting: _builtins.bool
     """Whether it is being deleted."""
+    sits_out: _builtins.str
+    """Member that rounds go on without, if enough are left, as its update was in every result that was taken back; "" for
+    none. It may be honest: who spoils results alone can behave once another one sits out.
+    """
     @_builtins.property
     def spec(self) -> Global___FederationSpec: ...
     @_builtins.property
@@ -1079,10 +1084,11 @@ class Federation(_message.Message):
         rotation_pending: _builtins.bool = ...,
         stopped: _builtins.bool = ...,
         deleting: _builtins.bool = ...,
+        sits_out: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "deleting", b"deleting", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "spec", b"spec", "stopped", b"stopped", "trained_rounds", b"trained_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "deleting", b"deleting", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "sits_out", b"sits_out", "spec", b"spec", "stopped", b"stopped", "trained_rounds", b"trained_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -270,8 +270,9 @@ class CoordinatorServicer:
 
     def GiveUp(self, request, context):
         """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
-        With SUM_UNREADABLE or ANSWERS_REFUSED for a round with a committee it says that it cannot open the result which the
-        round begins from: if more than half of the cohort do, that result is taken back (docs/protocol.md).
+        With SUM_UNREADABLE, ANSWERS_REFUSED or RESULT_REFUSED for a round with a committee it says that it cannot open the
+        result which the round begins from, or refuses it: if more than half of the cohort do, it is taken back
+        (docs/protocol.md).
         Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

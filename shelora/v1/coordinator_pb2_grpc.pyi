@@ -87,8 +87,9 @@ class CoordinatorStub:
     """
     GiveUp: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GiveUpRequest, _coordinator_pb2.GiveUpResponse]
     """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
-    With SUM_UNREADABLE or ANSWERS_REFUSED for a round with a committee it says that it cannot open the result which the
-    round begins from: if more than half of the cohort do, that result is taken back (docs/protocol.md).
+    With SUM_UNREADABLE, ANSWERS_REFUSED or RESULT_REFUSED for a round with a committee it says that it cannot open the
+    result which the round begins from, or refuses it: if more than half of the cohort do, it is taken back
+    (docs/protocol.md).
     Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
     """
     CommitUpdate: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]
@@ -210,8 +211,9 @@ class CoordinatorAsyncStub(CoordinatorStub):
     """
     GiveUp: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GiveUpRequest, _coordinator_pb2.GiveUpResponse]  # type: ignore[assignment]
     """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
-    With SUM_UNREADABLE or ANSWERS_REFUSED for a round with a committee it says that it cannot open the result which the
-    round begins from: if more than half of the cohort do, that result is taken back (docs/protocol.md).
+    With SUM_UNREADABLE, ANSWERS_REFUSED or RESULT_REFUSED for a round with a committee it says that it cannot open the
+    result which the round begins from, or refuses it: if more than half of the cohort do, it is taken back
+    (docs/protocol.md).
     Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
     """
     CommitUpdate: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]  # type: ignore[assignment]
@@ -402,8 +404,9 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.GiveUpResponse, _abc.Awaitable[_coordinator_pb2.GiveUpResponse]]:
         """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
-        With SUM_UNREADABLE or ANSWERS_REFUSED for a round with a committee it says that it cannot open the result which the
-        round begins from: if more than half of the cohort do, that result is taken back (docs/protocol.md).
+        With SUM_UNREADABLE, ANSWERS_REFUSED or RESULT_REFUSED for a round with a committee it says that it cannot open the
+        result which the round begins from, or refuses it: if more than half of the cohort do, it is taken back
+        (docs/protocol.md).
         Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
         """
 

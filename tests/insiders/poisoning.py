@@ -2,8 +2,10 @@
 
     python -m tests.insiders.poisoning                    # two runs without an attack, and every attack, minutes each
     python -m tests.insiders.poisoning honest claim+flip
+    python -m tests.insiders.poisoning complete honest boost
 
-Prints the accuracy that the honest members measure after every round, and who was left out. Needs the demo's model and
+Selective mode, or complete. Prints the accuracy that the honest members measure after every round that counts, how
+often the hostile one was left out, how many results were taken back, and who sits out. Needs the demo's model and
 data, which it fetches once.
 """
 
@@ -30,7 +32,7 @@ from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import operator
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.view import training_rounds
+from shelora.view import spoiled_rounds, training_rounds
 
 HOSTILE = AGENTS[0].name
 ATTACKS = ("flip", "claim+flip", "boost", "claim+boost", "head", "claim+head+reverse")
@@ -57,9 +59,9 @@ def flip(path: Path, labels: Sequence[str]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(attack: str, spec: FederationSpec, model: Path, data: Path) -> list[pb.RoundSummary]:
-    """Runs the federation with one member that attacks; its training rounds."""
-    home = FOLDER / attack
+def run(attack: str, spec: FederationSpec, model: Path, data: Path) -> pb.Federation:
+    """Runs the federation with one member that attacks; how it ended."""
+    home = FOLDER / f"{spec.protection.mode}-{attack}"
     shutil.rmtree(home, ignore_errors=True)
     write_data(data, home / "agents")
     for agent in AGENTS:
@@ -86,7 +88,7 @@ def _taking_part(attack: str) -> list[AgentProfile]:
     return [agent for agent in AGENTS if attack != ABSENT or agent.name != HOSTILE]
 
 
-async def _followed(cluster: LocalCluster, spec: FederationSpec) -> list[pb.RoundSummary]:
+async def _followed(cluster: LocalCluster, spec: FederationSpec) -> pb.Federation:
     async with operator(cluster.addresses.coordinator, cluster.credentials) as connection:
         await connection.create(spec.to_proto())
         federation = await connection.start(spec.name)
@@ -98,7 +100,7 @@ async def _followed(cluster: LocalCluster, spec: FederationSpec) -> list[pb.Roun
             if ended and (not rounds or len(_measured(rounds[-1])) == len(AGENTS) - 1):
                 break
             await asyncio.sleep(2)
-        return training_rounds(federation)
+        return federation
 
 
 def _measured(summary: pb.RoundSummary) -> list[pb.EvaluationReport]:
@@ -112,15 +114,23 @@ def accuracy(summary: pb.RoundSummary) -> float:
     return sum(r.correct_count for r in reports) / max(1, sum(r.example_count for r in reports))
 
 
-def main(attacks: Sequence[str], rounds: int = 5) -> None:
+def main(arguments: Sequence[str], rounds: int = 5) -> None:
+    modes = [mode for mode in (Protection.SELECTIVE, Protection.COMPLETE) if mode in arguments]
+    attacks = [argument for argument in arguments if argument not in modes]
     assets = FOLDER / "assets"
     model, data = fetch(MINILM, assets), fetch(REUTERS, assets)
     for attack in attacks or (HONEST, ABSENT, *ATTACKS):
-        spec = small(federation_spec(Protection.SELECTIVE), rounds, len(_taking_part(attack)))
-        found = run(attack, spec, model, data)
+        protection = modes[0] if modes else Protection.SELECTIVE
+        spec = small(federation_spec(protection), rounds, len(_taking_part(attack)))
+        federation = run(attack, spec, model, data)
+        found = training_rounds(federation)
         shown = " ".join(f"{accuracy(summary):6.1%}" for summary in found)
         dropped = [sum(d.client_id == HOSTILE for d in summary.dropped) for summary in found]
-        print(f"{attack:20} {shown}   left out in {sum(dropped)} of {len(found)} rounds", flush=True)  # noqa: T201
+        ends = f"left out in {sum(dropped)} of {len(found)} rounds"
+        taken_back = len(spoiled_rounds(federation))
+        sits_out = f"{taken_back} results taken back, {federation.sits_out or 'nobody'} sits out"
+        failure = f"; failed: {federation.failure}" if federation.failure else ""
+        print(f"{protection} {attack:20} {shown}   {ends}; {sits_out}{failure}", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

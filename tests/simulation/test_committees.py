@@ -51,12 +51,16 @@ def test_a_sum_that_does_not_open_costs_its_round_and_the_federation_goes_on(key
     assert any("abandon_round" in line and "SUM_UNREADABLE" in line for line in report.trace), "it did lie"
 
 
-def test_a_client_that_spoils_every_sum_ends_the_federation_after_its_last_attempt():
-    """The control: without it the federation finishes (above)."""
-    with lying({"agent-1": "shares another secret"}):
-        report = run(complete(3, 4))
+@pytest.mark.parametrize(
+    ("liars", "phase"),
+    [(("agent-1",), "FINISHED"), (("agent-3",), "FINISHED"), (("agent-1", "agent-3"), "FAILED")],
+)
+def test_one_client_that_spoils_every_sum_sits_out_and_two_end_the_federation(liars, phase):
+    with lying(dict.fromkeys(liars, "shares another secret")):
+        report = run(complete(3, 4), traced=True)
     kept(report)
-    assert report.phase == "FAILED"
+    assert report.phase == phase
+    assert any("abandon_round" in line and "SUM_UNREADABLE" in line for line in report.trace), "they did lie"
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -90,6 +90,12 @@ class Client:
     unreadable: frozenset[str] = frozenset()
     """Rounds whose result it cannot open, or says so."""
 
+    distrusts: frozenset[str] = frozenset()
+    """Clients whose update it finds to have spoiled a result."""
+
+    says: Reason = Reason.SUM_UNREADABLE
+    """Why it gives up a round that begins from what it cannot open, or refuses."""
+
     def restart(self) -> None:
         self.seats.clear()
 
@@ -98,14 +104,19 @@ class Client:
             return
         match assignment.WhichOneof("work"):
             case "train":
-                opens = assignment.train.base.round_id not in self.unreadable
+                opens = not await self.finds_spoiled(assignment.train.base.round_id)
                 await self.train(assignment.train.round, opens=opens)
                 if not opens:
                     words = "the sum does not open"
-                    said = Dropped(client_id=self.name, reason=Reason.SUM_UNREADABLE, why=words, gave_up=True)
+                    said = Dropped(client_id=self.name, reason=self.says, why=words, gave_up=True)
                     await self.fed.handlers.give_up("fed", assignment.assignment_id, said)
             case "serve":
                 await self.serve(assignment.serve)
+
+    async def finds_spoiled(self, base: str) -> bool:
+        if base in self.unreadable:
+            return True
+        return bool(base and self.distrusts and self.distrusts & {*(await self.open(base)).contributors})
 
     async def train(self, round_: pb.RoundRef, *, opens: bool = True) -> None:
         context = RoundContext.from_proto(round_.context)

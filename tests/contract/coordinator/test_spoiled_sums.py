@@ -3,6 +3,7 @@
 import pytest
 
 from coordinator.records import Phase
+from shelora.errors import Reason
 from shelora.v1 import coordinator_pb2 as pb
 from tests.contract.coordinator.members import Convened
 from tests.contract.coordinator.test_committees import FOUR, convened, states
@@ -40,7 +41,12 @@ async def test_a_sum_that_most_cannot_open_is_taken_back_and_its_round_repeated(
         "the operator sees who said so"
     )
     assert federation.draws == 5, "that of the round which could not begin is spent, too"
-    assert all(len(client.notes.sets) == 4 for client in party.clients.values()), "one set a draw"
+    assert {name: len(client.notes.sets) for name, client in party.clients.items()} == {
+        "a": 2,
+        "b": 4,
+        "c": 4,
+        "d": 4,
+    }, "one set a draw; the first suspect sits out after the second"
 
 
 async def test_the_repetition_begins_from_the_result_before_which_is_still_there(fed):
@@ -53,7 +59,7 @@ async def test_the_repetition_begins_from_the_result_before_which_is_still_there
         await party.step()
     await fed.settle()
     federation = await fed.federation()
-    train = (await fed.assignment("a")).train
+    train = (await fed.assignment("b")).train
     assert (train.round.number, train.base.round_id) == (2, federation.round_id(1))
     assert (await party.clients["a"].open(federation.round_id(1))).contributors == tuple(FOUR)
     assert federation.results_in_use == {1}
@@ -66,7 +72,7 @@ async def test_the_first_sum_is_taken_back_to_the_start(fed):
     while (await fed.federation()).sequence < 3:
         await party.step()
     await fed.settle()
-    train = (await fed.assignment("a")).train
+    train = (await fed.assignment("b")).train
     assert (train.round.number, train.HasField("base")) == (1, False)
     federation = await party.play()
     assert (federation.phase, federation.trained) == (Phase.FINISHED, 2)
@@ -117,11 +123,12 @@ async def test_a_round_waits_for_a_majority_that_may_still_say_so(fed):
 
 
 async def test_repeated_spoiling_ends_the_federation_after_the_last_attempt_with_the_result_before(fed):
+    """Whoever is left out, so it is not one alone."""
     party = await convened(fed, FOUR, rounds=3, max_attempts=2)
-    await cannot_open(fed, party, FOUR, 2, 4, 6, 8)
-    federation = await party.play(120)
+    await cannot_open(fed, party, FOUR, *range(2, 14, 2))
+    federation = await party.play(160)
     assert (federation.phase, federation.trained, federation.result_sequence) == (Phase.FAILED, 1, 1)
-    assert "the sum of round 2 was spoiled in attempt 2" in federation.failure
+    assert "the sum of round 2 was spoiled in attempt 5" in federation.failure
     assert "a: SUM_UNREADABLE, the sum does not open" in federation.failure
     assert (await fed.assignment("a")).halt.result.round_id == federation.round_id(1)
 
@@ -136,3 +143,47 @@ async def test_a_last_sum_that_does_not_open_is_repeated_when_the_federation_is_
     shown = await fed.shown()
     assert (federation.phase, federation.trained) == (Phase.FINISHED, 3)
     assert numbers(shown) == [1, 2, 3, 2, 3]
+
+
+def spoil(party: Convened, culprit: str, reason: Reason = Reason.RESULT_REFUSED) -> None:
+    """Has the others refuse every result from now on that the culprit's update is in."""
+    for client in party.clients.values():
+        client.distrusts, client.says = frozenset({culprit} - {client.name}), reason
+
+
+@pytest.mark.parametrize("culprit", FOUR)
+@pytest.mark.parametrize("reason", [Reason.RESULT_REFUSED, Reason.SUM_UNREADABLE])
+async def test_one_that_spoils_every_result_sits_out_and_the_federation_finishes(fed, culprit, reason):
+    party = await convened(fed, FOUR, rounds=3, min_updates=3, max_attempts=2)
+    spoil(party, culprit, reason)
+    federation = await party.play(200)
+    shown = await fed.shown()
+    assert (federation.phase, federation.trained) == (Phase.FINISHED, 3), federation.failure
+    assert federation.sits_out == shown.sits_out == culprit
+    assert states(shown).count(SPOILED) == 1 + FOUR.index(culprit), "each that was taken back has cleared one"
+    assert [
+        r.update_count for r in shown.history if (r.number, r.state) == (3, pb.ROUND_STATE_PUBLISHED)
+    ] == [3]
+
+
+async def test_one_that_behaves_once_another_sits_out_costs_no_more_than_that(fed):
+    party = await convened(fed, FOUR, rounds=4, min_updates=3)
+    spoil(party, "d")
+    while (await fed.federation()).sits_out != "a":
+        await party.step()
+    for client in party.clients.values():
+        client.distrusts = frozenset()
+    await party.until("COLLECTING")
+    assert "they go on without it" in (await fed.assignment("a")).wait.why
+    federation = await party.play(200)
+    shown = await fed.shown()
+    assert (federation.phase, federation.sits_out) == (Phase.FINISHED, "a"), federation.failure
+    assert states(shown).count(SPOILED) == 1
+
+
+async def test_nobody_sits_out_where_too_few_would_be_left(fed):
+    party = await convened(fed, "abc", rounds=2, min_updates=3, max_attempts=2)
+    spoil(party, "c")
+    federation = await party.play(120)
+    assert federation.phase is Phase.FAILED
+    assert "the sum of round 1 was spoiled in attempt" in federation.failure

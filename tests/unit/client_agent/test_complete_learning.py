@@ -14,7 +14,9 @@ from client_agent.learner import Learner
 from client_agent.learning import Weights
 from client_agent.progress import Activity
 from client_agent.state import AgentState
+from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
+from shelora.lora.shards import LoraFactors
 from tests.unit.client_agent.tiny import LABELS
 from tests.unit.strategies.runs import SumProtection
 from tests.unit.strategies.sums import Round
@@ -84,3 +86,37 @@ def test_clients_of_any_rank_hold_one_global_model_after_every_round_and_it_lear
         assert frozen[0] == len(learners[0].model.matrices)
         assert frozen[2] == 0, "the largest rank holds all of it in its adapter"
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_sum_that_a_member_poisoned_is_refused_and_the_model_stays_as_it_was(
+    learners: list[Learner],
+) -> None:
+    def summed(number: int, senders: list[Sender]) -> Round:
+        protection = SumProtection(tensor_bound=4.0)
+        return Round(senders, protection, SECRETS.obfuscation, number=number, largest_move=MOVE)
+
+    def sent(number: int) -> list[Sender]:
+        return [Sender(each.model, 100, each.train(number, Activity()).weights) for each in learners]
+
+    first = summed(1, sent(1))
+    for index, learner in enumerate(learners):
+        learner.apply("films.1", first.parts(client=index), SECRETS.obfuscation, 1)
+    honest = sent(2)
+    hostile = honest[2].weights
+    against = Weights(
+        {n: LoraFactors((-9 * f.B).astype(np.float32), f.A) for n, f in hostile.factors.items()},
+        hostile.tensors,
+        hostile.frozen,
+        hostile.exponents,
+    )
+    poisoned = summed(2, [*honest[:2], Sender(learners[2].model, 256, against)])
+    for index, learner in enumerate(learners[:2]):
+        before = logits(learner)
+        with pytest.raises(DomainError, match="loss on this client's own examples") as error:
+            learner.apply("films.2", poisoned.parts(client=index), SECRETS.obfuscation, 2)
+        assert error.value.reason is Reason.RESULT_REFUSED
+        torch.testing.assert_close(logits(learner), before)
+        assert learner.holds("films.1")
+    repeated = summed(2, honest)
+    for index, learner in enumerate(learners):
+        learner.apply("films.2", repeated.parts(client=index), SECRETS.obfuscation, 2)

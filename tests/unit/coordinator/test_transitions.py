@@ -239,6 +239,43 @@ def test_a_result_that_is_taken_back_gives_way_to_the_one_before_and_its_epoch()
     ]
 
 
+def test_each_result_that_is_taken_back_clears_who_was_not_in_it():
+    record = federation(
+        result_sequence=1, trained=1, result_contributors=("d", "a", "b", "c"), max_attempts=1
+    )
+    found = []
+    for contributors in (("d", "a", "b", "c"), ("a", "b", "c"), ("c", "b", "d"), ("b", "d")):
+        record = record.model_copy(update={"trained": 1, "result_contributors": contributors})
+        record = transitions.retracted(record, 1, "")
+        found.append((record.sits_out, record.suspects, record.phase))
+    assert found == [
+        ("d", ("d", "a", "b", "c"), Phase.RUNNING),
+        ("a", ("a", "b", "c"), Phase.RUNNING),
+        ("b", ("b", "c"), Phase.RUNNING),
+        ("b", ("b",), Phase.RUNNING),
+    ], "attempts do not count while somebody is cleared"
+    failed = transitions.retracted(
+        record.model_copy(update={"trained": 1, "result_contributors": ("b",), "result_attempt": 3}), 1, ""
+    )
+    assert failed.phase is Phase.FAILED, "the last suspect was not left out"
+
+
+def test_who_weighs_most_is_suspected_first_and_nobody_in_a_large_cohort():
+    ended = a_round(RoundState.PUBLISHED).model_copy(update={"contributors": ("a", "b")})
+    heavy = {**MEMBERS, "b": MEMBERS["b"].model_copy(update={"example_count": 10**6})}
+    after = transitions.settled(federation(ticket=ticket(), sequence=2), ended, ("a", "b"), heavy, 1)
+    assert after.result_contributors == ("b", "a")
+    many = tuple(f"c{number}" for number in range(transitions.MAX_SUSPECTS + 1))
+    after = transitions.settled(
+        federation(ticket=ticket(), sequence=2),
+        ended.model_copy(update={"contributors": many}),
+        (),
+        MEMBERS,
+        1,
+    )
+    assert after.result_contributors == ()
+
+
 def test_without_a_committee_no_earlier_result_is_kept():
     record = federation(ticket=ticket(), sequence=2, result_sequence=1, trained=1)
     assert settled(record, a_round(RoundState.PUBLISHED)).results_in_use == {2}
