@@ -7,6 +7,7 @@ how many distinct tokens a batch has (best-T recall), the first two tokens of a 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
+from typing import Final
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from attack.scores import auc, auc_error, recall, rouge
 from attack.spans import best
 from attack.stage import Client, Performance, Scene
 from client_agent.keys import EpochSecrets
+from shelora.accounting import multiplier_for
 from shelora.lora.shards import Float64
 
 OPENING = 2
@@ -166,10 +168,15 @@ def _inputs(public: Public, client: Client) -> set[int]:
     return set(chain.from_iterable(public.ids(text)[:-1] for text in client.texts))
 
 
+EPSILON: Final = 8.0
+DELTA: Final = 1e-5
+"""Of client privacy, for one sum."""
+
+
 def fellow(
     performance: Performance, public: Public, secrets: EpochSecrets, sizes: Iterable[int]
 ) -> Iterator[Finding]:
-    """What a member finds out of the exact sum of a federation of each size, its own part taken out."""
+    """What a member finds out of the sum of a federation of each size, less its own part: exact, and with noise."""
     scene, round_ = performance.scene, performance.rounds[0]
     opened = {c.name: insiders.opened_update(round_, c.name, secrets) for c in scene.clients}
     for size in sizes:
@@ -183,6 +190,10 @@ def fellow(
         yield _from_sum(
             performance, public, secrets, sums, victims, f"fellow member, {size} in all: the exact sum"
         )
+        updates = [{n: (c.alpha / c.rank * f.B, f.A) for n, f in opened[c.name].items()} for c in victims]
+        hidden = insiders.hidden_sum(updates, round_.layout, sums, multiplier_for(EPSILON, DELTA, 1))
+        who = f"fellow member, {size} in all: the sum under client privacy, epsilon {EPSILON:g}"
+        yield _from_sum(performance, public, secrets, hidden, victims, who)
 
 
 def colluding(performance: Performance, public: Public, secrets: EpochSecrets) -> Finding:

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from attack import adam, bases, columns, spans
 from attack.capture import commands, replayed
 from attack.findings import Finding
+from attack.insiders import hidden_sum
 from attack.labels import label_leak
 from attack.scores import auc, auc_error, recall, rouge
 from attack.stage import Client
 from client_agent.learning import Weights
 from services.aggregation.keys import RoundKeys
+from shelora.lora.layout import Matrix
 from shelora.lora.shards import LoraFactors
 from shelora.messages import layout_to_proto
 
@@ -138,3 +140,18 @@ def test_hidden_columns_cost_whoever_fills_in_zeros_and_nobody_who_leaves_them_o
     assert found["leaves them out, true places known"] == 1
     assert found["leaves them out, places secret"] < 0.5
     assert found["stock DAGER: zeros in their place"] < 1
+
+
+@pytest.mark.parametrize(("multiplier", "least", "most"), [(2.0**-10, 0.99, 1.0), (8.0, 0.0, 0.6)])
+def test_a_sum_under_client_privacy_is_the_sum_but_for_its_noise(multiplier, least, most):
+    """Cosine to the exact sum of the others, of one victim here, which a fellow member sees without noise."""
+    rng = np.random.default_rng(0)
+    matrices = tuple(Matrix(name, 96, 64) for name in ("query", "value"))
+    updates = [
+        {m.name: (0.01 * rng.standard_normal((96, 2)), rng.standard_normal((2, 64))) for m in matrices}
+        for _ in range(1)
+    ]
+    found = hidden_sum(updates, SimpleNamespace(matrices=matrices), ["query"], multiplier)["query"]
+    exact = sum(B @ A for B, A in (update["query"] for update in updates))
+    cosine = float((found * exact).sum() / np.linalg.norm(found) / np.linalg.norm(exact))
+    assert least <= cosine <= most
