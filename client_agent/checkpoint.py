@@ -60,6 +60,7 @@ def load_checkpoint(path: str, task: str, labels: Sequence[str]) -> Checkpoint:
         model, absent, misshapen = _load_model(path, what, labels)
         tokenizer = _load_processor(path, what)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
+        _check_words(path, tokenizer)
         _set_padding(path, model, tokenizer)
     _check_buffers(path, model)
     missing = absent | misshapen
@@ -215,6 +216,12 @@ def _load_processor(path: str, task: Task) -> Any:  # noqa: ANN401 - as transfor
     )
     with _loading(path, what):
         return task.processor.from_pretrained(place, **options)
+
+
+def _check_words(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: MODEL_INVALID for special tokens alone, which transformers makes up where there is no tokenizer."""
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise invalid(f"model.path: the tokenizer of {path} knows no word: add the model's tokenizer.json")
 
 
 def _set_padding(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,10 +7,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import constants
+from transformers import BertForSequenceClassification
 
 from client_agent import hub
 from client_agent.checkpoint import load_checkpoint, usual_targets
 from shelora.errors import DomainError, Reason
+from tests.unit.client_agent.tiny import LABELS, bert_config, save_model
 
 
 class Hub(ThreadingHTTPServer):
@@ -100,3 +102,13 @@ def test_offline_the_hub_is_not_asked(endpoint, monkeypatch):
 def test_a_name_that_neither_a_folder_nor_the_hub_can_have(path, endpoint):
     endpoint(1)
     assert "model.path" in refused(path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    """Every word would be unknown, and nobody would notice."""
+    save_model(BertForSequenceClassification(bert_config()), tmp_path)
+    load_checkpoint(str(tmp_path), "sequence-classification", LABELS)
+    for file in tmp_path.glob("token*"):
+        file.unlink()
+    with pytest.raises(DomainError, match="knows no word: add the model"):
+        load_checkpoint(str(tmp_path), "sequence-classification", LABELS)
