@@ -58,7 +58,13 @@ async def _attacked(
     cluster: LocalCluster, module: str, folder: Path, seen: Path
 ) -> tuple[pb.Federation, EpochSecrets]:
     spec = specification(
-        "selective", {"tensor_bound": 4.0}, rounds=2, clients=3, min_updates=2, deadline_s=60, max_attempts=1
+        "selective",
+        {"tensor_bound": 4.0, "clear_bits": 32},
+        rounds=2,
+        clients=3,
+        min_updates=2,
+        deadline_s=60,
+        max_attempts=1,
     )
     # Norms are what aggregation says that they are: one that attacks says that they are small.
     spec = spec.model_copy(update={"screening": ScreeningSpec(max_update_norm=0.0)})
