@@ -235,6 +235,6 @@ async def test_a_command_that_distrusts_a_server_says_one_line_and_grpc_none(tmp
             stderr=asyncio.subprocess.PIPE,
         )
         _, said = await process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert len(said.splitlines()) == 1
     assert said.startswith(b"SERVER_UNTRUSTED the certificate of the server at")
