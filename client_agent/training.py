@@ -9,6 +9,7 @@ import gc
 import math
 import random
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,12 @@ _INPUTS: Final = "batch"
 
 Report = Callable[[float], None]
 """Takes the progress, 0 to 1; may raise to stop the work."""
+
+_ALONE: Final = threading.Lock()
+"""A Trainer resets accelerate's state, which all of the process share, and draws from the process' random states: two
+agents of one process train one after the other."""
+_LOOK_S: Final = 0.2
+"""Seconds between two looks whether waiting for another agent's training is still wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +99,7 @@ def train(
     parts = [list(parts_of(step, run.micro_batch)) for step in chosen]
     model.module.train()
     try:
-        with _as_it_was(model), tempfile.TemporaryDirectory() as scratch:
+        with _alone(report), _as_it_was(model), tempfile.TemporaryDirectory() as scratch:
             trainer = _RoundTrainer(model, run, len(parts[0]), scratch)
             trainer.load(encoder, examples, [part for step in parts for part in step])
             trainer.add_callback(_Watch(trainer, run.steps, report))
@@ -114,7 +121,7 @@ def parts_of(chosen: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 def optimizer_of(model: AdaptedModel, settings: TrainingSettings) -> torch.optim.Optimizer:
     """The optimizer that transformers makes of the settings, over what is trainable; its rate is 1."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with _ALONE, tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(settings, 1, scratch, model.device)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     made: torch.optim.Optimizer = kind(
@@ -275,6 +282,17 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
     )
+
+
+@contextmanager
+def _alone(report: Report) -> Iterator[None]:
+    """Waits until no other agent of this process trains; what the report raises ends the wait."""
+    while not _ALONE.acquire(timeout=_LOOK_S):
+        report(0.0)
+    try:
+        yield
+    finally:
+        _ALONE.release()
 
 
 @contextmanager

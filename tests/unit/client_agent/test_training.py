@@ -1,6 +1,8 @@
 import math
 import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +78,40 @@ def test_the_same_seed_trains_the_same_weights_whatever_the_global_state(
         results.append(model.weights())
     for name, factors in results[0].factors.items():
         np.testing.assert_array_equal(factors.B, results[1].factors[name].B)
+
+
+def test_two_agents_of_one_process_train_what_each_trains_alone_and_who_waits_can_be_stopped(
+    bert_folder: Path, obfuscation: Obfuscation, examples: Examples
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def hold(_fraction: float) -> None:
+        began.set()
+        assert go_on.wait(60)
+
+    def stop(_fraction: float) -> None:
+        raise Stopped
+
+    def trained(model: AdaptedModel, report: Callable[[float], None]) -> Weights:
+        encoder = Encoder(model.tokenizer, 32, append_end=False)
+        train(model, encoder, examples, TrainingRun(rates=[0.01] * 4, batch_size=4, seed=3), report)
+        return model.weights()
+
+    models = [classifier(bert_folder) for _ in range(4)]
+    for model in models:
+        model.initialise(obfuscation)
+    alone = trained(models[0], ignore)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(trained, models[1], hold)
+        assert began.wait(60)
+        with pytest.raises(Stopped):
+            trained(models[2], stop)
+        second = pool.submit(trained, models[3], ignore)
+        go_on.set()
+        both = [first.result(60), second.result(60)]
+    for weights in both:
+        for name, factors in alone.factors.items():
+            np.testing.assert_array_equal(weights.factors[name].B, factors.B)
 
 
 @pytest.mark.parametrize("make", [classifier, decoder])
