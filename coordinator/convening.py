@@ -134,6 +134,8 @@ class Convening:
     ) -> None:
         """Counts which committee a client works out, and keeps its key.
 
+        More than half seat a committee: what another client that is no member says later is not needed.
+
         Raises: ROUND_UNKNOWN, NOT_IN_COHORT, INVALID_ARGUMENT, SIGNATURE_REFUSED, STATEMENT_REWRITTEN, STEP_OVER.
         """
         federation, record = await self._round(federation_id, round_id, client_id)
@@ -152,7 +154,15 @@ class Convening:
                 content.position == order.index(client_id) + 1, "key: position must be that in the order"
             )
         statement = order_digest(order).encode() + (key.SerializeToString(deterministic=True) if key else b"")
-        await self._state(Statement.VIEW, federation, record, client_id, statement, order)
+        try:
+            await self._state(Statement.VIEW, federation, record, client_id, statement, order)
+        except DomainError as error:
+            if (
+                error.reason is not Reason.STEP_OVER
+                or member
+                or not await self._is_seated(federation, record)
+            ):
+                raise
 
     async def keys(self, federation_id: str, round_id: str, client_id: str) -> list[committee_pb2.Signed]:
         """The keys of a seated committee, in its order; waits for it a while.
@@ -245,6 +255,11 @@ class Convening:
         except DomainError as error:
             if error.reason is not Reason.STEP_OVER or not await self._is_certified(federation, record):
                 raise
+
+    async def _is_seated(self, federation: FederationRecord, record: RoundRecord) -> bool:
+        """Whether the round has its committee, by now."""
+        found = await self.store.round(federation, record.sequence)
+        return found is not None and bool(found.record.order) and not found.record.round.ended
 
     async def _is_certified(self, federation: FederationRecord, record: RoundRecord) -> bool:
         """Whether a quorum has signed the set, by now."""

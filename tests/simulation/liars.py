@@ -56,15 +56,16 @@ class _AnswersAnything(Committees):
 
 
 class _DealsBadShares(Committees):
-    """A dealer whose share for the first member is no share."""
+    """A dealer whose share for the first other member is no share."""
 
     def dealer(self, attempt: Attempt, keys: KeySet) -> Dealer:
         honest = super().dealer(attempt, keys)
         real = shelora.committee.dealer.seal_share
+        cheated = 2 if attempt.committee.position(self._client_id) == 1 else 1
 
         def sealed(context: Any, name: str, position: int, *rest: Any) -> bytes:
             found = real(context, name, position, *rest)
-            return bytes(len(found)) if position == 1 else found
+            return bytes(len(found)) if position == cheated else found
 
         deal = honest.deal
 

@@ -75,6 +75,26 @@ async def test_of_a_large_cohort_some_are_members_and_all_are_in_the_sum(fed):
     assert opened.context.rule == committee_rule(34) == CommitteeRule(16, 5, 4)
 
 
+async def test_who_names_the_committee_when_it_is_seated_has_done_nothing_wrong_unless_it_sits_there(fed):
+    names = [f"ward-{number:02}" for number in range(34)]
+    party = await convened(fed, names)
+    await fed.settle()
+    round_ = (await fed.assignment(names[0])).train.round
+    members = RoundContext.from_proto(round_.context).committee(SECRET.committee_key()).members
+    late = next(name for name in names if name not in members)
+    party.clients[late].silent_from = "key"
+    await party.until("COLLECTING")
+    convening = fed.handlers.convening
+    await convening.post_key("fed", round_.round_id, late, members, None)
+    federation = await fed.federation()
+    assert late not in await fed.store.speakers(Statement.VIEW, federation, 1)
+    party.clients[members[0]].restart()
+    another = party.clients[members[0]].seat(RoundContext.from_proto(round_.context))
+    with pytest.raises(DomainError) as refused:
+        await convening.post_key("fed", round_.round_id, members[0], members, another.key)
+    assert refused.value.reason in {Reason.STATEMENT_REWRITTEN, Reason.STEP_OVER}
+
+
 async def test_a_silent_member_costs_no_attempt_and_is_not_asked_again(fed):
     party = await convened(fed, max_attempts=1)
     party.clients["c"].silent_from = "key"
