@@ -82,13 +82,16 @@ return 1
 """
 
 PUT_FIELD: Final = """
--- KEYS: federation, hash.  ARGV: field, value, expiry in ms.
--- Returns 1 if set, 0 if there is no such federation (any more).
+-- KEYS: federation, hash; for what belongs to a round that collects, the round.  ARGV: field, value, expiry in ms.
+-- Returns 1 if set, 2 if the round does not collect (any more), 0 if there is no such federation (any more).
 --
--- Race: a call under way while its federation is deleted. It must leave nothing behind, least of all a member of the
--- federation that gets the name next.
+-- Race: a call under way while its federation is deleted, or its round closes and what it collected is deleted. It must
+-- leave nothing behind, least of all a member of the federation that gets the name next.
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return 0
+end
+if KEYS[3] and redis.call('HGET', KEYS[3], 'state') ~= 'COLLECTING' then
+  return 2
 end
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])

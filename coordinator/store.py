@@ -229,7 +229,7 @@ class Store(Protocol):
     async def put_ballot(
         self, federation: FederationRecord, sequence: int, client_id: str, ballot: bytes
     ) -> None:
-        """Keeps a client's ballot; before it is committed a repeat replaces it."""
+        """Keeps a client's ballot while its vote collects; before it is committed a repeat replaces it."""
 
     async def ballot(self, federation: FederationRecord, sequence: int, client_id: str) -> bytes | None:
         """A client's ballot; None if there is none (any more)."""
@@ -669,8 +669,9 @@ class RedisStore:
     async def put_ballot(
         self, federation: FederationRecord, sequence: int, client_id: str, ballot: bytes
     ) -> None:
-        key = self._keys.ballots(federation.federation_id, federation.instance, sequence)
-        await self._put_field(federation.federation_id, key, client_id, ballot)
+        place = (federation.federation_id, federation.instance, sequence)
+        key, round_ = self._keys.ballots(*place), self._keys.round(*place)
+        await self._put_field(federation.federation_id, key, client_id, ballot, collecting=round_)
 
     @_available
     async def ballot(self, federation: FederationRecord, sequence: int, client_id: str) -> bytes | None:
@@ -853,14 +854,21 @@ class RedisStore:
         return bool(written)
 
     async def _put_field(
-        self, federation_id: str, key: str, field: str, data: bytes | str, life_ms: int = 0
+        self,
+        federation_id: str,
+        key: str,
+        field: str,
+        data: bytes | str,
+        life_ms: int = 0,
+        collecting: str = "",
     ) -> None:
         """Sets a field of a hash of a federation and renews its expiry, in one step.
 
-        Args: life_ms: 0 for as long as the federation.
+        With `collecting`, the key of a round, nothing is set unless it collects. Lives `life_ms`, 0: as the federation.
+
         Raises: FEDERATION_UNKNOWN, and leaves nothing behind, if the federation was deleted meanwhile.
         """
-        keys = [self._keys.federation(federation_id), key]
+        keys = [self._keys.federation(federation_id), key, *([collecting] if collecting else [])]
         if not await self._put(keys, [field, data, life_ms or self._retention_ms]):
             raise _unknown(federation_id)
 

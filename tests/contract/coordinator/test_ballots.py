@@ -105,6 +105,16 @@ async def test_ballots_are_deleted_once_they_are_ranked(fed):
         assert await fed.store.ballot(record, 1, client) is None
 
 
+async def test_a_ballot_that_comes_late_leaves_nothing_behind(fed):
+    """Found by the simulation (seed 20155): a write that reached the store long after its vote was over."""
+    round_ = await voting(fed)
+    await fed.cast("a", round_)
+    await until_training(fed)
+    record = await fed.federation()
+    await fed.store.put_ballot(record, 1, "a", fed.ballot("a"))
+    assert await fed.store.ballot(record, 1, "a") is None
+
+
 async def test_a_client_whose_ballot_was_lost_is_left_out(fed):
     round_ = await voting(fed)
     for client in "abc":
