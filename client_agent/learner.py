@@ -19,7 +19,14 @@ from client_agent.keys import EpochSecrets
 from client_agent.learning import Evaluation, Origin, Trained, Weights
 from client_agent.metrics import timed
 from client_agent.moderating import Moderator
-from client_agent.plausibility import JUDGING_EXAMPLES, Expectation, Losses, plausible, require_useful
+from client_agent.plausibility import (
+    JUDGING_EXAMPLES,
+    MUCH_TO_LEARN,
+    Expectation,
+    Losses,
+    plausible,
+    require_useful,
+)
 from client_agent.preparation import prepare
 from client_agent.progress import Activity
 from client_agent.schedule import Schedule
@@ -94,6 +101,8 @@ class Learner:
         self._position: str | None = None
         self._best_loss = math.inf
         """The smallest loss of a result on own examples, since this process started."""
+        self._judged: tuple[str | None, float] = (None, math.nan)
+        """The position that a result led to, and the loss on own examples there."""
 
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
@@ -134,11 +143,11 @@ class Learner:
         weights = cut_to_rank(checked, self.model.rank, self.model.scaling, obfuscation)
         if moderator:
             weights = replace(weights, changes=moderator.changes)
-        self._load_result(weights, moderator)
+        self._load_result(round_id, weights, moderator)
         self._state.save_applied(self._key(round_id), weights)
         self._position = round_id
 
-    def _load_result(self, weights: Weights, moderator: Moderator | None) -> None:
+    def _load_result(self, round_id: str, weights: Weights, moderator: Moderator | None) -> None:
         """Loads a result, or what was there before if servers could only add and it serves this client badly.
 
         Nobody judges under differential privacy: what an agent refuses tells of its examples. Raises: RESULT_REFUSED.
@@ -147,13 +156,22 @@ class Learner:
             self.model.load(weights)
             return
         try:
-            before, own, after = map(self._loss_with, (moderator.before, moderator.own, weights))
-            losses = Losses(best=min(before, self._best_loss), before=before, own=own, after=after)
+            before = self._loss_here(moderator)
+            own = self._loss_with(moderator.own) if before > MUCH_TO_LEARN else None
+            losses = Losses(
+                best=min(before, self._best_loss), before=before, own=own, after=self._loss_with(weights)
+            )
             require_useful(losses)
         except BaseException:
             self.model.load(moderator.before)
             raise
-        self._best_loss = min(losses.best, after)
+        self._best_loss = min(losses.best, losses.after)
+        self._judged = (round_id, losses.after)
+
+    def _loss_here(self, moderator: Moderator) -> float:
+        """Mean loss of the state that the round began with, which is known if a result led to it."""
+        position, loss = self._judged
+        return loss if position == self._position else self._loss_with(moderator.before)
 
     def _loss_with(self, weights: Weights) -> float:
         """Mean loss on some of this client's own training examples; loads the weights."""

@@ -108,8 +108,8 @@ class Losses:
     """The smallest that a result had so far, or the state that the round began with."""
     before: float
     """Of the state that the round began with."""
-    own: float
-    """Of what this client trained from there."""
+    own: float | None
+    """Of what this client trained from there; None where `before` leaves no more than MUCH_TO_LEARN to be learned."""
     after: float
     """With the result."""
 
@@ -121,16 +121,19 @@ def require_useful(losses: Losses) -> None:
     stay within them too.
     """
     most = WORSE_BY_FACTOR * losses.best + WORSE_BY
-    learned = losses.before - losses.own
+    learned = 0.0 if losses.own is None else losses.before - losses.own
     if learned > MUCH_TO_LEARN:
         most = min(most, losses.before - LITTLE * learned)
     if not losses.after <= most:  # NaN is not
         raise DomainError(
             Reason.RESULT_REFUSED,
             f"the result is not applied: with it the loss on this client's own examples is {losses.after:.3g}, before "
-            f"it {losses.before:.3g}, after own training {losses.own:.3g}: a member may be hostile, or the learning "
-            "rate too high",
+            f"it {losses.before:.3g}{_after_own(losses)}: a member may be hostile, or the learning rate too high",
         )
+
+
+def _after_own(losses: Losses) -> str:
+    return "" if losses.own is None else f", after own training {losses.own:.3g}"
 
 
 def _require_plausible(name: str, update: FactoredUpdate, own: float) -> None:

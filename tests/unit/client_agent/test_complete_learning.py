@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from client_agent.config import AgentConfig
+from client_agent.evaluation import evaluate
 from client_agent.keys import EpochSecrets
 from client_agent.learner import Learner
 from client_agent.learning import Weights
@@ -121,3 +122,35 @@ def test_a_sum_that_a_member_poisoned_is_refused_and_the_model_stays_as_it_was(
     repeated = summed(3, honest)
     for index, learner in enumerate(learners):
         learner.apply("films.3", repeated.parts(client=index), SECRETS.obfuscation, 3)
+
+
+def test_a_loss_that_is_known_or_decides_nothing_is_not_computed_again(
+    learners: list[Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+
+    def counted(*arguments: object) -> object:
+        result = evaluate(*arguments)
+        found.append(result.loss)
+        return result
+
+    monkeypatch.setattr("client_agent.learner.evaluate", counted)
+    learner = learners[2]
+    counts = []
+    for number in (1, 2, 3):
+        honest = [Sender(each.model, 100, each.train(number, Activity()).weights) for each in learners]
+        protection = SumProtection(tensor_bound=4.0)
+        result = Round(honest, protection, SECRETS.obfuscation, number=number, largest_move=MOVE)
+        if number == 3:
+            learner._judged = (None, 0.0)
+        found.clear()
+        for index, each in enumerate(learners):
+            before = len(found)
+            each.apply(f"films.{number}", result.parts(client=index), SECRETS.obfuscation, number)
+        counts.append(len(found) - before)
+        if number == 2:
+            led_to = found[-1]
+    assert counts == [2, 1, 2], "before and after, then after alone, then both again, for nothing is known"
+    assert found[-2] == led_to, (
+        "the state that a result led to has the loss that was measured with the result"
+    )
