@@ -73,8 +73,8 @@ def checked_in(context: RoundContext, record: RoundRecord, checks: Mapping[str, 
 async def opening_of(store: Store, federation: FederationRecord, record: RoundRecord) -> bytes:
     """What opens an aggregated round: a serialized GetOpeningResponse."""
     place = (federation, record.sequence)
-    signatures = await store.statements(Statement.SIGNATURE, *place)
-    answers = await store.statements(Statement.ANSWER, *place)
+    signatures = await store.committees.statements(Statement.SIGNATURE, *place)
+    answers = await store.committees.statements(Statement.ANSWER, *place)
     return pb.GetOpeningResponse(
         context=context_of(federation, record).to_proto(),
         opening=committee_pb2.Opening(
@@ -187,7 +187,9 @@ class Convening:
                 await signal.wait(left_ms / 1000)
 
     async def _keys(self, federation: FederationRecord, record: RoundRecord) -> list[committee_pb2.Signed]:
-        found = await self.store.statements(Statement.VIEW, federation, record.sequence, record.order)
+        found = await self.store.committees.statements(
+            Statement.VIEW, federation, record.sequence, record.order
+        )
         keys = [key_of(found[name]) for name in record.order if name in found]
         if len(keys) != len(record.order):
             raise _over()  # the round is over, and what was stated is deleted
@@ -196,7 +198,9 @@ class Convening:
     async def leave(self, federation_id: str, round_id: str, client_id: str) -> None:
         """Notes that a member lost its key. Raises: ROUND_UNKNOWN, NOT_IN_COHORT."""
         federation, record = await self._round(federation_id, round_id, client_id)
-        outcome = await self.store.state(Statement.DEPARTURE, federation, record.sequence, client_id, b"left")
+        outcome = await self.store.committees.state(
+            Statement.DEPARTURE, federation, record.sequence, client_id, b"left"
+        )
         if outcome is StateOutcome.STATED:
             _log.info("member_left_committee", round_id=round_id, client_id=client_id)
 
@@ -211,14 +215,14 @@ class Convening:
         if client_id not in record.order or not record.round.closed or record.round.ended:
             raise _over()
         place, sequence = record.order.index(client_id), record.sequence
-        dealers = sorted(await self.store.dealers(federation, sequence) - record.dropped_ids)
+        dealers = sorted(await self.store.committees.dealers(federation, sequence) - record.dropped_ids)
         for first in range(0, len(dealers), SHOWN_AT_ONCE):
             batch = dealers[first : first + SHOWN_AT_ONCE]
             dealings = await self.shown.get(
                 (round_id, len(record.dropped), first),
-                partial(self.store.dealings, federation, sequence, batch),
+                partial(self.store.committees.dealings, federation, sequence, batch),
             )
-            shares = await self.store.shares(federation, sequence, place, batch)
+            shares = await self.store.committees.shares(federation, sequence, place, batch)
             for name in batch:
                 if name in shares and name in dealings:
                     part = committee_pb2.DealtShare.FromString(shares[name])
@@ -258,12 +262,12 @@ class Convening:
 
     async def _is_seated(self, federation: FederationRecord, record: RoundRecord) -> bool:
         """Whether the round has its committee, by now."""
-        found = await self.store.round(federation, record.sequence)
+        found = await self.store.rounds.read(federation, record.sequence)
         return found is not None and bool(found.record.order) and not found.record.round.ended
 
     async def _is_certified(self, federation: FederationRecord, record: RoundRecord) -> bool:
         """Whether a quorum has signed the set, by now."""
-        found = await self.store.round(federation, record.sequence)
+        found = await self.store.rounds.read(federation, record.sequence)
         return found is not None and found.record.round.state in {
             RoundState.AGGREGATING,
             RoundState.PUBLISHED,
@@ -278,16 +282,16 @@ class Convening:
 
     async def opening(self, federation_id: str, round_id: str) -> pb.GetOpeningResponse:
         """What opens a round's sum. Raises: RESULT_UNKNOWN."""
-        federation = (await self.store.federation(federation_id)).record
+        federation = (await self.store.federations.read(federation_id)).record
         sequence = federation.sequence_of(round_id)
-        found = await self.store.round(federation, sequence) if sequence else None
+        found = await self.store.rounds.read(federation, sequence) if sequence else None
         if found is None or found.record.opening is None:
             raise DomainError(Reason.RESULT_UNKNOWN, "no committee has opened that result")
         sha256 = found.record.opening.sha256
         return await self.opened.get((federation_id, sha256), partial(self._opening, federation_id, sha256))
 
     async def _opening(self, federation_id: str, sha256: str) -> pb.GetOpeningResponse:
-        return pb.GetOpeningResponse.FromString(await self.store.opening(federation_id, sha256))
+        return pb.GetOpeningResponse.FromString(await self.store.committees.opening(federation_id, sha256))
 
     def dealt(
         self,
@@ -338,7 +342,9 @@ class Convening:
         content: bytes,
         order: tuple[str, ...] = (),
     ) -> None:
-        outcome = await self.store.state(kind, federation, record.sequence, client_id, content, order)
+        outcome = await self.store.committees.state(
+            kind, federation, record.sequence, client_id, content, order
+        )
         if outcome is StateOutcome.REWRITTEN:
             raise DomainError(
                 Reason.STATEMENT_REWRITTEN,
@@ -350,10 +356,10 @@ class Convening:
     async def _round(
         self, federation_id: str, round_id: str, client_id: str
     ) -> tuple[FederationRecord, RoundRecord]:
-        federation = (await self.store.federation(federation_id)).record
-        await self.store.touch(federation_id, client_id, self.clock_ms())
+        federation = (await self.store.federations.read(federation_id)).record
+        await self.store.presence.touch(federation_id, client_id, self.clock_ms())
         sequence = federation.sequence_of(round_id)
-        found = await self.store.round(federation, sequence) if sequence else None
+        found = await self.store.rounds.read(federation, sequence) if sequence else None
         if found is None:
             raise DomainError(Reason.ROUND_UNKNOWN, "the federation has no such round (any more)")
         record = found.record

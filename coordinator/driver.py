@@ -178,7 +178,7 @@ class Driver:
             outage.ended()
 
     async def _scan(self) -> None:
-        listed = set(await self._store.federation_ids())
+        listed = set(await self._store.federations.ids())
         for expired in self._finished.keys() - listed:  # the name may be given again
             del self._finished[expired]
             TRAIN_LOSS.remove(expired)
@@ -195,7 +195,7 @@ class Driver:
     async def _is_started(self, federation_id: str) -> bool:
         """Whether there is something to drive; not in a federation that is listed but was never written."""
         try:
-            record = (await self._store.federation(federation_id)).record
+            record = (await self._store.federations.read(federation_id)).record
         except DomainError as error:
             if error.reason is not Reason.FEDERATION_UNKNOWN:
                 raise
@@ -217,7 +217,7 @@ class Driver:
         """Drives a federation while the lease lasts. Does nothing if another driver holds it."""
         token = self._new_token()
         if not await _tolerant(
-            self._store.acquire(federation_id, token, self._policy.lease_s), "lease_failed"
+            self._store.leases.acquire(federation_id, token, self._policy.lease_s), "lease_failed"
         ):
             return
         try:
@@ -234,14 +234,14 @@ class Driver:
         """Gives the lease back, so that another goes on at once; one that is not given back expires."""
         with suppress(TimeoutError):
             async with asyncio.timeout(RELEASE_S):
-                await _tolerant(self._store.release(federation_id, token), "release_failed")
+                await _tolerant(self._store.leases.release(federation_id, token), "release_failed")
 
     async def _keep(self, federation_id: str, token: str) -> None:
         """Renews the lease; returns when it is lost or cannot be renewed."""
         renewed = True
         while renewed:
             await asyncio.sleep(self._policy.lease_s / 3)
-            renewal = self._store.renew(federation_id, token, self._policy.lease_s)
+            renewal = self._store.leases.renew(federation_id, token, self._policy.lease_s)
             renewed = await _tolerant(renewal, "lease_failed") or False
         _log.warning("lease_lost", federation_id=federation_id)
 
@@ -262,12 +262,12 @@ class Driver:
 
     async def _tell_loss(self, federation_id: str) -> None:
         """Sets the gauge to the loss behind the newest result: whoever aggregated it may be gone."""
-        federation = (await self._store.federation(federation_id)).record
+        federation = (await self._store.federations.read(federation_id)).record
         sequence = federation.result_sequence
-        result = await self._store.round(federation, sequence) if sequence else None
+        result = await self._store.rounds.read(federation, sequence) if sequence else None
         if result is None:
             return
-        commits = contributors(result.record, await self._store.commits(federation, sequence))
+        commits = contributors(result.record, await self._store.updates.commits(federation, sequence))
         if commits:
             TRAIN_LOSS.labels(federation_id).set(median_train_loss(commits))
 
@@ -291,9 +291,9 @@ class Driver:
 
         Raises: DomainError: an RPC or the store failed in a way that may pass.
         """
-        federation = await self._store.federation(federation_id)
+        federation = await self._store.federations.read(federation_id)
         ticket = federation.record.ticket
-        round_ = await self._store.round(federation.record, ticket.sequence) if ticket else None
+        round_ = await self._store.rounds.read(federation.record, ticket.sequence) if ticket else None
         view = await self._view(federation.record, round_.record if round_ else None)
         decision = decide(view, self._clock_ms())
         await self._take(decision, federation, round_)
@@ -317,10 +317,10 @@ class Driver:
         if round_ is None:
             return replace(view, laggards=await self._laggards(federation)) if federation.ticket else view
         if round_.round.ended:
-            commits = await self._store.commits(federation, round_.sequence)
+            commits = await self._store.updates.commits(federation, round_.sequence)
             counted = [commit for commit in commits if commit.update.client_id not in round_.dropped_ids]
             voters = [commit.update.client_id for commit in counted]
-            given_up = await self._store.refusals(federation, round_.sequence)
+            given_up = await self._store.updates.refusals(federation, round_.sequence)
             return replace(
                 view,
                 update_count=len(counted),
@@ -334,13 +334,13 @@ class Driver:
     async def _progress(self, view: View, record: RoundRecord) -> View:
         """What has become of a collecting round so far, without a look at every client of it."""
         federation, sequence = view.federation, record.sequence
-        refusals = await self._store.refusals(federation, sequence)
+        refusals = await self._store.updates.refusals(federation, sequence)
         quit_ = [drop for drop in refusals if drop.gave_up and drop.client_id in record.round.cohort]
         special = {*record.dropped_ids, *record.laggards, *view.objectors, *(d.client_id for d in quit_)}
-        committed = await self._store.committed(federation, sequence, sorted(special))
+        committed = await self._store.updates.committed(federation, sequence, sorted(special))
         missing = set(record.laggards) - committed - record.dropped_ids - {d.client_id for d in quit_}
         missing -= await self._working_again(federation, record, missing - view.objectors)
-        count = await self._store.commit_count(federation, sequence)
+        count = await self._store.updates.count(federation, sequence)
         return replace(
             view,
             update_count=count - len(committed & record.dropped_ids),
@@ -359,11 +359,11 @@ class Driver:
         if not laggards:
             return set()
         interval_s = self._policy.liveness.interval_s(
-            await self._store.member_count(federation.federation_id)
+            await self._store.members.count(federation.federation_id)
         )
         if self._clock_ms() < record.round.opened_ms + 2000 * interval_s:
             return laggards
-        seen = await self._store.sightings(federation.federation_id, sorted(laggards))
+        seen = await self._store.presence.sightings(federation.federation_id, sorted(laggards))
         return {
             name
             for name, sighting in seen.items()
@@ -374,7 +374,7 @@ class Driver:
         """Members that reject the plan in force."""
         if federation.plan is None:
             return set()
-        return (await self._store.objections(federation, federation.plan.number)).keys()
+        return (await self._store.plans.objections(federation, federation.plan.number)).keys()
 
     async def _laggards(self, federation: FederationRecord) -> AbstractSet[str]:
         """Who missed the newest round, if that one waited for its clients, and who was left out for another base model.
@@ -382,11 +382,13 @@ class Driver:
         The latter are told to end and to come back with the right one: the others do not wait until they do.
         """
         newest = federation.sequence - 1  # the one before that of the ticket
-        found = await self._store.round(federation, newest) if newest else None
+        found = await self._store.rounds.read(federation, newest) if newest else None
         if found is None or not (found.record.closed_ms or found.record.round.reason is _TOO_FEW):
             return set()
         strangers = {drop.client_id for drop in found.record.dropped if drop.reason is Reason.MODEL_MISMATCH}
-        return set(found.record.round.cohort) - (await self._store.committers(federation, newest) - strangers)
+        return set(found.record.round.cohort) - (
+            await self._store.updates.committers(federation, newest) - strangers
+        )
 
     async def _proceedings(self, federation: FederationRecord, record: RoundRecord) -> Proceedings:
         """What the round's committee has come to, as far as its state asks for it."""
@@ -408,8 +410,8 @@ class Driver:
         federation_id = federation.federation_id
         if not (await self._decides_on_members(federation, round_) or self._is_census_due(federation_id)):
             return {}, set(), set()
-        members = federation.admitted(await self._store.members(federation_id))
-        sightings = await self._store.sightings(federation_id, list(members))
+        members = federation.admitted(await self._store.members.all(federation_id))
+        sightings = await self._store.presence.sightings(federation_id, list(members))
         now_ms = self._clock_ms()
         heard_ms = now_ms - 1000 * self._policy.liveness.patience_s(len(members))
         alive = {name for name, seen in sightings.items() if seen.at_ms >= heard_ms}
@@ -421,7 +423,9 @@ class Driver:
         if round_ is not None:
             return round_.round.ended
         enough = federation.spec.round.clients
-        return bool(federation.sequence) or await self._store.member_count(federation.federation_id) >= enough
+        return (
+            bool(federation.sequence) or await self._store.members.count(federation.federation_id) >= enough
+        )
 
     def _is_census_due(self, federation_id: str) -> bool:
         return self._clock_ms() - self._censuses.get(federation_id, 0) >= 1000 * CENSUS_S
@@ -457,9 +461,9 @@ class Driver:
                 await self._write_federation(name, record, federation)
             case CreateRound(record, layout):
                 layout_record, digest = LayoutRecord.of(layout), record.layout_digest
-                await self._store.put_layout(federation.record.federation_id, layout_record, digest)
+                await self._store.rounds.put_layout(federation.record.federation_id, layout_record, digest)
                 if record.sequence == 1:
-                    await self._store.drop_shapes(federation.record.federation_id)
+                    await self._store.members.drop_shapes(federation.record.federation_id)
                 await self._write_round("create_round", federation.record, record, 0)
             case OpenRound() | WriteRound() | Aggregate() | PublishOpened():
                 await self._act_on_round(decision, federation.record, round_)
@@ -486,7 +490,7 @@ class Driver:
                 swept = transitions.swept(federation.record, garbage)
                 await self._write_federation("sweep_garbage", swept, federation)
                 if swept.ended and not swept.garbage:
-                    await self._store.rewrite_log()
+                    await self._store.disposal.rewrite_log()
             case Delete():
                 await self._delete(federation.record)
 
@@ -516,7 +520,9 @@ class Driver:
         """The write; a set is not proposed to a committee with updates of another base model: no other set follows."""
         if before.proposed or not write.record.proposed:
             return write
-        strangers = misfits(contributors(before, await self._store.commits(federation, before.sequence)))
+        strangers = misfits(
+            contributors(before, await self._store.updates.commits(federation, before.sequence))
+        )
         return _without(before, strangers) if strangers else write
 
     async def _or_abandoned(
@@ -552,7 +558,7 @@ class Driver:
 
     async def _fix_model(self, federation: Versioned[FederationRecord], member: str) -> None:
         """Fixes the model of a federation as that of a member."""
-        model = await self._store.shapes(federation.record.federation_id, member)
+        model = await self._store.members.shapes(federation.record.federation_id, member)
         if model is not None:
             await self._write_federation(
                 "fix_model", transitions.with_model(federation.record, model), federation
@@ -567,8 +573,8 @@ class Driver:
             await self._aggregation.close_round(round_id, results=True)
         if federation.strategy.needs_keys:
             await self._authority.retire_epochs(federation_id, federation.epoch + 1)
-        await self._store.delete(federation)
-        await self._store.rewrite_log()
+        await self._store.disposal.delete(federation)
+        await self._store.disposal.rewrite_log()
         _log.info("federation_deleted", federation_id=federation_id)
 
     async def _opened_from(self, record: FederationRecord, epoch: int) -> tuple[int, bytes]:
@@ -589,16 +595,16 @@ class Driver:
         if sequence is not None:
             await votes_of(federation).drop(self._store, federation, sequence)
         if sequence is not None and federation.strategy.needs_committee:
-            await self._store.drop_committee(federation, sequence)
+            await self._store.committees.drop(federation, sequence)
         await self._aggregation.close_round(garbage.round_id, results=garbage.results)
 
     async def _open_round(self, federation: FederationRecord, record: RoundRecord) -> WriteRound:
         if not takes_ballots(federation, record):
-            layout = await self._store.layout(federation.federation_id, record.layout_digest)
+            layout = await self._store.rounds.layout(federation.federation_id, record.layout_digest)
             rules = federation.spec.round
             attempts = 1 + 2 * rules.max_attempts  # its own, and those of two rounds that may begin from it
             ttl_s = rules.deadline_s * attempts + self._policy.result_ttl_s
-            members = await self._store.members(federation.federation_id)
+            members = await self._store.members.all(federation.federation_id)
             ranks = {
                 name: min(members[name].rank, layout.max_rank)
                 for name in record.round.cohort
@@ -616,7 +622,7 @@ class Driver:
 
         None if a contributor was revoked meanwhile: nothing is published that holds its update.
         """
-        commits = contributors(record, await self._store.commits(federation, record.sequence))
+        commits = contributors(record, await self._store.updates.commits(federation, record.sequence))
         if not record.round.convenes and (strangers := misfits(commits)):
             return _without(record, strangers)
         settled = {Reason.CERTIFICATE_REVOKED, Reason.MODEL_MISMATCH}
@@ -655,7 +661,7 @@ class Driver:
         self, federation: FederationRecord, record: RoundRecord, commits: list[Commit]
     ) -> WriteRound:
         """Ranks the ballots of a vote; leads to its publication."""
-        members = await self._store.members(federation.federation_id)
+        members = await self._store.members.all(federation.federation_id)
         tiers = transitions.budgets(federation.admitted(members))
         counted = await votes_of(federation).count(self._store, federation, record, commits, tiers)
         if counted.missing:
@@ -667,27 +673,27 @@ class Driver:
         self, federation: FederationRecord, record: RoundRecord, commits: list[Commit]
     ) -> dict[int, ShardResult]:
         """All shards, those done before included; several at once."""
-        shards = await self._store.shards(federation, record)
+        shards = await self._store.rounds.shards(federation, record)
         slots = asyncio.Semaphore(self._policy.concurrency)
 
         async def aggregate(index: int) -> None:
             async with slots:
                 parts = contributions(record.round.kind, index, commits, federation.spec.screening)
                 shards[index] = await self._aggregation.aggregate(record.round.round_id, index, parts)
-                await self._store.put_shard(federation, record, index, shards[index])
+                await self._store.rounds.put_shard(federation, record, index, shards[index])
 
         await _all(*(aggregate(index) for index in range(record.shard_count) if index not in shards))
         return shards
 
     async def _publish_opened(self, federation: FederationRecord, record: RoundRecord) -> WriteRound | None:
         """Puts down what opens the sum; leads to publication. None if a contributor was revoked meanwhile."""
-        commits = contributors(record, await self._store.commits(federation, record.sequence))
-        shards = await self._store.shards(federation, record)
+        commits = contributors(record, await self._store.updates.commits(federation, record.sequence))
+        shards = await self._store.rounds.shards(federation, record)
         if len(shards) != record.shard_count:  # they have expired: aggregate again
             return None
         opening = await opening_of(self._store, federation, record)
         digest = StoredDigest(sha256=hashlib.sha256(opening).hexdigest(), total_bytes=len(opening))
-        await self._store.put_opening(federation.federation_id, digest.sha256, opening)
+        await self._store.committees.put_opening(federation.federation_id, digest.sha256, opening)
         record = record.model_copy(update={"opening": digest})
         if revoked_since(record, self._revoked(federation.federation_id)):
             return None
@@ -724,13 +730,13 @@ class Driver:
     async def _write_federation(
         self, name: str, record: FederationRecord, before: Versioned[FederationRecord]
     ) -> None:
-        if await self._store.write_federation(name, record, before):
+        if await self._store.federations.write(name, record, before):
             _log.info(name, federation_id=record.federation_id, phase=record.phase, failure=record.failure)
 
     async def _write_round(
         self, name: str, federation: FederationRecord, record: RoundRecord, revision: int
     ) -> None:
-        if await self._store.write_round(name, federation, record, revision):
+        if await self._store.rounds.write(name, federation, record, revision):
             _log.info(
                 name, round_id=record.round.round_id, state=record.round.state, reason=record.round.reason
             )

@@ -116,10 +116,10 @@ class Handlers:
         record = FederationRecord(
             federation_id=spec.name, instance=self.new_instance(), spec=spec, created_ms=self.clock_ms()
         )
-        if await self.store.write_federation("create_federation", record, None):
+        if await self.store.federations.write("create_federation", record, None):
             _log.info("federation_created", federation_id=spec.name)
             return record
-        found = (await self.store.federation(spec.name)).record
+        found = (await self.store.federations.read(spec.name)).record
         if found.spec != spec:
             raise DomainError(
                 Reason.FEDERATION_EXISTS,
@@ -133,7 +133,7 @@ class Handlers:
                 f"round.clients = {spec.round.clients} can never join: this coordinator takes "
                 f"{self.limits.max_members} members a federation (max_members)"
             )
-        names = await self.store.federation_ids()
+        names = await self.store.federations.ids()
         if len(names) >= self.limits.max_federations and spec.name not in names:
             raise _limit(
                 f"this coordinator holds {len(names)} federations, the most it takes (max_federations): wait until "
@@ -142,17 +142,17 @@ class Handlers:
 
     async def start(self, federation_id: str) -> FederationRecord:
         """Lets a federation begin. Raises FEDERATION_UNKNOWN, FEDERATION_CLOSED."""
-        return await self.store.transact("start_federation", federation_id, transitions.started)
+        return await self.store.federations.transact("start_federation", federation_id, transitions.started)
 
     async def rotate(self, federation_id: str, from_epoch: int) -> FederationRecord:
         """Has a federation leave an epoch. Raises FEDERATION_UNKNOWN, FEDERATION_CLOSED, INVALID_ARGUMENT."""
-        return await self.store.transact(
+        return await self.store.federations.transact(
             "ask_rotation", federation_id, lambda r: transitions.rotation_asked(r, from_epoch)
         )
 
     async def stop(self, federation_id: str) -> FederationRecord:
         """Has a federation end with its newest result. Raises FEDERATION_UNKNOWN."""
-        record = await self.store.transact("ask_stop", federation_id, transitions.stop_asked)
+        record = await self.store.federations.transact("ask_stop", federation_id, transitions.stop_asked)
         _log.info("stop_asked", federation_id=federation_id, trained=record.trained)
         return record
 
@@ -161,10 +161,10 @@ class Handlers:
 
         Raises: FEDERATION_UNKNOWN, INVALID_ARGUMENT, FEDERATION_CLOSED.
         """
-        before = (await self.store.federation(federation_id)).record
+        before = (await self.store.federations.read(federation_id)).record
         if before.phase is Phase.FINISHED and transitions.extended(before, rounds) != before:
             await self._require_result(before)
-        record = await self.store.transact(
+        record = await self.store.federations.transact(
             "extend_federation", federation_id, lambda r: transitions.extended(r, rounds)
         )
         _log.info("federation_extended", federation_id=federation_id, rounds=record.rounds)
@@ -172,7 +172,7 @@ class Handlers:
 
     async def _require_result(self, record: FederationRecord) -> None:
         """Raises: FEDERATION_CLOSED unless aggregation still keeps the result that a finished federation ended with."""
-        found = await self.store.round(record, record.result_sequence)
+        found = await self.store.rounds.read(record, record.result_sequence)
         if found is None or self.clock_ms() > found.record.round.ended_ms + 1000 * self.limits.result_life_s:
             raise DomainError(
                 Reason.FEDERATION_CLOSED,
@@ -182,15 +182,15 @@ class Handlers:
 
     async def delete(self, federation_id: str) -> None:
         """Has everything of a federation deleted. Raises FEDERATION_UNKNOWN."""
-        await self.store.transact("ask_deletion", federation_id, transitions.deletion_asked)
+        await self.store.federations.transact("ask_deletion", federation_id, transitions.deletion_asked)
         _log.info("deletion_asked", federation_id=federation_id)
 
     async def federations(self) -> list[FederationRecord]:
         """All federations, by name. One that expires meanwhile is left out."""
         records = []
-        for federation_id in await self.store.federation_ids():
+        for federation_id in await self.store.federations.ids():
             with suppress(DomainError):
-                records.append((await self.store.federation(federation_id)).record)
+                records.append((await self.store.federations.read(federation_id)).record)
         return records
 
     async def join(
@@ -201,12 +201,12 @@ class Handlers:
         tensors: Sequence[common_pb2.Tensor],
     ) -> FederationRecord:
         """Makes a client a member. Raises INVALID_ARGUMENT, MODEL_MISMATCH, FEDERATION_CLOSED, LIMIT_REACHED."""
-        record = (await self.store.federation(federation_id)).record
+        record = (await self.store.federations.read(federation_id)).record
         model = await asyncio.to_thread(checks.model, record.spec, matrices, tensors, record.model)
         transitions.required_model(record, model)
         checks.require_rank(record.spec, model, member.rank)
-        if not await self.store.is_member(federation_id, member.client_id):
-            count = await self.store.member_count(federation_id)
+        if not await self.store.members.has(federation_id, member.client_id):
+            count = await self.store.members.count(federation_id)
             if count >= self.limits.max_members:
                 raise _limit(
                     f"the federation has {count} members, the most this coordinator takes (max_members)"
@@ -215,8 +215,8 @@ class Handlers:
             federation_id, member.client_id
         )  # before it is a member, so that it is never one unseen
         if not record.sequence:
-            await self.store.put_shapes(federation_id, member.client_id, model)
-        await self.store.put_member(federation_id, member.model_copy(update={"shapes": model.digest}))
+            await self.store.members.put_shapes(federation_id, member.client_id, model)
+        await self.store.members.put(federation_id, member.model_copy(update={"shapes": model.digest}))
         _log.info("client_joined", federation_id=federation_id, client_id=member.client_id, rank=member.rank)
         return record
 
@@ -225,7 +225,7 @@ class Handlers:
 
         Raises: CLIENT_UNKNOWN, CLIENT_REPLACED.
         """
-        members = await self.store.see(federation_id, client_id, seen, session)
+        members = await self.store.presence.see(federation_id, client_id, seen, session)
         if not members:
             await self._require_member(federation_id, client_id)
         if members < 0:
@@ -250,11 +250,11 @@ class Handlers:
             return
         match assignment.work:
             case Vote(record) | Train(record):
-                if await self.store.commit_of(federation, record.sequence, client_id) is None:
-                    await self.store.put_refusal(federation, record.sequence, said)
+                if await self.store.updates.commit_of(federation, record.sequence, client_id) is None:
+                    await self.store.updates.put_refusal(federation, record.sequence, said)
             case MakePlan(negotiation):
                 number = negotiation.plan_number
-                await self.store.transact(
+                await self.store.federations.transact(
                     "give_up_lead",
                     federation_id,
                     lambda r: transitions.without_leader(r, client_id, number),
@@ -276,7 +276,7 @@ class Handlers:
         """
         member = await self._require_member(federation_id, client_id)
         if session:
-            await self.store.begin_session(federation_id, client_id, session)
+            await self.store.presence.begin_session(federation_id, client_id, session)
         await self._touch(federation_id, client_id)
         await_evaluations(federation_id)  # they come to where their client watches
         last, commit = "", _OwnCommit()
@@ -302,15 +302,15 @@ class Handlers:
         if round_ is None or round_.round.state is not RoundState.COLLECTING:
             return federation, assignment_for(federation, round_, client_id, committed=False)
         if commit.sequence != round_.sequence:
-            found = await self.store.commit_of(federation, round_.sequence, client_id)
+            found = await self.store.updates.commit_of(federation, round_.sequence, client_id)
             commit.sequence, commit.committed = round_.sequence, found is not None
         return federation, assignment_for(federation, round_, client_id, committed=commit.committed)
 
     async def _look(self, federation_id: str) -> _Look:
         """A federation, and the round in progress if its record exists."""
-        federation = (await self.store.federation(federation_id)).record
+        federation = (await self.store.federations.read(federation_id)).record
         ticket = federation.ticket
-        found = await self.store.round(federation, ticket.sequence) if ticket else None
+        found = await self.store.rounds.read(federation, ticket.sequence) if ticket else None
         return federation, found.record if found else None
 
     async def require_shards(self, federation_id: str, round_id: str, count: int) -> None:
@@ -319,7 +319,7 @@ class Handlers:
         Raises: ROUND_UNKNOWN, INVALID_ARGUMENT.
         """
         if count > FEW_SHARDS:
-            federation = (await self.store.federation(federation_id)).record
+            federation = (await self.store.federations.read(federation_id)).record
             _require_count((await self._round(federation, round_id)).shard_count, count)
 
     async def commit(
@@ -343,7 +343,7 @@ class Handlers:
         update: Update,
         dealt: committee_pb2.DealtShares | None,
     ) -> tuple[CommitOutcome, int]:
-        federation = (await self.store.federation(federation_id)).record
+        federation = (await self.store.federations.read(federation_id)).record
         await self._touch(federation_id, update.client_id)
         record = await self._round(federation, round_id)
         checks.require(
@@ -354,7 +354,7 @@ class Handlers:
         if dealt is not None:
             content = dealt.SerializeToString(deterministic=True)
             update = update.model_copy(update={"dealing": hashlib.sha256(content).hexdigest()})
-        earlier = await self.store.commit_of(federation, record.sequence, update.client_id)
+        earlier = await self.store.updates.commit_of(federation, record.sequence, update.client_id)
         if earlier is None:
             if record.round.state is not RoundState.COLLECTING:
                 return CommitOutcome.NOT_COLLECTING, 0
@@ -364,7 +364,7 @@ class Handlers:
                 kept = self.convening.dealt(federation, record, update.client_id, shards, dealt)
             # Last of all: a sealed update stays as it is, also if it is refused after all.
             await self.aggregation.seal(record.round.round_id, update)
-        return await self.store.commit(federation, record.sequence, update, kept)
+        return await self.store.updates.commit(federation, record.sequence, update, kept)
 
     async def cast_ballot(
         self, federation_id: str, round_id: str, update: Update, pieces: AsyncIterator[bytes]
@@ -379,14 +379,14 @@ class Handlers:
     async def _cast(
         self, federation_id: str, round_id: str, update: Update, pieces: AsyncIterator[bytes]
     ) -> tuple[CommitOutcome, int]:
-        federation = (await self.store.federation(federation_id)).record
+        federation = (await self.store.federations.read(federation_id)).record
         await self._touch(federation_id, update.client_id)
         record = await self._round(federation, round_id)
         update = update.model_copy(update={"layout_digest": record.layout_digest})
-        if await self.store.commit_of(federation, record.sequence, update.client_id) is None:
+        if await self.store.updates.commit_of(federation, record.sequence, update.client_id) is None:
             ballot = await self._ballot(federation, record, update, pieces)
-            await self.store.put_ballot(federation, record.sequence, update.client_id, ballot)
-        return await self.store.commit(federation, record.sequence, update)
+            await self.store.updates.put_ballot(federation, record.sequence, update.client_id, ballot)
+        return await self.store.updates.commit(federation, record.sequence, update)
 
     async def _ballot(
         self,
@@ -403,7 +403,7 @@ class Handlers:
         (announced,) = update.shards
         digest = Digest(bytes.fromhex(announced.sha256), announced.total_bytes)
         data = await collect(pieces, digest, most_bytes(federation))
-        member = await self.store.member(federation.federation_id, update.client_id)
+        member = await self.store.members.find(federation.federation_id, update.client_id)
         await asyncio.to_thread(opened_ballot, data, federation, member.budget if member else 0.0)
         return data
 
@@ -414,7 +414,7 @@ class Handlers:
         if update.layout_digest != record.layout_digest:
             raise DomainError(Reason.LAYOUT_MISMATCH, "the update was made for another layout")
         _require_count(record.shard_count, len(update.shards))
-        layout = await self.store.layout(federation.federation_id, record.layout_digest)
+        layout = await self.store.rounds.layout(federation.federation_id, record.layout_digest)
         checks.require(
             update.rank <= layout.max_rank, f"rank must be at most {layout.max_rank} in this round"
         )
@@ -427,7 +427,7 @@ class Handlers:
             return update
         norm = update_norm(update.scaling, [shard.squared_norm for shard in stored.values()])
         update = update.model_copy(update={"norm": norm})
-        member = await self.store.member(federation.federation_id, update.client_id)
+        member = await self.store.members.find(federation.federation_id, update.client_id)
         if member is not None:
             checks.require(
                 update.rank <= member.rank,
@@ -437,7 +437,7 @@ class Handlers:
             require_believable(federation.spec.screening, update, member)
         except DomainError as error:
             refusal = Dropped(client_id=update.client_id, reason=error.reason, why=error.message)
-            await self.store.put_refusal(federation, record.sequence, refusal)
+            await self.store.updates.put_refusal(federation, record.sequence, refusal)
             raise
         return update
 
@@ -452,7 +452,7 @@ class Handlers:
     ) -> None:
         """Takes the leader's sealed plan. Raises NOT_LEADER, INVALID_ARGUMENT, DIGEST_MISMATCH, TRANSFER_*."""
         stored = StoredDigest(sha256=digest.sha256.hex(), total_bytes=digest.total_bytes)
-        before = (await self.store.federation(federation_id)).record
+        before = (await self.store.federations.read(federation_id)).record
         counted = checks.plan(before, client_id, number, matrices)
 
         def published(record: FederationRecord) -> FederationRecord:
@@ -461,17 +461,17 @@ class Handlers:
         if published(before) == before:  # refuses before a byte is read
             return
         sealed = await collect(pieces, digest, MAX_PLAN_BYTES)
-        await self.store.put_plan(federation_id, stored.sha256, sealed)
-        await self.store.transact("publish_plan", federation_id, published)
+        await self.store.plans.put(federation_id, stored.sha256, sealed)
+        await self.store.federations.transact("publish_plan", federation_id, published)
         _log.info("plan_published", federation_id=federation_id, client_id=client_id, plan_number=number)
 
     async def plan(self, federation_id: str, number: int) -> bytes:
         """A sealed plan that is in use. Raises PLAN_UNKNOWN."""
-        federation = (await self.store.federation(federation_id)).record
+        federation = (await self.store.federations.read(federation_id)).record
         plan = next((plan for plan in federation.plans if plan.number == number), None)
         if plan is None:
             raise DomainError(Reason.PLAN_UNKNOWN, f"plan {number} is not in use")
-        return await self.store.plan(federation_id, plan.digest.sha256)
+        return await self.store.plans.read(federation_id, plan.digest.sha256)
 
     async def reject_plan(
         self, federation_id: str, client_id: str, number: int, sha256: str, why: str
@@ -481,10 +481,10 @@ class Handlers:
         Raises: CLIENT_UNKNOWN, PLAN_UNKNOWN.
         """
         await self._require_member(federation_id, client_id)
-        federation = (await self.store.federation(federation_id)).record
+        federation = (await self.store.federations.read(federation_id)).record
         if transitions.require_in_force(federation, number, sha256):
             objection = Dropped(client_id=client_id, reason=Reason.PLAN_REFUSED, why=why, gave_up=True)
-            await self.store.put_objection(federation, number, objection)
+            await self.store.plans.put_objection(federation, number, objection)
         _log.warning(
             "plan_rejected", federation_id=federation_id, client_id=client_id, plan_number=number, why=why
         )
@@ -493,28 +493,28 @@ class Handlers:
         """Keeps what a member measured. Raises CLIENT_UNKNOWN, ROUND_UNKNOWN."""
         await self._require_member(federation_id, evaluation.client_id)
         await self._touch(federation_id, evaluation.client_id)
-        federation = (await self.store.federation(federation_id)).record
+        federation = (await self.store.federations.read(federation_id)).record
         record = await self._round(federation, round_id)
-        await self.store.put_evaluation(federation, record.sequence, evaluation)
+        await self.store.rounds.put_evaluation(federation, record.sequence, evaluation)
         right = evaluation.correct_count
         tell_evaluation(federation_id, right, evaluation.example_count - right)
 
     async def _round(self, federation: FederationRecord, round_id: str) -> RoundRecord:
         sequence = federation.sequence_of(round_id)
-        found = await self.store.round(federation, sequence) if sequence else None
+        found = await self.store.rounds.read(federation, sequence) if sequence else None
         if found is None:
             raise DomainError(Reason.ROUND_UNKNOWN, "the federation has no such round (any more)")
         return found.record
 
     async def _require_member(self, federation_id: str, client_id: str) -> Member:
-        member = await self.store.member(federation_id, client_id)
+        member = await self.store.members.find(federation_id, client_id)
         if member is None:
-            await self.store.federation(federation_id)  # FEDERATION_UNKNOWN says more
+            await self.store.federations.read(federation_id)  # FEDERATION_UNKNOWN says more
             raise _not_joined()
         return member
 
     async def _touch(self, federation_id: str, client_id: str) -> None:
-        await self.store.touch(federation_id, client_id, self.clock_ms())
+        await self.store.presence.touch(federation_id, client_id, self.clock_ms())
 
 
 @dataclass

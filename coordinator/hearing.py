@@ -36,25 +36,25 @@ class Hearing:
     async def proceedings(self, federation: FederationRecord, record: RoundRecord) -> Proceedings:
         """What the round's committee has come to, as far as the state of the round asks for it."""
         state, place = record.round.state, (federation, record.sequence)
-        departed = await self._store.speakers(Statement.DEPARTURE, *place)
+        departed = await self._store.committees.speakers(Statement.DEPARTURE, *place)
         if state is RoundState.KEYING:
-            orders = await self._store.orders(*place)
+            orders = await self._store.committees.orders(*place)
             return Proceedings(orders=orders, views=await self._heard_views(place), departed=departed)
         self._views.clear()
         if state not in {RoundState.CERTIFYING, RoundState.AGGREGATING}:
             return Proceedings(departed=departed)
-        shards = await self._store.shards(federation, record)
+        shards = await self._store.rounds.shards(federation, record)
         return Proceedings(
             departed=departed,
             dealings=await self._heard_dealings(place, record),
             checks=await self._heard_checks(place, record),
-            signed=await self._store.speakers(Statement.SIGNATURE, *place),
-            answered=await self._store.speakers(Statement.ANSWER, *place),
+            signed=await self._store.committees.speakers(Statement.SIGNATURE, *place),
+            answered=await self._store.committees.speakers(Statement.ANSWER, *place),
             aggregated=len(shards) == record.shard_count,
         )
 
     async def _heard_views(self, place: Place) -> dict[str, str]:
-        names = await self._store.speakers(Statement.VIEW, *place)
+        names = await self._store.committees.speakers(Statement.VIEW, *place)
         read = self._reader(Statement.VIEW, place)
         async for views in _new(names, self._views.keys(), read):
             self._views |= views_in(views)
@@ -67,17 +67,17 @@ class Hearing:
             return {}
         federation, sequence = place
         context = context_of(federation, record)
-        names = await self._store.dealers(federation, sequence)
+        names = await self._store.committees.dealers(federation, sequence)
 
         async def read(batch: list[str]) -> dict[str, bytes]:
-            return await self._store.dealings(federation, sequence, batch)
+            return await self._store.committees.dealings(federation, sequence, batch)
 
         async for dealings in _new(names, self._dealings.keys(), read):
             self._dealings |= dealings_in(context, dealings)
         return {name: dealt for name, dealt in self._dealings.items() if name not in record.dropped_ids}
 
     async def _heard_checks(self, place: Place, record: RoundRecord) -> dict[int, Checked]:
-        names = await self._store.speakers(Statement.CHECK, *place)
+        names = await self._store.committees.speakers(Statement.CHECK, *place)
         async for checks in _new(names, self._checkers, self._reader(Statement.CHECK, place)):
             self._checks |= checked_in(context_of(place[0], record), record, checks)
             self._checkers |= checks.keys()
@@ -85,7 +85,7 @@ class Hearing:
 
     def _reader(self, kind: Statement, place: Place) -> Read:
         async def read(batch: list[str]) -> dict[str, bytes]:
-            return await self._store.statements(kind, *place, batch)
+            return await self._store.committees.statements(kind, *place, batch)
 
         return read
 

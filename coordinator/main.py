@@ -19,7 +19,7 @@ from coordinator.keys import Keys
 from coordinator.metrics import tell_fullness
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import RedisStore
+from coordinator.store import redis_store
 from services.shell import flags
 from services.shell.fullness import watch_fullness
 from services.shell.membership import join
@@ -138,7 +138,7 @@ def compose(
     Args: root: certificate of the authority in DER, whose clients' statements are believed.
     """
     sighting = timedelta(seconds=settings.sighting_s)
-    store = RedisStore(client, now_ms, settings.retention, sighting, settings.redis_timeout_s)
+    store = redis_store(client, now_ms, settings.retention, sighting, settings.redis_timeout_s)
     pool = AggregationPool(
         aggregation, retry_s=settings.retry_s, aggregate_timeout_s=settings.aggregate_timeout_s
     )

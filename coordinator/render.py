@@ -98,17 +98,17 @@ class Renderer:
 
     async def _member_count(self, record: FederationRecord) -> int:
         """Members, without reading them all: those that joined, less the revoked."""
-        count = await self._store.member_count(record.federation_id)
+        count = await self._store.members.count(record.federation_id)
         for client_id in record.revoked:
-            member = await self._store.member(record.federation_id, client_id)
+            member = await self._store.members.find(record.federation_id, client_id)
             count -= member is not None and not record.admits(member)
         return count
 
     async def _members(self, record: FederationRecord, now_ms: int) -> list[pb.Member]:
-        joined = await self._store.members(record.federation_id)
+        joined = await self._store.members.all(record.federation_id)
         members = {name: member for name, member in joined.items() if record.admits(member)}
-        sightings = await self._store.sightings(record.federation_id, list(members))
-        copies = await self._store.copies(record.federation_id)
+        sightings = await self._store.presence.sightings(record.federation_id, list(members))
+        copies = await self._store.presence.copies(record.federation_id)
         troubles = await self._troubles(record)
         misfits = members if record.split else [n for n, member in members.items() if not record.fits(member)]
         troubles |= dict.fromkeys(misfits, _MISFIT)
@@ -125,7 +125,7 @@ class Renderer:
         """Members that refuse the plan in force, with their words."""
         if record.plan is None:
             return {}
-        objections = await self._store.objections(record, record.plan.number)
+        objections = await self._store.plans.objections(record, record.plan.number)
         return {name: (said.reason.value, said.why) for name, said in objections.items()}
 
     async def _add_history(self, federation: pb.Federation, record: FederationRecord, after: int) -> None:
@@ -133,7 +133,7 @@ class Renderer:
         current = record.ticket.sequence if record.ticket else 0
         room = HISTORY_BYTES
         for sequence in range(after + 1, record.sequence + 1):
-            found = await self._store.round(record, sequence) if sequence != current else None
+            found = await self._store.rounds.read(record, sequence) if sequence != current else None
             if found is None:
                 continue
             if room <= 0:
@@ -147,7 +147,7 @@ class Renderer:
         ticket = record.ticket
         if ticket is None:
             return None
-        found = await self._store.round(record, ticket.sequence)
+        found = await self._store.rounds.read(record, ticket.sequence)
         if found is not None:
             return await summary(record, found.record)
         return pb.RoundSummary(
@@ -161,18 +161,18 @@ class Renderer:
 
     async def _without_reports(self, federation: FederationRecord, record: RoundRecord) -> pb.RoundSummary:
         aggregating = record.round.state is RoundState.AGGREGATING
-        shards = await self._store.shards(federation, record) if aggregating else {}
-        count = await self._store.commit_count(federation, record.sequence)
+        shards = await self._store.rounds.shards(federation, record) if aggregating else {}
+        count = await self._store.updates.count(federation, record.sequence)
         return round_to_proto(record, count, shards_done=len(record.results) or len(shards))
 
     async def _summary(self, federation: FederationRecord, record: RoundRecord) -> pb.RoundSummary:
         summary = await self._without_reports(federation, record)
-        commits = await self._store.commits(federation, record.sequence)
+        commits = await self._store.updates.commits(federation, record.sequence)
         committed = {commit.update.client_id for commit in commits}
-        refusals = await self._store.refusals(federation, record.sequence)
+        refusals = await self._store.updates.refusals(federation, record.sequence)
         left_out = record.dropped_ids | committed
         dropped = [*record.dropped, *(drop for drop in refusals if drop.client_id not in left_out)]
-        evaluations = await self._store.evaluations(federation, record.sequence)
+        evaluations = await self._store.rounds.evaluations(federation, record.sequence)
         summary.update_count = len(commits)
         summary.upload_bytes = sum(commit.update.report.upload_bytes for commit in commits)
         summary.updates.extend(_report_to_proto(commit) for commit in commits)
@@ -241,7 +241,7 @@ class Renderer:
         if step is ServeStep.SIGN:
             serve.proposed = bytes.fromhex(record.proposed)
         if step is ServeStep.ANSWER:
-            signed = await self._store.statements(Statement.SIGNATURE, federation, record.sequence)
+            signed = await self._store.committees.statements(Statement.SIGNATURE, federation, record.sequence)
             serve.certificate.CopyFrom(certificate_of(record, signed))
         return serve
 
@@ -274,7 +274,7 @@ class Renderer:
         )
 
     async def _result(self, federation: FederationRecord, sequence: int) -> common_pb2.ResultRef:
-        found = await self._store.round(federation, sequence)
+        found = await self._store.rounds.read(federation, sequence)
         if found is None:
             raise DomainError(Reason.RESULT_UNKNOWN, "the result that the assignment refers to has expired")
         record = found.record
@@ -288,7 +288,7 @@ class Renderer:
         )
 
     async def _layout(self, federation: FederationRecord, digest: str) -> common_pb2.Layout:
-        return layout_to_proto((await self._store.layout(federation.federation_id, digest)).layout())
+        return layout_to_proto((await self._store.rounds.layout(federation.federation_id, digest)).layout())
 
 
 def member_to_proto(

@@ -40,7 +40,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def GetFederation(self, request: pb.GetFederationRequest, context: _Context) -> pb.Federation:
         async with translated(context):
-            found = await self._handlers.store.federation(request.federation_id)
+            found = await self._handlers.store.federations.read(request.federation_id)
             now_ms = self._handlers.clock_ms()
             return await self._render.federation(found.record, now_ms, request.view, request.history_after)
 

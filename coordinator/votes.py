@@ -19,22 +19,10 @@ from coordinator.records import (
     StoredDigest,
     Update,
 )
+from coordinator.store import Store
 from shelora.negotiation.ballots import Ballot, Tally, ballot_bytes, most_polled
 from shelora.negotiation.ranking import tier_ends, total_columns
 from shelora.rounds import RoundKind
-
-
-class BallotStore(Protocol):
-    """What of the coordinator's store a vote by ballots needs."""
-
-    async def ballot(self, federation: FederationRecord, sequence: int, client_id: str) -> bytes | None:
-        """A client's ballot; None if there is none (any more)."""
-
-    async def drop_ballots(self, federation: FederationRecord, sequence: int) -> None:
-        """Deletes all ballots of a vote."""
-
-    async def put_plan(self, federation_id: str, digest: str, plan: bytes) -> None:
-        """Keeps a published plan."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,7 @@ class Votes(Protocol):
 
     async def count(
         self,
-        store: BallotStore,
+        store: Store,
         federation: FederationRecord,
         record: RoundRecord,
         commits: Sequence[Commit],
@@ -77,7 +65,7 @@ class Votes(Protocol):
     ) -> Counted:
         """Counts ballots and keeps the ranked list. Only if votes are ballots."""
 
-    async def drop(self, store: BallotStore, federation: FederationRecord, sequence: int) -> None:
+    async def drop(self, store: Store, federation: FederationRecord, sequence: int) -> None:
         """Deletes what is kept here of a vote."""
 
 
@@ -150,7 +138,7 @@ class Ballots:
 
     async def count(
         self,
-        store: BallotStore,
+        store: Store,
         federation: FederationRecord,
         record: RoundRecord,
         commits: Sequence[Commit],
@@ -159,7 +147,7 @@ class Ballots:
         """As of `Votes`, of a bounded sample of the voters."""
         tally, missing = Tally([m.in_features for m in federation.matrices]), []
         for update in _sampled(federation, record, [commit.update for commit in commits]):
-            data = await store.ballot(federation, record.sequence, update.client_id)
+            data = await store.updates.ballot(federation, record.sequence, update.client_id)
             if data is None or not _is_of(data, update):  # lost, or replaced while it was being committed
                 missing.append(update.client_id)
             else:
@@ -168,12 +156,12 @@ class Ballots:
             return Counted(missing=tuple(missing))
         ranked, encoded = await asyncio.to_thread(_ranked_list, tally, federation, tiers, refine=self._refine)
         if ranked is not None:
-            await store.put_plan(federation.federation_id, ranked.digest.sha256, encoded)
+            await store.plans.put(federation.federation_id, ranked.digest.sha256, encoded)
         return Counted(ranked=ranked)
 
-    async def drop(self, store: BallotStore, federation: FederationRecord, sequence: int) -> None:
+    async def drop(self, store: Store, federation: FederationRecord, sequence: int) -> None:
         """As of `Votes`."""
-        await store.drop_ballots(federation, sequence)
+        await store.updates.drop_ballots(federation, sequence)
 
 
 _PROTOCOLS: Final[Mapping[str, Votes]] = {

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coordinator.main import now_ms
-from coordinator.store import RedisStore
+from coordinator.store import redis_store
 from services.shell.redis_client import connect
 from shelora.cli.cluster import LocalCluster
 from shelora.federation import FederationSpec
@@ -134,8 +134,8 @@ async def _findings(drill: Drill, cluster: LocalCluster, hangs: list[str], tale:
     federation = await drill.federation()
     assert federation is not None, "the coordinator does not answer, with nothing disturbed"
     async with connect(cluster.addresses.redis_url) as client:
-        store = RedisStore(client, now_ms, timedelta(days=30))
-        record = (await store.federation(federation.federation_id)).record
+        store = redis_store(client, now_ms, timedelta(days=30))
+        record = (await store.federations.read(federation.federation_id)).record
         rounds: list[RoundAudit] = await rounds_of(store, record)
     aggregation = drill.logs("aggregation")
     return [

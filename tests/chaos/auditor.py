@@ -11,7 +11,7 @@ from coordinator.aggregation import contributions
 from coordinator.committees import context_of
 from coordinator.decisions import contributors
 from coordinator.records import Commit, FederationRecord, RoundRecord
-from coordinator.store import RedisStore
+from coordinator.store import Store
 from shelora.committee.certificate import ContributorSet
 from shelora.federation import ScreeningSpec
 from shelora.lora.aggregate import aggregate_shard
@@ -112,16 +112,16 @@ class RoundAudit:
         return ""
 
 
-async def rounds_of(store: RedisStore, federation: FederationRecord) -> list[RoundAudit]:
+async def rounds_of(store: Store, federation: FederationRecord) -> list[RoundAudit]:
     """All rounds of a federation, as they stand."""
     found = []
     for sequence in range(1, federation.sequence + 1):
-        stored = await store.round(federation, sequence)
+        stored = await store.rounds.read(federation, sequence)
         if stored is None:
             continue
         record = stored.record
-        layout = await store.layout(federation.federation_id, record.layout_digest)
-        commits = await store.commits(federation, record.sequence)
+        layout = await store.rounds.layout(federation.federation_id, record.layout_digest)
+        commits = await store.updates.commits(federation, record.sequence)
         found.append(RoundAudit(record, commits, layout.layout(), _proposed(federation, record)))
     return found
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from coordinator.main import now_ms
-from coordinator.store import RedisStore
+from coordinator.store import redis_store
 from services.shell.redis_client import connect
 from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.operator import operator
@@ -170,8 +170,8 @@ class Federation:
         logs = {name: log_of(self._world, f"{self._spec.name}-{name}") for name in self.agents}
         noted = {name: certified(self.home / name / "state") for name in self.agents}
         async with connect(self._world.cluster.addresses.redis_url) as client:
-            store = RedisStore(client, now_ms, timedelta(days=30))
-            rounds = await rounds_of(store, (await store.federation(self._spec.name)).record)
+            store = redis_store(client, now_ms, timedelta(days=30))
+            rounds = await rounds_of(store, (await store.federations.read(self._spec.name)).record)
         findings = [
             invariants.every_commit_counts_once(rounds),
             invariants.one_set_a_draw(rounds, noted),

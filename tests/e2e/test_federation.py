@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from coordinator.main import now_ms
-from coordinator.store import RedisStore
+from coordinator.store import redis_store
 from services.key_authority.custody import read_root, read_vault
 from services.key_authority.epochs import EpochId
 from services.key_authority.sealer import SealingKey
@@ -151,8 +151,8 @@ def _assert_rounds_are_complete(federation: pb.Federation) -> None:
 async def _assert_history_and_results_are_left(redis_url: str, name: str) -> None:
     """Of a finished federation Redis keeps its history and what agents may still ask for; the rest is gone or going."""
     async with connect(redis_url) as client:
-        store = RedisStore(client, now_ms)
-        while (record := (await store.federation(name)).record).garbage:  # noqa: ASYNC110 - a driver sweeps
+        store = redis_store(client, now_ms)
+        while (record := (await store.federations.read(name)).record).garbage:  # noqa: ASYNC110 - a driver sweeps
             await asyncio.sleep(0.1)
         kept = {record.round_id(sequence) for sequence in record.results_in_use}
         found = {key.decode(): await client.ttl(key) async for key in client.scan_iter()}

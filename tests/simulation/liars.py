@@ -212,9 +212,9 @@ def proposing(forge: Forge) -> Iterator[Signed]:
             own = pb.Assignment.FromString(assignment.SerializeToString())
             context = RoundContext.from_proto(own.serve.round.context)
             store = self._handlers.store
-            record = (await store.federation(context.federation_id)).record
+            record = (await store.federations.read(context.federation_id)).record
             dealings = dealings_in(
-                context, await store.dealings(record, record.ticket.sequence, context.cohort)
+                context, await store.committees.dealings(record, record.ticket.sequence, context.cohort)
             )
             shown[context.round_id][own.serve.proposed] = context
             own.serve.proposed = forge(context, own.serve.proposed, dealings, request.client_id)

@@ -11,14 +11,19 @@ from unittest import mock
 
 import coordinator.driver
 import coordinator.handlers
-import coordinator.store
+import coordinator.store.database
+import coordinator.store.updates
 import services.aggregation.scripts
 from coordinator import transitions
 from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Signal
 from coordinator.driver import Driver
 from coordinator.records import FederationRecord, Garbage
-from coordinator.store import CommitOutcome, RedisStore
+from coordinator.store import CommitOutcome
+from coordinator.store.database import Database
+from coordinator.store.leases import LeaseStore
+from coordinator.store.rounds import RoundStore
+from coordinator.store.updates import UpdateStore
 from services.aggregation.uploads import Uploads
 from shelora.errors import DomainError, Reason
 
@@ -32,20 +37,20 @@ def _script(module: Any, name: str, rule: str, instead: str = "") -> AbstractCon
 def any_revision() -> AbstractContextManager[Any]:
     """A record is written whatever was written since it was read."""
     rule = "if revision ~= tonumber(ARGV[1]) then\n  return 0\nend"
-    return _script(coordinator.store, "COMPARE_AND_SET", rule)
+    return _script(coordinator.store.database, "COMPARE_AND_SET", rule)
 
 
 def commits_after_the_close() -> AbstractContextManager[Any]:
     """A commit is counted without a look at the round's state in the same step."""
     rule = "if redis.call('HGET', KEYS[1], 'state') ~= 'COLLECTING' then\n  return {4, 0}\nend"
-    return _script(coordinator.store, "COMMIT", rule)
+    return _script(coordinator.store.updates, "COMMIT", rule)
 
 
 def commit_acknowledged_unheard() -> AbstractContextManager[Any]:
     """A commit whose fate is unknown is acknowledged."""
-    commit = RedisStore.commit
+    commit = UpdateStore.commit
 
-    async def trusting(self: RedisStore, *update: Any) -> Any:
+    async def trusting(self: UpdateStore, *update: Any) -> Any:
         try:
             return await commit(self, *update)
         except DomainError as error:
@@ -53,16 +58,16 @@ def commit_acknowledged_unheard() -> AbstractContextManager[Any]:
                 raise
             return CommitOutcome.COMMITTED, 1
 
-    return mock.patch.object(RedisStore, "commit", trusting)
+    return mock.patch.object(UpdateStore, "commit", trusting)
 
 
 def one_generation_of_shards() -> AbstractContextManager[Any]:
     """Shards aggregated before a contributor was dropped are taken for those after."""
 
-    def key(self: RedisStore, federation: Any, record: Any) -> str:
-        return self._keys.shards(federation.federation_id, federation.instance, record.sequence, 0)
+    def key(self: RoundStore, federation: Any, record: Any) -> str:
+        return self.db.keys.shards(federation.federation_id, federation.instance, record.sequence, 0)
 
-    return mock.patch.object(RedisStore, "_shards_key", key)
+    return mock.patch.object(RoundStore, "_shards_key", key)
 
 
 def unfenced_results() -> AbstractContextManager[Any]:
@@ -114,11 +119,11 @@ def immortal_fields() -> AbstractContextManager[Any]:
     """Members and evaluations are written without an expiry."""
 
     async def put(
-        self: RedisStore, federation_id: str, key: str, field: str, data: Any, life_ms: int = 0
+        self: Database, federation_id: str, key: str, field: str, data: Any, *_: Any, **__: Any
     ) -> None:
-        await self._redis.hset(key, field, data)
+        await self.redis.hset(key, field, data)
 
-    return mock.patch.object(RedisStore, "_put_field", put)
+    return mock.patch.object(Database, "put_field", put)
 
 
 def unchecked_uploads() -> AbstractContextManager[Any]:
@@ -133,15 +138,15 @@ def unchecked_uploads() -> AbstractContextManager[Any]:
 @contextmanager
 def leases_for_ever() -> Iterator[None]:
     """A lease is taken for an hour, so that nobody takes over from a driver that died."""
-    acquire, renew = RedisStore.acquire, RedisStore.renew
+    acquire, renew = LeaseStore.acquire, LeaseStore.renew
 
-    async def long(self: RedisStore, federation_id: str, token: str, _lease_s: float) -> bool:
+    async def long(self: LeaseStore, federation_id: str, token: str, _lease_s: float) -> bool:
         return await acquire(self, federation_id, token, 3600)
 
-    async def again(self: RedisStore, federation_id: str, token: str, _lease_s: float) -> bool:
+    async def again(self: LeaseStore, federation_id: str, token: str, _lease_s: float) -> bool:
         return await renew(self, federation_id, token, 3600)
 
-    with mock.patch.multiple(RedisStore, acquire=long, renew=again):
+    with mock.patch.multiple(LeaseStore, acquire=long, renew=again):
         yield
 
 

@@ -137,7 +137,7 @@ class Client:
                 elif error.reason is not Reason.STEP_OVER:
                     raise
         federation = await self.fed.federation()
-        record = (await self.fed.store.round(federation, federation.ticket.sequence)).record
+        record = (await self.fed.store.rounds.read(federation, federation.ticket.sequence)).record
         if opens and record.order and self.silent_from not in {"commit", "key"}:
             await self.commit(round_, context)
 

@@ -99,10 +99,10 @@ async def test_ballots_are_deleted_once_they_are_ranked(fed):
     round_ = await voting(fed)
     await fed.cast("a", round_)
     record = await fed.federation()
-    assert await fed.store.ballot(record, 1, "a") == fed.ballot("a")
+    assert await fed.store.updates.ballot(record, 1, "a") == fed.ballot("a")
     await until_training(fed)
     for client in "abc":
-        assert await fed.store.ballot(record, 1, client) is None
+        assert await fed.store.updates.ballot(record, 1, client) is None
 
 
 async def test_a_ballot_that_comes_late_leaves_nothing_behind(fed):
@@ -111,20 +111,20 @@ async def test_a_ballot_that_comes_late_leaves_nothing_behind(fed):
     await fed.cast("a", round_)
     await until_training(fed)
     record = await fed.federation()
-    await fed.store.put_ballot(record, 1, "a", fed.ballot("a"))
-    assert await fed.store.ballot(record, 1, "a") is None
+    await fed.store.updates.put_ballot(record, 1, "a", fed.ballot("a"))
+    assert await fed.store.updates.ballot(record, 1, "a") is None
 
 
 async def test_a_client_whose_ballot_was_lost_is_left_out(fed):
     round_ = await voting(fed)
     for client in "abc":
         await fed.cast(client, round_)
-    await fed.store.put_ballot(await fed.federation(), 1, "c", fed.ballot("a"))
+    await fed.store.updates.put_ballot(await fed.federation(), 1, "c", fed.ballot("a"))
     await fed.settle()
     assert outcomes(await fed.shown()) == [("VOTE", 0, 1, "PUBLISHED", "")]
     ranking = Ranking.decode(await fed.handlers.plan("fed", 1))
     assert set(ranking.columns[:2].tolist()) == {0, 1}
-    record = (await fed.store.round(await fed.federation(), 1)).record
+    record = (await fed.store.rounds.read(await fed.federation(), 1)).record
     assert [(drop.client_id, drop.reason) for drop in record.dropped] == [("c", Reason.SHARD_MISSING)]
     assert record.contributor_count == 2
 
@@ -136,8 +136,8 @@ async def test_a_large_model_has_a_bounded_number_of_ballots_ranked(fed, monkeyp
         await fed.cast(client, round_)
     federation, ranked = await fed.federation(), []
     monkeypatch.setattr(ballots.Tally, "add", lambda _, ballot: ranked.append(ballot))
-    record = (await fed.store.round(federation, 1)).record
-    commits = await fed.store.commits(federation, 1)
+    record = (await fed.store.rounds.read(federation, 1)).record
+    commits = await fed.store.updates.commits(federation, 1)
     await votes_of(federation).count(fed.store, federation, record, commits, (1.0,))
     assert len(commits) == 3
     assert len(ranked) == 2
@@ -172,7 +172,7 @@ async def test_two_drivers_rank_alike(fed):
         await fed.cast(client, round_)
     await fed.driver.step("fed")
     federation = await fed.federation()
-    record = (await fed.store.round(federation, 1)).record
+    record = (await fed.store.rounds.read(federation, 1)).record
     one, two = [
         await driver._aggregate(federation, record) for driver in (fed.driver, fed.new_driver(fed.store))
     ]

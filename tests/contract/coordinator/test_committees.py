@@ -54,11 +54,11 @@ async def test_the_coordinator_never_learns_the_committee_before_clients_say_so(
     shown = (await fed.shown()).current
     assert shown.state == pb.ROUND_STATE_KEYING
     federation = await fed.federation()
-    assert (await fed.store.round(federation, 1)).record.order == ()
+    assert (await fed.store.rounds.read(federation, 1)).record.order == ()
     assert not shown.committee
     await party.act()
     await fed.settle()
-    record = (await fed.store.round(federation, 1)).record
+    record = (await fed.store.rounds.read(federation, 1)).record
     assert record.order == party.clients["a"].seats[shown.round_id]._committee.members
     assert tuple((await fed.shown()).current.committee) == record.order, "operators see who sits on it"
 
@@ -87,7 +87,7 @@ async def test_who_names_the_committee_when_it_is_seated_has_done_nothing_wrong_
     convening = fed.handlers.convening
     await convening.post_key("fed", round_.round_id, late, members, None)
     federation = await fed.federation()
-    assert late not in await fed.store.speakers(Statement.VIEW, federation, 1)
+    assert late not in await fed.store.committees.speakers(Statement.VIEW, federation, 1)
     party.clients[members[0]].restart()
     another = party.clients[members[0]].seat(RoundContext.from_proto(round_.context))
     with pytest.raises(DomainError) as refused:
@@ -145,7 +145,7 @@ async def test_a_key_is_taken_from_its_member_for_its_place_only(fed):
     ):
         with pytest.raises(DomainError, match=why):
             await convening.post_key("fed", round_.round_id, "a", members, key)
-    assert await fed.store.statements(Statement.VIEW, await fed.federation(), 1) == {}
+    assert await fed.store.committees.statements(Statement.VIEW, await fed.federation(), 1) == {}
 
 
 async def test_statements_are_kept_once_and_others_refused(fed):
@@ -181,7 +181,7 @@ async def test_nobody_states_anything_in_the_name_or_the_step_of_another(fed):
     with pytest.raises(DomainError) as unclosed:
         _ = [share async for share in convening.shares("fed", current.round_id, "a")]
     assert unclosed.value.reason is Reason.STEP_OVER
-    assert await fed.store.statements(Statement.CHECK, federation, current.sequence) == {}
+    assert await fed.store.committees.statements(Statement.CHECK, federation, current.sequence) == {}
 
 
 async def test_a_member_lost_after_its_commit_does_not_stop_the_round_and_its_update_counts(fed):
@@ -300,10 +300,10 @@ async def test_nothing_of_the_committee_is_left_when_the_round_is_over(fed):
     federation = await party.play()
     await fed.settle()
     for kind in Statement:
-        assert await fed.store.statements(kind, federation, 1) == {}
-    assert not await fed.store.dealers(federation, 1)
-    assert await fed.store.dealings(federation, 1, FIVE) == {}
-    assert [await fed.store.shares(federation, 1, place, FIVE) for place in range(5)] == [{}] * 5
+        assert await fed.store.committees.statements(kind, federation, 1) == {}
+    assert not await fed.store.committees.dealers(federation, 1)
+    assert await fed.store.committees.dealings(federation, 1, FIVE) == {}
+    assert [await fed.store.committees.shares(federation, 1, place, FIVE) for place in range(5)] == [{}] * 5
     assert (await party.clients["a"].open(federation.round_id(1))).contributors == tuple(FIVE)
 
 
@@ -314,11 +314,11 @@ async def test_a_signature_after_the_quorums_is_taken_and_not_needed(fed):
     late.silent_from = "sign"
     current = await party.until("AGGREGATING")
     federation = await fed.federation()
-    record = (await fed.store.round(federation, current.sequence)).record
+    record = (await fed.store.rounds.read(federation, current.sequence)).record
     signed = late.seats[current.round_id].certify(record.contributors)
     signature = committee_pb2.SetSignature(signature=signed.signature, certificate=signed.certificate)
     await fed.handlers.convening.sign("fed", current.round_id, "e", signature)
-    assert "e" not in await fed.store.speakers(Statement.SIGNATURE, federation, current.sequence)
+    assert "e" not in await fed.store.committees.speakers(Statement.SIGNATURE, federation, current.sequence)
     with pytest.raises(DomainError) as forged:
         await fed.handlers.convening.sign(
             "fed", current.round_id, "e", committee_pb2.SetSignature(signature=b"x", certificate=b"y")

@@ -419,17 +419,17 @@ async def test_a_driver_that_lost_its_lease_cannot_publish(fed):
         await fed.commit(client, train.round)
     await fed.driver.step("fed")
     late = await fed.federation()
-    found = await fed.store.round(late, 1)
+    found = await fed.store.rounds.read(late, 1)
     assert found is not None
     await fed.settle()
-    published = (await fed.store.round(late, 1)).record
+    published = (await fed.store.rounds.read(late, 1)).record
     forged = found.record.model_copy(update={"contributor_count": 99})
-    assert not await fed.store.write_round("publish_round", late, forged, found.revision)
-    assert (await fed.store.round(late, 1)).record == published
+    assert not await fed.store.rounds.write("publish_round", late, forged, found.revision)
+    assert (await fed.store.rounds.read(late, 1)).record == published
 
 
 async def test_running_drivers_share_federations_by_lease_and_hand_them_over(fed):
-    await fed.store._index("a-creation-that-died-before-its-record", new=True)
+    await fed.store.federations._index("a-creation-that-died-before-its-record", new=True)
     await fed.begin(spec())
     changes = asyncio.create_task(fed.changes.run())
     drivers = [asyncio.create_task(fed.new_driver(fed.store).run()) for _ in range(2)]
@@ -449,15 +449,15 @@ async def test_running_drivers_share_federations_by_lease_and_hand_them_over(fed
 
 async def test_a_driver_stops_though_the_store_falls_silent(fed, monkeypatch):
     held, silent = asyncio.Event(), asyncio.Event()
-    acquire = fed.store.acquire
+    acquire = fed.store.leases.acquire
 
     async def acquired(*lease):
         taken = await acquire(*lease)
         held.set()
         return taken
 
-    monkeypatch.setattr(fed.store, "acquire", acquired)
-    monkeypatch.setattr(fed.store, "release", lambda *_: silent.wait())
+    monkeypatch.setattr(fed.store.leases, "acquire", acquired)
+    monkeypatch.setattr(fed.store.leases, "release", lambda *_: silent.wait())
     monkeypatch.setattr("coordinator.driver.RELEASE_S", 0.01)
     await fed.begin(spec())
     driver = asyncio.create_task(fed.new_driver(fed.store).run())

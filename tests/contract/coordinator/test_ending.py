@@ -177,7 +177,7 @@ async def test_deleting_goes_on_where_it_broke_off(fed, redis_url, monkeypatch):
         raise DomainError(Reason.STORE_UNAVAILABLE, "gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fed.store, "_forget", broken)
+        patch.setattr(fed.store.disposal, "_forget", broken)
         with pytest.raises(DomainError):
             await fed.driver.step("fed")
     await fed.driver._hold("fed")
@@ -192,7 +192,7 @@ async def test_a_federation_that_was_never_started_is_deleted_too(fed):
     driving = asyncio.create_task(fed.driver.run())
     try:
         async with asyncio.timeout(30):
-            while await fed.store.federation_ids():  # noqa: ASYNC110 - the store tells nobody
+            while await fed.store.federations.ids():  # noqa: ASYNC110 - the store tells nobody
                 await asyncio.sleep(0.01)
     finally:
         driving.cancel()

@@ -75,9 +75,9 @@ async def test_a_revoked_members_model_is_forgotten(fed):
     for client in ("evil", "evil-too"):
         await join_oddly(fed, client)
     record = await fed.federation()
-    shapes = await fed.store.shapes("fed", "evil")
-    await fed.store.write_federation(
-        "fix_model", record.model_copy(update={"model": shapes}), await fed.store.federation("fed")
+    shapes = await fed.store.members.shapes("fed", "evil")
+    await fed.store.federations.write(
+        "fix_model", record.model_copy(update={"model": shapes}), await fed.store.federations.read("fed")
     )
     fed.revoked = {"evil": fed.now_ms, "evil-too": fed.now_ms}
     fed.now_ms += 1000
@@ -89,8 +89,8 @@ async def test_a_revoked_members_model_is_forgotten(fed):
 
 async def test_shapes_are_kept_until_the_first_round_only(fed):
     await fed.begin(spec())
-    assert await fed.store.shapes("fed", "a") is not None
+    assert await fed.store.members.shapes("fed", "a") is not None
     await fed.settle()
-    assert await fed.store.shapes("fed", "a") is None
+    assert await fed.store.members.shapes("fed", "a") is None
     await fed.join("late")
-    assert await fed.store.shapes("fed", "late") is None
+    assert await fed.store.members.shapes("fed", "late") is None

@@ -1,14 +1,18 @@
 """A coordinator that dies at any write goes on where it stopped, as the next process or as another replica."""
 
 import inspect
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import redis
 
 from coordinator.records import Phase
+from coordinator.store import Store
 from tests.contract.coordinator.world import World, spec
 
-WRITES = frozenset({"write_federation", "write_round", "put_layout", "put_shard"})
+WRITES = frozenset({"write", "put_layout", "put_shard"})
 
 
 class DeathError(Exception):
@@ -16,35 +20,45 @@ class DeathError(Exception):
 
 
 class Mortal:
-    """A store whose process dies at its n-th write, before it or after it."""
+    """A process that dies at its n-th write to a store, before it or after it."""
 
-    def __init__(self, store, dies_at: int, *, after: bool) -> None:
-        self._store = store
+    def __init__(self, dies_at: int, *, after: bool) -> None:
         self._left = dies_at
         self._after = after
         self.dead = False
 
+    def store(self, store: Store) -> Store:
+        """The store as this process sees it."""
+        return replace(store, federations=Dying(self, store.federations), rounds=Dying(self, store.rounds))
+
+    async def write(self, method, *args, **kwargs):
+        self._left -= 1
+        self.dead = self.dead or self._left == 0
+        if self.dead and not (self._after and self._left == 0):
+            raise DeathError
+        result = await method(*args, **kwargs)
+        if self.dead:
+            raise DeathError
+        return result
+
+
+class Dying:
+    """A part of the store whose writes count."""
+
+    def __init__(self, process: Mortal, part: Any) -> None:
+        self._process = process
+        self._part = part
+
     def __getattr__(self, name: str):
-        method = getattr(self._store, name)
+        method = getattr(self._part, name)
         if name not in WRITES or not inspect.iscoroutinefunction(method):
             return method
-
-        async def dying(*args, **kwargs):
-            self._left -= 1
-            self.dead = self.dead or self._left == 0
-            if self.dead and not (self._after and self._left == 0):
-                raise DeathError
-            result = await method(*args, **kwargs)
-            if self.dead:
-                raise DeathError
-            return result
-
-        return dying
+        return partial(self._process.write, method)
 
 
 async def play(fed: World, mortal: Mortal) -> None:
     """Plays to the end; once the first driver is dead, with another one."""
-    driver = fed.new_driver(mortal)
+    driver = fed.new_driver(mortal.store(fed.store))
     for _ in range(40):
         try:
             await fed.settle(driver)
@@ -63,7 +77,7 @@ async def test_a_federation_survives_the_death_of_its_driver_at_every_write(fed,
     for dies_at in range(1, 100):
         await reset(fed, redis_url)
         await fed.begin(spec(rounds=1))
-        mortal = Mortal(fed.store, dies_at, after=after)
+        mortal = Mortal(dies_at, after=after)
         await play(fed, mortal)
         await assert_as_undisturbed(fed)
         writes += 1

@@ -8,20 +8,33 @@ import pytest
 
 from coordinator.handlers import _OwnCommit
 from coordinator.render import Renderer
-from coordinator.store import RedisStore
+from coordinator.store.committees import CommitteeStore
+from coordinator.store.federations import FederationStore
+from coordinator.store.members import MemberStore
+from coordinator.store.presence import PresenceStore
+from coordinator.store.rounds import RoundStore
+from coordinator.store.updates import UpdateStore
 from tests.contract.coordinator.members import Convened, Convening
 from tests.contract.coordinator.world import World, spec
 
+READS = {
+    "federation": (FederationStore, "read"),
+    "round": (RoundStore, "read"),
+    "commit_of": (UpdateStore, "commit_of"),
+    "commits": (UpdateStore, "commits"),
+    "evaluations": (RoundStore, "evaluations"),
+    "members": (MemberStore, "all"),
+    "sightings": (PresenceStore, "sightings"),
+}
 WATCHERS = [f"client-{index}" for index in range(20)]
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """Counts what is read of the store, by method."""
+    """Counts what is read of the store."""
     counts: Counter = Counter()
 
-    def counted(name):
-        method = getattr(RedisStore, name)
+    def counted(name, method):
 
         async def call(self, *args):
             counts[name] += 1
@@ -29,8 +42,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
         return call
 
-    for name in ("federation", "round", "commit_of", "commits", "evaluations", "members", "sightings"):
-        monkeypatch.setattr(RedisStore, name, counted(name))
+    for name, (part, method) in READS.items():
+        monkeypatch.setattr(part, method, counted(name, getattr(part, method)))
     return counts
 
 
@@ -102,7 +115,7 @@ async def test_what_a_committee_is_told_is_read_once_however_often_the_driver_lo
     values, looks = Counter(), 0
 
     def counted(name):
-        method = getattr(RedisStore, name)
+        method = getattr(CommitteeStore, name)
 
         async def call(self, *args):
             found = await method(self, *args)
@@ -113,7 +126,7 @@ async def test_what_a_committee_is_told_is_read_once_however_often_the_driver_lo
         return call
 
     for name in ("statements", "dealings"):
-        monkeypatch.setattr(RedisStore, name, counted(name))
+        monkeypatch.setattr(CommitteeStore, name, counted(name))
     names = [f"ward-{number:02}" for number in range(12)]
     party = Convened(fed, names)
     await fed.begin(spec(Convening.name, clients=12, rounds=1), names)
@@ -139,7 +152,7 @@ async def test_what_a_committee_is_told_is_read_once_however_often_the_driver_lo
 async def test_the_keys_of_a_committee_are_read_once_for_all_who_ask(
     fed: World, monkeypatch: pytest.MonkeyPatch
 ):
-    reads, read = 0, RedisStore.statements
+    reads, read = 0, CommitteeStore.statements
 
     async def counted(self, *args):
         nonlocal reads
@@ -151,7 +164,7 @@ async def test_the_keys_of_a_committee_are_read_once_for_all_who_ask(
     await fed.begin(spec(Convening.name, clients=12, rounds=1), names)
     current = await party.until("COLLECTING")
     fed.handlers = replace(fed.handlers)
-    monkeypatch.setattr(RedisStore, "statements", counted)
+    monkeypatch.setattr(CommitteeStore, "statements", counted)
     found = [await fed.handlers.convening.keys("fed", current.round_id, name) for name in names]
     assert reads == 1
     assert [len(keys) for keys in found] == [7] * 12

@@ -49,7 +49,7 @@ async def test_a_driver_leaves_what_it_cannot_read_to_a_newer_replica(fed, store
     make_newer(stored, Keys().round("fed", (await fed.federation()).instance, 1))
     async with asyncio.timeout(30):
         await fed.driver._hold("fed")
-    assert await fed.store.acquire("fed", "the newer replica", 60)
+    assert await fed.store.leases.acquire("fed", "the newer replica", 60)
 
 
 async def test_a_federation_of_a_newer_version_does_not_keep_others_from_being_driven(fed, stored):

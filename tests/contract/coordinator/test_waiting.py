@@ -57,12 +57,12 @@ async def test_who_missed_a_round_is_waited_for_again_once_it_is_seen_working(fe
         fed.now_ms += 5000
         await fed.settle()
     working = fed.now_ms + 20_000
-    await fed.store.see("fed", "c", Sighting(stage="training", progress=0.5, at_ms=working))
+    await fed.store.presence.see("fed", "c", Sighting(stage="training", progress=0.5, at_ms=working))
     for client in "ab":
         await fed.do(client, await fed.assignment(client))
     fed.now_ms = working
     await fed.settle()
-    record = (await fed.store.round(await fed.federation(), 2)).record
+    record = (await fed.store.rounds.read(await fed.federation(), 2)).record
     assert (record.laggards, record.round.state) == (("c",), "COLLECTING")
     await fed.do("c", await fed.assignment("c"))
     await fed.settle()
@@ -110,7 +110,7 @@ async def test_giving_up_an_assignment_of_yesterday_changes_nothing(fed):
     await fed.act()
     await fed.settle()
     await fed.handlers.give_up("fed", *said("c", old))
-    assert await fed.store.refusals(await fed.federation(), 2) == []
+    assert await fed.store.updates.refusals(await fed.federation(), 2) == []
 
 
 async def test_who_committed_cannot_be_taken_for_one_that_gave_up(fed):
@@ -149,7 +149,7 @@ async def test_a_silent_leader_costs_a_minute(fed):
     for seconds, leader in ((59, "a"), (60, "b")):
         now_ms = 1_000_000 + 1000 * seconds
         for client in "abc":
-            await fed.store.see("fed", client, Sighting(stage="idle", progress=0, at_ms=now_ms))
+            await fed.store.presence.see("fed", client, Sighting(stage="idle", progress=0, at_ms=now_ms))
         fed.now_ms = now_ms
         await fed.settle()
         assert (await fed.assignment(leader)).HasField("make_plan")
@@ -161,9 +161,9 @@ async def test_a_leader_that_works_is_waited_for(fed):
     await fed.act()
     await fed.settle()
     fed.now_ms += 600_000
-    await fed.store.see("fed", "a", Sighting(stage="decrypting", progress=0, at_ms=fed.now_ms))
+    await fed.store.presence.see("fed", "a", Sighting(stage="decrypting", progress=0, at_ms=fed.now_ms))
     for client in "bc":
-        await fed.store.see("fed", client, Sighting(stage="idle", progress=0, at_ms=fed.now_ms))
+        await fed.store.presence.see("fed", client, Sighting(stage="idle", progress=0, at_ms=fed.now_ms))
     await fed.settle()
     assert (await fed.assignment("a")).HasField("make_plan")
 

@@ -19,7 +19,7 @@ from coordinator.handlers import Handlers, _OwnCommit
 from coordinator.liveness import USUAL, Liveness
 from coordinator.records import FederationRecord, Sighting
 from coordinator.render import Renderer
-from coordinator.store import RedisStore, Store
+from coordinator.store import Store, redis_store
 from coordinator.votes import votes_of
 from services.shell.redis_client import connect
 from shelora.federation import FederationSpec
@@ -130,7 +130,7 @@ class World:
         return await self.handlers.join("fed", member, MATRICES, TENSORS)
 
     async def federation(self) -> FederationRecord:
-        return (await self.store.federation("fed")).record
+        return (await self.store.federations.read("fed")).record
 
     async def shown(self) -> pb.Federation:
         return await Renderer(self.store).federation(await self.federation(), self.now_ms)
@@ -151,15 +151,19 @@ class World:
     async def act(self) -> None:
         """Every member that is neither silent nor revoked beats and does what it is assigned."""
         federation = await self.federation()
-        for client, member in (await self.store.members("fed")).items():
+        for client, member in (await self.store.members.all("fed")).items():
             if client not in self.silent and federation.admits(member):
                 stage = "idle" if client in self.idle else "training"
-                await self.store.see("fed", client, Sighting(stage=stage, progress=0.5, at_ms=self.now_ms))
+                await self.store.presence.see(
+                    "fed", client, Sighting(stage=stage, progress=0.5, at_ms=self.now_ms)
+                )
                 if client not in self.idle:
                     await self.do(client, await self.assignment(client))
 
     async def beat(self, client: str) -> None:
-        await self.store.see("fed", client, Sighting(stage="training", progress=0.5, at_ms=self.now_ms))
+        await self.store.presence.see(
+            "fed", client, Sighting(stage="training", progress=0.5, at_ms=self.now_ms)
+        )
 
     async def do(self, client: str, assignment: pb.Assignment) -> None:
         match assignment.WhichOneof("work"):
@@ -269,7 +273,7 @@ async def world(redis_url: str) -> AsyncIterator[World]:
         stack.push_async_callback(replicas.close)
         authority_channel = await stack.enter_async_context(open_channel(one))
         built = World(
-            store=RedisStore(client, lambda: built.now_ms),
+            store=redis_store(client, lambda: built.now_ms),
             changes=Changes(client),
             aggregation=aggregation,
             authority=authority,

@@ -1,0 +1,58 @@
+"""Who has joined a federation, and with which model."""
+
+from coordinator.records import Member, Model
+from coordinator.store.database import Database, available
+
+
+class MemberStore:
+    """Members of a federation by client."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+
+    @available
+    async def put(self, federation_id: str, member: Member) -> None:
+        """Adds or replaces a member."""
+        key = self.db.keys.members(federation_id)
+        await self.db.put_field(federation_id, key, member.client_id, member.model_dump_json())
+        # It concerns the driver: what the other members should do does not change.
+        await self.db.announce(federation_id, member.client_id)
+
+    @available
+    async def count(self, federation_id: str) -> int:
+        """Number of members."""
+        return int(await self.db.redis.hlen(self.db.keys.members(federation_id)))
+
+    @available
+    async def all(self, federation_id: str) -> dict[str, Member]:
+        """Members by client, sorted."""
+        fields = await self.db.fields(self.db.keys.members(federation_id))
+        return {name: Member.read(data) for name, data in fields.items()}
+
+    @available
+    async def find(self, federation_id: str, client_id: str) -> Member | None:
+        """A client that has joined, whether it was revoked since or not; None if it has not joined."""
+        data = await self.db.field(self.db.keys.members(federation_id), client_id)
+        return None if data is None else Member.read(data)
+
+    @available
+    async def has(self, federation_id: str, client_id: str) -> bool:
+        """Whether a client has joined."""
+        return bool(await self.db.redis.hexists(self.db.keys.members(federation_id), client_id))
+
+    @available
+    async def put_shapes(self, federation_id: str, client_id: str, model: Model) -> None:
+        """Keeps the model of a client until the first round."""
+        key = self.db.keys.shapes(federation_id)
+        await self.db.put_field(federation_id, key, client_id, model.model_dump_json())
+
+    @available
+    async def shapes(self, federation_id: str, client_id: str) -> Model | None:
+        """The model of a client; None if it is not kept (any more)."""
+        data = await self.db.field(self.db.keys.shapes(federation_id), client_id)
+        return None if data is None else Model.read(data)
+
+    @available
+    async def drop_shapes(self, federation_id: str) -> None:
+        """Deletes the models of all clients."""
+        await self.db.redis.unlink(self.db.keys.shapes(federation_id))
