@@ -14,7 +14,7 @@ from coordinator.aggregation import AggregationPool
 from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Changes
 from coordinator.driver import Driver
-from coordinator.handlers import Handlers
+from coordinator.handlers import Handlers, handlers_on
 from coordinator.keys import Keys
 from coordinator.metrics import tell_fullness
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
@@ -142,15 +142,15 @@ def compose(
     pool = AggregationPool(
         aggregation, retry_s=settings.retry_s, aggregate_timeout_s=settings.aggregate_timeout_s
     )
-    handlers = Handlers(
+    handlers = handlers_on(
         store,
         changes,
-        pool,
-        now_ms,
-        lambda: secrets.token_hex(4),
-        settings.watch_poll_s,
-        settings.limits,
-        settings.liveness,
+        aggregation=pool,
+        clock_ms=now_ms,
+        new_instance=lambda: secrets.token_hex(4),
+        watch_poll_s=settings.watch_poll_s,
+        limits=settings.limits,
+        liveness=settings.liveness,
         root=root,
     )
     driver = Driver(

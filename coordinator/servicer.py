@@ -31,17 +31,17 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
-        self._render = Renderer(handlers.store)
+        self._render = Renderer(handlers.lookup.store)
 
     async def CreateFederation(self, request: pb.CreateFederationRequest, context: _Context) -> pb.Federation:
         async with translated(context):
-            record = await self._handlers.create(FederationSpec.from_proto(request.spec))
+            record = await self._handlers.federations.create(FederationSpec.from_proto(request.spec))
             return await self._federation(record)
 
     async def GetFederation(self, request: pb.GetFederationRequest, context: _Context) -> pb.Federation:
         async with translated(context):
-            found = await self._handlers.store.federations.read(request.federation_id)
-            now_ms = self._handlers.clock_ms()
+            found = await self._handlers.lookup.store.federations.read(request.federation_id)
+            now_ms = self._handlers.lookup.clock_ms()
             return await self._render.federation(found.record, now_ms, request.view, request.history_after)
 
     async def ListFederations(
@@ -50,39 +50,39 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         context: _Context,
     ) -> pb.ListFederationsResponse:
         async with translated(context):
-            records = await self._handlers.federations()
+            records = await self._handlers.federations.all()
             return pb.ListFederationsResponse(federations=[await self._render.listed(r) for r in records])
 
     async def StartFederation(self, request: pb.StartFederationRequest, context: _Context) -> pb.Federation:
         async with translated(context):
-            return await self._federation(await self._handlers.start(request.federation_id))
+            return await self._federation(await self._handlers.federations.start(request.federation_id))
 
     async def RotateKeys(self, request: pb.RotateKeysRequest, context: _Context) -> pb.Federation:
         async with translated(context):
-            record = await self._handlers.rotate(request.federation_id, request.from_epoch)
+            record = await self._handlers.federations.rotate(request.federation_id, request.from_epoch)
             return await self._federation(record)
 
     async def StopFederation(self, request: pb.StopFederationRequest, context: _Context) -> pb.Federation:
         async with translated(context):
-            return await self._federation(await self._handlers.stop(request.federation_id))
+            return await self._federation(await self._handlers.federations.stop(request.federation_id))
 
     async def ExtendFederation(self, request: pb.ExtendFederationRequest, context: _Context) -> pb.Federation:
         async with translated(context):
-            record = await self._handlers.extend(request.federation_id, request.rounds)
+            record = await self._handlers.federations.extend(request.federation_id, request.rounds)
             return await self._federation(record)
 
     async def DeleteFederation(
         self, request: pb.DeleteFederationRequest, context: _Context
     ) -> pb.DeleteFederationResponse:
         async with translated(context):
-            await self._handlers.delete(request.federation_id)
+            await self._handlers.federations.delete(request.federation_id)
             return pb.DeleteFederationResponse()
 
     async def Join(self, request: pb.JoinRequest, context: _Context) -> pb.JoinResponse:
         async with translated(context):
             certificate = certificate_of(context)  # None only in tests
             member = checks.member(request, issued_ms(certificate) if certificate else 0)
-            record = await self._handlers.join(
+            record = await self._handlers.members.join(
                 request.federation_id, member, request.matrices, request.tensors
             )
             spec = record.spec.to_proto()
@@ -98,31 +98,37 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     def _watched(self, request: pb.WatchRequest) -> AsyncGenerator[tuple[FederationRecord, Assignment], None]:
         session = checks.session(request.session)
-        return self._handlers.watch(request.federation_id, request.client_id, session)
+        return self._handlers.watching.watch(request.federation_id, request.client_id, session)
 
     async def GiveUp(self, request: pb.GiveUpRequest, context: _Context) -> pb.GiveUpResponse:
         async with translated(context):
             said = checks.given_up(request)
-            await self._handlers.give_up(request.federation_id, request.assignment_id, said)
+            await self._handlers.members.give_up(request.federation_id, request.assignment_id, said)
             return pb.GiveUpResponse()
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: _Context) -> pb.HeartbeatResponse:
         async with translated(context):
             seen, session = (
-                checks.sighting(request, self._handlers.clock_ms()),
+                checks.sighting(request, self._handlers.lookup.clock_ms()),
                 checks.session(request.session),
             )
-            next_s = await self._handlers.heartbeat(request.federation_id, request.client_id, seen, session)
+            next_s = await self._handlers.members.heartbeat(
+                request.federation_id, request.client_id, seen, session
+            )
             return pb.HeartbeatResponse(next_ms=round(1000 * next_s))
 
     async def CommitUpdate(
         self, request: pb.CommitUpdateRequest, context: _Context
     ) -> pb.CommitUpdateResponse:
         async with translated(context):
-            await self._handlers.require_shards(request.federation_id, request.round_id, len(request.shards))
+            await self._handlers.updates.require_shards(
+                request.federation_id, request.round_id, len(request.shards)
+            )
             update = checks.update(request)
             dealt = request.dealt if request.HasField("dealt") else None
-            count = await self._handlers.commit(request.federation_id, request.round_id, update, dealt)
+            count = await self._handlers.updates.commit(
+                request.federation_id, request.round_id, update, dealt
+            )
             return pb.CommitUpdateResponse(update_count=count)
 
     async def CastBallot(
@@ -132,7 +138,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             first = await anext(request_iterator, pb.CastBallotRequest())
             checks.require(first.HasField("header"), "the first message must be the header")
             header = first.header
-            count = await self._handlers.cast_ballot(
+            count = await self._handlers.updates.cast_ballot(
                 header.federation_id, header.round_id, checks.ballot(header), _pieces(request_iterator)
             )
             return pb.CastBallotResponse(ballot_count=count)
@@ -144,7 +150,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             first = await anext(request_iterator, pb.PublishPlanRequest())
             checks.require(first.HasField("header"), "the first message must be the header")
             header = first.header
-            await self._handlers.publish_plan(
+            await self._handlers.plans.publish(
                 header.federation_id,
                 header.client_id,
                 header.plan_number,
@@ -158,12 +164,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: pb.GetPlanRequest, context: _Context
     ) -> AsyncIterator[pb.GetPlanResponse]:
         async with translated(context):
-            for piece in cut(await self._handlers.plan(request.federation_id, request.plan_number)):
+            for piece in cut(await self._handlers.plans.read(request.federation_id, request.plan_number)):
                 yield pb.GetPlanResponse(piece=piece)
 
     async def RejectPlan(self, request: pb.RejectPlanRequest, context: _Context) -> pb.RejectPlanResponse:
         async with translated(context):
-            await self._handlers.reject_plan(
+            await self._handlers.plans.reject(
                 request.federation_id,
                 request.client_id,
                 request.plan_number,
@@ -177,7 +183,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     ) -> pb.ReportEvaluationResponse:
         async with translated(context):
             evaluation = checks.evaluation(request.report)
-            await self._handlers.report_evaluation(request.federation_id, request.round_id, evaluation)
+            await self._handlers.members.report_evaluation(
+                request.federation_id, request.round_id, evaluation
+            )
             return pb.ReportEvaluationResponse()
 
     async def PostCommitteeKey(
@@ -186,20 +194,20 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         async with translated(context):
             key = request.key if request.HasField("key") else None
             order = tuple(request.order[: MAX_MEMBERS + 1])
-            await self._handlers.convening.post_key(*_scope(request), order, key)
+            await self._handlers.committees.post_key(*_scope(request), order, key)
             return pb.PostCommitteeKeyResponse()
 
     async def GetCommitteeKeys(
         self, request: pb.GetCommitteeKeysRequest, context: _Context
     ) -> pb.GetCommitteeKeysResponse:
         async with translated(context):
-            return pb.GetCommitteeKeysResponse(keys=await self._handlers.convening.keys(*_scope(request)))
+            return pb.GetCommitteeKeysResponse(keys=await self._handlers.committees.keys(*_scope(request)))
 
     async def LeaveCommittee(
         self, request: pb.LeaveCommitteeRequest, context: _Context
     ) -> pb.LeaveCommitteeResponse:
         async with translated(context):
-            await self._handlers.convening.leave(*_scope(request))
+            await self._handlers.committees.leave(*_scope(request))
             return pb.LeaveCommitteeResponse()
 
     async def GetShares(
@@ -207,32 +215,32 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     ) -> AsyncIterator[committee_pb2.DealtShare]:
         async with (
             translated(context),
-            aclosing(self._handlers.convening.shares(*_scope(request))) as shares,
+            aclosing(self._handlers.committees.shares(*_scope(request))) as shares,
         ):
             async for share in shares:
                 yield share
 
     async def PostCheck(self, request: pb.PostCheckRequest, context: _Context) -> pb.PostCheckResponse:
         async with translated(context):
-            await self._handlers.convening.check(*_scope(request), request.check)
+            await self._handlers.committees.check(*_scope(request), request.check)
             return pb.PostCheckResponse()
 
     async def SignSet(self, request: pb.SignSetRequest, context: _Context) -> pb.SignSetResponse:
         async with translated(context):
-            await self._handlers.convening.sign(*_scope(request), request.signature)
+            await self._handlers.committees.sign(*_scope(request), request.signature)
             return pb.SignSetResponse()
 
     async def PostAnswer(self, request: pb.PostAnswerRequest, context: _Context) -> pb.PostAnswerResponse:
         async with translated(context):
-            await self._handlers.convening.answer(*_scope(request), request.answer)
+            await self._handlers.committees.answer(*_scope(request), request.answer)
             return pb.PostAnswerResponse()
 
     async def GetOpening(self, request: pb.GetOpeningRequest, context: _Context) -> pb.GetOpeningResponse:
         async with translated(context):
-            return await self._handlers.convening.opening(request.federation_id, request.round_id)
+            return await self._handlers.committees.opening(request.federation_id, request.round_id)
 
     async def _federation(self, record: FederationRecord) -> pb.Federation:
-        return await self._render.federation(record, self._handlers.clock_ms())
+        return await self._render.federation(record, self._handlers.lookup.clock_ms())
 
 
 class _OfClient(Protocol):

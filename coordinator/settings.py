@@ -8,7 +8,7 @@ from pydantic import Field, SecretStr, Strict, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from coordinator.driver import DriverPolicy
-from coordinator.handlers import Limits
+from coordinator.handlers.limits import Limits
 from coordinator.liveness import Liveness
 from services.shell.settings import MemberSettings, with_password
 from shelora.transport.address import Address

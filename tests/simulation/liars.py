@@ -211,7 +211,7 @@ def proposing(forge: Forge) -> Iterator[Signed]:
                 continue
             own = pb.Assignment.FromString(assignment.SerializeToString())
             context = RoundContext.from_proto(own.serve.round.context)
-            store = self._handlers.store
+            store = self._handlers.lookup.store
             record = (await store.federations.read(context.federation_id)).record
             dealings = dealings_in(
                 context, await store.committees.dealings(record, record.ticket.sequence, context.cohort)

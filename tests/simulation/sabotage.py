@@ -10,7 +10,6 @@ from typing import Any, Final
 from unittest import mock
 
 import coordinator.driver
-import coordinator.handlers
 import coordinator.store.database
 import coordinator.store.updates
 import services.aggregation.scripts

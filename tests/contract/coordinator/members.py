@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
 
@@ -109,7 +109,7 @@ class Client:
                 if not opens:
                     words = "the sum does not open"
                     said = Dropped(client_id=self.name, reason=self.says, why=words, gave_up=True)
-                    await self.fed.handlers.give_up("fed", assignment.assignment_id, said)
+                    await self.fed.handlers.members.give_up("fed", assignment.assignment_id, said)
             case "serve":
                 await self.serve(assignment.serve)
 
@@ -122,7 +122,7 @@ class Client:
         context = RoundContext.from_proto(round_.context)
         scope = ("fed", round_.round_id, self.name)
         committee = context.committee(self.secret.committee_key())
-        convening = self.fed.handlers.convening
+        convening = self.fed.handlers.committees
         if self.silent_from != "key":
             seat = None
             if committee.position(self.name):
@@ -154,7 +154,7 @@ class Client:
         )
 
     async def keys(self, round_id: str, context: RoundContext) -> KeySet:
-        statements = await self.fed.handlers.convening.keys("fed", round_id, self.name)
+        statements = await self.fed.handlers.committees.keys("fed", round_id, self.name)
         return KeySet.of(context, context.committee(SECRET.committee_key()), statements, trust())
 
     async def commit(self, round_: pb.RoundRef, context: RoundContext) -> int:
@@ -165,10 +165,12 @@ class Client:
             )
             self.dealt[round_.round_id] = dealer.deal([d.sha256 for d in digests], 10)
         update = self.fed.update(self.name, round_, digests)
-        return await self.fed.handlers.commit("fed", round_.round_id, update, self.dealt[round_.round_id])
+        return await self.fed.handlers.updates.commit(
+            "fed", round_.round_id, update, self.dealt[round_.round_id]
+        )
 
     async def serve(self, serve: pb.Serve) -> None:
-        scope, convening = ("fed", serve.round.round_id, self.name), self.fed.handlers.convening
+        scope, convening = ("fed", serve.round.round_id, self.name), self.fed.handlers.committees
         seat = self.seats.get(serve.round.round_id)
         if seat is None:
             await convening.leave(*scope)
@@ -191,16 +193,16 @@ class Client:
 
     async def check(self, seat: Member, scope: tuple[str, str, str]) -> None:
         keys = await self.keys(scope[1], seat.context)
-        async for shown in self.fed.handlers.convening.shares(*scope):
+        async for shown in self.fed.handlers.committees.shares(*scope):
             dealer = trust().author(shown.dealing, "dealing", seat.context)
             if dealer in self.refuses:
                 shown.share.sealed = bytes(len(shown.share.sealed))
             with suppress(DomainError):
                 seat.receive(dealer, shown, keys)
-        await self.fed.handlers.convening.check(*scope, seat.check())
+        await self.fed.handlers.committees.check(*scope, seat.check())
 
     async def open(self, round_id: str) -> OpenedRound:
-        response = await self.fed.handlers.convening.opening("fed", round_id)
+        response = await self.fed.handlers.committees.opening("fed", round_id)
         context = RoundContext.from_proto(response.context)
         committee = context.committee(SECRET.committee_key())
         return open_round(context, committee, response.opening, SECRET.answer_key(), trust(), Csprng.fresh())
@@ -232,7 +234,7 @@ class Convened:
 
     def __init__(self, fed: World, names: Sequence[str]) -> None:
         fed.now_ms = time.time_ns() // 1_000_000
-        fed.handlers = replace(fed.handlers, root=root().der)
+        fed.handlers = fed.new_handlers(root=root().der)
         self.fed = fed
         self.clients = {name: Client(name, fed) for name in names}
 

@@ -48,7 +48,7 @@ async def test_the_list_of_labels_is_served_like_a_plan_and_the_layout_takes_its
     assert train.plan.plan_number == 1
     assert not train.plan.HasField("votes")
     assert train.plan.vote_round_id == (await fed.federation()).round_id(1)
-    content = await fed.handlers.plan("fed", 1)
+    content = await fed.handlers.plans.read("fed", 1)
     assert hashlib.sha256(content).digest() == train.plan.digest.sha256
     ranking = Ranking.decode(content)
     assert ranking.tiers == tuple(train.round.layout.tiers) == (0.25, 1.0)
@@ -90,7 +90,9 @@ async def test_a_vote_by_ballots_takes_no_update_and_a_training_round_no_ballot(
     round_ = await voting(fed)
     digests = [common_pb2.ShardDigest(sha256=bytes(32), total_bytes=1)] * len(round_.layout.shards)
     update = fed.update("a", round_, digests)
-    assert await refusal(fed.handlers.commit("fed", round_.round_id, update)) is Reason.INVALID_ARGUMENT
+    assert (
+        await refusal(fed.handlers.updates.commit("fed", round_.round_id, update)) is Reason.INVALID_ARGUMENT
+    )
     train = await until_training(fed)
     assert await refusal(fed.cast("a", train.round)) is Reason.INVALID_ARGUMENT
 
@@ -122,7 +124,7 @@ async def test_a_client_whose_ballot_was_lost_is_left_out(fed):
     await fed.store.updates.put_ballot(await fed.federation(), 1, "c", fed.ballot("a"))
     await fed.settle()
     assert outcomes(await fed.shown()) == [("VOTE", 0, 1, "PUBLISHED", "")]
-    ranking = Ranking.decode(await fed.handlers.plan("fed", 1))
+    ranking = Ranking.decode(await fed.handlers.plans.read("fed", 1))
     assert set(ranking.columns[:2].tolist()) == {0, 1}
     record = (await fed.store.rounds.read(await fed.federation(), 1)).record
     assert [(drop.client_id, drop.reason) for drop in record.dropped] == [("c", Reason.SHARD_MISSING)]
@@ -155,7 +157,7 @@ async def test_a_rejected_list_fails_the_federation_because_only_the_coordinator
     await fed.begin(spec(**OPE))
     train = await until_training(fed)
     for client in "bc":
-        await fed.handlers.reject_plan("fed", client, 1, train.plan.digest.sha256.hex(), "it does not fit")
+        await fed.handlers.plans.reject("fed", client, 1, train.plan.digest.sha256.hex(), "it does not fit")
     await fed.settle()
     assert "no client published a plan that the others accept" in (await fed.federation()).failure
 

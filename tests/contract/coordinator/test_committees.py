@@ -84,7 +84,7 @@ async def test_who_names_the_committee_when_it_is_seated_has_done_nothing_wrong_
     late = next(name for name in names if name not in members)
     party.clients[late].silent_from = "key"
     await party.until("COLLECTING")
-    convening = fed.handlers.convening
+    convening = fed.handlers.committees
     await convening.post_key("fed", round_.round_id, late, members, None)
     federation = await fed.federation()
     assert late not in await fed.store.committees.speakers(Statement.VIEW, federation, 1)
@@ -132,7 +132,7 @@ async def test_a_key_is_taken_from_its_member_for_its_place_only(fed):
     await fed.settle()
     round_ = (await fed.assignment("a")).train.round
     context = RoundContext.from_proto(round_.context)
-    seat, convening = party.clients["a"].seat(context), fed.handlers.convening
+    seat, convening = party.clients["a"].seat(context), fed.handlers.committees
     order = context.committee(SECRET.committee_key()).members
     swapped = (*order[1:], order[0])
     for members, key, why in (
@@ -152,7 +152,7 @@ async def test_statements_are_kept_once_and_others_refused(fed):
     party = await convened(fed)
     await fed.settle()
     round_ = (await fed.assignment("a")).train.round
-    client, convening = party.clients["a"], fed.handlers.convening
+    client, convening = party.clients["a"], fed.handlers.committees
     await client.train(round_)
     scope, order = ("fed", round_.round_id, "a"), client.seats[round_.round_id]._committee.members
     await convening.post_key(*scope, order, client.seats[round_.round_id].key)
@@ -166,7 +166,7 @@ async def test_statements_are_kept_once_and_others_refused(fed):
 async def test_nobody_states_anything_in_the_name_or_the_step_of_another(fed):
     party = await convened(fed)
     current = await party.until("COLLECTING")
-    convening = fed.handlers.convening
+    convening = fed.handlers.committees
     federation = await fed.federation()
     seat = party.clients["a"].seats[current.round_id]
     with pytest.raises(DomainError) as early:
@@ -234,7 +234,7 @@ async def test_when_a_quorum_is_gone_before_the_close_the_round_is_abandoned_uns
         party.clients[name].silent_from = "commit"
     current = await party.until("COLLECTING")
     for name in "abc":
-        await fed.handlers.convening.leave("fed", current.round_id, name)
+        await fed.handlers.committees.leave("fed", current.round_id, name)
         party.clients[name].silent_from = ""
     await fed.settle()
     assert states(await fed.shown())[0] == ("ABANDONED", "COMMITTEE_INCOMPLETE")
@@ -277,10 +277,10 @@ async def test_a_commit_without_a_dealing_or_with_anothers_is_refused(fed):
     digests = fed.aggregation.put(round_.round_id, "a", len(round_.layout.shards))
     update = fed.update("a", round_, digests)
     with pytest.raises(DomainError, match="dealt must be set"):
-        await fed.handlers.commit("fed", round_.round_id, update)
+        await fed.handlers.updates.commit("fed", round_.round_id, update)
     stolen = party.clients["b"].dealt[round_.round_id]
     with pytest.raises(DomainError) as refused:
-        await fed.handlers.commit("fed", round_.round_id, update, stolen)
+        await fed.handlers.updates.commit("fed", round_.round_id, update, stolen)
     assert refused.value.reason is Reason.SIGNATURE_REFUSED
 
 
@@ -317,10 +317,10 @@ async def test_a_signature_after_the_quorums_is_taken_and_not_needed(fed):
     record = (await fed.store.rounds.read(federation, current.sequence)).record
     signed = late.seats[current.round_id].certify(record.contributors)
     signature = committee_pb2.SetSignature(signature=signed.signature, certificate=signed.certificate)
-    await fed.handlers.convening.sign("fed", current.round_id, "e", signature)
+    await fed.handlers.committees.sign("fed", current.round_id, "e", signature)
     assert "e" not in await fed.store.committees.speakers(Statement.SIGNATURE, federation, current.sequence)
     with pytest.raises(DomainError) as forged:
-        await fed.handlers.convening.sign(
+        await fed.handlers.committees.sign(
             "fed", current.round_id, "e", committee_pb2.SetSignature(signature=b"x", certificate=b"y")
         )
     assert forged.value.reason is Reason.SIGNATURE_REFUSED
@@ -336,14 +336,14 @@ async def test_a_set_that_was_not_proposed_finds_no_signature_here(fed):
     other = signer("a").sign(Kind.SET, seat.context, b"another set")
     signature = committee_pb2.SetSignature(signature=other.signature, certificate=other.certificate)
     with pytest.raises(DomainError) as refused:
-        await fed.handlers.convening.sign("fed", current.round_id, "a", signature)
+        await fed.handlers.committees.sign("fed", current.round_id, "a", signature)
     assert refused.value.reason is Reason.SIGNATURE_REFUSED
 
 
 async def test_deleting_a_federation_leaves_nothing_of_its_committees(fed, redis_url):
     party = await convened(fed, rounds=3)
     await party.until("CERTIFYING")
-    await fed.handlers.delete("fed")
+    await fed.handlers.federations.delete("fed")
     await fed.driver._hold("fed")
     async with connect(redis_url) as client:
         assert await client.keys("*{fed}*") == []

@@ -249,15 +249,15 @@ async def test_a_rejected_plan_abandons_its_round_and_the_next_leader_plans(fed)
     await fed.begin(spec())
     train = await until_training(fed)
     sha256 = train.plan.digest.sha256.hex()
-    await fed.handlers.reject_plan("fed", "c", 1, sha256, "other ranking")
-    await fed.handlers.reject_plan("fed", "b", 1, sha256, "a second voice")
+    await fed.handlers.plans.reject("fed", "c", 1, sha256, "other ranking")
+    await fed.handlers.plans.reject("fed", "b", 1, sha256, "a second voice")
     await fed.settle()
     assert (await fed.assignment("b")).make_plan.plan_number == 2
     record = await fed.play()
     assert record.phase is Phase.FINISHED
     assert outcomes(await fed.shown())[1] == ("TRAIN", 1, 1, "ABANDONED", "PLAN_REFUSED")
     with pytest.raises(DomainError) as refused:
-        await fed.handlers.reject_plan("fed", "c", 1, sha256, "late")
+        await fed.handlers.plans.reject("fed", "c", 1, sha256, "late")
     assert refused.value.reason is Reason.PLAN_UNKNOWN
 
 
@@ -384,7 +384,7 @@ async def test_a_round_with_a_target_asks_some_more_and_closes_without_the_slowe
     (ended,) = (await fed.shown()).history
     assert (ended.state, ended.update_count, ended.cohort_count) == (pb.ROUND_STATE_PUBLISHED, 2, 3)
     with pytest.raises(DomainError) as refused:
-        await fed.handlers.commit("fed", round_.round_id, fed.update(late, round_, digests))
+        await fed.handlers.updates.commit("fed", round_.round_id, fed.update(late, round_, digests))
     assert refused.value.reason is Reason.ROUND_NOT_COLLECTING
     assert (await fed.play()).phase is Phase.FINISHED
 

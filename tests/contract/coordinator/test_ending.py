@@ -24,7 +24,7 @@ async def test_stopping_makes_the_newest_result_the_final_one(fed):
     await fed.begin(spec(rounds=5))
     await until_trained(fed, 2)
     for _ in range(2):
-        await fed.handlers.stop("fed")
+        await fed.handlers.federations.stop("fed")
     await fed.settle()
     record, shown = await fed.federation(), await fed.shown()
     assert (record.phase, record.trained, record.ticket) == (Phase.FINISHED, 2, None)
@@ -40,7 +40,7 @@ async def test_stopping_while_a_round_is_aggregated_keeps_the_round(fed):
     await fed.settle()
     await fed.act()
     await fed.driver.step("fed")  # closes it
-    await fed.handlers.stop("fed")
+    await fed.handlers.federations.stop("fed")
     await fed.settle()
     record = await fed.federation()
     assert (record.phase, record.trained) == (Phase.FINISHED, 1)
@@ -52,15 +52,15 @@ async def test_stopping_without_a_result_fails_it_in_words(fed, running):
         await fed.begin(spec())
         await fed.settle()
     else:
-        await fed.handlers.create(spec())
-    await fed.handlers.stop("fed")
+        await fed.handlers.federations.create(spec())
+    await fed.handlers.federations.stop("fed")
     await fed.settle()
     record = await fed.federation()
     assert (record.phase, record.failure) == (
         Phase.FAILED,
         "its operator stopped it before a round was published",
     )
-    assert not (await fed.handlers.stop("fed")).stopped or record.stopped
+    assert not (await fed.handlers.federations.stop("fed")).stopped or record.stopped
 
 
 async def test_a_failed_federation_gives_its_agents_the_newest_result(fed):
@@ -77,7 +77,7 @@ async def test_extending_a_running_federation_adds_rounds_once_however_often_it_
     await fed.begin(spec())
     await until_trained(fed, 1)
     for _ in range(2):
-        await fed.handlers.extend("fed", 4)
+        await fed.handlers.federations.extend("fed", 4)
     assert (await fed.shown()).spec.round.rounds == 4
     record = await fed.play()
     assert (record.phase, record.trained) == (Phase.FINISHED, 4)
@@ -89,9 +89,9 @@ async def test_a_finished_federation_goes_on_from_its_result(fed, stopped):
     await fed.begin(spec())
     if stopped:
         await until_trained(fed, 1)
-        await fed.handlers.stop("fed")
+        await fed.handlers.federations.stop("fed")
     before = await fed.play()
-    await fed.handlers.extend("fed", 3)
+    await fed.handlers.federations.extend("fed", 3)
     record = await fed.play()
     assert (before.phase, record.phase, record.trained, record.stopped) == (
         Phase.FINISHED,
@@ -106,22 +106,22 @@ async def test_what_cannot_be_extended_says_why(fed):
     with pytest.raises(
         DomainError, match="rounds must be 2, as many as there are now, to 10000, not 1"
     ) as few:
-        await fed.handlers.extend("fed", 1)
+        await fed.handlers.federations.extend("fed", 1)
     assert few.value.reason is Reason.INVALID_ARGUMENT
     await fed.play()
     fed.now_ms += 8 * 86_400_000
     with pytest.raises(DomainError, match="its last result is stored no longer") as late:
-        await fed.handlers.extend("fed", 3)
+        await fed.handlers.federations.extend("fed", 3)
     assert late.value.reason is Reason.FEDERATION_CLOSED
 
 
 async def test_a_failed_federation_is_not_extended(fed):
     await fed.begin(spec())
     await fed.settle()
-    await fed.handlers.stop("fed")
+    await fed.handlers.federations.stop("fed")
     await fed.settle()
     with pytest.raises(DomainError, match="has failed and cannot go on") as failed:
-        await fed.handlers.extend("fed", 3)
+        await fed.handlers.federations.extend("fed", 3)
     assert failed.value.reason is Reason.FEDERATION_CLOSED
 
 
@@ -134,7 +134,7 @@ async def test_a_driver_finds_a_finished_federation_that_was_extended(fed):
                 while (await fed.federation()).trained < rounds or "fed" not in fed.driver._finished:
                     await fed.act()
                     await asyncio.sleep(0.01)
-                await fed.handlers.extend("fed", rounds + 1)
+                await fed.handlers.federations.extend("fed", rounds + 1)
                 fed.changes.wake_all()
                 await asyncio.sleep(0)
     finally:
@@ -149,9 +149,13 @@ async def test_deleting_leaves_nothing_and_frees_the_name(fed, redis_url, negoti
     await until_trained(fed, rounds)
     await fed.act()
     epoch = (await fed.federation()).epoch
-    await fed.handlers.delete("fed")
+    await fed.handlers.federations.delete("fed")
     assert (await fed.assignment("a")).halt.why == "its operator deletes the federation"
-    for call in (fed.join("late"), fed.handlers.extend("fed", 9), fed.handlers.start("fed")):
+    for call in (
+        fed.join("late"),
+        fed.handlers.federations.extend("fed", 9),
+        fed.handlers.federations.start("fed"),
+    ):
         with pytest.raises(DomainError) as closed:
             await call
         assert closed.value.reason is Reason.FEDERATION_CLOSED
@@ -171,7 +175,7 @@ async def test_deleting_leaves_nothing_and_frees_the_name(fed, redis_url, negoti
 async def test_deleting_goes_on_where_it_broke_off(fed, redis_url, monkeypatch):
     await fed.begin(spec())
     await until_trained(fed, 1)
-    await fed.handlers.delete("fed")
+    await fed.handlers.federations.delete("fed")
 
     async def broken(_federation_id: str) -> None:
         raise DomainError(Reason.STORE_UNAVAILABLE, "gone")
@@ -186,9 +190,9 @@ async def test_deleting_goes_on_where_it_broke_off(fed, redis_url, monkeypatch):
 
 
 async def test_a_federation_that_was_never_started_is_deleted_too(fed):
-    await fed.handlers.create(spec())
+    await fed.handlers.federations.create(spec())
     await fed.join("a")
-    await fed.handlers.delete("fed")
+    await fed.handlers.federations.delete("fed")
     driving = asyncio.create_task(fed.driver.run())
     try:
         async with asyncio.timeout(30):
@@ -211,8 +215,8 @@ async def test_rounds_beyond_what_client_privacy_is_planned_for_are_refused(fed)
         }
     )
     await fed.begin(hidden)
-    assert (await fed.handlers.extend("fed", 3)).rounds == 3
+    assert (await fed.handlers.federations.extend("fed", 3)).rounds == 3
     with pytest.raises(DomainError, match="was for 3 sums") as refused:
-        await fed.handlers.extend("fed", 4)
+        await fed.handlers.federations.extend("fed", 4)
     assert refused.value.reason is Reason.INVALID_ARGUMENT
     assert (await fed.federation()).rounds == 3

@@ -79,23 +79,23 @@ async def test_an_operator_rotates_once_however_often_it_asks(fed):
     await fed.begin(rotating(rounds=3))
     await until_round(fed, 2)
     for _ in range(2):
-        await fed.handlers.rotate("fed", 1)
+        await fed.handlers.federations.rotate("fed", 1)
     assert (await fed.shown()).rotation_pending
     assert (await fed.shown()).epoch == 1
     await until_round(fed, 3)
-    await fed.handlers.rotate("fed", 1)
+    await fed.handlers.federations.rotate("fed", 1)
     shown = await fed.shown()
     assert (shown.epoch, shown.rotation_pending) == (2, False)
     assert (await fed.play()).epoch == 2
     with pytest.raises(DomainError) as refused:
-        await fed.handlers.rotate("fed", 0)
+        await fed.handlers.federations.rotate("fed", 0)
     assert refused.value.reason is Reason.FEDERATION_CLOSED
 
 
 async def test_what_cannot_rotate_says_so(fed):
     await fed.begin(spec("none"))
     with pytest.raises(DomainError, match="there are no keys to rotate"):
-        await fed.handlers.rotate("fed", 0)
+        await fed.handlers.federations.rotate("fed", 0)
     revoke(fed, "a")
     await fed.settle()
     shown = await fed.shown()
@@ -106,14 +106,14 @@ async def test_what_cannot_rotate_says_so(fed):
 async def test_an_epoch_that_has_not_begun_cannot_be_left(fed):
     await fed.begin(spec())
     with pytest.raises(DomainError, match="from_epoch 2 has not begun"):
-        await fed.handlers.rotate("fed", 2)
+        await fed.handlers.federations.rotate("fed", 2)
 
 
 async def test_a_rotation_in_the_middle_of_a_round_loses_no_update(fed):
     await fed.begin(rotating(rounds=2))
     train = await until_round(fed, 1)
     await fed.commit("a", train.round)
-    await fed.handlers.rotate("fed", 0)
+    await fed.handlers.federations.rotate("fed", 0)
     await fed.settle()
     assert await fed.commit("b", train.round) == 2
     await fed.commit("c", train.round)
@@ -129,7 +129,7 @@ async def test_a_vote_whose_plan_would_be_void_at_once_is_abandoned_for_one_unde
 ):
     await fed.begin(spec(negotiation=negotiation))
     await fed.settle()
-    await fed.handlers.rotate("fed", 0)
+    await fed.handlers.federations.rotate("fed", 0)
     record = await fed.play()
     assert record.phase is Phase.FINISHED
     assert outcomes(await fed.shown())[:2] == [

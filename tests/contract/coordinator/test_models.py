@@ -14,12 +14,12 @@ ODD = [common_pb2.Matrix(name="x", out_features=1, in_features=1)]
 
 async def join_oddly(fed, client: str) -> None:
     request = pb.JoinRequest(client_id=client, rank=1, budget=1.0, example_count=1, protocol_version=1)
-    await fed.handlers.join("fed", checks.member(request, fed.now_ms), ODD, [])
+    await fed.handlers.members.join("fed", checks.member(request, fed.now_ms), ODD, [])
 
 
 async def test_a_hostile_first_joiner_fixes_nothing_and_is_told_by_name(fed):
-    await fed.handlers.create(spec(clients=3))
-    await fed.handlers.start("fed")
+    await fed.handlers.federations.create(spec(clients=3))
+    await fed.handlers.federations.start("fed")
     await join_oddly(fed, "evil")
     for client in "ab":
         await fed.join(client)
@@ -28,7 +28,7 @@ async def test_a_hostile_first_joiner_fixes_nothing_and_is_told_by_name(fed):
     assert [matrix.name for matrix in record.model.matrices] == ["layer.0.query", "layer.0.value"]
     shown = {member.client_id: member.reason for member in (await fed.shown()).members}
     assert shown == {"a": "", "b": "", "evil": "MODEL_MISMATCH"}
-    watch = fed.handlers.watch("fed", "evil")
+    watch = fed.handlers.watching.watch("fed", "evil")
     with pytest.raises(DomainError) as unknown:
         await anext(watch)
     assert unknown.value.reason is Reason.CLIENT_UNKNOWN, "so that it joins again"
@@ -41,8 +41,8 @@ async def test_a_hostile_first_joiner_fixes_nothing_and_is_told_by_name(fed):
 
 
 async def test_without_a_majority_the_federation_waits_for_others(fed):
-    await fed.handlers.create(spec(clients=2))
-    await fed.handlers.start("fed")
+    await fed.handlers.federations.create(spec(clients=2))
+    await fed.handlers.federations.start("fed")
     await join_oddly(fed, "evil")
     await fed.join("a")
     await fed.settle()
@@ -55,13 +55,13 @@ async def test_without_a_majority_the_federation_waits_for_others(fed):
 
 
 async def test_a_stream_that_is_open_when_the_model_is_fixed_ends_for_those_with_another(fed):
-    await fed.handlers.create(spec(clients=3))
+    await fed.handlers.federations.create(spec(clients=3))
     await join_oddly(fed, "evil")
-    watch = fed.handlers.watch("fed", "evil")
+    watch = fed.handlers.watching.watch("fed", "evil")
     await anext(watch)
     for client in "ab":
         await fed.join(client)
-    await fed.handlers.start("fed")
+    await fed.handlers.federations.start("fed")
     await fed.settle()
     fed.changes.wake_all()
     with pytest.raises(DomainError) as unknown:
@@ -70,8 +70,8 @@ async def test_a_stream_that_is_open_when_the_model_is_fixed_ends_for_those_with
 
 
 async def test_a_revoked_members_model_is_forgotten(fed):
-    await fed.handlers.create(spec(clients=2))
-    await fed.handlers.start("fed")
+    await fed.handlers.federations.create(spec(clients=2))
+    await fed.handlers.federations.start("fed")
     for client in ("evil", "evil-too"):
         await join_oddly(fed, client)
     record = await fed.federation()

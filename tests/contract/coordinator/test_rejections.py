@@ -17,7 +17,7 @@ async def reject(fed, *clients: str) -> int:
     """Has these members reject the plan of the round in progress. Returns its number."""
     plan = (await fed.federation()).plan
     for client in clients:
-        await fed.handlers.reject_plan("fed", client, plan.number, plan.digest.sha256, "other ranking")
+        await fed.handlers.plans.reject("fed", client, plan.number, plan.digest.sha256, "other ranking")
     return plan.number
 
 
@@ -84,7 +84,7 @@ async def test_no_rejection_discards_a_plan_once_a_round_under_it_has_closed(fed
     record = await fed.federation()
     assert (record.plan.number, record.accepted_plan, record.phase) == (number, number, Phase.RUNNING)
     assert (await fed.shown()).history[-1].reason == "PLAN_REFUSED", "too few are left for this round"
-    await fed.handlers.rotate("fed", 0)  # the operator's way out: another vote
+    await fed.handlers.federations.rotate("fed", 0)  # the operator's way out: another vote
     assert (await fed.play()).phase is Phase.FINISHED
 
 
@@ -119,5 +119,5 @@ async def test_a_stranger_to_the_round_discards_nothing(fed):
     await fed.settle()
     assert (await fed.federation()).plan is not None
     with pytest.raises(DomainError) as refused:
-        await fed.handlers.reject_plan("fed", "nobody", 1, "00" * 32, "no")
+        await fed.handlers.plans.reject("fed", "nobody", 1, "00" * 32, "no")
     assert refused.value.reason is Reason.CLIENT_UNKNOWN

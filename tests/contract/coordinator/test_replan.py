@@ -89,7 +89,7 @@ async def test_a_base_stays_readable_under_its_own_plan_while_the_next_plan_is_n
         train = (await fed.assignment("a")).train
         if train.HasField("base"):
             for plan in (train.plan, train.base_plan):
-                assert len(await fed.handlers.plan("fed", plan.plan_number)) == plan.digest.total_bytes
+                assert len(await fed.handlers.plans.read("fed", plan.plan_number)) == plan.digest.total_bytes
             assert train.base.round_id in fed.aggregation.result_rounds()
             checked += train.plan.plan_number != train.base_plan.plan_number
         await fed.act()

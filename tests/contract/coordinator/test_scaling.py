@@ -2,11 +2,10 @@
 
 import asyncio
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
-from coordinator.handlers import _OwnCommit
+from coordinator.handlers.watching import OwnCommit
 from coordinator.render import Renderer
 from coordinator.store.committees import CommitteeStore
 from coordinator.store.federations import FederationStore
@@ -14,7 +13,7 @@ from coordinator.store.members import MemberStore
 from coordinator.store.presence import PresenceStore
 from coordinator.store.rounds import RoundStore
 from coordinator.store.updates import UpdateStore
-from tests.contract.coordinator.members import Convened, Convening
+from tests.contract.coordinator.members import Convened, Convening, root
 from tests.contract.coordinator.world import World, spec
 
 READS = {
@@ -53,12 +52,12 @@ async def test_a_change_is_read_once_for_all_who_watch(fed: World, reads: Counte
     reads.clear()
     fed.changes.wake_all()
     looks = await asyncio.gather(
-        *(fed.handlers._assignment("fed", client, _OwnCommit()) for client in WATCHERS)
+        *(fed.handlers.watching.assignment("fed", client, OwnCommit()) for client in WATCHERS)
     )
     assert {look[1].assignment_id for look in looks} == {f"vote/{looks[0][0].round_id(1)}"}
     assert (reads["federation"], reads["round"]) == (1, 1)
     fed.changes.wake_all()
-    await fed.handlers._assignment("fed", WATCHERS[0], _OwnCommit())
+    await fed.handlers.watching.assignment("fed", WATCHERS[0], OwnCommit())
     assert (reads["federation"], reads["round"]) == (2, 2)
 
 
@@ -66,9 +65,9 @@ async def test_looking_again_without_a_change_asks_for_no_commit(fed: World, rea
     await fed.begin(spec(), WATCHERS)
     await fed.settle()
     reads.clear()
-    commit = _OwnCommit()
+    commit = OwnCommit()
     for _ in range(3):
-        await fed.handlers._assignment("fed", WATCHERS[0], commit)
+        await fed.handlers.watching.assignment("fed", WATCHERS[0], commit)
     assert reads["commit_of"] == 1
 
 
@@ -95,8 +94,8 @@ async def test_listing_a_federation_reads_no_report_of_a_member(fed: World, read
 
 
 async def test_joining_makes_the_driver_look_at_no_member_until_there_are_enough(fed: World, reads: Counter):
-    await fed.handlers.create(spec(clients=len(WATCHERS)))
-    await fed.handlers.start("fed")
+    await fed.handlers.federations.create(spec(clients=len(WATCHERS)))
+    await fed.handlers.federations.start("fed")
     await fed.driver.step("fed")
     reads.clear()
     for client in WATCHERS[:-1]:
@@ -163,8 +162,8 @@ async def test_the_keys_of_a_committee_are_read_once_for_all_who_ask(
     party = Convened(fed, names)
     await fed.begin(spec(Convening.name, clients=12, rounds=1), names)
     current = await party.until("COLLECTING")
-    fed.handlers = replace(fed.handlers)
+    fed.handlers = fed.new_handlers(root=root().der)
     monkeypatch.setattr(CommitteeStore, "statements", counted)
-    found = [await fed.handlers.convening.keys("fed", current.round_id, name) for name in names]
+    found = [await fed.handlers.committees.keys("fed", current.round_id, name) for name in names]
     assert reads == 1
     assert [len(keys) for keys in found] == [7] * 12

@@ -1,7 +1,5 @@
 """Updates that are refused or left out by policy: by which reason, and who is told."""
 
-from dataclasses import replace
-
 import pytest
 
 from coordinator.handlers import Limits
@@ -45,7 +43,7 @@ async def test_a_loss_that_is_no_number_is_refused_by_name_and_zero_is_none(fed,
     assert caught.value.reason is Reason.VALUE_NOT_FINITE
     report = pb.UpdateReport(example_count=10, train_loss=0.0)
     update = fed.update("a", train.round, digests, report=report)
-    assert await fed.handlers.commit("fed", train.round.round_id, update) == 1
+    assert await fed.handlers.updates.commit("fed", train.round.round_id, update) == 1
 
 
 @pytest.mark.parametrize("squared", [1e9, 1e300, float("inf"), float("nan")])
@@ -105,20 +103,20 @@ async def test_claimed_examples_weigh_up_to_a_share_of_the_round(fed):
 
 
 async def test_a_federation_takes_as_many_members_as_its_coordinator_allows(fed):
-    fed.handlers = replace(fed.handlers, limits=Limits(max_members=3))
+    fed.handlers = fed.new_handlers(limits=Limits(max_members=3))
     await fed.begin(spec("none"), "abc")
     with pytest.raises(DomainError, match="has 3 members, the most") as caught:
         await fed.join("d")
     assert caught.value.reason is Reason.LIMIT_REACHED
     await fed.join("a")
     with pytest.raises(DomainError, match=r"round.clients = 4 can never join"):
-        await fed.handlers.create(spec(clients=4).model_copy(update={"name": "large"}))
+        await fed.handlers.federations.create(spec(clients=4).model_copy(update={"name": "large"}))
 
 
 async def test_a_coordinator_takes_as_many_federations_as_it_allows(fed):
-    fed.handlers = replace(fed.handlers, limits=Limits(max_federations=1))
-    await fed.handlers.create(spec())
-    await fed.handlers.create(spec())
+    fed.handlers = fed.new_handlers(limits=Limits(max_federations=1))
+    await fed.handlers.federations.create(spec())
+    await fed.handlers.federations.create(spec())
     with pytest.raises(DomainError, match="holds 1 federations, the most it takes") as caught:
-        await fed.handlers.create(spec().model_copy(update={"name": "another"}))
+        await fed.handlers.federations.create(spec().model_copy(update={"name": "another"}))
     assert caught.value.reason is Reason.LIMIT_REACHED

@@ -54,7 +54,7 @@ async def test_the_repetition_begins_from_the_result_before_which_is_still_there
     while (await fed.federation()).trained < 1:
         await party.step()
     await cannot_open(fed, party, FOUR, 2)
-    await fed.handlers.extend("fed", 3)
+    await fed.handlers.federations.extend("fed", 3)
     while (await fed.federation()).sequence < 4:
         await party.step()
     await fed.settle()
@@ -138,7 +138,7 @@ async def test_a_last_sum_that_does_not_open_is_repeated_when_the_federation_is_
     await cannot_open(fed, party, FOUR, 2)
     federation = await party.play()
     assert (federation.phase, federation.results_in_use) == (Phase.FINISHED, {1, 2})
-    await fed.handlers.extend("fed", 3)
+    await fed.handlers.federations.extend("fed", 3)
     federation = await party.play()
     shown = await fed.shown()
     assert (federation.phase, federation.trained) == (Phase.FINISHED, 3)

@@ -28,7 +28,12 @@ def make_newer(stored: redis.Redis, key: str) -> bytes:
 async def test_a_newer_record_is_named_as_such_and_stays_as_it_is(fed, stored):
     await fed.begin(spec("none"))
     newer = make_newer(stored, Keys().federation("fed"))
-    for call in (fed.federation(), fed.handlers.start("fed"), fed.join("late"), fed.driver.step("fed")):
+    for call in (
+        fed.federation(),
+        fed.handlers.federations.start("fed"),
+        fed.join("late"),
+        fed.driver.step("fed"),
+    ):
         with pytest.raises(
             DomainError, match="stored FederationRecord has format 2, and only 1 is read here"
         ) as caught:
@@ -55,7 +60,7 @@ async def test_a_driver_leaves_what_it_cannot_read_to_a_newer_replica(fed, store
 async def test_a_federation_of_a_newer_version_does_not_keep_others_from_being_driven(fed, stored):
     await fed.begin(spec("none"))
     other = spec("none").model_copy(update={"name": "a-newer-one"})
-    await fed.handlers.create(other)
+    await fed.handlers.federations.create(other)
     make_newer(stored, Keys().federation("a-newer-one"))
     driving = asyncio.create_task(fed.driver.run())
     try:

@@ -21,7 +21,7 @@ def said(client: str, assignment: pb.Assignment, reason=Reason.VALUE_NOT_FINITE,
 
 
 async def give_up(fed, client: str, **words) -> None:
-    await fed.handlers.give_up("fed", *said(client, await fed.assignment(client), **words))
+    await fed.handlers.members.give_up("fed", *said(client, await fed.assignment(client), **words))
 
 
 async def seconds_to_the_end(fed, step_s: int = 5) -> float:
@@ -109,7 +109,7 @@ async def test_giving_up_an_assignment_of_yesterday_changes_nothing(fed):
     old = await fed.assignment("c")
     await fed.act()
     await fed.settle()
-    await fed.handlers.give_up("fed", *said("c", old))
+    await fed.handlers.members.give_up("fed", *said("c", old))
     assert await fed.store.updates.refusals(await fed.federation(), 2) == []
 
 
@@ -118,7 +118,7 @@ async def test_who_committed_cannot_be_taken_for_one_that_gave_up(fed):
     await fed.settle()
     assignment = await fed.assignment("c")
     await fed.do("c", assignment)
-    await fed.handlers.give_up("fed", *said("c", assignment))
+    await fed.handlers.members.give_up("fed", *said("c", assignment))
     assert (await fed.shown()).current.dropped == []
 
 

@@ -15,7 +15,8 @@ from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Changes
 from coordinator.decisions import Decision, Done, Rest
 from coordinator.driver import Driver, DriverPolicy
-from coordinator.handlers import Handlers, _OwnCommit
+from coordinator.handlers import Handlers, handlers_on
+from coordinator.handlers.watching import OwnCommit
 from coordinator.liveness import USUAL, Liveness
 from coordinator.records import FederationRecord, Sighting
 from coordinator.render import Renderer
@@ -85,16 +86,20 @@ class World:
     """Base models of members, three letters for weights, tokens, chat template; they say nothing by default."""
 
     def __post_init__(self) -> None:
-        instances = itertools.count(1)
-        self.handlers = Handlers(
+        self.instances = itertools.count(1)
+        self.handlers = self.new_handlers()
+        self.driver = self.new_driver(self.store)
+
+    def new_handlers(self, **options: Any) -> Handlers:
+        return handlers_on(
             self.store,
             self.changes,
-            self.pool,
-            lambda: self.now_ms,
-            lambda: f"{next(instances):08x}",
+            aggregation=self.pool,
+            clock_ms=lambda: self.now_ms,
+            new_instance=lambda: f"{next(self.instances):08x}",
             liveness=self.liveness,
+            **options,
         )
-        self.driver = self.new_driver(self.store)
 
     def new_driver(self, store: Store) -> Driver:
         tokens = itertools.count(1)
@@ -112,10 +117,10 @@ class World:
     async def begin(
         self, federation: FederationSpec, clients: Iterable[str] = "abc", budget: float = 1.0
     ) -> None:
-        await self.handlers.create(federation)
+        await self.handlers.federations.create(federation)
         for client in clients:
             await self.join(client, self.budgets.get(client, budget))
-        await self.handlers.start("fed")
+        await self.handlers.federations.start("fed")
 
     async def join(self, client: str, budget: float = 1.0, rank: int = 4, **changes: Any) -> FederationRecord:
         request = pb.JoinRequest(
@@ -127,7 +132,7 @@ class World:
             **changes,
         )
         member = checks.member(request, self.now_ms)
-        return await self.handlers.join("fed", member, MATRICES, TENSORS)
+        return await self.handlers.members.join("fed", member, MATRICES, TENSORS)
 
     async def federation(self) -> FederationRecord:
         return (await self.store.federations.read("fed")).record
@@ -145,7 +150,7 @@ class World:
 
     async def assignment(self, client: str) -> pb.Assignment:
         self.changes.wake_all()  # in place of the notifications, which only a running server listens to
-        federation, assignment = await self.handlers._assignment("fed", client, _OwnCommit())
+        federation, assignment = await self.handlers.watching.assignment("fed", client, OwnCommit())
         return await Renderer(self.store).assignment(federation, assignment)
 
     async def act(self) -> None:
@@ -187,7 +192,7 @@ class World:
             overlap=self.overlaps.get(client),
             base_model=self.base_of(client),
         )
-        return await self.handlers.commit(
+        return await self.handlers.updates.commit(
             "fed", round_.round_id, self.update(client, round_, digests, report=report)
         )
 
@@ -211,7 +216,9 @@ class World:
             digest=_announced(data),
             report=pb.UpdateReport(example_count=1, base_model=self.base_of(client)),
         )
-        return await self.handlers.cast_ballot("fed", round_.round_id, checks.ballot(header), _pieces(data))
+        return await self.handlers.updates.cast_ballot(
+            "fed", round_.round_id, checks.ballot(header), _pieces(data)
+        )
 
     def update(self, client, round_, digests, examples=10, **changes):
         fields = {
@@ -237,7 +244,7 @@ class World:
             counted.CopyFrom(matrix)
             counted.tier_columns.extend([2] * len(work.tiers))
             matrices.append(counted)
-        await self.handlers.publish_plan(
+        await self.handlers.plans.publish(
             "fed", client, work.plan_number, Digest.of(sealed), matrices, _pieces(sealed)
         )
 
