@@ -40,6 +40,8 @@ FOLDER = Path("runs/poisoning")
 HONEST, ABSENT = "honest", "absent"
 """All four are honest; the one that attacks elsewhere does not take part. Whose update is left out costs no less than
 its absence, so an attack that is stopped is to be held against that."""
+LAST_WORDS_S = 60
+"""After its end for agents to measure the last result; who refuses it measures nothing."""
 TEST_EXAMPLES = 150
 """An agent's; the order of the test data is random."""
 
@@ -96,9 +98,10 @@ async def _followed(cluster: LocalCluster, spec: FederationSpec) -> pb.Federatio
         while time.monotonic() < deadline:
             federation = await connection.get(spec.name)
             rounds = training_rounds(federation)
-            ended = federation.phase in {pb.PHASE_FINISHED, pb.PHASE_FAILED}
-            if ended and (not rounds or len(_measured(rounds[-1])) == len(AGENTS) - 1):
-                break
+            if federation.phase in {pb.PHASE_FINISHED, pb.PHASE_FAILED}:
+                if not rounds or len(_measured(rounds[-1])) == len(AGENTS) - 1:
+                    break
+                deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
             await asyncio.sleep(2)
         return federation
 
@@ -129,6 +132,8 @@ def main(arguments: Sequence[str], rounds: int = 5) -> None:
         ends = f"left out in {sum(dropped)} of {len(found)} rounds"
         taken_back = len(spoiled_rounds(federation))
         sits_out = f"{taken_back} results taken back, {federation.sits_out or 'nobody'} sits out"
+        refused = len(AGENTS) - 1 - len(_measured(found[-1])) if found else 0
+        ends += f"; {refused} refuse the last result" if refused else ""
         failure = f"; failed: {federation.failure}" if federation.failure else ""
         print(f"{protection} {attack:20} {shown}   {ends}; {sits_out}{failure}", flush=True)  # noqa: T201
 
