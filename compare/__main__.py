@@ -11,7 +11,7 @@ from rich.console import Console
 
 from compare import report as reports
 from compare.cells import Place, run_missing
-from compare.settings import Cell, Cohort
+from compare.settings import LONGER, ROUNDS, Cell, Cohort
 
 DATA: Final = ("r8", "20news", "tomatoes")
 METHODS: Final = (
@@ -29,7 +29,7 @@ Runs = Annotated[Path, typer.Option(help="Folder of encoded data and finished ce
 def cohorts(data: list[str], clients: list[int], *, even: bool, equal: bool) -> list[Cohort]:
     """Cohorts by data set: uneven labels and mixed ranks, and where asked for the milder ones too."""
     return [
-        Cohort(data=name, clients=count, uneven=uneven, mixed=mixed)
+        Cohort(data=name, clients=count, uneven=uneven, mixed=mixed, rounds=LONGER.get(name, ROUNDS))
         for count in clients
         for uneven, mixed in [
             (True, True),
