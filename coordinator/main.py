@@ -13,7 +13,7 @@ import typer
 from coordinator.aggregation import AggregationPool
 from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Changes
-from coordinator.driver import Driver
+from coordinator.driver import Driver, driver_on
 from coordinator.handlers import Handlers, handlers_on
 from coordinator.keys import Keys
 from coordinator.metrics import tell_fullness
@@ -153,9 +153,9 @@ def compose(
         liveness=settings.liveness,
         root=root,
     )
-    driver = Driver(
-        store=store,
-        changes=changes,
+    driver = driver_on(
+        store,
+        changes,
         aggregation=pool,
         authority=KeyAuthorityClient(authority, retry_s=settings.retry_s),
         revoked=revocations.clients_of,

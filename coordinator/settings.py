@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, SecretStr, Strict, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from coordinator.driver import DriverPolicy
+from coordinator.driver.policy import DriverPolicy
 from coordinator.handlers.limits import Limits
 from coordinator.liveness import Liveness
 from services.shell.settings import MemberSettings, with_password

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 from unittest import mock
 
-import coordinator.driver
+import coordinator.driver.rounds
 import coordinator.store.database
 import coordinator.store.updates
 import services.aggregation.scripts
 from coordinator import transitions
 from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Signal
-from coordinator.driver import Driver
+from coordinator.driver.federations import FederationSteps
 from coordinator.records import FederationRecord, Garbage
 from coordinator.store import CommitOutcome
 from coordinator.store.database import Database
@@ -90,7 +90,7 @@ def kept_garbage() -> AbstractContextManager[Any]:
     async def nothing(*_: Any) -> None:
         pass
 
-    return mock.patch.object(Driver, "_close_round", nothing)
+    return mock.patch.object(FederationSteps, "_close_round", nothing)
 
 
 def results_deleted_early() -> AbstractContextManager[Any]:
@@ -151,18 +151,18 @@ def leases_for_ever() -> Iterator[None]:
 
 def one_left_out() -> AbstractContextManager[Any]:
     """Of more updates than are needed, one is left out of the aggregate."""
-    original = coordinator.driver.contributors
+    original = coordinator.driver.rounds.contributors
 
     def some(record: Any, commits: Any) -> Any:
         found = original(record, commits)
         return found[: max(record.round.min_updates, len(found) - 1)]
 
-    return mock.patch.object(coordinator.driver, "contributors", some)
+    return mock.patch.object(coordinator.driver.rounds, "contributors", some)
 
 
 def one_counted_twice() -> AbstractContextManager[Any]:
     """The first client's update weighs what two would."""
-    original = coordinator.driver.contributions
+    original = coordinator.driver.rounds.contributions
 
     def heavier(kind: Any, shard: int, commits: Any) -> Any:
         doubled = commits[0].update.report.model_copy(
@@ -173,7 +173,7 @@ def one_counted_twice() -> AbstractContextManager[Any]:
         )
         return original(kind, shard, [first, *commits[1:]])
 
-    return mock.patch.object(coordinator.driver, "contributions", heavier)
+    return mock.patch.object(coordinator.driver.rounds, "contributions", heavier)
 
 
 @dataclass(frozen=True)

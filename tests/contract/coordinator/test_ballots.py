@@ -176,7 +176,8 @@ async def test_two_drivers_rank_alike(fed):
     federation = await fed.federation()
     record = (await fed.store.rounds.read(federation, 1)).record
     one, two = [
-        await driver._aggregate(federation, record) for driver in (fed.driver, fed.new_driver(fed.store))
+        await driver.steps.rounds.aggregate(federation, record)
+        for driver in (fed.driver, fed.new_driver(fed.store))
     ]
     assert one == two
     assert one.record.ranked is not None

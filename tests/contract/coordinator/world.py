@@ -14,7 +14,7 @@ from coordinator.aggregation import AggregationPool
 from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Changes
 from coordinator.decisions import Decision, Done, Rest
-from coordinator.driver import Driver, DriverPolicy
+from coordinator.driver import Driver, DriverPolicy, driver_on
 from coordinator.handlers import Handlers, handlers_on
 from coordinator.handlers.watching import OwnCommit
 from coordinator.liveness import USUAL, Liveness
@@ -103,9 +103,9 @@ class World:
 
     def new_driver(self, store: Store) -> Driver:
         tokens = itertools.count(1)
-        return Driver(
-            store=store,
-            changes=self.changes,
+        return driver_on(
+            store,
+            self.changes,
             aggregation=self.pool,
             authority=self.authority_client,
             revoked=lambda _: dict(self.revoked),
