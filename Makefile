@@ -106,8 +106,8 @@ test-failures: $(INSTALLED)  ## Kill, drain and add processes in the middle of r
 test-insiders: $(INSTALLED)  ## Attack a local cluster as strangers and as members with certificates
 	$(BIN)/python -m pytest -o python_files='attack_*.py' tests/insiders
 
-attack: $(INSTALLED)  ## Attack captured messages of real federations in every protection mode, print what comes back
-	OMP_NUM_THREADS=1 $(BIN)/python -m attack
+attack: $(INSTALLED)  ## Attack captured messages of real federations in every protection mode; goes on where it stopped
+	$(BIN)/python -m attack
 
 test-dashboard: $(INSTALLED)  ## Drive the operator's page with a browser; skips where there is no chromium
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

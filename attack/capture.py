@@ -17,7 +17,7 @@ from shelora.lora.layout import Layout
 from shelora.messages import layout_from_proto
 from shelora.v1 import common_pb2
 
-POLL_S: Final = 0.2
+POLL_S: Final = 0.05
 _FILES: Final = "appendonlydir/*.incr.aof"
 
 

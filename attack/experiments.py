@@ -7,7 +7,6 @@ how many distinct tokens a batch has (best-T recall), the first two tokens of a 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Final
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from attack.scores import auc, auc_error, recall, rouge
 from attack.spans import best
 from attack.stage import Client, Performance, Scene
 from client_agent.keys import EpochSecrets
-from shelora.accounting import multiplier_for
 from shelora.lora.shards import Float64
 
 OPENING = 2
@@ -32,28 +30,29 @@ GUESSES = 10
 """Guesses at the next token, all before it given, that are counted as success."""
 
 
-def setting(scene: Scene, number: int = 1) -> str:
-    """A scene in the table's words."""
+def setting(scene: Scene, batch: int | None = 1, number: int = 1) -> str:
+    """A scene in the table's words. Args: batch: of the clients that the row is of; None for several sizes."""
     mode = scene.mode
     if mode == "selective":
         budgets = {f"{100 * client.budget:g} %" for client in scene.clients}
         mode = f"selective {'/'.join(sorted(budgets))}, {scene.bits} bits"
     plural, later = "s" if scene.steps > 1 else "", f", round {number}" if number > 1 else ""
-    return f"{mode}, {scene.steps} step{plural}, batch {scene.batch}{later}"
+    size = "1 to " + str(scene.batch) if batch is None else str(batch)
+    return f"{mode}, {scene.steps} step{plural}, batch {size}{later}"
 
 
 def decoded(
-    performance: Performance, public: Public, *, most: int = 6, control: bool = False
+    performance: Performance, public: Public, clients: Sequence[Client], *, control: bool = False
 ) -> Iterator[Finding]:
     """Text from B of the last layer's query, or from the stored bytes if nothing is clear: a finding for every data.
 
-    Args: most: texts of each data.
+    Args: clients: with one text each.
     """
     by_data: dict[str, list[Client]] = {}
-    for client in performance.scene.clients:
+    for client in clients:
         by_data.setdefault(client.data, []).append(client)
-    for data, clients in by_data.items():
-        yield _decoded(performance, public, data, clients[:most], control=control)
+    for data, group in by_data.items():
+        yield _decoded(performance, public, data, group, control=control)
 
 
 def _decoded(
@@ -85,9 +84,9 @@ def _decoded(
         data=data,
         figures=figures,
         counts={"texts": len(found)},
-        chance={"exact": 0.0}
+        chance={"exact": 0.0, "rouge-1": 0.0}
         | ({"next word in 10 guesses": GUESSES / len(public.first_inputs)} if places else {}),
-        error={"exact": 0.0},
+        error={"exact": 0.0, "rouge-1": 0.05},
         at_least={"rouge-1": 0.8} if control else {},
         no_better_than_chance=not clear,
         capture=round_.digest,
@@ -95,29 +94,33 @@ def _decoded(
 
 
 def spanned(
-    performance: Performance, public: Public, secrets: EpochSecrets, who: str, *, control: bool
+    performance: Performance, public: Public, clients: Sequence[Client], who: str, *, control: bool
 ) -> Finding:
-    """DAGER's check on the update of each client, by whoever has `secrets`: on B, with the A that it began from."""
-    round_, scene = performance.rounds[0], performance.scene
-    figures = [recall(_tokens(public, scene, c, round_, secrets), _inputs(public, c)) for c in scene.clients]
+    """DAGER's check on the update of each client, by whoever has the secrets: on B, with the A that it began from."""
+    round_, scene, secrets = performance.rounds[0], performance.scene, performance.secrets
+    figures = [recall(_tokens(public, scene, c, round_, secrets), _inputs(public, c)) for c in clients]
+    clear, chance = bool(clear_parts(round_, clients[0].name)), _chance(public, clients)
+    guesses = sum(len(_inputs(public, client)) for client in clients)
     return Finding(
         setting=setting(scene),
         attacker=who,
-        data=_data(scene),
+        data=_data(clients),
         figures={"recall": float(np.mean(figures))},
-        counts={"clients": len(figures)},
-        chance={"recall": _chance(public, scene.clients)},
+        counts={"clients": len(figures), "tokens": guesses},
+        chance={"recall": chance},
+        error={"recall": float((chance / guesses) ** 0.5) + 1 / guesses},
         at_least={"recall": 0.95} if control else {},
+        no_better_than_chance=not clear,
         capture=round_.digest,
     )
 
 
-def by_budget(performance: Performance, public: Public) -> Iterator[Finding]:
+def by_budget(performance: Performance, public: Public, clients: Sequence[Client]) -> Iterator[Finding]:
     """What visible columns of A give away in the second round, at every budget, places known and secret."""
     scene, round_, number = performance.scene, performance.rounds[1], 2
     rng = np.random.default_rng(0)
     found: dict[tuple[float, str], list[float]] = {}
-    for client in scene.clients:
+    for client in clients:
         start, true = columns.start_of(performance, public, client, number), _inputs(public, client)
         moved = np.vstack(
             [columns.movement(performance, start, client, n, number) for n in _first_layer(public)]
@@ -126,19 +129,20 @@ def by_budget(performance: Performance, public: Public) -> Iterator[Finding]:
             guess = best(view.distances, len(true))
             found.setdefault((view.budget, view.who), []).append(recall(guess, true))
     for (budget, who), figures in found.items():
+        terms = setting(scene, number=number).partition(", ")[2]
         yield Finding(
-            setting=f"{100 * budget:g} % of columns hidden, {setting(scene, number).partition(', ')[2]}",
+            setting=f"none, {100 * budget:g} % of the columns of A left out, {terms}",
             attacker=f"server: {who}",
-            data=_data(scene),
+            data=_data(clients),
             figures={"recall": float(np.mean(figures))},
             counts={"clients": len(figures)},
-            chance={"recall": _chance(public, scene.clients)},
+            chance={"recall": _chance(public, clients)},
             capture=round_.digest,
         )
 
 
-def _data(scene: Scene) -> str:
-    return ", ".join(dict.fromkeys(client.data for client in scene.clients))
+def _data(clients: Iterable[Client]) -> str:
+    return ", ".join(dict.fromkeys(client.data for client in clients))
 
 
 def _chance(public: Public, clients: Sequence[Client]) -> float:
@@ -148,13 +152,12 @@ def _chance(public: Public, clients: Sequence[Client]) -> float:
 
 def _tokens(public: Public, scene: Scene, client: Client, round_: Round, secrets: EpochSecrets) -> set[int]:
     """The tokens taken for a client's, from B of the first layer, with A known."""
-    opened = insiders.opened_update(round_, client.name, secrets)
-    count = len(_inputs(public, client))
+    count, clear = len(_inputs(public, client)), clear_parts(round_, client.name)
     distances = []
     for name in _first_layer(public):
-        factors = opened[name]
-        A = insiders.initial_A(secrets, name, client.rank, factors.A.shape[1])
-        B = factors.B * 2.0 ** -normalization(A)
+        A = insiders.initial_A(secrets, name, client.rank, public.first_inputs.shape[1])
+        seen = clear[name].B if clear else _noise(round_, client, public, name)
+        B = seen * 2.0 ** -normalization(A)
         distances.append(tokens.by_B(public, B, A, count, steps=scene.steps, bits=scene.bits))
     return tokens.guessed(distances, count)
 
@@ -168,53 +171,40 @@ def _inputs(public: Public, client: Client) -> set[int]:
     return set(chain.from_iterable(public.ids(text)[:-1] for text in client.texts))
 
 
-EPSILON: Final = 8.0
-DELTA: Final = 1e-5
-"""Of client privacy, for one sum."""
+def opened_by_a_member(performance: Performance, public: Public) -> Finding:
+    """What a client of `complete` finds in the sum that it opened, its own part taken out."""
+    scene, first = performance.scene, _first_layer(public)
+    sums = insiders.sum_of_others(performance, first)
+    who = f"fellow member, {len(scene.clients)} in all, with or without every server: the sum that it opened"
+    hidden = scene.client_privacy
+    form = f", client privacy of epsilon {hidden['epsilon']:g}" if hidden else ""
+    return _from_sum(performance, public, sums, scene.clients[1:], (f"{setting(scene)}{form}", who))
 
 
-def fellow(
-    performance: Performance, public: Public, secrets: EpochSecrets, sizes: Iterable[int]
-) -> Iterator[Finding]:
-    """What a member finds out of the sum of a federation of each size, less its own part: exact, and with noise."""
-    scene, round_ = performance.scene, performance.rounds[0]
+def exact_sums(performance: Performance, public: Public, sizes: Iterable[int]) -> Iterator[Finding]:
+    """The same from exact sums, of updates of one federation under `none`: what `selective` decrypts is as exact."""
+    scene, round_, secrets = performance.scene, performance.rounds[0], performance.secrets
     opened = {c.name: insiders.opened_update(round_, c.name, secrets) for c in scene.clients}
     for size in sizes:
         victims = scene.clients[1:size]
-        sums = {
-            name: np.sum(
-                [c.alpha / c.rank * opened[c.name][name].B @ opened[c.name][name].A for c in victims], axis=0
-            )
-            for name in _first_layer(public)
-        }
-        yield _from_sum(
-            performance, public, secrets, sums, victims, f"fellow member, {size} in all: the exact sum"
-        )
-        updates = [{n: (c.alpha / c.rank * f.B, f.A) for n, f in opened[c.name].items()} for c in victims]
-        hidden = insiders.hidden_sum(updates, round_.layout, sums, multiplier_for(EPSILON, DELTA, 1))
-        who = f"fellow member, {size} in all: the sum under client privacy, epsilon {EPSILON:g}"
-        yield _from_sum(performance, public, secrets, hidden, victims, who)
-
-
-def colluding(performance: Performance, public: Public, secrets: EpochSecrets) -> Finding:
-    """What a client that colludes with every server has under `complete`: the sum of the others, from its own files."""
-    sums = insiders.sum_of_others(performance, performance.scene.clients[0], _first_layer(public))
-    victims = performance.scene.clients[1:]
-    who = f"servers and one client of {len(victims) + 1}, or it alone: the sum it opened"
-    return _from_sum(performance, public, secrets, sums, victims, who)
+        parts = {n: [(c.alpha / c.rank, opened[c.name][n]) for c in victims] for n in _first_layer(public)}
+        sums = {n: np.sum([s * f.B @ f.A for s, f in of], axis=0) for n, of in parts.items()}
+        who = f"fellow member, {size} in all: the exact sum of their captured updates"
+        yield _from_sum(performance, public, sums, victims, (setting(scene), who))
 
 
 def _from_sum(
     performance: Performance,
     public: Public,
-    secrets: EpochSecrets,
     sums: Mapping[str, Float64],
     victims: Sequence[Client],
-    who: str,
+    words: tuple[str, str],
 ) -> Finding:
     """Tokens of all victims together, from the sums of s B A of the first layer's matrices.
 
     Two ways: what lies outside the A that all began from, as far as A moved; and B by that A.
+
+    Args: words: setting and attacker.
     """
     scene, rng = performance.scene, np.random.default_rng(0)
     true = set().union(*(_inputs(public, client) for client in victims))
@@ -222,21 +212,19 @@ def _from_sum(
     beside, across = [], []
     for name, total in sums.items():
         noisy = total + rng.standard_normal(total.shape) * 1e-6 * np.abs(total).max()
-        A = insiders.initial_A(secrets, name, max(c.rank for c in victims), total.shape[1])
-        outside = np.eye(A.shape[1]) - np.linalg.pinv(A) @ A
+        rank = max(client.rank for client in victims)
+        A = insiders.initial_A(performance.secrets, name, rank, total.shape[1])
         steps = scene.steps if len(victims) == 1 else 0  # Adam's step is undone for a single victim alone
         across.append(tokens.by_B(public, noisy @ np.linalg.pinv(A), A, len(true), steps=steps))
         if scene.steps > 1:
-            beside.append(tokens.by_A(public, noisy @ outside, min(len(true), ranks), outside))
+            beside.append(tokens.by_A(public, noisy, min(len(true), ranks), A))
     figures = {"recall": recall(tokens.guessed(beside or across, len(true)), true)}
     if beside:
         figures["recall by B"] = recall(tokens.guessed(across, len(true)), true)
     return Finding(
-        setting=setting(scene)
-        if scene.mode == "complete"
-        else setting(scene).replace("none", "selective or none"),
-        attacker=who,
-        data=_data(scene),
+        setting=words[0],
+        attacker=words[1],
+        data=_data(victims),
         figures=figures,
         counts={"tokens": len(true)},
         chance={"recall": len(true) / len(public.first_inputs)},
@@ -258,6 +246,7 @@ def _membership(public: Public) -> CausalMembership | ClassifierMembership:
 def membership(
     performance: Performance,
     public: Public,
+    clients: Sequence[Client],
     outsiders: Sequence[str],
     *,
     control: bool = False,
@@ -271,16 +260,17 @@ def membership(
     attack = _membership(public)
     members: list[float] = []
     others: list[float] = []
-    for client in scene.clients:
+    for client in clients:
         seen = _basis if basis else _gradient
         gradients = {name: seen(scene, round_, client, name, public) for name in attack.names}
         members += [attack.score(gradients, text) for text in client.texts[: scene.batch]]
         others += [attack.score(gradients, text) for text in outsiders]
-    clear = bool(clear_parts(round_, scene.clients[0].name))
+    clear = bool(clear_parts(round_, clients[0].name))
+    sizes = {scene.batch_of(client) for client in clients}
     return Finding(
-        setting=_form(scene, basis=basis),
+        setting=_form(setting(scene, sizes.pop() if len(sizes) == 1 else None), basis=basis),
         attacker="server: clear B, A unknown" if clear else "server: all it stored",
-        data=_data(scene),
+        data=_data(clients),
         figures={"auc": auc(members, others)},
         counts={"members": len(members), "others": len(others)},
         chance={"auc": 0.5},
@@ -315,20 +305,20 @@ def _basis(scene: Scene, round_: Round, client: Client, name: str, public: Publi
     return bases.as_basis(_gradient(scene, round_, client, name, public))
 
 
-def _form(scene: Scene, *, basis: bool) -> str:
+def _form(terms: str, *, basis: bool) -> str:
     """The setting, of a capture under `none` that is looked at as if B had travelled as a basis."""
-    return setting(scene).replace("none", "B as an orthonormal basis") if basis else setting(scene)
+    return terms.replace("none", "none, B made an orthonormal basis") if basis else terms
 
 
-def unmixed(performance: Performance, public: Public) -> Finding:
+def unmixed(performance: Performance, public: Public, clients: Sequence[Client]) -> Finding:
     """How much of B comes back from an orthonormal basis of its columns: the last layer's query, one step."""
     scene, round_ = performance.scene, performance.rounds[0]
     name = next(n for n in reversed(public.names) if n.endswith("q_proj"))
-    seen = [clear_parts(round_, client.name)[name].B for client in scene.clients]
+    seen = [clear_parts(round_, client.name)[name].B for client in clients]
     return Finding(
-        setting=_form(scene, basis=True),
+        setting=_form(setting(scene), basis=True),
         attacker="server: vectors of even magnitudes in the span",
-        data=_data(scene),
+        data=_data(clients),
         figures={"columns of B": float(np.mean([bases.found_again(B) for B in seen]))},
         counts={"clients": len(seen)},
         chance={"columns of B": 0.0},
@@ -348,11 +338,11 @@ def labels(performance: Performance, public: Public, *, basis: bool = False) -> 
     clients = len(scene.clients)
     spread = (leak.majority_by_chance * (1 - leak.majority_by_chance) / clients) ** 0.5
     return Finding(
-        setting=_form(scene, basis=basis),
+        setting=_form(setting(scene, scene.batch), basis=basis),
         attacker="server: clear B, others' labels known"
         if clear
         else "server: all it stored, others' labels known",
-        data=_data(scene),
+        data=_data(scene.clients),
         figures={"auc": leak.same_majority_auc, "majority": leak.majority, "closeness": 1 - leak.distance},
         counts={"clients": clients},
         chance={"auc": 0.5, "majority": leak.majority_by_chance, "closeness": 1 - leak.distance_by_chance},

@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
+
+MOST_ERRORS: Final = 4
+"""Standard errors above chance that are taken for chance: of 100 honest figures one in 300 runs is above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +27,7 @@ class Finding:
     at_least: dict[str, float] = field(default_factory=dict)
     """A control: the attack is broken if a figure is less."""
     no_better_than_chance: bool = False
-    """A claim: something leaks that must not if a figure exceeds chance by more than three standard errors."""
+    """A claim: something leaks that must not if a figure exceeds chance by more than `MOST_ERRORS` standard errors."""
     capture: str = ""
     """Digest of the captured updates."""
 
@@ -44,7 +48,7 @@ class Finding:
         return [
             f"{self._what}: {name} is {value:.3f}, and chance {self.chance[name]:.3f} ± {self.error[name]:.3f}"
             for name, value in self.figures.items()
-            if name in self.chance and value > self.chance[name] + 3 * self.error[name]
+            if name in self.error and value > self.chance[name] + MOST_ERRORS * self.error[name]
         ]
 
 

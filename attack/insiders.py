@@ -4,37 +4,23 @@ Under `selective` all clients share that key, as in the paper: a client that col
 The same client alone, a fellow member, sees the decrypted sum and takes its own part out of it.
 """
 
-import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 
 from attack.capture import Round
 from attack.opened import clear_parts, normalization
-from attack.stage import Client, Performance
-from client_agent.config import AgentConfig
+from attack.stage import Performance
 from client_agent.keys import EpochSecrets
-from client_agent.session import Session
-from client_agent.state import AgentState
-from shelora.additive.noise import noise_sampler
-from shelora.additive.parameters import DEFAULT
-from shelora.additive.sampler import Csprng
 from shelora.ckks.wire import decode_block
-from shelora.errors import DomainError, Reason
 from shelora.lora.codec import parse_update
 from shelora.lora.kinds import kind_of
-from shelora.lora.layout import Layout, Matrix, SumTerms
-from shelora.lora.noise import ClientNoise
 from shelora.lora.shards import Float64
-from shelora.lora.sketches import Sketcher, flat, joined, parted, sketch_sizes
+from shelora.lora.sketches import joined
 from shelora.lora.slots import Slotted
 from shelora.negotiation.plan import column_orders
-from shelora.obfuscation import SECRET_BYTES, Obfuscation
-
-Matrixwise: TypeAlias = tuple[Float64, Float64]
-"""The s B and A of one matrix."""
+from shelora.obfuscation import Obfuscation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,23 +29,6 @@ class Factors:
 
     B: Float64
     A: Float64
-
-
-def secrets_of(performance: Performance, client: str) -> EpochSecrets:
-    """What the key authority gave a client, fetched again with its certificate."""
-
-    async def fetch() -> EpochSecrets:
-        home = performance.homes / client
-        config = AgentConfig.load(home / "agent.yaml", {})
-        session = Session(config, config.credentials())
-        try:
-            return await session.secrets(1)
-        finally:
-            await session.close()
-
-    if performance.scene.mode == "none":
-        return EpochSecrets.unprotected(performance.scene.name, 1)
-    return asyncio.run(fetch())
 
 
 def opened_update(round_: Round, client: str, secrets: EpochSecrets) -> dict[str, Factors]:
@@ -91,62 +60,18 @@ def opened_update(round_: Round, client: str, secrets: EpochSecrets) -> dict[str
     return found
 
 
-def sum_of_others(performance: Performance, client: Client, names: Iterable[str]) -> dict[str, Float64]:
-    """By matrix the sum of the other clients' s B A after one round, from what a client keeps on its disk.
+def sum_of_others(performance: Performance, names: Iterable[str]) -> dict[str, Float64]:
+    """By matrix the sum of the other clients' s B A after one round, from what the first client has on its disk.
 
-    All have the same weight. What it keeps is the mean, cut to the round's largest rank, and its own update.
+    All have the same weight. It keeps the mean, cut to the round's largest rank, and has its own update.
     """
-    state = AgentState(performance.homes / client.name / "state")
-    try:
-        saved = state.applied()
-    finally:
-        state.close()
-    if saved is None:
-        raise DomainError(Reason.INTERNAL, f"{client.name} kept no result")
-    mean, own = saved[1], performance.trained[client.name][0]
+    client, insider = performance.scene.clients[0], performance.insider
     scaling, found = client.alpha / client.rank, {}
     for name in names:
-        B, A = joined(mean.factors[name], scaling, mean.frozen.get(name))
-        mine = scaling * own.factors[name].B.astype(np.float64) @ own.factors[name].A.astype(np.float64)
+        B, A = joined(insider.applied.factors[name], scaling, insider.applied.frozen.get(name))
+        own = insider.trained.factors[name]
+        mine = scaling * own.B.astype(np.float64) @ own.A.astype(np.float64)
         found[name] = len(performance.scene.clients) * B @ A - mine
-    return found
-
-
-def hidden_sum(
-    updates: Sequence[Mapping[str, Matrixwise]], layout: Layout, names: Iterable[str], multiplier: float
-) -> dict[str, Float64]:
-    """What a member sees of a first round's sum under client privacy, its own part and noise taken out.
-
-    Every victim's sketches are clipped together, to the median of their norms, as an operator would choose; each adds
-    its noise. Then they are restored with what noise may have made up, which an attacker need not leave out.
-
-    Args:
-        updates: Of the victims, s B and A of every matrix.
-        layout: That has all these matrices.
-        names: Of the matrices asked for.
-        multiplier: Deviation of all victims' noise together over the clip.
-    """
-    rank = max(len(A) for update in updates for _, A in update.values())
-    columns, rows = sketch_sizes(rank)
-    terms = SumTerms(profile=DEFAULT.name, sketch_columns=columns, sketch_rows=rows)
-    shapes = {m.name: Matrix(m.name, m.out_features, m.in_features) for m in layout.matrices}
-    known = Obfuscation(bytes(SECRET_BYTES), 1)  # any secret: a member knows its epoch's
-    drawn = {name: Sketcher.draw(known, terms, shape, 1) for name, shape in shapes.items()}
-    flats = [{name: flat(drawn[name].sketch(*update[name])) for name in shapes} for update in updates]
-    norms = [float(np.linalg.norm(np.concatenate(list(parts.values())))) for parts in flats]
-    clip = float(np.median(norms))
-    noise = ClientNoise(bound=clip, clip=clip, multiplier=multiplier, honest=len(updates))
-    grid, rng = noise.grid(DEFAULT, len(updates) + 1), Csprng.fresh()
-    totals = {name: np.zeros(len(flats[0][name])) for name in shapes}
-    for parts, norm in zip(flats, norms, strict=True):
-        factor = grid.factor(norm)
-        for name, values in parts.items():
-            added = noise_sampler(grid.deviation).sample(rng, len(values))
-            totals[name] = totals[name] + grid.unit * (grid.change(values, factor) + added)
-    found = {}
-    for name in names:
-        restored = drawn[name].recovered(parted(shapes[name], terms, totals[name]))
-        found[name] = restored.Q @ restored.M
     return found
 
 

@@ -15,6 +15,7 @@ from client_agent.data import Examples
 from client_agent.encoding import Encoder
 from client_agent.keys import EpochSecrets
 from client_agent.model import AdaptedModel, choose_device
+from client_agent.targets import Narrowed
 from shelora.lora.shards import Float64
 from shelora.tasks import CAUSAL_LM
 
@@ -31,6 +32,7 @@ class Public:
             target_modules=scene.modules,
             lora=LoraSettings(rank=4, alpha=4),
             device=choose_device("cpu"),
+            narrowed=Narrowed(scene.layers),
         )
         self.encoder = Encoder(self.model.tokenizer, scene.max_tokens, append_end=scene.task == CAUSAL_LM)
         self.model.initialise(self.unprotected.obfuscation)

@@ -8,7 +8,7 @@ from typing import Final
 
 from rich.table import Table
 
-from attack.findings import Finding
+from attack.findings import MOST_ERRORS, Finding
 
 BEYOND: Final = "#b03a2e"
 WITHIN: Final = "#5d8aa8"
@@ -66,7 +66,7 @@ def _plot(findings: Sequence[Finding], path: Path) -> None:
     for place, finding in enumerate(reversed(findings)):
         name, value = next(iter(finding.figures.items()))
         chance = finding.chance.get(name, 0.0)
-        beyond = value > chance + max(3 * finding.error.get(name, 0.0), SLACK)
+        beyond = value > chance + max(MOST_ERRORS * finding.error.get(name, 0.0), SLACK)
         axes.barh(place, value, color=BEYOND if beyond else WITHIN)
         axes.plot([chance] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
         axes.text(1.03, place, f"{value:.2f} {name}", va="center", fontsize=8, weight="bold")

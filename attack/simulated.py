@@ -5,32 +5,29 @@ on the other half. With enough rows the whole order comes back, so a secret orde
 many.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
 import torch
 
-from attack import assets
 from attack.findings import Finding
 from attack.orders import correlations, matched
-from client_agent.checkpoint import load_checkpoint
+from attack.public import Public
 from client_agent.data import Examples
 from client_agent.encoding import Encoder
-from examples.reuters.split import LABELS
 from shelora.lora.shards import Float64
 
 TEXTS: Final = 256
+TOKENS: Final = 48
 ROWS: Final = (144, 9600)
 INPUTS_A_ROW: Final = 112
 PUBLIC_ROWS: Final = 12_000
 
 
-def findings(model: Path, downloads: Path) -> Iterator[Finding]:
-    """One finding a number of rows."""
-    texts = [example.text for example in assets.reuters(downloads)[:TEXTS]]
-    inputs = _inputs(model, texts)
+def findings(public_model: Public, texts: Sequence[str]) -> Iterator[Finding]:
+    """One finding a number of rows, from the inputs that texts have in a BERT-like model."""
+    inputs = _inputs(public_model, texts)
     private, public = np.array_split(inputs, 2)
     rng = np.random.default_rng(0)
     known = correlations(_rows(rng, public, PUBLIC_ROWS))
@@ -40,8 +37,8 @@ def findings(model: Path, downloads: Path) -> Iterator[Finding]:
         share = float(np.mean(matched(seen, known) == hidden))
         yield Finding(
             setting=f"simulated rows, {count}",
-            attacker="order matching",
-            data="R8, first layer of MiniLM",
+            attacker="order matching, no capture",
+            data="R8, first layer",
             figures={"order": share},
             counts={"columns": inputs.shape[1]},
             chance={"order": 1 / inputs.shape[1]},
@@ -56,14 +53,12 @@ def _rows(rng: np.random.Generator, inputs: Float64, count: int) -> Float64:
 
 
 @torch.no_grad()
-def _inputs(model: Path, texts: list[str]) -> Float64:
-    """Inputs of the first layer at every position of the texts [positions, n], centred."""
-    checkpoint = load_checkpoint(str(model), "sequence-classification", LABELS)
-    encoder = Encoder(checkpoint.tokenizer, 48, append_end=False)
-    checkpoint.model.eval()
+def _inputs(public: Public, texts: Sequence[str]) -> Float64:
+    """Inputs of the first layer at every position of the texts [positions, n]."""
+    encoder = Encoder(public.model.tokenizer, TOKENS, append_end=False)
     rows = []
     for text in texts:
         batch = encoder.batch(Examples((text,), (0,)))
-        rows.append(checkpoint.model.bert.embeddings(input_ids=batch.input_ids)[0].double().numpy())
+        rows.append(public.base.bert.embeddings(input_ids=batch.input_ids)[0].double().numpy())
     stacked: Float64 = np.vstack(rows)
     return stacked

@@ -29,10 +29,16 @@ def basis(rows: Float64, rank: int) -> Float64:
     return leading
 
 
-def residuals(span: Float64, candidates: Float64) -> Float64:
-    """How far each candidate [count, n] lies outside the span, 0 to 1."""
-    unit = candidates / np.maximum(np.linalg.norm(candidates, axis=1, keepdims=True), 1e-12)
-    distances: Float64 = np.sqrt(np.clip(1 - ((unit @ span) ** 2).sum(axis=1), 0, None))
+def residuals(span: Float64, candidates: Float64, without: Float64 | None = None) -> Float64:
+    """How far each candidate [count, n] lies outside the span, 0 to 1.
+
+    Args: without: orthonormal columns [n, k] that are taken out of the candidates first; the span has none of them.
+    """
+    inside = ((candidates @ span) ** 2).sum(axis=1)
+    sizes = np.einsum("ij,ij->i", candidates, candidates)
+    if without is not None:
+        sizes = sizes - ((candidates @ without) ** 2).sum(axis=1)
+    distances: Float64 = np.sqrt(np.clip(1 - inside / np.maximum(sizes, 1e-24), 0, None))
     return distances
 
 

@@ -6,31 +6,37 @@ learner, certificate, state folder and connections) and share one process, so th
 
 import asyncio
 import json
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 import yaml
 
 from attack.capture import Round, Tap, replayed
 from client_agent.agent import Agent, Outcome
 from client_agent.config import AgentConfig
+from client_agent.keys import EpochSecrets
 from client_agent.learner import Learner
 from client_agent.learning import Trained, Weights
 from client_agent.progress import Activity
+from client_agent.state import AgentState
 from client_agent.worker import Worker
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import operator
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.transport.channel import call, open_channel
+from shelora.v1.key_authority_pb2 import GetEpochSecretsRequest, GetEpochSecretsResponse
+from shelora.v1.key_authority_pb2_grpc import KeyAuthorityStub
 
 PATIENCE_S: Final = 600
 """Seconds for one federation."""
 WORKERS: Final = 2
 """Agents that train at once, a thread each."""
-SETTINGS: Final = {"coordinator": {"TICK_S": "0.5"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +69,21 @@ class Scene:
     learning_rate: float
     classes: tuple[str, ...] = ()
     modules: tuple[str, ...]
+    layers: tuple[int, ...] = ()
+    """That are adapted; all if empty."""
     clear_bits: int = 16
     """Under `selective`."""
+    client_privacy: Mapping[str, float] = field(default_factory=dict)
+    """As in a federation's file; empty for none."""
 
     @property
     def bits(self) -> int:
         """Of values that travel in the clear."""
         return self.clear_bits if self.mode == "selective" else 32
+
+    def batch_of(self, client: Client) -> int:
+        """Examples of a client's batch: it is smaller where a client has fewer."""
+        return min(self.batch, len(client.texts))
 
     def specification(self) -> FederationSpec:
         """What the operator asks for."""
@@ -81,6 +95,7 @@ class Scene:
                     "task": self.task,
                     "labels": self.classes,
                     "target_modules": self.modules,
+                    "target_layers": self.layers,
                     "local_steps": self.steps,
                     "batch_size": self.batch,
                     "learning_rate": self.learning_rate,
@@ -88,40 +103,111 @@ class Scene:
                     "calibration_examples": 4,
                     "evaluation_examples": 0,
                 },
-                "round": {"rounds": self.rounds, "clients": len(self.clients), "deadline_s": PATIENCE_S},
-                "protection": {"mode": self.mode, "clear_bits": self.clear_bits},
+                "round": {
+                    "rounds": self.rounds,
+                    "clients": len(self.clients),
+                    "min_updates": len(self.clients),
+                    "deadline_s": PATIENCE_S,
+                },
+                "protection": {"mode": self.mode, "clear_bits": self.clear_bits}
+                | ({"client_privacy": dict(self.client_privacy)} if self.client_privacy else {}),
                 "screening": {"max_norm_ratio": 0.0},
             }
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Insider:
+    """What the first client of a federation has, beside its data, if it is curious or colludes."""
+
+    released: bytes
+    """GetEpochSecretsResponse as the key authority sent it; empty under `none`."""
+    trained: Weights
+    """Its first update before it was protected."""
+    applied: Weights
+    """What it made of the last result, and keeps on its disk."""
+
+    def secrets(self, scene: Scene) -> EpochSecrets:
+        """The epoch's secrets; the public values in their place under `none`."""
+        if not self.released:
+            return EpochSecrets.unprotected(scene.name, 1)
+        return EpochSecrets.from_proto(1, GetEpochSecretsResponse.FromString(self.released))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Performance:
-    """A federation that has ended: what the servers saw of it, and where its agents kept their state."""
+    """A federation that has ended: what the servers saw of it, and what one of its clients has."""
 
     scene: Scene
-    rounds: list[Round]
+    rounds: Sequence[Round]
     """Training rounds alone, in order."""
-    log: bytes
-    """All that Redis wrote while it ran."""
-    homes: Path
-    trained: Mapping[str, Sequence[Weights]]
-    """By client, its updates before they were protected: its own to keep, if it is curious."""
+    insider: Insider
+
+    @property
+    def secrets(self) -> EpochSecrets:
+        """The insider's."""
+        return self.insider.secrets(self.scene)
 
 
-def perform(cluster: LocalCluster, tap: Tap, scene: Scene, model: Path, folder: Path) -> Performance:
-    """Runs a scene to its end. Raises: INTERNAL if an agent does not finish."""
-    before = len(tap.taken())
-    homes = folder / scene.name
-    for client in scene.clients:
-        _prepare(cluster, scene, client, model, homes / client.name)
-    trained: dict[str, list[Weights]] = {client.name: [] for client in scene.clients}
-    outcomes = asyncio.run(_run(cluster, scene, homes, trained))
-    if set(outcomes) != {Outcome.FINISHED}:
-        raise DomainError(Reason.INTERNAL, f"the agents of {scene.name} ended as {outcomes}")
-    log = tap.taken()[before:]
-    rounds = [r for r in replayed(log, scene.name) if _trains(r)]
-    return Performance(scene, rounds, log, homes, trained)
+class Stage:
+    """A local cluster and a folder, for one federation after the other. A context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        """Takes the folder for servers' data and, while a federation runs, its agents'."""
+        self._folder = folder
+        settings = {"coordinator": {"TICK_S": "0.5"}}
+        self.cluster = LocalCluster(folder / "cluster", fixed_ports=False, workers=1, settings=settings)
+
+    def __enter__(self) -> Self:
+        self.cluster.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cluster.__exit__(kind, error, trace)
+
+    def perform(self, scene: Scene, model: Path) -> Performance:
+        """Runs a scene to its end. Raises: INTERNAL if an agent does not finish."""
+        homes = self._folder / "agents" / scene.name
+        shutil.rmtree(homes, ignore_errors=True)
+        for client in scene.clients:
+            _prepare(self.cluster, scene, client, model, homes / client.name)
+        hoard: list[Weights] = []
+        with Tap(self._folder / "cluster" / "redis") as tap:
+            outcomes = asyncio.run(_run(self.cluster, scene, homes, hoard))
+            log = tap.taken()
+        if set(outcomes) != {Outcome.FINISHED}:
+            raise DomainError(Reason.INTERNAL, f"the agents of {scene.name} ended as {outcomes}")
+        config = AgentConfig.load(homes / scene.clients[0].name / "agent.yaml", {})
+        insider = Insider(
+            released=b"" if scene.mode == "none" else asyncio.run(_released(config)),
+            trained=hoard[0],
+            applied=_applied(config),
+        )
+        shutil.rmtree(homes)
+        rounds = [round_ for round_ in replayed(log, scene.name) if _trains(round_)]
+        return Performance(scene=scene, rounds=rounds, insider=insider)
+
+
+async def _released(config: AgentConfig) -> bytes:
+    """What the key authority gives a client, fetched again with its certificate."""
+    request = GetEpochSecretsRequest(federation_id=config.federation, epoch=1, client_id=config.client_id)
+    async with open_channel(config.key_authority, config.credentials()) as channel:
+        response = await call(KeyAuthorityStub(channel).GetEpochSecrets, request)
+    released: bytes = response.SerializeToString()
+    return released
+
+
+def _applied(config: AgentConfig) -> Weights:
+    state = AgentState(config.state_dir)
+    try:
+        saved = state.applied()
+    finally:
+        state.close()
+    if saved is None:
+        raise DomainError(Reason.INTERNAL, f"{config.client_id} kept no result")
+    return saved[1]
 
 
 def _trains(round_: Round) -> bool:
@@ -167,9 +253,7 @@ class Hoarder(Learner):
         return trained
 
 
-async def _run(
-    cluster: LocalCluster, scene: Scene, homes: Path, trained: Mapping[str, list[Weights]]
-) -> Sequence[Outcome]:
+async def _run(cluster: LocalCluster, scene: Scene, homes: Path, hoard: list[Weights]) -> Sequence[Outcome]:
     async with operator(cluster.addresses.coordinator, cluster.credentials) as connection:
         await connection.create(scene.specification().to_proto())
         await connection.start(scene.name)
@@ -178,7 +262,7 @@ async def _run(
     for number, client in enumerate(scene.clients):
         home = homes / client.name
         await cluster.enrol_client(scene.name, client.name, home / "state")
-        learn = partial(Hoarder, trained[client.name])
+        learn = partial(Hoarder, hoard) if number == 0 else Learner
         config = AgentConfig.load(home / "agent.yaml", {})
         agents.append(Agent(config, learn, worker=workers[number % WORKERS]))
     try:

@@ -26,12 +26,11 @@ def by_B(public: Public, B: Float64, A: Float64, tokens: int, *, steps: int, bit
     return residuals(span, public.first_inputs @ (A.T * scales))
 
 
-def by_A(public: Public, moved: Float64, tokens: int, outside: Float64) -> Float64:
-    """Distances of all tokens from the row space of how A moved [rows, n].
-
-    Args: outside: projection [n, n] that takes out the A that training began from, in `moved` and in the inputs.
-    """
-    return residuals(basis(moved, min(tokens, len(moved))), public.first_inputs @ outside)
+def by_A(public: Public, moved: Float64, tokens: int, start: Float64) -> Float64:
+    """Distances of all tokens from the row space of how A moved [rows, n], beside the A [rank, n] of the start."""
+    within = np.linalg.qr(start.T)[0]
+    outside = moved - (moved @ within) @ within.T
+    return residuals(basis(outside, min(tokens, len(outside))), public.first_inputs, within)
 
 
 def guessed(distances: list[Float64], count: int) -> set[int]:

@@ -1,30 +1,25 @@
 """The attacks of `make attack` on messages of small real federations: a change that opens a leak turns red here."""
 
 import logging
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import structlog
 
-from attack import experiments, insiders
-from attack.capture import Tap
+from attack import captures, experiments
 from attack.public import Public
-from attack.stage import SETTINGS, Client, Scene, perform
-from shelora.cli.cluster import LocalCluster
-from tests.attack.tiny import save_tiny_llama
+from attack.stage import Client, Scene, Stage
+from tests.attack.tiny import TEXT, save_tiny_llama
 
 TEXTS = (
     "maria tested positive and starts therapy next week at the clinic",
     "password for the vault is blue canyon seven",
     "transfer money to account seven before noon on friday",
 )
-OUTSIDERS = (
-    "shares of apex will fall after recall notice next monday morning",
-    "patient reports chest pain since tuesday night",
-    "merger closes on friday and board has not been told yet",
-    "they fall in north red vault before we reports",
-    "a green canyon is told to patient on monday",
-    "week of therapy for apex board has been positive",
-)
+DRAWN = [" ".join(np.random.default_rng(i).choice(TEXT.split(), 9, replace=False)) for i in range(18)]
+BATCHES, OUTSIDERS = (DRAWN[:4], DRAWN[4:8], DRAWN[8:12]), DRAWN[12:]
+"""Fifteen members and 36 others: enough that an AUC can exceed chance by more than is taken for chance."""
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +30,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    folder = tmp_path_factory.mktemp("attack")
-    cluster = LocalCluster(folder / "cluster", fixed_ports=False, workers=1, settings=SETTINGS)
-    with cluster, Tap(folder / "cluster" / "redis") as tap:
-        yield lambda scene, model: perform(cluster, tap, scene, model, folder)
+    with Stage(tmp_path_factory.mktemp("attack")) as stage:
+        yield stage
     structlog.reset_defaults()
 
 
@@ -48,10 +41,11 @@ def scene(mode, name, clear_bits=16):
         task="causal-lm",
         mode=mode,
         clients=tuple(
-            Client(name=f"c{i}", texts=(text,), rank=16, data="tiny") for i, text in enumerate(TEXTS)
+            Client(name=f"c{i}", texts=tuple(texts), rank=16, data="tiny")
+            for i, texts in enumerate([*([text] for text in TEXTS), *BATCHES])
         ),
         steps=1,
-        batch=1,
+        batch=4,
         rounds=1,
         max_tokens=32,
         learning_rate=0.002,
@@ -60,35 +54,41 @@ def scene(mode, name, clear_bits=16):
     )
 
 
-def test_text_and_membership_come_back_from_selective_as_it_was_published(stage, model):
-    performance = stage(scene("selective", "published", 32), model)
-    public = Public(performance.scene, model)
+def test_text_and_membership_come_back_from_selective_as_it_was_published(stage, model, tmp_path):
+    performed = stage.perform(scene("selective", "published", 32), model)
+    captures.save(performed, tmp_path)
+    performance = captures.load(performed.scene, tmp_path)  # what is attacked later is the same
+    public, single = Public(performance.scene, model), performance.scene.clients[: len(TEXTS)]
 
-    (text,) = experiments.decoded(performance, public, control=True)
+    (text,) = experiments.decoded(performance, public, single, control=True)
     assert text.figures["exact"] == 1, (
         "the attack that the threat model tells of does not work any more: mend it"
     )
-    secrets = insiders.secrets_of(performance, "c0")
-    opened = experiments.spanned(performance, public, secrets, "colluding client", control=True)
-    assert opened.problems() == [], "one client's key opens every update of selective: the control"
+    opened = experiments.spanned(performance, public, single, "colluding client", control=True)
+    assert opened.problems() == [], "the initial A is the colluding client's to know: the control"
 
 
 def test_membership_comes_back_from_16_bits_and_text_does_not(stage, model):
-    performance = stage(scene("selective", "selective"), model)
-    public = Public(performance.scene, model)
+    performance = stage.perform(scene("selective", "selective"), model)
+    public, clients = Public(performance.scene, model), performance.scene.clients
 
-    member = experiments.membership(performance, public, OUTSIDERS, control=True)
+    member = experiments.membership(performance, public, clients, OUTSIDERS, control=True)
     assert member.problems() == []
-    (text,) = experiments.decoded(performance, public)
+    would_be_a_leak = replace(member, no_better_than_chance=True)
+    assert would_be_a_leak.problems(), "the control of the test below: so much is more than chance"
+    (text,) = experiments.decoded(performance, public, clients[: len(TEXTS)])
     assert text.figures["exact"] == 0
 
 
 def test_nothing_comes_back_from_complete(stage, model):
-    performance = stage(scene("complete", "complete"), model)
-    public = Public(performance.scene, model)
+    performance = stage.perform(scene("complete", "complete"), model)
+    public, clients = Public(performance.scene, model), performance.scene.clients
 
-    member = experiments.membership(performance, public, OUTSIDERS)
-    (text,) = experiments.decoded(performance, public)
-    assert member.problems() == text.problems() == []
+    member = experiments.membership(performance, public, clients, OUTSIDERS)
+    (text,) = experiments.decoded(performance, public, clients[: len(TEXTS)])
+    opened = experiments.spanned(
+        performance, public, clients[: len(TEXTS)], "colluding client", control=False
+    )
+    assert member.problems() == text.problems() == opened.problems() == []
     assert text.figures["exact"] == 0
     assert "all it stored" in member.attacker, "nothing travelled in the clear"

@@ -6,16 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attack import adam, bases, columns, spans
+from attack import adam, bases, columns, spans, tokens
 from attack.capture import commands, replayed
 from attack.findings import Finding
-from attack.insiders import hidden_sum
 from attack.labels import label_leak
 from attack.scores import auc, auc_error, recall, rouge
 from attack.stage import Client
 from client_agent.learning import Weights
 from services.aggregation.keys import RoundKeys
-from shelora.lora.layout import Matrix
 from shelora.lora.shards import LoraFactors
 from shelora.messages import layout_to_proto
 
@@ -99,10 +97,10 @@ def test_labels_are_told_from_features_that_hold_them_and_not_from_noise():
 def test_a_control_that_fails_and_a_leak_are_problems():
     row = {"setting": "s", "attacker": "a", "data": "d"}
     assert Finding(**row, figures={"recall": 0.9}, at_least={"recall": 0.95}).problems()
-    leak = {"figures": {"auc": 0.9}, "chance": {"auc": 0.5}, "error": {"auc": 0.1}}
+    leak = {"figures": {"auc": 0.91}, "chance": {"auc": 0.5}, "error": {"auc": 0.1}}
     assert Finding(**row, **leak, no_better_than_chance=True).problems()
     assert not Finding(**row, **leak).problems()
-    assert not Finding(**row, **(leak | {"figures": {"auc": 0.79}}), no_better_than_chance=True).problems()
+    assert not Finding(**row, **(leak | {"figures": {"auc": 0.89}}), no_better_than_chance=True).problems()
 
 
 def test_columns_of_even_magnitudes_come_back_from_their_span_and_others_do_not():
@@ -142,16 +140,11 @@ def test_hidden_columns_cost_whoever_fills_in_zeros_and_nobody_who_leaves_them_o
     assert found["stock DAGER: zeros in their place"] < 1
 
 
-@pytest.mark.parametrize(("multiplier", "least", "most"), [(2.0**-10, 0.99, 1.0), (8.0, 0.0, 0.6)])
-def test_a_sum_under_client_privacy_is_the_sum_but_for_its_noise(multiplier, least, most):
-    """Cosine to the exact sum of the others, of one victim here, which a fellow member sees without noise."""
-    rng = np.random.default_rng(0)
-    matrices = tuple(Matrix(name, 96, 64) for name in ("query", "value"))
-    updates = [
-        {m.name: (0.01 * rng.standard_normal((96, 2)), rng.standard_normal((2, 64))) for m in matrices}
-        for _ in range(1)
-    ]
-    found = hidden_sum(updates, SimpleNamespace(matrices=matrices), ["query"], multiplier)["query"]
-    exact = sum(B @ A for B, A in (update["query"] for update in updates))
-    cosine = float((found * exact).sum() / np.linalg.norm(found) / np.linalg.norm(exact))
-    assert least <= cosine <= most
+def test_a_token_is_told_from_how_A_moved_beside_the_A_that_it_began_from():
+    rng = np.random.default_rng(3)
+    inputs, start = rng.standard_normal((300, 64)), rng.standard_normal((8, 64))
+    moved = rng.standard_normal((40, 5)) @ inputs[:5] + 10 * rng.standard_normal((40, 8)) @ start
+    distances = tokens.by_A(SimpleNamespace(first_inputs=inputs), moved, 5, start)
+    assert spans.best(distances, 5) == set(range(5))
+    assert distances[:5].max() < 1e-5
+    assert distances[5:].min() > 0.3

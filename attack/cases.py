@@ -1,0 +1,278 @@
+"""The federations that `make attack` runs, and what is tried on each.
+
+Clients of one federation have batches of different sizes: one that holds fewer examples than the batch has room for
+takes all that it holds. Only those layers of causal models are adapted that the attacks look at, the first and the
+last three: with B = 0 the gradients of the first step are the same, and most of what is encrypted and stored is not
+paid for.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from attack import assets, experiments, simulated
+from attack.findings import Finding
+from attack.public import Public
+from attack.stage import Client, Performance, Scene
+from examples.reuters.split import LABELS, Example
+
+FELLOWS: Final = (2, 3, 4, 8, 16)
+NOISED: Final = (4, 16)
+"""Members, again under client privacy."""
+EPSILON: Final = 8.0
+DELTA: Final = 1e-5
+"""Of client privacy, for one sum."""
+OUTSIDERS: Final = 24
+SHORTEST: Final = 25
+LONGEST_SNIPPET: Final = 70
+LONGEST_TOPIC: Final = 140
+"""Characters."""
+BATCH: Final = 16
+_CAUSAL: Final[dict[str, Any]] = {
+    "task": "causal-lm",
+    "max_tokens": 32,
+    "learning_rate": 0.002,
+    "modules": ("q_proj", "v_proj"),
+    "layers": (0, 27, 28, 29),
+}
+_CLASSIFIER: Final[dict[str, Any]] = {
+    "task": "sequence-classification",
+    "max_tokens": 32,
+    "learning_rate": 0.003,
+    "modules": ("query", "value"),
+}
+
+Attacks = Callable[[Performance, Public], Iterable[Finding]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A federation and what is tried on it."""
+
+    scene: Scene
+    attacks: Attacks
+
+    @property
+    def name(self) -> str:
+        """That of its scene."""
+        return self.scene.name
+
+    @property
+    def cost(self) -> int:
+        """About how long it takes, beside others."""
+        scene = self.scene
+        steps = sum(8 + scene.steps * scene.batch_of(client) for client in scene.clients)
+        return scene.rounds * steps * (5 if scene.task == "causal-lm" else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A mode of protection, as a federation asks for it."""
+
+    name: str
+    mode: str
+    clear_bits: int = 16
+
+    @property
+    def leaks(self) -> bool:
+        """Whether anything is in the clear."""
+        return self.mode != "complete"
+
+
+NONE: Final = Mode("none", "none")
+PUBLISHED: Final = Mode("published", "selective", 32)
+SELECTIVE: Final = Mode("selective", "selective")
+COMPLETE: Final = Mode("complete", "complete")
+KNOWS_A: Final = (
+    "server that knows the initial A: public in the authors' code, told by one colluding client in ours"
+)
+
+
+def all_cases(downloads: Path, seed: int, *, everything: bool) -> Iterator[Case]:
+    """In the order of the table. Args: seed: draws the clients' texts; everything: small budgets and exact sums too."""
+    texts = _Texts(downloads, seed)
+    yield _first_step(NONE, texts)
+    yield _first_step(PUBLISHED, texts)
+    for mode in (SELECTIVE, COMPLETE):
+        yield _first_step(mode, texts)
+    for mode in (NONE, SELECTIVE, COMPLETE):
+        yield _ten_steps(mode, texts)
+        yield from _classifiers(mode, texts)
+    for size in FELLOWS:
+        yield _fellows(texts, size)
+    for size in NOISED:
+        yield _fellows(texts, size, hidden=True)
+    if everything:
+        yield _exact_sums(texts, 1)
+        yield _exact_sums(texts, 10)
+        yield from _budgets(texts)
+
+
+class _Texts:
+    """What clients hold, in an order of its own for each seed."""
+
+    def __init__(self, downloads: Path, seed: int) -> None:
+        self.news = [e for e in assets.reuters(downloads) if len(e.text) >= SHORTEST]
+        self.topics = [e for e in self.news if len(e.text) <= LONGEST_TOPIC]
+        self.snippets = [e for e in assets.tomatoes(downloads) if SHORTEST <= len(e.text) <= LONGEST_SNIPPET]
+        rng = np.random.default_rng(seed)
+        rng.shuffle(self.topics)
+        rng.shuffle(self.snippets)
+
+    @property
+    def outsiders(self) -> list[str]:
+        """Texts that no client has."""
+        return [example.text for example in self.topics[-OUTSIDERS:]]
+
+    def batches(self, clients: int, four: int, sixteen: int) -> list[Sequence[Example]]:
+        """Texts of so many clients with one, with four, with sixteen."""
+        sizes = [1] * clients + [4] * four + [16] * sixteen
+        ends = np.cumsum(sizes) + 200
+        return [self.topics[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _first_step(mode: Mode, texts: _Texts) -> Case:
+    """One step. Sentences: by decoding, by spans, by columns of A in the second round; members of batches of R8."""
+    exact = mode.leaks and mode is not SELECTIVE
+    sources = (
+        ("private sentences", [Example(text, "") for text in assets.PRIVATE]),
+        ("Rotten Tomatoes", texts.snippets[:2]),
+        ("R8", texts.topics[:2]),
+    )
+    sentences = tuple(
+        replace(client, name=f"{data[:2].lower()}-{client.name}", data=data)
+        for data, examples in sources
+        for client in _clients([[example] for example in examples], 32)
+    )
+    members = () if mode is PUBLISHED else _clients(texts.batches(3, 2, 1), 8, data="R8")
+    scene = _causal(f"text-{mode.name}", mode, sentences + members, 1, rounds=2 if mode is NONE else 1)
+
+    def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
+        yield from experiments.decoded(performance, public, sentences, control=exact)
+        who = "server" if mode is NONE else KNOWS_A
+        yield experiments.spanned(performance, public, sentences, who, control=exact)
+        if mode is NONE:
+            yield from experiments.by_budget(performance, public, sentences)
+            yield experiments.unmixed(performance, public, sentences)
+        if members:
+            yield from _told(performance, public, members, texts, mode)
+
+    return Case(scene=scene, attacks=attacks)
+
+
+def _ten_steps(mode: Mode, texts: _Texts) -> Case:
+    clients = _clients(texts.batches(4, 2, 1), 8, data="R8")
+    return Case(
+        scene=_causal(f"member-{mode.name}", mode, clients, 10),
+        attacks=lambda performance, public: _told(performance, public, clients, texts, mode),
+    )
+
+
+def _told(
+    performance: Performance, public: Public, clients: Sequence[Client], texts: _Texts, mode: Mode
+) -> Iterator[Finding]:
+    """Membership by size of batch; of all sizes together where nothing may be told."""
+    scene, bases = performance.scene, (False, True) if mode is NONE else (False,)
+    sizes = sorted({scene.batch_of(client) for client in clients})
+    groups = (
+        [[c for c in clients if scene.batch_of(c) == size] for size in sizes] if mode.leaks else [clients]
+    )
+    for group in groups:
+        control = mode is NONE and scene.steps == 1 and scene.batch_of(group[0]) == 1
+        for basis in bases:
+            yield experiments.membership(
+                performance, public, group, texts.outsiders, control=control and not basis, basis=basis
+            )
+
+
+def _classifiers(mode: Mode, texts: _Texts) -> Iterator[Case]:
+    clients = _clients(texts.batches(8, 3, 1), 8, data="R8")
+    for steps in (1, 10):
+
+        def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
+            return _told(performance, public, clients, texts, mode)
+
+        yield Case(scene=_classifier(f"class-{mode.name}-{steps}", mode, clients, steps), attacks=attacks)
+    branches = _clients(_uneven(texts.news, 12, 16), 8, data="R8, Dirichlet 0.3")
+
+    def by_labels(performance: Performance, public: Public) -> Iterator[Finding]:
+        for basis in (False, True) if mode is NONE else (False,):
+            yield experiments.labels(performance, public, basis=basis)
+        if mode is NONE:
+            yield from simulated.findings(public, [example.text for example in texts.news[: simulated.TEXTS]])
+
+    yield Case(scene=_classifier(f"labels-{mode.name}", mode, branches, 5, batch=8), attacks=by_labels)
+
+
+def _fellows(texts: _Texts, size: int, *, hidden: bool = False) -> Case:
+    """What a member reads in the sum that it opened."""
+    clients = _clients([[e] for e in texts.snippets[100 : 100 + size]], 16, data="Rotten Tomatoes")
+    scene = _causal(f"fellows-{size}{'-hidden' if hidden else ''}", COMPLETE, clients, 10)
+    if hidden:
+        scene = replace(scene, client_privacy={"epsilon": EPSILON, "delta": DELTA, "clip": 1.0})
+    return Case(scene=scene, attacks=lambda p, public: [experiments.opened_by_a_member(p, public)])
+
+
+def _exact_sums(texts: _Texts, steps: int) -> Case:
+    clients = _clients([[e] for e in texts.snippets[100 : 100 + max(FELLOWS)]], 16, data="Rotten Tomatoes")
+    return Case(
+        scene=_causal(f"sums-{steps}", NONE, clients, steps),
+        attacks=lambda p, public: experiments.exact_sums(p, public, FELLOWS),
+    )
+
+
+def _budgets(texts: _Texts) -> Iterator[Case]:
+    """Federations whose clients really encrypt less."""
+    for budget in (0.001, 0.1):
+        drawn = _clients(texts.batches(4, 2, 1), 8, data="R8")
+        clients = tuple(replace(client, budget=budget) for client in drawn)
+
+        def attacks(
+            performance: Performance, public: Public, clients: tuple[Client, ...] = clients
+        ) -> Iterator[Finding]:
+            return _told(performance, public, clients, texts, SELECTIVE)
+
+        yield Case(scene=_causal(f"budget-{budget:g}", SELECTIVE, clients, 1), attacks=attacks)
+
+
+def _causal(name: str, mode: Mode, clients: tuple[Client, ...], steps: int, rounds: int = 1) -> Scene:
+    terms: dict[str, Any] = {"mode": mode.mode, "clear_bits": mode.clear_bits, "rounds": rounds} | _CAUSAL
+    return Scene(name=name, clients=clients, steps=steps, batch=BATCH, **terms)
+
+
+def _classifier(name: str, mode: Mode, clients: tuple[Client, ...], steps: int, batch: int = BATCH) -> Scene:
+    terms: dict[str, Any] = {"mode": mode.mode, "clear_bits": mode.clear_bits, "rounds": 1} | _CLASSIFIER
+    return Scene(name=name, clients=clients, steps=steps, batch=batch, classes=LABELS, **terms)
+
+
+def _clients(parts: Sequence[Sequence[Example]], rank: int, data: str = "") -> tuple[Client, ...]:
+    return tuple(
+        Client(
+            name=f"client-{index:02d}",
+            texts=tuple(e.text for e in part),
+            labels=tuple(e.label for e in part),
+            rank=rank,
+            alpha=float(rank),
+            data=data,
+        )
+        for index, part in enumerate(parts)
+    )
+
+
+def _uneven(examples: Sequence[Example], clients: int, each: int) -> list[list[Example]]:
+    """Clients whose labels are drawn from Dirichlet(0.3)."""
+    rng = np.random.default_rng(1)
+    by_label = {label: [e for e in examples if e.label == label] for label in LABELS}
+    parts = []
+    for shares in rng.dirichlet([0.3] * len(LABELS), clients):
+        counts = rng.multinomial(each, shares)
+        chosen = [
+            by_label[label][i]
+            for label, count in zip(LABELS, counts, strict=True)
+            for i in rng.integers(0, len(by_label[label]), count)
+        ]
+        parts.append(chosen)
+    return parts

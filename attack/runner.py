@@ -1,0 +1,201 @@
+"""Runs cases in processes side by side. What a process finishes it leaves on disk, and nobody does it again.
+
+A capture is kept until its scene or the product changes, findings until their capture or an attack does. So a run that
+was broken off goes on where it stopped, and a change to an attack runs no federation.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from attack import assets, captures
+from attack.cases import Case, all_cases
+from attack.findings import Finding
+from attack.public import Public
+from attack.stage import Stage
+from shelora.errors import DomainError, Reason
+
+_ATTACKS: Final = ("attack", "examples/reuters")
+_STOP_S: Final = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be run, and where."""
+
+    folder: Path
+    downloads: Path
+    only: str
+    seed: int
+    everything: bool
+
+    def cases(self) -> list[Case]:
+        """In the order of the table."""
+        every = all_cases(self.downloads, self.seed, everything=self.everything)
+        return [case for case in every if self.only in case.name]
+
+    def capture(self, case: Case) -> Path:
+        """Folder of a case's capture."""
+        return self.folder / "captures" / case.name
+
+    def findings(self, case: Case) -> Path:
+        """File of a case's findings."""
+        return self.folder / "findings" / f"{case.name}.json"
+
+    def model(self, case: Case) -> Path:
+        """Folder of the model."""
+        fetch = assets.smollm2 if case.scene.task == "causal-lm" else assets.minilm
+        return fetch(self.downloads)
+
+    def arguments(self) -> list[str]:
+        """The command line that says the same."""
+        options = [
+            "--folder",
+            self.folder,
+            "--downloads",
+            self.downloads,
+            "--only",
+            self.only,
+            "--seed",
+            self.seed,
+        ]
+        return [*map(str, options), *(["--all"] if self.everything else [])]
+
+
+def found(plan: Plan, case: Case) -> list[Finding] | None:
+    """The findings of a case; None if there are none that are still true."""
+    try:
+        note = json.loads(plan.findings(case).read_text())
+        return [Finding(**row) for row in note["findings"]] if note["key"] == _key(case) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _key(case: Case) -> str:
+    """What findings are made by: the capture's key, the attacks and what they are tried with."""
+    return hashlib.sha256(f"{captures.key_of(case.scene)}\0{captures.sources(_ATTACKS)}".encode()).hexdigest()
+
+
+def run(plan: Plan, workers: int) -> list[Finding]:
+    """All findings, in order of the table; runs what is missing. Raises: INTERNAL if a process fails."""
+    cases = plan.cases()
+    for model in {case.scene.task: case for case in cases}.values():
+        plan.model(model)  # fetched here, by one process
+    if any(found(plan, case) is None for case in cases):
+        _work_side_by_side(plan, min(workers, len(cases)))
+    findings = [found(plan, case) for case in cases]
+    missing = [case.name for case, rows in zip(cases, findings, strict=True) if rows is None]
+    if missing:
+        raise DomainError(Reason.INTERNAL, f"no findings of {', '.join(missing)}; run it again to go on")
+    return [row for rows in findings for row in rows or ()]
+
+
+def _work_side_by_side(plan: Plan, workers: int) -> None:
+    """Starts processes and waits for all of them; ends them if it is interrupted."""
+    command = [sys.executable, "-m", "attack", *plan.arguments()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+        processes = [
+            subprocess.Popen(  # noqa: S603 - our own program
+                [*command, "--worker", str(number)],
+                stdin=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+            )
+            for number in range(workers)
+        ]
+        for process in processes:
+            stack.callback(_end, process)
+        codes = [process.wait() for process in processes]
+    if any(codes):
+        raise DomainError(Reason.INTERNAL, "a process failed, see above; run it again to go on")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def work(plan: Plan, number: int) -> None:
+    """What one process does: cases that nobody has done or is at, the longest first."""
+    torch.set_num_threads(1)
+    folder, public = plan.folder / f"worker-{number}", dict[str, Public]()
+    with ExitStack() as stack:
+        stages: list[Stage] = []
+
+        def stage() -> Stage:
+            if not stages:
+                stages.append(stack.enter_context(Stage(folder)))
+            return stages[0]
+
+        for case in sorted(plan.cases(), key=lambda case: -case.cost):
+            with _claimed(plan, case) as mine:
+                if mine and found(plan, case) is None:
+                    _do(plan, case, public, stage)
+
+
+def _do(plan: Plan, case: Case, public: dict[str, Public], stage: Callable[[], Stage]) -> None:
+    started = time.monotonic()
+    model = plan.model(case)
+    performance = captures.load(case.scene, plan.capture(case))
+    if performance is None:
+        performance = stage().perform(case.scene, model)
+        captures.save(performance, plan.capture(case))
+    ran = time.monotonic()
+    if case.scene.task not in public:
+        public[case.scene.task] = Public(case.scene, model)
+    known = public[case.scene.task]
+    known.scene = case.scene
+    _write(plan, case, list(case.attacks(performance, known)))
+    print(f"{case.name}: ran {ran - started:.0f} s, attacked {time.monotonic() - ran:.0f} s", flush=True)  # noqa: T201
+
+
+def _write(plan: Plan, case: Case, findings: Sequence[Finding]) -> None:
+    path = plan.findings(case)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    note = {"key": _key(case), "findings": [asdict(finding) for finding in findings]}
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(note, indent=1))
+    draft.replace(path)
+
+
+@contextmanager
+def _claimed(plan: Plan, case: Case) -> Iterator[bool]:
+    """Whether a case is this process' to do; no other does it meanwhile."""
+    path = plan.folder / "claims" / case.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def end_with_parent() -> None:
+    """Stops this process once standard input ends: when the process that holds the other end has ended."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,126 @@
+"""What a run of the attacks leaves on disk, and when it is done again."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from attack import captures, runner
+from attack.capture import Round, Update
+from attack.cases import Case
+from attack.findings import Finding
+from attack.stage import Client, Insider, Performance, Scene
+from client_agent.learning import Weights
+from shelora.errors import DomainError
+from shelora.lora.shards import LoraFactors
+
+SCENE = Scene(
+    name="text-none",
+    task="causal-lm",
+    mode="none",
+    clients=(Client(name="ward/7", texts=("a secret",)),),
+    steps=1,
+    batch=1,
+    rounds=1,
+    max_tokens=32,
+    learning_rate=0.002,
+    modules=("q",),
+)
+
+
+@pytest.fixture
+def performance(some_layout):
+    updates = [Update(client="ward/7", shard=0, content=b"first"), Update(client="b", shard=0, content=b"")]
+    weights = Weights({"q": LoraFactors(np.ones((4, 2), np.float32), np.ones((2, 6), np.float32))}, {})
+    insider = Insider(released=b"", trained=weights, applied=weights)
+    return Performance(scene=SCENE, rounds=[Round(some_layout, updates, {0: b"sum"})], insider=insider)
+
+
+def test_a_capture_comes_back_as_it_was(performance, tmp_path):
+    captures.save(performance, tmp_path / "c")
+    found = captures.load(SCENE, tmp_path / "c")
+    assert found.rounds[0].digest == performance.rounds[0].digest
+    assert found.rounds[0].layout.digest == performance.rounds[0].layout.digest
+    assert found.rounds[0].of("ward/7") == {0: b"first"}
+    assert found.rounds[0].results == {0: b"sum"}
+    assert (found.insider.applied.factors["q"].B == 1).all()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "capture.json").unlink(),
+        lambda folder: (folder / "capture.json").write_text("[]"),
+        lambda folder: (folder / "rounds" / "1" / "update" / "b" / "0").write_bytes(b"other"),
+        lambda folder: (folder / "rounds" / "1" / "update" / "b" / "0").unlink(),
+        lambda folder: (folder / "rounds" / "1" / "layout").write_bytes(b"\xff\xff"),
+        lambda folder: (folder / "insider" / "applied" / "applied.safetensors").write_bytes(b""),
+    ],
+)
+def test_a_damaged_capture_is_none(performance, tmp_path, spoil):
+    captures.save(performance, tmp_path / "c")
+    spoil(tmp_path / "c")
+    assert captures.load(SCENE, tmp_path / "c") is None
+
+
+def test_a_capture_of_another_scene_or_product_is_none(performance, tmp_path, monkeypatch):
+    captures.save(performance, tmp_path / "c")
+    assert captures.load(replace(SCENE, steps=2), tmp_path / "c") is None
+    monkeypatch.setattr(captures, "sources", lambda *_: "another product")
+    assert captures.load(SCENE, tmp_path / "c") is None
+
+
+@pytest.fixture
+def plan(performance, tmp_path, monkeypatch):
+    """One case whose capture is there; `tried` counts how often it is attacked, and a federation cannot be run."""
+    tried = []
+
+    def attacks(seen, _):
+        tried.append(seen.rounds[0].digest)
+        return [Finding(setting="s", attacker="a", data="d", figures={"recall": 1.0})]
+
+    monkeypatch.setattr(runner, "all_cases", lambda *_, **__: [Case(scene=SCENE, attacks=attacks)])
+    monkeypatch.setattr(runner, "Public", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(runner.Plan, "model", lambda *_: tmp_path)
+    made = runner.Plan(folder=tmp_path, downloads=tmp_path, only="", seed=0, everything=False)
+    (case,) = made.cases()
+    captures.save(performance, made.capture(case))
+    return SimpleNamespace(made=made, case=case, tried=tried)
+
+
+def test_what_was_found_is_not_tried_again(plan, monkeypatch):
+    runner.work(plan.made, 0)
+    runner.work(plan.made, 0)
+    monkeypatch.setattr(runner, "_work_side_by_side", lambda *_: pytest.fail("nothing is left to do"))
+    (finding,) = runner.run(plan.made, 2)
+    assert (finding.figures, len(plan.tried)) == ({"recall": 1.0}, 1)
+
+
+def test_a_changed_attack_is_tried_again_on_the_same_capture(plan, monkeypatch):
+    runner.work(plan.made, 0)
+    same = captures.sources
+    monkeypatch.setattr(captures, "sources", lambda *places: "changed" if places else same())
+    runner.work(plan.made, 0)
+    assert len(plan.tried) == 2
+
+
+def test_findings_that_cannot_be_read_are_made_again(plan):
+    runner.work(plan.made, 0)
+    for content in ("", "{}", '{"key": 1, "findings": [{}]}'):
+        plan.made.findings(plan.case).write_text(content)
+        runner.work(plan.made, 0)
+    assert len(plan.tried) == 4
+
+
+def test_a_case_that_another_process_is_at_is_left_to_it(plan):
+    with runner._claimed(plan.made, plan.case) as mine:
+        assert mine
+        runner.work(plan.made, 1)
+    assert plan.tried == []
+
+
+def test_a_process_that_leaves_a_case_undone_fails_the_run(plan, monkeypatch):
+    monkeypatch.setattr(runner, "_work_side_by_side", lambda *_: None)
+    with pytest.raises(DomainError, match="no findings of text-none"):
+        runner.run(plan.made, 2)
