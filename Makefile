@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 PROTECTION ?=
 SEEDS ?=
+SHAPES ?=
 SCHEDULES ?= 1000
 SEED ?= 0
 SECONDS ?= 60
@@ -82,8 +83,8 @@ fix: $(INSTALLED)  ## Format and repair what the linter can
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: $(INSTALLED)  ## Compare our protection modes with the published way
-	$(BIN)/python -m bench
+bench: $(INSTALLED)  ## Compare our protection modes with the published way (SHAPES="llama-7b llama-70b mixtral-8x7b": what they cost there)
+	OMP_NUM_THREADS=1 $(BIN)/python -m $(if $(SHAPES),bench.scale $(SHAPES),bench)
 
 compare: $(INSTALLED)  ## Set our modes beside other ways of federated LoRA; goes on where it stopped (MINUTES=600)
 	OMP_NUM_THREADS=1 $(BIN)/python -m compare run --minutes $(MINUTES) || test $$? -eq 3

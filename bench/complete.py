@@ -116,8 +116,7 @@ class Model:
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        features = self.workload.features
-        return tuple(Matrix(name, features, features) for name in self.workload.names)
+        return tuple(Matrix(name, *self.workload.shape(name)) for name in self.workload.names)
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class LazyFactors(Mapping[str, LoraFactors]):
         return iter(self._workload.names)
 
     def __len__(self) -> int:
-        return self._workload.matrices
+        return len(self._workload.names)
 
 
 class Round:

@@ -9,13 +9,18 @@ import multiprocessing
 import os
 import resource
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ParamSpec, TypeVar
 
 from bench.complete import LazyFactors, Round, Trained
 from bench.workload import Workload
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +38,13 @@ class Memory:
 
 def measure(workload: Workload) -> Memory:
     """Runs a round in a new process, role after role."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        return pool.apply(_measured, (workload,))
+    return in_new_process(_measured, workload)
+
+
+def in_new_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Its result, computed where nothing else has taken memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
 
 
 def _measured(workload: Workload) -> Memory:
@@ -59,17 +68,17 @@ def _measured(workload: Workload) -> Memory:
             for _ in round_.restored(results, opening):
                 pass
 
-        protecting = max(_grown(partial(protect, client)) for client in range(workload.clients))
+        protecting = max(grown(partial(protect, client)) for client in range(workload.clients))
         opening = round_.decided()
         return Memory(
             protecting=protecting,
-            aggregating=_grown(aggregate),
-            restoring=_grown(restore),
+            aggregating=grown(aggregate),
+            restoring=grown(restore),
             largest_shard=max(path.stat().st_size for path in folder.iterdir()),
         )
 
 
-def _grown(action: Callable[[], None]) -> int:
+def grown(action: Callable[[], None]) -> int:
     """By how much the peak of resident memory passes what is resident before."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,6 +1,6 @@
 """Our protection path, whole: every matrix of the round is protected, aggregated and restored for real."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,15 +13,17 @@ from shelora.ckks.wire import SeededBlock, encode_block
 from shelora.lora.aggregate import aggregate_shard
 from shelora.lora.codec import decode_result, decode_update, encode_update, validate_update
 from shelora.lora.kind import Contribution
-from shelora.lora.layout import Layout, Matrix, build_layout
+from shelora.lora.layout import CLEAR_BITS, Layout, Matrix, build_layout
 from shelora.lora.products import KIND as PRODUCTS
 from shelora.lora.protect import protect
-from shelora.lora.restore import Restored, restore
-from shelora.lora.shards import FactoredUpdate, Float64
+from shelora.lora.restore import Restored, merged, restored_parts
+from shelora.lora.shards import FactoredUpdate, Float64, LoraFactors
 from shelora.obfuscation import SECRET_BYTES, Obfuscation
 
 ERROR_ROWS = 400
 """Rows of ΔW compared at a time: they stay in the processor's cache."""
+MAX_DIRECTIONS = 256
+"""A federation's default."""
 
 
 @dataclass
@@ -60,8 +62,8 @@ class Ours:
 
 
 @dataclass
-class EncryptAll:
-    """Every column of A encrypted: one client's encryption, and the round of all clients, run once."""
+class Once:
+    """A federation's default precision: one client's encryption, and the round of all clients, run once."""
 
     encryption: Cost = field(default_factory=Cost)
     protection: Cost = field(default_factory=Cost)
@@ -92,33 +94,49 @@ class MeasuredEncryptor:
 
 
 class Round:
-    """The layout, the key and the secret column orders of one round."""
+    """The layout, the key and the secret column orders of one round.
 
-    def __init__(self, workload: Workload, key: SecretKey, budget: float) -> None:
+    Args:
+        budget: Share of the columns that every client encrypts; 0 for none.
+        clear_bits: In which clear parts travel. 32 is the published way's; 16 is a federation's default.
+    """
+
+    def __init__(
+        self, workload: Workload, key: SecretKey, budget: float, clear_bits: int = CLEAR_BITS[-1]
+    ) -> None:
         self.workload = workload
         self.key = key
-        columns = (round(budget * workload.features),) if budget else ()
-        size = workload.features
+        shapes = {name: workload.shape(name) for name in workload.names}
         self.layout: Layout = build_layout(
             parameters=STANDARD.name,
             key_id=key.key_id,
-            matrices=[Matrix(name, size, size, columns) for name in workload.names],
+            matrices=[
+                Matrix(name, rows, columns, (round(budget * columns),) if budget else ())
+                for name, (rows, columns) in shapes.items()
+            ],
             tensors=[],
             tiers=(budget,) if budget else (),
             encrypt_tensors=True,
             max_rank=workload.rank,
-            max_directions=workload.rank * workload.clients,
+            max_directions=min(workload.rank * workload.clients, MAX_DIRECTIONS),
+            clear_bits=clear_bits,
         )
         secret = Obfuscation(bytes(SECRET_BYTES), epoch=1)
-        self.orders = {name: secret.permutation(name, size) for name in workload.names}
+        self.orders = {name: secret.permutation(name, columns) for name, (_, columns) in shapes.items()}
 
     def protected(self, client: int, encryption: Cost, protection: Cost) -> list[bytes]:
         """The shards of one client's update."""
         factors = {name: self.workload.factors(client, name) for name in self.workload.names}
         encryptor = MeasuredEncryptor(Encryptor(self.key), encryption)
         with protection.measured():
-            contents = protect(self.layout, factors, {}, len(self.layout.tiers), self.orders, encryptor)
-            return [encode_update(self.layout, content) for content in contents]
+            return list(self.sent(factors, encryptor))
+
+    def sent(
+        self, factors: Mapping[str, LoraFactors], encryptor: Encryptor | MeasuredEncryptor
+    ) -> Iterator[bytes]:
+        """The shards of an update, one at a time."""
+        for content in protect(self.layout, factors, {}, len(self.layout.tiers), self.orders, encryptor):
+            yield encode_update(self.layout, content)
 
     def all_protected(self, encryption: Cost, protection: Cost) -> list[list[bytes]]:
         """The updates of all clients."""
@@ -133,10 +151,10 @@ class Round:
             for index in range(len(self.layout.shards))
         ]
 
-    def restored(self, results: list[bytes]) -> Restored:
-        """What a client decrypts."""
+    def restored(self, results: Iterable[bytes]) -> Iterator[Restored]:
+        """What a client decrypts, shard by shard."""
         contents = (decode_result(self.layout, index, data) for index, data in enumerate(results))
-        return restore(self.layout, contents, self.orders, Decryptor(self.key))
+        return restored_parts(self.layout, contents, self.orders, Decryptor(self.key))
 
 
 def _load(updates: list[list[bytes]], shard: int, client: str) -> bytes:
@@ -187,16 +205,16 @@ class Measurement:
         self.found.download_bytes = sum(map(len, downloads))
         self.found.download_clear_bytes = sum(map(len, self._results)) - self.found.download_bytes
         with self.found.restoration.measured():
-            restored = self._protected.restored(self._results)
+            restored = merged(self._protected.restored(self._results))
         for name in self._workload.names:
             _compare(self._workload, name, restored.matrices.pop(name), self.found)
             step()
 
 
-def measure_everything_encrypted(workload: Workload) -> EncryptAll:
-    """All columns of A encrypted."""
-    found = EncryptAll()
-    shards = Round(workload, SecretKey.generate(STANDARD), 1.0)
+def measure_once(workload: Workload, budget: float) -> Once:
+    """A round in which every client encrypts that share of the columns of A, and the rest travels in 16 bits."""
+    found = Once()
+    shards = Round(workload, SecretKey.generate(STANDARD), budget, CLEAR_BITS[0])
     updates = [shards.protected(0, found.encryption, found.protection)]
     for index, data in enumerate(updates[0]):
         found.upload_bytes += len(validate_update(shards.layout, index, data).ciphertexts)
@@ -205,13 +223,13 @@ def measure_everything_encrypted(workload: Workload) -> EncryptAll:
     with found.aggregation.measured():
         results = shards.aggregated(updates)
     found.download_bytes = sum(map(len, results))
-    restored = shards.restored(results)
+    restored = merged(shards.restored(results))
     for name in workload.names:
         _compare(workload, name, restored.matrices.pop(name), found)
     return found
 
 
-def _compare(workload: Workload, name: str, update: FactoredUpdate, found: Ours | EncryptAll) -> None:
+def _compare(workload: Workload, name: str, update: FactoredUpdate, found: Ours | Once) -> None:
     """Error of Q M against sum_i w_i s_i B_i A_i in float64, over every entry."""
     factors = [workload.factors(client, name) for client in range(workload.clients)]
     weight = workload.scaling / workload.clients

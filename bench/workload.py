@@ -35,24 +35,27 @@ class Workload:
     def names(self) -> list[str]:
         return [f"layer-{index}" for index in range(self.matrices)]
 
+    def shape(self, name: str) -> tuple[int, int]:  # noqa: ARG002 - all are alike here
+        """Rows and columns of an adapted matrix."""
+        return self.features, self.features
+
     def factors(self, client: int, name: str) -> LoraFactors:
         """Synthetic factors at LoRA's typical magnitudes, as after a round of clients whose data differ.
 
         All start from one A, uniform within 1 / sqrt(columns), which training moved by 0.001 an entry; B is of 0.014,
         half of its variance common to all clients.
         """
+        rows, columns = self.shape(name)
         common = np.random.default_rng([self.clients, *name.encode()])
         own = np.random.default_rng([client, *name.encode()])
-        B, move = self._normal(own)
-        shared, _ = self._normal(common)
-        A: Float32 = common.random((self.rank, self.features), dtype=np.float32)
-        initial = (2 * A - 1) / np.float32(math.sqrt(self.features))
+        B, move = self._normal(own, rows), self._normal(own, columns)
+        shared = self._normal(common, rows)
+        A: Float32 = common.random((self.rank, columns), dtype=np.float32)
+        initial = (2 * A - 1) / np.float32(math.sqrt(columns))
         return LoraFactors(np.float32(0.01) * (shared + B), initial + np.float32(0.001) * move.T)
 
-    def _normal(self, generator: np.random.Generator) -> tuple[Float32, Float32]:
-        shape = (2, self.features, self.rank)
-        first, second = generator.standard_normal(shape, dtype=np.float32)
-        return first, second
+    def _normal(self, generator: np.random.Generator, length: int) -> Float32:
+        return generator.standard_normal((length, self.rank), dtype=np.float32)
 
 
 @dataclass

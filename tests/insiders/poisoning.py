@@ -3,10 +3,12 @@
     python -m tests.insiders.poisoning                    # two runs without an attack, and every attack, minutes each
     python -m tests.insiders.poisoning honest claim+flip
     python -m tests.insiders.poisoning complete honest boost
+    python -m tests.insiders.poisoning complete hostile=thin-uplink absent boost
 
-Selective mode, or complete. Prints the accuracy that the honest members measure after every round that counts, how
-often the hostile one was left out, how many results were taken back, and who sits out. Needs the demo's model and
-data, which it fetches once.
+Selective mode, or complete. The hostile member is newsroom-1, whose absence costs more than another's (it holds most of
+some labels), or the one named. Prints the accuracy that the honest members measure after every round that counts, how
+often the hostile one was left out, how many results were taken back, and who sits out. Needs the demo's model and data,
+which it fetches once.
 """
 
 import asyncio
@@ -34,7 +36,7 @@ from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import spoiled_rounds, training_rounds
 
-HOSTILE = AGENTS[0].name
+NAMED = "hostile="
 ATTACKS = ("flip", "claim+flip", "boost", "claim+boost", "head", "claim+head+reverse")
 FOLDER = Path("runs/poisoning")
 HONEST, ABSENT = "honest", "absent"
@@ -61,36 +63,36 @@ def flip(path: Path, labels: Sequence[str]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(attack: str, spec: FederationSpec, model: Path, data: Path) -> pb.Federation:
+def run(attack: str, hostile: str, spec: FederationSpec, model: Path, data: Path) -> pb.Federation:
     """Runs the federation with one member that attacks; how it ended."""
-    home = FOLDER / f"{spec.protection.mode}-{attack}"
+    home = FOLDER / f"{spec.protection.mode}-{attack}-{hostile}"
     shutil.rmtree(home, ignore_errors=True)
     write_data(data, home / "agents")
     for agent in AGENTS:
         test = home / "agents" / agent.name / "test.jsonl"
         test.write_text("".join(test.read_text().splitlines(keepends=True)[:TEST_EXAMPLES]))
     if "flip" in attack:
-        flip(home / "agents" / HOSTILE / "train.jsonl", spec.training.labels)
+        flip(home / "agents" / hostile / "train.jsonl", spec.training.labels)
     with LocalCluster(home / "cluster", fixed_ports=False, workers=1) as cluster:
-        for agent in _taking_part(attack):
+        for agent in _taking_part(attack, hostile):
             folder = home / "agents" / agent.name
             asyncio.run(cluster.enrol_client(spec.name, agent.name, folder / "state"))
             config = folder / "agent.yaml"
             content = agent_config(cluster.addresses, agent, model, Protection(spec.protection.mode))
             config.write_text(yaml.safe_dump(content, sort_keys=False))
-            attacks = agent.name == HOSTILE and attack != HONEST
+            attacks = agent.name == hostile and attack != HONEST
             module = "tests.insiders.hostile_agent" if attacks else "client_agent.main"
             cluster.spawn(
                 agent.name, module, [*([attack] if attacks else []), "run", "--config", str(config)], {}
             )
-        return asyncio.run(_followed(cluster, spec))
+        return asyncio.run(_followed(cluster, spec, hostile))
 
 
-def _taking_part(attack: str) -> list[AgentProfile]:
-    return [agent for agent in AGENTS if attack != ABSENT or agent.name != HOSTILE]
+def _taking_part(attack: str, hostile: str) -> list[AgentProfile]:
+    return [agent for agent in AGENTS if attack != ABSENT or agent.name != hostile]
 
 
-async def _followed(cluster: LocalCluster, spec: FederationSpec) -> pb.Federation:
+async def _followed(cluster: LocalCluster, spec: FederationSpec, hostile: str) -> pb.Federation:
     async with operator(cluster.addresses.coordinator, cluster.credentials) as connection:
         await connection.create(spec.to_proto())
         federation = await connection.start(spec.name)
@@ -99,40 +101,41 @@ async def _followed(cluster: LocalCluster, spec: FederationSpec) -> pb.Federatio
             federation = await connection.get(spec.name)
             rounds = training_rounds(federation)
             if federation.phase in {pb.PHASE_FINISHED, pb.PHASE_FAILED}:
-                if not rounds or len(_measured(rounds[-1])) == len(AGENTS) - 1:
+                if not rounds or len(_measured(rounds[-1], hostile)) == len(AGENTS) - 1:
                     break
                 deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
             await asyncio.sleep(2)
         return federation
 
 
-def _measured(summary: pb.RoundSummary) -> list[pb.EvaluationReport]:
+def _measured(summary: pb.RoundSummary, hostile: str) -> list[pb.EvaluationReport]:
     """What the honest members measured."""
-    return [report for report in summary.evaluations if report.client_id != HOSTILE]
+    return [report for report in summary.evaluations if report.client_id != hostile]
 
 
-def accuracy(summary: pb.RoundSummary) -> float:
+def accuracy(summary: pb.RoundSummary, hostile: str) -> float:
     """Of the honest members, after a round."""
-    reports = _measured(summary)
+    reports = _measured(summary, hostile)
     return sum(r.correct_count for r in reports) / max(1, sum(r.example_count for r in reports))
 
 
 def main(arguments: Sequence[str], rounds: int = 5) -> None:
     modes = [mode for mode in (Protection.SELECTIVE, Protection.COMPLETE) if mode in arguments]
-    attacks = [argument for argument in arguments if argument not in modes]
+    hostile = next((a.removeprefix(NAMED) for a in arguments if a.startswith(NAMED)), AGENTS[0].name)
+    attacks = [a for a in arguments if a not in modes and not a.startswith(NAMED)]
     assets = FOLDER / "assets"
     model, data = fetch(MINILM, assets), fetch(REUTERS, assets)
     for attack in attacks or (HONEST, ABSENT, *ATTACKS):
         protection = modes[0] if modes else Protection.SELECTIVE
-        spec = small(federation_spec(protection), rounds, len(_taking_part(attack)))
-        federation = run(attack, spec, model, data)
+        spec = small(federation_spec(protection), rounds, len(_taking_part(attack, hostile)))
+        federation = run(attack, hostile, spec, model, data)
         found = training_rounds(federation)
-        shown = " ".join(f"{accuracy(summary):6.1%}" for summary in found)
-        dropped = [sum(d.client_id == HOSTILE for d in summary.dropped) for summary in found]
+        shown = " ".join(f"{accuracy(summary, hostile):6.1%}" for summary in found)
+        dropped = [sum(d.client_id == hostile for d in summary.dropped) for summary in found]
         ends = f"left out in {sum(dropped)} of {len(found)} rounds"
         taken_back = len(spoiled_rounds(federation))
         sits_out = f"{taken_back} results taken back, {federation.sits_out or 'nobody'} sits out"
-        refused = len(AGENTS) - 1 - len(_measured(found[-1])) if found else 0
+        refused = len(AGENTS) - 1 - len(_measured(found[-1], hostile)) if found else 0
         ends += f"; {refused} refuse the last result" if refused else ""
         failure = f"; failed: {federation.failure}" if federation.failure else ""
         print(f"{protection} {attack:20} {shown}   {ends}; {sits_out}{failure}", flush=True)  # noqa: T201
