@@ -15,11 +15,12 @@ from client_agent.committees import Committees
 from client_agent.config import AgentConfig, HiddenClient
 from client_agent.drawing import seed_of
 from client_agent.learning import LocalLearner
+from client_agent.participation import Participation, Tools
 from client_agent.progress import Activity, Progress, Stopped
 from client_agent.replicas import replicas_for_transfers
 from client_agent.session import Backoff, Session, is_fatal
 from client_agent.state import AgentState
-from client_agent.work import Identity, Work
+from client_agent.work import Work, work_of
 from client_agent.worker import Worker
 from shelora.errors import DomainError, Reason
 from shelora.federation import ClientPrivacySpec, FederationSpec, TrainingSpec, one_step
@@ -167,32 +168,8 @@ class Agent:
         self._require_hidden(spec.protection.client_privacy, state)
         learner = await worker.run(self._learn, self._config, spec.training, state, spec.round.rounds)
         _log.info("model_ready", matrices=len(learner.model.matrices), examples=len(learner.examples))
-        identity = Identity(
-            self._config.federation,
-            self._config.client_id,
-            self._config.budget,
-            spec.protection,
-            reports_drift=spec.round.replan_below_overlap > 0,
-            largest_move=spec.training.learning_rate * spec.training.local_steps,
-        )
-        committees = Committees(
-            self._config.federation,
-            self._config.client_id,
-            spec.round,
-            session=session,
-            state=state,
-            identity=self._config.identity,
-            worker=worker,
-        )
-        work = Work(
-            identity,
-            session=session,
-            replicas=replicas,
-            state=state,
-            learner=learner,
-            worker=worker,
-            committees=committees,
-        )
+        tools = Tools(session=session, replicas=replicas, state=state, learner=learner, worker=worker)
+        work = self._work(spec, tools)
         follower = _Follower(session, work, learner, self._retry_s)
         if not await follower.begin():
             return Outcome.HALTED
@@ -205,6 +182,26 @@ class Agent:
         finally:
             await _cancelled(beating)
             await follower.drop()
+
+    def _work(self, spec: FederationSpec, tools: Tools) -> Work:
+        me = Participation(
+            federation_id=self._config.federation,
+            client_id=self._config.client_id,
+            budget=self._config.budget,
+            protection=spec.protection,
+            reports_drift=spec.round.replan_below_overlap > 0,
+            largest_move=spec.training.learning_rate * spec.training.local_steps,
+        )
+        committees = Committees(
+            me.federation_id,
+            me.client_id,
+            spec.round,
+            session=tools.session,
+            state=tools.state,
+            identity=self._config.identity,
+            worker=tools.worker,
+        )
+        return work_of(me, tools, committees)
 
     def _require_protection(self, offered: Level, state: AgentState) -> None:
         """Refuses less than was promised or written, and remembers what it took part under.

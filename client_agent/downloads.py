@@ -107,3 +107,10 @@ async def _get(
                 raise DomainError(Reason.TRANSFER_TOO_LARGE, f"result shard {index} is longer than announced")
             file.write(response.piece)
             BYTES.labels(direction="down").inc(len(response.piece))
+
+
+def contents(result: Result, inbox: Inbox, activity: Activity) -> Iterator[ResultShardContent]:
+    """The shards of a downloaded result, one in memory at a time."""
+    for done, content in enumerate(result.contents(inbox)):
+        activity.report(Stage.DECRYPTING, done / len(result.shards))
+        yield content

@@ -1,12 +1,11 @@
 """Which secrets an agent holds, and which rounds and results it refuses."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from client_agent.downloads import Result
+from client_agent.keyring import Keyring
 from client_agent.keys import EpochSecrets
-from client_agent.work import Identity, Work
+from client_agent.participation import Participation
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.errors import DomainError, Reason
@@ -36,10 +35,9 @@ class Releasing:
         return released(epoch)
 
 
-def working(session: Releasing) -> Work:
-    me = Identity("clinic", "ward-7", 1.0, ProtectionSpec())
-    nothing = SimpleNamespace(model=SimpleNamespace(matrices=()))
-    return Work(me, session=session, replicas=nothing, state=nothing, learner=nothing, worker=nothing)
+def holding(session: Releasing) -> Keyring:
+    me = Participation(federation_id="clinic", client_id="ward-7", budget=1.0, protection=ProtectionSpec())
+    return Keyring(me, session)
 
 
 def refusal(action) -> Reason:
@@ -50,23 +48,23 @@ def refusal(action) -> Reason:
 
 async def test_secrets_are_fetched_once_and_those_of_other_epochs_forgotten():
     session = Releasing()
-    work = working(session)
+    keyring = holding(session)
     for _ in range(2):
-        await work._enter(1)
-        await work.secrets(2)
+        await keyring.enter(1)
+        await keyring.secrets(2)
     assert session.fetched == [1, 2]
-    await work._enter(2)
-    work._forget_others(2)
-    assert list(work._secrets) == [2]
-    assert (await work.secrets(1)).epoch == 1
+    await keyring.enter(2)
+    keyring.forget_others(2)
+    assert list(keyring._secrets) == [2]
+    assert (await keyring.secrets(1)).epoch == 1
     assert session.fetched == [1, 2, 1]
 
 
 async def test_a_round_of_an_epoch_before_one_it_took_part_in_is_refused():
-    work = working(Releasing())
-    await work._enter(2)
+    keyring = holding(Releasing())
+    await keyring.enter(2)
     with pytest.raises(DomainError, match="took part in epoch 2") as refused:
-        await work._enter(1)
+        await keyring.enter(1)
     assert refused.value.reason is Reason.EPOCH_RETIRED
 
 

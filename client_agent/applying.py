@@ -1,0 +1,172 @@
+"""Applies results: downloads, opens, decrypts; saves the adapter; says how good it is."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import structlog
+
+from client_agent.committees import Committees
+from client_agent.downloads import Result, contents, download
+from client_agent.keyring import Keyring
+from client_agent.keys import EpochSecrets
+from client_agent.learning import Origin
+from client_agent.metrics import Stopwatch, timed
+from client_agent.participation import Participation, Tools
+from client_agent.plans import Plans
+from client_agent.progress import Activity
+from client_agent.protection import round_context, summed
+from client_agent.resources import COPIES, Resources
+from client_agent.state import Inbox
+from shelora.committee.context import result_digest
+from shelora.committee.reader import OpenedRound
+from shelora.negotiation.plan import Plan
+from shelora.protocol import Stage
+from shelora.strategies.agents.registry import agent_strategy_of
+from shelora.v1 import common_pb2
+from shelora.v1 import coordinator_pb2 as pb
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What applying a result took; zero if it had been applied before."""
+
+    download_s: float = 0.0
+    decrypt_s: float = 0.0
+    download_bytes: int = 0
+
+
+class Applier:
+    """Makes the state that a round starts from, or a federation ends with, current.
+
+    Args:
+        me: Who this client is.
+        tools: What it works with.
+        keyring: Secrets of epochs.
+        plans: Opened plans.
+        resources: Room on disk and in memory.
+        committees: Open sums.
+    """
+
+    def __init__(
+        self,
+        me: Participation,
+        tools: Tools,
+        *,
+        keyring: Keyring,
+        plans: Plans,
+        resources: Resources,
+        committees: Committees,
+    ) -> None:
+        self._me = me
+        self._tools = tools
+        self._learner = tools.learner
+        self._run = tools.worker.run
+        self._strategy = agent_strategy_of(me.protection.mode)
+        self._keyring = keyring
+        self._plans = plans
+        self._resources = resources
+        self._committees = committees
+        self._reported: set[str] = set()
+        """Rounds whose result was evaluated."""
+
+    async def begin_from(self, train: pb.Train, secrets: EpochSecrets, activity: Activity) -> None:
+        """Makes the state that the round starts from current, and reports how good it is."""
+        if not train.HasField("base"):
+            await self._run(self._learner.start, secrets)
+            return
+        plan = train.base_plan if train.HasField("base_plan") else None
+        applied = await self._apply(train.base, plan, activity)
+        if train.base.round_id not in self._reported:
+            await self._save_adapter(train.base)
+            await self.report(train.base, applied, activity, everything=False)
+
+    async def keep(
+        self, result: common_pb2.ResultRef, plan: pb.PlanRef | None, activity: Activity
+    ) -> Applied:
+        """Applies a result that no training follows, and saves the adapter."""
+        await self._resources.require(None, result, copies=COPIES)
+        applied = await self._apply(result, plan, activity)
+        await self._save_adapter(result)
+        return applied
+
+    async def report(
+        self, result: common_pb2.ResultRef, applied: Applied, activity: Activity, *, everything: bool
+    ) -> None:
+        """Evaluates, keeps the best adapter, reports. Args: everything: on every test example."""
+        round_id, state = result.round_id, self._tools.state
+        measured = await self._run(self._learner.evaluate, activity, everything=everything)
+        self._reported.add(round_id)
+        if measured is None:
+            return
+        _log.info(
+            "evaluated", round=round_id, loss=measured.loss, correct=measured.correct, count=measured.count
+        )
+        card = self._learner.card(_origin(result), measured)
+        await self._run(state.replace_card, card)
+        if await self._run(state.keep_if_best, self._me.federation_id, round_id, measured.loss):
+            _log.info("best_adapter_so_far", round=round_id, folder=str(state.best_folder))
+        report = pb.EvaluationReport(
+            download_s=applied.download_s,
+            decrypt_s=applied.decrypt_s,
+            download_bytes=applied.download_bytes,
+        )
+        if self._me.protection.client_privacy is None:
+            report.example_count, report.correct_count = measured.count, measured.correct
+            report.loss, report.evaluate_s = measured.loss, measured.seconds
+        await self._tools.session.report_evaluation(round_id, report)
+
+    async def _save_adapter(self, result: common_pb2.ResultRef) -> None:
+        write = partial(self._learner.save_adapter, made=_origin(result))
+        await self._run(self._tools.state.save_adapter, write)
+
+    async def _apply(
+        self, reference: common_pb2.ResultRef, plan_ref: pb.PlanRef | None, activity: Activity
+    ) -> Applied:
+        """Applies a result with the secrets of its own epoch, whatever the next round's is."""
+        if await self._run(self._learner.holds, reference.round_id):
+            return Applied()
+        result = Result.from_proto(reference)
+        secrets = await self._keyring.secrets(reference.epoch)
+        self._strategy.check_result(result.layout, self._learner.model)
+        plan = await self._plans.opened(plan_ref, secrets) if plan_ref else None
+        opened = None
+        if self._me.protection.strategy.needs_committee:
+            opened = await self._committees.opened(reference, result.layout, secrets)
+            await self._run(self._tools.state.note_result, reference.round_id, digest_of(reference))
+        watch = Stopwatch()
+        inbox = await download(self._tools.replicas, self._tools.state, result, activity)
+        download_s = watch.seconds
+        watch = Stopwatch()
+        await self._run(self._restore_and_apply, result, inbox, plan, secrets, opened, activity)
+        return Applied(download_s, watch.seconds, result.total_bytes)
+
+    def _restore_and_apply(
+        self,
+        result: Result,
+        inbox: Inbox,
+        plan: Plan | None,
+        secrets: EpochSecrets,
+        opened: OpenedRound | None,
+        activity: Activity,
+    ) -> None:
+        with timed(Stage.DECRYPTING):
+            known = round_context(self._learner.model, result.layout, plan, self._me.budget, secrets)
+            if opened is not None:
+                known = summed(known, opened, self._me.largest_move)
+                known = replace(known, reference=self._learner.start_of(result.number))
+            parts = self._strategy.restored(result.layout, contents(result, inbox, activity), known)
+            self._learner.apply(result.round_id, parts, secrets.obfuscation, result.number)
+            if known.cut:
+                _log.warning("change_cut", parts=sorted(known.cut), why="no honest clients can have sent it")
+        inbox.clear()  # last: whoever dies before has the shards still
+
+
+def digest_of(reference: common_pb2.ResultRef) -> bytes:
+    """What a committee's context names a result by."""
+    return result_digest(reference.round_id, (shard.sha256 for shard in reference.shards))
+
+
+def _origin(result: common_pb2.ResultRef) -> Origin:
+    return Origin(result.round_number, result.contributor_count)

@@ -1,0 +1,163 @@
+"""Makes what this client sends of a round, on disk: votes and updates."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+
+import structlog
+
+from client_agent.committees import Attempt
+from client_agent.keys import EpochSecrets
+from client_agent.learning import Weights
+from client_agent.metrics import Stopwatch
+from client_agent.negotiators import Negotiator
+from client_agent.participation import Participation, Tools
+from client_agent.progress import Activity
+from client_agent.protection import round_context, spool_update, summing
+from client_agent.standing import assess, stake_of
+from client_agent.state import Spool, UpdateNote
+from client_agent.sum_budget import SumBudget
+from shelora.committee.dealer import Dealer
+from shelora.lora.layout import Layout
+from shelora.negotiation.plan import Plan
+from shelora.strategies.agents.registry import agent_strategy_of
+from shelora.v1 import coordinator_pb2 as pb
+
+_log = structlog.get_logger(__name__)
+
+
+class Maker:
+    """Scores, trains, protects. Its methods that do not say otherwise block: they are for the worker.
+
+    Args:
+        me: Who this client is.
+        tools: What it works with.
+        negotiator: How it votes.
+        sums: Under client privacy: sums that this client may be in. Then nothing of its examples is told beside them.
+    """
+
+    def __init__(
+        self, me: Participation, tools: Tools, negotiator: Negotiator, sums: SumBudget | None
+    ) -> None:
+        self._me = me
+        self._state = tools.state
+        self._learner = tools.learner
+        self._negotiator = negotiator
+        self._strategy = agent_strategy_of(me.protection.mode)
+        self._sums = sums
+
+    @property
+    def counted(self) -> int:
+        """Examples that this client says it has: 1 under client privacy, for all alike. Returns at once."""
+        return 1 if self._sums else len(self._learner.examples)
+
+    def is_current(self, note: UpdateNote, *, vote: bool = False) -> bool:
+        """Whether what was spooled, perhaps before a restart, was made as it would be now. Returns at once.
+
+        An update is of the examples, the base model and the privacy of training; a vote of the latter two.
+        """
+        base = self._learner.base.hex() if self._learner.base else ""
+        count = note.example_count if vote else self.counted
+        return (note.example_count, note.base, note.privacy) == (count, base, self._learner.privacy)
+
+    def vote(self, round_id: str, layout: Layout, secrets: EpochSecrets, activity: Activity) -> Spool:
+        """Scores the columns and spools the vote."""
+        self._learner.resume(secrets)
+        watch = Stopwatch()
+        scores = self._learner.score(activity)
+        stake = stake_of(self._state.standing(), self._me.protection, self._me.budget)
+        # Aggregation weight 1: votes count alike, however many examples their clients hold.
+        note = UpdateNote(round_id, layout.digest, 1, 1.0, 1, 0.0, watch.seconds, 0.0)
+        writer = self._state.begin_spool(round_id)
+        for vote in self._negotiator.cast(layout, scores, stake, round_id, secrets):
+            writer.add(vote)
+        note = replace(note, encrypt_s=watch.seconds - note.train_s)
+        return writer.finish(self._with_base(note, secrets))
+
+    def require_sum(self, attempt: Attempt | None) -> None:
+        """Raises: PRIVACY_EXHAUSTED if the round's sum would tell more of this client than was promised."""
+        if self._sums and attempt:
+            self._sums.require(attempt.context.instance, attempt.context.round_number)
+
+    def train(
+        self, train: pb.Train, plan: Plan | None, attempt: Attempt | None, activity: Activity
+    ) -> tuple[UpdateNote, Weights]:
+        """What this client trained, and what is committed with it."""
+        overlap = self._assessed(plan, train.plan.vote_round_id, activity) if plan else None
+        variant = attempt.variant if attempt else ""
+        trained = self._learner.train(train.round.number, activity, variant)
+        model = self._learner.model
+        note = UpdateNote(
+            round_id=train.round.round_id,
+            layout_digest=b"",
+            rank=model.rank,
+            scaling=model.scaling,
+            example_count=self.counted,
+            train_loss=0.0 if self._sums else trained.loss,
+            train_s=trained.seconds,
+            encrypt_s=0.0,
+            overlap=overlap,
+        )
+        return note, trained.weights
+
+    def protect(
+        self,
+        number: int,
+        trained: tuple[UpdateNote, Weights],
+        layout: Layout,
+        plan: Plan | None,
+        secrets: EpochSecrets,
+        dealer: Dealer | None,
+        activity: Activity,
+    ) -> Spool:
+        """Protects what was trained in the round of that number, and spools it. Raises: as `spool_update`."""
+        note, weights = trained
+        known = round_context(self._learner.model, layout, plan, self._me.budget, secrets)
+        deal: Callable[[Sequence[bytes]], bytes] | None = None
+        if dealer is not None:
+            round_ = dealer.context
+            weight = min(note.example_count, round_.most_weight)
+            known = summing(known, dealer, weight, self._me.largest_move)
+            deal = partial(_dealt, dealer, weight)
+            if self._sums:
+                known = replace(known, reference=self._learner.start_of(number))
+                self._sums.take(round_.instance, round_.round_number)
+                _log.info("client_privacy_spent", round=note.round_id, epsilon=round(self._sums.spent(), 3))
+        return spool_update(
+            self._state,
+            layout,
+            weights,
+            self._with_base(replace(note, layout_digest=layout.digest), secrets),
+            strategy=self._strategy,
+            context=known,
+            deal=deal,
+            activity=activity,
+        )
+
+    def _with_base(self, note: UpdateNote, secrets: EpochSecrets) -> UpdateNote:
+        """The note with how it was made, and what others compare their base model by."""
+        note = replace(note, privacy=self._learner.privacy)
+        base = self._learner.base
+        if base is None:
+            return note
+        tags = {part: secrets.obfuscation.tag(part, digest).hex() for part, digest in asdict(base).items()}
+        return replace(note, base=base.hex(), base_tags=tags)
+
+    def _assessed(self, plan: Plan, vote_round_id: str, activity: Activity) -> float | None:
+        """Takes a new plan into account for the next vote; what is reported of drift."""
+        return assess(
+            self._state,
+            self._learner,
+            plan,
+            vote_round_id,
+            floor=self._me.protection.coverage_floor,
+            largest=self._me.protection.largest_vote,
+            budget=self._me.budget,
+            reports_drift=self._me.reports_drift,
+            activity=activity,
+        )
+
+
+def _dealt(dealer: Dealer, weight: int, shards: Sequence[bytes]) -> bytes:
+    """The key of an update with these shards, shared among the committee."""
+    return dealer.deal(shards, weight).SerializeToString()
