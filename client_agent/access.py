@@ -26,6 +26,13 @@ def denied(place: Path | str) -> str:
     )
 
 
+def unwritable(folder: Path) -> str:
+    """Why this process may not put files into a folder; "" if it may."""
+    if os.access(folder, os.W_OK | os.X_OK):
+        return ""
+    return f"the user {_user()} may not write to {folder}: give it to that user (chown -R {_user()}), or take another"
+
+
 def _user() -> str:
     number = os.geteuid()
     try:

@@ -3,6 +3,7 @@
 `SHELORA_AGENT__DATA__TRAIN=/data/train.jsonl` overrides `data.train`. Unknown fields are refused.
 """
 
+import errno
 import math
 import os
 from collections.abc import Mapping
@@ -67,7 +68,13 @@ def _absolute(path: Path, info: ValidationInfo) -> Path:
         raise ValueError(f"no file can have this name: {error}") from error
     if "\0" in str(whole):
         raise ValueError("no file can have this name: it holds a NUL")
-    return whole.absolute()
+    whole = whole.absolute()
+    try:
+        whole.lstat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError("no file can have this name: it is too long") from error
+    return whole
 
 
 def _data_file(path: Path) -> Path:

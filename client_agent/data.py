@@ -11,7 +11,7 @@ from typing import Final
 
 from client_agent.sources import invalid
 from client_agent.spool import Spool
-from client_agent.tables import listed, quoted, read_rows
+from client_agent.tables import LONGEST_RECORD, listed, quoted, read_rows
 
 _TEXT_SETTING: Final = "data.text_field"
 _LABEL_SETTING: Final = "data.label_field"
@@ -118,8 +118,12 @@ def distinct_labels(path: Path, label_field: str, labels: Iterable[tuple[str, ob
     Args: labels: With their places.
     """
     found = {_label_names(label, label_field, place)[0] for place, label in labels}
+    if not found:
+        raise invalid(f"{path} holds no examples")
     if len(found) < LEAST_LABELS:
-        raise invalid(f"{path} holds {len(found)} labels in {label_field!r}, and a classifier needs two")
+        raise invalid(
+            f"{path} holds one label in {label_field!r}, {listed(found)}, and a classifier needs two"
+        )
     return tuple(sorted(found))
 
 
@@ -134,6 +138,8 @@ def sound_text(value: object, field: str, place: str) -> str:
         raise invalid(f"{place}: field {field!r} must be text, not {kind_of_value(value)}")
     if not value.strip():
         raise invalid(f"{place}: field {field!r} is empty")
+    if len(value) > LONGEST_RECORD:
+        raise invalid(f"{place}: field {field!r} has more than {LONGEST_RECORD:,} characters: break it up")
     if not value.isascii() and (half := next((c for c in value if "\ud800" <= c <= "\udfff"), "")):
         raise invalid(
             f"{place}: field {field!r} holds half of a character ({half!r} of a surrogate pair): remove it"

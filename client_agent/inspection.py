@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from pydantic import ValidationError
 from rich.console import Group
@@ -16,6 +17,7 @@ from client_agent.model import AdaptedModel
 from client_agent.preparation import Prepared, prepare
 from client_agent.protection import expected_layout
 from client_agent.sources import invalid
+from client_agent.state import require_usable
 from client_agent.survey import WHOLE
 from client_agent.tasks.port import ExampleSet
 from client_agent.tasks.registry import task_of
@@ -23,6 +25,9 @@ from shelora.configuration import explain
 from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.lora.kinds import kind_of
 from shelora.terminal import Records
+
+MOST_LABELS: Final = 100
+"""Labels that a report lists: a column of free text, taken for labels, has a label a row."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -47,6 +52,7 @@ def inspect(
 
     Args: rounds: of the federation; None if it is not asked.
     """
+    require_usable(config.state_dir)
     prepared = prepare(config, training)
     model = prepared.model
     held = max(min(matrix.out_features, matrix.in_features) for matrix in model.matrices)
@@ -110,8 +116,13 @@ def report(training: TrainingSpec, found: Inspection) -> Group:
 def _examples_table(training: TrainingSpec, found: Prepared) -> Records:
     table = Records("label", "train", "test", title="Examples", numbers=["train", "test"], lines=True)
     test = _counts(found.test, training.labels)
-    for name, count in _counts(found.examples, training.labels).items():
-        table.add(name, f"{count:,}", f"{test[name]:,}" if found.test else "-")
+    counts = _counts(found.examples, training.labels)
+    *labels, everything = counts
+    more = len(labels) - MOST_LABELS
+    for name in (*labels[:MOST_LABELS], *([f"and {more:,} more labels"] if more > 0 else []), everything):
+        table.add(
+            name, f"{counts[name]:,}" if name in counts else "", f"{test[name]:,}" if found.test else "-"
+        )
     return table
 
 

@@ -5,6 +5,7 @@ import gc
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -22,6 +23,18 @@ def check_loading(packages: Sequence[str] = NATIVE) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own arguments
         if done.returncode:
             raise unusable(package, _cause(done.returncode, done.stderr))
+
+
+def require_temporary_folder() -> None:
+    """Torch wants one as it is loaded, and examples that are many. Raises: DISK_UNAVAILABLE, with the remedy."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise DomainError(
+            Reason.DISK_UNAVAILABLE,
+            "no folder for temporary files can be written (TMPDIR, /tmp, /var/tmp, the current folder): make room, or "
+            "set TMPDIR to a folder that can",
+        ) from error
 
 
 @contextmanager

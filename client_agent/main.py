@@ -11,7 +11,7 @@ import structlog
 import typer
 
 from client_agent.config import IDENTITY, AgentConfig
-from client_agent.loading import check_loading, uncollected, unusable
+from client_agent.loading import check_loading, require_temporary_folder, uncollected, unusable
 from shelora.configuration import invalid
 from shelora.errors import DomainError
 from shelora.exits import EXIT_FAILED, exit_code
@@ -207,6 +207,7 @@ def _enroll(token: str, authority: str, state_dir: Path, client: str) -> int:
 
 
 def _run(config: AgentConfig) -> int:
+    require_temporary_folder()
     from client_agent.agent import Outcome, step_back  # noqa: PLC0415 - enrolling must not wait for torch
 
     configure_logs("client-agent", config.log.level, json=config.log.json_lines)
@@ -234,6 +235,7 @@ async def _followed(config: AgentConfig) -> "Outcome":
 
 
 def _check(config: AgentConfig, *, offline: bool, task: str, targets: list[str]) -> int:
+    require_temporary_folder()
     from client_agent.inspection import guessed_training, inspect, report  # noqa: PLC0415 - as above
 
     if not offline:
@@ -250,6 +252,7 @@ def _check(config: AgentConfig, *, offline: bool, task: str, targets: list[str])
 
 
 def _doctor(config: AgentConfig) -> int:
+    require_temporary_folder()
     console = Terminal()
     with console.stages("loading packages"):
         check_loading()

@@ -15,9 +15,11 @@ import zstandard
 
 from client_agent.config import is_pattern, suffix_of, unsupported_name
 from shelora.errors import DomainError, Reason
+from shelora.text import printable
 
 SAMPLE_BYTES: Final = 4096
-_PIECE_BYTES: Final = 2**16
+_PIECE_BYTES: Final = 2**10
+"""Packed bytes unpacked at once: they may stand for 30 000 times as many."""
 PARQUET: Final = b"PAR1"
 _STATE: Final = "state.json"
 _SPLITS: Final = "dataset_dict.json"
@@ -26,8 +28,8 @@ _ZIP: Final = b"PK\x03\x04"
 
 
 def invalid(message: str) -> DomainError:
-    """A DATA_INVALID error."""
-    return DomainError(Reason.DATA_INVALID, message)
+    """A DATA_INVALID error, in one line whatever is in the names of files."""
+    return DomainError(Reason.DATA_INVALID, printable(message))
 
 
 class _Zstd(io.RawIOBase):
@@ -84,7 +86,7 @@ def files_of(path: Path) -> list[Path]:
         return found
     if not path.is_dir():
         if path.exists() and not path.is_file():
-            raise invalid(f"{path} is no file")
+            raise invalid(f"{path} is a device, a pipe or a socket: copy what it holds into a file")
         return [path]
     if (path / _SPLITS).is_file():
         raise invalid(f"{path} is a saved dataset of several splits: name the folder of one of them")

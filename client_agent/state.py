@@ -35,6 +35,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from client_agent.access import unwritable
 from client_agent.config import HiddenClient
 from client_agent.learning import Weights
 from client_agent.sum_budget import SumBudget
@@ -572,6 +573,18 @@ def _load_weights(path: Path) -> tuple[dict[str, str], Weights] | None:
 def _named(arrays: Mapping[str, Float32], prefix: str) -> Iterator[tuple[str, Float32]]:
     """The arrays whose key begins so, by the rest of it."""
     return ((key.removeprefix(prefix), value) for key, value in arrays.items() if key.startswith(prefix))
+
+
+def require_usable(folder: Path) -> None:
+    """Refuses a folder in which no state can be kept, as far as that can be told without making it.
+
+    Raises: CONFIGURATION_INVALID.
+    """
+    place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not place.is_dir():
+        raise _unusable(folder, f"{place} is no folder")
+    if why := unwritable(place):
+        raise _unusable(folder, why)
 
 
 def _unusable(folder: Path, why: str) -> DomainError:

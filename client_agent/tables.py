@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,12 +33,13 @@ MOST_SHOWN: Final = 20
 """Names that an error lists."""
 MOST_CHARACTERS: Final = 60
 """Characters of a name or value that an error shows."""
-_ARROW_ROWS: Final = 4096
+_ARROW_ROWS: Final = 64
 """Rows of a Parquet file held at once."""
 _PIECE: Final = 2**16
 """Characters read at once where lines say nothing."""
-_LONGEST_RECORD: Final = 2**26
-"""Characters of one record in a list of JSON."""
+LONGEST_RECORD: Final = 2**24
+"""Characters of one record, so of one text: what is longer has no line breaks, a quote that nobody closed, or is made
+to fill the memory."""
 _LONGEST_INTEGER: Final = 300
 """Digits of an integer in JSON; more are beyond every float, and take quadratic time to convert."""
 _MARKS: Final = (
@@ -48,7 +50,8 @@ _MARKS: Final = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 """Byte order marks, and the encodings they stand for."""
-csv.field_size_limit(2**31 - 1)  # texts are cut to the federation's max_tokens later
+csv.field_size_limit(LONGEST_RECORD)  # texts are cut to the federation's max_tokens later
+_BLANKS: Final = re.compile(r"\s*")
 
 
 def read_rows(path: Path, fields: Fields) -> Iterator[Row]:
@@ -86,7 +89,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise invalid(denied(path)) from error
+        raise invalid(denied(error.filename or path)) from error
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else first_line(error)
         raise invalid(f"{path} cannot be read: {why}") from error
@@ -134,10 +137,11 @@ def _objects(path: Path) -> Iterator[tuple[str, _Pairs]]:
             yield from _Listed(path, _sound(path, file, iter(lambda: file.read(_PIECE), ""))).objects()
         return
     with _opened(path, newline=None) as file:
-        for number, line in enumerate(_sound(path, file, file), start=1):
+        lines = _Lines(path, file)
+        for line in lines:
             if line.strip():
-                place = f"{path}, line {number}"
-                yield place, _parsed(line.rstrip("\n"), place)
+                yield lines.place, _parsed(line.rstrip("\n"), lines.place)
+            lines.begin()
 
 
 def _begins_list(path: Path) -> bool:
@@ -182,8 +186,8 @@ class _Listed:
     def _peek(self) -> str:
         """The next character that is no blank; "" at the end."""
         while True:
-            while self._at < len(self._text) and self._text[self._at].isspace():
-                self._move(1)
+            if blanks := _BLANKS.match(self._text, self._at):
+                self._move(blanks.end() - self._at)
             if self._at < len(self._text) or not self._more():
                 return self._text[self._at : self._at + 1]
 
@@ -196,7 +200,7 @@ class _Listed:
                 left = len(self._text) - self._at
                 while len(self._text) - self._at <= 2 * left and self._more():
                     pass
-                if left == len(self._text) - self._at or left > _LONGEST_RECORD:
+                if left == len(self._text) - self._at or left > LONGEST_RECORD:
                     raise invalid(
                         f"{self._place}: not valid JSON ({error.msg}) in the record that begins there"
                     ) from error
@@ -277,9 +281,10 @@ def _csv_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
 def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str]]]:
     """Every record that is not empty, with the place of its first line."""
     tabs = suffix_of(path)[0] == ".tsv"
-    reader = csv.reader(_sound(path, file, file), delimiter="\t" if tabs else ",", strict=True)
+    lines = _Lines(path, file)
+    reader = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
     while True:
-        place = f"{path}, line {reader.line_num + 1}"
+        place = lines.begin()
         try:
             cells = next(reader)
         except StopIteration:
@@ -325,6 +330,36 @@ def _opened(path: Path, newline: str | None) -> Iterator[TextIO]:
         yield text
 
 
+class _Lines:
+    """The lines of a file, in records of one or more; refuses a record that is too long before it is read whole."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path = path
+        self._pieces = _sound(path, file, iter(lambda: file.readline(LONGEST_RECORD + 1), ""))
+        self._read, self._characters = 0, 0
+        self.place = self.begin()
+
+    def begin(self) -> str:
+        """Says that a record begins with the next line; its place."""
+        self.place, self._characters = f"{self._path}, line {self._read + 1}", 0
+        return self.place
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """Raises: DATA_INVALID."""
+        line = next(self._pieces)
+        self._read += 1
+        self._characters += len(line)
+        if self._characters > LONGEST_RECORD:
+            raise invalid(
+                f"{self.place}: the record that begins there has more than {LONGEST_RECORD:,} characters: break its "
+                "text up, or close its quotes"
+            )
+        return line
+
+
 def _sound(path: Path, file: TextIO, pieces: Iterable[str]) -> Iterator[str]:
     """Pieces of the file, such as its lines; refuses bytes that are no text, in the line that they are in."""
     number = 1
@@ -347,13 +382,21 @@ def _sound(path: Path, file: TextIO, pieces: Iterable[str]) -> Iterator[str]:
 
 @contextmanager
 def _columns_of(path: Path) -> Iterator[tuple[Any, Callable[[Sequence[str]], Iterator[Any]]]]:
-    """The schema, and what gives batches of some columns. Raises: pa.ArrowException."""
-    if path.suffix.lower() == ".parquet":
-        with pq.ParquetFile(path) as file:
-            yield file.schema_arrow, lambda names: file.iter_batches(_ARROW_ROWS, columns=list(names))
-        return
-    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-        yield stream.schema, lambda names: (batch.select(list(names)) for batch in stream)
+    """The schema, and what gives batches of some columns. Raises: DATA_INVALID, also while they are looked at."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            with pq.ParquetFile(path) as file:
+                yield file.schema_arrow, lambda names: file.iter_batches(_ARROW_ROWS, columns=list(names))
+            return
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+            yield stream.schema, lambda names: (batch.select(list(names)) for batch in stream)
+    except (
+        pa.ArrowException,
+        ValueError,
+        OverflowError,
+        KeyError,
+    ) as error:  # of names that are no UTF-8, too
+        raise invalid(f"{path} is not a readable {_kind(path)} file: {first_line(error)}") from error
 
 
 def _kind(path: Path) -> str:
@@ -361,42 +404,43 @@ def _kind(path: Path) -> str:
 
 
 def _arrow_rows(path: Path, fields: Fields) -> Iterator[Row]:
-    try:
-        with _columns_of(path) as (schema, batches):
-            _columns(schema.names, fields, str(path))
-            for field in fields:
-                _check_type(schema.field(field).type, field, path)
-            number = 0
-            for batch in batches(list(fields)):
-                columns = {field: _values(batch.column(field), field, path, number) for field in fields}
-                for values in zip(*columns.values(), strict=True):
-                    number += 1
-                    place = f"{path}, row {number}"
-                    yield (
-                        place,
-                        {f: _known(v, f, place) for f, v in zip(columns, values, strict=True)},
-                    )
-    except pa.ArrowException as error:
-        raise invalid(f"{path} is not a readable {_kind(path)} file: {first_line(error)}") from error
+    number = 0
+    with _columns_of(path) as (schema, batches):
+        _columns(schema.names, fields, str(path))
+        for field in fields:
+            _check_type(schema.field(field).type, field, path)
+        for batch in batches(list(fields)):
+            columns = {field: _values(batch.column(field), field, path, number) for field in fields}
+            for values in zip(*columns.values(), strict=True):
+                number += 1
+                place = f"{path}, row {number}"
+                yield place, {f: _known(v, f, place) for f, v in zip(columns, values, strict=True)}
 
 
 def _arrow_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
     number = 0
-    try:
-        with _columns_of(path) as (schema, batches):
-            names = schema.names
-            there = [field for field in fields if field in names]
-            _columns(names, {field: field for field in there}, str(path))
-            for batch in batches(there):
-                columns = [batch.column(field) for field in there]
-                for index in range(batch.num_rows):
-                    number += 1
+    with _columns_of(path) as (schema, batches):
+        names = schema.names
+        there = [field for field in fields if field in names]
+        _columns(names, {field: field for field in there}, str(path))
+        for batch in batches(there):
+            columns = [batch.column(field) for field in there]
+            for index in range(batch.num_rows):
+                number += 1
+                with _sound_row(path, number):
                     values = {f: _as_json(c[index].as_py()) for f, c in zip(there, columns, strict=True)}
-                    yield Record(f"{path}, row {number}", values, names)
+                yield Record(f"{path}, row {number}", values, names)
+
+
+@contextmanager
+def _sound_row(path: Path, number: int) -> Iterator[None]:
+    """What is no value of its type is found when it is looked at."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise invalid(f"{path}, row {number} is not UTF-8") from error
-    except (pa.ArrowException, ValueError, OverflowError) as error:
-        raise invalid(f"{path} is not readable behind row {number}: {first_line(error)}") from error
+    except (ValueError, OverflowError) as error:
+        raise invalid(f"{path}, row {number} is not readable: {first_line(error)}") from error
 
 
 def _as_json(value: object) -> object:

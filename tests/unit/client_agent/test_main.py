@@ -1,11 +1,18 @@
+import tempfile
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 import client_agent
+from client_agent.data import Examples
+from client_agent.inspection import MOST_LABELS, _examples_table
 from client_agent.main import app
 from client_agent.session import Session
+from shelora.terminal import Terminal
 
 SAMPLE = Path(client_agent.__file__).parent / "sample.yaml"
 
@@ -62,7 +69,7 @@ REFUSED = [
     ),
     ("test.jsonl", '{"text": null, "label": "good"}', "DATA_INVALID", "test.jsonl, line 1: 'text' is null"),
     ("train.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", "DATA_INVALID", "line 1: field 'label'"),
-    ("train.jsonl", '{"text": "a", "label": "good"}', "DATA_INVALID", "holds 1 labels in 'label'"),
+    ("train.jsonl", '{"text": "a", "label": "good"}', "DATA_INVALID", "holds one label in 'label', good,"),
 ]
 
 
@@ -117,3 +124,41 @@ def test_a_token_that_cannot_be_used_is_refused(
         app([*command, *options], standalone_mode=False)
     assert ended.value.code == 2
     assert remedy in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda place: place.symlink_to(place)])
+def test_a_check_finds_a_folder_of_state_that_cannot_be_used(
+    agent_folder: Path, make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = agent_folder / "agent.yaml"
+    config.write_text(config.read_text().replace("state_dir: state", "state_dir: elsewhere/state"))
+    make(agent_folder / "elsewhere")
+    for command in (["check", "--offline"], ["run"]):
+        with pytest.raises(SystemExit) as caught:
+            app([*command, "--config", str(config)], standalone_mode=False)
+        assert caught.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"state_dir: {agent_folder}/elsewhere/state cannot be used: " in line
+
+
+def test_of_a_column_that_has_a_label_a_row_the_first_are_shown() -> None:
+    labels = [f"label {number}" for number in range(MOST_LABELS + 7)]
+    prepared = SimpleNamespace(examples=Examples(tuple(labels), tuple(range(len(labels)))), test=None)
+    out = StringIO()
+    Terminal(file=out).print(_examples_table(SimpleNamespace(labels=labels), prepared))
+    shown = out.getvalue()
+    assert "label 99 " in shown
+    assert "label 100" not in shown
+    assert "and 7 more labels" in shown
+    assert "107" in shown
+
+
+def test_a_device_without_a_folder_for_temporary_files_is_told_what_to_do(
+    agent_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    with pytest.raises(SystemExit) as caught:
+        app(["check", "--offline", "--config", str(agent_folder / "agent.yaml")], standalone_mode=False)
+    assert caught.value.code == 1
+    assert "set TMPDIR to a folder that can" in capsys.readouterr().err

@@ -1,23 +1,29 @@
 """Whatever a file holds, an agent reads it or says in one line what is wrong: never a traceback."""
 
 import csv
+import gzip
 import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
+import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import client_agent
+from client_agent import data, tables
 from client_agent.config import AgentConfig
 from client_agent.conversations import FIELDS, read_conversations
 from client_agent.data import found_labels, place_of, read_examples
+from client_agent.sources import opened
 from shelora.errors import DomainError, Reason
 
 LABELS = ("bad", "good", "0", "true")
@@ -174,6 +180,15 @@ def test_any_conversations(records: list[Any]) -> None:
         check(path)
 
 
+def test_a_folder_of_state_that_no_file_system_takes_is_refused_with_the_field() -> None:
+    content = SAMPLE.replace("state_dir: state", f"state_dir: {'x' * 5000}").encode()
+    with written("agent.yaml", content) as path:
+        error = refusal(lambda: AgentConfig.load(path, {}))
+        assert error
+        assert "state_dir = 'xxx" in error.message
+        assert "no file can have this name: it is too long" in error.message
+
+
 def dumped(value: Any, **options: Any) -> str:
     return json.dumps(value, **options).replace(f'"{HUGE}"', "9" * 5000)
 
@@ -221,6 +236,99 @@ def test_any_parquet(columns: list[tuple[str, pa.DataType, int]], cut: int) -> N
         check(path)
 
 
+@odd
+@given(at=st.integers(0, 400), value=st.integers(0, 255), cut=st.sampled_from([0, 0, 0, 9]))
+def test_any_damage_of_a_parquet_file(at: int, value: int, cut: int) -> None:
+    with written("a.parquet", b"") as path:
+        pq.write_table(
+            pa.table({"text": ["good", "bad"], "label": ["good", "bad"]}), path, compression="none"
+        )
+        damaged = bytearray(path.read_bytes())
+        damaged[-1 - at] = value
+        path.write_bytes(damaged[: len(damaged) - cut])
+        check(path)
+
+
+def test_a_column_whose_name_is_no_text() -> None:
+    with written("a.parquet", b"") as path:
+        pq.write_table(pa.table({"text": ["good"], "labels": ["good"]}), path, store_schema=False)
+        path.write_bytes(path.read_bytes().replace(b"labels", b"labe\xffs"))
+        check(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"text,label\n" + b"a" * 2000 + b",good\n"),
+        ("a.csv", b'text,label\n"' + b"aaa\n" * 600),
+        ("a.csv", b"a," * 1000),
+        ("a.jsonl", b'{"text": "' + b"a" * 2000),
+        ("a.jsonl", b" " * 2000),
+        ("a.json", b'[{"text": "' + b"a" * 2000),
+        ("a.csv.gz", gzip.compress(b"text,label\n" + b"a" * 10**6)),
+        ("a.jsonl.zst", zstandard.compress(b"[" * 10**6)),
+    ],
+)
+def test_a_record_that_would_fill_the_memory_is_refused_where_it_begins(
+    name: str, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "LONGEST_RECORD", 1000)
+    with written(name, content) as path:
+        for read in (
+            lambda: read_examples(path, "text", "label", LABELS),
+            lambda: read_conversations(path),
+        ):
+            error = refusal(read)
+            assert error
+            assert f"{path}, line " in error.message
+            assert "more than 1,000 characters" in error.message or name == "a.json"
+
+
+def test_a_text_of_a_column_has_the_same_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "LONGEST_RECORD", 1000)
+    with written("a.parquet", b"") as path:
+        pq.write_table(pa.table({"text": ["a", "a" * 1001], "label": ["good", "bad"]}), path)
+        error = refusal(lambda: read_examples(path, "text", "label", LABELS))
+        assert error
+        assert "row 2: field 'text' has more than 1,000 characters: break it up" in error.message
+
+
+def test_of_a_file_that_is_packed_tightly_little_is_unpacked_at_once() -> None:
+    packer = zstandard.ZstdCompressor().compressobj()
+    packed = b"".join(packer.compress(b"a" * 2**20) for _ in range(256)) + packer.flush()
+    assert len(packed) < 2**16
+    with written("a.csv.zst", packed) as path, opened(path) as file:
+        assert file.read(1) == b"a"
+        assert len(file.raw._ready) < 2**26  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["new\nline.csv", "\x1b[31m.csv", "[red].csv", "\udcff.csv", "a\u202e.csv"])
+def test_any_name_of_a_file(name: str) -> None:
+    with written(name, b"nothing\nat all\n") as path:
+        error = refusal(lambda: read_examples(path, "text", "label", LABELS))
+        assert error
+        assert error.message.isprintable()
+        assert "line 1: no column is named 'text'" in error.message
+        check_folder = refusal(lambda: found_labels(path.parent, "label"))
+        assert check_folder
+        assert check_folder.message.isprintable()
+
+
+def test_an_empty_file_holds_no_examples() -> None:
+    for name in ("a.csv", "a.jsonl", "a.json", "a.tsv"):
+        for content in (b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\n\n"):
+            with written(name, content) as path:
+                error = refusal(lambda path=path: found_labels(path, "label"))  # type: ignore[misc]
+                assert error
+                assert error.message == f"{path} holds no examples"
+
+
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{second}: &{second} {{<<: [{', '.join([f'*{first}'] * 10)}]}}\n"
+    for first, second in pairwise("abcdefghij")
+)
+
+
 def load(content: bytes, environment: dict[str, str]) -> None:
     with written("agent.yaml", content) as path:
         refused = refusal(lambda: AgentConfig.load(path, environment))
@@ -239,6 +347,13 @@ def load(content: bytes, environment: dict[str, str]) -> None:
 @example(content=b"a: 2020-99-99")
 @example(content=b"a: &a [*a]")
 @example(content=b"[" * 1500)
+@example(content=b"client_id: !!bool maybe")
+@example(content=b"client_id: !!int ''")
+@example(content=b"client_id: !!float _")
+@example(content=b"client_id: !!timestamp soon")
+@example(content=b"client_id: !!set [a]")
+@example(content=b"client_id: !!python/object/apply:os.system [id]")
+@example(content=MERGES.encode())
 def test_any_yaml(content: bytes) -> None:
     load(content, {})
 
@@ -261,6 +376,8 @@ sections = st.sampled_from(
 @example(field="model.path", value="\ud83d")
 @example(field="model.path", value="x" * 5000)
 @example(field="state_dir", value="\ud83d")
+@example(field="state_dir", value="x" * 5000)
+@example(field="state_dir", value=int("9" * 400))
 def test_any_value_in_a_configuration(field: str, value: Any) -> None:
     content = yaml.safe_load(SAMPLE)
     place = content
