@@ -67,8 +67,12 @@ def parse_yaml(text: str, source: str) -> Any:  # noqa: ANN401 - whatever it hol
         raise invalid(f"{source} is not valid YAML: {_fault(error)}") from error
     except RecursionError as error:
         raise invalid(f"{source} is not valid YAML: it is nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:  # PyYAML lets date() speak for itself
+    except _MisfitError as error:
         raise invalid(f"{source} is not valid YAML: {error}") from error
+    except _UNFIT as error:  # of a set or a list of pairs, which PyYAML fills later
+        raise invalid(
+            f"{source} is not valid YAML: some value does not fit its tag: leave tags out"
+        ) from error
 
 
 def _fault(error: yaml.MarkedYAMLError) -> str:
@@ -91,21 +95,47 @@ _HINTS: Final = {
 """Remedies, by part of what PyYAML says."""
 
 
+_UNFIT: Final = (ValueError, LookupError, AttributeError, TypeError)
+"""What PyYAML raises where a value does not fit its tag: each constructor something else."""
+
+
+class _MisfitError(ValueError):
+    """What is wrong with a value, with its line, in users' words."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which a field is given once; as in YAML 1.2, `1e-3` is a number, and `010` and `1:30` are none."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's
-        """Raises: ValueError naming both places of a field that is given twice."""
+        """Raises: _MisfitError naming both places of a field that is given twice."""
         seen: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
             first = seen.setdefault((key.tag, str(key.value)), key)
             if first is not key and key.tag != _MERGE:
                 places = " and ".join(f"line {k.start_mark.line + 1}" for k in (first, key))
-                raise ValueError(f"{key.value} is given twice, in {places}: keep one")
+                raise _MisfitError(f"{key.value} is given twice, in {places}: keep one")
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002 - PyYAML's
+        """Raises: _MisfitError for a value that its tag does not fit, of which PyYAML raises whatever it happens to."""
+        try:
+            return super().construct_object(node, deep)
+        except _MisfitError:
+            raise
+        except _UNFIT as error:
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            raise _MisfitError(
+                f"line {node.start_mark.line + 1}: it is no {kind}: put it into quotes if it is text, without a tag"
+            ) from error
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Raises: _MisfitError for fields taken over from one another until they fill the memory."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_FIELDS:
+            raise _MisfitError(f"line {node.start_mark.line + 1}: it has more than {_MOST_FIELDS:,} fields")
+
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """Raises: ValueError for what YAML 1.1 reads in base 8 or 60, without a word, and for numbers of a book."""
+        """Raises: _MisfitError for what YAML 1.1 reads in base 8 or 60, without a word, and for numbers of a book."""
         text = self.construct_scalar(node)
         if _AMBIGUOUS.match(text):
             what = "write a number without leading zeros or colons, or put it into quotes if it is text"
@@ -116,9 +146,11 @@ class _Loader(yaml.SafeLoader):
         else:
             return super().construct_yaml_float(node)
         shown = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
-        raise ValueError(f"line {node.start_mark.line + 1}: {shown}: {what}")
+        raise _MisfitError(f"line {node.start_mark.line + 1}: {shown}: {what}")
 
 
+_MOST_FIELDS: Final = 10_000
+"""Of one section, those included that `<<` takes over."""
 _MERGE: Final = "tag:yaml.org,2002:merge"
 _INTEGER: Final = "tag:yaml.org,2002:int"
 _FLOAT: Final = "tag:yaml.org,2002:float"
