@@ -5,10 +5,11 @@ A table that is too wide becomes a list. Progress into a pipe is a line a stage.
 """
 
 import codecs
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from typing import IO, Any, Final
 
@@ -21,12 +22,17 @@ from rich.table import Table
 from rich.text import Text
 
 from shelora.errors import DomainError
+from shelora.exits import EXIT_FAILED
 from shelora.text import printable, replaced
 
 READABLE_COLUMN: Final = 20
 """Characters below which a column of sentences is not narrowed: a word a line is no column."""
 _ERRORS: Final = "shelora.replaced"
 _UNBOUNDED: Final = 10_000
+_UNWRITABLE: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EBADF, errno.EMFILE, errno.ENFILE}
+)
+"""What a write fails with that is the machine's fault, not the program's."""
 
 
 def _replacement(error: UnicodeError) -> tuple[str, int]:
@@ -57,6 +63,15 @@ class Terminal(Console):
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else printable(segment.text, lines=True)
             yield segment if text == segment.text else Segment(text, segment.style)
+
+    def print(self, *objects: Any, **options: Any) -> None:  # noqa: ANN401 - as rich's
+        """As rich's. What standard error does not take is lost: nobody is left to tell, and exit codes stay."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            if not self.stderr:
+                raise
+            _abandon(sys.stderr)
 
     def say(self, text: str, style: str = "") -> None:
         """A sentence; into a pipe, a line."""
@@ -187,7 +202,22 @@ class CommandLine(typer.Typer):
         """Runs it with the arguments of this process."""
         for stream in (sys.stdout, sys.stderr):
             make_forgiving(stream, os.environ)
-        return super().__call__(*args, **kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        except OSError as error:
+            if error.errno not in _UNWRITABLE:
+                raise
+            _abandon(sys.stdout)
+            what = error.filename or "the output, or a file,"
+            Terminal(stderr=True).say(f"{what} cannot be written: {error.strerror}")
+            sys.exit(EXIT_FAILED)
+
+
+def _abandon(stream: object) -> None:
+    """Lets a stream that cannot be written end nowhere, or Python would try again when it exits, with a traceback."""
+    if isinstance(stream, TextIOWrapper):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def make_forgiving(stream: object, environment: Mapping[str, str]) -> None:

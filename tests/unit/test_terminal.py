@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +238,35 @@ def test_a_file_whose_path_has_brackets_is_named_rightly(tmp_path):
     assert done.exit_code == 2
     assert done.stderr.startswith(f"CONFIGURATION_INVALID {bad} is not a valid federation")
     assert "name = '[/x]'" in done.stderr
+
+
+SPEAKS = """
+import sys
+from shelora.errors import DomainError, Reason
+from shelora.terminal import CommandLine, Terminal
+app = CommandLine(add_completion=False)
+@app.command()
+def run() -> None:
+    Terminal().print("said " * 5000)
+    Terminal(stderr=True).refuse(DomainError(Reason.DATA_INVALID, "it is refused"))
+    sys.exit(2)
+app()
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "told"),
+    [
+        (">/dev/full", 1, "the output, or a file, cannot be written: No space left on device\n"),
+        ("1</dev/null", 1, "the output, or a file, cannot be written: Bad file descriptor\n"),
+        ("--help >/dev/full", 1, "the output, or a file, cannot be written: No space left on device\n"),
+        ("2>/dev/full", 2, ""),
+        ("2>&-", 2, ""),
+        (">&- 2>&- <&-", 2, ""),
+        (">&-", 2, "DATA_INVALID it is refused\n"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_no_traceback(output: str, code: int, told: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(SPEAKS)} {output}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, told)
