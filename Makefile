@@ -32,7 +32,7 @@ SOURCES := shelora coordinator client_agent services attack bench compare exampl
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test compare simulate test-helm test-pods test-compose check fix bench fuzz load chaos test-failures test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
+.PHONY: help setup demo test compare simulate test-helm test-pods test-compose test-models check fix bench fuzz load chaos test-failures test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -100,6 +100,11 @@ load: $(INSTALLED)  ## Load a local cluster with simulated agents (AGENTS="100 3
 
 chaos: $(INSTALLED)  ## Kill, stop and cut off the processes of a running federation (SECONDS, SEED, MODE=selective), check what must hold
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED) --mode $(MODE)
+
+test-models: $(INSTALLED)  ## Train models of many families in every task, and base models of 8 and 4 bits
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints.txt --editable '.[quantized]'
+	$(BIN)/python -m pytest $(PARALLEL) tests/models
 
 test-failures: $(INSTALLED)  ## Kill, drain and add processes in the middle of rounds, one case a test
 	$(BIN)/python -m pytest tests/chaos/failures.py

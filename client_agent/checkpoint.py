@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import safetensors
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,7 +35,7 @@ _LOADING: Final = threading.RLock()
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A base model in float32 on the CPU, its tokenizer, and the modules that must be trained whole."""
+    """A base model on the CPU, its tokenizer, and the modules that must be trained whole."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -45,9 +47,11 @@ class Checkpoint:
     """What whoever trains it should know."""
 
 
-def load_checkpoint(path: str, task: str, labels: Sequence[str]) -> Checkpoint:
+def load_checkpoint(path: str, task: str, labels: Sequence[str], *, as_stored: bool = False) -> Checkpoint:
     """Loads a folder, a `.gguf` file or a name on the hub. Reads safetensors or GGUF only, never pickles.
 
+    Args: as_stored: Load the weights of a folder in their own type where that holds them all exactly, for whoever
+        lowers them afterwards; else in float32.
     Raises: DomainError MODEL_INVALID if there is nothing, it may not be read, is not made for the task, cannot be
     loaded, has no padding token, or lacks a weight that would stay frozen: it would be random, and different at every
     agent.
@@ -57,7 +61,8 @@ def load_checkpoint(path: str, task: str, labels: Sequence[str]) -> Checkpoint:
         raise invalid(f"model.path: {why}")
     with quiet():
         _check_kind(path, what)
-        model, absent, misshapen = _load_model(path, what, labels)
+        dtype = _stored_dtype(path) if as_stored else torch.float32
+        model, absent, misshapen = _load_model(path, what, labels, dtype)
         tokenizer = _load_processor(path, what)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         _check_words(path, tokenizer)
@@ -67,6 +72,17 @@ def load_checkpoint(path: str, task: str, labels: Sequence[str]) -> Checkpoint:
     head = _head(model, missing) if what.has_head else ()
     whole = _with_poolers(path, model, head, missing)
     return Checkpoint(model, tokenizer, whole, tuple(_notes(model, head, absent)))
+
+
+def configuration(path: str, task: Task, labels: Sequence[str]) -> PreTrainedConfig:
+    """The configuration of a checkpoint, without its weights. Raises: MODEL_INVALID, as `load_checkpoint`."""
+    if why := _absence(path) or denial(Path(path)):
+        raise invalid(f"model.path: {why}")
+    place, options = _source(path)
+    with quiet():
+        _check_kind(path, task)
+        with _loading(path, "the configuration"):
+            return AutoConfig.from_pretrained(place, **options, **task.loading(labels))
 
 
 def usual_targets(path: str) -> tuple[str, ...]:
@@ -183,7 +199,7 @@ def _check_kind(path: str, task: Task) -> None:
 
 
 def _load_model(
-    path: str, task: Task, labels: Sequence[str]
+    path: str, task: Task, labels: Sequence[str], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, frozenset[str], frozenset[str]]:
     """The model, and the names of its parameters that the checkpoint lacks, or has in another shape."""
     place, options = _source(path)
@@ -192,9 +208,25 @@ def _load_model(
     options |= task.loading(labels)
     with _loading(path, "the model"):
         model, info = task.loader.from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     return model, frozenset(info["missing_keys"]), frozenset(entry[0] for entry in info["mismatched_keys"])
+
+
+def _stored_dtype(path: str) -> torch.dtype:
+    """The one type of all weights of a folder; float32 if they have several, or if it cannot be told.
+
+    Weights that are loaded in their own type are mapped from the file, and take no memory that cannot be given back.
+    """
+    kinds: set[str] = set()
+    try:
+        for file in Path(path).glob("*.safetensors"):
+            with safetensors.safe_open(file, framework="np") as weights:
+                kinds |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, safetensors.SafetensorError):  # which is said where it is loaded
+        return torch.float32
+    floats = kinds & {"F64", "F32", "F16", "BF16"}
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(floats), torch.float32)
 
 
 def _check_buffers(path: str, model: PreTrainedModel) -> None:

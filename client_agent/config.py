@@ -96,12 +96,20 @@ DataPath = Annotated[Path, AfterValidator(_absolute), AfterValidator(_data_file)
 Name = Annotated[str, StringConstraints(min_length=1)]
 
 
+Quantization = Literal["none", "8bit", "4bit"]
+
+
 class ModelConfig(StrictModel):
     path: Name
     """Base model: a folder, a `.gguf` file, or a name on the Hugging Face hub. It must hold the same weights at every
     agent of the federation."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes CUDA if there is any."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes CUDA if there is any, mps must be named."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Numbers that the base model is held in and that activations are; what is trained stays float32. float16 needs
+    CUDA."""
+    quantization: Quantization = "none"
+    """Bits of the base model's linear layers, 8 or 4 (NF4), by bitsandbytes; the rest is of `dtype`."""
 
 
 class DataConfig(StrictModel):
@@ -273,13 +281,20 @@ class AgentConfig(StrictModel):
 
     @model_validator(mode="after")
     def _privacy_has_its_own_loop(self) -> Self:
-        training = self.training
-        own = (training.label_smoothing, training.gradient_checkpointing, training.optimizer.endswith("8bit"))
+        training, model = self.training, self.model
+        own = (
+            training.label_smoothing,
+            training.gradient_checkpointing,
+            training.optimizer.endswith("8bit"),
+            model.dtype != "float32",
+            model.quantization != "none",
+        )
         if self.privacy is not None and any(own):
             raise PydanticCustomError(
                 "privacy",
                 "privacy computes each example's gradient by itself: it goes with optimizer adamw_torch, "
-                "adamw_torch_fused or sgd, and without label_smoothing and gradient_checkpointing",
+                "adamw_torch_fused or sgd, model.dtype float32 and model.quantization none, and without "
+                "label_smoothing and gradient_checkpointing",
             )
         return self
 

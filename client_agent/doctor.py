@@ -22,15 +22,17 @@ from rich.text import Text
 
 from client_agent.conditions import SAMPLE_S, Conditions
 from client_agent.config import AgentConfig
+from client_agent.footprint import Blueprint, Setting, alternatives, blueprint, free_memory, setting_of
 from client_agent.inspection import Inspection, inspect
 from client_agent.learner import budget_of
 from client_agent.memory import memory_here
+from client_agent.model import choose_device
 from client_agent.session import Session
 from client_agent.training import TrainingRun, train
 from shelora.ckks.parameters import profile
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.errors import DomainError
-from shelora.federation import FederationSpec
+from shelora.federation import FederationSpec, TrainingSpec
 from shelora.terminal import Records
 from shelora.transport.channel import is_transient, open_channel
 from shelora.transport.proxy import named
@@ -46,6 +48,8 @@ MEMORY_SHARE: Final = 0.75
 """Share of the device's memory above which its service is held back, and soon killed (MemoryHigh of deploy/edge)."""
 DEADLINE_SHARE: Final = 0.5
 """Share of a round's time above which training leaves too little for transfers."""
+_FIT: Final = "memory, estimated"
+_SETTINGS_SHOWN: Final = 3
 SPARE_DISK_BYTES: Final = 64 * 2**20
 FLOAT_BYTES: Final = 4
 TOLERANCE: Final = 2.0**-14
@@ -197,7 +201,44 @@ def check_tenseal(parameters: str = "standard") -> list[Finding]:
 
 
 def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
-    """Data, model, and one training step of the federation's kind: memory and time."""
+    """Data, model, and one training step of the federation's kind: memory and time.
+
+    What does not fit by an estimate is not loaded: the kernel would end this process without a word.
+    """
+    fit = check_fit(config, spec.training)
+    if fit.verdict is Verdict.FAILED:
+        return [fit]
+    return [fit, *_tried(config, spec)]
+
+
+def check_fit(config: AgentConfig, training: TrainingSpec) -> Finding:
+    """Whether the model and a training step fit by their sizes, and with which settings they would."""
+    try:
+        sizes = blueprint(config.model.path, training, config.lora.rank)
+        free = free_memory(choose_device(config.model.device)).free
+    except DomainError as error:
+        return Finding(_FIT, Verdict.SKIPPED, error.message)
+    return judged_fit(sizes, setting_of(config, training), free, private=config.privacy is not None)
+
+
+def judged_fit(sizes: Blueprint, now: Setting, free: int, *, private: bool = False) -> Finding:
+    """Takes a model's sizes, the settings, and the bytes that are free."""
+    needed = sizes.needed(now)
+    seen = f"training takes about {_gb(needed)}, {_gb(free)} are free"
+    if needed <= MEMORY_SHARE * free:
+        return Finding(_FIT, Verdict.OK, seen)
+    verdict = Verdict.WARNING if needed <= free else Verdict.FAILED
+    lighter = {other: sizes.needed(other) for other in alternatives(now, private=private)}
+    lighter = {other: size for other, size in lighter.items() if size < needed}
+    fitting = [f"{other} ({_gb(size)})" for other, size in lighter.items() if size <= MEMORY_SHARE * free]
+    if fitting:
+        return Finding(_FIT, verdict, seen, f"set {'; or '.join(fitting[:_SETTINGS_SHOWN])}")
+    least = f"the least is {_gb(min([needed, *lighter.values()]))}"
+    remedy = f"no setting fits well, {least}: take a smaller model, or ask the operator for fewer max_tokens"
+    return Finding(_FIT, verdict, seen, remedy)
+
+
+def _tried(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
     try:
         found = inspect(config, spec.training, spec.protection, spec.round.rounds)
     except DomainError as error:

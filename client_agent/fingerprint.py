@@ -46,6 +46,8 @@ def weights_digest(tensors: Mapping[str, torch.Tensor]) -> bytes:
 def _tensor_digest(named: tuple[str, torch.Tensor]) -> bytes:
     name, tensor = named
     value = tensor.detach().contiguous().cpu()
+    if value.is_floating_point():  # a checkpoint may be loaded in a smaller type that holds it exactly
+        value = value.float()
     hashed = hashlib.sha256(_of([name, str(value.dtype), list(value.shape)]))
     hashed.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return hashed.digest()

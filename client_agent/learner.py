@@ -94,6 +94,7 @@ class Learner:
         self._training_identity = {
             "training": spec.model_dump_json(),
             "settings": config.training.model_dump_json(),
+            "precision": str(self.model.precision),
             "dropout": repr(config.lora.dropout),
             "data": self.examples.fingerprint(),
             "privacy": self.privacy,

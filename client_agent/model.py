@@ -22,6 +22,7 @@ from client_agent.config import LoraSettings
 from client_agent.encoding import ModelBatch
 from client_agent.fingerprint import base_digest
 from client_agent.learning import Weights
+from client_agent.precision import FULL, Precision, compute_in_float32, lower, plain_weight
 from client_agent.tables import first_line, listed
 from client_agent.targets import WHOLE, Narrowed, Targets, check_adaptable, linear_layers, resolve
 from client_agent.tasks.registry import task_of
@@ -59,6 +60,7 @@ class AdaptedModel:
         lora: This client's adapter.
         device: Where to compute.
         narrowed: What else the specification says of modules.
+        precision: Numbers of the base model; what is trained is float32.
 
     Raises: DomainError MODEL_INVALID if a target matches no module, or one that is not a linear layer.
     """
@@ -72,6 +74,7 @@ class AdaptedModel:
         lora: LoraSettings,
         device: torch.device,
         narrowed: Narrowed = WHOLE,
+        precision: Precision = FULL,
     ) -> None:
         self.task = task_of(task)
         self.device = device
@@ -89,9 +92,13 @@ class AdaptedModel:
         """How many linear layers there are of each name that `target_modules` can have."""
         targets = resolve(checkpoint, target_modules, narrowed)
         self._saved = targets.saved
+        self.precision = precision
+        if not precision.is_full:
+            lower(checkpoint, [*checkpoint.head, *targets.saved], precision, device)
         config = _peft_config(checkpoint.head, self.task.peft, targets, lora)
         self._peft = _adapt(checkpoint, config).to(device)
         self._peft.eval()
+        self._compute_whole_in_float32(checkpoint.head)
         self._layers = dict(_lora_layers(self._peft))
         if tuple(self._layers) != targets.adapted:
             other = sorted(set(self._layers) ^ set(targets.adapted))
@@ -104,6 +111,14 @@ class AdaptedModel:
         self._beside = {name: _Frozen(layer) for name, layer in self._layers.items()}
         self._exponents: Mapping[str, Exponents] = {}
         self._changes: Mapping[str, tuple[float, ...]] = {}
+
+    def _compute_whole_in_float32(self, head: Sequence[str]) -> None:
+        if self.precision.dtype == torch.float32:
+            return
+        base = self._peft.get_base_model()
+        for name in (*head, *self._saved):
+            copy = base.get_submodule(name).modules_to_save[_ADAPTER]
+            compute_in_float32(copy, None if name in head else self.precision.dtype)
 
     @property
     def module(self) -> nn.Module:
@@ -298,10 +313,11 @@ def _widen(folder: Path, beside: Mapping[str, LoraFactors | None], width: int, s
 
 def choose_device(name: str) -> torch.device:
     """The device of that configuration value. Raises: DomainError MODEL_INVALID if there is no such device."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise invalid("model.device is cuda, but there is no CUDA device; set it to auto or cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    cuda = torch.cuda.is_available()
+    there = {"auto": True, "cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}
+    if not there[name]:
+        raise invalid(f"model.device is {name}, but there is no such device; set it to auto or cpu")
+    return torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
 
 
 def _peft_config(
@@ -370,7 +386,7 @@ def _whole_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _column_sums(layer: Any) -> Float64:  # noqa: ANN401 - PEFT's layers are untyped
-    weight = layer.get_base_layer().weight.detach()
+    weight = plain_weight(layer.get_base_layer())
     magnitudes = weight.abs().double().sum(dim=1 if layer.fan_in_fan_out else 0)
     return np.asarray(magnitudes.cpu().numpy(), dtype=np.float64)
 

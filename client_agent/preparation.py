@@ -11,6 +11,7 @@ from client_agent.checkpoint import invalid, load_checkpoint
 from client_agent.config import AgentConfig
 from client_agent.encoding import ModelBatch
 from client_agent.model import AdaptedModel, choose_device
+from client_agent.precision import choose_precision
 from client_agent.survey import Survey
 from client_agent.tables import first_line
 from client_agent.targets import Narrowed
@@ -22,7 +23,9 @@ from shelora.federation import TrainingSpec
 _PROBED_TOKENS: Final = 16
 """Tokens that show whether a model sees what comes later."""
 _CAUSAL_TOLERANCE: Final = 1e-4
-"""Largest change of logits, relative to the largest of them, that is rounding."""
+"""Largest change of logits, relative to the largest of them, that is rounding in float32; in smaller types, four units
+in the last place.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -75,14 +78,17 @@ def _rehearse_privately(
 
 
 def _load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:
-    """The adapted model. Raises: DomainError MODEL_INVALID."""
+    """The adapted model. Raises: DomainError MODEL_INVALID, CONFIGURATION_INVALID."""
+    device = choose_device(config.model.device)
+    precision = choose_precision(config.model, config.training, device)
     return AdaptedModel(
-        load_checkpoint(config.model.path, spec.task, spec.labels),
+        load_checkpoint(config.model.path, spec.task, spec.labels, as_stored=not precision.is_full),
         task=spec.task,
         target_modules=spec.target_modules,
         lora=config.lora,
-        device=choose_device(config.model.device),
+        device=device,
         narrowed=Narrowed(spec.target_layers, spec.target_pattern, spec.modules_to_save),
+        precision=precision,
     )
 
 
@@ -123,9 +129,10 @@ def _check_causal(model: AdaptedModel, batch: ModelBatch) -> None:
     ids = batch.inputs["input_ids"][:, :_PROBED_TOKENS]
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % model.vocabulary
-    with torch.inference_mode():
-        first, second = (model.logits(probe)[:, :-1] for probe in (ids, other))
-    if (first - second).abs().max() > _CAUSAL_TOLERANCE * first.abs().max():
+    with torch.inference_mode():  # side by side: quantized layers treat what is computed at once alike
+        first, second = model.logits(torch.cat([ids, other]))[:, :-1].chunk(2)
+    tolerance = max(_CAUSAL_TOLERANCE, 4 * torch.finfo(model.precision.dtype).eps)
+    if (first - second).abs().max() > tolerance * first.abs().max():
         raise invalid(
             f"the model sees the tokens that it is to predict, as an encoder does: take a decoder for "
             f"{model.task.name}, or ask for a federation with task sequence-classification"

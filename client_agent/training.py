@@ -156,7 +156,8 @@ class _RoundTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
     loss_is_scaled_for_ga = True  # by the targets of the whole step
 
     def __init__(self, adapted: AdaptedModel, run: TrainingRun, parts: int, folder: str) -> None:
-        arguments = _arguments(run.settings, run.steps, folder, adapted.device, parts)
+        half = adapted.precision.dtype == torch.float16
+        arguments = _arguments(run.settings, run.steps, folder, adapted.device, parts, half=half)
         super().__init__(model=adapted.module, args=arguments)
         self.remove_callback(PrinterCallback)
         self.losses: list[float] = []
@@ -261,9 +262,17 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # as above
 
 
 def _arguments(
-    settings: TrainingSettings, steps: int, folder: str, device: torch.device, parts: int = 1
+    settings: TrainingSettings,
+    steps: int,
+    folder: str,
+    device: torch.device,
+    parts: int = 1,
+    *,
+    half: bool = False,
 ) -> TrainingArguments:
-    """For transformers. The rate of 1 is what the schedule's rates are factors of."""
+    """For transformers. The rate of 1 is what the schedule's rates are factors of; in half precision losses are scaled
+    so that small gradients are not lost.
+    """
     return TrainingArguments(
         output_dir=folder,
         max_steps=steps,
@@ -274,6 +283,7 @@ def _arguments(
         max_grad_norm=settings.max_gradient_norm,
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
+        fp16=half,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=False,
         logging_nan_inf_filter=False,

@@ -1,10 +1,11 @@
 """One label for an image: a classifier on top of the model, trained whole."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 
 from client_agent.config import DataConfig
 from client_agent.data import distinct_labels
@@ -13,6 +14,9 @@ from client_agent.survey import Survey
 from client_agent.tasks.classification import SequenceClassification
 from shelora.federation import TrainingSpec
 from shelora.tasks import IMAGE_CLASSIFICATION
+
+_USUAL_SIDE: Final = 224
+"""Pixels of an image's side where a configuration says nothing."""
 
 
 class ImageClassification(SequenceClassification):
@@ -33,6 +37,12 @@ base = AutoModelForImageClassification.from_pretrained("BASE", config=labels, ig
 model = PeftModel.from_pretrained(base, "adapter")
 processor = AutoImageProcessor.from_pretrained("adapter")
 """
+
+    def sized_inputs(self, configuration: PreTrainedConfig, tokens: int) -> Mapping[str, torch.Tensor]:
+        del tokens
+        side = getattr(configuration, "image_size", None) or _USUAL_SIDE
+        height, width = (side, side) if isinstance(side, int) else side
+        return {"pixel_values": torch.ones(1, getattr(configuration, "num_channels", 3), height, width)}
 
     def labels_found(self, data: DataConfig) -> tuple[str, ...]:
         return distinct_labels(

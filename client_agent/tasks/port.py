@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 import torch
 from peft import TaskType
 from torch.nn import functional
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from client_agent.config import DataConfig
 from client_agent.encoding import ModelBatch
@@ -83,6 +83,11 @@ class Task(ABC):
         """What the loader is told beside the checkpoint."""
         del labels
         return {}
+
+    def sized_inputs(self, configuration: PreTrainedConfig, tokens: int) -> Mapping[str, torch.Tensor]:
+        """Inputs of one example of that many tokens, without values that matter, on the default device."""
+        del configuration
+        return {"input_ids": torch.ones(1, tokens, dtype=torch.int64)}
 
     def labels_found(self, data: DataConfig) -> tuple[str, ...]:
         """The labels to check with where no federation names them. Raises: DomainError DATA_INVALID."""

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from client_agent import conditions
+from client_agent import conditions, doctor
 from client_agent.conditions import CpuTimes
 from client_agent.config import AgentConfig, ResourcesConfig
 from client_agent.doctor import (
@@ -16,9 +16,12 @@ from client_agent.doctor import (
     failed,
     judged_clock,
     judged_disk,
+    judged_fit,
     judged_memory,
     judged_time,
 )
+from client_agent.footprint import Blueprint, Setting
+from client_agent.memory import Memory
 from shelora.ckks import secret
 from shelora.federation import FederationSpec
 from tests.unit.client_agent.tiny import LABELS
@@ -75,7 +78,7 @@ def test_data_that_run_would_refuse_is_found_by_the_doctor_too(agent_folder):
     assert found["data"].seen == "20 examples, 0 of them cut to 64 tokens"
     assert found["model"].verdict is Verdict.OK
     config.data.train.write_text('{"text": "a", "label": "good"}\n{"text": null, "label": "bad"}\n')
-    (finding,) = check_learning(config, spec)
+    finding = check_learning(config, spec)[-1]
     assert finding.verdict is Verdict.FAILED
     assert finding.seen.endswith("train.jsonl, line 2: 'text' is null")
 
@@ -119,3 +122,35 @@ def test_a_clock_that_is_off_is_found(ahead_s, verdict, words):
 def test_what_a_device_lacks_is_found_with_a_remedy(finding: Finding, verdict: Verdict):
     assert finding.verdict is verdict
     assert bool(finding.remedy) == (verdict is not Verdict.OK)
+
+
+SIZES = Blueprint(
+    linear=10**9, other=10**8, whole=0, factors=10**6, kept=2 * 10**8, layer=10**6, layers=10, logits=0
+)
+NOW = Setting(dtype="float32", quantization="none", checkpointing=False, micro_batch=8)
+
+
+def test_what_does_not_fit_is_told_with_the_settings_that_would():
+    needed = SIZES.needed(NOW)
+    assert judged_fit(SIZES, NOW, 2 * needed).verdict is Verdict.OK
+    assert judged_fit(SIZES, NOW, int(1.2 * needed)).verdict is Verdict.WARNING
+    finding = judged_fit(SIZES, NOW, int(0.9 * needed))
+    assert finding.verdict is Verdict.FAILED
+    assert (
+        "set model.dtype bfloat16, training.gradient_checkpointing, resources.micro_batch 1" in finding.remedy
+    )
+    assert "4bit" in finding.remedy
+    finding = judged_fit(SIZES, NOW, int(1.1 * needed), private=True)
+    assert finding.remedy.startswith("set model.dtype float32, resources.micro_batch 1")
+    assert "no setting fits" in judged_fit(SIZES, NOW, 10**8).remedy
+
+
+def test_a_model_that_does_not_fit_is_not_loaded(agent_folder, monkeypatch):
+    spec = FederationSpec.model_validate(
+        {"name": "films", "training": {"base_model": "tiny", "labels": LABELS}}
+    )
+    config = AgentConfig.load(agent_folder / "agent.yaml", {})
+    monkeypatch.setattr(doctor, "free_memory", lambda _device: Memory(total=10**5, free=10**5))
+    monkeypatch.setattr(doctor, "inspect", None)
+    (finding,) = check_learning(config, spec)
+    assert (finding.check, finding.verdict) == ("memory, estimated", Verdict.FAILED)
