@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -102,7 +103,8 @@ def _of_round(identifier: str, number: int) -> bool:
 
 def _states(lines: Sequence[_Line], number: int) -> Iterator[Span]:
     """The states that the coordinator's round went through."""
-    own = [x for x in lines if "state" in x.fields and _of_round(x.fields.get("round_id", ""), number)]
+    told = [x for x in lines if "state" in x.fields and _of_round(x.fields.get("round_id", ""), number)]
+    own = [next(same) for _, same in groupby(told, key=lambda line: line.fields["state"])]
     for line, after in zip(own, [*own[1:], None], strict=True):
         end = after.at if after else line.at + MARGIN_S
         yield Span(who=COORDINATOR, what=line.fields["state"], begin=line.at, end=end)
