@@ -7,11 +7,13 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from shelora import files
 from shelora.cli.audit import audit_app
 from shelora.cli.cluster import Addresses, LocalCluster
 from shelora.cli.exporting import encoded, rounds_csv, write_new
@@ -325,6 +327,19 @@ def show(
 @app.command()
 def dashboard(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 for a free one.")] = 0,
+    listen: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on. For a container whose port is published on the host's 127.0.0.1 under the same "
+            "number, and nowhere else: the page has no TLS.",
+        ),
+    ] = "127.0.0.1",
+    address_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that gets the address, for this user alone to read, in place of a line on screen."
+        ),
+    ] = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
@@ -363,10 +378,16 @@ def dashboard(
         )
     configure_logs("operator", json=not sys.stderr.isatty())
     with reported(), suppress(KeyboardInterrupt), interruptible():
-        asyncio.run(serve(reach, port, _tell_address))
+        asyncio.run(serve(reach, port, partial(_tell_address, address_file), listen))
 
 
-def _tell_address(address: str) -> None:
+def _tell_address(file: Path | None, address: str) -> None:
+    if file is not None:
+        files.replace(file, f"{address}\n".encode())
+        console.say(
+            f"The page is open until this process ends. Its address is in {file}; it lets in whoever has it."
+        )
+        return
     console.say("The page is open on this machine until Ctrl-C. This address lets in whoever has it:")
     print(address, flush=True)  # noqa: T201 - never wrapped
 

@@ -36,17 +36,18 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-async def serve(reach: Reach, port: int, tell: Callable[[str], None]) -> None:
+async def serve(reach: Reach, port: int, tell: Callable[[str], None], listen: str = HOST) -> None:
     """Serves until SIGINT or SIGTERM.
 
     Args:
         reach: Whom to ask, as whom.
-        port: On 127.0.0.1; 0 for a free one.
+        port: To listen on, and the browser's; 0 for a free one.
         tell: Takes the page's whole address, which lets in whoever has it.
+        listen: Address to listen on. Browsers call the page 127.0.0.1 whatever this is.
 
     Raises: DomainError CONFIGURATION_INVALID if the port is taken, or there is no valid identity.
     """
-    with _listening(port) as listener:
+    with _listening(listen, port) as listener:
         actual = listener.getsockname()[1]
         secrets = Secrets()
         hosts = [f"{name}:{actual}" for name in (HOST, "localhost")]
@@ -115,9 +116,10 @@ def _authority(reach: Reach, credentials: TlsCredentials) -> Authority | None:
     return Authority(enrolment=reach.enrolment, token=token, revoke=revoke)
 
 
-def _listening(port: int) -> socket.socket:
-    """Raises: CONFIGURATION_INVALID if the port is taken."""
+def _listening(listen: str, port: int) -> socket.socket:
+    """Raises: CONFIGURATION_INVALID if the port is taken, or the address is none of this machine."""
     try:
-        return socket.create_server((HOST, port))
+        return socket.create_server((listen, port))
     except OSError as error:
-        raise invalid(f"--port {port}: {error.strerror}: give another one, or 0 for a free one") from error
+        what = f"--port {port}" if listen == HOST else f"--listen {listen} --port {port}"
+        raise invalid(f"{what}: {error.strerror}: give another one, or 0 for a free one") from error

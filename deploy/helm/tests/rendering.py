@@ -49,7 +49,7 @@ class Rendered:
         return dict(self.pods())[component]
 
     def environment(self, component: str) -> dict[str, str]:
-        (container,) = self.pod(component)["spec"]["containers"]
+        container, *_ = self.pod(component)["spec"]["containers"]
         return {entry["name"]: entry["value"] for entry in container["env"]}
 
 

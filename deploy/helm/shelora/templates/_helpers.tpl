@@ -239,6 +239,16 @@ lifecycle:
 {{- concat $inside (index . 2) | toJson -}}
 {{- end -}}
 
+{{/* Where agents exchange tokens, as they dial it. */}}
+{{- define "shelora.enrolment" -}}
+{{- if eq .Values.exposure.type "none" -}}
+{{ include "shelora.fullname" . }}-key-authority.{{ .Release.Namespace }}.svc:7099
+{{- else -}}
+{{- $port := eq .Values.exposure.type "gateway" | ternary .Values.exposure.gateway.port 443 -}}
+{{ first (concat .Values.externalNames.enrolment .Values.externalNames.keyAuthority) }}:{{ eq .Values.exposure.type "loadBalancer" | ternary 7099 $port }}
+{{- end -}}
+{{- end -}}
+
 {{/* Seconds a pod may take to stop: withdrawal, drain, and some to spare. */}}
 {{- define "shelora.stopSeconds" -}}
 {{- add .Values.preStopSeconds .Values.shutdownGraceSeconds 10 -}}
