@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from attack import assets, experiments, simulated
+from attack import assets, experiments, malicious, simulated
 from attack.findings import Finding
 from attack.public import Public
 from attack.stage import Client, Performance, Scene
@@ -22,6 +22,8 @@ from examples.reuters.split import LABELS, Example
 FELLOWS: Final = (2, 3, 4, 8, 16)
 NOISED: Final = (4, 16)
 """Members, again under client privacy."""
+DECEIVED: Final = 2
+"""Members of the federation whose first client is then the victim of malicious servers."""
 EPSILON: Final = 8.0
 DELTA: Final = 1e-5
 """Of client privacy, for one sum."""
@@ -213,7 +215,13 @@ def _fellows(texts: _Texts, size: int, *, hidden: bool = False) -> Case:
     scene = _causal(f"fellows-{size}{'-hidden' if hidden else ''}", COMPLETE, clients, 10)
     if hidden:
         scene = replace(scene, client_privacy={"epsilon": EPSILON, "delta": DELTA, "clip": 1.0})
-    return Case(scene=scene, attacks=lambda p, public: [experiments.opened_by_a_member(p, public)])
+
+    def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
+        yield experiments.opened_by_a_member(performance, public)
+        if size == DECEIVED and not hidden:
+            yield from malicious.findings(performance, public, experiments.first_layer(public))
+
+    return Case(scene=scene, attacks=attacks)
 
 
 def _exact_sums(texts: _Texts, steps: int) -> Case:

@@ -123,7 +123,7 @@ def by_budget(performance: Performance, public: Public, clients: Sequence[Client
     for client in clients:
         start, true = columns.start_of(performance, public, client, number), _inputs(public, client)
         moved = np.vstack(
-            [columns.movement(performance, start, client, n, number) for n in _first_layer(public)]
+            [columns.movement(performance, start, client, n, number) for n in first_layer(public)]
         )
         for view in columns.views(moved, public, len(true), rng):
             guess = best(view.distances, len(true))
@@ -154,7 +154,7 @@ def _tokens(public: Public, scene: Scene, client: Client, round_: Round, secrets
     """The tokens taken for a client's, from B of the first layer, with A known."""
     count, clear = len(_inputs(public, client)), clear_parts(round_, client.name)
     distances = []
-    for name in _first_layer(public):
+    for name in first_layer(public):
         A = insiders.initial_A(secrets, name, client.rank, public.first_inputs.shape[1])
         seen = clear[name].B if clear else _noise(round_, client, public, name)
         B = seen * 2.0 ** -normalization(A)
@@ -162,7 +162,7 @@ def _tokens(public: Public, scene: Scene, client: Client, round_: Round, secrets
     return tokens.guessed(distances, count)
 
 
-def _first_layer(public: Public) -> list[str]:
+def first_layer(public: Public) -> list[str]:
     return [name for name in public.names if ".layers.0." in f".{name}"]
 
 
@@ -173,12 +173,12 @@ def _inputs(public: Public, client: Client) -> set[int]:
 
 def opened_by_a_member(performance: Performance, public: Public) -> Finding:
     """What a client of `complete` finds in the sum that it opened, its own part taken out."""
-    scene, first = performance.scene, _first_layer(public)
+    scene, first = performance.scene, first_layer(public)
     sums = insiders.sum_of_others(performance, first)
     who = f"fellow member, {len(scene.clients)} in all, with or without every server: the sum that it opened"
     hidden = scene.client_privacy
     form = f", client privacy of epsilon {hidden['epsilon']:g}" if hidden else ""
-    return _from_sum(performance, public, sums, scene.clients[1:], (f"{setting(scene)}{form}", who))
+    return in_sums(performance, public, sums, scene.clients[1:], (f"{setting(scene)}{form}", who))
 
 
 def exact_sums(performance: Performance, public: Public, sizes: Iterable[int]) -> Iterator[Finding]:
@@ -187,13 +187,13 @@ def exact_sums(performance: Performance, public: Public, sizes: Iterable[int]) -
     opened = {c.name: insiders.opened_update(round_, c.name, secrets) for c in scene.clients}
     for size in sizes:
         victims = scene.clients[1:size]
-        parts = {n: [(c.alpha / c.rank, opened[c.name][n]) for c in victims] for n in _first_layer(public)}
+        parts = {n: [(c.alpha / c.rank, opened[c.name][n]) for c in victims] for n in first_layer(public)}
         sums = {n: np.sum([s * f.B @ f.A for s, f in of], axis=0) for n, of in parts.items()}
         who = f"fellow member, {size} in all: the exact sum of their captured updates"
-        yield _from_sum(performance, public, sums, victims, (setting(scene), who))
+        yield in_sums(performance, public, sums, victims, (setting(scene), who))
 
 
-def _from_sum(
+def in_sums(
     performance: Performance,
     public: Public,
     sums: Mapping[str, Float64],
