@@ -16,7 +16,7 @@ from attack.decode import Decoder
 from attack.findings import Finding
 from attack.labels import label_leak
 from attack.membership import CausalMembership, ClassifierMembership
-from attack.opened import clear_parts, normalization
+from attack.opened import clear_parts, normalization, sketches_as_stored
 from attack.public import Public
 from attack.scores import auc, auc_error, recall, rouge
 from attack.spans import best
@@ -65,7 +65,7 @@ def _decoded(
     places: list[int] = []
     for client in clients:
         true = public.ids(client.texts[0])
-        even, rows, _ = adam.evened(_gradient(scene, round_, client, name, public), adam.step_of(scene.bits))
+        even, rows, _ = adam.evened(_gradient(scene, round_, client, name), adam.step_of(scene.bits))
         guess = decoder.text(even, rows, true[:OPENING], len(true) + 1, true[-1], client.rank)
         found.append((true, guess))
         if scene.bits == adam.HALF_BITS:
@@ -151,18 +151,22 @@ def _chance(public: Public, clients: Sequence[Client]) -> float:
 
 
 def _tokens(public: Public, scene: Scene, client: Client, round_: Round, secrets: EpochSecrets) -> set[int]:
-    """The tokens taken for a client's, from B of the first layer, with A known."""
+    """The tokens taken for a client's, from B of the first layer, with A known; from Ψ B if nothing is clear."""
     count, clear = len(_inputs(public, client)), clear_parts(round_, client.name)
+    stored = {} if clear else sketches_as_stored(round_, client.name)
     distances = []
     for name in first_layer(public):
         A = insiders.initial_A(secrets, name, client.rank, public.first_inputs.shape[1])
-        seen = clear[name].B if clear else _noise(round_, client, public, name)
-        B = seen * 2.0 ** -normalization(A)
-        distances.append(tokens.by_B(public, B, A, count, steps=scene.steps, bits=scene.bits))
+        if clear:
+            B = clear[name].B * 2.0 ** -normalization(A)
+            distances.append(tokens.by_B(public, B, A, count, steps=scene.steps, bits=scene.bits))
+        else:
+            distances.append(tokens.by_B(public, stored[name].N @ np.linalg.pinv(A), A, count, steps=0))
     return tokens.guessed(distances, count)
 
 
 def first_layer(public: Public) -> list[str]:
+    """Names of the first layer's matrices."""
     return [name for name in public.names if ".layers.0." in f".{name}"]
 
 
@@ -262,7 +266,7 @@ def membership(
     others: list[float] = []
     for client in clients:
         seen = _basis if basis else _gradient
-        gradients = {name: seen(scene, round_, client, name, public) for name in attack.names}
+        gradients = {name: seen(scene, round_, client, name) for name in attack.names}
         members += [attack.score(gradients, text) for text in client.texts[: scene.batch]]
         others += [attack.score(gradients, text) for text in outsiders]
     clear = bool(clear_parts(round_, clients[0].name))
@@ -281,28 +285,19 @@ def membership(
     )
 
 
-def _gradient(scene: Scene, round_: Round, client: Client, name: str, public: Public) -> Float64:
-    """B of one matrix as a gradient; the stored bytes as numbers in its place if it did not travel in the clear."""
+def _gradient(scene: Scene, round_: Round, client: Client, name: str) -> Float64:
+    """B of one matrix as a gradient; if it did not travel in the clear, P, whose columns B spans, as it was stored."""
     seen = clear_parts(round_, client.name).get(name)
     if seen is None:
-        return _noise(round_, client, public, name)
+        return sketches_as_stored(round_, client.name)[name].P
     if scene.steps > 1:
         return seen.B
     step = adam.unscaled(seen.B, scene.learning_rate)
     return adam.gradient(step, scene.learning_rate, adam.step_of(scene.bits))
 
 
-def _noise(round_: Round, client: Client, public: Public, name: str) -> Float64:
-    """A client's stored bytes, read as 16-bit integers into the shape of B."""
-    rows = next(m.out_features for m in public.model.matrices if m.name == name)
-    stored = b"".join(content for _, content in sorted(round_.of(client.name).items()))
-    values = np.frombuffer(stored[: len(stored) // 2 * 2], "<i2").astype(np.float64)
-    place = public.names.index(name) * rows * client.rank
-    return np.resize(np.roll(values, -place), (rows, client.rank))
-
-
-def _basis(scene: Scene, round_: Round, client: Client, name: str, public: Public) -> Float64:
-    return bases.as_basis(_gradient(scene, round_, client, name, public))
+def _basis(scene: Scene, round_: Round, client: Client, name: str) -> Float64:
+    return bases.as_basis(_gradient(scene, round_, client, name))
 
 
 def _form(terms: str, *, basis: bool) -> str:
@@ -353,7 +348,7 @@ def labels(performance: Performance, public: Public, *, basis: bool = False) -> 
 
 
 def _features(scene: Scene, round_: Round, client: Client, public: Public, *, basis: bool) -> Float64:
-    parts = [_gradient(scene, round_, client, name, public) for name in public.names]
+    parts = [_gradient(scene, round_, client, name) for name in public.names]
     if basis:
         parts = [bases.projection(bases.as_basis(part)) for part in parts]
     return np.concatenate([(part / max(float(np.linalg.norm(part)), 1e-30)).ravel() for part in parts])

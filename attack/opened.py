@@ -7,8 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attack.capture import Round
+from shelora.additive.codec import decode
+from shelora.additive.wire import summand_planes
 from shelora.lora.codec import parse_update
+from shelora.lora.layout import SKETCHES
 from shelora.lora.shards import Float64, UpdateShardContent
+from shelora.lora.sketches import Sketch, parted
+from shelora.lora.sums import SKETCHES_KIND, sketch_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,6 +46,27 @@ def _matrices(round_: Round, content: UpdateShardContent) -> list[tuple[str, See
         )
         for index, part in zip(shard.matrices, content.matrices, strict=True)
     ]
+
+
+def sketches_as_stored(round_: Round, client: str) -> Mapping[str, Sketch]:
+    """By matrix, the ciphertexts of `complete` read as if they were values: these, if they hide nothing."""
+    layout, found = round_.layout, dict[str, Sketch]()
+    for index, content in sorted(round_.of(client).items()):
+        shard = layout.shards[index]
+        if shard.kind != SKETCHES or layout.sums is None:
+            continue
+        shape = SKETCHES_KIND.shape(layout, index)
+        planes = summand_planes(parse_update(layout, index, content).ciphertexts, shape)
+        kept = decode(shape.parameters, planes, shape.coefficients).astype(np.int64)
+        half = shape.parameters.modulus // 2
+        values = (((kept << shape.parameters.dropped_bits) + half) % shape.parameters.modulus - half).astype(
+            float
+        )
+        matrices = [layout.matrices[i] for i in shard.matrices]
+        ends = np.cumsum([sketch_values(layout.sums, matrix) for matrix in matrices])
+        for matrix, part in zip(matrices, np.split(values[: ends[-1]], ends[:-1]), strict=True):
+            found[matrix.name] = parted(matrix, layout.sums, part)
+    return found
 
 
 def normalization(A: NDArray[np.floating]) -> NDArray[np.int32]:

@@ -10,6 +10,7 @@ import structlog
 from attack import captures, experiments
 from attack.public import Public
 from attack.stage import Client, Scene, Stage
+from shelora.additive.secret import SecretKey
 from tests.attack.tiny import TEXT, save_tiny_llama
 
 TEXTS = (
@@ -92,3 +93,13 @@ def test_nothing_comes_back_from_complete(stage, model):
     assert member.problems() == text.problems() == opened.problems() == []
     assert text.figures["exact"] == 0
     assert "all it stored" in member.attacker, "nothing travelled in the clear"
+
+
+def test_a_cipher_that_hides_nothing_is_found(stage, model, monkeypatch):
+    """The control of the test above: the same federation, whose secrets are all zero."""
+    zero = classmethod(lambda cls, parameters, _: cls(parameters, np.zeros(parameters.degree, np.int64)))
+    monkeypatch.setattr(SecretKey, "draw", zero)
+    performance = stage.perform(scene("complete", "broken"), model)
+    public, clients = Public(performance.scene, model), performance.scene.clients
+    member = experiments.membership(performance, public, clients, OUTSIDERS)
+    assert member.problems(), member
