@@ -33,6 +33,7 @@ from client_agent.schedule import Schedule
 from client_agent.scoring import sensitivity_scores
 from client_agent.state import CARD, AgentState
 from client_agent.training import TrainingOutcome, TrainingRun, train
+from shelora.errors import DomainError
 from shelora.federation import TrainingSpec
 from shelora.lora.algebra import remainder, reparameterize
 from shelora.lora.restore import Restored
@@ -104,6 +105,8 @@ class Learner:
         """The smallest loss of a result on own examples, since this process started."""
         self._judged: tuple[str | None, float] = (None, math.nan)
         """The position that a result led to, and the loss on own examples there."""
+        self._refused = 0
+        """The training round whose result was refused last, if none was applied since."""
 
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
@@ -144,11 +147,11 @@ class Learner:
         weights = cut_to_rank(checked, self.model.rank, self.model.scaling, obfuscation)
         if moderator:
             weights = replace(weights, changes=moderator.changes)
-        self._load_result(round_id, weights, moderator)
+        self._load_result(round_id, number, weights, moderator)
         self._state.save_applied(self._key(round_id), weights)
         self._position = round_id
 
-    def _load_result(self, round_id: str, weights: Weights, moderator: Moderator | None) -> None:
+    def _load_result(self, round_id: str, number: int, weights: Weights, moderator: Moderator | None) -> None:
         """Loads a result, or what was there before if servers could only add and it serves this client badly.
 
         Nobody judges under differential privacy: what an agent refuses tells of its examples. Raises: RESULT_REFUSED.
@@ -162,12 +165,33 @@ class Learner:
             losses = Losses(
                 best=min(before, self._best_loss), before=before, own=own, after=self._loss_with(weights)
             )
-            require_useful(losses)
+            self._require_useful(losses, number)
         except BaseException:
             self.model.load(moderator.before)
             raise
-        self._best_loss = min(losses.best, losses.after)
         self._judged = (round_id, losses.after)
+
+    def _require_useful(self, losses: Losses, number: int) -> None:
+        """Refuses a useless result, and the repetitions of its round; not what most others went on from.
+
+        Who has data unlike the others' finds honest sums useless, and by refusing them for ever would leave the
+        federation. That it went on to a later round says that most find them useful.
+
+        Raises: RESULT_REFUSED.
+        """
+        try:
+            require_useful(losses)
+        except DomainError as error:
+            if not (0 < self._refused < number and math.isfinite(losses.after)):
+                self._refused = number
+                raise
+            _log.warning(
+                "useless_result_applied", why=error.message, but="most others went on from the last one"
+            )
+            self._best_loss = losses.after
+        else:
+            self._best_loss = min(losses.best, losses.after)
+        self._refused = 0
 
     def _loss_here(self, moderator: Moderator) -> float:
         """Mean loss of the state that the round began with, which is known if a result led to it."""

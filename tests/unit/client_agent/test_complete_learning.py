@@ -89,21 +89,22 @@ def test_clients_of_any_rank_hold_one_global_model_after_every_round_and_it_lear
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_a_sum_that_a_member_poisoned_is_refused_and_the_model_stays_as_it_was(
-    learners: list[Learner],
-) -> None:
-    def summed(number: int, senders: list[Sender]) -> Round:
-        protection = SumProtection(tensor_bound=4.0)
-        return Round(senders, protection, SECRETS.obfuscation, number=number, largest_move=MOVE)
+def summed(number: int, senders: list[Sender]) -> Round:
+    protection = SumProtection(tensor_bound=4.0)
+    return Round(senders, protection, SECRETS.obfuscation, number=number, largest_move=MOVE)
 
-    def sent(number: int) -> list[Sender]:
-        return [Sender(each.model, 100, each.train(number, Activity()).weights) for each in learners]
 
+def sent(learners: list[Learner], number: int) -> list[Sender]:
+    return [Sender(each.model, 100, each.train(number, Activity()).weights) for each in learners]
+
+
+def poisoned_third(learners: list[Learner]) -> tuple[list[Sender], Round]:
+    """What all send in the third round, and the sum in which the last one sent nine times the opposite."""
     for number in (1, 2):  # the loss is near zero then, and what the poison does far beyond the limit
-        result = summed(number, sent(number))
+        result = summed(number, sent(learners, number))
         for index, learner in enumerate(learners):
             learner.apply(f"films.{number}", result.parts(client=index), SECRETS.obfuscation, number)
-    honest = sent(3)
+    honest = sent(learners, 3)
     hostile = honest[2].weights
     against = Weights(
         {n: LoraFactors((-9 * f.B).astype(np.float32), f.A) for n, f in hostile.factors.items()},
@@ -111,17 +112,41 @@ def test_a_sum_that_a_member_poisoned_is_refused_and_the_model_stays_as_it_was(
         hostile.frozen,
         hostile.exponents,
     )
-    poisoned = summed(3, [*honest[:2], Sender(learners[2].model, 256, against)])
+    return honest, summed(3, [*honest[:2], Sender(learners[2].model, 256, against)])
+
+
+def refuse(learner: Learner, index: int, poisoned: Round, number: int = 3) -> None:
+    with pytest.raises(DomainError, match="loss on this client's own examples") as error:
+        learner.apply(f"films.{number}", poisoned.parts(client=index), SECRETS.obfuscation, number)
+    assert error.value.reason is Reason.RESULT_REFUSED
+
+
+def test_a_sum_that_a_member_poisoned_is_refused_and_the_model_stays_as_it_was(
+    learners: list[Learner],
+) -> None:
+    honest, poisoned = poisoned_third(learners)
     for index, learner in enumerate(learners[:2]):
         before = logits(learner)
-        with pytest.raises(DomainError, match="loss on this client's own examples") as error:
-            learner.apply("films.3", poisoned.parts(client=index), SECRETS.obfuscation, 3)
-        assert error.value.reason is Reason.RESULT_REFUSED
+        refuse(learner, index, poisoned)
         torch.testing.assert_close(logits(learner), before)
         assert learner.holds("films.2")
     repeated = summed(3, honest)
     for index, learner in enumerate(learners):
         learner.apply("films.3", repeated.parts(client=index), SECRETS.obfuscation, 3)
+
+
+def test_who_refused_a_sum_that_the_others_went_on_from_takes_the_next_one_over(
+    learners: list[Learner],
+) -> None:
+    """With data unlike the others' it would refuse for ever, and be left out of the model that it helps to train."""
+    _, poisoned = poisoned_third(learners)
+    learner, before = learners[0], logits(learners[0])
+    refuse(learner, 0, poisoned)
+    refuse(learner, 0, poisoned)  # the round repeated
+    learner.apply("films.4", poisoned.parts(client=0), SECRETS.obfuscation, 4)
+    assert learner.holds("films.4")
+    assert not torch.allclose(logits(learner), before, atol=0.1)
+    learner.apply("films.5", poisoned.parts(client=0), SECRETS.obfuscation, 5)  # no worse than what it holds
 
 
 def test_a_loss_that_is_known_or_decides_nothing_is_not_computed_again(
@@ -138,9 +163,7 @@ def test_a_loss_that_is_known_or_decides_nothing_is_not_computed_again(
     learner = learners[2]
     counts = []
     for number in (1, 2, 3):
-        honest = [Sender(each.model, 100, each.train(number, Activity()).weights) for each in learners]
-        protection = SumProtection(tensor_bound=4.0)
-        result = Round(honest, protection, SECRETS.obfuscation, number=number, largest_move=MOVE)
+        result = summed(number, sent(learners, number))
         if number == 3:
             learner._judged = (None, 0.0)
         found.clear()
