@@ -25,7 +25,7 @@ from shelora.committee.keys import KeySet
 from shelora.committee.member import Member
 from shelora.committee.reader import OpenedRound, open_round
 from shelora.committee.rules import committee_rule
-from shelora.committee.statements import Kind, Signer, Trust
+from shelora.committee.statements import Signer, StatementKind, Trust
 from shelora.errors import DomainError, Reason
 from shelora.federation import RoundSpec
 from shelora.lora.layout import Layout
@@ -264,7 +264,7 @@ class Committees:
         trust = self._trust(self._round_grace)
         for shown in batch:
             try:
-                dealer = trust.author(shown.dealing, Kind.DEALING, attempt.context)
+                dealer = trust.author(shown.dealing, StatementKind.DEALING, attempt.context)
             except DomainError as error:  # nobody's word: it cannot be refused by name
                 _log.warning("dealing_refused", round=attempt.round_id, why=error.message)
                 continue

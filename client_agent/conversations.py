@@ -10,7 +10,7 @@ from typing import Final
 
 from client_agent.data import kind_of_value, sound_text
 from client_agent.sources import invalid
-from client_agent.spool import Spool
+from client_agent.spool import ExampleSpool
 from client_agent.tables import Record, listed, quoted, read_records
 
 ASSISTANT: Final = "assistant"
@@ -80,7 +80,7 @@ def read_conversations(path: Path, cache_dir: Path | None = None) -> Conversatio
         path: A file, a folder, a pattern or a saved dataset.
         cache_dir: Where many conversations are kept, as `client_agent.spool` has it.
     """
-    spool = Spool(cache_dir, encode=_as_text, decode=_from_text)
+    spool = ExampleSpool(cache_dir, encode=_as_text, decode=_from_text)
     for record in read_records(path, FIELDS):
         spool.add(_conversation(record))
     read = Conversations(spool.done())

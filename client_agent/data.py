@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from client_agent.sources import invalid
-from client_agent.spool import Spool
+from client_agent.spool import ExampleSpool
 from client_agent.tables import LONGEST_RECORD, listed, quoted, read_rows
 
 _TEXT_SETTING: Final = "data.text_field"
@@ -102,8 +102,8 @@ def read_examples(
     return read
 
 
-def _texts(cache_dir: Path | None) -> Spool[str]:
-    return Spool(cache_dir, encode=str, decode=str)
+def _texts(cache_dir: Path | None) -> ExampleSpool[str]:
+    return ExampleSpool(cache_dir, encode=str, decode=str)
 
 
 def found_labels(path: Path, label_field: str) -> tuple[str, ...]:

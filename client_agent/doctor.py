@@ -56,7 +56,7 @@ TOLERANCE: Final = 2.0**-14
 """Error of one encryption above which something is broken; at a scale of 2^27 it is some 1e-6."""
 
 
-class Verdict(StrEnum):
+class CheckResult(StrEnum):
     """How a check ended."""
 
     OK = "ok"
@@ -73,7 +73,7 @@ class Finding:
     """What a check found, and what to mend."""
 
     check: str
-    verdict: Verdict
+    verdict: CheckResult
     seen: str
     remedy: str = ""
 
@@ -88,7 +88,7 @@ async def examine(config: AgentConfig, tell: Callable[[str], None]) -> list[Find
     findings = [certificate]
     spec: FederationSpec | None = None
     if credentials is None:
-        findings.append(Finding("network", Verdict.SKIPPED, "needs a certificate"))
+        findings.append(Finding("network", CheckResult.SKIPPED, "needs a certificate"))
     else:
         tell("network")
         for name, address in _servers(config):
@@ -104,16 +104,16 @@ async def examine(config: AgentConfig, tell: Callable[[str], None]) -> list[Find
 
 def failed(findings: list[Finding]) -> bool:
     """Whether something must be mended."""
-    return any(finding.verdict is Verdict.FAILED for finding in findings)
+    return any(finding.verdict is CheckResult.FAILED for finding in findings)
 
 
 def report(findings: list[Finding]) -> Records:
     """A table for a terminal."""
     styles = {
-        Verdict.OK: "green",
-        Verdict.WARNING: "yellow",
-        Verdict.FAILED: "bold red",
-        Verdict.SKIPPED: "dim",
+        CheckResult.OK: "green",
+        CheckResult.WARNING: "yellow",
+        CheckResult.FAILED: "bold red",
+        CheckResult.SKIPPED: "dim",
     }
     table = Records(
         "check", "result", "seen", "to mend", title="This device", sentences=["seen", "to mend"], lines=True
@@ -130,9 +130,11 @@ def check_certificate(config: AgentConfig) -> tuple[Finding, Credentials | None]
         credentials = config.credentials()
     except DomainError as error:
         remedy = "client-agent enroll with a token of the operator"
-        return Finding("certificate", Verdict.FAILED, error.message, remedy), None
+        return Finding("certificate", CheckResult.FAILED, error.message, remedy), None
     facts = credentials.held.facts
-    return Finding("certificate", Verdict.OK, f"valid until {facts.expires:%Y-%m-%d %H:%M} UTC"), credentials
+    return Finding(
+        "certificate", CheckResult.OK, f"valid until {facts.expires:%Y-%m-%d %H:%M} UTC"
+    ), credentials
 
 
 async def check_server(name: str, address: str, credentials: Credentials) -> Finding:
@@ -146,10 +148,10 @@ async def check_server(name: str, address: str, credentials: Credentials) -> Fin
             await _answered(stub, address)
         except DomainError as error:
             remedy = f"is {address} right, and may this device's network reach it?"
-            return Finding(check, Verdict.FAILED, error.message, remedy)
+            return Finding(check, CheckResult.FAILED, error.message, remedy)
     return Finding(
         check,
-        Verdict.OK,
+        CheckResult.OK,
         f"{address} answers in {1000 * (time.monotonic() - started):.0f} ms{named(address)}",
     )
 
@@ -166,20 +168,20 @@ async def check_coordinator(
     except (DomainError, TimeoutError) as error:
         why = error.message if isinstance(error, DomainError) else "the coordinator does not answer in time"
         remedy = f"ask the operator whether the federation {config.federation} exists"
-        skipped = Finding("clock", Verdict.SKIPPED, "needs the coordinator")
-        return [skipped, Finding("federation", Verdict.FAILED, why, remedy)], None
+        skipped = Finding("clock", CheckResult.SKIPPED, "needs the coordinator")
+        return [skipped, Finding("federation", CheckResult.FAILED, why, remedy)], None
     finally:
         await session.close()
     seen = f"{spec.training.task}, {spec.round.rounds} rounds of at most {spec.round.deadline_s} s"
-    return [judged_clock(ahead_s), Finding("federation", Verdict.OK, seen)], spec
+    return [judged_clock(ahead_s), Finding("federation", CheckResult.OK, seen)], spec
 
 
 def judged_clock(ahead_s: float) -> Finding:
     """Takes the seconds by which this device's clock is ahead of the coordinator's."""
     seen = f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the coordinator's"
     if abs(ahead_s) < CLOCK_WARNING_S:
-        return Finding("clock", Verdict.OK, seen)
-    verdict = Verdict.FAILED if abs(ahead_s) > CLOCK_FAILURE_S else Verdict.WARNING
+        return Finding("clock", CheckResult.OK, seen)
+    verdict = CheckResult.FAILED if abs(ahead_s) > CLOCK_FAILURE_S else CheckResult.WARNING
     return Finding("clock", verdict, seen, "set the clock; keep it with NTP, e.g. timedatectl set-ntp true")
 
 
@@ -193,11 +195,13 @@ def check_tenseal(parameters: str = "standard") -> list[Finding]:
         error = np.abs(Decryptor(key).decrypt(Encryptor(key).encrypt(values), values.shape[1]) - values).max()
     except (DomainError, RuntimeError, ValueError) as broken:
         remedy = "reinstall the tenseal of the constraints file on this platform (64-bit x86 or ARM)"
-        return [Finding("TenSEAL", Verdict.FAILED, str(broken), remedy)]
+        return [Finding("TenSEAL", CheckResult.FAILED, str(broken), remedy)]
     seen = f"{values.size} values there and back in {time.monotonic() - started:.2f} s, largest error {error:.0e}"
     if error > TOLERANCE:
-        return [Finding("TenSEAL", Verdict.FAILED, seen, "this build computes wrongly: reinstall tenseal")]
-    return [Finding("TenSEAL", Verdict.OK, seen)]
+        return [
+            Finding("TenSEAL", CheckResult.FAILED, seen, "this build computes wrongly: reinstall tenseal")
+        ]
+    return [Finding("TenSEAL", CheckResult.OK, seen)]
 
 
 def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
@@ -206,7 +210,7 @@ def check_learning(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
     What does not fit by an estimate is not loaded: the kernel would end this process without a word.
     """
     fit = check_fit(config, spec.training)
-    if fit.verdict is Verdict.FAILED:
+    if fit.verdict is CheckResult.FAILED:
         return [fit]
     return [fit, *_tried(config, spec)]
 
@@ -217,7 +221,7 @@ def check_fit(config: AgentConfig, training: TrainingSpec) -> Finding:
         sizes = blueprint(config.model.path, training, config.lora.rank)
         free = free_memory(choose_device(config.model.device)).free
     except DomainError as error:
-        return Finding(_FIT, Verdict.SKIPPED, error.message)
+        return Finding(_FIT, CheckResult.SKIPPED, error.message)
     return judged_fit(sizes, setting_of(config, training), free, private=config.privacy is not None)
 
 
@@ -226,8 +230,8 @@ def judged_fit(sizes: Blueprint, now: Setting, free: int, *, private: bool = Fal
     needed = sizes.needed(now)
     seen = f"training takes about {_gb(needed)}, {_gb(free)} are free"
     if needed <= MEMORY_SHARE * free:
-        return Finding(_FIT, Verdict.OK, seen)
-    verdict = Verdict.WARNING if needed <= free else Verdict.FAILED
+        return Finding(_FIT, CheckResult.OK, seen)
+    verdict = CheckResult.WARNING if needed <= free else CheckResult.FAILED
     lighter = {other: sizes.needed(other) for other in alternatives(now, private=private)}
     lighter = {other: size for other, size in lighter.items() if size < needed}
     fitting = [f"{other} ({_gb(size)})" for other, size in lighter.items() if size <= MEMORY_SHARE * free]
@@ -243,13 +247,15 @@ def _tried(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
         found = inspect(config, spec.training, spec.protection, spec.round.rounds)
     except DomainError as error:
         return [
-            Finding("data and model", Verdict.FAILED, error.message, "see the configuration's data and model")
+            Finding(
+                "data and model", CheckResult.FAILED, error.message, "see the configuration's data and model"
+            )
         ]
     model, lengths = found.prepared.model, found.prepared.lengths
     findings = [
         Finding(
             "data",
-            Verdict.OK,
+            CheckResult.OK,
             f"{len(found.prepared.examples):,} examples"
             + (
                 f", {lengths.cut:,} of them cut to {lengths.limit:,} tokens"
@@ -257,18 +263,18 @@ def _tried(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
                 else ""
             ),
         ),
-        Finding("model", Verdict.OK, f"{len(model.matrices)} matrices on {model.device.type}"),
+        Finding("model", CheckResult.OK, f"{len(model.matrices)} matrices on {model.device.type}"),
         *(
-            Finding("model", Verdict.WARNING, note, "take the checkpoint that it was made from")
+            Finding("model", CheckResult.WARNING, note, "take the checkpoint that it was made from")
             for note in model.notes
         ),
     ]
     if found.privacy:
-        findings.append(Finding("privacy", Verdict.OK, found.privacy))
+        findings.append(Finding("privacy", CheckResult.OK, found.privacy))
     try:
         seconds = _one_step(config, spec, found)
     except DomainError as error:
-        return [*findings, Finding("training", Verdict.FAILED, error.message)]
+        return [*findings, Finding("training", CheckResult.FAILED, error.message)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return [
         *findings,
@@ -284,16 +290,18 @@ def judged_memory(peak: int, total: int) -> Finding:
     """Takes the bytes that training took at most, and those that this process may use."""
     seen = f"a training step takes {_gb(peak)} of {_gb(total)}"
     if peak < MEMORY_SHARE * total:
-        return Finding("memory", Verdict.OK, seen)
-    return Finding("memory", Verdict.WARNING, seen, "lower resources.micro_batch (8, 4, ... 1) or lora.rank")
+        return Finding("memory", CheckResult.OK, seen)
+    return Finding(
+        "memory", CheckResult.WARNING, seen, "lower resources.micro_batch (8, 4, ... 1) or lora.rank"
+    )
 
 
 def judged_time(seconds: float, deadline_s: float) -> Finding:
     """Takes the seconds that a round's training takes, and those that a round waits."""
     seen = f"a round's training takes about {seconds:.0f} s; the round waits {deadline_s:.0f} s"
     if seconds < DEADLINE_SHARE * deadline_s:
-        return Finding("training", Verdict.OK, seen)
-    verdict = Verdict.WARNING if seconds < deadline_s else Verdict.FAILED
+        return Finding("training", CheckResult.OK, seen)
+    verdict = CheckResult.WARNING if seconds < deadline_s else CheckResult.FAILED
     remedy = (
         "ask the operator for fewer local_steps or a later deadline_s; give the agent more resources.threads"
     )
@@ -304,8 +312,8 @@ def judged_disk(needed: int, free: int, folder: Path) -> Finding:
     """Takes the bytes that the state folder may come to hold, and those that are free there."""
     seen = f"{_gb(free)} free at {folder}, {_gb(needed)} needed"
     if free > needed:
-        return Finding("disk", Verdict.OK, seen)
-    return Finding("disk", Verdict.FAILED, seen, "make room, or put state_dir on a larger disk")
+        return Finding("disk", CheckResult.OK, seen)
+    return Finding("disk", CheckResult.FAILED, seen, "make room, or put state_dir on a larger disk")
 
 
 def check_conditions(config: AgentConfig, wait: Callable[[float], None] = time.sleep) -> list[Finding]:
@@ -315,8 +323,8 @@ def check_conditions(config: AgentConfig, wait: Callable[[float], None] = time.s
         wait(SAMPLE_S)
     why = conditions.obstacle()
     if why:
-        return [Finding("power and load", Verdict.WARNING, why, "the agent waits")]
-    return [Finding("power and load", Verdict.OK, "the agent may compute now")]
+        return [Finding("power and load", CheckResult.WARNING, why, "the agent waits")]
+    return [Finding("power and load", CheckResult.OK, "the agent may compute now")]
 
 
 def _servers(config: AgentConfig) -> Iterator[tuple[str, str]]:
@@ -332,7 +340,10 @@ def _local_checks(
     yield "power and load", lambda: check_conditions(config)
     yield "TenSEAL", lambda: check_tenseal(spec.protection.parameters if spec else "standard")
     if spec is None:
-        yield "data and model", lambda: [Finding("data and model", Verdict.SKIPPED, "needs the federation")]
+        yield (
+            "data and model",
+            lambda: [Finding("data and model", CheckResult.SKIPPED, "needs the federation")],
+        )
     else:
         yield "data, model, memory, disk", lambda: check_learning(config, spec)
 

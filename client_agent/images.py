@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from client_agent.data import label_index
 from client_agent.sources import invalid
-from client_agent.spool import Spool
+from client_agent.spool import ExampleSpool
 from client_agent.survey import NO_LIMIT, Survey
 from client_agent.tables import first_line, read_records
 
@@ -87,7 +87,7 @@ def read_images(
     Raises: DATA_INVALID naming file, row and field.
     """
     index = {name: position for position, name in enumerate(labels)}
-    spool = Spool(cache_dir, encode=str, decode=str)
+    spool = ExampleSpool(cache_dir, encode=str, decode=str)
     numbers: list[int] = []
     for place, source, label in _found(path, image_field, label_field):
         spool.add(source)

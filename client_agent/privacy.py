@@ -51,7 +51,7 @@ class Mechanism:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class NoisePlan:
     """What the noise was chosen for."""
 
     federation: str
@@ -64,7 +64,7 @@ class Plan:
 class Ledger:
     """What was spent on these examples, in order, and the plan that it followed last."""
 
-    plan: Plan | None = None
+    plan: NoisePlan | None = None
     spent: tuple[Spending, ...] = ()
 
     @classmethod
@@ -90,7 +90,7 @@ class Ledger:
         fields = {"format": _FORMAT, "plan": asdict(self.plan) if self.plan else None, "spent": self.spent}
         files.replace(folder / LEDGER, json.dumps(fields, indent=1).encode())
 
-    def with_round(self, plan: Plan, cost: Spending) -> "Ledger":
+    def with_round(self, plan: NoisePlan, cost: Spending) -> "Ledger":
         """The ledger after one more round; rounds alike become one entry."""
         return replace(self, plan=plan, spent=added(self.spent, cost))
 
@@ -200,7 +200,7 @@ class Budget:
 
 def _planned(
     federation: str, settings: PrivacyConfig, ledger: Ledger, sample_rate: float, steps: int
-) -> Plan:
+) -> NoisePlan:
     """The ledger's plan if it is of this federation and these settings; otherwise a new one."""
     written = settings.model_dump_json(include={"epsilon", "delta", "noise_multiplier"})
     if ledger.plan is not None and (ledger.plan.federation, ledger.plan.settings) == (federation, written):
@@ -208,7 +208,7 @@ def _planned(
     noise = settings.noise_multiplier
     if noise is None:
         noise = noise_for(settings.epsilon or 0.0, settings.delta, sample_rate, steps)
-    return Plan(federation, written, noise)
+    return NoisePlan(federation, written, noise)
 
 
 @lru_cache(maxsize=16)
@@ -235,11 +235,11 @@ def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
         ) from error
 
 
-def _parsed(format: int, plan: Any, spent: Any) -> tuple[Plan, tuple[Spending, ...]]:  # noqa: A002, ANN401 - JSON
+def _parsed(format: int, plan: Any, spent: Any) -> tuple[NoisePlan, tuple[Spending, ...]]:  # noqa: A002, ANN401 - JSON
     """What a ledger's file holds. Raises: ValueError, TypeError."""
     if format != _FORMAT:
         raise ValueError(format)
-    return Plan(**plan), tuple(_spending(*entry) for entry in spent)
+    return NoisePlan(**plan), tuple(_spending(*entry) for entry in spent)
 
 
 def _spending(noise_multiplier: float, sample_rate: float, steps: int) -> Spending:

@@ -23,7 +23,7 @@ _FIELD: Final = "example"
 _T = TypeVar("_T")
 
 
-class Spool(Generic[_T]):
+class ExampleSpool(Generic[_T]):
     """Takes examples one after the other, then hands them out as a sequence.
 
     Args:

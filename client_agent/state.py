@@ -332,9 +332,9 @@ class AgentState:
                 Reason.COMMITTEE_REFUSED, f"this client was given another result of {round_id} before"
             )
 
-    def certified_sets(self) -> "CertifiedSets":
+    def certified_sets(self) -> "CertifiedSetsFile":
         """What this client certified as a member of committees."""
-        return CertifiedSets(self._folder / _CERTIFIED)
+        return CertifiedSetsFile(self._folder / _CERTIFIED)
 
     def sum_budget(self, promised: ClientPrivacySpec) -> SumBudget:
         """What sums have told of this client, under what its federation promises."""
@@ -379,7 +379,7 @@ class AgentState:
         return self._folder / "inbox" / _folder_name(round_id)
 
 
-class CertifiedSets:
+class CertifiedSetsFile:
     """Which set of updates a client certified for each round, in a file that outlives it.
 
     A committee's member that certified two sets for one round would give a client away. So a file that cannot be read

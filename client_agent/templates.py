@@ -34,7 +34,7 @@ class Rendered:
     """By token, whether it is of an answer."""
 
 
-class Renderer:
+class ChatRenderer:
     """Renders with the tokenizer's template, or with the default one, which the tokenizer is given then.
 
     Raises: DomainError MODEL_INVALID if the tokenizer cannot say which characters a token stands for.

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
-from coordinator.records import Commit, ShardResult, StoredDigest, StoredShard, Update
+from coordinator.records import Commit, ShardResult, StoredDigest, StoredShard, UpdateRecord
 from shelora.errors import DomainError, Reason
 from shelora.federation import ScreeningSpec
 from shelora.lora.layout import Layout
@@ -64,7 +64,7 @@ class AggregationPool:
             if shard.complete
         }
 
-    async def seal(self, round_id: str, update: Update) -> None:
+    async def seal(self, round_id: str, update: UpdateRecord) -> None:
         """Fixes an update for the rest of its round. Raises SHARD_MISSING unless it is stored, ROUND_UNKNOWN."""
         request = pb.SealUpdateRequest(
             round_id=round_id,

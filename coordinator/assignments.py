@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, TypeAlias
 
-from coordinator.records import FederationRecord, Negotiation, Phase, Plan, RoundRecord
+from coordinator.records import FederationRecord, Negotiation, Phase, PlanRecord, RoundRecord
 from shelora.rounds import RoundKind, RoundState
 
 
@@ -39,10 +39,10 @@ class Train:
     """Train for this round."""
 
     round: RoundRecord
-    plan: Plan | None
+    plan: PlanRecord | None
     base_sequence: int
     """Round whose result is the start; 0 for the keyed initial factors."""
-    base_plan: Plan | None
+    base_plan: PlanRecord | None
 
 
 class ServeStep(StrEnum):
@@ -66,7 +66,7 @@ class Finish:
     """Apply the final result."""
 
     result_sequence: int
-    plan: Plan | None
+    plan: PlanRecord | None
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Halt:
     why: str
     result_sequence: int = 0
     """Round whose result is kept; 0 for none."""
-    plan: Plan | None = None
+    plan: PlanRecord | None = None
 
 
 _OPEN: Final = frozenset({RoundState.KEYING, RoundState.COLLECTING})

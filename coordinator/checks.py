@@ -11,14 +11,14 @@ from coordinator.aggregation import digest_from_proto
 from coordinator.records import (
     BaseModelTags,
     Dropped,
-    Evaluation,
+    EvaluationRecord,
     FederationRecord,
-    Member,
+    MemberRecord,
     Model,
     Report,
     Sighting,
     StoredDigest,
-    Update,
+    UpdateRecord,
 )
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
@@ -72,13 +72,13 @@ def client_id(value: str) -> str:
     return value
 
 
-def member(request: pb.JoinRequest, certified_ms: int = 0) -> Member:
+def member(request: pb.JoinRequest, certified_ms: int = 0) -> MemberRecord:
     """The member that a join makes. `certified_ms`: when the certificate was issued that the client showed."""
     require_protocol(request.protocol_version)
     require(1 <= request.rank <= MAX_RANK, f"rank must be 1 to {MAX_RANK}")
     require(0 <= request.budget <= 1, "budget must be 0 to 1")  # NaN fails every comparison
     require(1 <= request.example_count <= MAX_EXAMPLES, f"example_count must be 1 to {MAX_EXAMPLES}")
-    return Member(
+    return MemberRecord(
         client_id=client_id(request.client_id),
         rank=request.rank,
         budget=request.budget,
@@ -183,7 +183,7 @@ def plan(
     return [matrix_from_proto(matrix) for matrix in matrices]
 
 
-def update(request: pb.CommitUpdateRequest) -> Update:
+def update(request: pb.CommitUpdateRequest) -> UpdateRecord:
     """The update that a commit announces, apart from its round."""
     require(
         math.isfinite(request.scaling) and 0 < request.scaling <= MAX_SCALING,
@@ -192,7 +192,7 @@ def update(request: pb.CommitUpdateRequest) -> Update:
     require(1 <= request.rank <= MAX_RANK, f"rank must be 1 to {MAX_RANK}")
     require(len(request.layout_digest) == SHA256_BYTES, "layout_digest must be 32 bytes")
     require(request.report.client_id in {"", request.client_id}, "report.client_id must be the client")
-    return Update(
+    return UpdateRecord(
         client_id=client_id(request.client_id),
         layout_digest=request.layout_digest.hex(),
         shards=tuple(digest(shard, "shards") for shard in request.shards),
@@ -202,11 +202,11 @@ def update(request: pb.CommitUpdateRequest) -> Update:
     )
 
 
-def ballot(header: pb.CastBallotHeader) -> Update:
+def ballot(header: pb.CastBallotHeader) -> UpdateRecord:
     """The update that stands for a ballot: its digest in place of shards, one vote a client."""
     require(header.report.client_id in {"", header.client_id}, "report.client_id must be the client")
     require(header.report.example_count == 1, "report.example_count must be 1 in a vote")
-    return Update(
+    return UpdateRecord(
         client_id=client_id(header.client_id),
         layout_digest="",
         shards=(digest(header.digest, "digest"),),
@@ -246,7 +246,7 @@ def _base_model(message: pb.BaseModelTags) -> BaseModelTags:
     return BaseModelTags(**{name: tag.hex() for name, tag in parts.items()})
 
 
-def evaluation(message: pb.EvaluationReport) -> Evaluation:
+def evaluation(message: pb.EvaluationReport) -> EvaluationRecord:
     """What an agent measured."""
     require(message.example_count <= MAX_EXAMPLES, f"report.example_count must be at most {MAX_EXAMPLES}")
     require(
@@ -255,7 +255,7 @@ def evaluation(message: pb.EvaluationReport) -> Evaluation:
     require(math.isfinite(message.loss), "report.loss must be finite")
     for name in ("download_s", "decrypt_s", "evaluate_s"):
         _duration(getattr(message, name), f"report.{name}")
-    return Evaluation(
+    return EvaluationRecord(
         client_id=client_id(message.client_id),
         example_count=message.example_count,
         correct_count=message.correct_count,

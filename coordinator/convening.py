@@ -20,7 +20,7 @@ from coordinator.store import StateOutcome, Store, order_digest
 from services.shell.sharing import Shared
 from shelora.committee.context import RoundContext
 from shelora.committee.dealing import check_dealt, dealing_digest, read_dealing, shown, update_digest
-from shelora.committee.statements import Kind, Trust, parsed
+from shelora.committee.statements import StatementKind, Trust, parsed
 from shelora.committee.verdict import Checked
 from shelora.errors import DomainError, Reason
 from shelora.rounds import RoundState
@@ -148,7 +148,7 @@ class Convening:
         checks.require(member == (key is not None), "key must be set for a member, and only then")
         if key is not None:
             context = context_of(federation, record)
-            self.trust(federation_id).verify(key, Kind.COMMITTEE_KEY, context, client_id)
+            self.trust(federation_id).verify(key, StatementKind.COMMITTEE_KEY, context, client_id)
             content = parsed(committee_pb2.CommitteeKey, key.content)
             checks.require(
                 content.position == order.index(client_id) + 1, "key: position must be that in the order"
@@ -237,7 +237,7 @@ class Convening:
         found = Checked.read(context_of(federation, record), check.content)
         own = client_id in record.order and record.order.index(client_id) + 1 == found.position
         checks.require(own, "check: position must be the member's")
-        await self._by_member(Statement.CHECK, Kind.CHECK, federation, record, client_id, check)
+        await self._by_member(Statement.CHECK, StatementKind.CHECK, federation, record, client_id, check)
 
     async def sign(
         self, federation_id: str, round_id: str, client_id: str, signature: committee_pb2.SetSignature
@@ -255,7 +255,9 @@ class Convening:
             certificate=signature.certificate,
         )
         try:
-            await self._by_member(Statement.SIGNATURE, Kind.SET, federation, record, client_id, signed)
+            await self._by_member(
+                Statement.SIGNATURE, StatementKind.SET, federation, record, client_id, signed
+            )
         except DomainError as error:
             if error.reason is not Reason.STEP_OVER or not await self._is_certified(federation, record):
                 raise
@@ -278,7 +280,7 @@ class Convening:
     ) -> None:
         """Keeps the sum of a member's shares. Raises: as `sign`."""
         federation, record = await self._round(federation_id, round_id, client_id)
-        await self._by_member(Statement.ANSWER, Kind.ANSWER, federation, record, client_id, answer)
+        await self._by_member(Statement.ANSWER, StatementKind.ANSWER, federation, record, client_id, answer)
 
     async def opening(self, federation_id: str, round_id: str) -> pb.GetOpeningResponse:
         """What opens a round's sum. Raises: RESULT_UNKNOWN."""
@@ -308,7 +310,7 @@ class Convening:
         """
         context = context_of(federation, record)
         dealing = check_dealt(context, dealt)
-        self.trust(federation.federation_id).verify(dealt.dealing, Kind.DEALING, context, client_id)
+        self.trust(federation.federation_id).verify(dealt.dealing, StatementKind.DEALING, context, client_id)
         if dealing.update_digest != update_digest(shards):
             raise DomainError(Reason.DEALING_REFUSED, "the dealing is of another update than the commit")
         parts = shown(context, dealt)
@@ -321,7 +323,7 @@ class Convening:
     async def _by_member(
         self,
         statement: Statement,
-        kind: Kind,
+        kind: StatementKind,
         federation: FederationRecord,
         record: RoundRecord,
         client_id: str,

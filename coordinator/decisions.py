@@ -19,11 +19,11 @@ from coordinator.records import (
     Dropped,
     FederationRecord,
     Garbage,
-    Member,
+    MemberRecord,
     Model,
     Negotiation,
     Phase,
-    Plan,
+    PlanRecord,
     RoundRecord,
     Ticket,
 )
@@ -58,7 +58,7 @@ class View:
     federation: FederationRecord
     round: RoundRecord | None
     """The round of the ticket, if it exists."""
-    members: Mapping[str, Member]
+    members: Mapping[str, MemberRecord]
     """Need not be read while a round is in progress, nor before there are enough for the first."""
     alive: AbstractSet[str]
     """Members heard of lately."""
@@ -276,7 +276,7 @@ def _outgrown(view: View) -> bool:
     )
 
 
-def covered_by(plan: Plan | None, view: View) -> frozenset[str]:
+def covered_by(plan: PlanRecord | None, view: View) -> frozenset[str]:
     """The members alive whose budgets a plan reaches: agents encrypt no less, so the others cannot train under it."""
     tiers = plan.negotiation.tiers if plan else ()
     most = max(tiers, default=0.0) if view.federation.strategy.needs_plan else math.inf
@@ -491,7 +491,7 @@ def most_weight(counts: Sequence[int], federation: FederationRecord) -> int:
 
 
 def layout_of(
-    federation: FederationRecord, model: Model, ticket: Ticket, members: Mapping[str, Member]
+    federation: FederationRecord, model: Model, ticket: Ticket, members: Mapping[str, MemberRecord]
 ) -> Layout:
     """The layout of a round: votes, or updates under the ticket's plan."""
     protection = federation.spec.protection

@@ -24,7 +24,7 @@ class Keys:
         return f"{self._base(federation_id)}:federation"
 
     def members(self, federation_id: str) -> str:
-        """Hash from client to Member."""
+        """Hash from client to MemberRecord."""
         return f"{self._base(federation_id)}:members"
 
     def shapes(self, federation_id: str) -> str:
@@ -60,7 +60,7 @@ class Keys:
         return f"{self._base(federation_id)}:{instance}:{sequence}:round"
 
     def commits(self, federation_id: str, instance: str, sequence: int) -> str:
-        """Hash from client to "ordinal manifest-digest Update"."""
+        """Hash from client to "ordinal manifest-digest UpdateRecord"."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:commits"
 
     def refusals(self, federation_id: str, instance: str, sequence: int) -> str:
@@ -100,7 +100,7 @@ class Keys:
         return f"{self._base(federation_id)}:{instance}:{sequence}:shards:{generation}"
 
     def evaluations(self, federation_id: str, instance: str, sequence: int) -> str:
-        """Hash from client to Evaluation."""
+        """Hash from client to EvaluationRecord."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:evaluations"
 
     def layout(self, federation_id: str, digest: str) -> str:

@@ -24,7 +24,7 @@ MAX_NOTICES: Final = 100
 """A federation's record is rewritten at every step: it holds no more. The round's own record holds all."""
 
 
-class Record(BaseModel):
+class StoredRecord(BaseModel):
     """Base of everything stored. Equal records have equal JSON."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
@@ -64,7 +64,7 @@ class Phase(StrEnum):
     FAILED = "FAILED"
 
 
-class Model(Record):
+class Model(StoredRecord):
     """What the clients' model looks like."""
 
     matrices: tuple[Matrix, ...]
@@ -77,7 +77,7 @@ class Model(Record):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-class StoredDigest(Record):
+class StoredDigest(StoredRecord):
     """SHA-256 and size of a blob."""
 
     sha256: str
@@ -85,7 +85,7 @@ class StoredDigest(Record):
     total_bytes: int
 
 
-class Negotiation(Record):
+class Negotiation(StoredRecord):
     """A plan being made: a vote was published, a leader ranks the sums. After ballots the plan is there at once."""
 
     votes_sequence: int
@@ -108,7 +108,7 @@ class Negotiation(Record):
     """Number of the plan discarded last, so that a late rejection of it succeeds."""
 
 
-class Plan(Record):
+class PlanRecord(StoredRecord):
     """A published plan: all that a server learns of it."""
 
     number: int
@@ -119,7 +119,7 @@ class Plan(Record):
     """Protected columns by matrix and tier."""
 
 
-class Ticket(Record):
+class Ticket(StoredRecord):
     """The round in progress, fixed before anything else of it exists."""
 
     sequence: int
@@ -128,20 +128,20 @@ class Ticket(Record):
     number: int
     """Number among training rounds from 1; 0 for a vote."""
     attempt: int
-    plan: Plan | None = None
+    plan: PlanRecord | None = None
     """Plan the round trains by."""
     draw: int = 0
     """Which batches are trained on; 0 without a committee."""
 
 
-class Result(Record):
+class ResultRecord(StoredRecord):
     """The result of a published training round, as long as agents may ask for it."""
 
     sequence: int
     """Of its round."""
     layout: str
     """Digest of its layout in hex."""
-    plan: Plan | None
+    plan: PlanRecord | None
     """Plan under which it was made."""
     epoch: int
     """Epoch in which it was made; 0 of a record that is older than epochs were noted."""
@@ -155,7 +155,7 @@ class Result(Record):
     """With a committee, whose updates are in it, those of most examples first; empty if they are too many."""
 
 
-class Garbage(Record):
+class Garbage(StoredRecord):
     """A round whose data aggregation may delete."""
 
     round_id: str
@@ -163,7 +163,7 @@ class Garbage(Record):
     """Whether its results go too."""
 
 
-class Dropped(Record):
+class Dropped(StoredRecord):
     """An update that is not in its round's aggregate."""
 
     client_id: str
@@ -174,7 +174,7 @@ class Dropped(Record):
     """Whether the client said so itself, so that nobody waits for it."""
 
 
-class FederationRecord(Record):
+class FederationRecord(StoredRecord):
     """Everything a coordinator needs to go on with a federation after a restart."""
 
     federation_id: str
@@ -216,7 +216,7 @@ class FederationRecord(Record):
     """Training rounds that had been published at the last vote."""
     plan_count: int = 0
     """Plan numbers given out."""
-    plan: Plan | None = None
+    plan: PlanRecord | None = None
     """Plan that new rounds train by."""
     accepted_plan: int = 0
     """Number of the newest plan under which a round has closed: no rejection discards it any more."""
@@ -225,7 +225,7 @@ class FederationRecord(Record):
     """Sequence of the newest published training round; 0 for none."""
     result_layout: str = ""
     """Digest of its layout in hex."""
-    result_plan: Plan | None = None
+    result_plan: PlanRecord | None = None
     """Plan under which that result was made."""
     result_epoch: int = 0
     """Epoch in which it was made; 0 for none."""
@@ -242,7 +242,7 @@ class FederationRecord(Record):
     is always among them, and who was left out of one that is taken back is not."""
     sits_out: str = ""
     """The suspect that is not asked, if the others are enough; "" for none."""
-    result_before: Result | None = None
+    result_before: ResultRecord | None = None
     """With a committee, the result that takes its place if agents cannot open it. None if that is the initial state,
     or if it has taken its place already."""
     garbage: tuple[Garbage, ...] = ()
@@ -292,11 +292,11 @@ class FederationRecord(Record):
         return min([self.epoch, *(result.epoch for result in self.results if result.epoch)])
 
     @property
-    def result(self) -> Result | None:
+    def result(self) -> ResultRecord | None:
         """The newest result; None before the first."""
         if not self.result_sequence:
             return None
-        return Result(
+        return ResultRecord(
             sequence=self.result_sequence,
             layout=self.result_layout,
             plan=self.result_plan,
@@ -308,7 +308,7 @@ class FederationRecord(Record):
         )
 
     @property
-    def results(self) -> tuple[Result, ...]:
+    def results(self) -> tuple[ResultRecord, ...]:
         """The newest result, and the one that may take its place."""
         return tuple(result for result in (self.result, self.result_before) if result is not None)
 
@@ -327,15 +327,15 @@ class FederationRecord(Record):
         """Time of the newest revocation that was taken in, Unix milliseconds; 0 for none."""
         return max(self.revoked.values(), default=0)
 
-    def admits(self, member: "Member") -> bool:
+    def admits(self, member: "MemberRecord") -> bool:
         """Whether a client that joined is still a member: it is not if the certificate it joined with is revoked."""
         return member.certified_ms > self.revoked.get(member.client_id, -1)
 
-    def fits(self, member: "Member") -> bool:
+    def fits(self, member: "MemberRecord") -> bool:
         """Whether a client that joined has the federation's model, as far as that is fixed."""
         return self.model is None or member.shapes in {"", self.model.digest}
 
-    def admitted(self, joined: Mapping[str, "Member"]) -> dict[str, "Member"]:
+    def admitted(self, joined: Mapping[str, "MemberRecord"]) -> dict[str, "MemberRecord"]:
         """Those of the clients that joined which are members still, by name."""
         known = {"", self.model.digest} if self.model else None
         return {
@@ -361,7 +361,7 @@ class FederationRecord(Record):
         return int(number) if known and 1 <= int(number) <= self.sequence else None
 
     @property
-    def plans(self) -> tuple[Plan, ...]:
+    def plans(self) -> tuple[PlanRecord, ...]:
         """The plan in force and those under which the results in use were made."""
         made_under = (result.plan for result in self.results)
         return tuple(plan for plan in (self.plan, *made_under) if plan is not None)
@@ -385,14 +385,14 @@ class FederationRecord(Record):
         return frozenset({*made, *(n.votes_layout for n in self.negotiations)})
 
 
-class ShardResult(Record):
+class ShardResult(StoredRecord):
     """One aggregated shard."""
 
     digest: StoredDigest
     cpu_s: float
 
 
-class RankedList(Record):
+class RankedList(StoredRecord):
     """What the coordinator made of a vote's ballots."""
 
     digest: StoredDigest
@@ -402,7 +402,7 @@ class RankedList(Record):
     """Protected columns by matrix and tier."""
 
 
-class RoundRecord(Record):
+class RoundRecord(StoredRecord):
     """A round with what the coordinator needs to run and to publish it."""
 
     round: Round
@@ -456,7 +456,7 @@ class RoundRecord(Record):
         return frozenset(drop.client_id for drop in self.dropped)
 
 
-class Member(Record):
+class MemberRecord(StoredRecord):
     """A client that joined."""
 
     client_id: str
@@ -469,7 +469,7 @@ class Member(Record):
     """Digest of its model; "" of a member that joined before models were compared."""
 
 
-class Sighting(Record):
+class Sighting(StoredRecord):
     """When a client was last heard of, and what it said it was doing."""
 
     stage: str
@@ -487,7 +487,7 @@ class Sighting(Record):
         return self.stage not in {"", Stage.IDLE, Stage.PAUSED, Stage.FINISHED}
 
 
-class BaseModelTags(Record):
+class BaseModelTags(StoredRecord):
     """Keyed digests of an agent's base model, in hex."""
 
     weights: str
@@ -495,7 +495,7 @@ class BaseModelTags(Record):
     chat_template: str
 
 
-class Report(Record):
+class Report(StoredRecord):
     """What an update says of itself."""
 
     example_count: int
@@ -510,7 +510,7 @@ class Report(Record):
     """What its base model is told from others by; None if it does not say."""
 
 
-class StoredShard(Record):
+class StoredShard(StoredRecord):
     """What aggregation has of one shard of an update."""
 
     digest: StoredDigest
@@ -518,7 +518,7 @@ class StoredShard(Record):
     """Its part of the update's squared norm, without the scaling."""
 
 
-class Update(Record):
+class UpdateRecord(StoredRecord):
     """A committed update: its manifest and its report."""
 
     client_id: str
@@ -540,12 +540,12 @@ class Update(Record):
         return hashlib.sha256(counted.encode()).hexdigest()
 
 
-class Commit(Record):
+class Commit(StoredRecord):
     """An update with its place in the order of commits."""
 
     ordinal: int
     """From 1."""
-    update: Update
+    update: UpdateRecord
 
 
 class Statement(StrEnum):
@@ -589,7 +589,7 @@ class Dealt:
     """By place in the committee's order."""
 
 
-class Evaluation(Record):
+class EvaluationRecord(StoredRecord):
     """What an agent measured after it applied a result."""
 
     client_id: str
@@ -602,7 +602,7 @@ class Evaluation(Record):
     download_bytes: int
 
 
-class LayoutRecord(Record):
+class LayoutRecord(StoredRecord):
     """A layout, under its digest."""
 
     parameters: str

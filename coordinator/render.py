@@ -19,11 +19,11 @@ from coordinator.committees import context_of
 from coordinator.convening import certificate_of
 from coordinator.records import (
     Commit,
-    Evaluation,
+    EvaluationRecord,
     FederationRecord,
-    Member,
+    MemberRecord,
     Negotiation,
-    Plan,
+    PlanRecord,
     RoundRecord,
     Sighting,
     Statement,
@@ -262,7 +262,7 @@ class Renderer:
             base_plan=await self._plan(federation, train.base_plan),
         )
 
-    async def _plan(self, federation: FederationRecord, plan: Plan | None) -> pb.PlanRef | None:
+    async def _plan(self, federation: FederationRecord, plan: PlanRecord | None) -> pb.PlanRef | None:
         if plan is None:
             return None
         sequence = plan.negotiation.votes_sequence
@@ -292,7 +292,7 @@ class Renderer:
 
 
 def member_to_proto(
-    member: Member, seen: Sighting | None, now_ms: int, trouble: tuple[str, str] | None = None
+    member: MemberRecord, seen: Sighting | None, now_ms: int, trouble: tuple[str, str] | None = None
 ) -> pb.Member:
     """A member. `trouble`: a Reason and words that count more than what it says itself."""
     said = (seen.reason or "", seen.why) if seen else ("", "")
@@ -338,5 +338,5 @@ def _report_to_proto(commit: Commit) -> pb.UpdateReport:
     return pb.UpdateReport(client_id=commit.update.client_id, norm=commit.update.norm, **fields)
 
 
-def _evaluation_to_proto(evaluation: Evaluation) -> pb.EvaluationReport:
+def _evaluation_to_proto(evaluation: EvaluationRecord) -> pb.EvaluationReport:
     return pb.EvaluationReport(**evaluation.model_dump(exclude={"format"}))

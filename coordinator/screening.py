@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Final
 
-from coordinator.records import BaseModelTags, Commit, Dropped, Member, Update
+from coordinator.records import BaseModelTags, Commit, Dropped, MemberRecord, UpdateRecord
 from shelora.errors import DomainError, Reason
 from shelora.federation import ScreeningSpec
 from shelora.lora.screening import largest_believed
@@ -15,7 +15,7 @@ _SMALLER = "lower learning_rate, lora.alpha or local_steps, or look for broken e
 _PARTS: Final = {"weights": "weights", "tokenizer": "tokens", "chat_template": "chat templates"}
 
 
-def require_believable(rules: ScreeningSpec, update: Update, member: Member | None) -> None:
+def require_believable(rules: ScreeningSpec, update: UpdateRecord, member: MemberRecord | None) -> None:
     """Refuses an update of a training round by what it says and measures.
 
     Raises: EXAMPLES_MISMATCH, NORM_TOO_LARGE, with both numbers and the remedy.

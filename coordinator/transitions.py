@@ -12,12 +12,12 @@ from coordinator.records import (
     Dropped,
     FederationRecord,
     Garbage,
-    Member,
+    MemberRecord,
     Model,
     Negotiation,
     Phase,
-    Plan,
-    Result,
+    PlanRecord,
+    ResultRecord,
     RoundRecord,
     StoredDigest,
     Ticket,
@@ -167,7 +167,7 @@ def required_model(record: FederationRecord, model: Model) -> FederationRecord:
     return record
 
 
-def elected_shapes(members: Mapping[str, Member]) -> str | None:
+def elected_shapes(members: Mapping[str, MemberRecord]) -> str | None:
     """The digest of the model that more than half of the members have; None if no model has as many."""
     counts = Counter(member.shapes for member in members.values())
     shapes, votes = counts.most_common(1)[0] if counts else ("", 0)
@@ -296,7 +296,7 @@ def settled(
     record: FederationRecord,
     ended: RoundRecord,
     voters: Sequence[str],
-    members: Mapping[str, Member],
+    members: Mapping[str, MemberRecord],
     now_ms: int,
     overlap: float | None = None,
     given_up: Sequence[Dropped] = (),
@@ -399,7 +399,7 @@ def _suspects(record: FederationRecord) -> tuple[str, ...]:
     return tuple(name for name in known if name in record.result_contributors)
 
 
-def _as_newest(result: Result | None) -> dict[str, Any]:
+def _as_newest(result: ResultRecord | None) -> dict[str, Any]:
     """The fields of a record whose newest result that is."""
     if result is None:
         return {
@@ -417,10 +417,10 @@ def _as_newest(result: Result | None) -> dict[str, Any]:
 
 
 def _after_training(
-    record: FederationRecord, ended: RoundRecord, members: Mapping[str, Member]
+    record: FederationRecord, ended: RoundRecord, members: Mapping[str, MemberRecord]
 ) -> FederationRecord:
     last = ended.round.number >= record.rounds
-    result = Result(
+    result = ResultRecord(
         sequence=ended.sequence,
         layout=ended.layout_digest,
         plan=record.ticket.plan if record.ticket else None,
@@ -446,7 +446,7 @@ def _digest_of(ended: RoundRecord) -> str:
     return result_digest(ended.round.round_id, shards).hex()
 
 
-def _by_weight(contributors: Sequence[str], members: Mapping[str, Member]) -> tuple[str, ...]:
+def _by_weight(contributors: Sequence[str], members: Mapping[str, MemberRecord]) -> tuple[str, ...]:
     """In the order in which they are suspected: who weighs most can do most. Nobody if they are too many."""
     if len(contributors) > MAX_SUSPECTS:
         return ()
@@ -454,7 +454,7 @@ def _by_weight(contributors: Sequence[str], members: Mapping[str, Member]) -> tu
     return tuple(sorted(contributors, key=lambda name: (-counts[name], name)))
 
 
-def budgets(members: Mapping[str, Member]) -> tuple[float, ...]:
+def budgets(members: Mapping[str, MemberRecord]) -> tuple[float, ...]:
     """The tiers: distinct budgets above zero, increasing, at most MAX_TIERS of them.
 
     Members of many budgets form groups of about the same size, from the smallest budget up; the largest of a group is
@@ -531,11 +531,11 @@ def with_plan(
         return record
     negotiation = require_leader(record, client_id, number)
     columns = _tier_columns(record, negotiation, matrices)
-    plan = Plan(number=number, digest=digest, negotiation=negotiation, tier_columns=columns)
+    plan = PlanRecord(number=number, digest=digest, negotiation=negotiation, tier_columns=columns)
     return edit(record, plan=plan, negotiation=None)
 
 
-def _published(record: FederationRecord, client_id: str, number: int) -> Plan | None:
+def _published(record: FederationRecord, client_id: str, number: int) -> PlanRecord | None:
     """The plan in use that this client published under this number."""
     plans = (plan for plan in record.plans if plan.number == number)
     return next((plan for plan in plans if plan.negotiation.leader == client_id), None)

@@ -13,11 +13,11 @@ from coordinator.records import (
     Commit,
     FederationRecord,
     Negotiation,
-    Plan,
+    PlanRecord,
     RankedList,
     RoundRecord,
     StoredDigest,
-    Update,
+    UpdateRecord,
 )
 from coordinator.store import Store
 from shelora.negotiation.ballots import Ballot, Tally, ballot_bytes, most_polled
@@ -69,7 +69,7 @@ class Votes(Protocol):
         """Deletes what is kept here of a vote."""
 
 
-class Sealed:
+class SealedVotes:
     """Encrypted votes, added up by aggregation; an agent ranks the sums."""
 
     by_ballots: Final = False
@@ -102,7 +102,7 @@ class Sealed:
         """Nothing is kept here."""
 
 
-class Ballots:
+class BallotVotes:
     """Ballots of secret labels, ranked here as published, or better (`refine`)."""
 
     by_ballots: Final = True
@@ -131,7 +131,7 @@ class Ballots:
             deadline_ms=now_ms,
             plan_number=number,
         )
-        plan = Plan(
+        plan = PlanRecord(
             number=number, digest=ranked.digest, negotiation=negotiation, tier_columns=ranked.tier_columns
         )
         return {"plan": plan, "plan_count": number}
@@ -165,9 +165,9 @@ class Ballots:
 
 
 _PROTOCOLS: Final[Mapping[str, Votes]] = {
-    "sealed": Sealed(),
-    "ope": Ballots(refine=False),
-    "ope-refined": Ballots(refine=True),
+    "sealed": SealedVotes(),
+    "ope": BallotVotes(refine=False),
+    "ope-refined": BallotVotes(refine=True),
 }
 
 
@@ -192,17 +192,17 @@ def opened_ballot(data: bytes, federation: FederationRecord, budget: float = 1.0
     return Ballot.decode(data, total, tier_ends([budget], total)[0])
 
 
-def _is_of(data: bytes, update: Update) -> bool:
+def _is_of(data: bytes, update: UpdateRecord) -> bool:
     """Whether this is the ballot that was committed."""
     return [sha256(data).hexdigest()] == [digest.sha256 for digest in update.shards]
 
 
 def _sampled(
-    federation: FederationRecord, record: RoundRecord, updates: Sequence[Update]
-) -> Sequence[Update]:
+    federation: FederationRecord, record: RoundRecord, updates: Sequence[UpdateRecord]
+) -> Sequence[UpdateRecord]:
     """Those whose ballots are ranked, in order: all of them, or as many as there is room for, drawn by the vote."""
 
-    def draw(update: Update) -> bytes:
+    def draw(update: UpdateRecord) -> bytes:
         return sha256(f"{record.round.round_id}/{update.client_id}".encode()).digest()
 
     most = most_polled(total_columns(federation.matrices))

@@ -15,7 +15,7 @@ from client_agent.encoding import SHOWN_TOKENS, TEXTS_AT_ONCE, Batch, Encoded, p
 from client_agent.sources import invalid
 from client_agent.survey import Survey
 from client_agent.tasks.causal import CausalLm
-from client_agent.templates import NotRenderable, Rendered, Renderer
+from client_agent.templates import ChatRenderer, NotRenderable, Rendered
 from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
 from shelora.tasks import CHAT, EVERYTHING, TASKS
@@ -37,7 +37,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int, *, everything: bool) -> None:
         self._tokenizer = tokenizer
         self._pad = int(tokenizer.pad_token_id)
-        self._renderer = Renderer(tokenizer)
+        self._renderer = ChatRenderer(tokenizer)
         self._everything = everything
         self.at_once = TEXTS_AT_ONCE
         self.limit = min(limit, tokenizer.model_max_length)

@@ -10,7 +10,7 @@ from coordinator.decisions import View, median_overlap
 from coordinator.driver.gauges import Gauges
 from coordinator.hearing import Hearing
 from coordinator.liveness import Liveness
-from coordinator.records import FederationRecord, Member, RoundRecord
+from coordinator.records import FederationRecord, MemberRecord, RoundRecord
 from coordinator.store import Store
 from shelora.errors import Reason
 from shelora.rounds import RoundState
@@ -155,7 +155,7 @@ class Observer:
 
     async def _members(
         self, federation: FederationRecord, round_: RoundRecord | None
-    ) -> tuple[Mapping[str, Member], AbstractSet[str], AbstractSet[str]]:
+    ) -> tuple[Mapping[str, MemberRecord], AbstractSet[str], AbstractSet[str]]:
         """The members, those alive and those at work where a decision needs them; else none, but for the gauge.
 
         A look at all members costs in proportion to them: it must not follow every commit of every one of them.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from coordinator.records import FederationRecord, Member, RoundRecord
+from coordinator.records import FederationRecord, MemberRecord, RoundRecord
 from coordinator.store import Store
 from shelora.errors import DomainError, Reason
 
@@ -43,7 +43,7 @@ class Lookup:
             raise DomainError(Reason.ROUND_UNKNOWN, "the federation has no such round (any more)")
         return found.record
 
-    async def member(self, federation_id: str, client_id: str) -> Member:
+    async def member(self, federation_id: str, client_id: str) -> MemberRecord:
         """Raises CLIENT_UNKNOWN."""
         member = await self.store.members.find(federation_id, client_id)
         if member is None:

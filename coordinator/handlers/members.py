@@ -12,7 +12,7 @@ from coordinator.handlers.limits import Limits, limit_reached
 from coordinator.handlers.lookup import Lookup
 from coordinator.liveness import Liveness
 from coordinator.metrics import tell_evaluation
-from coordinator.records import Dropped, Evaluation, FederationRecord, Member, Sighting
+from coordinator.records import Dropped, EvaluationRecord, FederationRecord, MemberRecord, Sighting
 from shelora.errors import DomainError, Reason
 from shelora.v1 import common_pb2
 
@@ -36,7 +36,7 @@ class MemberHandlers:
     async def join(
         self,
         federation_id: str,
-        member: Member,
+        member: MemberRecord,
         matrices: Sequence[common_pb2.Matrix],
         tensors: Sequence[common_pb2.Tensor],
     ) -> FederationRecord:
@@ -107,7 +107,9 @@ class MemberHandlers:
             why=said.why,
         )
 
-    async def report_evaluation(self, federation_id: str, round_id: str, evaluation: Evaluation) -> None:
+    async def report_evaluation(
+        self, federation_id: str, round_id: str, evaluation: EvaluationRecord
+    ) -> None:
         """Keeps what a member measured. Raises CLIENT_UNKNOWN, ROUND_UNKNOWN."""
         await self.lookup.member(federation_id, evaluation.client_id)
         await self.lookup.touch(federation_id, evaluation.client_id)

@@ -11,7 +11,7 @@ from coordinator.aggregation import AggregationPool, lacks
 from coordinator.convening import Convening
 from coordinator.handlers.lookup import Lookup
 from coordinator.metrics import REFUSALS_TOTAL, UPDATES_TOTAL
-from coordinator.records import Dropped, FederationRecord, RoundRecord, Update
+from coordinator.records import Dropped, FederationRecord, RoundRecord, UpdateRecord
 from coordinator.screening import require_believable
 from coordinator.store import CommitOutcome
 from coordinator.votes import most_bytes, opened_ballot, takes_ballots
@@ -59,7 +59,7 @@ class UpdateHandlers:
         self,
         federation_id: str,
         round_id: str,
-        update: Update,
+        update: UpdateRecord,
         dealt: committee_pb2.DealtShares | None = None,
     ) -> int:
         """Counts an update once. Returns the update count of the first receipt.
@@ -73,7 +73,7 @@ class UpdateHandlers:
         self,
         federation_id: str,
         round_id: str,
-        update: Update,
+        update: UpdateRecord,
         dealt: committee_pb2.DealtShares | None,
     ) -> tuple[CommitOutcome, int]:
         federation = await self.lookup.federation(federation_id)
@@ -100,7 +100,7 @@ class UpdateHandlers:
         return await self.lookup.store.updates.commit(federation, record.sequence, update, kept)
 
     async def cast_ballot(
-        self, federation_id: str, round_id: str, update: Update, pieces: AsyncIterator[bytes]
+        self, federation_id: str, round_id: str, update: UpdateRecord, pieces: AsyncIterator[bytes]
     ) -> int:
         """Counts a ballot once. `update` stands for it. Returns the count of the first receipt.
 
@@ -110,7 +110,7 @@ class UpdateHandlers:
         return await _counted(self._cast(federation_id, round_id, update, pieces))
 
     async def _cast(
-        self, federation_id: str, round_id: str, update: Update, pieces: AsyncIterator[bytes]
+        self, federation_id: str, round_id: str, update: UpdateRecord, pieces: AsyncIterator[bytes]
     ) -> tuple[CommitOutcome, int]:
         federation = await self.lookup.federation(federation_id)
         await self.lookup.touch(federation_id, update.client_id)
@@ -125,7 +125,7 @@ class UpdateHandlers:
         self,
         federation: FederationRecord,
         record: RoundRecord,
-        update: Update,
+        update: UpdateRecord,
         pieces: AsyncIterator[bytes],
     ) -> bytes:
         """The checked ballot of a member of the cohort of a collecting vote."""
@@ -140,7 +140,9 @@ class UpdateHandlers:
         await asyncio.to_thread(opened_ballot, data, federation, member.budget if member else 0.0)
         return data
 
-    async def _checked(self, federation: FederationRecord, record: RoundRecord, update: Update) -> Update:
+    async def _checked(
+        self, federation: FederationRecord, record: RoundRecord, update: UpdateRecord
+    ) -> UpdateRecord:
         """The update with its norm. A refusal by policy is kept for the operator."""
         checks.require(not takes_ballots(federation, record), "this vote takes ballots: call CastBallot")
         _require_in_cohort(record, update.client_id)

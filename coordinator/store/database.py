@@ -7,7 +7,7 @@ from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeVa
 
 from coordinator.keys import Keys
 from coordinator.metrics import TRANSACTION_TOTAL
-from coordinator.records import Record
+from coordinator.records import StoredRecord
 from coordinator.scripts import COMPARE_AND_SET, PUT_FIELD
 from services.shell.redis_client import Failures, RedisClient
 from shelora.errors import DomainError, Reason, RetryLaterError
@@ -17,7 +17,7 @@ PASSING_MS: Final = 600_000
 FULL_RETRY_S: Final = 5.0
 """Seconds after which a write that found no room may be tried again."""
 
-_R = TypeVar("_R", bound=Record)
+_R = TypeVar("_R", bound=StoredRecord)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Database:
         name: str,
         federation_id: str,
         keys: Sequence[str],
-        record: Record,
+        record: StoredRecord,
         state: str,
         revision: int,
         unused: Sequence[str] = (),

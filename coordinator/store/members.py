@@ -1,6 +1,6 @@
 """Who has joined a federation, and with which model."""
 
-from coordinator.records import Member, Model
+from coordinator.records import MemberRecord, Model
 from coordinator.store.database import Database, available
 
 
@@ -11,7 +11,7 @@ class MemberStore:
         self.db = db
 
     @available
-    async def put(self, federation_id: str, member: Member) -> None:
+    async def put(self, federation_id: str, member: MemberRecord) -> None:
         """Adds or replaces a member."""
         key = self.db.keys.members(federation_id)
         await self.db.put_field(federation_id, key, member.client_id, member.model_dump_json())
@@ -24,16 +24,16 @@ class MemberStore:
         return int(await self.db.redis.hlen(self.db.keys.members(federation_id)))
 
     @available
-    async def all(self, federation_id: str) -> dict[str, Member]:
+    async def all(self, federation_id: str) -> dict[str, MemberRecord]:
         """Members by client, sorted."""
         fields = await self.db.fields(self.db.keys.members(federation_id))
-        return {name: Member.read(data) for name, data in fields.items()}
+        return {name: MemberRecord.read(data) for name, data in fields.items()}
 
     @available
-    async def find(self, federation_id: str, client_id: str) -> Member | None:
+    async def find(self, federation_id: str, client_id: str) -> MemberRecord | None:
         """A client that has joined, whether it was revoked since or not; None if it has not joined."""
         data = await self.db.field(self.db.keys.members(federation_id), client_id)
-        return None if data is None else Member.read(data)
+        return None if data is None else MemberRecord.read(data)
 
     @available
     async def has(self, federation_id: str, client_id: str) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from coordinator.records import Evaluation, FederationRecord, LayoutRecord, RoundRecord, ShardResult
+from coordinator.records import EvaluationRecord, FederationRecord, LayoutRecord, RoundRecord, ShardResult
 from coordinator.store.database import Database, Versioned, available
 from shelora.errors import DomainError, Reason
 
@@ -69,7 +69,7 @@ class RoundStore:
 
     @available
     async def put_evaluation(
-        self, federation: FederationRecord, sequence: int, evaluation: Evaluation
+        self, federation: FederationRecord, sequence: int, evaluation: EvaluationRecord
     ) -> None:
         """Adds or replaces a client's evaluation of a round's result."""
         key = self._evaluations_key(federation, sequence)
@@ -77,10 +77,10 @@ class RoundStore:
         await self.db.put_field(federation.federation_id, key, evaluation.client_id, data)
 
     @available
-    async def evaluations(self, federation: FederationRecord, sequence: int) -> list[Evaluation]:
+    async def evaluations(self, federation: FederationRecord, sequence: int) -> list[EvaluationRecord]:
         """Evaluations of a round's result, by client."""
         fields = await self.db.fields(self._evaluations_key(federation, sequence))
-        return [Evaluation.read(data) for data in fields.values()]
+        return [EvaluationRecord.read(data) for data in fields.values()]
 
     def _evaluations_key(self, federation: FederationRecord, sequence: int) -> str:
         return self.db.keys.evaluations(federation.federation_id, federation.instance, sequence)

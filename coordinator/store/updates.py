@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from enum import IntEnum
 
-from coordinator.records import Commit, Dealt, Dropped, FederationRecord, Update
+from coordinator.records import Commit, Dealt, Dropped, FederationRecord, UpdateRecord
 from coordinator.scripts import COMMIT
 from coordinator.store.database import Database, available
 
@@ -27,7 +27,7 @@ class UpdateStore:
 
     @available
     async def commit(
-        self, federation: FederationRecord, sequence: int, update: Update, dealt: Dealt | None = None
+        self, federation: FederationRecord, sequence: int, update: UpdateRecord, dealt: Dealt | None = None
     ) -> tuple[CommitOutcome, int]:
         """Counts an update of a collecting round once. Returns the update count of the (first) receipt.
 
@@ -129,4 +129,4 @@ class UpdateStore:
 
 def _commit_from(data: bytes) -> Commit:
     ordinal, _, update = data.split(b" ", 2)
-    return Commit(ordinal=int(ordinal), update=Update.read(update))
+    return Commit(ordinal=int(ordinal), update=UpdateRecord.read(update))

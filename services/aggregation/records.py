@@ -58,7 +58,7 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ShardProgress:
     """What has arrived of one shard."""
 
     shard: int

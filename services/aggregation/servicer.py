@@ -13,7 +13,7 @@ from services.aggregation.downloads import Downloads
 from services.aggregation.records import (
     AggregationRequest,
     CommittedContribution,
-    Progress,
+    ShardProgress,
     ShardSlot,
     checked_id,
     invalid,
@@ -192,7 +192,7 @@ def _digest_to_proto(digest: Digest) -> common_pb2.ShardDigest:
     return common_pb2.ShardDigest(sha256=digest.sha256, total_bytes=digest.total_bytes)
 
 
-def _progress_to_proto(progress: Progress) -> pb.ShardProgress:
+def _progress_to_proto(progress: ShardProgress) -> pb.ShardProgress:
     return pb.ShardProgress(
         shard=progress.shard,
         digest=_digest_to_proto(progress.digest),

@@ -19,7 +19,7 @@ from redis.retry import Retry
 
 from services.aggregation import scripts
 from services.aggregation.keys import REPLICAS, RoundKeys
-from services.aggregation.records import AggregationRequest, Progress, ShardSlot, StoredResult, Upload
+from services.aggregation.records import AggregationRequest, ShardProgress, ShardSlot, StoredResult, Upload
 from services.aggregation.room import store_full
 from services.aggregation.scripts import Answer
 from services.shell import redis_client
@@ -114,7 +114,7 @@ class ShardStore(Protocol):
     async def forget(self, upload: Upload) -> None:
         """Deletes the bytes of an upload, unless it was superseded."""
 
-    async def progress(self, round_id: str, client_id: str) -> list[Progress]:
+    async def progress(self, round_id: str, client_id: str) -> list[ShardProgress]:
         """What has arrived of a client's update, by shard; of two contents the newer. Raises ROUND_UNKNOWN."""
 
     async def missing(self, request: AggregationRequest) -> str | None:
@@ -267,7 +267,7 @@ class RedisShardStore:
             _step(upload),
         )
 
-    async def progress(self, round_id: str, client_id: str) -> list[Progress]:
+    async def progress(self, round_id: str, client_id: str) -> list[ShardProgress]:
         keys = RoundKeys(round_id)
         if not await self._command("EXISTS", keys.round):
             raise _refusal(Answer.ROUND_UNKNOWN)
@@ -276,7 +276,7 @@ class RedisShardStore:
         for shard, digest in _partial(fields):
             received = await self._command("STRLEN", keys.partial(client_id, shard))
             if received:
-                found[shard] = Progress(shard, digest, received, complete=False)
+                found[shard] = ShardProgress(shard, digest, received, complete=False)
         return [found[shard] for shard in sorted(found)]
 
     async def missing(self, request: AggregationRequest) -> str | None:
@@ -536,7 +536,7 @@ def _result(record: Sequence[bytes]) -> StoredResult:
     return StoredResult(Digest(bytes.fromhex(sha256.decode()), int(total)), float(cpu_s))
 
 
-def _complete(fields: dict[bytes, bytes]) -> Iterator[tuple[int, Progress]]:
+def _complete(fields: dict[bytes, bytes]) -> Iterator[tuple[int, ShardProgress]]:
     for name, record in fields.items():
         kind, _, shard = name.partition(b":")
         if kind == b"complete":
@@ -544,7 +544,7 @@ def _complete(fields: dict[bytes, bytes]) -> Iterator[tuple[int, Progress]]:
             norm = float(fields[b"norm:" + shard])
             yield (
                 int(shard),
-                Progress(int(shard), digest, digest.total_bytes, complete=True, squared_norm=norm),
+                ShardProgress(int(shard), digest, digest.total_bytes, complete=True, squared_norm=norm),
             )
 
 

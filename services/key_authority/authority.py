@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 from services.key_authority.audit import AuditLog
-from services.key_authority.epochs import EpochId, EpochSecrets
+from services.key_authority.epochs import EpochId, EpochKeys
 from services.key_authority.vault import Vault
 from services.shell.guard import Denial
 from services.shell.revocations import Revocations
@@ -59,7 +59,7 @@ class Authority:
 
     async def release(
         self, epoch_id: EpochId, client_id: str, holder: Certificate | None = None
-    ) -> EpochSecrets:
+    ) -> EpochKeys:
         """The secrets of an epoch, for a client of its federation. Every release is written down first.
 
         Args:
@@ -145,7 +145,7 @@ class Authority:
         return parameters
 
 
-def _fields(epoch_id: EpochId, secrets: EpochSecrets) -> dict[str, str | int]:
+def _fields(epoch_id: EpochId, secrets: EpochKeys) -> dict[str, str | int]:
     """What a log may say of an epoch."""
     return {
         "federation_id": epoch_id.federation_id,

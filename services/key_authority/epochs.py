@@ -41,7 +41,7 @@ class EpochId:
 
 
 @dataclass(frozen=True)
-class EpochSecrets:
+class EpochKeys:
     """The keys of one epoch. The `repr` shows no secret."""
 
     parameters: str
@@ -81,7 +81,7 @@ class _Record(BaseModel):
     ]
 
 
-def to_bytes(secrets: EpochSecrets) -> bytes:
+def to_bytes(secrets: EpochKeys) -> bytes:
     """What is sealed of an epoch."""
     record = _Record(
         format=1,
@@ -93,7 +93,7 @@ def to_bytes(secrets: EpochSecrets) -> bytes:
     return record.model_dump_json().encode()
 
 
-def from_bytes(content: bytes) -> EpochSecrets:
+def from_bytes(content: bytes) -> EpochKeys:
     """Reads what `to_bytes` made.
 
     Raises: DomainError SECRET_UNAVAILABLE if it is of a newer format.
@@ -102,4 +102,4 @@ def from_bytes(content: bytes) -> EpochSecrets:
         record = _Record.model_validate_json(content)
     except ValidationError:  # the cause would carry the secrets
         raise DomainError(Reason.SECRET_UNAVAILABLE, "of a format which this version does not read") from None
-    return EpochSecrets(record.parameters, record.key_id, record.ckks_secret_key, record.obfuscation_secret)
+    return EpochKeys(record.parameters, record.key_id, record.ckks_secret_key, record.obfuscation_secret)

@@ -9,7 +9,7 @@ from services.key_authority import disk
 from services.key_authority.epochs import (
     OBFUSCATION_SECRET_BYTES,
     EpochId,
-    EpochSecrets,
+    EpochKeys,
     from_bytes,
     to_bytes,
 )
@@ -42,7 +42,7 @@ class Vault:
         self._sealer = sealer
         self._identity = identity
 
-    def open_epoch(self, epoch_id: EpochId, parameters: CkksParameters | None) -> EpochSecrets:
+    def open_epoch(self, epoch_id: EpochId, parameters: CkksParameters | None) -> EpochKeys:
         """The keys of an epoch, made now if there are none. Idempotent; of concurrent calls one makes them.
 
         Args: parameters: of the CKKS key; None for an epoch without one.
@@ -63,7 +63,7 @@ class Vault:
             raise DomainError(Reason.INVALID_ARGUMENT, f"{epoch_id} was opened {made}")
         return found
 
-    def read(self, epoch_id: EpochId) -> EpochSecrets:
+    def read(self, epoch_id: EpochId) -> EpochKeys:
         """The keys of an epoch.
 
         Raises: DomainError FEDERATION_UNKNOWN if it was not opened, EPOCH_RETIRED, SECRET_UNAVAILABLE if its file does
@@ -101,7 +101,7 @@ class Vault:
         ids = [EpochId(m["federation_id"], int(m["epoch"])) for m in found if m and m["state"] == state]
         return sorted(ids, key=lambda epoch_id: (epoch_id.federation_id, epoch_id.epoch))
 
-    def _find(self, epoch_id: EpochId) -> EpochSecrets | None:
+    def _find(self, epoch_id: EpochId) -> EpochKeys | None:
         if self._path(epoch_id, "retired").exists():
             raise DomainError(Reason.EPOCH_RETIRED, f"{epoch_id} is over, and its keys are destroyed")
         try:
@@ -114,7 +114,7 @@ class Vault:
         except DomainError as error:
             raise _unreadable(epoch_id, error) from None
 
-    def _create(self, epoch_id: EpochId, made: EpochSecrets) -> None:
+    def _create(self, epoch_id: EpochId, made: EpochKeys) -> None:
         blob = self._sealer.seal(self._binding(epoch_id), to_bytes(made))
         with disk.failures_named():
             files.create(self._path(epoch_id), blob)
@@ -126,12 +126,12 @@ class Vault:
         return self._folder / f"{epoch_id.federation_id}.{epoch_id.epoch}.{state}"
 
 
-def _generate(parameters: CkksParameters | None) -> EpochSecrets:
+def _generate(parameters: CkksParameters | None) -> EpochKeys:
     obfuscation_secret = secrets.token_bytes(OBFUSCATION_SECRET_BYTES)
     if parameters is None:
-        return EpochSecrets("", epoch_secret_id(obfuscation_secret), b"", obfuscation_secret)
+        return EpochKeys("", epoch_secret_id(obfuscation_secret), b"", obfuscation_secret)
     key = SecretKey.generate(parameters)
-    return EpochSecrets(
+    return EpochKeys(
         parameters=parameters.name,
         key_id=key.key_id,
         ckks_secret_key=key.to_bytes(),

@@ -7,7 +7,7 @@ from typing import Final
 
 from shelora.committee.context import DIGEST_BYTES, Committee, RoundContext
 from shelora.committee.dealing import dealings_digest
-from shelora.committee.statements import Kind, Trust, parsed, signed_bytes
+from shelora.committee.statements import StatementKind, Trust, parsed, signed_bytes
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
 
@@ -70,7 +70,7 @@ class ContributorSet:
             dealings_digest=message.dealings_digest,
             total_weight=message.total_weight,
             content=content,
-            digest=sha256(signed_bytes(Kind.SET, context, content)).digest(),
+            digest=sha256(signed_bytes(StatementKind.SET, context, content)).digest(),
         )
 
 
@@ -103,7 +103,7 @@ def verified_set(
     for s in certificate.signatures:
         statement = pb.Signed(content=certificate.content, signature=s.signature, certificate=s.certificate)
         try:
-            signed.add(trust.author(statement, Kind.SET, context))
+            signed.add(trust.author(statement, StatementKind.SET, context))
         except DomainError as error:
             why = f"; {error.message}"
     signed &= set(committee.members)

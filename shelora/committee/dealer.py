@@ -16,7 +16,7 @@ from shelora.committee.keys import KeySet
 from shelora.committee.proof import multipliers, prove
 from shelora.committee.sealing import new_exchange_key, seal_share
 from shelora.committee.shamir import PackedSharing
-from shelora.committee.statements import Kind, Signer
+from shelora.committee.statements import Signer, StatementKind
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
 
@@ -71,7 +71,9 @@ class Dealer:
         )
         proof = prove(polynomials, multipliers(context, self._signer.name, dealing))
         dealing.proof = encode_values(proof.reshape(-1))
-        statement = self._signer.sign(Kind.DEALING, context, dealing.SerializeToString(deterministic=True))
+        statement = self._signer.sign(
+            StatementKind.DEALING, context, dealing.SerializeToString(deterministic=True)
+        )
         return pb.DealtShares(dealing=statement, shares=shares)
 
     def _sealed(self, polynomials: Int64Array, ephemeral: X25519PrivateKey) -> list[pb.SealedShare]:

@@ -15,7 +15,7 @@ from shelora.committee.keys import KeySet
 from shelora.committee.proof import fits, multipliers
 from shelora.committee.sealing import open_share
 from shelora.committee.shamir import PackedSharing
-from shelora.committee.statements import Kind, Trust
+from shelora.committee.statements import StatementKind, Trust
 from shelora.v1 import committee_pb2 as pb
 
 _MAX_PATH: Final = 6
@@ -23,7 +23,7 @@ _MAX_PATH: Final = 6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Held:
+class HeldShare:
     """A sound share, and what identifies its dealing. No `repr`."""
 
     digest: bytes
@@ -43,20 +43,20 @@ class Inspector:
         self._trust = trust
         self._sharing = PackedSharing(context.rule)
 
-    def held(self, dealer: str, dealt: pb.DealtShare, keys: KeySet) -> Held:
+    def held(self, dealer: str, dealt: pb.DealtShare, keys: KeySet) -> HeldShare:
         """The share of one dealer.
 
         Raises: DomainError: NOT_IN_COHORT; SIGNATURE_REFUSED; DEALING_REFUSED: other committee keys, a share that is
             not this member's or not the signed one, does not open, or does not fit its proof.
         """
         self._context.bits(frozenset({dealer}))
-        self._trust.verify(dealt.dealing, Kind.DEALING, self._context, dealer)
+        self._trust.verify(dealt.dealing, StatementKind.DEALING, self._context, dealer)
         dealing = read_dealing(self._context, dealt.dealing.content)
         if dealing.keys_digest != keys.digest:
             raise refused(f"{dealer} dealt to other committee keys")
         self._check_path(dealer, dealing, dealt)
         share = self._share(dealer, dealing, dealt.share.sealed)
-        return Held(dealing_digest(dealt.dealing), dealing.weight, share)
+        return HeldShare(dealing_digest(dealt.dealing), dealing.weight, share)
 
     def _check_path(self, dealer: str, dealing: pb.Dealing, dealt: pb.DealtShare) -> None:
         if len(dealt.path) > _MAX_PATH or dealt.share.position != self._position:

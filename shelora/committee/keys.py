@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Final
 
 from shelora.committee.context import Committee, RoundContext, joined_digest
-from shelora.committee.statements import Kind, Trust, parsed
+from shelora.committee.statements import StatementKind, Trust, parsed
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
 
@@ -58,7 +58,7 @@ def _entry(
     context: RoundContext, committee: Committee, statement: pb.Signed, trust: Trust
 ) -> tuple[int, bytes] | None:
     try:
-        author = trust.author(statement, Kind.COMMITTEE_KEY, context)
+        author = trust.author(statement, StatementKind.COMMITTEE_KEY, context)
         message = parsed(pb.CommitteeKey, statement.content)
     except DomainError:
         return None

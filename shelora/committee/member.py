@@ -15,10 +15,10 @@ from shelora.committee.certificate import ContributorSet, verified_set
 from shelora.committee.context import Committee, RoundContext
 from shelora.committee.dealing import refused
 from shelora.committee.field import PRIME, encode_values
-from shelora.committee.holding import Held, Inspector
+from shelora.committee.holding import HeldShare, Inspector
 from shelora.committee.keys import KeySet
 from shelora.committee.sealing import new_exchange_key, seal_answer
-from shelora.committee.statements import Kind, Signer, Trust
+from shelora.committee.statements import Signer, StatementKind, Trust
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
 
@@ -72,13 +72,13 @@ class Member:
         self._rng = rng
         private = new_exchange_key(rng)
         self._inspector: Inspector | None = Inspector(context, position, private, trust)
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, HeldShare] = {}
         self._refused: set[str] = set()
         self._check: pb.Signed | None = None
         self._certified: tuple[frozenset[str], pb.Signed] | None = None
         self._answer: tuple[bytes, pb.Signed] | None = None
         message = pb.CommitteeKey(position=position, public_key=private.public_key().public_bytes_raw())
-        self.key: pb.Signed = self._sign(Kind.COMMITTEE_KEY, message)
+        self.key: pb.Signed = self._sign(StatementKind.COMMITTEE_KEY, message)
         """The statement of this member's key."""
 
     def receive(self, dealer: str, dealt: pb.DealtShare, keys: KeySet) -> DomainError | None:
@@ -109,7 +109,7 @@ class Member:
                 held=self.context.bits(frozenset(self._held)),
                 refused=self.context.bits(frozenset(self._refused) & frozenset(self.context.cohort)),
             )
-            self._check = self._sign(Kind.CHECK, message)
+            self._check = self._sign(StatementKind.CHECK, message)
         return self._check
 
     def certify(self, contributors: Collection[str]) -> pb.Signed:
@@ -123,7 +123,7 @@ class Member:
         if self._certified is None or self._certified[0] != names:
             chosen = self._set_of(names)
             self._note(chosen)
-            self._certified = (names, self._signer.sign(Kind.SET, self.context, chosen.content))
+            self._certified = (names, self._signer.sign(StatementKind.SET, self.context, chosen.content))
         return self._certified[1]
 
     def release(self, certificate: pb.Certificate) -> pb.Signed:
@@ -156,7 +156,7 @@ class Member:
             total += self._held[name].share
         content = encode_values(total % PRIME)
         sealed = seal_answer(self._answer_key, chosen.digest, self.position, content, self._rng)
-        return self._sign(Kind.ANSWER, pb.Answer(position=self.position, sealed=sealed))
+        return self._sign(StatementKind.ANSWER, pb.Answer(position=self.position, sealed=sealed))
 
     def _set_of(self, contributors: Collection[str]) -> ContributorSet:
         """The set of the dealings held of these clients. Raises: DomainError(SET_REFUSED)."""
@@ -175,7 +175,7 @@ class Member:
         elif noted != chosen.digest:
             raise _spent(context)
 
-    def _sign(self, kind: Kind, message: pb.CommitteeKey | pb.Check | pb.Answer) -> pb.Signed:
+    def _sign(self, kind: StatementKind, message: pb.CommitteeKey | pb.Check | pb.Answer) -> pb.Signed:
         return self._signer.sign(kind, self.context, message.SerializeToString(deterministic=True))
 
     def __repr__(self) -> str:

@@ -17,7 +17,7 @@ from shelora.committee.context import Committee, RoundContext
 from shelora.committee.field import Int64Array, decode_values, signed
 from shelora.committee.sealing import open_answer
 from shelora.committee.shamir import Opened, PackedSharing
-from shelora.committee.statements import Kind, Trust, parsed
+from shelora.committee.statements import StatementKind, Trust, parsed
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
 
@@ -134,7 +134,7 @@ def _distinct(statements: Iterable[pb.Signed]) -> Iterable[pb.Signed]:
 def _position(context: RoundContext, committee: Committee, statement: pb.Signed, trust: Trust) -> int | None:
     """Position of the member that signed an answer; None if no member did: then it counts for nothing."""
     try:
-        return committee.position(trust.author(statement, Kind.ANSWER, context))
+        return committee.position(trust.author(statement, StatementKind.ANSWER, context))
     except DomainError:
         return None
 

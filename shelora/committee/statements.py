@@ -28,7 +28,7 @@ _DOMAIN: Final = b"shelora/committee/v1/statement/"
 _Message = TypeVar("_Message", bound=Message)
 
 
-class Kind(StrEnum):
+class StatementKind(StrEnum):
     """What a statement is about; part of what is signed."""
 
     COMMITTEE_KEY = "committee-key"
@@ -38,7 +38,7 @@ class Kind(StrEnum):
     ANSWER = "answer"
 
 
-def signed_bytes(kind: Kind, context: RoundContext, content: bytes) -> bytes:
+def signed_bytes(kind: StatementKind, context: RoundContext, content: bytes) -> bytes:
     """What a signature is over: domain, kind, digest of the context, content. The kind has no zero byte."""
     return _DOMAIN + kind.encode() + b"\0" + context.digest + content
 
@@ -52,7 +52,7 @@ class Signer:
         self._key = key
         self._certificate = certificate
 
-    def sign(self, kind: Kind, context: RoundContext, content: bytes) -> pb.Signed:
+    def sign(self, kind: StatementKind, context: RoundContext, content: bytes) -> pb.Signed:
         """A statement of these bytes. ECDSA is randomized: sign once and keep what must stay the same."""
         signature = self._key.sign(signed_bytes(kind, context, content), ec.ECDSA(SHA256()))
         return pb.Signed(content=content, signature=signature, certificate=self._certificate)
@@ -88,7 +88,7 @@ class Trust:
         self._federation = federation_id
         self._clock = clock
 
-    def author(self, statement: pb.Signed, kind: Kind, context: RoundContext) -> str:
+    def author(self, statement: pb.Signed, kind: StatementKind, context: RoundContext) -> str:
         """The client that made a statement.
 
         Raises: DomainError(SIGNATURE_REFUSED): certificate of another authority, federation or role, or not valid
@@ -104,7 +104,7 @@ class Trust:
             raise _refused(f"a {kind} of {client} is not signed by it for this round") from None
         return signer.identity.client_id
 
-    def verify(self, statement: pb.Signed, kind: Kind, context: RoundContext, name: str) -> None:
+    def verify(self, statement: pb.Signed, kind: StatementKind, context: RoundContext, name: str) -> None:
         """Raises: DomainError(SIGNATURE_REFUSED): as `author`, or another client made it."""
         author = self.author(statement, kind, context)
         if author != name:

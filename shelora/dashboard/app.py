@@ -35,7 +35,7 @@ _UNREACHABLE: Final = {Reason.STORE_UNAVAILABLE: 503, Reason.FEDERATION_UNKNOWN:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Authority:
+class AuthorityCalls:
     """What the key authority does for the page; `shelora.cli.operator` has the calls."""
 
     enrolment: str
@@ -61,7 +61,7 @@ class Page:
         self,
         operator: Operator,
         watch: Watch,
-        authority: Authority | None,
+        authority: AuthorityCalls | None,
         secrets_: Secrets,
         hosts: Sequence[str],
     ) -> None:
@@ -244,7 +244,7 @@ class Page:
     def _shown(self, federation: pb.Federation) -> FederationPage:
         return federation_page(federation, self._watch.memory, self._watch.now_s)
 
-    def _require_authority(self) -> Authority:
+    def _require_authority(self) -> AuthorityCalls:
         if self._authority is None:
             raise DomainError(Reason.CONFIGURATION_INVALID, "start the page with --key-authority host:port")
         return self._authority

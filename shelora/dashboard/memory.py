@@ -27,7 +27,7 @@ class _Remembered:
     """When its update of that round was first seen; None if it was there before the page watched."""
 
 
-class Memory:
+class PresenceHistory:
     """Connection samples and times of updates, by federation and member. Bounded."""
 
     def __init__(self) -> None:

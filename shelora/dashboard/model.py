@@ -12,7 +12,7 @@ from typing import Final
 from markupsafe import Markup
 
 from shelora.dashboard.charts import Series, line_chart, sparkline
-from shelora.dashboard.memory import Memory
+from shelora.dashboard.memory import PresenceHistory
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import (
     MAX_DROPPED,
@@ -73,7 +73,7 @@ class FederationRow:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageStatus:
     """One stage of a round."""
 
     name: str
@@ -86,7 +86,7 @@ class RoundRow:
     """One round of the timeline."""
 
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[StageStatus, ...]
     state: str
     updates: str
     lasted: str
@@ -160,7 +160,7 @@ def federation_row(federation: pb.Federation) -> FederationRow:
     )
 
 
-def federation_page(federation: pb.Federation, memory: Memory, now_s: float) -> FederationPage:
+def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: float) -> FederationPage:
     """The whole page of a federation.
 
     Args:
@@ -249,7 +249,7 @@ def _round(summary: pb.RoundSummary, now_ms: int, *, committee: bool) -> RoundRo
     end = summary.ended_unix_ms or now_ms
     return RoundRow(
         name="negotiation" if summary.kind == pb.ROUND_KIND_VOTE else f"round {round_name(summary)}",
-        stages=tuple(Stage(_SHORT[s], _status(s, summary, stages)) for s in stages),
+        stages=tuple(StageStatus(_SHORT[s], _status(s, summary, stages)) for s in stages),
         state=STATES.get(summary.state, ""),
         updates=f"{arrived}{dropped}{seated}",
         lasted=ago((end - summary.opened_unix_ms) / 1000) if 0 < summary.opened_unix_ms <= end else "",
@@ -268,7 +268,7 @@ def _status(stage: int, summary: pb.RoundSummary, stages: Sequence[int]) -> str:
     return "now" if place == reached else "done" if place < reached else "next"
 
 
-def _members(federation: pb.Federation, memory: Memory, now_s: float) -> tuple[MemberRow, ...]:
+def _members(federation: pb.Federation, memory: PresenceHistory, now_s: float) -> tuple[MemberRow, ...]:
     troubles: dict[str, list[str]] = {}
     for client, reason, why in member_troubles(federation):
         troubles.setdefault(client, []).append(f"{reason}: {why}")
@@ -277,7 +277,11 @@ def _members(federation: pb.Federation, memory: Memory, now_s: float) -> tuple[M
 
 
 def _member(
-    federation: pb.Federation, member: pb.Member, troubles: Sequence[str], memory: Memory, now_s: float
+    federation: pb.Federation,
+    member: pb.Member,
+    troubles: Sequence[str],
+    memory: PresenceHistory,
+    now_s: float,
 ) -> MemberRow:
     name = member.client_id
     return MemberRow(
@@ -295,7 +299,7 @@ def _member(
     )
 
 
-def _activity(federation: pb.Federation, member: pb.Member, memory: Memory, now_s: float) -> str:
+def _activity(federation: pb.Federation, member: pb.Member, memory: PresenceHistory, now_s: float) -> str:
     """The last thing of note that a member did in the round in progress, in words."""
     current, name = federation.current, member.client_id
     for drop in current.dropped:

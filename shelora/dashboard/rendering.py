@@ -10,7 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from shelora.dashboard.memory import Memory
+from shelora.dashboard.memory import PresenceHistory
 from shelora.dashboard.model import federation_page, when
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.version import VERSION
@@ -52,7 +52,7 @@ def report(federation: pb.Federation) -> str:
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return rendered(
         "report.html",
-        page=federation_page(federation, Memory(), 0.0),
+        page=federation_page(federation, PresenceHistory(), 0.0),
         settings=MessageToDict(federation.spec, preserving_proto_field_name=True),
         at=when(federation.now_unix_ms),
         version=VERSION,

@@ -12,7 +12,7 @@ import uvicorn
 from shelora.cli.operator import create_token, operator, own_credentials, promised_level, revoke_holder
 from shelora.cli.page import Reach
 from shelora.configuration import invalid
-from shelora.dashboard.app import Authority, Page
+from shelora.dashboard.app import AuthorityCalls, Page
 from shelora.dashboard.security import Secrets
 from shelora.dashboard.watching import Watch
 from shelora.levels import Level
@@ -91,7 +91,7 @@ async def _renewed(reach: Reach, credentials: TlsCredentials) -> AsyncIterator[N
             await task
 
 
-def _authority(reach: Reach, credentials: TlsCredentials) -> Authority | None:
+def _authority(reach: Reach, credentials: TlsCredentials) -> AuthorityCalls | None:
     """The calls of the command line, with this operator's certificate."""
     address = reach.key_authority
     if address is None:
@@ -113,7 +113,7 @@ def _authority(reach: Reach, credentials: TlsCredentials) -> Authority | None:
     async def revoke(holder: Identity) -> None:
         await revoke_holder(address, credentials, holder)
 
-    return Authority(enrolment=reach.enrolment, token=token, revoke=revoke)
+    return AuthorityCalls(enrolment=reach.enrolment, token=token, revoke=revoke)
 
 
 def _listening(listen: str, port: int) -> socket.socket:

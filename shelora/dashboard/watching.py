@@ -9,7 +9,7 @@ from typing import Final
 
 from shelora.cli.operator import Operator
 from shelora.dashboard.alerts import Alert, federation_alerts, server_alerts
-from shelora.dashboard.memory import SAMPLE_S, Memory
+from shelora.dashboard.memory import SAMPLE_S, PresenceHistory
 from shelora.dashboard.servers import Sample, ServerRow, redis_row, sampled, server_row
 from shelora.errors import DomainError, Reason
 from shelora.v1 import coordinator_pb2 as pb
@@ -37,7 +37,7 @@ class Watch:
         self._sampled_s = -METRICS_S
         self._changed = asyncio.Condition()
         self._over = False
-        self.memory = Memory()
+        self.memory = PresenceHistory()
         self.federations: list[pb.Federation] = []
         self.problem = ""
         """Why what is shown is old; "" if it is not."""

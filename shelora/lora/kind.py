@@ -98,7 +98,7 @@ class Cohort:
             yield contribution, self.read(contribution.client_id)
 
 
-class Kind(Protocol):
+class ShardKind(Protocol):
     """A kind of shard."""
 
     @property

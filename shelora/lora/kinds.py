@@ -3,19 +3,19 @@
 from typing import Final
 
 from shelora.lora import products, sums, whole
-from shelora.lora.kind import Kind
+from shelora.lora.kind import ShardKind
 from shelora.lora.layout import Layout, Shard, refuse
 
-_KINDS: Final[dict[str, Kind]] = {}
+_KINDS: Final[dict[str, ShardKind]] = {}
 
 
-def register(kind: Kind) -> None:
+def register(kind: ShardKind) -> None:
     """Makes a kind known. Raises ValueError if another has its name."""
     if _KINDS.setdefault(kind.name, kind) is not kind:
         raise ValueError(f"there is a kind named {kind.name} already")
 
 
-def kind_of(shard: Shard) -> Kind:
+def kind_of(shard: Shard) -> ShardKind:
     """The kind of a shard. Raises INVALID_ARGUMENT if this version of shelora does not know it."""
     try:
         return _KINDS[shard.kind]

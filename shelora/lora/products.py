@@ -55,7 +55,7 @@ class Products(Slotted):
     name: Final = PRODUCTS
 
     def require(self, layout: Layout, shard: Shard) -> None:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         if not shard.matrices:
             raise refuse("a shard of products holds matrices")
 
@@ -85,7 +85,7 @@ class Products(Slotted):
         return max((m.Q.shape[1] for m in content.matrices), default=0)
 
     def read_update(self, layout: Layout, head: UpdateHead, fields: Fields) -> UpdateShardContent:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         shard = layout.shards[head.shard]
         expect(1 <= head.rank <= layout.max_rank, f"rank {head.rank}")
         expect(head.encrypted_tiers <= len(layout.tiers), f"encrypted_tiers {head.encrypted_tiers}")
@@ -104,7 +104,7 @@ class Products(Slotted):
         )
 
     def check_update(self, layout: Layout, content: UpdateShardContent) -> None:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         for i, part in zip(layout.shards[content.shard].matrices, content.matrices, strict=True):
             check_values(part.B, f"B of {layout.matrices[i].name}")
             check_values(part.clear_A, f"A of {layout.matrices[i].name}", _LARGEST_A)
@@ -112,7 +112,7 @@ class Products(Slotted):
     def read_result(
         self, layout: Layout, shard: int, contributor_count: int, fields: Fields
     ) -> ResultShardContent:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         matrices = [layout.matrices[i] for i in layout.shards[shard].matrices]
         expect(len(fields.matrices) == len(matrices), f"{len(fields.matrices)} matrices")
         expect(not fields.tensors, f"{len(fields.tensors)} clear tensors")
@@ -132,7 +132,7 @@ class Products(Slotted):
         )
 
     def squared_norm(self, layout: Layout, content: UpdateShardContent) -> float:
-        """As of `Kind`: Σ_i n_i (Σ_j ‖b_ij‖)² over matrices i of n_i columns."""
+        """As of `ShardKind`: Σ_i n_i (Σ_j ‖b_ij‖)² over matrices i of n_i columns."""
         matrices = [layout.matrices[i] for i in layout.shards[content.shard].matrices]
         return sum(
             matrix.in_features * float(np.linalg.norm(part.B.astype(np.float64), axis=0).sum()) ** 2
@@ -140,7 +140,7 @@ class Products(Slotted):
         )
 
     def aggregate(self, cohort: Cohort, engine: Engine) -> ResultShardContent:
-        """As of `Kind`: Q, clear columns of M, ciphertexts of the others."""
+        """As of `ShardKind`: Q, clear columns of M, ciphertexts of the others."""
         return _aggregate(cohort, engine)
 
 

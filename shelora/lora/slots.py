@@ -73,13 +73,13 @@ class Slotted(ABC):
         return -(-self.slot_count(layout, shard, tiers) // layout.ckks.slots)
 
     def largest_update_bytes(self, layout: Layout, shard: Shard, rank: int) -> int:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         per_ciphertext = layout.ckks.poly_degree * _LARGEST_COEFFICIENT_BYTES + _CIPHERTEXT_FRAME_BYTES
         encrypted = self.update_rows(rank) * self.chunk_count(layout, shard) * per_ciphertext
         return self.clear_bytes(layout, shard, rank, 0) + encrypted + ENVELOPE_BYTES
 
     def update_bytes(self, layout: Layout, shard: Shard, rank: int) -> int:
-        """As of `Kind`: a seeded ciphertext is one polynomial."""
+        """As of `ShardKind`: a seeded ciphertext is one polynomial."""
         seeded = layout.ckks.poly_degree * layout.ckks.coefficient_bits // 8
         ciphertexts = self.update_rows(rank) * self.chunk_count(layout, shard)
         return self.clear_bytes(layout, shard, rank, len(layout.tiers)) + ciphertexts * seeded
@@ -99,7 +99,7 @@ class Slotted(ABC):
         return BlockShape(layout.ckks, layout.key_id, rows=rows, chunks=chunks, seeded=False)
 
     def check_ciphertexts(self, layout: Layout, content: UpdateShardContent) -> None:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         shape = self.update_block_shape(layout, content)
         if shape is None:
             expect(not content.ciphertexts, "ciphertexts where none belong")

@@ -51,31 +51,31 @@ class Summed(ABC):
         return ShardShape(terms_of(layout).additive, index, self.values(layout, layout.shard(index)))
 
     def largest_update_bytes(self, layout: Layout, shard: Shard, rank: int) -> int:
-        """As of `Kind`: all are of one size."""
+        """As of `ShardKind`: all are of one size."""
         return self._encoded_bytes(layout, shard) + ENVELOPE_BYTES
 
     def update_bytes(self, layout: Layout, shard: Shard, rank: int) -> int:
-        """As of `Kind`: whatever the rank."""
+        """As of `ShardKind`: whatever the rank."""
         return self._encoded_bytes(layout, shard)
 
     def read_update(self, layout: Layout, head: UpdateHead, fields: Fields) -> UpdateShardContent:
-        """As of `Kind`: nothing but the encoding, of exactly its size."""
+        """As of `ShardKind`: nothing but the encoding, of exactly its size."""
         expect(head.rank == 1, f"rank {head.rank}")
         expect(head.encrypted_tiers == 0, f"encrypted_tiers {head.encrypted_tiers}")
         self._expect_size(layout, head.shard, fields)
         return update_of(head.shard, fields.ciphertexts)
 
     def check_update(self, layout: Layout, content: UpdateShardContent) -> None:  # noqa: B027 - nothing to do
-        """As of `Kind`: nothing is clear."""
+        """As of `ShardKind`: nothing is clear."""
 
     def check_ciphertexts(self, layout: Layout, content: UpdateShardContent) -> None:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         validate_shard(content.ciphertexts, self.shape(layout, content.shard))
 
     def read_result(
         self, layout: Layout, shard: int, contributor_count: int, fields: Fields
     ) -> ResultShardContent:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         self._expect_size(layout, shard, fields)
         return ResultShardContent(
             shard=shard,
@@ -86,11 +86,11 @@ class Summed(ABC):
         )
 
     def squared_norm(self, layout: Layout, content: UpdateShardContent) -> float:
-        """As of `Kind`: servers see no norm. Agents bound what a sum may change (`shelora.lora.moderation`)."""
+        """As of `ShardKind`: servers see no norm. Agents bound what a sum may change (`shelora.lora.moderation`)."""
         return 0.0
 
     def aggregate(self, cohort: Cohort, engine: Engine) -> ResultShardContent:
-        """As of `Kind`: the sum; values carry their weights."""
+        """As of `ShardKind`: the sum; values carry their weights."""
         adder = Adder(self.shape(cohort.layout, cohort.index))
         for _, content in cohort:
             adder.add(content.ciphertexts)
@@ -118,7 +118,7 @@ class Sketches(Summed):
     name: Final = SKETCHES
 
     def require(self, layout: Layout, shard: Shard) -> None:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         if not shard.matrices or layout.sums is None:
             raise refuse("a shard of sketches holds matrices, in a layout with terms of sums")
 
@@ -134,7 +134,7 @@ class Sums(Summed):
     name: Final = SUMS
 
     def require(self, layout: Layout, shard: Shard) -> None:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         if not shard.tensors or layout.sums is None:
             raise refuse("a shard of sums holds tensors, in a layout with terms of sums")
 

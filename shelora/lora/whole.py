@@ -25,7 +25,7 @@ class Whole(Slotted):
     name: Final = WHOLE
 
     def require(self, layout: Layout, shard: Shard) -> None:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         if not shard.tensors:
             raise refuse("a shard of whole tensors holds tensors")
 
@@ -47,7 +47,7 @@ class Whole(Slotted):
         return 1
 
     def read_update(self, layout: Layout, head: UpdateHead, fields: Fields) -> UpdateShardContent:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         expect(head.rank == 1, f"rank {head.rank}")
         expect(head.encrypted_tiers <= len(layout.tiers), f"encrypted_tiers {head.encrypted_tiers}")
         return UpdateShardContent(
@@ -60,13 +60,13 @@ class Whole(Slotted):
         )
 
     def check_update(self, layout: Layout, content: UpdateShardContent) -> None:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         _check(layout, layout.shards[content.shard], content.clear_tensors)
 
     def read_result(
         self, layout: Layout, shard: int, contributor_count: int, fields: Fields
     ) -> ResultShardContent:
-        """As of `Kind`."""
+        """As of `ShardKind`."""
         clear_tensors = _read(layout, layout.shards[shard], fields)
         _check(layout, layout.shards[shard], clear_tensors)
         return ResultShardContent(
@@ -78,11 +78,11 @@ class Whole(Slotted):
         )
 
     def squared_norm(self, layout: Layout, content: UpdateShardContent) -> float:
-        """As of `Kind`: what is sent in the clear counts as it is; encrypted tensors cannot be measured."""
+        """As of `ShardKind`: what is sent in the clear counts as it is; encrypted tensors cannot be measured."""
         return float(sum(np.square(value, dtype=np.float64).sum() for value in content.clear_tensors))
 
     def aggregate(self, cohort: Cohort, engine: Engine) -> ResultShardContent:
-        """As of `Kind`: the weighted mean."""
+        """As of `ShardKind`: the weighted mean."""
         encrypted = cohort.layout.encrypt_tensors
         return ResultShardContent(
             shard=cohort.index,

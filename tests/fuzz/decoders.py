@@ -23,17 +23,17 @@ from client_agent.config import AgentConfig
 from client_agent.state import AgentState, UpdateNote
 from coordinator import checks
 from coordinator.records import (
-    Evaluation,
+    EvaluationRecord,
     FederationRecord,
     LayoutRecord,
-    Member,
-    Record,
+    MemberRecord,
     RoundRecord,
-    Update,
+    StoredRecord,
+    UpdateRecord,
 )
 from services.aggregation.answers import read_answer, refused_line, stored_line
 from services.aggregation.records import AggregationRequest, CommittedContribution, StoredResult
-from services.key_authority.epochs import EpochSecrets, from_bytes, to_bytes
+from services.key_authority.epochs import EpochKeys, from_bytes, to_bytes
 from services.key_authority.sealer import Binding
 from shelora.additive import INSECURE_TOY as ADDITIVE_TOY
 from shelora.additive import Adder, ShardShape
@@ -48,7 +48,7 @@ from shelora.committee.certificate import ContributorSet, verified_set
 from shelora.committee.context import RoundContext
 from shelora.committee.dealing import check_dealt, read_dealing, shown_to
 from shelora.committee.sealing import open_answer, seal_answer
-from shelora.committee.statements import Kind
+from shelora.committee.statements import StatementKind
 from shelora.committee.verdict import Checked
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
@@ -393,10 +393,10 @@ def _record_seeds() -> list[bytes]:
     spec = _specification()
     update = checks.update(_commit())
     layout = _cohort(encrypt_tensors=True).layout
-    records: list[Record] = [
+    records: list[StoredRecord] = [
         FederationRecord(federation_id="clinic", instance="00000000", spec=spec, created_ms=1),
         LayoutRecord.of(layout),
-        Member(client_id="a", rank=4, budget=0.5, example_count=3),
+        MemberRecord(client_id="a", rank=4, budget=0.5, example_count=3),
         update,
         RoundRecord(
             round=Round("clinic.0.1", RoundKind.TRAIN, 1, 1, 2, 60, ("a", "b")),
@@ -410,7 +410,14 @@ def _record_seeds() -> list[bytes]:
 
 def _records(data: bytes) -> object:
     """A record of another kind, or of a format to come, is refused like a damaged one."""
-    *others, last = (FederationRecord, LayoutRecord, Member, Update, RoundRecord, Evaluation)
+    *others, last = (
+        FederationRecord,
+        LayoutRecord,
+        MemberRecord,
+        UpdateRecord,
+        RoundRecord,
+        EvaluationRecord,
+    )
     for kind in others:
         with suppress(DomainError):
             return kind.read(data)
@@ -421,8 +428,8 @@ def _samples(*names: str) -> Callable[[], list[bytes]]:
     return lambda: [(ROOT / name).read_bytes() for name in names]
 
 
-def _secrets() -> EpochSecrets:
-    return EpochSecrets(INSECURE_TOY.name, bytes(16), TOY_KEY.to_bytes(), KEY)
+def _secrets() -> EpochKeys:
+    return EpochKeys(INSECURE_TOY.name, bytes(16), TOY_KEY.to_bytes(), KEY)
 
 
 _ADDITIVE = ShardShape(ADDITIVE_TOY, 0, 100)
@@ -463,7 +470,7 @@ def _opening() -> bytes:
     return committee_pb2.Opening(certificate=certificate, answers=answers).SerializeToString()
 
 
-def _as_first_member(kind: Kind, content: bytes) -> committee_pb2.Signed:
+def _as_first_member(kind: StatementKind, content: bytes) -> committee_pb2.Signed:
     """A hostile member's statement: its signature is right, whatever it signs."""
     world, _, _ = _round()
     return signer(world.committee.members[0]).sign(kind, world.context, content)
@@ -472,12 +479,12 @@ def _as_first_member(kind: Kind, content: bytes) -> committee_pb2.Signed:
 def _keys_with(content: bytes) -> object:
     world, _, _ = _round()
     others = (member.key for member in list(world.members.values())[1:])
-    return world.key_set([_as_first_member(Kind.COMMITTEE_KEY, content), *others])
+    return world.key_set([_as_first_member(StatementKind.COMMITTEE_KEY, content), *others])
 
 
 def _opened_with(content: bytes) -> object:
     world, certificate, answers = _round()
-    return world.open(certificate, [_as_first_member(Kind.ANSWER, content), *answers[1:]])
+    return world.open(certificate, [_as_first_member(StatementKind.ANSWER, content), *answers[1:]])
 
 
 def _sealed_answer(values: bytes) -> bytes:
@@ -626,7 +633,8 @@ DECODERS: dict[str, Decoder] = {
         Decoder(
             "statement",
             _message(
-                committee_pb2.Signed, lambda m: _round()[0].trust.author(m, Kind.DEALING, context_of(3))
+                committee_pb2.Signed,
+                lambda m: _round()[0].trust.author(m, StatementKind.DEALING, context_of(3)),
             ),
             lambda: [_round()[0].dealt["ward-001"].dealing.SerializeToString()],
             frozenset({Reason.SIGNATURE_REFUSED}),

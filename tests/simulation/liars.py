@@ -21,7 +21,7 @@ from shelora.committee.context import RoundContext
 from shelora.committee.dealer import Dealer
 from shelora.committee.keys import KeySet
 from shelora.committee.sealing import seal_answer
-from shelora.committee.statements import Kind, Signer
+from shelora.committee.statements import Signer, StatementKind
 from shelora.errors import DomainError
 from shelora.v1 import committee_pb2
 from shelora.v1 import coordinator_pb2 as pb
@@ -51,7 +51,7 @@ class _AnswersAnything(Committees):
             attempt.answer_key, bytes.fromhex(digest), seat.member.position, low, Csprng.fresh()
         )
         answer = committee_pb2.Answer(position=seat.member.position, sealed=sealed)
-        signed = self._signer().sign(Kind.ANSWER, attempt.context, answer.SerializeToString())
+        signed = self._signer().sign(StatementKind.ANSWER, attempt.context, answer.SerializeToString())
         await self._session.post_answer(attempt.round_id, signed)
 
 
@@ -82,7 +82,7 @@ class _SignsAnything(Committees):
 
     async def _sign(self, attempt: Attempt, seat: Any, proposed: bytes) -> None:
         signer: Signer = self._signer()
-        signed = signer.sign(Kind.SET, attempt.context, proposed)
+        signed = signer.sign(StatementKind.SET, attempt.context, proposed)
         signature = committee_pb2.SetSignature(signature=signed.signature, certificate=signed.certificate)
         await self._session.sign_set(attempt.round_id, signature)
 
@@ -229,7 +229,7 @@ def proposing(forge: Forge) -> Iterator[Signed]:
                 content=content, signature=signature.signature, certificate=signature.certificate
             )
             with suppress(DomainError):
-                self.trust(federation_id).verify(signed, Kind.SET, context, client_id)
+                self.trust(federation_id).verify(signed, StatementKind.SET, context, client_id)
                 seen.sets[context.round_number].setdefault(content, set()).add(client_id)
         await sign(self, federation_id, round_id, client_id, signature)
 

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 
 from coordinator.keys import Keys
-from coordinator.records import Commit, FederationRecord, LayoutRecord, Phase, RoundRecord, Update
+from coordinator.records import Commit, FederationRecord, LayoutRecord, Phase, RoundRecord, UpdateRecord
 from services.aggregation.keys import PREFIX, RoundKeys
 from shelora.errors import Reason
 from shelora.federation import ScreeningSpec
@@ -259,7 +259,9 @@ class Observer:
         assert self.federation is not None
         key = self._keys.commits(self._federation_id, self.federation.instance, record.sequence)
         parts = [data.split(b" ", 2) for data in (self._valkey.value(key) or {}).values()]
-        return [Commit(ordinal=int(n), update=Update.model_validate_json(update)) for n, _, update in parts]
+        return [
+            Commit(ordinal=int(n), update=UpdateRecord.model_validate_json(update)) for n, _, update in parts
+        ]
 
     # The end
 

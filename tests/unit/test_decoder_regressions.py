@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 
 from client_agent.state import AgentState, Standing
-from coordinator.records import Member
+from coordinator.records import MemberRecord
 from services.aggregation.answers import read_answer
 from services.aggregation.records import AggregationRequest
 from shelora.errors import DomainError, Reason
@@ -78,6 +78,8 @@ def test_what_is_no_job_is_refused_as_an_argument(line):
 
 
 def test_a_record_of_a_format_to_come_waits_for_a_release_that_reads_it():
-    content = Member(client_id="a", rank=4, budget=0.5, example_count=3).model_dump_json()
-    assert Member.read(content).client_id == "a"
-    assert reason_of(Member.read, content.replace('"format":1', '"format":2')) is Reason.RECORD_UNREADABLE
+    content = MemberRecord(client_id="a", rank=4, budget=0.5, example_count=3).model_dump_json()
+    assert MemberRecord.read(content).client_id == "a"
+    assert (
+        reason_of(MemberRecord.read, content.replace('"format":1', '"format":2')) is Reason.RECORD_UNREADABLE
+    )

@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from shelora.cli.render import federation_view, federations_table
-from shelora.dashboard.memory import Memory
+from shelora.dashboard.memory import PresenceHistory
 from shelora.dashboard.model import federation_page
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import STATES, round_figures, size, standing, training_rounds
@@ -196,4 +196,4 @@ def test_one_local_step_is_warned_of_where_servers_see_factors():
         console = Console(width=400, record=True)
         console.print(federation_view(said))
         assert ("local_steps is 1, and under" in console.export_text()) is warned
-        assert bool(federation_page(said, Memory(), 0.0).caution) is warned
+        assert bool(federation_page(said, PresenceHistory(), 0.0).caution) is warned

@@ -14,7 +14,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from client_agent.data import Examples
-from client_agent.doctor import Finding, Verdict
+from client_agent.doctor import CheckResult, Finding
 from client_agent.doctor import report as doctor_report
 from client_agent.inspection import _examples_table
 from shelora.cli.cluster import Addresses
@@ -57,7 +57,7 @@ VIEWS = {
         TrainingSpec(base_model="m", labels=(name, "b")),
         SimpleNamespace(examples=Examples(("t",), (0,)), test=None),
     ),
-    "doctor": lambda name: doctor_report([Finding(name, Verdict.FAILED, name, f"mend {name}")]),
+    "doctor": lambda name: doctor_report([Finding(name, CheckResult.FAILED, name, f"mend {name}")]),
     "up": lambda name: _addresses_table(ADDRESSES, Path(name)),
 }
 

@@ -25,7 +25,7 @@ from shelora.committee.dealing import dealing_digest, update_digest
 from shelora.committee.keys import KeySet, keys_digest
 from shelora.committee.rules import committee_rule
 from shelora.committee.sealing import new_exchange_key, seal_answer
-from shelora.committee.statements import Kind, Signer, signed_bytes
+from shelora.committee.statements import Signer, StatementKind, signed_bytes
 from shelora.obfuscation import Obfuscation
 from shelora.transport.certificates import new_key
 
@@ -120,7 +120,7 @@ def committee() -> dict[str, Any]:
         "share_of_member_3": dealt.shares[2].sealed.hex(),
         "set": chosen.content.hex(),
         "set_digest": chosen.digest.hex(),
-        "signed_sha256": _sha(signed_bytes(Kind.SET, context, chosen.content)),
+        "signed_sha256": _sha(signed_bytes(StatementKind.SET, context, chosen.content)),
         "answer": seal_answer(SECRET.answer_key(), chosen.digest, 3, b"sum of shares", rng("answer")).hex(),
     }
 

@@ -46,7 +46,7 @@ from shelora.strategies.port import RoundTerms, Terms
 
 
 @dataclass(frozen=True)
-class Complete:
+class CompleteAgent:
     """The secret half of a public one."""
 
     public: complete.Complete = complete.STRATEGY
@@ -253,4 +253,4 @@ def _mean(layout: Layout, content: ResultShardContent, opened: OpenedSum) -> Flo
     return sums / opened.shares
 
 
-COMPLETE: Final = Complete()
+COMPLETE: Final = CompleteAgent()

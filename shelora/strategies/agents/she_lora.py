@@ -17,7 +17,7 @@ from shelora.strategies.agents.port import Adapted, AgentContext, Update, check_
 from shelora.strategies.port import Strategy, Terms
 
 
-class Products:
+class ProductsAgent:
     """The secret half of the strategies whose updates are products."""
 
     def __init__(self, public: Strategy) -> None:
@@ -82,5 +82,5 @@ class Products:
         return column_orders(context.plan, layout.matrices, obfuscation)
 
 
-SHE_LORA: Final = Products(she_lora.STRATEGY)
-PLAIN: Final = Products(plain.STRATEGY)
+SHE_LORA: Final = ProductsAgent(she_lora.STRATEGY)
+PLAIN: Final = ProductsAgent(plain.STRATEGY)

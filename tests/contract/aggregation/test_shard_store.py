@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from services.aggregation.keys import RoundKeys
-from services.aggregation.records import AggregationRequest, CommittedContribution, Progress, ShardSlot
+from services.aggregation.records import AggregationRequest, CommittedContribution, ShardProgress, ShardSlot
 from services.aggregation.store import CLOSED_LIFE_S, READ_BYTES, STAGED_LIFE_S, connect
 from shelora.errors import DomainError, Reason
 from shelora.transport.pieces import Digest
@@ -126,7 +126,7 @@ async def test_identifiers_with_any_characters_keep_apart(store, layout, ids):
 async def test_bytes_are_kept_as_they_arrive(store, open_round):
     upload = await begun(store)
     assert await store.append(upload, 0, DATA[:5])
-    assert await store.progress(ROUND, "alice") == [Progress(0, Digest.of(DATA), 5, complete=False)]
+    assert await store.progress(ROUND, "alice") == [ShardProgress(0, Digest.of(DATA), 5, complete=False)]
     assert (await begun(store, token=TOKENS[1])).received_bytes == 5
     assert await store.read(upload) == DATA[:5]
 
@@ -203,7 +203,9 @@ async def test_announcing_complete_content_again_drops_what_was_begun_since(stor
     keys = len(client.keys())
     await store.append(await begun(store, OTHER, TOKENS[1]), 0, OTHER)
     assert await store.begin(SLOT, Digest.of(DATA), TOKENS[2]) is None
-    assert await store.progress(ROUND, "alice") == [Progress(0, Digest.of(DATA), len(DATA), complete=True)]
+    assert await store.progress(ROUND, "alice") == [
+        ShardProgress(0, Digest.of(DATA), len(DATA), complete=True)
+    ]
     assert len(client.keys()) == keys
 
 

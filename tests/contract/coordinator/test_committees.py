@@ -8,7 +8,7 @@ from coordinator.records import Phase, Statement
 from services.shell.redis_client import connect
 from shelora.committee.context import RoundContext
 from shelora.committee.rules import CommitteeRule, committee_rule
-from shelora.committee.statements import Kind
+from shelora.committee.statements import StatementKind
 from shelora.errors import DomainError, Reason
 from shelora.obfuscation import Obfuscation
 from shelora.v1 import committee_pb2
@@ -333,7 +333,7 @@ async def test_a_set_that_was_not_proposed_finds_no_signature_here(fed):
     current = await party.until("CERTIFYING")
     await party.step()
     seat = party.clients["a"].seats[current.round_id]
-    other = signer("a").sign(Kind.SET, seat.context, b"another set")
+    other = signer("a").sign(StatementKind.SET, seat.context, b"another set")
     signature = committee_pb2.SetSignature(signature=other.signature, certificate=other.certificate)
     with pytest.raises(DomainError) as refused:
         await fed.handlers.committees.sign("fed", current.round_id, "a", signature)

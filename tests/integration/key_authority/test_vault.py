@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from services.key_authority.epochs import EpochId, EpochSecrets, from_bytes, to_bytes
+from services.key_authority.epochs import EpochId, EpochKeys, from_bytes, to_bytes
 from services.key_authority.sealer import Sealer, SealingKey
 from services.key_authority.vault import Vault
 from shelora.ckks.parameters import INSECURE_TOY, STANDARD
@@ -18,7 +18,7 @@ from shelora.errors import DomainError, Reason
 EPOCH = EpochId("clinic", 1)
 SEALER = Sealer(SealingKey(bytes(range(32))))
 IDENTITY = "5e" * 16
-SECRETS = EpochSecrets("standard", bytes(16), b"the CKKS key", b"x" * 32)
+SECRETS = EpochKeys("standard", bytes(16), b"the CKKS key", b"x" * 32)
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_an_invalid_name_of_an_epoch_is_refused(federation_id, epoch):
 
 
 def test_the_repr_of_secrets_shows_none():
-    shown = repr(EpochSecrets("standard", bytes(16), b"THE-KEY", b"THE-SECRET"))
+    shown = repr(EpochKeys("standard", bytes(16), b"THE-KEY", b"THE-SECRET"))
     assert "THE" not in shown
 
 

@@ -12,12 +12,12 @@ import pytest
 from client_agent.committees import Attempt, Committees
 from client_agent.keys import EpochSecrets
 from client_agent.session import is_fatal
-from client_agent.state import AgentState, CertifiedSets
+from client_agent.state import AgentState, CertifiedSetsFile
 from shelora.additive.parameters import DEFAULT, INSECURE_TOY, SMALL
 from shelora.committee.context import COMMON_START, RoundContext, result_digest
 from shelora.committee.dealing import shown_to
 from shelora.committee.rules import CommitteeRule, committee_rule
-from shelora.committee.statements import Kind, Signer
+from shelora.committee.statements import Signer, StatementKind
 from shelora.errors import DomainError, Reason
 from shelora.federation import ProtectionSpec, RoundSpec
 from shelora.lora.layout import Matrix
@@ -189,9 +189,9 @@ async def test_an_opening_of_another_result_is_refused():
 
 def test_certified_sets_outlive_the_process_and_a_damaged_file_is_not_an_empty_one(tmp_path: Path):
     path = tmp_path / "certified.json"
-    CertifiedSets(path).note("00000001", "TRAIN", 1, b"\1" * 32)
-    CertifiedSets(path).note("00000001", "TRAIN", 2, b"\2" * 32)
-    again = CertifiedSets(path)
+    CertifiedSetsFile(path).note("00000001", "TRAIN", 1, b"\1" * 32)
+    CertifiedSetsFile(path).note("00000001", "TRAIN", 2, b"\2" * 32)
+    again = CertifiedSetsFile(path)
     assert again.certified("00000001", "TRAIN", 1) == b"\1" * 32
     assert again.certified("00000001", "TRAIN", 2) == b"\2" * 32
     assert again.certified("00000002", "TRAIN", 1) is None
@@ -207,7 +207,7 @@ def test_certified_sets_outlive_the_process_and_a_damaged_file_is_not_an_empty_o
 
 
 def test_a_noted_set_is_never_replaced(tmp_path: Path):
-    notes = CertifiedSets(tmp_path / "certified.json")
+    notes = CertifiedSetsFile(tmp_path / "certified.json")
     for _ in range(2):
         notes.note("00000001", "TRAIN", 1, b"\1" * 32)
     with pytest.raises(DomainError) as refused:
@@ -220,7 +220,7 @@ def test_a_set_and_the_name_of_its_file_are_on_disk_before_it_is_signed(tmp_path
     world = World(context_of(3)).collect()
     name = world.committee.members[0]
     member = world.member(name)
-    member._notes = CertifiedSets(tmp_path / "certified.json")
+    member._notes = CertifiedSetsFile(tmp_path / "certified.json")
     for dealer in world.dealt:
         shown = shown_to(world.context, world.dealt[dealer], world.members[name].position)
         world.members[name].receive(dealer, shown, world.keys)
@@ -237,5 +237,5 @@ def test_a_set_and_the_name_of_its_file_are_on_disk_before_it_is_signed(tmp_path
 
     with mock.patch.object(os, "fsync", synced), mock.patch.object(Signer, "sign", signed):
         member.certify(world.context.cohort)
-    assert done == [Kind.CHECK, "file", "folder", Kind.SET]
+    assert done == [StatementKind.CHECK, "file", "folder", StatementKind.SET]
     assert member._notes.certified("00000001", "TRAIN", 1)

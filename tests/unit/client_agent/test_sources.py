@@ -16,7 +16,7 @@ import zstandard
 
 from client_agent.conversations import Conversation, Conversations, Turn, read_conversations
 from client_agent.data import Examples, read_examples
-from client_agent.spool import Spool
+from client_agent.spool import ExampleSpool
 from client_agent.tables import read_rows
 from shelora.errors import DomainError, Reason
 
@@ -170,7 +170,7 @@ def test_pairs_of_texts_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("memory", [0, 30, 10_000])
 def test_examples_on_disk_are_those_in_memory(tmp_path: Path, memory: int) -> None:
     items = [f"text {index} é" * (index % 7 + 1) for index in range(500)]
-    spool = Spool(tmp_path, encode=str, decode=str, memory_bytes=memory)
+    spool = ExampleSpool(tmp_path, encode=str, decode=str, memory_bytes=memory)
     for item in items:
         spool.add(item)
     held = spool.done()
@@ -188,7 +188,7 @@ def test_conversations_on_disk_are_those_in_memory(tmp_path: Path, monkeypatch: 
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"prompt": "Öffnen?", "completion": "Nein.\n"}) + "\n")
     found = read_conversations(path)
-    monkeypatch.setattr(Spool.__init__, "__defaults__", (0,))
+    monkeypatch.setattr(ExampleSpool.__init__, "__defaults__", (0,))
     mapped = read_conversations(path)
     assert not isinstance(mapped.conversations, tuple)
     assert list(mapped.conversations) == list(found.conversations)
@@ -204,7 +204,7 @@ def test_a_disk_without_room_is_named_with_the_remedy(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("client_agent.spool.tempfile.TemporaryFile", full)
-    spool = Spool(tmp_path, encode=str, decode=str, memory_bytes=0)
+    spool = ExampleSpool(tmp_path, encode=str, decode=str, memory_bytes=0)
     with pytest.raises(DomainError, match=r"set data\.cache_dir to a folder on a larger disk") as caught:
         spool.add("a")
     assert caught.value.reason is Reason.DISK_UNAVAILABLE
@@ -215,7 +215,7 @@ import sys
 from pathlib import Path
 import client_agent.spool as spool
 from client_agent.data import read_examples
-spool.Spool.__init__.__defaults__ = (int(sys.argv[2]),)
+spool.ExampleSpool.__init__.__defaults__ = (int(sys.argv[2]),)
 found = read_examples(Path(sys.argv[1]), "text", "label", ())
 assert len(found.fingerprint()) == 64 and len(found) == int(sys.argv[3])
 kept = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]

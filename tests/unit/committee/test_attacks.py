@@ -18,7 +18,7 @@ from shelora.committee.keys import KeySet
 from shelora.committee.rules import committee_rule
 from shelora.committee.sealing import seal_answer
 from shelora.committee.shamir import PackedSharing
-from shelora.committee.statements import Kind
+from shelora.committee.statements import StatementKind
 from shelora.committee.verdict import Checked, judge
 from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
@@ -126,7 +126,7 @@ def test_signatures_of_clients_outside_the_committee_certify_nothing():
     content = world.members[world.committee.members[0]].certify(world.context.cohort).content
     strangers = [name for name in world.context.cohort if world.committee.position(name) is None]
     chosen = [*strangers, *world.committee.members[:4]]
-    statements = [signer(name).sign(Kind.SET, world.context, content) for name in chosen]
+    statements = [signer(name).sign(StatementKind.SET, world.context, content) for name in chosen]
     forged = assemble(world.context, statements)
     assert forged is not None  # a server can count wrongly, so members and readers count again
     refused_with(Reason.QUORUM_MISSING, world.members[world.committee.members[0]].release, forged)
@@ -140,7 +140,7 @@ def test_a_set_below_min_updates_is_neither_certified_nor_opened():
     refused_with(Reason.SET_REFUSED, member.certify, world.context.cohort[:4])
     lax = World(context_of(7, min_updates=2)).collect()
     small = ContributorSet.of(lax.context, {name: (bytes(32), 1) for name in lax.context.cohort[:4]}).content
-    statements = [signer(name).sign(Kind.SET, world.context, small) for name in world.members]
+    statements = [signer(name).sign(StatementKind.SET, world.context, small) for name in world.members]
     refused_with(Reason.SET_REFUSED, world.open, assemble(world.context, statements), [])
 
 
@@ -182,7 +182,9 @@ def test_an_answered_member_does_not_answer_for_another_certified_set():
         n: (world.members[world.committee.members[1]]._held[n].digest, 2) for n in world.context.cohort[:-1]
     }
     other = ContributorSet.of(world.context, dealings).content
-    second = assemble(world.context, [signer(n).sign(Kind.SET, world.context, other) for n in world.members])
+    second = assemble(
+        world.context, [signer(n).sign(StatementKind.SET, world.context, other) for n in world.members]
+    )
     refused_with(Reason.ROUND_SPENT, honest.release, second)
 
 
@@ -433,7 +435,7 @@ def test_no_server_names_a_scale_at_which_one_update_outweighs_the_others():
     with patch("shelora.committee.certificate.MOST_OVER_MEAN", 2**30):
         content = ContributorSet.of(world.context, dealings).content
     forged = assemble(
-        world.context, [signer(n).sign(Kind.SET, world.context, content) for n in world.members]
+        world.context, [signer(n).sign(StatementKind.SET, world.context, content) for n in world.members]
     )
     refused_with(Reason.SET_REFUSED, world.open, forged, [])
 
@@ -486,7 +488,7 @@ def answer_of(world, certificate, name, values):
     position = world.members[name].position
     sealed = seal_answer(ANSWER_KEY, chosen.digest, position, encode_values(values), rng("nonce", name))
     message = pb.Answer(position=position, sealed=sealed).SerializeToString()
-    return signer(name).sign(Kind.ANSWER, world.context, message)
+    return signer(name).sign(StatementKind.ANSWER, world.context, message)
 
 
 def lying_answer(world, certificate, name):
@@ -557,7 +559,7 @@ def test_a_malformed_answer_counts_as_none_and_its_member_is_named():
     world.check()
     certificate = world.certify(world.context.cohort)
     bad = signer(members[0]).sign(
-        Kind.ANSWER, world.context, pb.Answer(position=1, sealed=b"x").SerializeToString()
+        StatementKind.ANSWER, world.context, pb.Answer(position=1, sealed=b"x").SerializeToString()
     )
     opened = world.open(certificate, [bad, *world.release(certificate, members[1:])])
     assert opened.liars == (members[0],)
@@ -656,11 +658,11 @@ def test_keys_of_others_than_the_committee_are_left_out():
     world = World(context_of(8))
     stranger = next(n for n in world.context.cohort if world.committee.position(n) is None)
     fake = pb.CommitteeKey(position=1, public_key=bytes(31) + b"\x09").SerializeToString()
-    statement = signer(stranger).sign(Kind.COMMITTEE_KEY, world.context, fake)
+    statement = signer(stranger).sign(StatementKind.COMMITTEE_KEY, world.context, fake)
     keys = [m.key for m in world.members.values()]
     assert world.key_set([statement, *keys]).digest == world.keys.digest
     members = list(world.members)
-    twice = signer(members[0]).sign(Kind.COMMITTEE_KEY, world.context, fake)
+    twice = signer(members[0]).sign(StatementKind.COMMITTEE_KEY, world.context, fake)
     assert set(world.key_set([twice, *keys]).keys) == set(range(2, 8))
     message = refused_with(Reason.COMMITTEE_REFUSED, world.key_set, keys[:4])
     assert members[-1] in message
@@ -679,8 +681,8 @@ def test_answers_and_signatures_of_others_count_for_nothing():
     certificate = world.certify(world.context.cohort)
     stranger = next(n for n in world.context.cohort if world.committee.position(n) is None)
     content = pb.Answer(position=1, sealed=bytes(64)).SerializeToString()
-    foreign = signer(stranger).sign(Kind.ANSWER, world.context, content)
-    forged = signer(world.committee.members[6]).sign(Kind.SET, world.context, content)
+    foreign = signer(stranger).sign(StatementKind.ANSWER, world.context, content)
+    forged = signer(world.committee.members[6]).sign(StatementKind.SET, world.context, content)
     answers = world.release(certificate, world.committee.members[:5])
     certificate.signatures[0].signature = b"garbage"
     opened = world.open(certificate, [foreign, forged, *answers])
@@ -701,4 +703,4 @@ def test_trust_of_the_worlds_clock():
     """The control of the certificate tests: what is refused elsewhere passes here."""
     world = World(context_of(3))
     for name, member in world.members.items():
-        assert trust().author(member.key, Kind.COMMITTEE_KEY, world.context) == name
+        assert trust().author(member.key, StatementKind.COMMITTEE_KEY, world.context) == name

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shelora.committee.certificate import ContributorSet, assemble
 from shelora.committee.rules import CommitteeRule, committee_rule
-from shelora.committee.statements import Kind
+from shelora.committee.statements import StatementKind
 from shelora.errors import DomainError, Reason
 from tests.unit.committee.rounds import World, context_of, signer
 
@@ -47,7 +47,7 @@ class Server:
         world, content = self.attempts[attempt], self.content(self.attempts[attempt], chosen)
         statements = dict(self.signed.get((attempt, content), {}))
         for name in self.corrupt:
-            statements[name] = signer(name).sign(Kind.SET, world.context, content)
+            statements[name] = signer(name).sign(StatementKind.SET, world.context, content)
         certificate = assemble(world.context, list(statements.values()))
         if certificate is not None:
             world.members[member].release(certificate)

@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from services.key_authority.ca import _new_root as new_root
-from shelora.committee.statements import Kind, Signer, Trust
+from shelora.committee.statements import Signer, StatementKind, Trust
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import holder, new_key
 from shelora.transport.identity import Role
@@ -15,12 +15,12 @@ from tests.unit.committee.rounds import FEDERATION, NOW, certificate_of, context
 CONTEXT = context_of(3)
 
 
-def statement(name="ward-001", context=CONTEXT, kind=Kind.CHECK, **certified):
+def statement(name="ward-001", context=CONTEXT, kind=StatementKind.CHECK, **certified):
     key = new_key()
     return Signer(name, key, certificate_of(name, key, **certified)).sign(kind, context, b"content")
 
 
-def message_of(signed, kind=Kind.CHECK, context=CONTEXT, at=NOW):
+def message_of(signed, kind=StatementKind.CHECK, context=CONTEXT, at=NOW):
     with pytest.raises(DomainError) as error:
         trust(at).author(signed, kind, context)
     assert error.value.reason is Reason.SIGNATURE_REFUSED
@@ -28,11 +28,11 @@ def message_of(signed, kind=Kind.CHECK, context=CONTEXT, at=NOW):
 
 
 def test_the_author_of_a_genuine_statement_is_named():
-    assert trust().author(statement(), Kind.CHECK, CONTEXT) == "ward-001"
+    assert trust().author(statement(), StatementKind.CHECK, CONTEXT) == "ward-001"
 
 
 def test_a_statement_of_another_kind_or_round_is_refused():
-    assert "ward-001" in message_of(statement(kind=Kind.SET))
+    assert "ward-001" in message_of(statement(kind=StatementKind.SET))
     assert "ward-001" in message_of(statement(context=context_of(3, attempt=2)))
     assert "ward-001" in message_of(statement(context=context_of(3, min_updates=3)))
 
@@ -61,7 +61,7 @@ def test_a_reader_that_comes_late_may_take_an_expired_certificate():
     late = NOW + timedelta(hours=30)
     assert "not valid now" in message_of(statement(), at=late)
     patient = Trust(root().der, FEDERATION, lambda: late, grace=timedelta(days=1))
-    assert patient.author(statement(), Kind.CHECK, CONTEXT) == "ward-001"
+    assert patient.author(statement(), StatementKind.CHECK, CONTEXT) == "ward-001"
 
 
 def test_the_authoritys_own_certificate_names_no_client():
@@ -73,7 +73,7 @@ def test_the_authoritys_own_certificate_names_no_client():
 def test_the_key_of_a_certificate_is_the_one_that_signs():
     key = new_key()
     other = Signer("ward-001", new_key(), certificate_of("ward-001", key))
-    message_of(other.sign(Kind.CHECK, CONTEXT, b"content"))
+    message_of(other.sign(StatementKind.CHECK, CONTEXT, b"content"))
     found = holder(certificate_of("ward-001", key), root().der)
     assert found.key == key.public_key()
     assert isinstance(found.key, ec.EllipticCurvePublicKey)

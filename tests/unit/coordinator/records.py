@@ -2,11 +2,11 @@
 
 from coordinator.records import (
     FederationRecord,
-    Member,
+    MemberRecord,
     Model,
     Negotiation,
     Phase,
-    Plan,
+    PlanRecord,
     RoundRecord,
     StoredDigest,
     Ticket,
@@ -27,8 +27,8 @@ NEGOTIATION = Negotiation(
     plan_number=1,
     leader="a",
 )
-PLAN = Plan(number=1, digest=DIGEST, negotiation=NEGOTIATION, tier_columns=((1, 2), (3, 4)))
-MEMBERS = {name: Member(client_id=name, rank=4, budget=1.0, example_count=10) for name in "abc"}
+PLAN = PlanRecord(number=1, digest=DIGEST, negotiation=NEGOTIATION, tier_columns=((1, 2), (3, 4)))
+MEMBERS = {name: MemberRecord(client_id=name, rank=4, budget=1.0, example_count=10) for name in "abc"}
 
 
 def federation(**fields) -> FederationRecord:

@@ -16,7 +16,7 @@ from coordinator.decisions import (
     median_train_loss,
     most_weight,
 )
-from coordinator.records import Commit, Phase, Report, Update
+from coordinator.records import Commit, Phase, Report, UpdateRecord
 from shelora.committee.certificate import MOST_OVER_MEAN
 from shelora.errors import Reason
 from shelora.federation import ProtectionSpec
@@ -86,7 +86,7 @@ def commit(examples, loss, overlap=None) -> Commit:
         upload_bytes=1,
         overlap=overlap,
     )
-    update = Update(client_id="a", layout_digest="", shards=(), rank=1, scaling=1, report=report)
+    update = UpdateRecord(client_id="a", layout_digest="", shards=(), rank=1, scaling=1, report=report)
     return Commit(ordinal=1, update=update)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import transitions
-from coordinator.records import FederationRecord, Member, Model, Phase, Result
+from coordinator.records import FederationRecord, MemberRecord, Model, Phase, ResultRecord
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Matrix, Tensor
 from shelora.rounds import RoundKind, RoundState
@@ -215,7 +215,7 @@ def test_an_abandoned_round_is_tried_again_until_the_attempts_are_used_up():
 
 
 def test_a_result_that_is_taken_back_gives_way_to_the_one_before_and_its_epoch():
-    earlier = Result(sequence=1, layout="aa", plan=None, epoch=1, opening=DIGEST, attempt=1)
+    earlier = ResultRecord(sequence=1, layout="aa", plan=None, epoch=1, opening=DIGEST, attempt=1)
     record = federation(
         sequence=4,
         ticket=ticket(sequence=4),
@@ -338,7 +338,7 @@ def test_a_round_is_known_by_its_full_identifier(round_id, sequence):
 
 def of_budgets(budgets):
     named = {f"m{i}": budget for i, budget in enumerate(budgets)}
-    return {n: Member(client_id=n, rank=4, budget=b, example_count=1) for n, b in named.items()}
+    return {n: MemberRecord(client_id=n, rank=4, budget=b, example_count=1) for n, b in named.items()}
 
 
 @given(st.lists(st.floats(0, 1), max_size=200))

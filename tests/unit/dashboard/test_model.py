@@ -8,7 +8,7 @@ import yaml
 
 from shelora.dashboard.alerts import FIRST_STEPS, federation_alerts, server_alerts
 from shelora.dashboard.charts import Series, line_chart, sparkline
-from shelora.dashboard.memory import SAMPLE_S, SAMPLES, Memory
+from shelora.dashboard.memory import SAMPLE_S, SAMPLES, PresenceHistory
 from shelora.dashboard.model import federation_page
 from shelora.dashboard.rendering import report
 from shelora.dashboard.servers import Sample, parsed, redis_row, server_row
@@ -17,7 +17,7 @@ from tests.unit.test_render import federation
 
 
 def page(said, memory=None, now_s=0.0):
-    return federation_page(said, memory or Memory(), now_s)
+    return federation_page(said, memory or PresenceHistory(), now_s)
 
 
 def running(**fields):
@@ -46,7 +46,7 @@ def test_figures_that_fewer_than_min_updates_reported_are_withheld():
 
 
 def test_an_update_is_said_with_its_size_and_since_when():
-    said, memory = running(), Memory()
+    said, memory = running(), PresenceHistory()
     memory.note(said, 100.0)
     said.current.updates.add(client_id="a", upload_bytes=2_300_000)
     memory.note(said, 110.0)
@@ -56,7 +56,7 @@ def test_an_update_is_said_with_its_size_and_since_when():
 
 
 def test_when_an_update_was_there_before_the_page_no_time_is_made_up():
-    said, memory = running(), Memory()
+    said, memory = running(), PresenceHistory()
     said.current.updates.add(client_id="a", upload_bytes=2_300_000)
     memory.note(said, 110.0)
     assert page(said, memory, 150.0).members[0].activity == "update sent, 2.3 MB"
@@ -113,7 +113,7 @@ def test_privacy_is_said_in_the_strategys_words():
 
 
 def test_a_connection_is_remembered_sample_by_sample_and_bounded():
-    said, memory = running(), Memory()
+    said, memory = running(), PresenceHistory()
     for step in range(2 * SAMPLES):
         said.members[0].idle_ms = 120_000 if step == 2 * SAMPLES - 1 else 10
         memory.note(said, step * SAMPLE_S)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from shelora.dashboard.app import Authority, Page
+from shelora.dashboard.app import AuthorityCalls, Page
 from shelora.dashboard.security import POLICY, Secrets
 from shelora.dashboard.watching import Watch
 from shelora.errors import DomainError, Reason
@@ -65,7 +65,7 @@ class Site:
         async def revoke(holder):
             self.revoked.append(holder)
 
-        authority = Authority(enrolment="127.0.0.1:7099", token=token, revoke=revoke)
+        authority = AuthorityCalls(enrolment="127.0.0.1:7099", token=token, revoke=revoke)
         self.app = Page(self.coordinator, self.watch, authority, self.secrets, [HOST]).app
         self.name = self.coordinator.federation.federation_id
 

@@ -11,12 +11,12 @@ from shelora.lora.kind import Contribution
 from shelora.lora.kinds import kind_of
 from shelora.lora.sketches import Clipping
 from shelora.strategies import complete
-from shelora.strategies.agents.complete import Complete
+from shelora.strategies.agents.complete import CompleteAgent
 from shelora.strategies.agents.port import AgentContext, OpenedSum, Summand, mean_noise
 from shelora.strategies.port import RoundTerms
 
 PUBLIC = complete.Complete(profile=INSECURE_TOY.name)
-SECRET = Complete(PUBLIC)
+SECRET = CompleteAgent(PUBLIC)
 CONTEXT = bytes(32)
 MOST_WEIGHT = 256
 
