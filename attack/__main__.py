@@ -25,11 +25,11 @@ def main(
     only: Annotated[str, typer.Option(help="Only cases whose name holds this.")] = "",
     seed: Annotated[int, typer.Option(help="Draws the clients' texts.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Federations and attacks at once, one core each.")] = 2,
-    worker: Annotated[
-        int | None, typer.Option(hidden=True, help="Work as the process of that number.")
-    ] = None,
     *,
     everything: Annotated[bool, typer.Option("--all", help="Small budgets and exact sums, too.")] = False,
+    one_of_many: Annotated[
+        bool, typer.Option("--work", hidden=True, help="Be one of the processes.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run left.")] = False,
 ) -> None:
     """Attacks the messages of real federations in every protection mode and prints a table.
@@ -48,11 +48,13 @@ def main(
         shutil.rmtree(folder, ignore_errors=True)
     try:
         with interruptible():
-            if worker is not None:
+            if one_of_many:
                 end_with_parent()
-                work(plan, worker)
+                work(plan)
                 return
             findings = run(plan, workers)
+    except KeyboardInterrupt:
+        sys.exit("stopped; run it again to go on")
     except DomainError as error:
         console.print(f"the run failed: {error.reason}\n{error.message}", markup=False, highlight=False)
         sys.exit(1)

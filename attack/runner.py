@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import torch
@@ -110,12 +111,12 @@ def _work_side_by_side(plan: Plan, workers: int) -> None:
     with ExitStack() as stack:
         processes = [
             subprocess.Popen(  # noqa: S603 - our own program
-                [*command, "--worker", str(number)],
+                [*command, "--work"],
                 stdin=subprocess.PIPE,
                 env=environment,
                 start_new_session=True,
             )
-            for number in range(workers)
+            for _ in range(workers)
         ]
         for process in processes:
             stack.callback(_end, process)
@@ -133,12 +134,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def work(plan: Plan, number: int) -> None:
-    """What one process does: cases that nobody has done or is at, the longest first."""
+def work(plan: Plan) -> None:
+    """What one process does: cases that nobody has done or is at, the longest first. Its cluster begins empty."""
     torch.set_num_threads(1)
-    folder, public = plan.folder / f"worker-{number}", dict[str, Public]()
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    public, stages = dict[str, Public](), list[Stage]()
     with ExitStack() as stack:
-        stages: list[Stage] = []
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="worker-", dir=plan.folder)))
 
         def stage() -> Stage:
             if not stages:

@@ -1,9 +1,10 @@
 """`python -m bench.privacy`: what a privacy budget costs in accuracy on Reuters R8, one client without a federation.
 
-Adapters of the last layer, the pooler and the head are trained; what lies below is computed once for every text.
+Adapters of the last layer and the head are trained; what lies below is computed once for every text, and kept.
 
 It trains in rounds with an optimizer of their own, as in a federation. Every round and every training is written down
-as it ends (`--folder`) and not repeated, so that a run can be interrupted. `plot` draws what the folder holds.
+as it ends (`--folder`) and not repeated, so that a run can be interrupted. `compare` draws the budgets it was asked for
+(accuracy.png), `plot` whatever the folder holds.
 """
 
 import copy
@@ -18,6 +19,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 
 from client_agent.checkpoint import load_checkpoint
 from client_agent.config import LoraSettings
@@ -29,7 +31,7 @@ from client_agent.noise import Randomness
 from client_agent.privacy import Mechanism, epsilon_of, noise_for
 from client_agent.private_training import train_privately
 from client_agent.state import AgentState
-from client_agent.training import TrainingRun, train
+from client_agent.training import TrainingRun, parts_of, train
 from examples.reuters.assets import MINILM, REUTERS, fetch
 from examples.reuters.split import LABELS, read_tab
 from shelora.obfuscation import Obfuscation
@@ -79,15 +81,31 @@ class Bench:
     encoder: Encoder
 
     @classmethod
-    def load(cls) -> "Bench":
+    def load(cls, kept: Path) -> "Bench":
+        """Args: kept: file of what lies below, made if it is missing."""
         data = fetch(REUTERS, ASSETS)
         model = model_of(fetch(MINILM, ASSETS))
-        return cls(
+        bench = cls(
             examples=read(data / "reuters-r8-train.tab"),
             test=read(data / "reuters-r8-test.tab").select(range(TESTED)),
             model=model,
             encoder=Encoder(model.tokenizer, TOKENS, append_end=False),
         )
+        if kept.exists():
+            Lower.load(kept)
+        else:
+            bench._pass_once()
+            Lower.save(kept)
+        return bench
+
+    def _pass_once(self) -> None:
+        """Computes what lies below for every text, those of a length together."""
+        module: Any = self.model.module
+        lower = module.base_model.model.bert.embeddings
+        for examples in (self.examples, self.test):
+            order = sorted(range(len(examples)), key=lambda i: len(examples.texts[i]))
+            for chosen in parts_of(order, MICRO_BATCH):
+                lower(self.encoder.batch(examples.select(list(chosen))).input_ids)
 
     def run(self, setting: Setting, state: AgentState, most: int) -> dict[str, Any] | None:
         """Trains, from the last round that is written down, and tests on everything.
@@ -171,14 +189,17 @@ def compare(
             path = folder / f"{setting.name}.json"
             if path.exists():
                 continue
-            bench = bench or Bench.load()
+            bench = bench or Bench.load(folder / "hidden.safetensors")
             state = AgentState(folder / "states" / setting.name)
             found = bench.run(setting, state, at_most)
             state.close()
             if found is None:
                 raise typer.Exit(UNFINISHED)
             path.write_text(json.dumps(found, indent=1))
-    Console().print(_table(list(_written(folder))))
+    written = list(_written(folder))
+    Console().print(_table(written))
+    asked = [w for w in written if (w["rounds"], w["steps"], w["batch_size"]) == (rounds, steps, batch_size)]
+    draw([w for w in asked if w["learning_rate"] == learning_rate], folder / "accuracy.png")
 
 
 @app.command()
@@ -187,10 +208,15 @@ def plot(
     folder: Annotated[Path, typer.Option(help="Where trainings are written down.")] = FOLDER,
 ) -> None:
     """Draws accuracy against epsilon, of the trainings that are written down."""
+    draw(list(_written(folder)), picture)
+
+
+def draw(trainings: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Accuracy against epsilon; means over trainings of a budget."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra of its own
 
     found: dict[float, list[float]] = {}
-    for training in _written(folder):
+    for training in trainings:
         share = 100 * training["correct"] / training["count"]
         found.setdefault(training["epsilon"], []).append(share)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -247,6 +273,24 @@ class Lower(torch.nn.Module):
 
     known: Final[dict[tuple[int, ...], torch.Tensor]] = {}
     """Hidden states by token ids, of this process: there is one base model."""
+
+    @classmethod
+    def save(cls, path: Path) -> None:
+        """Writes what is known, one text after the other."""
+        ids = torch.tensor([i for row in cls.known for i in row], dtype=torch.int32)
+        lengths = torch.tensor([len(row) for row in cls.known], dtype=torch.int32)
+        states = torch.cat(list(cls.known.values()))
+        draft = path.with_suffix(".draft")
+        save_file({"ids": ids, "lengths": lengths, "states": states}, draft)
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> None:
+        """Reads what `save` wrote."""
+        kept = load_file(path)
+        lengths = kept["lengths"].tolist()
+        parts = (torch.split(kept[name], lengths) for name in ("ids", "states"))
+        cls.known.update({tuple(ids.tolist()): states for ids, states in zip(*parts, strict=True)})
 
     def __init__(self, bert: Any, padding: int) -> None:  # noqa: ANN401 - transformers' BertModel
         super().__init__()

@@ -90,33 +90,33 @@ def plan(performance, tmp_path, monkeypatch):
 
 
 def test_what_was_found_is_not_tried_again(plan, monkeypatch):
-    runner.work(plan.made, 0)
-    runner.work(plan.made, 0)
+    runner.work(plan.made)
+    runner.work(plan.made)
     monkeypatch.setattr(runner, "_work_side_by_side", lambda *_: pytest.fail("nothing is left to do"))
     (finding,) = runner.run(plan.made, 2)
     assert (finding.figures, len(plan.tried)) == ({"recall": 1.0}, 1)
 
 
 def test_a_changed_attack_is_tried_again_on_the_same_capture(plan, monkeypatch):
-    runner.work(plan.made, 0)
+    runner.work(plan.made)
     same = captures.sources
     monkeypatch.setattr(captures, "sources", lambda *places: "changed" if places else same())
-    runner.work(plan.made, 0)
+    runner.work(plan.made)
     assert len(plan.tried) == 2
 
 
 def test_findings_that_cannot_be_read_are_made_again(plan):
-    runner.work(plan.made, 0)
+    runner.work(plan.made)
     for content in ("", "{}", '{"key": 1, "findings": [{}]}'):
         plan.made.findings(plan.case).write_text(content)
-        runner.work(plan.made, 0)
+        runner.work(plan.made)
     assert len(plan.tried) == 4
 
 
 def test_a_case_that_another_process_is_at_is_left_to_it(plan):
     with runner._claimed(plan.made, plan.case) as mine:
         assert mine
-        runner.work(plan.made, 1)
+        runner.work(plan.made)
     assert plan.tried == []
 
 
