@@ -30,6 +30,7 @@ from shelora.errors import DomainError, Reason
 
 _POOLER: Final = "pooler"
 """Checkpoints of language models often lack the pooler that classification puts on top; it is trained then."""
+_MOST_LAYERS: Final = 4096
 _LOADING: Final = threading.RLock()
 
 
@@ -191,6 +192,11 @@ def _check_kind(path: str, task: Task) -> None:
         raise invalid(
             f"model.path: {path} is a {config.model_type} model and cannot be trained for {task.name}, the "
             f"federation's task; {remedy}"
+        )
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:  # each is made before any weight is looked for
+        raise invalid(
+            f"model.path: {path} says that it has {layers:,} layers: see that its config.json is right"
         )
     if getattr(config, "quantization_config", None):
         raise invalid(

@@ -100,7 +100,8 @@ def _from_text(text: str) -> Conversation:
 
 def record_at(path: Path, index: int) -> str:
     """The place of the conversation of that index, from 0."""
-    return next(islice(read_records(path, FIELDS), index, None)).place
+    found = next(islice(read_records(path, FIELDS), index, None), None)
+    return found.place if found else f"{path}, example {index + 1}"  # the file was changed since it was read
 
 
 def _conversation(record: Record) -> Conversation:

@@ -129,7 +129,8 @@ def distinct_labels(path: Path, label_field: str, labels: Iterable[tuple[str, ob
 
 def place_of(path: Path, text_field: str, index: int) -> str:
     """Where the example of that index, from 0, lies in its file."""
-    return next(islice(read_rows(path, {text_field: _TEXT_SETTING}), index, None))[0]
+    found = next(islice(read_rows(path, {text_field: _TEXT_SETTING}), index, None), None)
+    return found[0] if found else f"{path}, example {index + 1}"  # the file was changed since it was read
 
 
 def sound_text(value: object, field: str, place: str) -> str:

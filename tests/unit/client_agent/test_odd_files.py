@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import client_agent
 from client_agent import data, tables
 from client_agent.config import AgentConfig
-from client_agent.conversations import FIELDS, read_conversations
+from client_agent.conversations import FIELDS, read_conversations, record_at
 from client_agent.data import found_labels, place_of, read_examples
 from client_agent.sources import opened
 from shelora.errors import DomainError, Reason
@@ -312,6 +312,15 @@ def test_any_name_of_a_file(name: str) -> None:
         check_folder = refusal(lambda: found_labels(path.parent, "label"))
         assert check_folder
         assert check_folder.message.isprintable()
+
+
+def test_a_file_that_was_cut_since_it_was_read_does_not_hide_what_is_wrong_with_an_example() -> None:
+    with written("a.csv", b"text\ngood\n") as path:
+        assert place_of(path, "text", 0) == f"{path}, line 2"
+        assert place_of(path, "text", 1) == f"{path}, example 2"
+    with written("a.jsonl", b'{"prompt": "a", "completion": "b"}\n') as path:
+        assert record_at(path, 0) == f"{path}, line 1"
+        assert record_at(path, 1) == f"{path}, example 2"
 
 
 def test_an_empty_file_holds_no_examples() -> None:

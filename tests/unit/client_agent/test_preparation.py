@@ -326,6 +326,7 @@ def test_a_broken_folder_gives_one_line(
         {"hidden_size": "wide"},
         {"hidden_size": 0},
         {"num_hidden_layers": -1},
+        {"num_hidden_layers": 10**9},
         {"num_attention_heads": 0},
         {"num_attention_heads": 5},
         {"hidden_act": "nothing"},
