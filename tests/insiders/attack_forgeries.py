@@ -9,6 +9,7 @@ import numpy as np
 
 from load.learner import MATRICES
 from shelora.errors import Reason
+from shelora.lora.fields import clear_format
 from shelora.transport.channel import call
 from shelora.v1 import aggregation_pb2, common_pb2, key_authority_pb2
 from shelora.v1 import coordinator_pb2 as pb
@@ -190,10 +191,11 @@ async def _forged_commits(hostile: Hostile, round_: Target, shards: list[bytes])
 
 def _with_one(round_: Target, value: float) -> bytes:
     """A first shard with one clear value of B replaced."""
-    data = bytearray(round_.shards()[0])
-    at = data.find(np.float32(0.02).tobytes())
+    data, clear = bytearray(round_.shards()[0]), clear_format(round_.layout.clear_bits)
+    of_b, forged = (bytes(clear.write(np.array([number], np.float32))) for number in (0.02, value))
+    at = data.find(8 * of_b)  # in a row: one alone may stand in a ciphertext
     assert at >= 0
-    data[at : at + 4] = np.float32(value).tobytes()
+    data[at : at + len(forged)] = forged
     return bytes(data)
 
 
