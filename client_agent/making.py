@@ -12,9 +12,9 @@ from client_agent.learning import Weights
 from client_agent.metrics import Stopwatch
 from client_agent.negotiators import Negotiator
 from client_agent.participation import Participation, Tools
+from client_agent.plan_fit import assess, stake_of
 from client_agent.progress import Activity
 from client_agent.protection import round_context, spool_update, summing
-from client_agent.standing import assess, stake_of
 from client_agent.state import Spool, UpdateNote
 from client_agent.sum_budget import SumBudget
 from shelora.committee.dealer import Dealer
@@ -65,7 +65,7 @@ class Maker:
         self._learner.resume(secrets)
         watch = Stopwatch()
         scores = self._learner.score(activity)
-        stake = stake_of(self._state.standing(), self._me.protection, self._me.budget)
+        stake = stake_of(self._state.plan_fit(), self._me.protection, self._me.budget)
         # Aggregation weight 1: votes count alike, however many examples their clients hold.
         note = UpdateNote(round_id, layout.digest, 1, 1.0, 1, 0.0, watch.seconds, 0.0)
         writer = self._state.begin_spool(round_id)

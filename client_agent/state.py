@@ -2,7 +2,7 @@
 
     applied.safetensors     weights after the last result that was applied
     trained.safetensors     weights after the last training, until a result is applied
-    standing.json           how the newest plan serves this client, and the weight of its next vote
+    plan_fit.json           how the newest plan serves this client, and the weight of its next vote
     promise.json            the strongest protection it took part under
     client-privacy.json     the client privacy it first took part under
     spool/<round>/          serialized shards of the update being uploaded; complete once its manifest is there
@@ -51,7 +51,7 @@ CARD: Final = "README.md"
 """Model card in an adapter's folder."""
 _FORMAT: Final = 1
 _MANIFEST: Final = "manifest.json"
-_STANDING: Final = "standing.json"
+_PLAN_FIT: Final = "plan_fit.json"
 _BEST_NOTE: Final = "best.json"
 ADAPTER: Final = "adapter"
 BEST: Final = "adapter-best"
@@ -88,7 +88,7 @@ class UpdateNote:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class PlanFit:
     """How the newest plan serves this client."""
 
     vote_round_id: str = ""
@@ -258,23 +258,23 @@ class AgentState:
         except (*_UNREADABLE, KeyError, AttributeError):
             return math.inf
 
-    def save_standing(self, standing: Standing) -> None:
+    def save_plan_fit(self, fit: PlanFit) -> None:
         """Keeps how the newest plan serves this client."""
-        files.replace(self._folder / _STANDING, json.dumps({"format": _FORMAT, **asdict(standing)}).encode())
+        files.replace(self._folder / _PLAN_FIT, json.dumps({"format": _FORMAT, **asdict(fit)}).encode())
 
-    def standing(self) -> Standing:
+    def plan_fit(self) -> PlanFit:
         """As last kept; that of a new client if nothing is, or nothing that can be read."""
         try:
-            fields = json.loads((self._folder / _STANDING).read_bytes())
+            fields = json.loads((self._folder / _PLAN_FIT).read_bytes())
             if fields.pop("format") != _FORMAT:
-                return Standing()
-            standing = Standing(
+                return PlanFit()
+            fit = PlanFit(
                 str(fields["vote_round_id"]), float(fields["weight"]), float(fields["fresh_overlap"])
             )
         except (*_UNREADABLE, KeyError, AttributeError):
-            return Standing()
-        sound = 1 <= standing.weight < math.inf and 0 <= standing.fresh_overlap < math.inf  # NaN is neither
-        return standing if sound else Standing()
+            return PlanFit()
+        sound = 1 <= fit.weight < math.inf and 0 <= fit.fresh_overlap < math.inf  # NaN is neither
+        return fit if sound else PlanFit()
 
     def save_promise(self, level: Level) -> None:
         """Remembers that this client took part under that protection, unless it did under a stronger one."""

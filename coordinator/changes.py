@@ -15,7 +15,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from coordinator.keys import Keys
-from services.shell.redis_client import RedisClient, refusal
+from services.common.redis_client import RedisClient, refusal
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.outages import Outage
 

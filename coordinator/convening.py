@@ -17,7 +17,7 @@ from coordinator.changes import Changes
 from coordinator.committees import context_of, rule_of
 from coordinator.records import Dealt, FederationRecord, RoundRecord, Statement
 from coordinator.store import StateOutcome, Store, order_digest
-from services.shell.sharing import Shared
+from services.common.single_flight import SingleFlight
 from shelora.committee.context import RoundContext
 from shelora.committee.dealing import check_dealt, dealing_digest, read_dealing, shown, update_digest
 from shelora.committee.statements import StatementKind, Trust, parsed
@@ -114,10 +114,14 @@ class Convening:
     changes: Changes
     clock_ms: Callable[[], int]
     root: bytes
-    seated: Shared[str, list[committee_pb2.Signed]] = field(default_factory=lambda: Shared(SEATED_KEPT))
-    shown: Shared[tuple[str, int, int], dict[str, bytes]] = field(default_factory=lambda: Shared(SHOWN_KEPT))
-    opened: Shared[tuple[str, str], pb.GetOpeningResponse] = field(
-        default_factory=lambda: Shared(OPENED_KEPT)
+    seated: SingleFlight[str, list[committee_pb2.Signed]] = field(
+        default_factory=lambda: SingleFlight(SEATED_KEPT)
+    )
+    shown: SingleFlight[tuple[str, int, int], dict[str, bytes]] = field(
+        default_factory=lambda: SingleFlight(SHOWN_KEPT)
+    )
+    opened: SingleFlight[tuple[str, str], pb.GetOpeningResponse] = field(
+        default_factory=lambda: SingleFlight(OPENED_KEPT)
     )
 
     def trust(self, federation_id: str) -> Trust:

@@ -20,15 +20,15 @@ from coordinator.metrics import tell_fullness
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import redis_store
-from services.shell import flags
-from services.shell.fullness import watch_fullness
-from services.shell.membership import join
-from services.shell.process import run_process
-from services.shell.readiness import Readiness
-from services.shell.redis_client import RedisClient, connect
-from services.shell.redis_watch import require_accepted, watch_redis
-from services.shell.revocations import Revocations, follow
-from services.shell.server import serve
+from services.common import flags
+from services.common.fullness import watch_fullness
+from services.common.membership import join
+from services.common.process import run_process
+from services.common.readiness import Readiness
+from services.common.redis_client import RedisClient, connect
+from services.common.redis_watch import require_accepted, watch_redis
+from services.common.revocations import Revocations, follow
+from services.common.server import serve
 from shelora.terminal import CommandLine
 from shelora.transport.certificates import pem_to_der
 from shelora.transport.channel import open_channel

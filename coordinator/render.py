@@ -30,7 +30,7 @@ from coordinator.records import (
 )
 from coordinator.store import Store
 from coordinator.votes import votes_of
-from services.shell.sharing import Shared
+from services.common.single_flight import SingleFlight
 from shelora.errors import DomainError, Reason
 from shelora.messages import layout_to_proto, matrix_to_proto
 from shelora.protocol import Stage
@@ -56,7 +56,7 @@ class Renderer:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._assignments: Shared[str, pb.Assignment] = Shared(KEPT_ASSIGNMENTS)
+        self._assignments: SingleFlight[str, pb.Assignment] = SingleFlight(KEPT_ASSIGNMENTS)
 
     async def federation(
         self,

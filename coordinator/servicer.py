@@ -11,7 +11,7 @@ from coordinator.assignments import Assignment
 from coordinator.handlers import Handlers
 from coordinator.records import FederationRecord
 from coordinator.render import Renderer
-from services.shell.guard import certificate_of
+from services.common.guard import certificate_of
 from shelora.committee.rules import MAX_MEMBERS
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec

@@ -10,7 +10,7 @@ from pydantic_settings import SettingsConfigDict
 from coordinator.driver.policy import DriverPolicy
 from coordinator.handlers.limits import Limits
 from coordinator.liveness import Liveness
-from services.shell.settings import MemberSettings, with_password
+from services.common.settings import MemberSettings, with_password
 from shelora.transport.address import Address
 
 

@@ -32,7 +32,7 @@ MAX_ROUNDS: Final = 10_000
 """Training rounds of a federation."""
 MAX_NAMED: Final = 5
 """Clients that the words for a failure name."""
-MAX_TIERS: Final = 16
+MAX_PLAN_TIERS: Final = 16
 """Tiers of a plan: each costs slots in every matrix, whatever the number of clients."""
 
 MAX_SUSPECTS: Final = 64
@@ -455,16 +455,18 @@ def _by_weight(contributors: Sequence[str], members: Mapping[str, MemberRecord])
 
 
 def budgets(members: Mapping[str, MemberRecord]) -> tuple[float, ...]:
-    """The tiers: distinct budgets above zero, increasing, at most MAX_TIERS of them.
+    """The tiers: distinct budgets above zero, increasing, at most MAX_PLAN_TIERS of them.
 
     Members of many budgets form groups of about the same size, from the smallest budget up; the largest of a group is
     its tier: agents encrypt no less than their budget, so those of a group encrypt somewhat more.
     """
     distinct = sorted({member.budget for member in members.values()} - {0.0})
-    if len(distinct) <= MAX_TIERS:
+    if len(distinct) <= MAX_PLAN_TIERS:
         return tuple(distinct)
     ranked = sorted(member.budget for member in members.values() if member.budget)
-    return tuple(sorted({ranked[group * len(ranked) // MAX_TIERS - 1] for group in range(1, MAX_TIERS + 1)}))
+    return tuple(
+        sorted({ranked[group * len(ranked) // MAX_PLAN_TIERS - 1] for group in range(1, MAX_PLAN_TIERS + 1)})
+    )
 
 
 def led(record: FederationRecord, leader: str, now_ms: int) -> FederationRecord:

@@ -15,7 +15,7 @@ from client_agent.config import AgentConfig
 from client_agent.worker import Worker
 from load.calls import Calls
 from load.learner import SyntheticLearner
-from services.shell.process import allow_many_connections
+from services.common.process import allow_many_connections
 from shelora.cli.cluster import Addresses
 from shelora.configuration import StrictModel
 from shelora.telemetry.logs import configure_logs

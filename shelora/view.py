@@ -107,7 +107,7 @@ def _published(federation: pb.Federation) -> tuple[list[pb.RoundSummary], list[p
     return counting, spoiled
 
 
-def standing(federation: pb.Federation) -> str:
+def status_line(federation: pb.Federation) -> str:
     """Where a federation stands, in one line."""
     return f"{heading(federation)}: {activity(federation)}"
 

@@ -9,7 +9,7 @@ from coordinator.changes import Changes
 from coordinator.handlers.lookup import Current, Lookup, not_joined
 from coordinator.metrics import await_evaluations
 from coordinator.records import FederationRecord
-from services.shell.sharing import Shared
+from services.common.single_flight import SingleFlight
 from shelora.rounds import RoundState
 
 WATCHED_FEDERATIONS: Final = 64
@@ -42,7 +42,7 @@ class Watching:
     lookup: Lookup
     changes: Changes
     poll_s: float
-    looks: Shared[_Key, Current] = field(default_factory=lambda: Shared(WATCHED_FEDERATIONS))
+    looks: SingleFlight[_Key, Current] = field(default_factory=lambda: SingleFlight(WATCHED_FEDERATIONS))
 
     async def watch(
         self, federation_id: str, client_id: str, session: str = ""

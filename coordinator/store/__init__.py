@@ -21,7 +21,7 @@ from coordinator.store.plans import PlanStore
 from coordinator.store.presence import PresenceStore
 from coordinator.store.rounds import RoundStore
 from coordinator.store.updates import CommitOutcome, UpdateStore
-from services.shell.redis_client import RedisClient
+from services.common.redis_client import RedisClient
 
 __all__ = [
     "MAX_CONFLICTS",

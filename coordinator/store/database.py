@@ -9,7 +9,7 @@ from coordinator.keys import Keys
 from coordinator.metrics import TRANSACTION_TOTAL
 from coordinator.records import StoredRecord
 from coordinator.scripts import COMPARE_AND_SET, PUT_FIELD
-from services.shell.redis_client import Failures, RedisClient
+from services.common.redis_client import Failures, RedisClient
 from shelora.errors import DomainError, Reason, RetryLaterError
 
 PASSING_MS: Final = 600_000

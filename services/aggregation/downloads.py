@@ -10,7 +10,7 @@ from functools import partial
 from typing import Final
 
 from services.aggregation.store import RESULT_RUN_BYTES, ShardStore
-from services.shell.sharing import Shared
+from services.common.single_flight import SingleFlight
 from shelora.errors import DomainError, Reason
 from shelora.transport.pieces import cut
 
@@ -35,7 +35,7 @@ class Downloads:
         self._store = store
         self._turns = asyncio.Semaphore(concurrent)
         self._turn_s = turn_s
-        self._runs: Shared[tuple[str, int, bytes, int], bytes] = Shared(KEPT_RUNS)
+        self._runs: SingleFlight[tuple[str, int, bytes, int], bytes] = SingleFlight(KEPT_RUNS)
 
     async def pieces(self, round_id: str, shard: int, offset: int) -> AsyncGenerator[bytes, None]:
         """The pieces of a published result from `offset` on. Raises RESULT_UNKNOWN, TRANSFER_OFFSET."""

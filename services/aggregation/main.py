@@ -12,21 +12,21 @@ from services.aggregation.aggregations import Aggregations
 from services.aggregation.announcement import announced
 from services.aggregation.downloads import Downloads
 from services.aggregation.keys import PREFIX
-from services.aggregation.room import POLL_S as ROOM_POLL_S
-from services.aggregation.room import Room
 from services.aggregation.servicer import SERVICE_NAME, AggregationServicer
 from services.aggregation.settings import AggregationSettings
 from services.aggregation.store import RedisShardStore, connect
 from services.aggregation.uploads import Uploads
+from services.aggregation.watermark import POLL_S as WATERMARK_POLL_S
+from services.aggregation.watermark import Watermark
 from services.aggregation.workers import WorkerPool
-from services.shell import flags
-from services.shell.fullness import watch_fullness
-from services.shell.membership import join
-from services.shell.process import run_process
-from services.shell.readiness import Readiness
-from services.shell.redis_watch import require_accepted, watch_redis
-from services.shell.revocations import Revocations, follow
-from services.shell.server import serve
+from services.common import flags
+from services.common.fullness import watch_fullness
+from services.common.membership import join
+from services.common.process import run_process
+from services.common.readiness import Readiness
+from services.common.redis_watch import require_accepted, watch_redis
+from services.common.revocations import Revocations, follow
+from services.common.server import serve
 from shelora.terminal import CommandLine
 from shelora.transport.channel import open_channel
 from shelora.v1 import aggregation_pb2_grpc
@@ -102,8 +102,8 @@ async def run(settings: AggregationSettings) -> None:
     revocations = Revocations()
     pool = WorkerPool(settings.pool_limits, settings.worker_environment)
     await pool.start()
-    room = Room()
-    servicer = build_servicer(settings, store, pool, room)
+    watermark = Watermark()
+    servicer = build_servicer(settings, store, pool, watermark)
 
     def register(server: grpc.aio.Server) -> None:
         aggregation_pb2_grpc.add_AggregationServicer_to_server(servicer, server)
@@ -114,7 +114,7 @@ async def run(settings: AggregationSettings) -> None:
         register=register,
         background=[
             partial(watch_redis, store.redis, KEYS, readiness),
-            partial(watch_fullness, store, room.tell, ROOM_POLL_S),
+            partial(watch_fullness, store, watermark.tell, WATERMARK_POLL_S),
             membership.keep_renewed,
             partial(follow, revocations, authority, settings.revocation_poll_s, on_own=membership.void.set),
         ],
@@ -127,10 +127,13 @@ async def run(settings: AggregationSettings) -> None:
 
 
 def build_servicer(
-    settings: AggregationSettings, store: RedisShardStore, pool: WorkerPool, room: Room | None = None
+    settings: AggregationSettings,
+    store: RedisShardStore,
+    pool: WorkerPool,
+    watermark: Watermark | None = None,
 ) -> AggregationServicer:
     """The servicer over a store and a started pool."""
-    uploads = Uploads(store, settings.upload_limits, lambda: secrets.token_hex(16), room)
+    uploads = Uploads(store, settings.upload_limits, lambda: secrets.token_hex(16), watermark)
     downloads = Downloads(store, settings.max_concurrent_downloads)
     return AggregationServicer(store, uploads, downloads, Aggregations(store, pool), settings.max_shard_bytes)
 

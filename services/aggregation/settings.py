@@ -10,7 +10,7 @@ from pydantic_settings import SettingsConfigDict
 from services.aggregation.slots import SlotLimits
 from services.aggregation.uploads import UploadLimits
 from services.aggregation.workers import PoolLimits
-from services.shell.settings import MemberSettings, with_password
+from services.common.settings import MemberSettings, with_password
 from shelora.transport.address import ListenAddress
 
 

@@ -20,10 +20,10 @@ from redis.retry import Retry
 from services.aggregation import scripts
 from services.aggregation.keys import REPLICAS, RoundKeys
 from services.aggregation.records import AggregationRequest, ShardProgress, ShardSlot, StoredResult, Upload
-from services.aggregation.room import store_full
 from services.aggregation.scripts import Answer
-from services.shell import redis_client
-from services.shell.redis_client import Failures, RedisClient
+from services.aggregation.watermark import store_full
+from services.common import redis_client
+from services.common.redis_client import Failures, RedisClient
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
 from shelora.messages import layout_from_proto, layout_to_proto

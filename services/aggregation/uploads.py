@@ -11,9 +11,9 @@ import structlog
 
 from services.aggregation import metrics
 from services.aggregation.records import ShardSlot, Upload
-from services.aggregation.room import Room
 from services.aggregation.slots import SlotLimits, Slots
 from services.aggregation.store import ShardStore
+from services.aggregation.watermark import Watermark
 from shelora.errors import DomainError, Reason
 from shelora.lora.codec import validate_update
 from shelora.lora.kinds import kind_of
@@ -64,11 +64,15 @@ class Uploads:
     """The uploads of one replica."""
 
     def __init__(
-        self, store: ShardStore, limits: UploadLimits, new_token: Callable[[], str], room: Room | None = None
+        self,
+        store: ShardStore,
+        limits: UploadLimits,
+        new_token: Callable[[], str],
+        watermark: Watermark | None = None,
     ) -> None:
         """Takes `new_token`, which draws 32 random hex digits, and what is known of Redis' memory."""
         self._store = store
-        self._room = room or Room()
+        self._watermark = watermark or Watermark()
         self._limits = limits
         self._new_token = new_token
         self._slots = Slots(limits.slots)
@@ -88,7 +92,7 @@ class Uploads:
             if upload is None:
                 return True
             try:
-                self._room.require(announced.digest.total_bytes - upload.received_bytes)
+                self._watermark.require(announced.digest.total_bytes - upload.received_bytes)
                 return not await self._complete(layout, upload, announced.offset, pieces)
             except DomainError as error:
                 if error.reason is not Reason.STORE_UNAVAILABLE:

@@ -8,12 +8,12 @@ from typing import Final
 
 import structlog
 
+from services.common.detached import detached
+from services.common.guard import Denial
+from services.common.revocations import Revocations
 from services.key_authority.audit import AuditLog
 from services.key_authority.epochs import EpochId, EpochKeys
 from services.key_authority.vault import Vault
-from services.shell.guard import Denial
-from services.shell.revocations import Revocations
-from services.shell.wholly import begun
 from shelora.ckks.parameters import CkksParameters, profile
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import counter
@@ -65,7 +65,7 @@ class Authority:
         Args:
             epoch_id: The epoch.
             client_id: The agent, 1 to 64 characters of [A-Za-z0-9._-], for logs and audit. That its certificate
-                names it and the federation is checked before (`services.shell.guard`).
+                names it and the federation is checked before (`services.common.guard`).
             holder: Its certificate. That it is not revoked is checked again after the keys were read: an epoch that
                 was opened because of its revocation is never released to it, however the two calls raced.
 
@@ -93,7 +93,7 @@ class Authority:
 
         Raises: DomainError STORE_UNAVAILABLE if the disk fails or it cannot be written down.
         """
-        await asyncio.shield(begun(self._retired(before)))
+        await asyncio.shield(detached(self._retired(before)))
 
     async def _retired(self, before: EpochId) -> None:
         retired = await asyncio.to_thread(self._vault.retire, before)

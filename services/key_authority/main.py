@@ -9,6 +9,10 @@ from typing import Annotated
 import structlog
 import typer
 
+from services.common import flags
+from services.common.process import run_process
+from services.common.revocations import Revocations
+from services.common.server import StrangersPort, serve
 from services.key_authority import commands
 from services.key_authority.authority import Authority
 from services.key_authority.ca import Issuer
@@ -18,10 +22,6 @@ from services.key_authority.register import Grant
 from services.key_authority.revoking import Revoker
 from services.key_authority.servicer import SERVICE_NAMES, register, register_enrolment
 from services.key_authority.settings import KeyAuthoritySettings
-from services.shell import flags
-from services.shell.process import run_process
-from services.shell.revocations import Revocations
-from services.shell.server import StrangersPort, serve
 from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.terminal import CommandLine

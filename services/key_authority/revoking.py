@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import structlog
 
+from services.common.detached import detached
+from services.common.revocations import Revocations
 from services.key_authority.audit import AuditLog
 from services.key_authority.register import Register, Revoked
-from services.shell.revocations import Revocations
-from services.shell.wholly import begun
 from shelora.transport.identity import Identity
 from shelora.transport.revocations import Revocation
 
@@ -46,7 +46,7 @@ class Revoker:
 
         Raises: DomainError CLIENT_UNKNOWN, STORE_UNAVAILABLE.
         """
-        revoking = begun(self._revoked(identity))
+        revoking = detached(self._revoked(identity))
         try:
             return await asyncio.shield(revoking)
         finally:

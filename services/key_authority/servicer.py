@@ -4,12 +4,12 @@ from typing import Any, Final
 
 import grpc
 
+from services.common.guard import certificate_of
 from services.key_authority.authority import Authority
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.epochs import EpochId
 from services.key_authority.register import Grant
 from services.key_authority.revoking import Revoker
-from services.shell.guard import certificate_of
 from shelora.errors import DomainError, Reason
 from shelora.levels import Level
 from shelora.transport.identity import Identity, Role

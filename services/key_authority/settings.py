@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Strict, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from services.common.settings import ServerSettings
 from services.key_authority.disk import read_secret
 from services.key_authority.enrolment import Workload
 from services.key_authority.sealer import SealingKey
-from services.shell.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.transport.address import ListenAddress
 from shelora.transport.identity import Role, checked_names

@@ -9,7 +9,7 @@ from rich.live import Live
 from shelora.cli.render import federation_view
 from shelora.terminal import Terminal
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.view import standing
+from shelora.view import status_line
 
 PAUSE_S: Final = 10.0
 """Seconds between two lines that differ in how far a stage is."""
@@ -46,7 +46,7 @@ class FederationScreen:
         if self._live is not None:
             self._live.update(federation_view(federation))
             return
-        line, stage, now_s = standing(federation), _stage(federation), time.monotonic()
+        line, stage, now_s = status_line(federation), _stage(federation), time.monotonic()
         if line != self._told and (stage != self._stage or now_s >= self._due_s):
             self._console.say(line)
             self._told, self._stage, self._due_s = line, stage, now_s + PAUSE_S

@@ -1,7 +1,7 @@
 """Who may call what: one table for every service, and the rule that keeps federations apart.
 
 Whatever is not in the table is refused. Clients may name no federation, client or round but their own, in any field
-of any request; `services.shell.guard` enforces both on every RPC.
+of any request; `services.common.guard` enforces both on every RPC.
 """
 
 from collections.abc import Iterator, Mapping

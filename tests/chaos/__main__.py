@@ -17,7 +17,7 @@ from rich.table import Table
 
 from coordinator.main import now_ms
 from coordinator.store import redis_store
-from services.shell.redis_client import connect
+from services.common.redis_client import connect
 from shelora.cli.cluster import LocalCluster
 from shelora.federation import FederationSpec
 from shelora.strategies.registry import DEFAULT

@@ -18,7 +18,7 @@ import pytest
 
 from coordinator.main import now_ms
 from coordinator.store import redis_store
-from services.shell.redis_client import connect
+from services.common.redis_client import connect
 from shelora.cli.cluster import LocalCluster, Process
 from shelora.cli.operator import operator
 from shelora.federation import FederationSpec

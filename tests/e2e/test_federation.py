@@ -15,10 +15,10 @@ from transformers import AutoModelForSequenceClassification
 
 from coordinator.main import now_ms
 from coordinator.store import redis_store
+from services.common.redis_client import connect
 from services.key_authority.custody import read_root, read_vault
 from services.key_authority.epochs import EpochId
 from services.key_authority.sealer import SealingKey
-from services.shell.redis_client import connect
 from shelora.cli.cluster import LocalCluster
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb

@@ -348,12 +348,12 @@ def _weight_files() -> list[bytes]:
     return [safetensors.numpy.save(arrays, metadata={"round": "1"})]
 
 
-def _standing(state: AgentState, folder: Path, data: bytes) -> object:
-    (folder / "standing.json").write_bytes(data)
-    standing = state.standing()
-    assert 1 <= standing.weight < float("inf")
-    assert 0 <= standing.fresh_overlap < float("inf")
-    return standing
+def _plan_fit(state: AgentState, folder: Path, data: bytes) -> object:
+    (folder / "plan_fit.json").write_bytes(data)
+    fit = state.plan_fit()
+    assert 1 <= fit.weight < float("inf")
+    assert 0 <= fit.fresh_overlap < float("inf")
+    return fit
 
 
 def _spool(state: AgentState, folder: Path, data: bytes) -> object:
@@ -748,8 +748,8 @@ DECODERS: dict[str, Decoder] = {
         ),
         Decoder("worker-answer", read_answer, _answers, frozenset(Reason), binary=False),
         Decoder(
-            "standing",
-            _in_state(_standing),
+            "plan fit",
+            _in_state(_plan_fit),
             lambda: [
                 json.dumps({"format": 1, "vote_round_id": "v", "weight": 1.5, "fresh_overlap": 0.5}).encode()
             ],

@@ -16,9 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from coordinator.aggregation import AggregationPool
 from coordinator.authority import KeyAuthorityClient
-from services.shell.guard import DENIALS
-from services.shell.revocations import Revocations
-from services.shell.server import running_server
+from services.common.guard import DENIALS
+from services.common.revocations import Revocations
+from services.common.server import running_server
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import key_to_pem
 from shelora.transport.channel import open_channel

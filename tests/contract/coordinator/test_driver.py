@@ -11,7 +11,7 @@ from coordinator.liveness import Liveness
 from coordinator.metrics import TRAIN_LOSS
 from coordinator.records import Phase
 from coordinator.store import PASSING_MS
-from services.shell.redis_client import connect
+from services.common.redis_client import connect
 from shelora.errors import DomainError, Reason
 from shelora.v1 import coordinator_pb2 as pb
 from tests.contract.coordinator.world import spec

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from coordinator import checks, render
 from coordinator.metrics import TESTED, await_evaluations
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
-from services.shell.server import running_server
+from services.common.server import running_server
 from shelora.cli.operator import Operator
 from shelora.errors import DomainError, Reason
 from shelora.transport.channel import call_with_stream, open_channel

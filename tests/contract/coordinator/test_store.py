@@ -20,7 +20,7 @@ from coordinator.records import (
     UpdateRecord,
 )
 from coordinator.store import PASSING_MS, CommitOutcome, Versioned, redis_store
-from services.shell.redis_client import connect
+from services.common.redis_client import connect
 from shelora.errors import DomainError, Reason
 from shelora.rounds import RoundState
 from tests.conftest import free_port

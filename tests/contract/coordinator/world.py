@@ -22,7 +22,7 @@ from coordinator.records import FederationRecord, Sighting
 from coordinator.render import Renderer
 from coordinator.store import Store, redis_store
 from coordinator.votes import votes_of
-from services.shell.redis_client import connect
+from services.common.redis_client import connect
 from shelora.federation import FederationSpec
 from shelora.messages import layout_from_proto
 from shelora.negotiation.ballots import Ballot

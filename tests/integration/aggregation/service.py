@@ -14,7 +14,7 @@ from services.aggregation.slots import SlotLimits
 from services.aggregation.store import connect, connect_worker
 from services.aggregation.uploads import UploadLimits, Uploads
 from services.aggregation.worker import answer
-from services.shell.server import running_server
+from services.common.server import running_server
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout
 from shelora.messages import layout_to_proto

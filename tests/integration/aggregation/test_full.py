@@ -7,10 +7,10 @@ import pytest
 
 from services.aggregation.keys import RoundKeys
 from services.aggregation.records import ShardSlot
-from services.aggregation.room import UPLOAD_SHARE, Room
 from services.aggregation.slots import SlotLimits
 from services.aggregation.store import connect
 from services.aggregation.uploads import Announcement, UploadLimits, Uploads
+from services.aggregation.watermark import UPLOAD_SHARE, Watermark
 from shelora.errors import Reason
 from shelora.transport.pieces import Digest, cut
 from shelora.transport.status import error_from_rpc, lost_status, retry_after_s
@@ -70,10 +70,10 @@ async def test_a_round_is_closed_and_makes_room_while_redis_is_full(caller, wide
 async def test_a_resumed_upload_needs_room_for_the_rest_alone(caller, wide, redis_url):
     data, slot = wide.shard_bytes("client-0", 0), ShardSlot(ROUND, "client-0", 0)
     await caller.open(wide.layout)
-    store, room, half = connect(redis_url, connections=2, timeout_s=10), Room(), len(data) // 2
+    store, watermark, half = connect(redis_url, connections=2, timeout_s=10), Watermark(), len(data) // 2
     begun = await store.begin(slot, Digest.of(data), "0" * 32)
     await store.append(begun, 0, data[:half])
-    room.tell(0, int((len(data) - half) / UPLOAD_SHARE) + 1)
+    watermark.tell(0, int((len(data) - half) / UPLOAD_SHARE) + 1)
 
     async def rest():
         for piece in cut(data, half):
@@ -83,7 +83,7 @@ async def test_a_resumed_upload_needs_room_for_the_rest_alone(caller, wide, redi
         store,
         UploadLimits(slots=SlotLimits(1, 1, 1), checks=1, idle_s=30, least_bytes_s=0.0),
         lambda: "1" * 32,
-        room,
+        watermark,
     )
     assert not await uploads.receive(Announcement(slot, Digest.of(data), half, wide.layout.digest), rest())
     assert (await caller.progress("client-0"))[0].complete

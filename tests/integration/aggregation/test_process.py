@@ -15,7 +15,7 @@ import grpc
 import psutil
 import pytest
 
-from services.shell.server import Ready, running_server
+from services.common.server import Ready, running_server
 from shelora.ckks.parameters import INSECURE_TOY
 from shelora.errors import Reason
 from shelora.lora.layout import Layout, Matrix, Shard

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 
+from services.common.revocations import Revocations
 from services.key_authority.authority import Authority
 from services.key_authority.ca import Issuer
 from services.key_authority.custody import open_custody
@@ -12,7 +13,6 @@ from services.key_authority.register import Register
 from services.key_authority.revoking import Revoker
 from services.key_authority.sealer import SealingKey
 from services.key_authority.servicer import register
-from services.shell.revocations import Revocations
 from tests.identities import SEALER, VAULT, TestAuthority
 
 

@@ -15,12 +15,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from services.common.server import running_server
 from services.key_authority.ca import Issuer, RootFile
 from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Grant, Register
 from services.key_authority.sealer import Binding, Sealer, SealingKey
 from services.key_authority.servicer import SERVICE_NAMES, register
-from services.shell.server import running_server
 from shelora.cli.operator import create_token
 from shelora.errors import DomainError, Reason
 from shelora.levels import Level

@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 import pytest
 from typer.testing import CliRunner
 
+from services.common.server import Ready
 from services.key_authority.custody import read_root
 from services.key_authority.main import app
 from services.key_authority.sealer import SealingKey
-from services.shell.server import Ready
 from shelora.cli.operator import create_token
 from shelora.obfuscation import SECRET_BYTES
 from shelora.transport.certificates import key_to_pem

@@ -8,6 +8,8 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
+from services.common.revocations import Revocations, follow
+from services.common.server import running_server
 from services.key_authority.ca import Issuer
 from services.key_authority.custody import open_custody
 from services.key_authority.enrolment import Enrolments
@@ -15,8 +17,6 @@ from services.key_authority.epochs import EpochId
 from services.key_authority.register import Grant, Register
 from services.key_authority.revoking import Revoker
 from services.key_authority.servicer import SERVICE_NAMES
-from services.shell.revocations import Revocations, follow
-from services.shell.server import running_server
 from shelora.audit import AuditEvent, verified
 from shelora.ckks.parameters import STANDARD
 from shelora.cli.operator import list_revocations, revoke_holder

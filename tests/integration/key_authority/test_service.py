@@ -10,10 +10,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from client_agent.keys import EpochSecrets
+from services.common.server import running_server
 from services.key_authority.authority import KEY_RELEASES
 from services.key_authority.epochs import EpochId
 from services.key_authority.servicer import SERVICE_NAMES
-from services.shell.server import running_server
 from shelora.audit import LOG_NAME, AuditEvent, verified
 from shelora.ckks.parameters import INSECURE_TOY, STANDARD
 from shelora.ckks.secret import SecretKey

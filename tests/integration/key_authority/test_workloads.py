@@ -8,15 +8,15 @@ from datetime import timedelta
 import grpc
 import pytest
 
+from services.common.membership import join
+from services.common.revocations import Revocations, follow
+from services.common.server import running_server
+from services.common.settings import MemberSettings
 from services.key_authority.ca import Issuer
 from services.key_authority.enrolment import Enrolments, Workload
 from services.key_authority.register import Grant
 from services.key_authority.servicer import SERVICE_NAMES
 from services.key_authority.settings import KeyAuthoritySettings
-from services.shell.membership import join
-from services.shell.revocations import Revocations, follow
-from services.shell.server import running_server
-from services.shell.settings import MemberSettings
 from shelora.errors import DomainError, Reason
 from shelora.transport.certificates import key_to_pem, new_key, pem_to_der, signing_request
 from shelora.transport.channel import open_channel

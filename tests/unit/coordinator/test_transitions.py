@@ -345,18 +345,19 @@ def of_budgets(budgets):
 def test_tiers_are_budgets_few_and_no_member_encrypts_less_than_its_own(budgets):
     tiers = transitions.budgets(of_budgets(budgets))
     paying = [budget for budget in budgets if budget]
-    assert len(tiers) <= transitions.MAX_TIERS
+    assert len(tiers) <= transitions.MAX_PLAN_TIERS
     assert list(tiers) == sorted(set(tiers))
     assert set(tiers) <= set(paying)
     assert all(budget <= tiers[-1] for budget in paying)
-    if len(set(paying)) <= transitions.MAX_TIERS:
+    if len(set(paying)) <= transitions.MAX_PLAN_TIERS:
         assert set(tiers) == set(paying), "nobody encrypts more than it must"
 
 
 def test_a_fleet_of_a_thousand_budgets_makes_few_tiers_and_pays_little_more():
     budgets = [(i + 1) / 1000 for i in range(1000)]
     tiers = transitions.budgets(of_budgets(budgets))
-    assert len(tiers) == transitions.MAX_TIERS
+    assert len(tiers) == transitions.MAX_PLAN_TIERS
     assert (
-        max(min(t for t in tiers if t >= budget) - budget for budget in budgets) < 1 / transitions.MAX_TIERS
+        max(min(t for t in tiers if t >= budget) - budget for budget in budgets)
+        < 1 / transitions.MAX_PLAN_TIERS
     )

@@ -8,7 +8,7 @@ import grpc
 import pytest
 from grpc._cython import cygrpc
 
-from services.shell.server import running_server
+from services.common.server import running_server
 from shelora.errors import DomainError, Reason
 from shelora.transport import channel as channels
 from shelora.transport.address import HostPort, check_plaintext, is_local

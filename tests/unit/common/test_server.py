@@ -9,11 +9,11 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from services.shell.observation import RPC_SECONDS, RPC_TOTAL
-from services.shell.process import run_process
-from services.shell.revocations import Revocations
-from services.shell.server import Ready, running_server, serve
-from services.shell.settings import ServerSettings
+from services.common.observation import RPC_SECONDS, RPC_TOTAL
+from services.common.process import run_process
+from services.common.revocations import Revocations
+from services.common.server import Ready, running_server, serve
+from services.common.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.exits import EXIT_FAILED, EXIT_REFUSED
 from shelora.transport.channel import open_channel

@@ -13,7 +13,7 @@ from typing import Any, Final
 from redis.asyncio import SSLConnection
 from redis.exceptions import InvalidResponse
 
-from services.shell.redis_client import RedisClient
+from services.common.redis_client import RedisClient
 
 PROBE_S: Final = 2.0
 """Seconds for the server to say what it speaks."""

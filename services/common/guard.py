@@ -16,10 +16,10 @@ from typing import Any, Final, TypeAlias
 import grpc
 import structlog
 
-from services.shell.arrival import in_time, parsed
-from services.shell.rates import Caller, Rates
-from services.shell.repeats import Repeats
-from services.shell.revocations import Revocations
+from services.common.arrival import in_time, parsed
+from services.common.rates import Caller, Rates
+from services.common.repeats import Repeats
+from services.common.revocations import Revocations
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.metrics import counter
 from shelora.transport.certificates import Certificate, read_certificate, utc_now

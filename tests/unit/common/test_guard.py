@@ -10,10 +10,10 @@ import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.shell import guard, server
-from services.shell.repeats import Repeats
-from services.shell.server import running_server
-from services.shell.settings import ServerSettings
+from services.common import guard, server
+from services.common.repeats import Repeats
+from services.common.server import running_server
+from services.common.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.transport.channel import call, open_channel
 from shelora.transport.permissions import LARGEST_REQUESTS, PERMISSIONS, SMALL_REQUEST_BYTES

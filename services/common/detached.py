@@ -14,8 +14,8 @@ _UNDER_WAY: Final[set[asyncio.Task[Any]]] = set()
 _log = structlog.get_logger(__name__)
 
 
-def begun(work: Coroutine[Any, Any, _Value]) -> asyncio.Task[_Value]:
-    """Starts work of several steps; `await asyncio.shield(begun(...))` waits for it, and may be cancelled without it.
+def detached(work: Coroutine[Any, Any, _Value]) -> asyncio.Task[_Value]:
+    """Starts work of several steps; `await asyncio.shield(detached(...))` waits for it and may be cancelled without it.
 
     An error that nobody waits for any more is logged.
     """

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.shell import rates
-from services.shell.rates import Bucket, RateLimits, Rates
-from services.shell.server import running_server
-from services.shell.settings import ServerSettings
+from services.common import rates
+from services.common.rates import Bucket, RateLimits, Rates
+from services.common.server import running_server
+from services.common.settings import ServerSettings
 from shelora.errors import DomainError, Reason, RetryLaterError
 from shelora.transport.channel import call, call_with_stream, open_channel
 from shelora.v1 import coordinator_pb2 as pb

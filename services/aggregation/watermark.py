@@ -12,7 +12,7 @@ RETRY_AFTER_S: Final = 15.0
 """Seconds after which a refused upload may be tried again: about what a round takes to be aggregated and deleted."""
 
 
-class Room:
+class Watermark:
     """What Redis said last of its memory. Without a `maxmemory`, or before it is known, there is room."""
 
     def __init__(self) -> None:

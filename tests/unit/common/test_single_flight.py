@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from services.shell.sharing import Shared
+from services.common.single_flight import SingleFlight
 
 
 class Source:
@@ -19,7 +19,7 @@ class Source:
 
 
 async def test_those_who_ask_at_once_and_later_share_one_answer():
-    shared, source = Shared[str, int](2), Source()
+    shared, source = SingleFlight[str, int](2), Source()
     waiting = [asyncio.create_task(shared.get("key", source.make)) for _ in range(5)]
     await asyncio.sleep(0)
     source.allowed.set()
@@ -29,7 +29,7 @@ async def test_those_who_ask_at_once_and_later_share_one_answer():
 
 
 async def test_a_caller_that_leaves_takes_nothing_from_the_others():
-    shared, source = Shared[str, int](2), Source()
+    shared, source = SingleFlight[str, int](2), Source()
     first, second = (asyncio.create_task(shared.get("key", source.make)) for _ in range(2))
     await asyncio.sleep(0)
     first.cancel()
@@ -39,7 +39,7 @@ async def test_a_caller_that_leaves_takes_nothing_from_the_others():
 
 
 async def test_a_failure_is_not_kept():
-    shared = Shared[str, int](2)
+    shared = SingleFlight[str, int](2)
 
     async def fail() -> int:
         raise ValueError("once")
@@ -53,7 +53,7 @@ async def test_a_failure_is_not_kept():
 
 
 async def test_the_oldest_answer_is_forgotten():
-    shared, source = Shared[str, int](2), Source()
+    shared, source = SingleFlight[str, int](2), Source()
     source.allowed.set()
     for key in ("a", "b", "a", "c", "a", "b"):
         await shared.get(key, source.make)

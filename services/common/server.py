@@ -22,13 +22,13 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.shell.arrival import in_time, parsed
-from services.shell.guard import Guard, OnDenied, untold
-from services.shell.observation import RpcObserver
-from services.shell.rates import RateLimits, Rates
-from services.shell.readiness import Readiness
-from services.shell.revocations import Revocations
-from services.shell.settings import ServerSettings
+from services.common.arrival import in_time, parsed
+from services.common.guard import Guard, OnDenied, untold
+from services.common.observation import RpcObserver
+from services.common.rates import RateLimits, Rates
+from services.common.readiness import Readiness
+from services.common.revocations import Revocations
+from services.common.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.stopping import stop_signals
 from shelora.telemetry.metrics import start_metrics_server

@@ -4,8 +4,8 @@ import asyncio
 from dataclasses import dataclass
 from functools import partial
 
-from services.shell.server import Background
-from services.shell.settings import MemberSettings
+from services.common.server import Background
+from services.common.settings import MemberSettings
 from shelora.errors import DomainError
 from shelora.transport.enrolment import certified_by, enroll_server, keep_renewed, renewal_at
 from shelora.transport.tls import IdentityFolder, TlsCredentials

@@ -2,13 +2,13 @@ import resource
 import subprocess
 import sys
 
-from services.shell.process import OPEN_FILES
+from services.common.process import OPEN_FILES
 
 
 def test_a_server_asks_for_as_many_connections_as_it_may_have():
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     program = (
-        "import resource; from services.shell.process import allow_many_connections\n"
+        "import resource; from services.common.process import allow_many_connections\n"
         "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))\n"
         "allow_many_connections()\n"

@@ -5,7 +5,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic_settings import SettingsConfigDict
 from redis.asyncio.connection import parse_url
 
-from services.shell.settings import ServerSettings, with_password
+from services.common.settings import ServerSettings, with_password
 from shelora.errors import DomainError, Reason
 
 

@@ -9,7 +9,7 @@ _Key = TypeVar("_Key", bound=Hashable)
 _Value = TypeVar("_Value")
 
 
-class Shared(Generic[_Key, _Value]):
+class SingleFlight(Generic[_Key, _Value]):
     """Answers by key, of which the newest `size` are kept. Whoever asks while one is made waits for it.
 
     A failure is everyone's who waited for it, and is not kept.

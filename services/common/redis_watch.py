@@ -6,9 +6,9 @@ from typing import Final
 import structlog
 from redis.exceptions import RedisError
 
-from services.shell.readiness import Readiness
-from services.shell.redis_client import RedisClient, passes, refusal
-from services.shell.redis_dialect import misdialled
+from services.common.readiness import Readiness
+from services.common.redis_client import RedisClient, passes, refusal
+from services.common.redis_dialect import misdialled
 from shelora.errors import DomainError, Reason
 
 TIMEOUT_S: Final = 5.0

@@ -8,8 +8,8 @@ from urllib.parse import quote, urlsplit
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from services.shell.rates import RateLimits
-from services.shell.revocations import POLL_S
+from services.common.rates import RateLimits
+from services.common.revocations import POLL_S
 from shelora.configuration import remedy
 from shelora.errors import DomainError, Reason
 from shelora.transport.address import Address, ListenAddress, ProbeAddress

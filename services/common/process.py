@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from services.shell.settings import ServerSettings
+from services.common.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.exits import EXIT_FAILED, exit_code
 from shelora.private_memory import keep_memory_private

@@ -6,7 +6,7 @@ from contextlib import aclosing, suppress
 
 import grpc
 
-from services.shell.server import running_server
+from services.common.server import running_server
 from shelora.transport.channel import open_channel
 from shelora.transport.status import translated
 from shelora.v1 import coordinator_pb2 as pb

@@ -7,7 +7,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError
 
 from coordinator.metrics import REDIS_LIMIT, REDIS_USED, tell_fullness
-from services.shell.fullness import watch_fullness
+from services.common.fullness import watch_fullness
 
 
 class FakeRedis:
