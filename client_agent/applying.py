@@ -101,7 +101,12 @@ class Applier:
         if measured is None:
             return
         _log.info(
-            "evaluated", round=round_id, loss=measured.loss, correct=measured.correct, count=measured.count
+            "evaluated",
+            round=round_id,
+            loss=measured.loss,
+            correct=measured.correct,
+            count=measured.count,
+            **measured.figures,
         )
         card = self._learner.card(_origin(result), measured)
         await self._run(state.replace_card, card)

@@ -12,6 +12,8 @@ from shelora.federation import TrainingSpec
 
 _LICENCE = re.compile(r"^license:\s*([\w.+-]{1,60})\s*$", re.MULTILINE)
 _FRONT_BYTES = 65_536
+BASE_WEIGHTS = "SHA-256 of its weights as the agent loads them"
+_NAMES = {"macro_f1": "macro F1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,16 @@ class Card:
 
     federation: str
     spec: TrainingSpec
+    rounds: int
+    """Of the federation, when this client joined."""
+    protection: str
+    """How updates travelled."""
+    base: str
+    """SHA-256 of the base model's weights, in hex."""
+    privacy: str
+    """What hid single examples; "" if nothing did."""
+    precision: str
+    """Numbers that the base model was held in while training."""
     rank: int
     alpha: float
     train_count: int
@@ -59,9 +71,13 @@ def rendered(card: Card, made: Origin, measured: Evaluation | None) -> str:
         f"# LoRA adapter of the federation {card.federation}",
         "",
         f"- Base model: {quoted(spec.base_model)}, by the federation's name for it",
+        f"- {BASE_WEIGHTS}: {card.base}",
         f"- Licence of the base model: {card.licence or 'not stated where it was loaded from'}",
         f"- Task: {spec.task}" + (f"; classes: {', '.join(map(quoted, spec.labels))}" if spec.labels else ""),
-        f"- Training round {made.number}, the aggregate of {made.contributors} clients",
+        f"- Training round {made.number} of {card.rounds}, the aggregate of {made.contributors} clients",
+        f"- Protection of updates: {card.protection}",
+        f"- Differential privacy of examples: {card.privacy or 'none'}",
+        f"- Base model held in {card.precision} while training",
         f"- {spec.local_steps} steps a round of {spec.batch_size} examples, learning rate {spec.learning_rate:g}",
         *([f"- Texts are cut to {spec.max_tokens} tokens"] if task.reads_text else []),
         f"- LoRA on {', '.join(map(quoted, spec.target_modules))}",
@@ -84,7 +100,10 @@ def _measured(measured: Evaluation | None, what: str) -> str:
     if measured is None:
         return "Not evaluated by this client"
     share = measured.correct / max(measured.count, 1)
-    return f"At this client: {share:.1%} of {measured.count:,} {what} right, loss {measured.loss:.4f}"
+    figures = "".join(f", {_NAMES.get(name, name)} {value:.4g}" for name, value in measured.figures.items())
+    return (
+        f"At this client: {share:.1%} of {measured.count:,} {what} right, loss {measured.loss:.4f}{figures}"
+    )
 
 
 def name_base(folder: Path, base_model: str) -> None:

@@ -62,7 +62,7 @@ def load_checkpoint(path: str, task: str, labels: Sequence[str], *, as_stored: b
         raise invalid(f"model.path: {why}")
     with quiet():
         _check_kind(path, what)
-        dtype = _stored_dtype(path) if as_stored else torch.float32
+        dtype = stored_dtype(path) if as_stored else torch.float32
         model, absent, misshapen = _load_model(path, what, labels, dtype)
         tokenizer = _load_processor(path, what)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -219,7 +219,7 @@ def _load_model(
     return model, frozenset(info["missing_keys"]), frozenset(entry[0] for entry in info["mismatched_keys"])
 
 
-def _stored_dtype(path: str) -> torch.dtype:
+def stored_dtype(path: str) -> torch.dtype:
     """The one type of all weights of a folder; float32 if they have several, or if it cannot be told.
 
     Weights that are loaded in their own type are mapped from the file, and take no memory that cannot be given back.

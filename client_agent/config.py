@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -34,6 +35,8 @@ SUFFIXES: Final = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PACKED: Final = (".gz", ".bz2", ".xz", ".zst")
 """What may follow, of a compressed file."""
 _ARCHIVES: Final = (".zip", ".tar", ".7z", ".rar", ".tgz")
+OWN_LEARNER: Final = "transformers"
+"""The learner that the agent brings."""
 _FOLDER: Final = "folder"
 """Key of the validation context: the folder that relative paths start from."""
 
@@ -260,6 +263,9 @@ class AgentConfig(StrictModel):
     """The examples, which never leave this machine."""
     lora: LoraSettings = LoraSettings()
     """This client's adapter."""
+    learner: Name = OWN_LEARNER
+    """Who trains: `transformers`, the agent's own loop; the name of an entry point of the group client_agent.learners;
+    or module:attribute (docs/own-trainer.md). It is code that runs here with this client's data."""
     training: TrainingSettings = TrainingSettings()
     """How this client trains; what all must share is the federation's."""
     budget: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -299,14 +305,20 @@ class AgentConfig(StrictModel):
         return self
 
     @classmethod
-    def load(cls, path: Path, environment: Mapping[str, str] = os.environ) -> Self:
+    def load(
+        cls,
+        path: Path,
+        environment: Mapping[str, str] = os.environ,
+        absent: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Self:
         """Reads a YAML file, then the overrides.
 
         Relative paths start from the file's folder; `model.path` does so where such a folder or file exists.
 
+        Args: absent: Sections for a file that leaves them out.
         Raises: DomainError CONFIGURATION_INVALID naming each field, its value and what is allowed.
         """
-        values = read_yaml(path)
+        values = {**absent, **read_yaml(path)}
         _override(values, environment)
         folder = path.absolute().parent
         try:

@@ -1,10 +1,13 @@
 """Evaluation on this client's test examples."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from client_agent.learning import Evaluation
 from client_agent.model import AdaptedModel
@@ -12,6 +15,8 @@ from client_agent.tasks.port import ExampleEncoder, ExampleSet
 from client_agent.training import Report
 
 BATCH_EXAMPLES: Final = 32
+_LARGEST_EXPONENT: Final = 700.0
+"""Beyond, a perplexity is no number of 64 bits."""
 _Examples = TypeVar("_Examples", bound=ExampleSet)
 
 
@@ -25,6 +30,7 @@ def evaluate(
     started = time.monotonic()
     count = correct = 0
     loss = 0.0
+    confusion: NDArray[np.int64] | None = None
     model.module.eval()
     for done, encoded in _batches(encoder, examples):
         report(done / len(examples))
@@ -34,7 +40,30 @@ def evaluate(
             loss += float(model.task.loss(logits, targets).item())
             correct += model.task.correct(logits, targets)
         count += len(targets)
-    return Evaluation(count, correct, loss / max(count, 1), time.monotonic() - started)
+        if model.task.has_head:
+            seen = confused(logits, targets)
+            confusion = seen if confusion is None else confusion + seen
+    mean = loss / max(count, 1)
+    figures = {} if confusion is None else {"macro_f1": macro_f1(confusion)}
+    if model.task.predicts_next and mean < _LARGEST_EXPONENT:
+        figures["perplexity"] = math.exp(mean)
+    return Evaluation(count, correct, mean, time.monotonic() - started, figures)
+
+
+def confused(logits: torch.Tensor, targets: torch.Tensor) -> NDArray[np.int64]:
+    """How often each class [row] was taken for each other [column]."""
+    classes = logits.shape[-1]
+    pairs = targets * classes + logits.argmax(dim=-1)
+    counted = torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+    return np.asarray(counted.cpu().numpy(), dtype=np.int64)
+
+
+def macro_f1(confusion: NDArray[np.int64]) -> float:
+    """The mean of the F1 scores of all classes that occur or are predicted, each counting alike, 0 to 1."""
+    right = np.diag(confusion)
+    either = confusion.sum(axis=0) + confusion.sum(axis=1)
+    there = either > 0
+    return float(np.mean(2 * right[there] / either[there])) if there.any() else 0.0
 
 
 def _batches(encoder: ExampleEncoder[_Examples], examples: _Examples) -> Iterator[tuple[int, Sequence[Any]]]:

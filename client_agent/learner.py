@@ -27,13 +27,13 @@ from client_agent.plausibility import (
     plausible,
     require_useful,
 )
-from client_agent.preparation import prepare
+from client_agent.preparation import Prepared, prepare
 from client_agent.progress import Activity
 from client_agent.schedule import Schedule
 from client_agent.scoring import sensitivity_scores
 from client_agent.state import CARD, AgentState
-from client_agent.training import TrainingOutcome, TrainingRun, train
-from shelora.errors import DomainError
+from client_agent.training import Report, TrainingOutcome, TrainingRun, train
+from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
 from shelora.lora.algebra import remainder, reparameterize
 from shelora.lora.restore import Restored
@@ -51,7 +51,10 @@ _INITIAL: Final = "initial/"
 
 
 class Learner:
-    """Model, data and the state they are in. Not thread-safe."""
+    """Model, data and the state they are in. Not thread-safe.
+
+    Who has another loop derives from it and overrides `fit`; who has other data, `prepare` (docs/own-trainer.md).
+    """
 
     def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState, rounds: int = 1) -> None:
         """Reads the data, loads the model. Raises: DomainError DATA_INVALID, MODEL_INVALID, CONFIGURATION_INVALID.
@@ -66,9 +69,14 @@ class Learner:
         self._settings = config.training
         self._schedule = Schedule(spec, rounds)
         self._conditions = Conditions(config.resources)
-        prepared = prepare(config, spec)
+        if config.privacy is not None and type(self).fit is not Learner.fit:
+            raise DomainError(
+                Reason.CONFIGURATION_INVALID,
+                "privacy: a loop of one's own bounds no example's gradient: remove learner, or privacy",
+            )
+        prepared = self.prepare(config, spec)
         self.examples, self.test, self.model = prepared.examples, prepared.test, prepared.model
-        self._encoder = prepared.encoder
+        self.encoder = prepared.encoder
         self._budget = budget_of(config, spec, examples=len(self.examples), rounds=rounds)
         self.privacy = str(self._budget.mechanism) if self._budget else ""
         if self._budget:
@@ -79,6 +87,11 @@ class Learner:
         self._card = Card(
             federation=config.federation,
             spec=spec,
+            rounds=rounds,
+            protection=str(state.promise() or "not known"),
+            base=self.base.weights.hex(),
+            privacy=self.privacy,
+            precision=str(self.model.precision),
             rank=config.lora.rank,
             alpha=config.lora.alpha,
             train_count=len(self.examples),
@@ -107,6 +120,21 @@ class Learner:
         """The position that a result led to, and the loss on own examples there."""
         self._refused = 0
         """The training round whose result was refused last, if none was applied since."""
+
+    def prepare(self, config: AgentConfig, spec: TrainingSpec) -> Prepared:
+        """Data and model, read and tried out. Raises: DATA_INVALID, MODEL_INVALID, CONFIGURATION_INVALID."""
+        return prepare(config, spec)
+
+    def fit(self, run: TrainingRun, report: Report) -> TrainingOutcome:
+        """Trains `self.model` in place, from the weights that it has, on `self.examples`: one round's training.
+
+        No value may move by more than about a learning rate a step, or the update is taken for an attack.
+
+        Args:
+            run: Rates of the steps, batch size, seed.
+            report: Takes the progress, 0 to 1, and is to be called before every step: what it raises ends the work.
+        """
+        return train(self.model, self.encoder, self.examples, run, report)
 
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
@@ -203,7 +231,7 @@ class Learner:
         self.model.load(weights)
         count = min(self._spec.calibration_examples, JUDGING_EXAMPLES)
         chosen = sample(len(self.examples), count, seed_of(self._client_id, "judging"))
-        return evaluate(self.model, self._encoder, self.examples.select(chosen), lambda _: None).loss
+        return evaluate(self.model, self.encoder, self.examples.select(chosen), lambda _: None).loss
 
     def _moderator(self, number: int) -> Moderator | None:
         """What bounds the result of that round; None if this client trained nothing from the state that it holds."""
@@ -283,7 +311,7 @@ class Learner:
         with timed(Stage.SCORING):
             return sensitivity_scores(
                 self.model,
-                self._encoder,
+                self.encoder,
                 self.examples.select(chosen),
                 self._reporter(activity, Stage.SCORING),
             )
@@ -303,7 +331,7 @@ class Learner:
         with timed(Stage.EVALUATING):
             return evaluate(
                 self.model,
-                self._encoder,
+                self.encoder,
                 self.test.select(chosen),
                 self._reporter(activity, Stage.EVALUATING),
             )
@@ -355,13 +383,13 @@ class Learner:
         seed = self._settings.seed
         return (*((variant,) if variant else ()), *((f"seed {seed}",) if seed else ()))
 
-    def _trained(self, run: TrainingRun, report: Callable[[float], None]) -> TrainingOutcome:
+    def _trained(self, run: TrainingRun, report: Report) -> TrainingOutcome:
         if self._budget is None:
-            return train(self.model, self._encoder, self.examples, run, report)
+            return self.fit(run, report)
         from client_agent.private_training import train_privately  # noqa: PLC0415 - an extra of its own
 
         mechanism = self._budget.mechanism
-        return train_privately(self.model, self._encoder, self.examples, run, mechanism, report)
+        return train_privately(self.model, self.encoder, self.examples, run, mechanism, report)
 
     def _reporter(self, activity: Activity, stage: Stage) -> Callable[[float], None]:
         return partial(self._conditions.report, activity, stage)

@@ -49,6 +49,8 @@ class Evaluation:
     loss: float
     """Mean over the predictions."""
     seconds: float
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Others, by name: `macro_f1` of classes, 0 to 1; `perplexity` of next tokens. They stay here, and in the card."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,28 +5,20 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
-import structlog
 import typer
 
 from client_agent.config import IDENTITY, AgentConfig
-from client_agent.loading import check_loading, require_temporary_folder, uncollected, unusable
+from client_agent.loading import check_loading, require_temporary_folder, unusable
 from shelora.configuration import invalid
 from shelora.errors import DomainError
 from shelora.exits import EXIT_FAILED, exit_code
 from shelora.federation import FederationSpec, ProtectionSpec
-from shelora.private_memory import keep_memory_private
-from shelora.stopping import stop_signals
 from shelora.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
-from shelora.telemetry.logs import configure_logs
-from shelora.telemetry.metrics import start_metrics_server
 from shelora.terminal import CommandLine, Terminal
 from shelora.transport.enrolment import enroll as enrolled
 from shelora.version import VersionOption
-
-if TYPE_CHECKING:
-    from client_agent.agent import Outcome
 
 ENROL_RETRY_S: Final = 10.0
 """Seconds to try to reach the authority for: a person waits."""
@@ -47,7 +39,6 @@ A commented configuration is client_agent/sample.yaml. Single values can be set 
 SHELORA_AGENT__LORA__RANK=16 sets lora.rank.
 """
 
-_log = structlog.get_logger(__name__)
 app = CommandLine(
     add_completion=False,
     no_args_is_help=True,
@@ -145,23 +136,36 @@ def export(
         bool,
         typer.Option("--best", help="The adapter with the smallest loss on this client's own test examples."),
     ] = False,
+    merged: Annotated[
+        bool,
+        typer.Option("--merged", help="Merge it into the base model: a whole model, which needs no PEFT."),
+    ] = False,
 ) -> None:
     """Copies the newest adapter out of STATE_DIR, also while the agent runs.
 
     After every round the agent saves the adapter of the federation's newest result, cut to its own rank, in
     STATE_DIR/adapter, and the best one by its own test examples in STATE_DIR/adapter-best. Operators hold no key, so an
-    adapter always comes from an agent. Load it with peft.PeftModel.from_pretrained.
+    adapter always comes from an agent. Load it with peft.PeftModel.from_pretrained; what --merged makes,
+    with transformers alone.
 
-    Exit codes: 0 copied; 2 there is no adapter yet, or the folder exists.
+    Exit codes: 0 copied; 2 there is no adapter yet, the folder exists, or model.path is not what it was trained on.
     """
-    _exit_with(lambda: _export(AgentConfig.load(config), to, best=best))
+    _exit_with(lambda: _export(AgentConfig.load(config), to, best=best, merged=merged))
 
 
-def _export(config: AgentConfig, to: Path, *, best: bool) -> int:
+def _export(config: AgentConfig, to: Path, *, best: bool, merged: bool) -> int:
     from client_agent.state import newest_adapter  # noqa: PLC0415 - as in `_run`
 
     adapter = newest_adapter(config.state_dir, best=best)
+    if to.exists():
+        raise invalid(f"--to {to}: it exists; name a folder to make")
     try:
+        if merged:
+            from client_agent.merging import export_merged  # noqa: PLC0415 - loads torch
+
+            export_merged(config.model.path, adapter, to)
+            Terminal().say(f"merged {adapter} into {config.model.path}: {to}")
+            return 0
         shutil.copytree(adapter, to)
     except OSError as error:  # shutil.Error too
         raise invalid(f"--to {to}: the adapter cannot be copied there: {error.strerror or error}") from error
@@ -207,31 +211,11 @@ def _enroll(token: str, authority: str, state_dir: Path, client: str) -> int:
 
 
 def _run(config: AgentConfig) -> int:
-    require_temporary_folder()
-    from client_agent.agent import Outcome, step_back  # noqa: PLC0415 - enrolling must not wait for torch
+    from client_agent.agent import Outcome  # noqa: PLC0415 - enrolling must not wait for torch
+    from client_agent.daemon import run as followed  # noqa: PLC0415 - as above
+    from client_agent.learners import learner_of  # noqa: PLC0415 - as above
 
-    configure_logs("client-agent", config.log.level, json=config.log.json_lines)
-    keep_memory_private()
-    structlog.contextvars.bind_contextvars(client_id=config.client_id, federation=config.federation)
-    step_back(config.resources.nice)
-    if config.metrics_port is not None:
-        server = start_metrics_server(config.metrics_port, config.metrics_host)
-        _log.info("metrics_served", port=server.port)
-    outcome = asyncio.run(_followed(config))
-    _log.info("agent_ended", outcome=outcome)
-    return EXIT_FAILED if outcome is Outcome.HALTED else 0
-
-
-async def _followed(config: AgentConfig) -> "Outcome":
-    with uncollected():
-        from client_agent.agent import Agent  # noqa: PLC0415 - as above
-        from client_agent.learner import Learner  # noqa: PLC0415 - as above
-
-    agent = Agent(config, Learner)
-    loop = asyncio.get_running_loop()
-    for number in stop_signals():
-        loop.add_signal_handler(number, agent.stop)
-    return await agent.run()
+    return EXIT_FAILED if followed(config, lambda: learner_of(config.learner)) is Outcome.HALTED else 0
 
 
 def _check(config: AgentConfig, *, offline: bool, task: str, targets: list[str]) -> int:

@@ -50,13 +50,13 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
     task = task_of(spec.task)
     examples = task.read(data.train, data, spec)
     test = task.read(data.test, data, spec) if data.test is not None else None
-    model = _load_model(config, spec)
+    model = load_model(config, spec)
     encoder = task.encoder(model.tokenizer, min(spec.max_tokens, model.most_positions), spec)
     lengths = task.survey(data.train, data, examples, encoder)
     _check_vocabulary(model, lengths)
     if data.test is not None and test is not None:
         _check_vocabulary(model, task.survey(data.test, data, test, encoder))
-    _rehearse(model, encoder.batch(examples.select([lengths.longest])))
+    rehearse(model, encoder.batch(examples.select([lengths.longest])))
     if config.privacy is not None:
         _rehearse_privately(model, encoder, examples, lengths)
     return Prepared(examples=examples, test=test, model=model, encoder=encoder, lengths=lengths)
@@ -77,7 +77,7 @@ def _rehearse_privately(
     rehearse_privately(model, encoder.batch(examples.select(pair)))
 
 
-def _load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:
+def load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:
     """The adapted model. Raises: DomainError MODEL_INVALID, CONFIGURATION_INVALID."""
     device = choose_device(config.model.device)
     precision = choose_precision(config.model, config.training, device)
@@ -100,7 +100,7 @@ def _check_vocabulary(model: AdaptedModel, lengths: Survey) -> None:
         )
 
 
-def _rehearse(model: AdaptedModel, batch: ModelBatch) -> None:
+def rehearse(model: AdaptedModel, batch: ModelBatch) -> None:
     """Computes a loss and its gradient once; the model's state does not change."""
     try:
         if model.task.predicts_next:

@@ -99,7 +99,7 @@ def train(
     parts = [list(parts_of(step, run.micro_batch)) for step in chosen]
     model.module.train()
     try:
-        with _alone(report), _as_it_was(model), tempfile.TemporaryDirectory() as scratch:
+        with alone(report), as_it_was(model), tempfile.TemporaryDirectory() as scratch:
             trainer = _RoundTrainer(model, run, len(parts[0]), scratch)
             trainer.load(encoder, examples, [part for step in parts for part in step])
             trainer.add_callback(_Watch(trainer, run.steps, report))
@@ -295,7 +295,7 @@ def _arguments(
 
 
 @contextmanager
-def _alone(report: Report) -> Iterator[None]:
+def alone(report: Report) -> Iterator[None]:
     """Waits until no other agent of this process trains; what the report raises ends the wait."""
     while not _ALONE.acquire(timeout=_LOOK_S):
         report(0.0)
@@ -306,7 +306,7 @@ def _alone(report: Report) -> Iterator[None]:
 
 
 @contextmanager
-def _as_it_was(model: AdaptedModel) -> Iterator[None]:
+def as_it_was(model: AdaptedModel) -> Iterator[None]:
     """Keeps what a Trainer changes beside the weights: random states of the process, and the model's use of a cache.
 
     It collects garbage when it begins, which takes 0.2 s of the hundreds of thousands of objects that torch and

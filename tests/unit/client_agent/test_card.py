@@ -71,7 +71,7 @@ def test_a_classifier_loads_with_its_labels_by_the_federations_name(
         "license": "apache-2.0",
     }
     assert "classes: 'bad', 'good', 'neither: [odd]'" in card
-    assert "Training round 3, the aggregate of 5 clients" in card
+    assert "Training round 3 of 1, the aggregate of 5 clients" in card
     assert "Examples at this client: 20 for training, 20 for tests" in card
     assert "Not evaluated by this client" in card
 

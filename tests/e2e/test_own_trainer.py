@@ -1,0 +1,47 @@
+"""Training code of users' own on real processes: a script around a Trainer, a loop of a module, and an agent."""
+
+from pathlib import Path
+
+import yaml
+
+from shelora.cli.cluster import LocalCluster
+from shelora.v1 import coordinator_pb2 as pb
+from shelora.view import training_rounds
+from tests.e2e import federations
+from tests.e2e.agents import Agent, configure, enrol, specification, start_agent
+
+SCRIPT = Agent("script", rank=2, alpha=2, budget=1.0, suffix=".jsonl")
+LOOP = Agent("loop", rank=4, alpha=4, budget=1.0, suffix=".jsonl")
+USUAL = Agent("usual", rank=2, alpha=6, budget=1.0, suffix=".csv")
+
+
+async def test_a_script_and_a_loop_of_ones_own_train_beside_an_agent(
+    cluster: LocalCluster, model: Path, tmp_path: Path
+) -> None:
+    spec = specification("complete", rounds=2, min_updates=3)
+    usual = await start_agent(cluster, USUAL, cluster.addresses, model, tmp_path)
+    await enrol(cluster, LOOP, tmp_path)
+    path = configure(LOOP, cluster.addresses, model, tmp_path)
+    own = yaml.safe_load(path.read_text()) | {"learner": "examples.own_trainer.loop:PlainLoop"}
+    path.write_text(yaml.safe_dump(own))
+    loop = cluster.spawn("loop", "client_agent.main", ["run", "--config", str(path)], {})
+    await enrol(cluster, SCRIPT, tmp_path)
+    path = configure(SCRIPT, cluster.addresses, model, tmp_path)
+    told = yaml.safe_load(path.read_text())
+    del told["data"]
+    path.write_text(yaml.safe_dump(told))
+    files = [str(model), *(str(path.parent / f"{part}.jsonl") for part in ("train", "test"))]
+    script = cluster.spawn("script", "examples.own_trainer.script", [*files, str(path)], {})
+    await federations.start(cluster, spec)
+    federation = await federations.wait_until_over(cluster, spec, [usual, loop, script])
+
+    assert federation.phase == pb.PHASE_FINISHED, federation.failure
+    rounds = training_rounds(federation)
+    assert [summary.update_count for summary in rounds] == [3, 3]
+    told = rounds[-1].evaluations
+    assert sum(one.example_count for one in told) == 60
+    assert sum(one.correct_count for one in told) > 36  # 30 by chance; 52 and more in five runs
+    for agent in (USUAL, LOOP, SCRIPT):
+        adapter = yaml.safe_load((tmp_path / agent.name / "state/adapter/adapter_config.json").read_text())
+        assert adapter["r"] >= agent.rank
+    assert yaml.safe_load((tmp_path / "script/state/adapter/adapter_config.json").read_text())["r"] == 4
