@@ -124,8 +124,8 @@ def require_rank(spec: FederationSpec, model: Model, rank: int) -> None:
     )
 
 
-def sighting(request: pb.HeartbeatRequest, now_ms: int) -> Sighting:
-    """What a heartbeat says."""
+def sighting(request: pb.HeartbeatRequest, now_ms: int, certificate_ends_ms: int = 0) -> Sighting:
+    """What a heartbeat says. Args: certificate_ends_ms: of the certificate it came with; 0 without one."""
     require(request.stage in STAGES, f"stage must be one of {', '.join(sorted(STAGES))}")
     require(0 <= request.progress <= 1, "progress must be 0 to 1")
     return Sighting(
@@ -134,6 +134,7 @@ def sighting(request: pb.HeartbeatRequest, now_ms: int) -> Sighting:
         at_ms=now_ms,
         reason=reason(request.reason) if request.reason else None,
         why=words(request.why),
+        certificate_ends_ms=certificate_ends_ms,
     )
 
 

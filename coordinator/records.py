@@ -480,6 +480,8 @@ class Sighting(StoredRecord):
     """What keeps it from its work, as it says itself."""
     why: str = ""
     """The same in words."""
+    certificate_ends_ms: int = 0
+    """When the certificate that it called with ends, Unix milliseconds; 0 if that is not known."""
 
     @property
     def working(self) -> bool:

@@ -307,6 +307,7 @@ def member_to_proto(
         progress=seen.progress if seen else 0.0,
         reason=reason,
         why=why,
+        certificate_ends_unix_ms=seen.certificate_ends_ms if seen else 0,
     )
 
 

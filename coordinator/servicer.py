@@ -108,10 +108,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: _Context) -> pb.HeartbeatResponse:
         async with translated(context):
-            seen, session = (
-                checks.sighting(request, self._handlers.lookup.clock_ms()),
-                checks.session(request.session),
-            )
+            certificate = certificate_of(context)  # None only in tests
+            ends_ms = int(1000 * certificate.expires.timestamp()) if certificate else 0
+            seen = checks.sighting(request, self._handlers.lookup.clock_ms(), ends_ms)
+            session = checks.session(request.session)
             next_s = await self._handlers.members.heartbeat(
                 request.federation_id, request.client_id, seen, session
             )

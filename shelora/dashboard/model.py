@@ -39,6 +39,8 @@ from shelora.view import (
 
 MAX_ROUNDS: Final = 12
 """Rounds in the timeline, the newest."""
+ENDING_MS: Final = 3_600_000
+"""Milliseconds to the end of a certificate that should have been renewed: agents ask after two thirds of its life."""
 MAX_ROWS: Final = 500
 """Members shown; those in trouble first."""
 MAX_POINTS: Final = 400
@@ -105,6 +107,10 @@ class MemberRow:
     activity: str
     seen: str
     silent: bool
+    certificate: str
+    """When its certificate ends, in words; "-" if that is not known."""
+    ending: bool
+    """Whether its certificate was not renewed when it should have been."""
     troubles: tuple[str, ...]
     spark: Markup
     in_committee: bool
@@ -220,6 +226,11 @@ def ago(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"
 
 
+def _ends(seconds: float) -> str:
+    """When something ends, for people."""
+    return f"in {ago(seconds)}" if seconds > 0 else f"{ago(-seconds)} ago"
+
+
 def _actions(federation: pb.Federation) -> frozenset[str]:
     if federation.deleting:
         return frozenset()
@@ -283,7 +294,8 @@ def _member(
     memory: PresenceHistory,
     now_s: float,
 ) -> MemberRow:
-    name = member.client_id
+    name, left_ms = member.client_id, member.certificate_ends_unix_ms - federation.now_unix_ms
+    known = bool(member.certificate_ends_unix_ms)
     return MemberRow(
         name=name,
         rank=member.rank,
@@ -293,6 +305,8 @@ def _member(
         activity=_activity(federation, member, memory, now_s),
         seen=f"{ago(member.idle_ms / 1000)} ago" if member.idle_ms < NEVER_MS else "not lately",
         silent=member.idle_ms > SILENT_MS and federation.phase == pb.PHASE_RUNNING,
+        certificate=_ends(left_ms / 1000) if known else "-",
+        ending=known and left_ms < ENDING_MS,
         troubles=tuple(troubles),
         spark=sparkline(memory.heard(federation.federation_id, name), name),
         in_committee=name in federation.current.committee,

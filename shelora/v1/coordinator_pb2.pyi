@@ -700,6 +700,7 @@ class Member(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     COPY_REFUSED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_ENDS_UNIX_MS_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     rank: _builtins.int
     """Rank of its factors."""
@@ -719,6 +720,8 @@ class Member(_message.Message):
     """The same in words, at most 500 characters, printable."""
     copy_refused_unix_ms: _builtins.int
     """When another process with this identity was last refused, Unix milliseconds; 0 for never."""
+    certificate_ends_unix_ms: _builtins.int
+    """When the certificate that its last heartbeat came with ends, Unix milliseconds; 0 without one in the last hour."""
     def __init__(
         self,
         *,
@@ -732,10 +735,11 @@ class Member(_message.Message):
         reason: _builtins.str = ...,
         why: _builtins.str = ...,
         copy_refused_unix_ms: _builtins.int = ...,
+        certificate_ends_unix_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "client_id", b"client_id", "copy_refused_unix_ms", b"copy_refused_unix_ms", "example_count", b"example_count", "idle_ms", b"idle_ms", "progress", b"progress", "rank", b"rank", "reason", b"reason", "stage", b"stage", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "certificate_ends_unix_ms", b"certificate_ends_unix_ms", "client_id", b"client_id", "copy_refused_unix_ms", b"copy_refused_unix_ms", "example_count", b"example_count", "idle_ms", b"idle_ms", "progress", b"progress", "rank", b"rank", "reason", b"reason", "stage", b"stage", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

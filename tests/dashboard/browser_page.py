@@ -135,6 +135,8 @@ async def test_from_the_form_to_a_finished_adapter(page, address, cluster, model
     await page.locator(".stages .now").first.wait_for(timeout=PATIENCE_MS)
     await page.locator(".chart").first.wait_for(timeout=PATIENCE_MS)  # the first round's result is there
 
+    assert (await page.locator('td[data-label="certificate ends"]').first.inner_text()).startswith("in ")
+
     sensor.popen.kill()
     await page.get_by_label("Revoke lab").click()
     await page.get_by_text("no server admits lab").wait_for()

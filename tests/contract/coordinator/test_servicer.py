@@ -70,6 +70,15 @@ async def created(stub, protection="selective", **rules) -> None:
     await stub.CreateFederation(pb.CreateFederationRequest(spec=spec(protection, **rules).to_proto()))
 
 
+async def test_the_end_of_a_members_certificate_is_that_of_its_last_heartbeat(fed):
+    await fed.begin(spec())
+    seen = checks.sighting(pb.HeartbeatRequest(stage="idle"), fed.now_ms, fed.now_ms + 86_400_000)
+    await fed.handlers.members.heartbeat("fed", "a", seen)
+    await fed.store.presence.touch("fed", "a", fed.now_ms + 5_000)  # another call changes when, and nothing else
+    ends = {member.client_id: member.certificate_ends_unix_ms for member in (await fed.shown()).members}
+    assert ends == {"a": fed.now_ms + 86_400_000, "b": 0, "c": 0}
+
+
 async def test_creating_twice_finds_the_first_and_another_specification_is_refused(stub):
     first = await stub.CreateFederation(pb.CreateFederationRequest(spec=spec().to_proto()))
     again = await stub.CreateFederation(pb.CreateFederationRequest(spec=spec().to_proto()))

@@ -62,6 +62,15 @@ def test_when_an_update_was_there_before_the_page_no_time_is_made_up():
     assert page(said, memory, 150.0).members[0].activity == "update sent, 2.3 MB"
 
 
+def test_a_members_certificate_is_shown_with_its_end():
+    said = running()
+    now_ms, hour_ms = said.now_unix_ms, 3_600_000
+    for member, ends_ms in zip(said.members, (now_ms + 18 * hour_ms, now_ms - 120_000, 0), strict=True):
+        member.certificate_ends_unix_ms = ends_ms
+    rows = {row.name: (row.certificate, row.ending) for row in page(said).members}
+    assert rows == {"a": ("in 18 h", False), "b": ("2 min ago", True), "c": ("-", False)}
+
+
 def test_refusals_and_give_ups_are_told_apart():
     said = running()
     said.current.dropped.add(client_id="a", reason="NORM_TOO_LARGE", why="lower alpha")
