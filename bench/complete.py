@@ -26,6 +26,7 @@ from shelora.committee.keys import KeySet
 from shelora.committee.reader import open_round
 from shelora.committee.statements import Signer
 from shelora.committee.verdict import Checked, judge
+from shelora.federation import ProtectionSpec
 from shelora.lora.aggregate import aggregate_shard
 from shelora.lora.codec import decode_result, encode_update, validate_update
 from shelora.lora.kind import Contribution
@@ -96,14 +97,9 @@ class Complete:
 
 @dataclass(frozen=True)
 class Model:
-    """The workload's matrices, as a client's model and as a federation's terms."""
+    """The workload's matrices, as a client's model."""
 
     workload: Workload
-    parameters: str = "standard"
-    tensor_bound: float = 1.0
-    max_directions: int = 1
-    clear_bits: int = 32
-    noise: None = None
     tensors: tuple[Tensor, ...] = ()
 
     @property
@@ -152,7 +148,7 @@ class Round:
         self.workload, self.number = workload, number
         self.model = Model(workload)
         round_ = RoundTerms(key_id=b"", max_rank=workload.rank)
-        self.layout: Layout = complete.STRATEGY.layout(self.model, self.model, round_)
+        self.layout: Layout = complete.STRATEGY.layout(self.model, ProtectionSpec(), round_)
         self.obfuscation = Obfuscation(bytes(SECRET_BYTES), epoch=1)
         self._cohort = _cohort(workload.clients)
         self.context = replace(

@@ -9,10 +9,8 @@ ranking, matrix by matrix, as labels tell their matrix. Training text is never s
 give away, so everything here is the attacker's success at undoing the labels.
 """
 
-import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import numpy as np
 import typer
@@ -20,15 +18,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from client_agent.checkpoint import load_checkpoint
-from client_agent.config import LoraSettings
-from client_agent.data import Examples
-from client_agent.encoding import Encoder
-from client_agent.model import AdaptedModel, choose_device
-from client_agent.scoring import sensitivity_scores
-from examples.reuters.assets import MINILM, REUTERS, fetch
-from examples.reuters.split import LABELS, Example, dirichlet_split, read_tab
-from shelora.lora.layout import Matrix
+from bench.scores import ASSETS, SCORED, SECRET, Assets, Scored, client_scores, public_scores, scored_model
+from client_agent.model import AdaptedModel
 from shelora.lora.shards import Float64
 from shelora.negotiation.ope import Ope, quantize
 from shelora.negotiation.plan import joined_scores
@@ -36,12 +27,8 @@ from shelora.negotiation.protocol import Stake
 from shelora.negotiation.votes import normalized
 from shelora.obfuscation import Obfuscation
 
-AGENTS: Final = 4
-MAX_TOKENS: Final = 96
 TOP: Final = 0.1
 """Share of a matrix's columns that counts as its top."""
-SECRET: Final = bytes(range(32))
-"""Any secret will do: the attacker has none."""
 
 Order = NDArray[np.int64]
 app = typer.Typer(add_completion=False)
@@ -49,52 +36,17 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def measure(
-    assets: Annotated[Path, typer.Option(help="Where model and data lie, or are fetched to.")] = Path(
-        "assets"
-    ),
-    examples: Annotated[int, typer.Option(min=8, help="Examples that scores are measured on.")] = 64,
+    assets: Assets = ASSETS,
+    examples: Scored = SCORED,
 ) -> None:
     """Prints how well the attacker undoes the labels of each client, and what chance gives."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    folder = fetch(REUTERS, assets)
-    model = _model(fetch(MINILM, assets))
-    clients = _clients(model, folder, examples)
-    public = _scores(model, read_tab(folder / "reuters-r8-test.tab")[:examples])
+    model = scored_model(assets)
+    clients = client_scores(model, assets, examples)
     priors = {
         "weights alone": model.base_weight_sums(),
-        "weights and public text": public,
+        "weights and public text": public_scores(model, assets, examples),
     }
     Console().print(_table(model, clients, priors))
-
-
-def client_scores(assets: Path, examples: int) -> tuple[tuple[Matrix, ...], list[dict[str, Float64]]]:
-    """The model's matrices, and the scores of every client."""
-    model = _model(fetch(MINILM, assets))
-    return model.matrices, _clients(model, fetch(REUTERS, assets), examples)
-
-
-def _clients(model: AdaptedModel, folder: Path, examples: int) -> list[dict[str, Float64]]:
-    texts = read_tab(folder / "reuters-r8-train.tab")
-    parts = dirichlet_split([e.label for e in texts], AGENTS, 0.5, seed=7)
-    return [_scores(model, [texts[i] for i in part][:examples]) for part in parts]
-
-
-def _model(folder: Path) -> AdaptedModel:
-    adapted = AdaptedModel(
-        load_checkpoint(str(folder), "sequence-classification", LABELS),
-        task="sequence-classification",
-        target_modules=("query", "value"),
-        lora=LoraSettings(rank=8, alpha=8),
-        device=choose_device("cpu"),
-    )
-    adapted.initialise(Obfuscation(SECRET, 1))
-    return adapted
-
-
-def _scores(model: AdaptedModel, texts: list[Example]) -> dict[str, Float64]:
-    chosen = Examples(tuple(e.text for e in texts), tuple(LABELS.index(e.label) for e in texts))
-    encoder = Encoder(model.tokenizer, MAX_TOKENS, append_end=False)
-    return sensitivity_scores(model, encoder, chosen, lambda _: None)
 
 
 def _table(

@@ -7,17 +7,15 @@ Scores of all-MiniLM-L6-v2 on four clients' parts of Reuters R8, budgets of 1, 5
 matrix. Everything runs on scores in the clear, as the authors' code does.
 """
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.leakage import client_scores
+from bench.scores import ASSETS, SCORED, Assets, Scored, client_scores, scored_model
 from shelora.lora.layout import Matrix
 from shelora.lora.shards import Float64
 from shelora.negotiation.published import Chosen, Poll, allotted, fairness, published, refined
@@ -30,14 +28,12 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def measure(
-    assets: Annotated[Path, typer.Option(help="Where model and data lie, or are fetched to.")] = Path(
-        "assets"
-    ),
-    examples: Annotated[int, typer.Option(min=8, help="Examples that scores are measured on.")] = 64,
+    assets: Assets = ASSETS,
+    examples: Scored = SCORED,
 ) -> None:
     """Prints both objectives at every budget, for each negotiation."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    matrices, scores = client_scores(assets, examples)
+    model = scored_model(assets)
+    matrices, scores = model.matrices, client_scores(model, assets, examples)
     polls = [_poll([own[m.name] for own in scores]) for m in matrices]
     tiers = sorted(set(BUDGETS))
     ends = tier_ends(tiers, total_columns(matrices))

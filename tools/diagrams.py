@@ -3,13 +3,13 @@
 python -m tools.diagrams write|verify
 """
 
-import sys
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 from shelora.rounds import COMMITTEE_TRANSITIONS, TRANSITIONS, Event, RoundState, Transitions
+from tools.command import write_or_verify
 
 IMAGES: Final = Path("docs/images")
 MACHINES: Final = {"round.svg": TRANSITIONS, "round-committee.svg": COMMITTEE_TRANSITIONS}
@@ -88,27 +88,21 @@ def _word(x: float, y: float, event: Event) -> str:
     return f'<text class="event" x="{x:g}" y="{y:g}">{escape(event)}</text>'
 
 
-def write() -> int:
+def write() -> None:
     """Replaces the pictures."""
     for name, transitions in MACHINES.items():
         (IMAGES / name).write_text(drawn(transitions), encoding="utf-8")
-    return 0
 
 
-def verify() -> int:
-    """Compares; prints what differs."""
+def differing() -> str:
+    """Which pictures are others, in words; "" for none."""
     wrong = [
         name
         for name, table in MACHINES.items()
         if (IMAGES / name).read_text(encoding="utf-8") != drawn(table)
     ]
-    if wrong:
-        sys.stderr.write(f"not drawn from the tables: {', '.join(wrong)}; run `make diagrams`\n")
-    return 1 if wrong else 0
+    return f"not drawn from the tables: {', '.join(wrong)}; run `make diagrams`" if wrong else ""
 
 
 if __name__ == "__main__":
-    actions = {"write": write, "verify": verify}
-    if len(sys.argv) != 2 or sys.argv[1] not in actions:
-        sys.exit(str(__doc__))
-    sys.exit(actions[sys.argv[1]]())
+    write_or_verify(__doc__, write, differing)

@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from tools.command import write_or_verify
+
 PROTOS: Final = Path("protos")
 PACKAGE: Final = Path("shelora/v1")
 
@@ -25,31 +27,25 @@ def generate(target: Path) -> None:
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)  # noqa: S603 - our own arguments
 
 
-def write() -> int:
+def write() -> None:
     """Replaces the stubs."""
     with tempfile.TemporaryDirectory() as scratch:
         generate(Path(scratch))
         for path in (Path(scratch) / PACKAGE).iterdir():
             shutil.copy(path, PACKAGE / path.name)
-    return 0
 
 
-def verify() -> int:
-    """Compares; prints what differs."""
+def differing() -> str:
+    """Which stubs are others, in words; "" for none."""
     with tempfile.TemporaryDirectory() as scratch:
         generate(Path(scratch))
         fresh = Path(scratch) / PACKAGE
         expected = {path.name for path in fresh.iterdir()}
         present = {path.name for path in PACKAGE.glob("*_pb2*")}
-        differing = [n for n in expected & present if not filecmp.cmp(fresh / n, PACKAGE / n, shallow=False)]
-    wrong = sorted({*differing, *(expected ^ present)})
-    if wrong:
-        sys.stderr.write(f"not what protos/ generate: {', '.join(wrong)}; run `make protos`\n")
-    return 1 if wrong else 0
+        altered = [n for n in expected & present if not filecmp.cmp(fresh / n, PACKAGE / n, shallow=False)]
+    wrong = sorted({*altered, *(expected ^ present)})
+    return f"not what protos/ generate: {', '.join(wrong)}; run `make protos`" if wrong else ""
 
 
 if __name__ == "__main__":
-    actions = {"write": write, "verify": verify}
-    if len(sys.argv) != 2 or sys.argv[1] not in actions:
-        sys.exit(str(__doc__))
-    sys.exit(actions[sys.argv[1]]())
+    write_or_verify(__doc__, write, differing)
