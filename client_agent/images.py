@@ -23,6 +23,8 @@ from client_agent.tables import first_line, read_records
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Of image files in folders; others are left out."""
 PIXELS: Final = "pixels"
+MOST_BYTES: Final = 2**28
+"""Of the file of an image."""
 _SETTING: Final = "data.image_field"
 _PATH, _BYTES = "p", "b"
 """How a source begins that is a file's path, or the image itself in Base64."""
@@ -59,14 +61,12 @@ class Images:
         """The image in RGB, upright. Raises: DATA_INVALID naming the file, or the image's number."""
         source = self.sources[index]
         place = source[1:] if source.startswith(_PATH) else f"image {index + 1}"
+        content = _content(source)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(_content(source))) as image:
+                with Image.open(io.BytesIO(content)) as image:
                     return ImageOps.exif_transpose(image).convert("RGB")
-        except OSError as error:
-            why = "it is not there" if isinstance(error, FileNotFoundError) else first_line(error)
-            raise invalid(f"{place} is no image that can be read: {why}") from error
         except Exception as error:  # a damaged image can make its decoder raise anything
             raise invalid(f"{place} is no image that can be read: {first_line(error)}") from error
 
@@ -148,11 +148,20 @@ def _source(value: object, folder: Path, field: str, place: str) -> str:
 
 
 def _content(source: str) -> bytes:
+    if source.startswith(_BYTES):
+        return base64.b64decode(source[1:])
+    path = Path(source[1:])
     try:
-        return base64.b64decode(source[1:]) if source.startswith(_BYTES) else Path(source[1:]).read_bytes()
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise invalid(f"{source[1:]} is no image that can be read: {why}") from error
+        if path.exists() and not path.is_file():  # a pipe would wait for ever, a device never end
+            raise invalid(f"{path} is no image that can be read: it is no file")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no file can have this name"
+        raise invalid(f"{path} is no image that can be read: {why}") from error
+    if len(content) > MOST_BYTES:
+        raise invalid(f"{path} is no image that can be read: it has more than {MOST_BYTES:,} bytes")
+    return content
 
 
 @dataclass(frozen=True, slots=True, eq=False)

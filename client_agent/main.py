@@ -11,7 +11,7 @@ import typer
 
 from client_agent.config import IDENTITY, AgentConfig
 from client_agent.loading import check_loading, require_temporary_folder, unusable
-from shelora.configuration import invalid
+from shelora.configuration import invalid, read_secret
 from shelora.errors import DomainError
 from shelora.exits import EXIT_FAILED, exit_code
 from shelora.federation import FederationSpec, ProtectionSpec
@@ -179,11 +179,7 @@ def _member(config: AgentConfig, token_file: Path | None, authority: str) -> Age
         return config
     if not authority:
         raise invalid("--token-file needs --authority host:port")
-    try:
-        token = token_file.read_text()
-    except OSError as error:
-        raise invalid(f"the token file {token_file} cannot be read: {error.strerror}") from error
-    _enroll(token, authority, config.state_dir, config.client_id)
+    _enroll(read_secret(token_file, "the token file"), authority, config.state_dir, config.client_id)
     return config
 
 

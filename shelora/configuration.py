@@ -20,6 +20,8 @@ MAX_PROBLEMS: Final = 20
 MAX_SHOWN_CHARACTERS: Final = 60
 """Characters of a refused value that an error shows."""
 LARGEST_SHOWN_BITS: Final = 1024
+MAX_FILE_BYTES: Final = 2**21
+"""Bytes of a configuration, a token, a password."""
 
 
 class StrictModel(BaseModel):
@@ -36,9 +38,7 @@ def invalid(message: str) -> DomainError:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file; raises CONFIGURATION_INVALID if it cannot be read, is not YAML or has no fields."""
     try:
-        text = _decoded(path.read_bytes())
-    except OSError as error:
-        raise invalid(f"{path} cannot be read: {error.strerror or error}") from error
+        text = _decoded(_read_small(path, str(path)))
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise invalid(
@@ -48,6 +48,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise invalid(f"{path} must hold fields such as 'name: value'")
     return values
+
+
+def read_secret(path: Path, what: str) -> str:
+    """The text of a file that holds a token or a password.
+
+    Args: what: Names the file in errors, which show nothing of it.
+    Raises: CONFIGURATION_INVALID.
+    """
+    content = _read_small(path, f"{what} {path}")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise invalid(f"{what} {path} holds no text: is it the right file?") from None
+
+
+def _read_small(path: Path, named: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no file can have this name"
+        raise invalid(f"{named} cannot be read: {why or error}") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise invalid(f"{named} has more than {MAX_FILE_BYTES:,} bytes: is it the right file?")
+    return content
 
 
 def _decoded(content: bytes) -> str:

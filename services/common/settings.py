@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from services.common.rates import RateLimits
 from services.common.revocations import POLL_S
-from shelora.configuration import remedy
+from shelora.configuration import read_secret, remedy
 from shelora.errors import DomainError, Reason
 from shelora.transport.address import Address, ListenAddress, ProbeAddress
 
@@ -120,12 +120,7 @@ def with_password(url: SecretStr, file: Path | None) -> str:
             Reason.CONFIGURATION_INVALID,
             "redis_url has a password already: leave it out, or redis_password_file",
         )
-    try:
-        password = file.read_text().rstrip("\r\n")
-    except OSError as error:
-        raise DomainError(
-            Reason.CONFIGURATION_INVALID, f"redis_password_file: {file} cannot be read: {error.strerror}"
-        ) from error
+    password = read_secret(file, "redis_password_file:").rstrip("\r\n")
     address = parts.netloc.rpartition("@")[2]
     return parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{address}").geturl()
 

@@ -35,6 +35,7 @@ from shelora.cli.revoking import holder as to_revoke
 from shelora.cli.screen import FederationScreen
 from shelora.cli.secret_files import make_secrets
 from shelora.cli.supervision import interruptible
+from shelora.configuration import read_secret
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.levels import Level
@@ -583,12 +584,7 @@ def _token(token: str | None, file: Path | None) -> str:
         return token
     if file is None:
         raise DomainError(Reason.CONFIGURATION_INVALID, "give --token or --token-file")
-    try:
-        return file.read_text().strip()
-    except OSError as error:
-        raise DomainError(
-            Reason.CONFIGURATION_INVALID, f"token_file: {file} cannot be read: {error.strerror}"
-        ) from error
+    return read_secret(file, "token_file:").strip()
 
 
 def _still_valid(folder: IdentityFolder) -> Held | None:

@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -14,7 +15,7 @@ from client_agent.config import AgentConfig
 from coordinator.settings import CoordinatorSettings
 from services.aggregation.settings import AggregationSettings
 from services.key_authority.settings import KeyAuthoritySettings
-from shelora.configuration import REMEDIES, explain, read_yaml, remedy
+from shelora.configuration import MAX_FILE_BYTES, REMEDIES, explain, read_secret, read_yaml, remedy
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 
@@ -229,3 +230,28 @@ def test_a_list_in_the_environment_that_is_no_json_is_refused_in_one_line(monkey
         CoordinatorSettings.load()
     assert "\n" not in error.value.message
     assert json.dumps("a:1,b:2") not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("absent", None, "cannot be read: No such file"),
+        ("bytes", b"\xff\xfe\x00", "holds no text: is it the right file?"),
+        ("long", b"x" * (MAX_FILE_BYTES + 1), "has more than 2,097,152 bytes: is it the right file?"),
+        ("a\0b", None, "cannot be read: no file can have this name"),
+        ("x" * 300, None, "cannot be read: File name too long"),
+    ],
+)
+def test_a_file_of_a_secret_that_is_none_is_named_and_not_shown(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DomainError) as caught:
+        read_secret(tmp_path / name, "the token file")
+    assert caught.value.reason is Reason.CONFIGURATION_INVALID
+    assert caught.value.message.startswith(f"the token file {tmp_path / name} ")
+    assert said in caught.value.message
+
+
+def test_a_file_without_end_is_no_configuration():
+    with pytest.raises(DomainError, match="/dev/zero has more than 2,097,152 bytes"):
+        read_yaml(Path("/dev/zero"))
