@@ -5,7 +5,8 @@ import asyncio
 import pytest
 import redis
 
-from coordinator.records import Phase
+from coordinator.records import Phase, Sighting
+from coordinator.render import GONE_MS
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from tests.contract.coordinator.test_driver import outcomes
@@ -220,3 +221,12 @@ async def test_rounds_beyond_what_client_privacy_is_planned_for_are_refused(fed)
         await fed.handlers.federations.extend("fed", 4)
     assert refused.value.reason is Reason.INVALID_ARGUMENT
     assert (await fed.federation()).rounds == 3
+
+
+async def test_what_a_member_last_said_of_itself_is_not_shown_for_ever_after_the_end(fed):
+    await fed.begin(spec("none", rounds=1))
+    await fed.play()
+    await fed.store.presence.see("fed", "a", Sighting(stage="decrypting", progress=0.5, at_ms=fed.now_ms))
+    assert {m.client_id: m.stage for m in (await fed.shown()).members}["a"] == "decrypting"
+    fed.now_ms += GONE_MS + 1
+    assert not {m.client_id: m.stage for m in (await fed.shown()).members}["a"]
