@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -193,6 +193,7 @@ class Learner:
             losses = Losses(
                 best=min(before, self._best_loss), before=before, own=own, after=self._loss_with(weights)
             )
+            _log.info("result_judged", round=round_id, **asdict(losses))
             self._require_useful(losses, number)
         except BaseException:
             self.model.load(moderator.before)
