@@ -12,7 +12,7 @@ from rich.console import Console
 
 from attack.findings import problems
 from attack.report import table, write
-from attack.runner import Plan, end_with_parent, run, work
+from attack.runner import Plan, end_with_parent, progress, run, work
 from shelora.cli.supervision import interruptible
 from shelora.errors import DomainError
 
@@ -54,7 +54,7 @@ def main(
                 return
             findings = run(plan, workers)
     except KeyboardInterrupt:
-        sys.exit("stopped; run it again to go on")
+        sys.exit("stopped" if one_of_many else f"stopped; {progress(plan)}")
     except DomainError as error:
         console.print(f"the run failed: {error.reason}\n{error.message}", markup=False, highlight=False)
         sys.exit(1)

@@ -33,6 +33,8 @@ LONGEST_SNIPPET: Final = 70
 LONGEST_TOPIC: Final = 140
 """Characters."""
 BATCH: Final = 16
+BRANCHES: Final = 20
+"""Clients whose labels are guessed: so many that an AUC over their pairs can exceed chance by enough."""
 _CAUSAL: Final[dict[str, Any]] = {
     "task": "causal-lm",
     "max_tokens": 32,
@@ -198,7 +200,7 @@ def _classifiers(mode: Mode, texts: _Texts) -> Iterator[Case]:
             return _told(performance, public, clients, texts, mode)
 
         yield Case(scene=_classifier(f"class-{mode.name}-{steps}", mode, clients, steps), attacks=attacks)
-    branches = _clients(_uneven(texts.news, 12, 16), 8, data="R8, Dirichlet 0.3")
+    branches = _clients(_uneven(texts.news, BRANCHES, 16), 8, data="R8, Dirichlet 0.3")
 
     def by_labels(performance: Performance, public: Public) -> Iterator[Finding]:
         for basis in (False, True) if mode is NONE else (False,):

@@ -8,10 +8,12 @@ from typing import Final
 
 from rich.table import Table
 
-from attack.findings import MOST_ERRORS, Finding
+from attack.findings import Finding
 
 BEYOND: Final = "#b03a2e"
 WITHIN: Final = "#5d8aa8"
+ERRORS: Final = 3
+"""Standard errors above chance from which a bar is drawn as a leak."""
 SLACK: Final = 0.02
 """Above chance that is not drawn as a leak, where no error is known."""
 
@@ -66,7 +68,7 @@ def _plot(findings: Sequence[Finding], path: Path) -> None:
     for place, finding in enumerate(reversed(findings)):
         name, value = next(iter(finding.figures.items()))
         chance = finding.chance.get(name, 0.0)
-        beyond = value > chance + max(MOST_ERRORS * finding.error.get(name, 0.0), SLACK)
+        beyond = value > chance + max(ERRORS * finding.error.get(name, 0.0), SLACK)
         axes.barh(place, value, color=BEYOND if beyond else WITHIN)
         axes.plot([chance] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
         axes.text(1.03, place, f"{value:.2f} {name}", va="center", fontsize=8, weight="bold")
@@ -77,7 +79,9 @@ def _plot(findings: Sequence[Finding], path: Path) -> None:
     axes.set_xlim(0, 1)
     axes.xaxis.tick_top()
     axes.spines[["right", "bottom"]].set_visible(False)
-    title = "What the captured messages give away. Red: beyond chance; the black line is chance."
+    title = (
+        "What the captured messages give away. Red: beyond chance by three standard errors; black: chance."
+    )
     figure.suptitle(title, x=0.03, ha="left", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -85,6 +85,13 @@ def found(plan: Plan, case: Case) -> list[Finding] | None:
         return None
 
 
+def progress(plan: Plan) -> str:
+    """How far a run has come, for people."""
+    cases = plan.cases()
+    done = sum(found(plan, case) is not None for case in cases)
+    return f"{done} of {len(cases)} cases are done; run it again to go on"
+
+
 def _key(case: Case) -> str:
     """What findings are made by: the capture's key, the attacks and what they are tried with."""
     return hashlib.sha256(f"{captures.key_of(case.scene)}\0{captures.sources(_ATTACKS)}".encode()).hexdigest()
@@ -100,7 +107,7 @@ def run(plan: Plan, workers: int) -> list[Finding]:
     findings = [found(plan, case) for case in cases]
     missing = [case.name for case, rows in zip(cases, findings, strict=True) if rows is None]
     if missing:
-        raise DomainError(Reason.INTERNAL, f"no findings of {', '.join(missing)}; run it again to go on")
+        raise DomainError(Reason.INTERNAL, f"no findings of {', '.join(missing)}; {progress(plan)}")
     return [row for rows in findings for row in rows or ()]
 
 
@@ -122,7 +129,7 @@ def _work_side_by_side(plan: Plan, workers: int) -> None:
             stack.callback(_end, process)
         codes = [process.wait() for process in processes]
     if any(codes):
-        raise DomainError(Reason.INTERNAL, "a process failed, see above; run it again to go on")
+        raise DomainError(Reason.INTERNAL, f"a process failed, see above; {progress(plan)}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
