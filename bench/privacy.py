@@ -211,8 +211,8 @@ def plot(
     draw(list(_written(folder)), picture)
 
 
-def draw(trainings: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Accuracy against epsilon; means over trainings of a budget."""
+def draw(trainings: Sequence[dict[str, Any]], picture: Path, what: str = "adapters and head") -> None:
+    """Accuracy against epsilon; means over trainings of a budget. Args: what: is trained."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra of its own
 
     found: dict[float, list[float]] = {}
@@ -223,14 +223,17 @@ def draw(trainings: Sequence[dict[str, Any]], picture: Path) -> None:
     axes = figure.subplots()
     budgets = sorted(epsilon for epsilon in found if epsilon)
     means = [mean(found[epsilon]) for epsilon in budgets]
-    axes.plot(range(len(budgets)), means, "o-", label="DP-SGD at the agent")
+    axes.plot(range(len(budgets)), means, "o-", label=f"DP-SGD, {what}")
     for place, value in enumerate(means):
-        axes.annotate(f"{value:.1f}", (place, value), (0, 8), textcoords="offset points", ha="center")
+        axes.annotate(f"{value:.1f}", (place, value), (0, -16), textcoords="offset points", ha="center")
     if plain := found.get(0.0):
         axes.axhline(mean(plain), linestyle="--", color="gray", label=f"without: {mean(plain):.1f}")
     axes.set_xticks(range(len(budgets)), [f"{epsilon:g}" for epsilon in budgets])
     axes.set(
-        xlabel="epsilon at delta = 1e-5", ylabel="accuracy, %", ylim=(0, 100), xlim=(-0.3, len(budgets) - 0.7)
+        xlabel="epsilon at delta = 1e-5",
+        ylabel="accuracy, %",
+        ylim=(40, 100),
+        xlim=(-0.3, len(budgets) - 0.7),
     )
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="lower right")
