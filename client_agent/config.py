@@ -99,6 +99,7 @@ DataPath = Annotated[Path, AfterValidator(_absolute), AfterValidator(_data_file)
 Name = Annotated[str, StringConstraints(min_length=1)]
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
 Quantization = Literal["none", "8bit", "4bit"]
 
 
@@ -168,6 +169,9 @@ class TrainingSettings(StrictModel):
     """Another seed draws other batches and other dropout."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about a third more time."""
+    report_to: tuple[Tracker, ...] = ()
+    """Who is told of losses and rates, step by step: tensorboard (in state_dir/tensorboard), mlflow, wandb. They are
+    this client's own; wandb sends them to whom it is set up for."""
 
     @model_validator(mode="after")
     def _sgd_is_bounded(self) -> Self:
@@ -292,6 +296,7 @@ class AgentConfig(StrictModel):
             training.label_smoothing,
             training.gradient_checkpointing,
             training.optimizer.endswith("8bit"),
+            training.report_to,
             model.dtype != "float32",
             model.quantization != "none",
         )
@@ -300,7 +305,7 @@ class AgentConfig(StrictModel):
                 "privacy",
                 "privacy computes each example's gradient by itself: it goes with optimizer adamw_torch, "
                 "adamw_torch_fused or sgd, model.dtype float32 and model.quantization none, and without "
-                "label_smoothing and gradient_checkpointing",
+                "label_smoothing, gradient_checkpointing and report_to",
             )
         return self
 

@@ -29,7 +29,7 @@ _LOGIT_COPIES: Final = 4
 _FLOAT: Final = 4
 _SLACK: Final = 1.4
 """For what is not counted: gradients on their way, copies for factors in float32, what the allocator holds. With it
-estimates are between 9 % below and 15 % above the measured peaks of `python -m bench.training_memory`."""
+estimates are between 14 % below and 11 % above the measured peaks of `python -m bench.training_memory`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

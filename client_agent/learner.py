@@ -29,6 +29,7 @@ from client_agent.plausibility import (
 )
 from client_agent.preparation import Prepared, prepare
 from client_agent.progress import Activity
+from client_agent.reporting import Reporting
 from client_agent.schedule import Schedule
 from client_agent.scoring import sensitivity_scores
 from client_agent.state import CARD, AgentState
@@ -68,6 +69,7 @@ class Learner:
         self._micro_batch = config.resources.micro_batch
         self._settings = config.training
         self._schedule = Schedule(spec, rounds)
+        self._reporting = Reporting(config.training.report_to, config.state_dir)
         self._conditions = Conditions(config.resources)
         if config.privacy is not None and type(self).fit is not Learner.fit:
             raise DomainError(
@@ -107,7 +109,7 @@ class Learner:
         }
         self._training_identity = {
             "training": spec.model_dump_json(),
-            "settings": config.training.model_dump_json(),
+            "settings": config.training.model_dump_json(exclude={"report_to"}),
             "precision": str(self.model.precision),
             "dropout": repr(config.lora.dropout),
             "data": self.examples.fingerprint(),
@@ -134,7 +136,8 @@ class Learner:
             run: Rates of the steps, batch size, seed.
             report: Takes the progress, 0 to 1, and is to be called before every step: what it raises ends the work.
         """
-        return train(self.model, self.encoder, self.examples, run, report)
+        told = self._reporting.callbacks(run.steps_before)
+        return train(self.model, self.encoder, self.examples, run, report, told)
 
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
@@ -366,6 +369,7 @@ class Learner:
             batch_size=self._spec.batch_size,
             seed=seed_of(self._client_id, number, "training", *self._drawn(variant)),
             micro_batch=self._micro_batch,
+            steps_before=(number - 1) * self._spec.local_steps,
             settings=self._settings,
         )
         report = self._reporter(activity, Stage.TRAINING)

@@ -12,6 +12,7 @@ from client_agent.config import AgentConfig
 from client_agent.encoding import ModelBatch
 from client_agent.model import AdaptedModel, choose_device
 from client_agent.precision import choose_precision
+from client_agent.reporting import require_trackers
 from client_agent.survey import Survey
 from client_agent.tables import first_line
 from client_agent.targets import Narrowed
@@ -44,8 +45,9 @@ class Prepared:
 def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
     """Reads the data, loads the model, tokenizes every text, and computes the gradient of the longest example.
 
-    Raises: DomainError DATA_INVALID, MODEL_INVALID, MEMORY_UNAVAILABLE.
+    Raises: DomainError DATA_INVALID, MODEL_INVALID, MEMORY_UNAVAILABLE, CONFIGURATION_INVALID.
     """
+    require_trackers(config.training.report_to)
     data = config.data.model_copy(update={"cache_dir": config.cache_dir})
     task = task_of(spec.task)
     examples = task.read(data.train, data, spec)

@@ -56,6 +56,8 @@ class TrainingRun:
     """Fixes the batches and the dropout."""
     micro_batch: int = 0
     """Examples computed at once, to save memory: a step adds up their gradients. 0 for the whole batch."""
+    steps_before: int = 0
+    """Steps of earlier rounds, for whoever counts on."""
     settings: TrainingSettings = USUAL
     """What each client decides for itself."""
 
