@@ -196,7 +196,7 @@ class Agent:
             me.federation_id,
             me.client_id,
             spec.round,
-            session=tools.session,
+            calls=tools.session.committee,
             state=tools.state,
             identity=self._config.identity,
             worker=tools.worker,

@@ -13,8 +13,8 @@ from typing import Final, Protocol
 
 import structlog
 
+from client_agent.committee_calls import CommitteeCalls
 from client_agent.keys import EpochSecrets
-from client_agent.session import Session
 from client_agent.state import AgentState
 from client_agent.worker import Worker
 from shelora.additive.sampler import Csprng
@@ -95,7 +95,7 @@ class Committees:
         federation_id: Of the client.
         client_id: Its name.
         rules: What the federation promised of its rounds.
-        session: Calls to the coordinator.
+        calls: To the coordinator.
         state: Where certified sets are noted.
         identity: Signs for the client, and pins the authority.
         worker: Where what takes long is done.
@@ -108,7 +108,7 @@ class Committees:
         client_id: str,
         rules: RoundSpec,
         *,
-        session: Session,
+        calls: CommitteeCalls,
         state: AgentState,
         identity: Identifies,
         worker: Worker,
@@ -117,7 +117,7 @@ class Committees:
         self._federation_id = federation_id
         self._client_id = client_id
         self._rules = rules
-        self._session = session
+        self._calls = calls
         self._state = state
         self._identity = identity
         self._worker = worker
@@ -192,7 +192,7 @@ class Committees:
                 self._seat = _Seat(self._member(attempt))
         try:
             key = self._seat.member.key if self._seat else None
-            await self._session.post_committee_key(attempt.round_id, attempt.committee.members, key)
+            await self._calls.post_key(attempt.round_id, attempt.committee.members, key)
         except DomainError as error:
             if error.reason is Reason.STEP_OVER and not attempt.committee.position(self._client_id):
                 return  # the committee was seated without this view
@@ -217,7 +217,7 @@ class Committees:
         """Says that this member takes no part (any more)."""
         self._seat = None
         _log.warning("sits_out", round=round_id, why=why)
-        await self._session.leave_committee(round_id)
+        await self._calls.leave(round_id)
 
     async def serve(self, serve: pb.Serve) -> None:
         """Does a member's next step. One that it must not do it refuses, says so, and leaves the committee.
@@ -243,20 +243,20 @@ class Committees:
                 await self._sign(attempt, seat, serve.proposed)
             case pb.Serve.STEP_ANSWER:
                 answer = await self._worker.run(seat.member.release, serve.certificate)
-                await self._session.post_answer(attempt.round_id, answer)
+                await self._calls.post_answer(attempt.round_id, answer)
 
     async def _check(self, attempt: Attempt, seat: _Seat) -> None:
         if seat.check is None:
             keys = await self.keys(attempt)
             batch: list[committee_pb2.DealtShare] = []
-            async for shown in self._session.shares(attempt.round_id):
+            async for shown in self._calls.shares(attempt.round_id):
                 batch.append(shown)
                 if len(batch) == _BATCH:
                     await self._worker.run(self._receive, attempt, seat.member, keys, batch)
                     batch = []
             await self._worker.run(self._receive, attempt, seat.member, keys, batch)
             seat.check = seat.member.check()
-        await self._session.post_check(attempt.round_id, seat.check)
+        await self._calls.post_check(attempt.round_id, seat.check)
 
     def _receive(
         self, attempt: Attempt, member: Member, keys: KeySet, batch: list[committee_pb2.DealtShare]
@@ -282,7 +282,7 @@ class Committees:
             seat.signed[proposed] = committee_pb2.SetSignature(
                 signature=signed.signature, certificate=signed.certificate
             )
-        await self._session.sign_set(attempt.round_id, seat.signed[proposed])
+        await self._calls.sign_set(attempt.round_id, seat.signed[proposed])
 
     def forget(self) -> None:
         """Forgets key and shares of the newest round."""
@@ -296,7 +296,7 @@ class Committees:
         """The committee's keys, waited for. Raises: QUORUM_MISSING: too few of them are; STEP_OVER, ROUND_UNKNOWN."""
         if self._seat is not None and self._seat.keys is not None and self._attempt is attempt:
             return self._seat.keys
-        statements = await self._session.committee_keys(attempt.round_id)
+        statements = await self._calls.keys(attempt.round_id)
         try:
             keys = KeySet.of(attempt.context, attempt.committee, statements, self._trust(self._round_grace))
         except DomainError as error:
@@ -319,7 +319,7 @@ class Committees:
         Raises: COMMITTEE_REFUSED, SET_REFUSED, SIGNATURE_REFUSED, QUORUM_MISSING, ANSWERS_REFUSED, SUM_UNREADABLE,
         RESULT_UNKNOWN.
         """
-        response = await self._session.opening(result.round_id)
+        response = await self._calls.opening(result.round_id)
         context = self._context(response.context, layout)
         named = (context.round_id, context.epoch) == (result.round_id, result.epoch)
         _require(named, "it opens another result")

@@ -3,12 +3,13 @@
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final, TypeVar
 
 import grpc
 import structlog
 
+from client_agent.committee_calls import CommitteeCalls
 from client_agent.config import AgentConfig
 from client_agent.keys import EpochSecrets
 from client_agent.learning import LocalModel
@@ -40,10 +41,6 @@ MAX_PLAN_BYTES: Final = 64 * 2**20
 """Most bytes of a sealed plan: four a column, so 16 million columns."""
 STREAM_TIMEOUT_S: Final = 300.0
 """Most seconds for a plan on its way in or out."""
-KEYS_TIMEOUT_S: Final = 30.0
-"""Seconds of one call for a committee's keys, which the coordinator holds open a while."""
-KEYS_PAUSE_S: Final = 1.0
-"""Seconds between two such calls."""
 HEARTBEAT_TIMEOUT_S: Final = 15.0
 """Seconds until a heartbeat is given up: one that a busy coordinator answers late counts as well."""
 GIVE_UP_S: Final = 10.0
@@ -72,6 +69,8 @@ class Session:
         self._keys: key_authority_pb2_grpc.KeyAuthorityAsyncStub = key_authority_pb2_grpc.KeyAuthorityStub(
             self._key_channel
         )
+        self.committee = CommitteeCalls(config, self._coordinator, self._asked)
+        """Calls of this client's part in committees."""
 
         self._offline = Outage(_log, "offline", over="online")
         self._session = secrets.token_hex(8)
@@ -275,72 +274,6 @@ class Session:
             federation_id=self._config.federation, round_id=round_id, report=report
         )
         await self._asked(self._coordinator.ReportEvaluation, request)
-
-    async def post_committee_key(
-        self, round_id: str, order: Sequence[str], key: committee_pb2.Signed | None
-    ) -> None:
-        """States the committee that this client works out, with its key if it is a member.
-
-        Raises: ROUND_UNKNOWN, NOT_IN_COHORT, STATEMENT_REWRITTEN, STEP_OVER.
-        """
-        request = pb.PostCommitteeKeyRequest(**self._in_round(round_id), order=order, key=key)
-        await self._asked(self._coordinator.PostCommitteeKey, request)
-
-    async def committee_keys(self, round_id: str) -> Sequence[committee_pb2.Signed]:
-        """The keys of the committee, waited for. Raises: ROUND_UNKNOWN, NOT_IN_COHORT, STEP_OVER."""
-        request = pb.GetCommitteeKeysRequest(**self._in_round(round_id))
-        while True:
-            try:
-                response = await self._asked(
-                    self._coordinator.GetCommitteeKeys, request, timeout_s=KEYS_TIMEOUT_S
-                )
-            except DomainError as error:
-                if error.reason is not Reason.COMMITTEE_INCOMPLETE:
-                    raise
-                await asyncio.sleep(KEYS_PAUSE_S)
-            else:
-                return response.keys
-
-    async def leave_committee(self, round_id: str) -> None:
-        """Says that this member lost its key. Raises: ROUND_UNKNOWN, NOT_IN_COHORT."""
-        request = pb.LeaveCommitteeRequest(**self._in_round(round_id))
-        await self._asked(self._coordinator.LeaveCommittee, request)
-
-    async def shares(self, round_id: str) -> AsyncIterator[committee_pb2.DealtShare]:
-        """What this member is shown of every dealer. Raises: ROUND_UNKNOWN, STEP_OVER."""
-        request = pb.GetSharesRequest(**self._in_round(round_id))
-        try:
-            async for shown in self._coordinator.GetShares(request, timeout=STREAM_TIMEOUT_S):
-                yield shown
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self._config.coordinator) from error
-
-    async def post_check(self, round_id: str, check: committee_pb2.Signed) -> None:
-        """Says whose shares this member holds. Raises: ROUND_UNKNOWN, STATEMENT_REWRITTEN, STEP_OVER."""
-        request = pb.PostCheckRequest(**self._in_round(round_id), check=check)
-        await self._asked(self._coordinator.PostCheck, request)
-
-    async def sign_set(self, round_id: str, signature: committee_pb2.SetSignature) -> None:
-        """Signs the proposed set. Raises: ROUND_UNKNOWN, SIGNATURE_REFUSED, STATEMENT_REWRITTEN, STEP_OVER."""
-        request = pb.SignSetRequest(**self._in_round(round_id), signature=signature)
-        await self._asked(self._coordinator.SignSet, request)
-
-    async def post_answer(self, round_id: str, answer: committee_pb2.Signed) -> None:
-        """Gives the sum of this member's shares. Raises: ROUND_UNKNOWN, STATEMENT_REWRITTEN, STEP_OVER."""
-        request = pb.PostAnswerRequest(**self._in_round(round_id), answer=answer)
-        await self._asked(self._coordinator.PostAnswer, request)
-
-    async def opening(self, round_id: str) -> pb.GetOpeningResponse:
-        """What opens a published result. Raises: RESULT_UNKNOWN."""
-        request = pb.GetOpeningRequest(federation_id=self._config.federation, round_id=round_id)
-        return await self._asked(self._coordinator.GetOpening, request)
-
-    def _in_round(self, round_id: str) -> dict[str, str]:
-        return {
-            "federation_id": self._config.federation,
-            "round_id": round_id,
-            "client_id": self._config.client_id,
-        }
 
     async def _asked(
         self,

@@ -52,7 +52,7 @@ class _AnswersAnything(Committees):
         )
         answer = committee_pb2.Answer(position=seat.member.position, sealed=sealed)
         signed = self._signer().sign(StatementKind.ANSWER, attempt.context, answer.SerializeToString())
-        await self._session.post_answer(attempt.round_id, signed)
+        await self._calls.post_answer(attempt.round_id, signed)
 
 
 class _DealsBadShares(Committees):
@@ -84,7 +84,7 @@ class _SignsAnything(Committees):
         signer: Signer = self._signer()
         signed = signer.sign(StatementKind.SET, attempt.context, proposed)
         signature = committee_pb2.SetSignature(signature=signed.signature, certificate=signed.certificate)
-        await self._session.sign_set(attempt.round_id, signature)
+        await self._calls.sign_set(attempt.round_id, signature)
 
 
 class _StopsAtSigning(Committees):

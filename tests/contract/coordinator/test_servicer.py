@@ -74,7 +74,9 @@ async def test_the_end_of_a_members_certificate_is_that_of_its_last_heartbeat(fe
     await fed.begin(spec())
     seen = checks.sighting(pb.HeartbeatRequest(stage="idle"), fed.now_ms, fed.now_ms + 86_400_000)
     await fed.handlers.members.heartbeat("fed", "a", seen)
-    await fed.store.presence.touch("fed", "a", fed.now_ms + 5_000)  # another call changes when, and nothing else
+    await fed.store.presence.touch(
+        "fed", "a", fed.now_ms + 5_000
+    )  # another call changes when, and nothing else
     ends = {member.client_id: member.certificate_ends_unix_ms for member in (await fed.shown()).members}
     assert ends == {"a": fed.now_ms + 86_400_000, "b": 0, "c": 0}
 

@@ -59,13 +59,13 @@ CONTEXT = RoundContext(
 )
 
 
-def committees(client_id: str = "ward-1", **session) -> Committees:
-    unused = SimpleNamespace(**session)
+def committees(client_id: str = "ward-1", **calls) -> Committees:
+    unused = SimpleNamespace(**calls)
     return Committees(
         "clinic",
         client_id,
         RoundSpec(min_updates=3, clients=5),
-        session=unused,
+        calls=unused,
         state=unused,
         identity=unused,
         worker=unused,
@@ -174,7 +174,7 @@ async def test_a_member_that_lost_its_key_says_so_and_does_nothing_else():
         left.append(round_id)
 
     serve = pb.Serve(round=asked(), step=pb.Serve.STEP_SIGN, proposed=b"any")
-    await committees(leave_committee=leave).serve(serve)
+    await committees(leave=leave).serve(serve)
     assert left == [CONTEXT.round_id]
 
 
