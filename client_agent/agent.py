@@ -171,17 +171,7 @@ class Agent:
         tools = Tools(session=session, replicas=replicas, state=state, learner=learner, worker=worker)
         work = self._work(spec, tools)
         follower = _Follower(session, work, learner, self._retry_s)
-        if not await follower.begin():
-            return Outcome.HALTED
-        beating = asyncio.create_task(follower.beat())
-        try:
-            outcome = await follower.follow()
-            if outcome is Outcome.FINISHED:
-                await follower.take_leave()
-            return outcome
-        finally:
-            await _cancelled(beating)
-            await follower.drop()
+        return await follower.take_part()
 
     def _work(self, spec: FederationSpec, tools: Tools) -> Work:
         me = Participation(
@@ -260,16 +250,28 @@ class _Follower:
         """What keeps this client from its newest work."""
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
-    async def begin(self) -> bool:
-        """Joins; False if the federation is being deleted. Raises: as `join`."""
+    async def take_part(self) -> Outcome:
+        """Joins, and follows the federation to its end, which is also its deletion. Raises: as `join` and `follow`."""
         try:
             await self.join()
+            return await self._as_member()
         except DomainError as error:
             if error.reason is not Reason.FEDERATION_UNKNOWN:
                 raise
-            _log.error("federation_gone", why=error.message)
-            return False
-        return True
+            # It was there when this agent read what it specifies, so waiting for it to be created is of no use.
+            _log.error("federation_gone", why=f"{error.message} any more: its operator deleted it")
+            return Outcome.HALTED
+
+    async def _as_member(self) -> Outcome:
+        beating = asyncio.create_task(self.beat())
+        try:
+            outcome = await self.follow()
+            if outcome is Outcome.FINISHED:
+                await self.take_leave()
+            return outcome
+        finally:
+            await _cancelled(beating)
+            await self.drop()
 
     async def join(self) -> DomainError | None:
         """Makes this client a member; goes on trying while the coordinator does not answer, or memory is short.
@@ -293,7 +295,7 @@ class _Follower:
                 return None
 
     async def follow(self) -> Outcome:
-        """Does what is assigned until the federation has ended."""
+        """Does what is assigned until the federation has ended. Raises: FEDERATION_UNKNOWN once it is deleted."""
         watching = asyncio.create_task(self._watch())
         watching.add_done_callback(self._end_with)
         try:
@@ -339,10 +341,6 @@ class _Follower:
                     wait.reset()
                     await self._take(assignment)
             except DomainError as error:
-                if error.reason is Reason.FEDERATION_UNKNOWN:
-                    _log.error("federation_gone", why=error.message)
-                    self._end(Outcome.HALTED)
-                    return
                 if error.reason is not Reason.CLIENT_UNKNOWN:
                     raise
                 _log.info("joining_again", why=error.message)

@@ -188,9 +188,26 @@ async def test_an_agent_that_comes_after_the_end_says_so_and_ends():
     assert late.value.reason is Reason.FEDERATION_CLOSED
 
 
-async def test_an_agent_whose_federation_was_deleted_halts():
-    session = Session(failure(Reason.FEDERATION_UNKNOWN))
-    assert await _Follower(session, Work(), LEARNER, 0.0).follow() is Outcome.HALTED
+@pytest.mark.parametrize(
+    ("joins", "watched"),
+    [
+        pytest.param(["FEDERATION_UNKNOWN"], None, id="joining"),
+        pytest.param([None], "FEDERATION_UNKNOWN", id="following"),
+        pytest.param(["FEDERATION_CLOSED", "FEDERATION_UNKNOWN"], "CLIENT_UNKNOWN", id="joining again"),
+    ],
+)
+async def test_an_agent_whose_federation_is_deleted_halts_wherever_it_hears_of_it(joins, watched, capsys):
+    """Simulation seed 20544: one that came while it was being deleted, and asked to join again, ended as if refused."""
+    session, left = Session(*[failure(Reason(watched))] if watched else ()), list(joins)
+
+    async def join(_model: object, _example_count: int) -> None:
+        if reason := left.pop(0):
+            raise failure(Reason(reason))
+
+    session.join = join
+    assert await _Follower(session, Work(), LEARNER, 0.0).take_part() is Outcome.HALTED
+    assert not left
+    assert "federation_gone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", ["a\nb\x1b[31m", "x" * 1000, " \t ", "ünïcode"])
