@@ -3,21 +3,29 @@
 from typing import Final
 
 COMPARE_AND_SET: Final = """
--- KEYS: record, then keys that live as long as it, then those that it does not need any more.  ARGV: expected revision
--- (0: no record), data, state, expiry in ms, channel, number of the keys that live on, expiry of the others in ms.
--- Returns 1 if written, 0 if another writer was first.
+-- KEYS: federation, record (the same key for its own), then keys that live as long as it, then those that it does not
+-- need any more.  ARGV: expected revision (0: no record), data, state, expiry in ms, channel, number of the keys that
+-- live on, the record among them, expiry of the others in ms.
+-- Returns 1 if written, 0 if another writer was first, or the federation is gone or going.
 --
 -- What is not needed expires in the step that says so: no crash in between leaves it, and no late writer takes away
 -- what a newer record needs again.
 -- Race: two writers (driver replicas, a driver and an RPC, a driver that lost its lease) that decided on the same
 -- record. Only the one that saw the newest revision writes; the other must look again and decide anew.
-local revision = tonumber(redis.call('HGET', KEYS[1], 'revision') or '0')
+-- Race: a driver that lost its lease creates a round while its federation is deleted, or after. It must leave nothing.
+if KEYS[2] ~= KEYS[1] then
+  local phase = redis.call('HGET', KEYS[1], 'state')
+  if not phase or phase == 'DELETING' then
+    return 0
+  end
+end
+local revision = tonumber(redis.call('HGET', KEYS[2], 'revision') or '0')
 if revision ~= tonumber(ARGV[1]) then
   return 0
 end
-redis.call('HSET', KEYS[1], 'revision', revision + 1, 'data', ARGV[2], 'state', ARGV[3])
-for index, key in ipairs(KEYS) do
-  redis.call('PEXPIRE', key, index <= tonumber(ARGV[6]) and ARGV[4] or ARGV[7])
+redis.call('HSET', KEYS[2], 'revision', revision + 1, 'data', ARGV[2], 'state', ARGV[3])
+for index = 2, #KEYS do
+  redis.call('PEXPIRE', KEYS[index], index <= tonumber(ARGV[6]) + 1 and ARGV[4] or ARGV[7])
 end
 redis.call('PUBLISH', ARGV[5], '')
 return 1
@@ -83,18 +91,36 @@ return 1
 
 PUT_FIELD: Final = """
 -- KEYS: federation, hash; for what belongs to a round that collects, the round.  ARGV: field, value, expiry in ms.
--- Returns 1 if set, 2 if the round does not collect (any more), 0 if there is no such federation (any more).
+-- Returns 1 if set, or of no use: the federation is being deleted; 2 if the round does not collect (any more); 0 if
+-- there is no such federation (any more).
 --
 -- Race: a call under way while its federation is deleted, or its round closes and what it collected is deleted. It must
 -- leave nothing behind, least of all a member of the federation that gets the name next.
-if redis.call('EXISTS', KEYS[1]) == 0 then
+local phase = redis.call('HGET', KEYS[1], 'state')
+if not phase then
   return 0
+end
+if phase == 'DELETING' then
+  return 1
 end
 if KEYS[3] and redis.call('HGET', KEYS[3], 'state') ~= 'COLLECTING' then
   return 2
 end
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
+return 1
+"""
+
+PUT_VALUE: Final = """
+-- KEYS: federation, value.  ARGV: value, expiry in ms.
+-- Returns 1 if set, 0 if there is no such federation (any more), or it is being deleted.
+--
+-- Race: as of a field.
+local phase = redis.call('HGET', KEYS[1], 'state')
+if not phase or phase == 'DELETING' then
+  return 0
+end
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 

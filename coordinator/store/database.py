@@ -8,10 +8,12 @@ from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeVa
 from coordinator.keys import Keys
 from coordinator.metrics import TRANSACTION_TOTAL
 from coordinator.records import StoredRecord
-from coordinator.scripts import COMPARE_AND_SET, PUT_FIELD
+from coordinator.scripts import COMPARE_AND_SET, PUT_FIELD, PUT_VALUE
 from services.common.redis_client import Failures, RedisClient
 from shelora.errors import DomainError, Reason, RetryLaterError
 
+DELETING: Final = "DELETING"
+"""In place of the phase of a federation that is being deleted: scripts write nothing for it."""
 PASSING_MS: Final = 600_000
 """Life of a plan that no record names, yet or any more, in ms: who reads it now may finish."""
 FULL_RETRY_S: Final = 5.0
@@ -55,6 +57,7 @@ class Database:
         self.keys = keys
         self._compare_and_set = redis.register_script(COMPARE_AND_SET)
         self._put = redis.register_script(PUT_FIELD)
+        self._put_value = redis.register_script(PUT_VALUE)
 
     async def read(self, key: str, model: type[_R]) -> Versioned[_R] | None:
         """A record and its revision; None if it is not there."""
@@ -73,7 +76,9 @@ class Database:
         revision: int,
         unused: Sequence[str] = (),
     ) -> bool:
-        """Writes a record if the revision is still the newest; 0 creates. False: another writer was first.
+        """Writes a record if the revision is still the newest; 0 creates.
+
+        False: another writer was first, or the federation is deleted.
 
         Args:
             name: What is counted.
@@ -85,7 +90,7 @@ class Database:
             unused: Keys that expire soon.
         """
         written = await self._compare_and_set(
-            keys=[*keys, *unused],
+            keys=[self.keys.federation(federation_id), *keys, *unused],
             args=[
                 revision,
                 record.model_dump_json(),
@@ -116,6 +121,11 @@ class Database:
         """
         keys = [self.keys.federation(federation_id), key, *([collecting] if collecting else [])]
         if not await self._put(keys, [field, data, life_ms or self.retention_ms]):
+            raise unknown(federation_id)
+
+    async def put_value(self, federation_id: str, key: str, data: bytes | str) -> None:
+        """Sets a value that lives as long as its federation. Raises: FEDERATION_UNKNOWN: it is deleted, or going."""
+        if not await self._put_value([self.keys.federation(federation_id), key], [data, self.retention_ms]):
             raise unknown(federation_id)
 
     async def announce(self, federation_id: str, client_id: str = "") -> None:

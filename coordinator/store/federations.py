@@ -6,7 +6,7 @@ from typing import Final
 from coordinator.keys import Keys
 from coordinator.metrics import TRANSACTION_TOTAL
 from coordinator.records import FederationRecord
-from coordinator.store.database import Database, Versioned, available, unknown
+from coordinator.store.database import DELETING, Database, Versioned, available, unknown
 from shelora.errors import DomainError, Reason
 
 MAX_CONFLICTS: Final = 50
@@ -46,8 +46,9 @@ class FederationStore:
         keys = [self.db.keys.federation(federation_id), *_kept(self.db.keys, record)]
         old = set(plans_and_openings(self.db.keys, before.record)) if before else set()
         revision = before.revision if before else 0
+        state = DELETING if record.deleting else record.phase
         return await self.db.write(
-            name, federation_id, keys, record, record.phase, revision, unused=sorted(old - set(keys))
+            name, federation_id, keys, record, state, revision, unused=sorted(old - set(keys))
         )
 
     async def transact(

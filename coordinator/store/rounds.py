@@ -26,7 +26,10 @@ class RoundStore:
     async def write(
         self, name: str, federation: FederationRecord, record: RoundRecord, revision: int
     ) -> bool:
-        """Writes if the revision is still the newest; 0 creates. False: another writer was first. `name` is counted."""
+        """Writes if the revision is still the newest; 0 creates. `name` is counted.
+
+        False: another writer was first, or the federation is deleted.
+        """
         names, federation_id = self.db.keys, federation.federation_id
         scope = (federation_id, federation.instance, record.sequence)
         keys = [names.round(*scope), names.commits(*scope), names.layout(federation_id, record.layout_digest)]
@@ -38,9 +41,9 @@ class RoundStore:
 
     @available
     async def put_layout(self, federation_id: str, layout: LayoutRecord, digest: str) -> None:
-        """Keeps a layout under its digest; again renews its expiry."""
+        """Keeps a layout under its digest; again renews its expiry. Raises: FEDERATION_UNKNOWN."""
         key = self.db.keys.layout(federation_id, digest)
-        await self.db.redis.set(key, layout.model_dump_json(), px=self.db.retention_ms)
+        await self.db.put_value(federation_id, key, layout.model_dump_json())
 
     @available
     async def layout(self, federation_id: str, digest: str) -> LayoutRecord:

@@ -28,6 +28,17 @@ from tests.simulation.clients import simulated_clients
 from tests.unit.coordinator.records import DIGEST, PLAN, a_round, federation, ticket
 
 RECORD = federation(sequence=2, ticket=ticket(plan=PLAN), plan=PLAN)
+LAYOUT = LayoutRecord(
+    parameters="standard",
+    key_id="",
+    matrices=(),
+    tensors=(),
+    tiers=(),
+    encrypt_tensors=False,
+    max_rank=1,
+    max_directions=1,
+    shards=(),
+)
 
 
 @pytest.fixture(params=["real", "simulated"])
@@ -125,6 +136,7 @@ async def test_a_repeated_commit_gets_the_first_receipt_also_after_the_close(sto
 
 @pytest.mark.parametrize("state", sorted(set(RoundState) - {RoundState.COLLECTING}))
 async def test_no_other_state_counts_an_update(store, state):
+    assert await store.federations.write("create_federation", RECORD, None)
     assert await store.rounds.write("create_round", RECORD, a_round(state), 0)
     assert await store.updates.commit(RECORD, 2, an_update()) == (CommitOutcome.NOT_COLLECTING, 0)
     assert await store.updates.commit(RECORD, 7, an_update()) == (CommitOutcome.NOT_COLLECTING, 0)
@@ -233,21 +245,27 @@ async def test_a_call_under_way_while_its_federation_is_deleted_leaves_nothing_b
     assert await client.keys("*") == []
 
 
+async def test_a_driver_that_lost_its_lease_writes_nothing_for_a_federation_that_is_deleted(store, client):
+    """Simulation: it woke up after the deletion and created the round that it had decided on."""
+    assert await store.federations.write("create_federation", RECORD, None)
+    found = await store.federations.read("fed")
+    going = found.record.model_copy(update={"deleting": True})
+    assert await store.federations.write("ask_deletion", going, found)
+    before = await client.keys("*")
+    assert not await store.rounds.write("create_round", RECORD, a_round(), 0)
+    assert await reason_of(store.rounds.put_layout("fed", LAYOUT, "ab")) is Reason.FEDERATION_UNKNOWN
+    await store.members.put("fed", Member(client_id="a", rank=1, budget=0.0, example_count=1))
+    assert await client.keys("*") == before
+    await store.disposal.delete(going)
+    assert not await store.rounds.write("create_round", RECORD, a_round(), 0)
+    assert await reason_of(store.rounds.put_layout("fed", LAYOUT, "ab")) is Reason.FEDERATION_UNKNOWN
+    assert await client.keys("*") == []
+
+
 async def test_layouts_plans_and_shards_come_back(store):
     assert await store.federations.write("create_federation", RECORD, None)
-    layout = LayoutRecord(
-        parameters="standard",
-        key_id="",
-        matrices=(),
-        tensors=(),
-        tiers=(),
-        encrypt_tensors=False,
-        max_rank=1,
-        max_directions=1,
-        shards=(),
-    )
-    await store.rounds.put_layout("fed", layout, "ab")
-    assert await store.rounds.layout("fed", "ab") == layout
+    await store.rounds.put_layout("fed", LAYOUT, "ab")
+    assert await store.rounds.layout("fed", "ab") == LAYOUT
     assert await reason_of(store.rounds.layout("fed", "cd")) is Reason.ROUND_UNKNOWN
     await store.plans.put("fed", "ab", b"\0sealed\xff")
     assert await store.plans.read("fed", "ab") == b"\0sealed\xff"
