@@ -185,16 +185,18 @@ class Committees:
 
         Raises: NOT_IN_COHORT, ROUND_UNKNOWN.
         """
+        member = attempt.committee.position(self._client_id) is not None
         if self._attempt is None or self._attempt.round_id != attempt.round_id:
             self.forget()
             self._attempt = attempt
-            if attempt.committee.position(self._client_id):
-                self._seat = _Seat(self._member(attempt))
+            self._seat = _Seat(self._member(attempt)) if member else None
+        elif member and self._seat is None:
+            return  # it has left this committee; as a dealer it tries again
         try:
             key = self._seat.member.key if self._seat else None
             await self._calls.post_key(attempt.round_id, attempt.committee.members, key)
         except DomainError as error:
-            if error.reason is Reason.STEP_OVER and not attempt.committee.position(self._client_id):
+            if error.reason is Reason.STEP_OVER and not member:
                 return  # the committee was seated without this view
             if error.reason not in {Reason.STEP_OVER, Reason.STATEMENT_REWRITTEN}:
                 raise

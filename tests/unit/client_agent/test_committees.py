@@ -178,6 +178,25 @@ async def test_a_member_that_lost_its_key_says_so_and_does_nothing_else():
     assert left == [CONTEXT.round_id]
 
 
+async def test_a_member_that_left_its_committee_deals_on_when_its_round_is_tried_again():
+    """Simulation seed 1432: it stated that it is no member, was refused for that, and ended."""
+    said = []
+
+    async def post(_round_id: str, _order: object, key: object) -> None:
+        said.append("key" if key else "no key")
+        raise DomainError(Reason.STATEMENT_REWRITTEN, "another key, before its restart")
+
+    async def leave(_round_id: str) -> None:
+        said.append("left")
+
+    convening = committees("ward-1", post_committee_key=post, leave_committee=leave)
+    attempt = convening.attempt(asked(), LAYOUT, SECRETS)
+    convening._member = lambda _: SimpleNamespace(key="signed", forget=lambda: None)
+    await convening.join(attempt)
+    await convening.join(attempt)
+    assert said == ["key", "left"]
+
+
 async def test_an_opening_of_another_result_is_refused():
     async def opening(_: str) -> pb.GetOpeningResponse:
         return pb.GetOpeningResponse(context=CONTEXT.to_proto())
