@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tests.simulation.cluster import Size
 from tests.simulation.sabotage import SABOTAGES
 from tests.simulation.shrinking import shrunk
 from tests.simulation.simulation import Report, Schedule, run
@@ -33,15 +34,34 @@ class _Tally:
     started_s: float = field(default_factory=time.perf_counter)
     virtual_s: float = 0.0
     ends: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     failed: list[Report] = field(default_factory=list)
 
     def add(self, report: Report) -> None:
         self.virtual_s += report.virtual_s
         self.ends[report.phase] += 1
+        self.kinds.update(_kinds(report.schedule.size))
         self.faults.update(type(fault).__name__ for fault in report.met)
         if report.violation:
             self.failed.append(report)
+
+
+def _kinds(size: Size) -> Iterator[str]:
+    """What is said of a run beside its end."""
+    yield (
+        "complete mode"
+        if size.complete
+        else f"selective, {size.negotiation}"
+        if size.keyed
+        else "no protection"
+    )
+    if size.liars:
+        yield "clients that lie"
+    if size.coordinators:
+        yield "coordinators that cheat"
+    if size.hostile:
+        yield "a member that does not train"
 
 
 @app.command()
@@ -129,7 +149,11 @@ def _summarise(tally: _Tally) -> None:
     table = Table(show_header=False, box=None)
     table.add_row("schedules", str(count), f"{count / seconds:.1f} a second")
     table.add_row("virtual time", f"{tally.virtual_s / 3600:.1f} h", "")
-    for name, number in (*sorted(tally.ends.items()), *tally.faults.most_common()):
+    for name, number in (
+        *sorted(tally.kinds.items()),
+        *sorted(tally.ends.items()),
+        *tally.faults.most_common(),
+    ):
         table.add_row(name, str(number), f"{number / count:.2f} a schedule")
     table.add_row("failed", str(len(tally.failed)), " ".join(str(r.schedule.seed) for r in tally.failed))
     _console.print(table)

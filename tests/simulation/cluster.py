@@ -27,6 +27,7 @@ from client_agent.session import Session
 from client_agent.state import AgentState
 from client_agent.worker import Worker
 from coordinator.changes import Changes
+from coordinator.decisions import UNOPENED
 from coordinator.servicer import CoordinatorServicer, register
 from coordinator.settings import CoordinatorSettings
 from services.aggregation import worker as aggregation_worker
@@ -61,6 +62,7 @@ from tests.simulation.observer import Observer
 from tests.simulation.parties import take_part
 from tests.simulation.processes import Process
 from tests.simulation.valkey import Command, Valkey
+from tests.simulation.witness import Witness
 
 COORDINATOR: Final = "coordinator:7100"
 AUTHORITY: Final = "authority:7102"
@@ -125,6 +127,10 @@ class Size:
     key_rotation: int = 0
     hostile: str = ""
     """What the last client is, of `parties.PARTIES`; "" for an honest one."""
+    liars: tuple[tuple[str, str], ...] = ()
+    """Clients that lie as dealers and members of committees, each with its way of `liars.LIARS` or `SPOILERS`."""
+    coordinators: str = ""
+    """How coordinators cheat committees, of `liars.CHEATS`; "" for honest ones."""
     orders: tuple[str, ...] = ()
     """What the operator does after the start, each some time after the one before: "stop", "extend", "delete"."""
 
@@ -208,6 +214,7 @@ class Cluster:
         self.valkey.load(*_SCRIPTS)
         self.observer = Observer(self.valkey, FEDERATION, size.agents, size.most_rounds, self.violated)
         self.observer.reopened = self._reopened
+        self.witness = Witness(size.min_updates, self.violated)
         self._orders = ["create", "start", *size.orders]
         """What the operator has still to do; it has notes that outlive it."""
         self.network = Network(loop, faults, self.observer.answered, log)
@@ -406,12 +413,10 @@ class Cluster:
         error = task.exception()
         if error is None:
             self._log(name, f"ends: {task.result()}")
-            federation = self.observer.federation
-            ongoing = federation is not None and not federation.ended and not federation.deleting
-            if ongoing and not self.observer.deleted:  # it went on meanwhile
-                self._loop.call_later(SUPERVISED_S, self._start_agent, name)
-            else:
-                self.outcomes[name] = task.result()
+            self._came_to_rest(name, task.result())
+        elif isinstance(error, DomainError) and error.reason in UNOPENED and self._is_spoiled:
+            self._log(name, f"has the adapter of the result before: {error.message}")
+            self._came_to_rest(name, Outcome.HALTED)
         elif isinstance(error, DomainError) and error.reason is Reason.FEDERATION_CLOSED:
             self._log(name, f"came too late: {error.message}")
             self.outcomes[name] = Outcome.HALTED
@@ -421,6 +426,19 @@ class Cluster:
             self._loop.call_later(SUPERVISED_S, self._start_agent, name)
         else:
             self.violated(f"{name} ended with {error!r}")
+
+    def _came_to_rest(self, name: str, outcome: Outcome) -> None:
+        federation = self.observer.federation
+        ongoing = federation is not None and not federation.ended and not federation.deleting
+        if ongoing and not self.observer.deleted:  # it went on meanwhile
+            self._loop.call_later(SUPERVISED_S, self._start_agent, name)
+        else:
+            self.outcomes[name] = outcome
+
+    @property
+    def _is_spoiled(self) -> bool:
+        """Whether clients may spoil sums: the last one is not repeated unless the operator extends the federation."""
+        return bool(self._size.liars)
 
     # The store
 

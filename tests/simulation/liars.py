@@ -1,9 +1,10 @@
 """Clients that lie as members and as dealers of committees, and a coordinator that does not spend draws."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 from unittest import mock
 
@@ -19,6 +20,7 @@ from shelora.additive.secret import SecretKey
 from shelora.committee.certificate import ContributorSet
 from shelora.committee.context import RoundContext
 from shelora.committee.dealer import Dealer
+from shelora.committee.field import PRIME
 from shelora.committee.keys import KeySet
 from shelora.committee.sealing import seal_answer
 from shelora.committee.statements import Signer, StatementKind
@@ -26,6 +28,7 @@ from shelora.errors import DomainError
 from shelora.v1 import committee_pb2
 from shelora.v1 import coordinator_pb2 as pb
 from tests.simulation.observer import Observer
+from tests.simulation.witness import Witness
 
 
 class _RefusesEveryone(Committees):
@@ -46,10 +49,8 @@ class _AnswersAnything(Committees):
             return
         values = Csprng.fresh().bytes(2 * attempt.context.shares)
         low = bytes(byte & 0x7F if index % 2 else byte for index, byte in enumerate(values))
-        digest = next(iter(seat.member._notes._read().values()))
-        sealed = seal_answer(
-            attempt.answer_key, bytes.fromhex(digest), seat.member.position, low, Csprng.fresh()
-        )
+        digest = ContributorSet.read(attempt.context, serve.certificate.content).digest
+        sealed = seal_answer(attempt.answer_key, digest, seat.member.position, low, Csprng.fresh())
         answer = committee_pb2.Answer(position=seat.member.position, sealed=sealed)
         signed = self._signer().sign(StatementKind.ANSWER, attempt.context, answer.SerializeToString())
         await self._calls.post_answer(attempt.round_id, signed)
@@ -74,6 +75,22 @@ class _DealsBadShares(Committees):
                 return deal(*arguments)
 
         honest.deal = dealt  # type: ignore[method-assign]
+        return honest
+
+
+class _DealsOtherPolynomials(Committees):
+    """A dealer whose shares open and are of the right size; those of half the members lie on no polynomial."""
+
+    def dealer(self, attempt: Attempt, keys: KeySet) -> Dealer:
+        honest = super().dealer(attempt, keys)
+        shares = honest._sharing.shares
+
+        def bent(polynomials: Any, positions: Sequence[int]) -> Any:
+            found = shares(polynomials, positions)
+            found[::2] = (found[::2] + 1) % PRIME
+            return found
+
+        honest._sharing.shares = bent  # type: ignore[method-assign]
         return honest
 
 
@@ -116,6 +133,7 @@ LIARS: Final[dict[str, type[Committees]]] = {
     "refuses everyone": _RefusesEveryone,
     "answers anything": _AnswersAnything,
     "deals bad shares": _DealsBadShares,
+    "deals other polynomials": _DealsOtherPolynomials,
     "signs anything": _SignsAnything,
     "stops at signing": _StopsAtSigning,
 }
@@ -129,7 +147,7 @@ SPOILERS: Final[dict[str, type[Committees]]] = {
 
 
 @contextmanager
-def lying(by_client: dict[str, str]) -> Iterator[None]:
+def lying(by_client: Mapping[str, str]) -> Iterator[None]:
     """Has clients lie, each in a way of LIARS or SPOILERS."""
 
     def made(federation_id: str, client_id: str, *arguments: Any, **named: Any) -> Committees:
@@ -155,6 +173,7 @@ def draws_unspent() -> Iterator[None]:
     with (
         mock.patch.object(transitions, "settled", settled),
         mock.patch.object(Observer, "draws_repeat", True),
+        mock.patch.object(Witness, "draws_repeat", True),
     ):
         yield
 
@@ -170,10 +189,12 @@ Forge = Callable[[RoundContext, bytes, dict[str, tuple[bytes, int]], str], bytes
 """What a coordinator shows a member in place of a set: its context, its bytes, all dealings, the member's name."""
 
 
-def equivocating() -> AbstractContextManager[Signed]:
-    """A coordinator that shows every other member a set without its first contributor."""
+def equivocating(every: int = 1) -> AbstractContextManager[Signed]:
+    """A coordinator that shows every other member a set without its first contributor. Args: every: as of `too_few`."""
 
     def forge(context: RoundContext, content: bytes, dealings: Any, client_id: str) -> bytes:
+        if context.round_number % every or not dealings:
+            return content
         names = ContributorSet.read(context, content).contributors
         other = ContributorSet.of(context, {name: dealings[name] for name in names[1:]}).content
         return other if int(client_id[-1]) % 2 else content
@@ -181,11 +202,18 @@ def equivocating() -> AbstractContextManager[Signed]:
     return proposing(forge)
 
 
-def too_few() -> AbstractContextManager[Signed]:
-    """A coordinator that asks for the sum of fewer updates than were promised, and of as few as a sum can have."""
+def too_few(every: int = 1) -> AbstractContextManager[Signed]:
+    """A coordinator that asks for the sum of fewer updates than were promised, and of as few as a sum can have.
+
+    Args: every: which numbers.
+    """
 
     def forge(context: RoundContext, content: bytes, dealings: Any, client_id: str) -> bytes:
+        if context.round_number % every:
+            return content
         chosen = {name: dealings[name] for name in sorted(dealings)[:2]}
+        if len(chosen) < 2:  # the round is over, and what was dealt is deleted
+            return content
         most = max(weight for _, weight in chosen.values())
         return ContributorSet.of(replace(context, min_updates=2, most_weight=most), chosen).content
 
@@ -211,15 +239,20 @@ def proposing(forge: Forge) -> Iterator[Signed]:
                 continue
             own = pb.Assignment.FromString(assignment.SerializeToString())
             context = RoundContext.from_proto(own.serve.round.context)
-            store = self._handlers.lookup.store
-            record = (await store.federations.read(context.federation_id)).record
-            dealings = dealings_in(
-                context, await store.committees.dealings(record, record.ticket.sequence, context.cohort)
-            )
             shown[context.round_id][own.serve.proposed] = context
-            own.serve.proposed = forge(context, own.serve.proposed, dealings, request.client_id)
-            shown[context.round_id][own.serve.proposed] = context
+            with suppress(DomainError):  # the store is away, the round over, or too few are left: then the truth
+                dealings = await dealings_of(self, context)
+                own.serve.proposed = forge(context, own.serve.proposed, dealings, request.client_id)
+                shown[context.round_id][own.serve.proposed] = context
             yield own
+
+    async def dealings_of(
+        servicer: CoordinatorServicer, context: RoundContext
+    ) -> dict[str, tuple[bytes, int]]:
+        store = servicer._handlers.lookup.store
+        record = (await store.federations.read(context.federation_id)).record
+        sequence = record.sequence_of(context.round_id) or 0
+        return dealings_in(context, await store.committees.dealings(record, sequence, context.cohort))
 
     async def noted(
         self: Convening, federation_id: str, round_id: str, client_id: str, signature: Any
@@ -238,3 +271,22 @@ def proposing(forge: Forge) -> Iterator[Signed]:
         mock.patch.object(Convening, "sign", noted),
     ):
         yield seen
+
+
+CHEATS: Final[dict[str, Callable[[], AbstractContextManager[Any]]]] = {
+    "equivocates": partial(equivocating, every=2),
+    "asks for too few": partial(too_few, every=2),
+    "repeats draws": draws_unspent,
+}
+"""What coordinators do whom nobody watches."""
+
+
+@contextmanager
+def dishonest(liars: Mapping[str, str], coordinators: str) -> Iterator[None]:
+    """Clients that lie, as of `lying`, and coordinators that cheat in a way of CHEATS, or do not: ""."""
+    with ExitStack() as stack:
+        if liars:
+            stack.enter_context(lying(liars))
+        if coordinators:
+            stack.enter_context(CHEATS[coordinators]())
+        yield

@@ -5,14 +5,18 @@ Each takes away what one sentence of the documents promises.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from unittest import mock
 
+import numpy as np
+
+import client_agent.work
 import coordinator.driver.rounds
 import coordinator.store.database
 import coordinator.store.updates
 import services.aggregation.scripts
+from client_agent.committees import Attempt
 from coordinator import transitions
 from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Signal
@@ -24,7 +28,14 @@ from coordinator.store.leases import LeaseStore
 from coordinator.store.rounds import RoundStore
 from coordinator.store.updates import UpdateStore
 from services.aggregation.uploads import Uploads
+from shelora.additive.adder import Adder
+from shelora.additive.wire import summand_planes
+from shelora.committee.certificate import ContributorSet
+from shelora.committee.context import RoundContext
+from shelora.committee.field import PRIME
+from shelora.committee.member import Member
 from shelora.errors import DomainError, Reason
+from tests.simulation.liars import draws_unspent, too_few
 
 
 def _script(module: Any, name: str, rule: str, instead: str = "") -> AbstractContextManager[Any]:
@@ -176,6 +187,63 @@ def one_counted_twice() -> AbstractContextManager[Any]:
     return mock.patch.object(coordinator.driver.rounds, "contributions", heavier)
 
 
+@contextmanager
+def two_sets_a_number() -> Iterator[None]:
+    """Members do not look which set they signed before, and coordinators ask for a second one of the same number."""
+    with draws_unspent(), mock.patch.object(Member, "_note", return_value=None):
+        yield
+
+
+@contextmanager
+def few_are_enough() -> Iterator[None]:
+    """Members sign sets of two updates, whatever was promised, when they are shown one."""
+    read = ContributorSet.read.__func__  # type: ignore[attr-defined]
+
+    def lenient(cls: type[ContributorSet], context: RoundContext, content: bytes) -> ContributorSet:
+        found: ContributorSet = read(cls, replace(context, min_updates=2), content)
+        return found
+
+    with too_few(), mock.patch.object(ContributorSet, "read", classmethod(lenient)):
+        yield
+
+
+def same_batches_again() -> AbstractContextManager[Any]:
+    """After a set was certified in vain, clients send the same update into the next one."""
+    return mock.patch.object(Attempt, "variant", "")
+
+
+def one_weighs_less_than_it_says() -> AbstractContextManager[Any]:
+    """The first client scales its update by half the weight that it states and members sign."""
+    original = client_agent.work.summing
+
+    def lighter(known: Any, dealer: Any, weight: int, largest_move: float) -> Any:
+        found = original(known, dealer, weight, largest_move)
+        factor = 0.5 if dealer._signer.name == "agent-0" else 1.0
+        return replace(found, summand=replace(found.summand, share=factor * found.summand.share))
+
+    return mock.patch.object(client_agent.work, "summing", lighter)
+
+
+@contextmanager
+def one_summed_twice() -> Iterator[None]:
+    """The first client's summand is added twice, and members add its shares twice, so that the sum opens."""
+    add, answered = Adder.add, Member._answered
+
+    def twice(self: Adder, data: bytes | memoryview) -> None:
+        if not self.contributors:
+            self._sum.add(summand_planes(data, self.shape))
+        add(self, data)
+
+    def doubled(self: Member, chosen: ContributorSet) -> Any:
+        first = chosen.contributors[0]
+        held = self._held[first]
+        self._held[first] = replace(held, share=(2 * held.share.astype(np.int64) % PRIME).astype(np.uint16))
+        return answered(self, chosen)
+
+    with mock.patch.object(Adder, "add", twice), mock.patch.object(Member, "_answered", doubled):
+        yield
+
+
 @dataclass(frozen=True)
 class Sabotage:
     """A rule taken away."""
@@ -197,6 +265,11 @@ SABOTAGES: Final = {
         (True, results_deleted_early, "call"),
         (True, immortal_fields, "call"),
         (True, kept_keys, "call"),
+        (True, few_are_enough, "call"),
+        (False, one_weighs_less_than_it_says, "call"),
+        (False, one_summed_twice, "call"),
+        (True, same_batches_again, "loss", "worker", "crash"),
+        (True, two_sets_a_number, "loss", "worker", "crash"),
         (False, keys_destroyed_early, "crash"),
         (False, deaf_when_a_wake_up_is_lost, "call"),
         (False, leases_for_ever, "crash"),

@@ -19,12 +19,15 @@ from unittest import mock
 import structlog
 
 import coordinator.main
+from shelora.committee.rules import committee_rule
 from tests.simulation.cluster import Cluster, Size
 from tests.simulation.faults import Chance, Fault, Faults
+from tests.simulation.liars import CHEATS, LIARS, SPOILERS, dishonest
 from tests.simulation.loop import Deadlock, VirtualLoop
 from tests.simulation.observer import shown
 from tests.simulation.parties import PARTIES
 from tests.simulation.processes import CURRENT, Crashed
+from tests.simulation.witness import witnessed
 
 HORIZON_S: Final = 1200.0
 """Virtual seconds after which a federation that has not ended hangs: all attempts at all rounds take less than half."""
@@ -68,10 +71,9 @@ class Schedule:
 
 
 def _protected(size: Size, rng: Random) -> Size:
-    """Most of the federations encrypt, and some of these vote again or get new keys between rounds."""
-    negotiation = rng.choice(("", "", "sealed", "ope", "complete", "complete"))
-    if negotiation == "complete":
-        clients = rng.choice((2, 3, 4, 5, 5))
+    """Two thirds of the federations are in complete mode; some of the others vote again, or get new keys."""
+    if rng.random() < 2 / 3:
+        clients = rng.choice((2, 3, 4, 5, 5, 7))
         return replace(
             size,
             complete=True,
@@ -80,6 +82,7 @@ def _protected(size: Size, rng: Random) -> Size:
             key_rotation=rng.randint(0, 1),
             committee_s=rng.choice((5, 15)),
         )
+    negotiation = rng.choice(("", "", "sealed", "ope"))
     if not negotiation:
         return size
     return replace(
@@ -88,11 +91,23 @@ def _protected(size: Size, rng: Random) -> Size:
 
 
 def _peopled(size: Size, rng: Random) -> Size:
-    """Some federations have a hostile member that the others can do without, or an operator with afterthoughts."""
+    """Some federations have a hostile member that the others can do without, or an operator with afterthoughts.
+
+    In half of those in complete mode up to as many clients lie as their committee withstands; in a third, coordinators
+    cheat.
+    """
     spare = size.clients > size.min_updates
     hostile = rng.choice(("", "", *PARTIES)) if spare else ""
     orders = rng.choice(((), (), ("stop",), ("extend",), ("delete",), ("stop", "extend")))
-    return replace(size, hostile=hostile, orders=orders)
+    size = replace(size, orders=orders)
+    if not size.complete:
+        return replace(size, hostile=hostile)
+    size = replace(size, coordinators=rng.choice((*[""] * 2 * len(CHEATS), *CHEATS)))
+    if rng.random() < 0.5:
+        return replace(size, hostile=hostile)
+    count = rng.randint(1, committee_rule(size.clients).threshold)
+    kinds = rng.choices(sorted(LIARS | SPOILERS), k=count)
+    return replace(size, liars=tuple(zip(sorted(rng.sample(size.agents, count)), kinds, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,8 @@ def run(schedule: Schedule, *, traced: bool = False) -> Report:
 
         cluster = Cluster(loop, str(schedule.seed), faults, schedule.size, folder, log)
         stack.callback(cluster.close)
+        stack.enter_context(witnessed(cluster.witness))
+        stack.enter_context(dishonest(dict(schedule.size.liars), schedule.size.coordinators))
         stack.enter_context(_surroundings(loop, schedule.seed, cluster, log, 20 if traced else 40))
         try:
             loop.run_until_complete(_play(loop, cluster, faults))

@@ -6,22 +6,35 @@ import sys
 
 import pytest
 
+from shelora.committee.rules import committee_rule
 from tests.simulation.faults import Call, Jitter, Loss
+from tests.simulation.liars import CHEATS, LIARS, SPOILERS
 from tests.simulation.shrinking import shrunk
 from tests.simulation.simulation import Report, Schedule, run
 
 SEED = 2
-SEALED, OPE = 24, 1
-"""Seeds whose federations encrypt, by negotiation."""
+SEALED, OPE, COMPLETE = 13, 4, 8
+"""Seeds whose federations encrypt: by negotiation, or everything."""
 
 
-@pytest.mark.parametrize("seed", [SEED, SEALED, OPE])
+@pytest.mark.parametrize("seed", [SEED, SEALED, OPE, COMPLETE])
 def test_a_seed_gives_the_same_run_every_time(seed):
     assert run(Schedule.of(seed), traced=True) == run(Schedule.of(seed), traced=True)
 
 
 def test_federations_of_each_kind_are_run():
     assert [Schedule.of(seed).size.negotiation for seed in (SEED, SEALED, OPE)] == ["", "sealed", "ope"]
+    assert Schedule.of(COMPLETE).size.complete
+
+
+def test_most_federations_are_in_complete_mode_and_have_all_kinds_of_liars():
+    sizes = [Schedule.of(seed).size for seed in range(3000)]
+    assert 0.6 < sum(size.complete for size in sizes) / len(sizes) < 0.75
+    assert {kind for size in sizes for _, kind in size.liars} == LIARS.keys() | SPOILERS.keys()
+    assert {size.coordinators for size in sizes} == {"", *CHEATS}
+    assert all(len(size.liars) <= committee_rule(size.clients).threshold for size in sizes)
+    reached = {size.clients for size in sizes if len(size.liars) == committee_rule(size.clients).threshold}
+    assert reached == {2, 3, 4, 5, 7}
 
 
 def test_a_seed_gives_the_same_run_in_another_process():

@@ -53,8 +53,7 @@ def explained(report: Report) -> str:
 
 def plain() -> Schedule:
     """Without hostile members, protection, or orders after the start."""
-    schedule = Schedule.of(0, "call")
-    return replace(schedule, size=replace(schedule.size, hostile="", orders=()), faults=())
+    return Schedule(0, Size(3, 2), ())
 
 
 def test_without_faults_a_federation_finishes():
@@ -179,7 +178,7 @@ def test_a_federation_keeps_its_promises_whichever_fault_it_meets(fault):
     assert not report.violation, explained(report)
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(150))
 def test_a_federation_keeps_its_promises_under_faults_at_random(seed):
     report = run(Schedule.of(seed))
     assert not report.violation, explained(report)
