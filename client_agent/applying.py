@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 import structlog
 
@@ -24,6 +25,9 @@ from shelora.protocol import Stage
 from shelora.strategies.agents.registry import agent_strategy_of
 from shelora.v1 import common_pb2
 from shelora.v1 import coordinator_pb2 as pb
+
+FINGERPRINT: Final = 16
+"""Hexadecimal digits of a result's fingerprint."""
 
 _log = structlog.get_logger(__name__)
 
@@ -173,5 +177,10 @@ def digest_of(reference: common_pb2.ResultRef) -> bytes:
     return result_digest(reference.round_id, (shard.sha256 for shard in reference.shards))
 
 
+def fingerprint(result: common_pb2.ResultRef) -> str:
+    """By which people compare results: the first digits of `digest_of`."""
+    return digest_of(result).hex()[:FINGERPRINT]
+
+
 def _origin(result: common_pb2.ResultRef) -> Origin:
-    return Origin(result.round_number, result.contributor_count)
+    return Origin(result.round_number, result.contributor_count, fingerprint(result))

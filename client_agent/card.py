@@ -75,6 +75,11 @@ def rendered(card: Card, made: Origin, measured: Evaluation | None) -> str:
         f"- Licence of the base model: {card.licence or 'not stated where it was loaded from'}",
         f"- Task: {spec.task}" + (f"; classes: {', '.join(map(quoted, spec.labels))}" if spec.labels else ""),
         f"- Training round {made.number} of {card.rounds}, the aggregate of {made.contributors} clients",
+        *(
+            [f"- Fingerprint of that aggregate, the same at all clients: {made.fingerprint}"]
+            if made.fingerprint
+            else []
+        ),
         f"- Protection of updates: {card.protection}",
         f"- Differential privacy of examples: {card.privacy or 'none'}",
         f"- Base model held in {card.precision} while training",

@@ -74,6 +74,8 @@ class Origin:
     """Training round, from 1."""
     contributors: int
     """Clients whose updates are in it."""
+    fingerprint: str = ""
+    """Of its bytes, the same at all clients; "" if unknown."""
 
 
 class LocalModel(Protocol):

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 
 import structlog
 
-from client_agent.applying import Applier, digest_of
+from client_agent.applying import Applier, digest_of, fingerprint
 from client_agent.committees import Attempt, Committees
 from client_agent.keyring import Keyring
 from client_agent.making import Maker
@@ -170,7 +170,8 @@ class Work:
         """Applies the final result, evaluates on every test example, saves the adapter."""
         plan = finish.plan if finish.HasField("plan") else None
         applied = await self._applier.keep(finish.result, plan, activity)
-        _log.info("adapter_saved", folder=str(self._state.adapter_folder))
+        folder = str(self._state.adapter_folder)
+        _log.info("adapter_saved", folder=folder, fingerprint=fingerprint(finish.result))
         try:
             await self._applier.report(finish.result, applied, activity, everything=True)
         except (

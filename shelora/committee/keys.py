@@ -30,21 +30,25 @@ class KeySet:
 
         Statements of clients that are no members, or malformed, are left out; so is a member with two keys.
 
-        Raises: DomainError(COMMITTEE_REFUSED): fewer than a quorum are left; the message names the missing.
+        Raises: DomainError(COMMITTEE_REFUSED): fewer than a quorum are left; the message names the missing, and what is
+            wrong with the key of one of them.
         """
         found: dict[int, set[bytes]] = {}
+        why = ""
         for statement in statements:
-            if entry := _entry(context, committee, statement, trust):
-                found.setdefault(entry[0], set()).add(entry[1])
+            try:
+                position, key = _entry(context, committee, statement, trust)
+            except DomainError as error:
+                why = f"; {error.message}"
+            else:
+                found.setdefault(position, set()).add(key)
         keys = {
             position: next(iter(found[position])) for position in sorted(found) if len(found[position]) == 1
         }
         if len(keys) < context.rule.quorum:
             missing = ", ".join(n for p, n in enumerate(committee.members, 1) if p not in keys)
-            raise DomainError(
-                Reason.COMMITTEE_REFUSED,
-                f"{len(keys)} members of the committee have a key and {context.rule.quorum} must; without: {missing}",
-            )
+            wanted = f"{len(keys)} members of the committee have a key and {context.rule.quorum} must"
+            raise DomainError(Reason.COMMITTEE_REFUSED, f"{wanted}; without: {missing}{why}")
         return cls(MappingProxyType(keys), keys_digest(context, keys))
 
 
@@ -56,12 +60,12 @@ def keys_digest(context: RoundContext, keys: Mapping[int, bytes]) -> bytes:
 
 def _entry(
     context: RoundContext, committee: Committee, statement: pb.Signed, trust: Trust
-) -> tuple[int, bytes] | None:
-    try:
-        author = trust.author(statement, StatementKind.COMMITTEE_KEY, context)
-        message = parsed(pb.CommitteeKey, statement.content)
-    except DomainError:
-        return None
+) -> tuple[int, bytes]:
+    """Position and key. Raises: DomainError: it counts for nothing."""
+    author = trust.author(statement, StatementKind.COMMITTEE_KEY, context)
+    message = parsed(pb.CommitteeKey, statement.content)
     if len(message.public_key) != KEY_BYTES or committee.name(message.position) != author:
-        return None
+        raise DomainError(
+            Reason.COMMITTEE_REFUSED, f"the key of {author} is not that of a member at its position"
+        )
     return message.position, message.public_key

@@ -240,7 +240,9 @@ def proposing(forge: Forge) -> Iterator[Signed]:
             own = pb.Assignment.FromString(assignment.SerializeToString())
             context = RoundContext.from_proto(own.serve.round.context)
             shown[context.round_id][own.serve.proposed] = context
-            with suppress(DomainError):  # the store is away, the round over, or too few are left: then the truth
+            with suppress(
+                DomainError
+            ):  # the store is away, the round over, or too few are left: then the truth
                 dealings = await dealings_of(self, context)
                 own.serve.proposed = forge(context, own.serve.proposed, dealings, request.client_id)
                 shown[context.round_id][own.serve.proposed] = context

@@ -42,9 +42,10 @@ _CUT: Final = _Ended(grpc.StatusCode.UNAVAILABLE, "the connection broke")
 
 
 class _Context:
-    """A servicer's context."""
+    """A servicer's context. Args: caller: who calls, as certificates would tell."""
 
-    def __init__(self) -> None:
+    def __init__(self, caller: str) -> None:
+        self.caller = caller
         self.ended = _Ended()
 
     def auth_context(self) -> dict[str, Any]:
@@ -279,16 +280,17 @@ class _Call:
     def _served(
         self, server: Server, handler: Any, inbox: "asyncio.Queue[Any]", outbox: "asyncio.Queue[Any]"
     ) -> "asyncio.Task[None]":
-        serving = server.process.spawn(_serve(server.process, handler, inbox, outbox), f"serve-{self.method}")
+        work = _serve(server.process, self._caller.name, handler, inbox, outbox)
+        serving = server.process.spawn(work, f"serve-{self.method}")
         serving.add_done_callback(lambda _: outbox.put_nowait(_BROKEN))
         return serving
 
 
 async def _serve(
-    process: Process, handler: Any, inbox: "asyncio.Queue[Any]", outbox: "asyncio.Queue[Any]"
+    process: Process, caller: str, handler: Any, inbox: "asyncio.Queue[Any]", outbox: "asyncio.Queue[Any]"
 ) -> None:
     """One call on the server."""
-    context = _Context()
+    context = _Context(caller)
     try:
         await process.latency()
         requests = _received(inbox, handler.request_deserializer)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 
-import client_agent.work
+import client_agent.making
 import coordinator.driver.rounds
 import coordinator.store.database
 import coordinator.store.updates
@@ -214,14 +214,14 @@ def same_batches_again() -> AbstractContextManager[Any]:
 
 def one_weighs_less_than_it_says() -> AbstractContextManager[Any]:
     """The first client scales its update by half the weight that it states and members sign."""
-    original = client_agent.work.summing
+    original = client_agent.making.summing
 
     def lighter(known: Any, dealer: Any, weight: int, largest_move: float) -> Any:
         found = original(known, dealer, weight, largest_move)
         factor = 0.5 if dealer._signer.name == "agent-0" else 1.0
         return replace(found, summand=replace(found.summand, share=factor * found.summand.share))
 
-    return mock.patch.object(client_agent.work, "summing", lighter)
+    return mock.patch.object(client_agent.making, "summing", lighter)
 
 
 @contextmanager

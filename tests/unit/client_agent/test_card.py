@@ -19,7 +19,7 @@ from client_agent.state import AgentState
 from shelora.federation import TrainingSpec
 from tests.unit.client_agent.tiny import LABELS
 
-ORIGIN = Origin(3, 5)
+ORIGIN = Origin(3, 5, "c0ffee")
 
 
 @pytest.fixture
