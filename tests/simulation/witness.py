@@ -11,7 +11,7 @@ from unittest import mock
 
 from shelora.committee.context import RoundContext
 from shelora.committee.member import Member
-from shelora.committee.statements import Kind, Signer, signed_bytes
+from shelora.committee.statements import Signer, StatementKind, signed_bytes
 from shelora.v1 import committee_pb2
 from tests.simulation.learner import MarkedLearner
 
@@ -45,11 +45,11 @@ class Witness:
         """A client trained."""
         self._trained[client_id] = client_id, number, variant
 
-    def signed(self, name: str, kind: Kind, context: RoundContext, content: bytes) -> None:
+    def signed(self, name: str, kind: StatementKind, context: RoundContext, content: bytes) -> None:
         """A client signed a statement, honestly or not."""
-        if kind is Kind.DEALING:
+        if kind is StatementKind.DEALING:
             self._dealt[context.digest, name] = self._trained.get(name)
-        elif kind is Kind.SET:
+        elif kind is StatementKind.SET:
             chosen = signed_bytes(kind, context, content)
             self._signers[chosen].add(name)
             if len(self._signers[chosen]) == context.rule.quorum:
@@ -57,7 +57,7 @@ class Witness:
 
     def answered(self, name: str, context: RoundContext, content: bytes) -> None:
         """An honest member gave its part of the key of a set."""
-        if self._certified.get(self._place(context)) != signed_bytes(Kind.SET, context, content):
+        if self._certified.get(self._place(context)) != signed_bytes(StatementKind.SET, context, content):
             self._violated(f"{name} answers for a set of {context.round_id} that is not the certified one")
 
     def _look_at_certified(self, context: RoundContext, content: bytes, chosen: bytes) -> None:
@@ -91,7 +91,9 @@ def witnessed(witness: Witness) -> Iterator[None]:
         witness.trained(self._client_id, number, variant)
         return train(self, number, activity, variant)
 
-    def signed(self: Signer, kind: Kind, context: RoundContext, content: bytes) -> committee_pb2.Signed:
+    def signed(
+        self: Signer, kind: StatementKind, context: RoundContext, content: bytes
+    ) -> committee_pb2.Signed:
         witness.signed(self.name, kind, context, content)
         return sign(self, kind, context, content)
 

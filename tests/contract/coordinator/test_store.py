@@ -254,7 +254,7 @@ async def test_a_driver_that_lost_its_lease_writes_nothing_for_a_federation_that
     before = await client.keys("*")
     assert not await store.rounds.write("create_round", RECORD, a_round(), 0)
     assert await reason_of(store.rounds.put_layout("fed", LAYOUT, "ab")) is Reason.FEDERATION_UNKNOWN
-    await store.members.put("fed", Member(client_id="a", rank=1, budget=0.0, example_count=1))
+    await store.members.put("fed", MemberRecord(client_id="a", rank=1, budget=0.0, example_count=1))
     assert await client.keys("*") == before
     await store.disposal.delete(going)
     assert not await store.rounds.write("create_round", RECORD, a_round(), 0)
