@@ -22,6 +22,7 @@ from client_agent.config import AgentConfig
 from client_agent.keys import EpochSecrets
 from client_agent.learner import Learner
 from client_agent.learning import Trained, Weights
+from client_agent.plausibility import Losses
 from client_agent.progress import Activity
 from client_agent.state import AgentState
 from client_agent.worker import Worker
@@ -239,8 +240,15 @@ def _prepare(cluster: LocalCluster, scene: Scene, client: Client, model: Path, h
     (home / "agent.yaml").write_text(yaml.safe_dump(config))
 
 
-class Hoarder(Learner):
-    """A learner that keeps every update it made."""
+class Trusting(Learner):
+    """A learner that takes every result: clients with a sentence each teach the others nothing, and would refuse it."""
+
+    def _require_useful(self, losses: Losses, number: int) -> None:
+        pass
+
+
+class Hoarder(Trusting):
+    """One that keeps every update it made."""
 
     def __init__(self, hoard: list[Weights], *args: Any) -> None:  # noqa: ANN401 - those of Learner
         self._hoard = hoard
@@ -262,7 +270,7 @@ async def _run(cluster: LocalCluster, scene: Scene, homes: Path, hoard: list[Wei
     for number, client in enumerate(scene.clients):
         home = homes / client.name
         await cluster.enrol_client(scene.name, client.name, home / "state")
-        learn = partial(Hoarder, hoard) if number == 0 else Learner
+        learn = partial(Hoarder, hoard) if number == 0 else Trusting
         config = AgentConfig.load(home / "agent.yaml", {})
         agents.append(Agent(config, learn, worker=workers[number % WORKERS]))
     try:

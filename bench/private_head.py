@@ -124,9 +124,9 @@ def _softmax(values: Floats) -> Floats:
 @app.command()
 def compare(
     rounds: Annotated[int, typer.Option(min=1)] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps a round.")] = 12,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps a round.")] = 24,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a step, on average.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 0.1,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 0.2,
     clip: Annotated[float, typer.Option(help="Norm that each example's gradient is scaled down to.")] = 1.0,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each.")] = 5,
     folder: Annotated[Path, typer.Option(help="Where features and the picture go.")] = FOLDER,
