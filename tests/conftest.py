@@ -1,5 +1,6 @@
 """Fixtures for every suite: a real server that speaks Redis, empty for each test."""
 
+import signal
 import socket
 from collections.abc import Iterator
 
@@ -46,3 +47,11 @@ def redis_url(redis_server_url: str) -> Iterator[str]:
         immortal = [key.decode() for key in client.scan_iter() if client.ttl(key) == -1]
         client.flushall()
     assert not immortal, f"keys without expiry: {immortal}"
+
+
+@pytest.fixture
+def hangup_is_heard() -> Iterator[None]:
+    """SIGHUP as a terminal sends it: processes inherit that it is ignored, and tests may run under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)

@@ -43,7 +43,7 @@ def until_it_serves(process: subprocess.Popen[str], folder: Path) -> None:
 
 
 @pytest.fixture
-def up(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+def up(tmp_path: Path, hangup_is_heard: None) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     """Starts `shelora up` in the test's own folder."""
     with ExitStack() as stack:
         yield lambda: started(tmp_path, stack)

@@ -12,6 +12,8 @@ from shelora.cli.supervision import ADDRESSES, LOCK, MARK, clear, interruptible,
 from shelora.errors import DomainError, Reason
 from shelora.stopping import stop_signals
 
+pytestmark = pytest.mark.usefixtures("hangup_is_heard")
+
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_interrupts_and_the_next_does_not_break_off_the_stop(number):
