@@ -34,8 +34,8 @@ async def made(lab: Lab, kind: str, target: str, ends: Collection[str] = ()) -> 
 @pytest.mark.parametrize("kind", [*CALLS, "silent-calls"])
 async def test_calls_of_strangers_do_not_make_the_key_authority_grow(lab: Lab, kind: str):
     figures = await made(lab, kind, "enrolment", REFUSED[kind])
-    # Where it is overrun, gRPC resets streams before our code sees them (REFUSED_STREAM, told as UNAVAILABLE). Where the
-    # machine is, strangers lose their patience.
+    # Where it is overrun, gRPC resets streams before our code sees them (REFUSED_STREAM, told as UNAVAILABLE).
+    # Where the machine is, strangers lose their patience.
     assert set(figures.ends) <= REFUSED[kind] | {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
     assert figures.worst_growth_mib < MOST_GROWTH_MIB, figures
 
