@@ -3,6 +3,7 @@
 Clients' certificates come from a certificate authority in this process. Takes about a minute.
 """
 
+import gzip
 import hashlib
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from services.key_authority.sealer import Sealer, SealingKey
 from shelora.additive import BALANCED, COMPACT, SMALL, STANDARD, Adder, AdditiveParameters, ShardShape
 from shelora.additive.sampler import Csprng
 from shelora.additive.secret import SecretKey, SumOpener
+from shelora.committee.bare import bare, certificates_in, numbered
 from shelora.committee.certificate import assemble
 from shelora.committee.context import RoundContext
 from shelora.committee.dealer import Dealer
@@ -31,6 +33,7 @@ from shelora.committee.statements import Signer, Trust
 from shelora.transport.certificates import new_key, signing_request
 from shelora.transport.identity import Identity, Role
 from shelora.v1 import committee_pb2 as pb
+from shelora.v1.coordinator_pb2 import GetCommitteeKeysResponse
 
 VALUES: Final = 1 << 20
 COHORTS: Final = (3, 5, 8, 40, 300, 1000)
@@ -158,12 +161,14 @@ def committee(size: int, root: Root) -> str:
     releasing = time.process_time() - begin
     answers += [member.release(certificate) for member in list(members.values())[1:]]
     opening = pb.Opening(certificate=certificate, answers=answers)
+    response = GetCommitteeKeysResponse(keys=statements)
+    sent = bare(numbered(opening, certificates_in(statements)))
     reading = best(lambda: open_round(context, order, opening, SECRET, cohort.trust, Csprng.fresh()), 2)
     down = sum(share.ByteSize() for share in shown[first.position].values() if share is not None)
     return (
-        f"K={size:5} m={context.rule.size:2} client: keys {sum(map(len, map(bytes_of, statements)))} B "
+        f"K={size:5} m={context.rule.size:2} client: keys {len(gzip.compress(response.SerializeToString()))} B "
         f"{1000 * fresh_trust:.1f} ms, deals {len(bytes_of(dealt[context.cohort[0]]))} B {1000 * dealing:.1f} ms, "
-        f"opening {len(bytes_of(opening))} B {1000 * reading:.1f} ms; "
+        f"opening {len(bytes_of(sent))} B {1000 * reading:.1f} ms; "
         f"member: dealings {down} B {checking:.3f} s, certificate {len(bytes_of(certificate))} B {releasing:.3f} s"
     )
 

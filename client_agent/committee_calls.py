@@ -101,9 +101,14 @@ class CommitteeCalls:
         request = pb.PostAnswerRequest(**self._in_round(round_id), answer=answer)
         await self._ask(self._coordinator.PostAnswer, request)
 
-    async def opening(self, round_id: str) -> pb.GetOpeningResponse:
-        """What opens a published result. Raises: RESULT_UNKNOWN."""
-        request = pb.GetOpeningRequest(federation_id=self._federation_id, round_id=round_id)
+    async def opening(self, round_id: str, *, has_keys: bool) -> pb.GetOpeningResponse:
+        """What opens a published result. Args: has_keys: whether this client has the committee's keys.
+
+        Raises: RESULT_UNKNOWN.
+        """
+        request = pb.GetOpeningRequest(
+            federation_id=self._federation_id, round_id=round_id, has_keys=has_keys
+        )
         return await self._ask(self._coordinator.GetOpening, request)
 
     def _in_round(self, round_id: str) -> dict[str, str]:

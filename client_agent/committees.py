@@ -5,6 +5,7 @@ worked out from the epoch's secret; keys, dealings, sets and answers are believe
 key and shares are in memory only: after a restart it says so and sits the round out.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from client_agent.keys import EpochSecrets
 from client_agent.state import AgentState
 from client_agent.worker import Worker
 from shelora.additive.sampler import Csprng
+from shelora.committee.bare import certificates_in, completed
 from shelora.committee.certificate import ContributorSet
 from shelora.committee.context import COMMON_START, Committee, RoundContext
 from shelora.committee.dealer import Dealer
@@ -37,6 +39,8 @@ from shelora.v1 import coordinator_pb2 as pb
 
 READING_GRACE: Final = timedelta(days=30)
 """How long after its end a member's certificate vouches for a result: as long as coordinators keep results."""
+_KNOWN_ROUNDS: Final = 4
+"""Rounds of which the committee's certificates are kept, 35 KB each at most: a result is opened in the next one."""
 _BATCH: Final = 64
 """Dealings checked in one go, about 30 ms."""
 
@@ -88,6 +92,15 @@ class _Seat:
     """By the set's content: signatures are random, and repeats must be the same bytes."""
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What this client has of a round whose sum it will open."""
+
+    context: RoundContext
+    certificates: dict[int, bytes] = field(repr=False)
+    """Of the members whose keys it got, by position."""
+
+
 class Committees:
     """All of it for one client.
 
@@ -124,6 +137,8 @@ class Committees:
         self._clock = clock
         self._attempt: Attempt | None = None
         self._seat: _Seat | None = None
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        """By the round, of the newest few."""
 
     # What a round is about
 
@@ -303,6 +318,9 @@ class Committees:
             keys = KeySet.of(attempt.context, attempt.committee, statements, self._trust(self._round_grace))
         except DomainError as error:
             raise DomainError(Reason.QUORUM_MISSING, error.message) from error
+        self._known[attempt.round_id] = _Known(attempt.context, certificates_in(statements))
+        while len(self._known) > _KNOWN_ROUNDS:
+            self._known.popitem(last=False)
         if self._seat is not None and self._attempt is attempt:
             self._seat.keys = keys
         return keys
@@ -321,8 +339,13 @@ class Committees:
         Raises: COMMITTEE_REFUSED, SET_REFUSED, SIGNATURE_REFUSED, QUORUM_MISSING, ANSWERS_REFUSED, SUM_UNREADABLE,
         RESULT_UNKNOWN.
         """
-        response = await self._calls.opening(result.round_id)
-        context = self._context(response.context, layout)
+        known = self._known.get(result.round_id)
+        response = await self._calls.opening(result.round_id, has_keys=known is not None)
+        if known is None or response.HasField("context"):
+            context = self._context(response.context, layout)
+        else:
+            context = known.context
+            _require(context.layout_digest == layout.digest, "it is about another layout")
         named = (context.round_id, context.epoch) == (result.round_id, result.epoch)
         _require(named, "it opens another result")
         attempt = self._worked_out(context, secrets)
@@ -330,7 +353,7 @@ class Committees:
             open_round,
             context,
             attempt.committee,
-            response.opening,
+            completed(response.opening, known.certificates if known else {}),
             attempt.answer_key,
             self._trust(READING_GRACE),
             Csprng.fresh(),

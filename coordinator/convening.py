@@ -18,6 +18,7 @@ from coordinator.committees import context_of, rule_of
 from coordinator.records import Dealt, FederationRecord, RoundRecord, Statement
 from coordinator.store import StateOutcome, Store, order_digest
 from services.common.single_flight import SingleFlight
+from shelora.committee.bare import bare, certificates_in, numbered
 from shelora.committee.context import RoundContext
 from shelora.committee.dealing import check_dealt, dealing_digest, read_dealing, shown, update_digest
 from shelora.committee.statements import StatementKind, Trust, parsed
@@ -75,12 +76,14 @@ async def opening_of(store: Store, federation: FederationRecord, record: RoundRe
     place = (federation, record.sequence)
     signatures = await store.committees.statements(Statement.SIGNATURE, *place)
     answers = await store.committees.statements(Statement.ANSWER, *place)
+    views = await store.committees.statements(Statement.VIEW, *place, record.order)
+    opening = committee_pb2.Opening(
+        certificate=certificate_of(record, signatures),
+        answers=[committee_pb2.Signed.FromString(answer) for answer in answers.values()],
+    )
+    keys = (key for view in views.values() if (key := key_of(view)))
     return pb.GetOpeningResponse(
-        context=context_of(federation, record).to_proto(),
-        opening=committee_pb2.Opening(
-            certificate=certificate_of(record, signatures),
-            answers=[committee_pb2.Signed.FromString(answer) for answer in answers.values()],
-        ),
+        context=context_of(federation, record).to_proto(), opening=numbered(opening, certificates_in(keys))
     ).SerializeToString(deterministic=True)
 
 
@@ -107,7 +110,7 @@ class Convening:
         root: Certificate of the authority in DER, whose clients' statements are believed.
         seated: Keys of the newest seated committees, by round: read once for all clients of a cohort.
         shown: Dealings, by round, number of dropped updates and first of a batch: read once for all members.
-        opened: What opens the newest results, by federation and digest: read once for all clients.
+        opened: What opens the newest results, by federation and digest, and for whom: read once for all clients.
     """
 
     store: Store
@@ -120,7 +123,7 @@ class Convening:
     shown: SingleFlight[tuple[str, int, int], dict[str, bytes]] = field(
         default_factory=lambda: SingleFlight(SHOWN_KEPT)
     )
-    opened: SingleFlight[tuple[str, str], pb.GetOpeningResponse] = field(
+    opened: SingleFlight[tuple[str, str, bool], pb.GetOpeningResponse] = field(
         default_factory=lambda: SingleFlight(OPENED_KEPT)
     )
 
@@ -286,18 +289,23 @@ class Convening:
         federation, record = await self._round(federation_id, round_id, client_id)
         await self._by_member(Statement.ANSWER, StatementKind.ANSWER, federation, record, client_id, answer)
 
-    async def opening(self, federation_id: str, round_id: str) -> pb.GetOpeningResponse:
-        """What opens a round's sum. Raises: RESULT_UNKNOWN."""
+    async def opening(
+        self, federation_id: str, round_id: str, *, has_keys: bool = False
+    ) -> pb.GetOpeningResponse:
+        """What opens a round's sum; for who has the committee's keys, what else it takes. Raises: RESULT_UNKNOWN."""
         federation = (await self.store.federations.read(federation_id)).record
         sequence = federation.sequence_of(round_id)
         found = await self.store.rounds.read(federation, sequence) if sequence else None
         if found is None or found.record.opening is None:
             raise DomainError(Reason.RESULT_UNKNOWN, "no committee has opened that result")
         sha256 = found.record.opening.sha256
-        return await self.opened.get((federation_id, sha256), partial(self._opening, federation_id, sha256))
+        read = partial(self._opening, federation_id, sha256, has_keys=has_keys)
+        return await self.opened.get((federation_id, sha256, has_keys), read)
 
-    async def _opening(self, federation_id: str, sha256: str) -> pb.GetOpeningResponse:
-        return pb.GetOpeningResponse.FromString(await self.store.committees.opening(federation_id, sha256))
+    async def _opening(self, federation_id: str, sha256: str, *, has_keys: bool) -> pb.GetOpeningResponse:
+        stored = await self.store.committees.opening(federation_id, sha256)
+        whole = pb.GetOpeningResponse.FromString(stored)
+        return pb.GetOpeningResponse(opening=bare(whole.opening)) if has_keys else whole
 
     def dealt(
         self,

@@ -201,7 +201,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: pb.GetCommitteeKeysRequest, context: _Context
     ) -> pb.GetCommitteeKeysResponse:
         async with translated(context):
-            return pb.GetCommitteeKeysResponse(keys=await self._handlers.committees.keys(*_scope(request)))
+            keys = await self._handlers.committees.keys(*_scope(request))
+            await _compress(context)
+            return pb.GetCommitteeKeysResponse(keys=keys)
 
     async def LeaveCommittee(
         self, request: pb.LeaveCommitteeRequest, context: _Context
@@ -237,10 +239,21 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def GetOpening(self, request: pb.GetOpeningRequest, context: _Context) -> pb.GetOpeningResponse:
         async with translated(context):
-            return await self._handlers.committees.opening(request.federation_id, request.round_id)
+            opening = await self._handlers.committees.opening(
+                request.federation_id, request.round_id, has_keys=request.has_keys
+            )
+            if not request.has_keys:
+                await _compress(context)
+            return opening
 
     async def _federation(self, record: FederationRecord) -> pb.Federation:
         return await self._render.federation(record, self._handlers.lookup.clock_ms())
+
+
+async def _compress(context: _Context) -> None:
+    """Has the response compressed: certificates of one authority are much alike, most else here is noise."""
+    context.set_compression(grpc.Compression.Gzip)
+    await context.send_initial_metadata(())  # which says so: grpc.aio compresses no unary response without it
 
 
 class _OfClient(Protocol):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashelora/v1/committee.proto\x12\nshelora.v1\"\xd8\x02\n\x0cRoundContext\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x10\n\x08round_id\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x14\n\x0cround_number\x18\x05 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\r\n\x05\x65poch\x18\x07 \x01(\r\x12\x15\n\rlayout_digest\x18\x08 \x01(\x0c\x12\x12\n\nparameters\x18\t \x01(\t\x12\x0e\n\x06\x63ohort\x18\n \x03(\t\x12\x19\n\x11most_contributors\x18\x0b \x01(\r\x12\x16\n\x0e\x63ommittee_size\x18\x0c \x01(\r\x12\x11\n\tthreshold\x18\r \x01(\r\x12\x0f\n\x07packing\x18\x0e \x01(\r\x12\x13\n\x0bmin_updates\x18\x0f \x01(\r\x12\x13\n\x0bmost_weight\x18\x10 \x01(\r\x12\r\n\x05start\x18\x11 \x01(\x0c\"A\n\x06Signed\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\"4\n\x0c\x43ommitteeKey\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\"\x80\x01\n\x07\x44\x65\x61ling\x12\x15\n\rupdate_digest\x18\x01 \x01(\x0c\x12\x0e\n\x06weight\x18\x02 \x01(\r\x12\x15\n\rephemeral_key\x18\x03 \x01(\x0c\x12\x13\n\x0bkeys_digest\x18\x04 \x01(\x0c\x12\x13\n\x0bshares_root\x18\x05 \x01(\x0c\x12\r\n\x05proof\x18\x06 \x01(\x0c\"/\n\x0bSealedShare\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0e\n\x06sealed\x18\x02 \x01(\x0c\"[\n\x0b\x44\x65\x61ltShares\x12#\n\x07\x64\x65\x61ling\x18\x01 \x01(\x0b\x32\x12.shelora.v1.Signed\x12\'\n\x06shares\x18\x02 \x03(\x0b\x32\x17.shelora.v1.SealedShare\"g\n\nDealtShare\x12#\n\x07\x64\x65\x61ling\x18\x01 \x01(\x0b\x32\x12.shelora.v1.Signed\x12&\n\x05share\x18\x02 \x01(\x0b\x32\x17.shelora.v1.SealedShare\x12\x0c\n\x04path\x18\x03 \x03(\x0c\"8\n\x05\x43heck\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0c\n\x04held\x18\x02 \x01(\x0c\x12\x0f\n\x07refused\x18\x03 \x01(\x0c\"U\n\x0e\x43ontributorSet\x12\x14\n\x0c\x63ontributors\x18\x01 \x01(\x0c\x12\x17\n\x0f\x64\x65\x61lings_digest\x18\x02 \x01(\x0c\x12\x14\n\x0ctotal_weight\x18\x03 \x01(\x04\"6\n\x0cSetSignature\x12\x11\n\tsignature\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\"L\n\x0b\x43\x65rtificate\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12,\n\nsignatures\x18\x02 \x03(\x0b\x32\x18.shelora.v1.SetSignature\"*\n\x06\x41nswer\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0e\n\x06sealed\x18\x02 \x01(\x0c\"\\\n\x07Opening\x12,\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0b\x32\x17.shelora.v1.Certificate\x12#\n\x07\x61nswers\x18\x02 \x03(\x0b\x32\x12.shelora.v1.Signedb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashelora/v1/committee.proto\x12\nshelora.v1\"\xd8\x02\n\x0cRoundContext\x12\x15\n\rfederation_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x10\n\x08round_id\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x14\n\x0cround_number\x18\x05 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\r\n\x05\x65poch\x18\x07 \x01(\r\x12\x15\n\rlayout_digest\x18\x08 \x01(\x0c\x12\x12\n\nparameters\x18\t \x01(\t\x12\x0e\n\x06\x63ohort\x18\n \x03(\t\x12\x19\n\x11most_contributors\x18\x0b \x01(\r\x12\x16\n\x0e\x63ommittee_size\x18\x0c \x01(\r\x12\x11\n\tthreshold\x18\r \x01(\r\x12\x0f\n\x07packing\x18\x0e \x01(\r\x12\x13\n\x0bmin_updates\x18\x0f \x01(\r\x12\x13\n\x0bmost_weight\x18\x10 \x01(\r\x12\r\n\x05start\x18\x11 \x01(\x0c\"Q\n\x06Signed\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\x12\x0e\n\x06signer\x18\x04 \x01(\r\"4\n\x0c\x43ommitteeKey\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\"\x80\x01\n\x07\x44\x65\x61ling\x12\x15\n\rupdate_digest\x18\x01 \x01(\x0c\x12\x0e\n\x06weight\x18\x02 \x01(\r\x12\x15\n\rephemeral_key\x18\x03 \x01(\x0c\x12\x13\n\x0bkeys_digest\x18\x04 \x01(\x0c\x12\x13\n\x0bshares_root\x18\x05 \x01(\x0c\x12\r\n\x05proof\x18\x06 \x01(\x0c\"/\n\x0bSealedShare\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0e\n\x06sealed\x18\x02 \x01(\x0c\"[\n\x0b\x44\x65\x61ltShares\x12#\n\x07\x64\x65\x61ling\x18\x01 \x01(\x0b\x32\x12.shelora.v1.Signed\x12\'\n\x06shares\x18\x02 \x03(\x0b\x32\x17.shelora.v1.SealedShare\"g\n\nDealtShare\x12#\n\x07\x64\x65\x61ling\x18\x01 \x01(\x0b\x32\x12.shelora.v1.Signed\x12&\n\x05share\x18\x02 \x01(\x0b\x32\x17.shelora.v1.SealedShare\x12\x0c\n\x04path\x18\x03 \x03(\x0c\"8\n\x05\x43heck\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0c\n\x04held\x18\x02 \x01(\x0c\x12\x0f\n\x07refused\x18\x03 \x01(\x0c\"U\n\x0e\x43ontributorSet\x12\x14\n\x0c\x63ontributors\x18\x01 \x01(\x0c\x12\x17\n\x0f\x64\x65\x61lings_digest\x18\x02 \x01(\x0c\x12\x14\n\x0ctotal_weight\x18\x03 \x01(\x04\"F\n\x0cSetSignature\x12\x11\n\tsignature\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\x12\x0e\n\x06signer\x18\x03 \x01(\r\"L\n\x0b\x43\x65rtificate\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12,\n\nsignatures\x18\x02 \x03(\x0b\x32\x18.shelora.v1.SetSignature\"*\n\x06\x41nswer\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0e\n\x06sealed\x18\x02 \x01(\x0c\"\\\n\x07Opening\x12,\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0b\x32\x17.shelora.v1.Certificate\x12#\n\x07\x61nswers\x18\x02 \x03(\x0b\x32\x12.shelora.v1.Signedb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,27 +34,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUNDCONTEXT']._serialized_start=43
   _globals['_ROUNDCONTEXT']._serialized_end=387
   _globals['_SIGNED']._serialized_start=389
-  _globals['_SIGNED']._serialized_end=454
-  _globals['_COMMITTEEKEY']._serialized_start=456
-  _globals['_COMMITTEEKEY']._serialized_end=508
-  _globals['_DEALING']._serialized_start=511
-  _globals['_DEALING']._serialized_end=639
-  _globals['_SEALEDSHARE']._serialized_start=641
-  _globals['_SEALEDSHARE']._serialized_end=688
-  _globals['_DEALTSHARES']._serialized_start=690
-  _globals['_DEALTSHARES']._serialized_end=781
-  _globals['_DEALTSHARE']._serialized_start=783
-  _globals['_DEALTSHARE']._serialized_end=886
-  _globals['_CHECK']._serialized_start=888
-  _globals['_CHECK']._serialized_end=944
-  _globals['_CONTRIBUTORSET']._serialized_start=946
-  _globals['_CONTRIBUTORSET']._serialized_end=1031
-  _globals['_SETSIGNATURE']._serialized_start=1033
-  _globals['_SETSIGNATURE']._serialized_end=1087
-  _globals['_CERTIFICATE']._serialized_start=1089
-  _globals['_CERTIFICATE']._serialized_end=1165
-  _globals['_ANSWER']._serialized_start=1167
-  _globals['_ANSWER']._serialized_end=1209
-  _globals['_OPENING']._serialized_start=1211
-  _globals['_OPENING']._serialized_end=1303
+  _globals['_SIGNED']._serialized_end=470
+  _globals['_COMMITTEEKEY']._serialized_start=472
+  _globals['_COMMITTEEKEY']._serialized_end=524
+  _globals['_DEALING']._serialized_start=527
+  _globals['_DEALING']._serialized_end=655
+  _globals['_SEALEDSHARE']._serialized_start=657
+  _globals['_SEALEDSHARE']._serialized_end=704
+  _globals['_DEALTSHARES']._serialized_start=706
+  _globals['_DEALTSHARES']._serialized_end=797
+  _globals['_DEALTSHARE']._serialized_start=799
+  _globals['_DEALTSHARE']._serialized_end=902
+  _globals['_CHECK']._serialized_start=904
+  _globals['_CHECK']._serialized_end=960
+  _globals['_CONTRIBUTORSET']._serialized_start=962
+  _globals['_CONTRIBUTORSET']._serialized_end=1047
+  _globals['_SETSIGNATURE']._serialized_start=1049
+  _globals['_SETSIGNATURE']._serialized_end=1119
+  _globals['_CERTIFICATE']._serialized_start=1121
+  _globals['_CERTIFICATE']._serialized_end=1197
+  _globals['_ANSWER']._serialized_start=1199
+  _globals['_ANSWER']._serialized_end=1241
+  _globals['_OPENING']._serialized_start=1243
+  _globals['_OPENING']._serialized_end=1335
 # @@protoc_insertion_point(module_scope)

@@ -125,6 +125,7 @@ class Signed(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
+    SIGNER_FIELD_NUMBER: _builtins.int
     content: _builtins.bytes
     """A serialized CommitteeKey, Dealing, Check, ContributorSet or Answer, at most 64 KiB. Read as it is: what is signed
     is these bytes.
@@ -132,17 +133,24 @@ class Signed(_message.Message):
     signature: _builtins.bytes
     """ECDSA on P-256 with SHA-256, in DER, at most 80 bytes."""
     certificate: _builtins.bytes
-    """X.509 certificate of the signer in DER, of the federation's authority, at most 4096 bytes. It names the client."""
+    """X.509 certificate of the signer in DER, of the federation's authority, at most 4096 bytes. It names the client.
+    Absent in an opening for a reader that has it already: then `signer` says whose it is.
+    """
+    signer: _builtins.int
+    """In an opening: position of the member that signed, 1 to m, if its certificate is the one in the statement of its key. 0:
+    not said, and the certificate is there.
+    """
     def __init__(
         self,
         *,
         content: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
         certificate: _builtins.bytes = ...,
+        signer: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "content", b"content", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "content", b"content", "signature", b"signature", "signer", b"signer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -380,19 +388,23 @@ class SetSignature(_message.Message):
 
     SIGNATURE_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
+    SIGNER_FIELD_NUMBER: _builtins.int
     signature: _builtins.bytes
     """As in Signed."""
     certificate: _builtins.bytes
     """As in Signed; it names the member."""
+    signer: _builtins.int
+    """As in Signed."""
     def __init__(
         self,
         *,
         signature: _builtins.bytes = ...,
         certificate: _builtins.bytes = ...,
+        signer: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "signature", b"signature", "signer", b"signer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2596,20 +2596,28 @@ class GetOpeningRequest(_message.Message):
 
     FEDERATION_ID_FIELD_NUMBER: _builtins.int
     ROUND_ID_FIELD_NUMBER: _builtins.int
+    HAS_KEYS_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     round_id: _builtins.str
     """Round of the result."""
+    has_keys: _builtins.bool
+    """Whether the caller has the keys of the round's committee as GetCommitteeKeys returned them, and its context: then the
+    response holds neither the context nor the certificates of members that came with their keys. Absent: it has not.
+    """
     def __init__(
         self,
         *,
         federation_id: _builtins.str = ...,
         round_id: _builtins.str = ...,
+        has_keys: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_has_keys", b"_has_keys", "has_keys", b"has_keys"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation_id", b"federation_id", "round_id", b"round_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_keys", b"_has_keys", "federation_id", b"federation_id", "has_keys", b"has_keys", "round_id", b"round_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__has_keys: _TypeAlias = _typing.Literal["has_keys"]  # noqa: Y015
+    _WhichOneofArgType__has_keys: _TypeAlias = _typing.Literal["_has_keys", b"_has_keys"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__has_keys) -> _WhichOneofReturnType__has_keys | None: ...
 
 Global___GetOpeningRequest: _TypeAlias = GetOpeningRequest  # noqa: Y015
 
@@ -2621,11 +2629,11 @@ class GetOpeningResponse(_message.Message):
     OPENING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def context(self) -> _committee_pb2.RoundContext:
-        """What was signed over."""
+        """What was signed over. Absent for a caller that has it."""
 
     @_builtins.property
     def opening(self) -> _committee_pb2.Opening:
-        """Certificate and answers."""
+        """Certificate and answers. For a caller that has the keys, statements without certificate name their `signer`."""
 
     def __init__(
         self,

@@ -51,6 +51,12 @@ class _Context:
     def auth_context(self) -> dict[str, Any]:
         return {}
 
+    def set_compression(self, compression: grpc.Compression) -> None:
+        """Nothing is counted here."""
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        """Nobody looks at it."""
+
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> None:
         self.ended = _Ended(code, details, tuple(trailing_metadata))
         raise grpc.aio.AbortError

@@ -1,9 +1,11 @@
 """Committees with members and dealers that lie, and with a coordinator that asks for a second set."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
+from coordinator.convening import Convening
 from shelora.committee.rules import committee_rule
 from tests.simulation.cluster import Size
 from tests.simulation.liars import LIARS, draws_unspent, equivocating, lying, outweighed, too_few
@@ -102,6 +104,25 @@ def test_a_coordinator_that_asks_for_fewer_updates_than_promised_gets_no_signatu
     kept(report)
     assert not signed.sets
     assert report.phase == "FAILED", "members were asked, refused and left"
+
+
+def test_agents_are_sent_openings_without_what_came_with_the_committees_keys():
+    real, sent = Convening.opening, []
+
+    async def noted(self, *scope, has_keys=False):
+        sent.append(await real(self, *scope, has_keys=has_keys))
+        return sent[-1]
+
+    with mock.patch.object(Convening, "opening", noted):
+        report = run(complete(1, 4))
+    kept(report)
+    assert report.phase == "FINISHED"
+    assert len(sent) == 2 * 4, "each agent opens each result"
+    for response in sent:
+        assert not response.HasField("context")
+        statements = [*response.opening.certificate.signatures, *response.opening.answers]
+        assert statements
+        assert all(statement.signer and not statement.certificate for statement in statements)
 
 
 def test_a_coordinator_that_names_a_scale_for_one_client_alone_gets_no_set_certified():

@@ -198,7 +198,7 @@ async def test_a_member_that_left_its_committee_deals_on_when_its_round_is_tried
 
 
 async def test_an_opening_of_another_result_is_refused():
-    async def opening(_: str) -> pb.GetOpeningResponse:
+    async def opening(_: str, *, has_keys: bool) -> pb.GetOpeningResponse:
         return pb.GetOpeningResponse(context=CONTEXT.to_proto())
 
     result = common_pb2.ResultRef(round_id="clinic.00000001.9", epoch=1, contributor_count=5)
