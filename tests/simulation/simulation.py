@@ -34,8 +34,8 @@ HORIZON_S: Final = 1200.0
 REST_S: Final = 30.0
 """Virtual seconds after the end and the last fault until everything must be cleaned up and every lease given back."""
 _SHM: Final = Path("/dev/shm")
-_UNREPEATABLE: Final = frozenset({"cpu_s", "folder", "key_id"})
-"""Fields of log records that differ from run to run. SEAL draws keys and errors of its own."""
+_UNREPEATABLE: Final = frozenset({"cpu_s", "fingerprint", "folder", "key_id"})
+"""Fields of log records that differ from run to run. SEAL draws keys and errors of its own, agents theirs."""
 _DIGEST: Final = re.compile(r"\b[0-9a-f]{64}\b")
 """SHA-256 of ciphertexts, among others."""
 
