@@ -189,7 +189,7 @@ async def test_a_member_that_left_its_committee_deals_on_when_its_round_is_tried
     async def leave(_round_id: str) -> None:
         said.append("left")
 
-    convening = committees("ward-1", post_committee_key=post, leave_committee=leave)
+    convening = committees("ward-1", post_key=post, leave=leave)
     attempt = convening.attempt(asked(), LAYOUT, SECRETS)
     convening._member = lambda _: SimpleNamespace(key="signed", forget=lambda: None)
     await convening.join(attempt)
