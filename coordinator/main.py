@@ -28,7 +28,7 @@ from services.common.readiness import Readiness
 from services.common.redis_client import RedisClient, connect
 from services.common.redis_watch import require_accepted, watch_redis
 from services.common.revocations import Revocations, follow
-from services.common.server import serve
+from services.common.server import Service, serve
 from shelora.terminal import CommandLine
 from shelora.transport.certificates import pem_to_der
 from shelora.transport.channel import open_channel
@@ -98,29 +98,31 @@ async def run(settings: CoordinatorSettings) -> None:
     servicer = CoordinatorServicer(handlers)
     await serve(
         settings,
-        service_names=[SERVICE_NAME],
-        register=lambda server: register(servicer, server),
-        background=[
-            changes.run,
-            driver.run,
-            partial(watch_redis, client, KEYS, readiness),
-            partial(watch_fullness, client, tell_fullness, FULLNESS_POLL_S),
-            aggregation.keep_fresh,
-            membership.keep_renewed,
-            partial(
-                follow,
-                revocations,
-                authority,
-                settings.revocation_poll_s,
-                changes.wake_all,
-                membership.void.set,
-            ),
-        ],
-        on_drain=[changes.close],
-        on_stop=[aggregation.close, authority.close, client.aclose],
+        Service(
+            names=[SERVICE_NAME],
+            register=lambda server: register(servicer, server),
+            background=[
+                changes.run,
+                driver.run,
+                partial(watch_redis, client, KEYS, readiness),
+                partial(watch_fullness, client, tell_fullness, FULLNESS_POLL_S),
+                aggregation.keep_fresh,
+                membership.keep_renewed,
+                partial(
+                    follow,
+                    revocations,
+                    authority,
+                    settings.revocation_poll_s,
+                    changes.wake_all,
+                    membership.void.set,
+                ),
+            ],
+            on_drain=[changes.close],
+            on_stop=[aggregation.close, authority.close, client.aclose],
+            readiness=readiness,
+        ),
         credentials=membership.credentials,
         revocations=revocations,
-        readiness=readiness,
     )
 
 

@@ -26,7 +26,7 @@ from services.common.process import run_process
 from services.common.readiness import Readiness
 from services.common.redis_watch import require_accepted, watch_redis
 from services.common.revocations import Revocations, follow
-from services.common.server import serve
+from services.common.server import Service, serve
 from shelora.terminal import CommandLine
 from shelora.transport.channel import open_channel
 from shelora.v1 import aggregation_pb2_grpc
@@ -110,19 +110,23 @@ async def run(settings: AggregationSettings) -> None:
 
     await serve(
         settings,
-        service_names=[SERVICE_NAME],
-        register=register,
-        background=[
-            partial(watch_redis, store.redis, KEYS, readiness),
-            partial(watch_fullness, store, watermark.tell, WATERMARK_POLL_S),
-            membership.keep_renewed,
-            partial(follow, revocations, authority, settings.revocation_poll_s, on_own=membership.void.set),
-        ],
-        on_stop=[authority.close, pool.close, store.close],
+        Service(
+            names=[SERVICE_NAME],
+            register=register,
+            background=[
+                partial(watch_redis, store.redis, KEYS, readiness),
+                partial(watch_fullness, store, watermark.tell, WATERMARK_POLL_S),
+                membership.keep_renewed,
+                partial(
+                    follow, revocations, authority, settings.revocation_poll_s, on_own=membership.void.set
+                ),
+            ],
+            on_stop=[authority.close, pool.close, store.close],
+            announcing=partial(announced, store, settings.advertise) if settings.advertise else None,
+            readiness=readiness,
+        ),
         credentials=membership.credentials,
         revocations=revocations,
-        announcing=partial(announced, store, settings.advertise) if settings.advertise else None,
-        readiness=readiness,
     )
 
 

@@ -101,20 +101,40 @@ class Ready:
             return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What a process serves, and what goes with it."""
+
+    names: Sequence[str]
+    """Full names of the gRPC services, for reflection, health and metrics."""
+
+    register: Register
+    """Adds their servicers."""
+
+    background: Sequence[Background] = ()
+    """Work beside the calls. A crash stops the process."""
+
+    on_drain: Sequence[Callable[[], None]] = ()
+    """Told that the drain begins, so that calls without an end (streams of events) end themselves."""
+
+    on_stop: Sequence[Callable[[], Awaitable[None]]] = ()
+    """Closes what the servicers used, in this order, after the last call."""
+
+    on_denied: OnDenied = untold
+    """Told of every call that is refused for who called."""
+
+    enrolment: StrangersPort | None = None
+    """Another port, for callers without a certificate."""
+
+    announcing: Announcing | None = None
+    """Tells others that this server serves."""
+
+    readiness: Readiness | None = None
+    """Whether probes that ask for its services are to call it; without one, always."""
+
+
 async def serve(
-    settings: ServerSettings,
-    *,
-    service_names: Sequence[str],
-    register: Register,
-    background: Sequence[Background] = (),
-    on_drain: Sequence[Callable[[], None]] = (),
-    on_stop: Sequence[Callable[[], Awaitable[None]]] = (),
-    credentials: Credentials,
-    revocations: Revocations,
-    enrolment: StrangersPort | None = None,
-    on_denied: OnDenied = untold,
-    announcing: Announcing | None = None,
-    readiness: Readiness | None = None,
+    settings: ServerSettings, service: Service, *, credentials: Credentials, revocations: Revocations
 ) -> None:
     """Serves until SIGTERM or SIGINT, or until background work crashes; then drains.
 
@@ -123,17 +143,9 @@ async def serve(
 
     Args:
         settings: Addresses, grace, ready file.
-        service_names: Full names of the services, for reflection, health and metrics.
-        register: Adds their servicers.
-        background: Work beside the calls. A crash stops the process.
-        on_drain: Told that the drain begins, so that calls without an end (streams of events) end themselves.
-        on_stop: Closes what the servicers used, in this order, after the last call.
+        service: What is served.
         credentials: This server's identity, and whose callers it accepts.
         revocations: Which of these it refuses nevertheless; kept up to date by whoever made it.
-        enrolment: Another port, for callers without a certificate.
-        on_denied: Told of every call that is refused for who called.
-        announcing: Tells others that this server serves.
-        readiness: Whether probes that ask for its services are to call it; without one, always.
 
     Raises:
         DomainError: CONFIGURATION_INVALID if it may not or cannot listen where the settings say.
@@ -141,25 +153,20 @@ async def serve(
     """
     async with AsyncExitStack() as stack:
         stop = stack.enter_context(_stop_signals())
-        for close in reversed(on_stop):
+        for close in reversed(service.on_stop):
             stack.push_async_callback(close)
         metrics_port = stack.enter_context(_metrics(settings))
-        tasks = await stack.enter_async_context(_background(background))
-        address = await stack.enter_async_context(
-            _listening(
-                settings, service_names, register, on_drain, credentials, revocations, on_denied, readiness
-            )
-        )
+        tasks = await stack.enter_async_context(_background(service.background))
+        address = await stack.enter_async_context(_listening(settings, service, credentials, revocations))
         enrolling: HostPort | None = None
-        if enrolment is not None:
-            enrolling = await stack.enter_async_context(
-                _open_to_strangers(settings, service_names, enrolment, revocations, on_denied)
-            )
+        if service.enrolment is not None:
+            strangers = _open_to_strangers(settings, service, service.enrolment, revocations)
+            enrolling = await stack.enter_async_context(strangers)
         ready = Ready(
             _reachable(address), metrics_port, os.getpid(), _reachable(enrolling) if enrolling else ""
         )
-        if announcing is not None:
-            await stack.enter_async_context(announcing(ready.address))
+        if service.announcing is not None:
+            await stack.enter_async_context(service.announcing(ready.address))
         stack.enter_context(_announced(settings.ready_file, ready))
         _log.info(
             "serving",
@@ -192,46 +199,38 @@ async def running_server(
     """
     settings = settings or ServerSettings(listen="127.0.0.1:0", shutdown_grace_s=0.0)
     revocations = revocations or Revocations(known=True)
-    async with _listening(
-        settings, service_names, register, (), credentials, revocations, on_denied
-    ) as address:
+    service = Service(names=service_names, register=register, on_denied=on_denied)
+    async with _listening(settings, service, credentials, revocations) as address:
         yield _reachable(address)
 
 
 @asynccontextmanager
 async def _listening(
-    settings: ServerSettings,
-    service_names: Sequence[str],
-    register: Register,
-    on_drain: Sequence[Callable[[], None]],
-    credentials: Credentials | None,
-    revocations: Revocations,
-    on_denied: OnDenied,
-    readiness: Readiness | None = None,
+    settings: ServerSettings, service: Service, credentials: Credentials | None, revocations: Revocations
 ) -> AsyncIterator[HostPort]:
     """A started server; drains on exit. Yields its address."""
 
     async def publish(ready: bool) -> None:  # noqa: FBT001 - as Readiness tells it
-        for name in service_names:
+        for name in service.names:
             await health_servicer.set(name, _SERVING if ready else _NOT_SERVING)
 
-    guards = [Guard(Rates(settings.rate_limits), revocations, on_denied)] if credentials else []
-    server = grpc.aio.server(interceptors=[RpcObserver(service_names), *guards], options=SERVER_OPTIONS)
-    register(server)
+    guards = [Guard(Rates(settings.rate_limits), revocations, service.on_denied)] if credentials else []
+    server = grpc.aio.server(interceptors=[RpcObserver(service.names), *guards], options=SERVER_OPTIONS)
+    service.register(server)
     reflection.enable_server_reflection(
-        (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        (*service.names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     address = _bind(server, settings.listen, credentials)
     async with _probed(settings.health_listen, health_servicer):
         await server.start()
-        await (readiness or Readiness()).publish(publish)
+        await (service.readiness or Readiness()).publish(publish)
         try:
             yield address
         finally:
             await health_servicer.enter_graceful_shutdown()
-            for announce in on_drain:
+            for announce in service.on_drain:
                 announce()
             await server.stop(settings.shutdown_grace_s)
             for guard in guards:
@@ -241,20 +240,19 @@ async def _listening(
 @asynccontextmanager
 async def _open_to_strangers(
     settings: ServerSettings,
-    service_names: Sequence[str],
+    service: Service,
     port: StrangersPort,
     revocations: Revocations,
-    on_denied: OnDenied,
 ) -> AsyncIterator[HostPort]:
     """A started server for strangers. Yields its address."""
     guard = Guard(
         Rates(_strangers_limits(settings.rate_limits)),
         revocations,
-        on_denied,
+        service.on_denied,
         arrival_s=STRANGER_ARRIVAL_S,
     )
     server = grpc.aio.server(
-        interceptors=[RpcObserver(service_names), guard],
+        interceptors=[RpcObserver(service.names), guard],
         options=STRANGER_OPTIONS,
         maximum_concurrent_rpcs=STRANGERS_AT_ONCE,
     )

@@ -12,7 +12,7 @@ import typer
 from services.common import flags
 from services.common.process import run_process
 from services.common.revocations import Revocations
-from services.common.server import StrangersPort, serve
+from services.common.server import Service, StrangersPort, serve
 from services.key_authority import commands
 from services.key_authority.authority import Authority
 from services.key_authority.ca import Issuer
@@ -158,17 +158,19 @@ async def _serve(settings: KeyAuthoritySettings, custody: Custody) -> None:
     await _leave_operator_token(enrolments, settings.operator_token_file)
     await serve(
         settings,
-        service_names=SERVICE_NAMES,
-        register=partial(register, authority, enrolments, revoker),
-        background=[partial(keep_renewed, own, obtain), authority.list_repeats],
+        Service(
+            names=SERVICE_NAMES,
+            register=partial(register, authority, enrolments, revoker),
+            background=[partial(keep_renewed, own, obtain), authority.list_repeats],
+            enrolment=StrangersPort(
+                settings.enrolment_listen,
+                TlsCredentials(own, anonymous_clients=True),
+                partial(register_enrolment, enrolments, revoker),
+            ),
+            on_denied=authority.denied,
+        ),
         credentials=TlsCredentials(own),
         revocations=revocations,
-        enrolment=StrangersPort(
-            settings.enrolment_listen,
-            TlsCredentials(own, anonymous_clients=True),
-            partial(register_enrolment, enrolments, revoker),
-        ),
-        on_denied=authority.denied,
     )
 
 

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from services.common.observation import RPC_SECONDS, RPC_TOTAL
 from services.common.process import run_process
 from services.common.revocations import Revocations
-from services.common.server import Ready, running_server, serve
+from services.common.server import Ready, Service, running_server, serve
 from services.common.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.exits import EXIT_FAILED, EXIT_REFUSED
@@ -71,11 +71,9 @@ class Process:
         self.task = asyncio.create_task(
             serve(
                 settings,
-                service_names=[SERVICE],
-                register=town.register,
+                Service(names=[SERVICE], register=town.register, **options),
                 credentials=identity,
                 revocations=Revocations(known=True),
-                **options,
             )
         )
 
@@ -352,8 +350,7 @@ async def test_a_port_in_use_is_a_refused_configuration(town, identity):
         with pytest.raises(DomainError, match="in use") as caught:
             await serve(
                 ServerSettings(listen=address, metrics_port=-1),
-                service_names=[SERVICE],
-                register=town.register,
+                Service(names=[SERVICE], register=town.register),
                 credentials=identity,
                 revocations=Revocations(known=True),
             )
