@@ -29,7 +29,7 @@ REFUSED_WHY = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Proceedings:
     """What clients have stated to the committee of a round, and as its members, as far as its state asks for it."""
 

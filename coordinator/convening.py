@@ -99,7 +99,7 @@ def certificate_of(record: RoundRecord, signatures: Mapping[str, bytes]) -> comm
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Convening:
     """The coordinator's use cases for committees.
 

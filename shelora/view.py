@@ -38,7 +38,7 @@ PHASES: Final = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundFigures:
     """One training round in numbers, medians over its agents unless said otherwise: what one agent says moves none."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from coordinator.liveness import USUAL, Liveness
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DriverPolicy:
     """How a driver behaves; times in seconds."""
 

@@ -68,12 +68,12 @@ def handlers_on(
         root: Certificate of the authority in DER, whose clients' statements are believed; those of nobody without.
     """
     lookup, limits = Lookup(store, clock_ms), limits or Limits()
-    committees = Convening(store, changes, clock_ms, root)
+    committees = Convening(store=store, changes=changes, clock_ms=clock_ms, root=root)
     return Handlers(
         lookup=lookup,
         federations=FederationHandlers(lookup, new_instance, limits),
         members=MemberHandlers(lookup, limits, liveness),
-        watching=Watching(lookup, changes, watch_poll_s),
+        watching=Watching(lookup=lookup, changes=changes, poll_s=watch_poll_s),
         updates=UpdateHandlers(lookup, aggregation, committees),
         plans=PlanHandlers(lookup),
         committees=committees,

@@ -28,7 +28,7 @@ class OwnCommit:
     committed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Watching:
     """Streams of assignments.
 

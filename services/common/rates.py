@@ -29,7 +29,7 @@ FULL_WAIT_S: Final = 1.0
 """Seconds after which a caller with too many calls in progress may ask again: when one ends is not known."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RateLimits:
     """What one caller may ask of one replica; 0 stands for no limit."""
 

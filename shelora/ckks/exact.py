@@ -42,7 +42,7 @@ def largest_degree(parameters: CkksParameters) -> int:
     return min(MAX_DEGREE, parameters.poly_degree // 8)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SmallRing:
     """The subring of degree n for one parameter set, and how its residues lie among the N; see `small_ring`."""
 

@@ -39,7 +39,7 @@ _MILLER_RABIN_BASES: Final = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 """Witnesses that decide primality without error below 3.3e24 (Sorenson and Webster, 2015)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CkksParameters:
     """A checked parameter set; equal numbers mean interchangeable ciphertexts, whatever the name.
 

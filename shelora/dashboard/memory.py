@@ -16,7 +16,7 @@ MAX_MEMBERS: Final = 20_000
 """Members remembered at most, in all federations; those heard of longest ago are forgotten."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Remembered:
     heard: deque[bool] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     sampled_s: float = -1e9

@@ -196,7 +196,7 @@ class SumTerms:
         return self.core - self.rows(matrix), self.core - self.columns(matrix)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """What an update of a round looks like. Immutable; equal layouts have equal digests."""
 

@@ -14,7 +14,7 @@ from shelora.lora.sums import build_sums_layout
 from shelora.strategies.port import RoundTerms, Shapes, Terms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Complete:
     """The public half. `profile`: the additive parameters."""
 

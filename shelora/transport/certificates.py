@@ -78,7 +78,7 @@ def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
     return key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """What a certificate of this system says."""
 
