@@ -159,6 +159,7 @@ def _model_table(found: Inspection) -> Records:
     table.add("rank", f"{model.rank}")
     table.add("trainable parameters", f"{model.trainable_count:,}")
     table.add("device", model.device.type)
+    table.add("base model held in", str(model.precision))
     table.add("encrypted", found.encrypted)
     table.add("upload a round, about", f"{found.upload_bytes / 1e6:,.2f} MB")
     if found.most_upload_bytes > found.upload_bytes:
