@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import structlog
 
+from attack import __main__ as command
 from attack import captures, runner
 from attack.capture import Round, Update
 from attack.cases import Case
@@ -124,3 +126,23 @@ def test_a_process_that_leaves_a_case_undone_fails_the_run(plan, monkeypatch):
     monkeypatch.setattr(runner, "_work_side_by_side", lambda *_: None)
     with pytest.raises(DomainError, match="no findings of text-none"):
         runner.run(plan.made, 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"figures": {"recall": 0.96}, "at_least": {"recall": 0.95}}, 0),
+        ({"figures": {"recall": 0.94}, "at_least": {"recall": 0.95}}, 1),
+        ({"figures": {"auc": 0.8}, "no_better_than_chance": True}, 1),
+        ({"figures": {"auc": 0.6}, "no_better_than_chance": True}, 0),
+    ],
+)
+def test_the_command_fails_where_a_control_or_a_claim_does(monkeypatch, tmp_path, row, code):
+    noise = {"chance": {"auc": 0.5}, "error": {"auc": 0.05}}
+    finding = Finding(setting="s", attacker="a", data="d", **noise, **row)
+    monkeypatch.setattr(command, "run", lambda *_: [finding])
+    with pytest.raises(SystemExit) as ended:
+        command.main(folder=tmp_path, downloads=tmp_path, everything=False, fresh=False, one_of_many=False)
+    structlog.reset_defaults()
+    assert ended.value.code == code
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "findings.json", "attack.png"}
