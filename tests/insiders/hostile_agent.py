@@ -84,29 +84,35 @@ def along(start: Weights, trained: Weights, scaling: float, way: float) -> Weigh
     )
 
 
-def quiet() -> None:
-    """Takes back what the others learn, and more, as far as nobody refuses by its own loss: it knows the rule.
+def quietest(learner: Learner, honest: Weights, best: float, share: float) -> tuple[Weights, float]:
+    """What takes back what the others learn, and more, as far as nobody refuses by its own loss; and the best loss.
 
-    It takes their mean for its own update, and tries on its own examples what they will see.
+    It takes the others' mean for its own update, and tries on its own examples what they will see.
+
+    Args: best: the smallest loss so far. share: of the sum.
     """
+    start, scaling = learner.model.weights(), learner.model.scaling
+    before, own = learner._loss_with(start), learner._loss_with(honest)
+    best, chosen = min(best, before), 1.0
+    for way in WAYS:
+        after = learner._loss_with(along(start, honest, scaling, way))
+        try:
+            require_useful(Losses(best=best, before=before, own=own, after=after / MARGIN))
+        except DomainError:
+            break
+        chosen = way
+    learner.model.load(start)
+    return along(start, honest, scaling, (chosen - (1 - share)) / share), best
+
+
+def quiet() -> None:
+    """Knows the rule by which agents refuse sums, and stays below it."""
     train, best = Learner._train, [float("inf")]
 
     def trained(self: Learner, *arguments: Any) -> Trained:
-        honest, start = train(self, *arguments), self.model.weights()
-        before, own = self._loss_with(start), self._loss_with(honest.weights)
-        best[0] = min(best[0], before)
-        chosen = 1.0
-        for way in WAYS:
-            after = self._loss_with(along(start, honest.weights, self.model.scaling, way))
-            try:
-                require_useful(Losses(best=best[0], before=before, own=own, after=after / MARGIN))
-            except DomainError:
-                break
-            chosen = way
-        self.model.load(start)
-        sent = (chosen - (1 - SHARE)) / SHARE
-        print(f"quiet: the result is to be at {chosen}, so {sent:.1f} is sent", file=sys.stderr, flush=True)  # noqa: T201
-        return replace(honest, weights=along(start, honest.weights, self.model.scaling, sent))
+        honest = train(self, *arguments)
+        weights, best[0] = quietest(self, honest.weights, best[0], SHARE)
+        return replace(honest, weights=weights)
 
     Learner._train = trained  # type: ignore[method-assign]
 

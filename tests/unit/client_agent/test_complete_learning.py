@@ -18,6 +18,7 @@ from client_agent.state import AgentState
 from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
 from shelora.lora.shards import LoraFactors
+from tests.insiders.hostile_agent import quietest
 from tests.unit.client_agent.tiny import LABELS
 from tests.unit.strategies.runs import SumProtection
 from tests.unit.strategies.sums import Round
@@ -177,3 +178,24 @@ def test_a_loss_that_is_known_or_decides_nothing_is_not_computed_again(
     assert found[-2] == led_to, (
         "the state that a result led to has the loss that was measured with the result"
     )
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_what_is_not_stopped_one_that_knows_the_limits_keeps_the_others_from_learning(
+    learners: list[Learner], *, joins: bool
+) -> None:
+    """No promise: docs/threat-model.md says it. Where nobody has more than a nat to learn, a sum may teach nothing."""
+    hostile, best, losses = learners[2], float("inf"), []
+    for number in (1, 2, 3):
+        senders = []
+        for learner in learners if joins else learners[:2]:
+            weights = learner.train(number, Activity()).weights
+            if learner is hostile:
+                weights, best = quietest(learner, weights, best, share=2 / 5)
+            senders.append(Sender(learner.model, 133 if learner is hostile else 100, weights))
+        protection = SumProtection(tensor_bound=4.0)
+        result = Round(senders, protection, SECRETS.obfuscation, number=number, largest_move=MOVE)
+        for index, learner in enumerate(learners[: len(senders)]):
+            learner.apply(f"films.{number}", result.parts(client=index), SECRETS.obfuscation, number)
+        losses.append(learners[0]._loss_with(learners[0].model.weights()))
+    assert losses[-1] > 0.6 if joins else losses[-1] < 0.3, losses
