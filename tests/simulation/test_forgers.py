@@ -31,16 +31,6 @@ def said(report: Report, who: str, what: str) -> list[str]:
     return [line for line in report.trace if line.split()[1] == who and what in line]
 
 
-def test_an_agent_that_is_given_another_result_refuses_it_and_the_round_that_starts_from_it():
-    """The control is the next test: this other result opens."""
-    report, _ = five(1, hidden=False)
-    assert not said(report, VICTIM, "evaluated"), "it did not apply it"
-    why = (
-        "COMMITTEE_REFUSED, 'the round is refused: it starts from another result than this client was given'"
-    )
-    assert report.violation == f"{VICTIM} ended with DomainError({why})"
-
-
 def test_an_agent_that_is_shown_another_start_finds_no_committee_and_the_others_leave_it_out():
     """The coordinator lies to it about the round as well, and takes whatever anyone signs."""
     report, cards = five(1, hidden=True)
