@@ -32,13 +32,12 @@ from client_agent.preparation import Prepared, load_model, rehearse
 from client_agent.state import AgentState
 from client_agent.survey import Survey
 from client_agent.tables import listed
-from client_agent.tasks.registry import task_of
+from client_agent.tasks.registry import task_by_labels
 from client_agent.training import Report, TrainingOutcome, TrainingRun, alone, as_it_was
 from shelora.configuration import invalid
 from shelora.errors import DomainError
 from shelora.exits import exit_code
 from shelora.federation import TrainingSpec
-from shelora.tasks import CAUSAL_LM, CHAT
 from shelora.terminal import Terminal
 
 _BOUNDED: Final = get_args(TrainingSettings.model_fields["optimizer"].annotation)
@@ -102,8 +101,7 @@ class TrainerLearner(Learner):
             )
         _check_same_targets(trainer.model, model)
         trainer.model = trainer.model_wrapped = model.module
-        if spec.task == CAUSAL_LM:  # the script's labels say what is learnt
-            model.task = task_of(CHAT)
+        model.task = task_by_labels(spec.task)
         examples = ScriptData(trainer.train_dataset)
         test = ScriptData(trainer.eval_dataset) if trainer.eval_dataset is not None else None
         encoder = ScriptEncoder(trainer)

@@ -20,6 +20,7 @@ from client_agent.learning import Evaluation, Origin, Trained, Weights
 from client_agent.metrics import timed
 from client_agent.moderating import Moderator
 from client_agent.plausibility import (
+    FEW,
     JUDGING_EXAMPLES,
     MUCH_TO_LEARN,
     Expectation,
@@ -192,7 +193,8 @@ class Learner:
             return
         try:
             before = self._loss_here(moderator)
-            own = self._loss_with(moderator.own) if before > MUCH_TO_LEARN else None
+            may_learn = before > MUCH_TO_LEARN and moderator.contributors <= FEW
+            own = self._loss_with(moderator.own) if may_learn else None
             losses = Losses(
                 best=min(before, self._best_loss), before=before, own=own, after=self._loss_with(weights)
             )

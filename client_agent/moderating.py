@@ -37,12 +37,15 @@ class Moderator:
     """By name, what is remembered after this result."""
     summed: bool = False
     """Whether servers could only add up the result, so that nobody has screened it, and no noise hides it."""
+    contributors: int = 0
+    """How many clients' updates it has."""
 
     def parts(self, parts: Iterable[Restored]) -> Iterator[Restored]:
         """The parts of a result, what is too long cut. Raises: VALUE_NOT_FINITE."""
         for part in parts:
             judged = part.summed and not part.noisy
             self.summed = self.summed or judged
+            self.contributors = max(self.contributors, part.contributors)
             yield self._part(part) if judged else part
 
     def _part(self, part: Restored) -> Restored:

@@ -27,6 +27,9 @@ WORSE_BY_FACTOR, WORSE_BY = 1.5, 0.25
 nats."""
 MUCH_TO_LEARN, LITTLE = 1.0, 0.1
 """Where own training lowered the loss on own examples by more than that, in nats, a result lowers it by that share."""
+FEW = 4
+"""Contributors up to which that holds. The honest first mean of more clients with unlike labels may teach one nothing:
+of 20 on R8, divided by Dirichlet(0.3), nearly half would refuse it."""
 JUDGING_EXAMPLES = 32
 """Own examples that a result is judged by."""
 
@@ -109,7 +112,8 @@ class Losses:
     before: float
     """Of the state that the round began with."""
     own: float | None
-    """Of what this client trained from there; None where `before` leaves no more than MUCH_TO_LEARN to be learned."""
+    """Of what this client trained from there; None where `before` leaves no more than MUCH_TO_LEARN to be learned, or
+    more than FEW clients contributed."""
     after: float
     """With the result."""
 

@@ -39,6 +39,8 @@ class Restored:
     noisy: bool = False
     """Whether clients added noise to what they sent: then what they may change is bounded for all alike, and a result
     is not held against this client's own update (`shelora.lora.noise`)."""
+    contributors: int = 0
+    """How many clients' updates a sum has; 0 where that is not known."""
 
 
 def restore(
@@ -60,6 +62,7 @@ def merged(parts: Iterable[Restored]) -> Restored:
         exponents={name: bounds for part in every for name, bounds in part.exponents.items()},
         summed=any(part.summed for part in every),
         noisy=any(part.noisy for part in every),
+        contributors=max((part.contributors for part in every), default=0),
     )
 
 

@@ -1,7 +1,7 @@
 """Clients of unequal ranks learn together in complete mode: real models and encryption, no servers, no committee."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from client_agent.evaluation import evaluate
 from client_agent.keys import EpochSecrets
 from client_agent.learner import Learner
 from client_agent.learning import Weights
+from client_agent.plausibility import FEW
 from client_agent.progress import Activity
 from client_agent.state import AgentState
 from shelora.errors import DomainError, Reason
@@ -199,3 +200,22 @@ def test_what_is_not_stopped_one_that_knows_the_limits_keeps_the_others_from_lea
             learner.apply(f"films.{number}", result.parts(client=index), SECRETS.obfuscation, number)
         losses.append(learners[0]._loss_with(learners[0].model.weights()))
     assert losses[-1] > 0.6 if joins else losses[-1] < 0.3, losses
+
+
+def test_of_more_than_a_few_clients_a_sum_need_not_teach_each_of_them(
+    learners: list[Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client_agent.learner.MUCH_TO_LEARN", 0.0)
+    monkeypatch.setattr("client_agent.plausibility.MUCH_TO_LEARN", 0.0)
+    idle = [
+        Sender(each.model, 100, start)
+        for each in learners
+        for start in [each.model.weights()]
+        if each.train(1, Activity())
+    ]
+    nothing = summed(1, idle)
+    with pytest.raises(DomainError, match="loss on this client's own examples"):
+        learners[0].apply("films.1", nothing.parts(client=0), SECRETS.obfuscation, 1)
+    many = [replace(part, contributors=FEW + 1) for part in nothing.parts(client=0)]
+    learners[0].apply("films.1", many, SECRETS.obfuscation, 1)
+    assert learners[0].holds("films.1")
