@@ -13,7 +13,7 @@ _TASKS: Final[dict[str, Task]] = {
     task.name: task for task in (SequenceClassification(), CausalLm(), Chat(), ImageClassification())
 }
 
-_BY_LABELS: Final = {CausalLm.name: Chat.name}
+_BY_LABELS: Final[dict[str, str]] = {CausalLm.name: Chat.name}
 """The task that learns the same from labels that somebody else's data hold."""
 
 

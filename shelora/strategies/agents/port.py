@@ -76,6 +76,9 @@ class EncryptsSummand(Protocol):
 class OpensSum(Protocol):
     """What `shelora.additive.secret.SumOpener` does."""
 
+    contributors: int
+    """How many updates the sum has."""
+
     def open(self, data: bytes | memoryview, shape: ShardShape) -> Float64:
         """The sum of the contributors' values. Raises SUM_UNREADABLE, CIPHERTEXT_*."""
 
