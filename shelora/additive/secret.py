@@ -150,7 +150,7 @@ class SumOpener:
         check_secret_sum(parameters, secret_sum, contributors)
         self.parameters = parameters
         self._context = context
-        self.contributors = contributors
+        self._contributors = contributors
         self._scale = parameters.scale(most_contributors)
         self._largest = contributors if largest is None else largest
         self._multiplier = Multiplier(parameters, secret_sum)
@@ -161,7 +161,7 @@ class SumOpener:
         Raises: DomainError: as `wire.sum_planes`; SUM_UNREADABLE: a coefficient is beyond what honest contributors
             can sum to. Then a summand, a secret or the sum itself is garbage, or of another round.
         """
-        planes = sum_planes(data, shape, self.contributors)
+        planes = sum_planes(data, shape, self._contributors)
         kept = np.zeros((shape.chunks, self.parameters.degree), dtype=np.uint32)
         kept.reshape(-1)[: shape.coefficients] = decode(self.parameters, planes, shape.coefficients)
         opened = np.empty(kept.shape)
@@ -180,11 +180,11 @@ class SumOpener:
         centred = (((value + half) & (parameters.modulus - 1)) - half).astype(np.float64)
         # Rounding to a half upwards adds half a unit a contributor, if there is anything to round.
         if parameters.dropped_bits:
-            centred -= self.contributors / 2
+            centred -= self._contributors / 2
         return centred
 
     def _check_guard(self, plain: FloatArray) -> None:
-        largest = self._largest * self._scale + self.parameters.noise_bound(self.contributors)
+        largest = self._largest * self._scale + self.parameters.noise_bound(self._contributors)
         if float(np.abs(plain).max()) > largest:
             raise DomainError(
                 Reason.SUM_UNREADABLE,
@@ -192,7 +192,7 @@ class SumOpener:
             )
 
     def __repr__(self) -> str:
-        return f"SumOpener({self.parameters.name}, {self.contributors} contributors)"
+        return f"SumOpener({self.parameters.name}, {self._contributors} contributors)"
 
 
 def open_sum(

@@ -176,7 +176,7 @@ def _restored_matrices(
             matrices={matrix.name: best_cut(found, layout.max_rank)},
             exponents={matrix.name: next_exponents(sketch, exponents)},
             summed=True,
-            contributors=opened.opener.contributors,
+            contributors=opened.contributors,
         )
 
 
@@ -188,7 +188,7 @@ def _restored_tensors(
         part = np.clip(values[first : first + tensor.size], -1, 1) * tensor.bound
         tensors[tensor.name] = part.astype(np.float32).reshape(tensor.shape)
         first += tensor.size
-    yield Restored(tensors=tensors, summed=True, contributors=opened.opener.contributors)
+    yield Restored(tensors=tensors, summed=True, contributors=opened.contributors)
 
 
 def _possible(layout: Layout, matrix: Matrix, context: AgentContext) -> ExponentRange:

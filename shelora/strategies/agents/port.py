@@ -76,9 +76,6 @@ class EncryptsSummand(Protocol):
 class OpensSum(Protocol):
     """What `shelora.additive.secret.SumOpener` does."""
 
-    contributors: int
-    """How many updates the sum has."""
-
     def open(self, data: bytes | memoryview, shape: ShardShape) -> Float64:
         """The sum of the contributors' values. Raises SUM_UNREADABLE, CIPHERTEXT_*."""
 
@@ -105,9 +102,9 @@ class OpenedSum:
     """Standard deviation of the noise in an entry of the mean, of values within ±1: `mean_noise`. That which clients
     add comes beside it."""
     contributors: int = 0
-    """Only asked for, as the next, where clients add noise."""
+    """How many updates the sum has; 0 where nobody asks."""
     most_contributors: int = 0
-    """K_max of the round."""
+    """K_max of the round; only asked for where clients add noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
