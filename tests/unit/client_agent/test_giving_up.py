@@ -207,7 +207,7 @@ async def test_an_agent_whose_federation_is_deleted_halts_wherever_it_hears_of_i
     session.join = join
     assert await _Follower(session, Work(), LEARNER, 0.0).take_part() is Outcome.HALTED
     assert not left
-    assert "federation_gone" in capsys.readouterr().out
+    assert "federation_gone" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("words", ["a\nb\x1b[31m", "x" * 1000, " \t ", "ünïcode"])
