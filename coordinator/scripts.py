@@ -112,7 +112,7 @@ return 1
 """
 
 PUT_VALUE: Final = """
--- KEYS: federation, value.  ARGV: value, expiry in ms.
+-- KEYS: federation, value.  ARGV: value, named by its digest; expiry in ms, at least.
 -- Returns 1 if set, 0 if there is no such federation (any more), or it is being deleted.
 --
 -- Race: as of a field.
@@ -120,7 +120,9 @@ local phase = redis.call('HGET', KEYS[1], 'state')
 if not phase or phase == 'DELETING' then
   return 0
 end
-redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+if redis.call('PTTL', KEYS[2]) < tonumber(ARGV[2]) then
+  redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+end
 return 1
 """
 

@@ -124,8 +124,11 @@ class Database:
             raise unknown(federation_id)
 
     async def put_value(self, federation_id: str, key: str, data: bytes | str) -> None:
-        """Sets a value that lives as long as its federation. Raises: FEDERATION_UNKNOWN: it is deleted, or going."""
-        if not await self._put_value([self.keys.federation(federation_id), key], [data, self.retention_ms]):
+        """Sets a value that its key names by its digest, for some minutes, or as long as it is kept already.
+
+        Raises: FEDERATION_UNKNOWN: the federation is deleted, or going.
+        """
+        if not await self._put_value([self.keys.federation(federation_id), key], [data, PASSING_MS]):
             raise unknown(federation_id)
 
     async def announce(self, federation_id: str, client_id: str = "") -> None:

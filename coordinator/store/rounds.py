@@ -41,7 +41,10 @@ class RoundStore:
 
     @available
     async def put_layout(self, federation_id: str, layout: LayoutRecord, digest: str) -> None:
-        """Keeps a layout under its digest; again renews its expiry. Raises: FEDERATION_UNKNOWN."""
+        """Keeps a layout for some minutes, and as long as its federation once a round names it.
+
+        Raises: FEDERATION_UNKNOWN.
+        """
         key = self.db.keys.layout(federation_id, digest)
         await self.db.put_value(federation_id, key, layout.model_dump_json())
 

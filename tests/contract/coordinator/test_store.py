@@ -262,6 +262,19 @@ async def test_a_driver_that_lost_its_lease_writes_nothing_for_a_federation_that
     assert await client.keys("*") == []
 
 
+async def test_a_layout_lives_for_minutes_until_a_round_names_it(store, client):
+    """Simulation seed 60292: one that no round came to name was left of a federation that was deleted."""
+    assert await store.federations.write("create_federation", RECORD, None)
+    round_, key = a_round(), store.rounds.db.keys.layout("fed", a_round().layout_digest)
+    await store.rounds.put_layout("fed", LAYOUT, round_.layout_digest)
+    assert 0 < await client.pttl(key) <= PASSING_MS
+    assert await store.rounds.write("create_round", RECORD, round_, 0)
+    kept = await client.pttl(key)
+    assert kept > PASSING_MS
+    await store.rounds.put_layout("fed", LAYOUT, round_.layout_digest)
+    assert await client.pttl(key) > kept - 60_000, "what is named is not cut short"
+
+
 async def test_layouts_plans_and_shards_come_back(store):
     assert await store.federations.write("create_federation", RECORD, None)
     await store.rounds.put_layout("fed", LAYOUT, "ab")
