@@ -282,9 +282,9 @@ class Observer:
                 self._violated(f"{client_id} was told that its update of {round_id} counts, and it does not")
         if federation.garbage:
             self._violated(f"garbage is left: {federation.garbage}")
-        made = [result.epoch for result in federation.results]
-        needed = [federation.oldest_epoch, *made, federation.epoch] if federation.key_id else []
-        if sorted(set(needed)) != list(epochs):
+        # Keys are retired from the oldest on: those of a result that was taken back stay while an older one is needed.
+        needed = list(range(federation.oldest_epoch, federation.epoch + 1)) if federation.key_id else []
+        if needed != list(epochs):
             self._violated(f"there are keys of the epochs {list(epochs)}, needed are those of {needed}")
         self._look_for_leftovers(federation)
 
