@@ -1,5 +1,6 @@
 """Clients that lie as members and as dealers of committees, and a coordinator that does not spend draws."""
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -64,13 +65,16 @@ class _DealsBadShares(Committees):
         real = shelora.committee.dealer.seal_share
         cheated = 2 if attempt.committee.position(self._client_id) == 1 else 1
 
-        def sealed(context: Any, name: str, position: int, *rest: Any) -> bytes:
-            found = real(context, name, position, *rest)
-            return bytes(len(found)) if position == cheated else found
-
         deal = honest.deal
 
         def dealt(*arguments: Any) -> committee_pb2.DealtShares:
+            liar = threading.get_ident()  # honest agents of this process may deal at the same time
+
+            def sealed(context: Any, name: str, position: int, *rest: Any) -> bytes:
+                found = real(context, name, position, *rest)
+                lies = position == cheated and threading.get_ident() == liar
+                return bytes(len(found)) if lies else found
+
             with mock.patch.object(shelora.committee.dealer, "seal_share", sealed):
                 return deal(*arguments)
 
