@@ -1,6 +1,5 @@
 """The secrets of one epoch, in memory only."""
 
-import hashlib
 from dataclasses import dataclass
 
 from shelora.ckks.parameters import profile
@@ -41,8 +40,7 @@ class EpochSecrets:
     @classmethod
     def unprotected(cls, federation_id: str, epoch: int) -> "EpochSecrets":
         """For protection "none": no key, and initial factors that all agents agree on but that are no secret."""
-        public = hashlib.sha256(f"shelora/v1/unprotected/{federation_id}".encode()).digest()
-        return cls(epoch, Obfuscation(public, epoch))
+        return cls(epoch, Obfuscation.public(f"unprotected/{federation_id}", epoch))
 
     def encryptor_for(self, layout: Layout) -> Encryptor | None:
         """The encryptor, or None if the layout encrypts nothing. Raises: SECRET_UNAVAILABLE for another key."""

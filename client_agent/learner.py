@@ -154,7 +154,7 @@ class Learner:
         """Makes the initial state current."""
         initial = _INITIAL + secrets.key_id.hex()
         if self._position != initial:
-            self.model.initialise(secrets.obfuscation)
+            self.model.initialise(initial_values(self._spec, secrets.obfuscation))
             self._position = initial
 
     def resume(self, secrets: EpochSecrets) -> None:
@@ -176,7 +176,8 @@ class Learner:
         moderator = self._moderator(number)
         parts = plausible(parts, self._expectation())
         checked = moderator.parts(parts) if moderator else parts
-        weights = cut_to_rank(checked, self.model.rank, self.model.scaling, obfuscation)
+        values = initial_values(self._spec, obfuscation)
+        weights = cut_to_rank(checked, self.model.rank, self.model.scaling, values)
         if moderator:
             weights = replace(weights, changes=moderator.changes)
         self._load_result(round_id, number, weights, moderator)
@@ -415,8 +416,15 @@ def budget_of(config: AgentConfig, spec: TrainingSpec, *, examples: int, rounds:
     return Budget(config, spec, examples=examples, rounds=rounds)
 
 
-def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, obfuscation: Obfuscation) -> Weights:
+def initial_values(spec: TrainingSpec, secret: Obfuscation) -> Obfuscation:
+    """Where initial factors come from: the epoch's secret, or what the federation made public to be repeatable."""
+    return Obfuscation.public(f"initial/{spec.initial_seed}") if spec.initial_seed else secret
+
+
+def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, values: Obfuscation) -> Weights:
     """A result as weights of that rank. Takes one part at a time, for results have many times the rank.
+
+    Args: values: of the rows of A that a result of a smaller rank leaves.
 
     Under a strategy that keeps it, what the result has beyond the rank becomes the frozen part.
     """
@@ -428,7 +436,7 @@ def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, obfuscatio
         tensors |= part.tensors
         exponents |= part.exponents
         for name, update in part.matrices.items():
-            fill_A = obfuscation.initial_A(name, rank, update.M.shape[1])
+            fill_A = values.initial_A(name, rank, update.M.shape[1])
             factors[name] = reparameterize(update, rank, scaling, fill_A)
             if part.summed:
                 frozen[name] = remainder(update, rank)

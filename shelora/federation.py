@@ -142,6 +142,10 @@ class TrainingSpec(Spec):
     max_rank: Annotated[int, Field(ge=1, le=1024)] = 64
     """Largest rank that a client may join with. What updates and results cost everyone grows with the largest rank."""
 
+    initial_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """What initial factors and heads follow from: two federations of one seed start alike. 0 takes them from a secret
+    of the agents. Never under `selective`, whose servers must not know the initial A."""
+
     learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate from one round to the next. Uneven data makes clients drift apart; smaller steps in
     later rounds let their average settle."""
@@ -524,6 +528,18 @@ class FederationSpec(Spec):
             noise.grid(additive.DEFAULT, min(additive.MAX_CONTRIBUTORS, most))
         except DomainError as error:
             raise PydanticCustomError("client_privacy", "{why}", {"why": error.message}) from None
+        return self
+
+    @model_validator(mode="after")
+    def _initial_factors_are_secret(self) -> Self:
+        strategy = self.protection.strategy
+        if self.training.initial_seed and strategy.needs_keys and strategy.shows_factors:
+            raise PydanticCustomError(
+                "initial_seed",
+                "training.initial_seed tells servers the initial factors, which protection.mode {mode} must keep from "
+                "them: remove it",
+                {"mode": self.protection.mode},
+            )
         return self
 
     @model_validator(mode="after")

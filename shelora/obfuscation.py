@@ -34,6 +34,11 @@ class Obfuscation:
         self._secret = secret
         self.epoch = epoch
 
+    @classmethod
+    def public(cls, name: str, epoch: int = 0) -> "Obfuscation":
+        """What everyone can derive from a name: values that agents must agree on and that are no secret."""
+        return cls(sha256(f"shelora/v1/{name}".encode()).digest(), epoch)
+
     def __repr__(self) -> str:
         return f"Obfuscation(epoch={self.epoch})"
 

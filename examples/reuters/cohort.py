@@ -50,11 +50,17 @@ class Servers(Protocol):
     def key_authority(self) -> str: ...
 
 
-def federation_spec(protection: Protection) -> FederationSpec:
-    """The federation of federation.yaml, with the protection asked for."""
+def federation_spec(protection: Protection, initial_seed: int = 0) -> FederationSpec:
+    """The federation of federation.yaml, with the protection asked for.
+
+    Args: initial_seed: runs of the same one start from the same factors; 0 for secret ones.
+    """
     spec = FederationSpec.from_yaml(HERE / "federation.yaml")
     return spec.model_copy(
-        update={"protection": spec.protection.model_copy(update={"mode": protection.value})}
+        update={
+            "protection": spec.protection.model_copy(update={"mode": protection.value}),
+            "training": spec.training.model_copy(update={"initial_seed": initial_seed}),
+        }
     )
 
 

@@ -99,18 +99,23 @@ def main(
 
 
 def run(
-    protection: Protection, folder: Path, *, seed: int = SPLIT_SEED, dashboard: bool = False
+    protection: Protection,
+    folder: Path,
+    *,
+    seed: int = SPLIT_SEED,
+    initial_seed: int = 0,
+    dashboard: bool = False,
 ) -> dict[str, Any]:
     """The federation under one mode. Returns its summary; raises DomainError with the reason if anything fails.
 
-    Args: seed: of the split of the data.
+    Args: seed: of the split of the data; initial_seed: of the initial factors, 0 for secret ones.
     """
     started, before = time.monotonic(), children_cpu_s()
     with console.stages("fetching model and data (about 120 MB the first time)"):
         model, data = fetch(MINILM, ASSETS), fetch(REUTERS, ASSETS)
     clear(folder)
     folder.mkdir(parents=True)
-    spec = federation_spec(protection)
+    spec = federation_spec(protection, initial_seed)
     counts = write_data(data, folder / "agents", seed)
     console.say("examples: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     with ExitStack() as stack:
@@ -147,14 +152,14 @@ def compare_seeds(count: int, folder: Path) -> None:
 
     def one(protection: Protection, seed: int, home: Path) -> dict[str, Any]:
         console.say(f"\nseed {seed}, {protection}")
-        summary = run(protection, home, seed=seed)
+        summary = run(protection, home, seed=seed, initial_seed=seed)
         clear(home)
         paired.keep(home, summary)
         return summary
 
     done: list[paired.Pair] = []
     for pair in paired.pairs(
-        count, folder, one, lambda mode, seed: configuration(federation_spec(mode), seed)
+        count, folder, one, lambda mode, seed: configuration(federation_spec(mode, seed), seed)
     ):
         done.append(pair)
         (folder / "summary.json").write_text(json.dumps(paired.summarized(done), indent=2) + "\n")

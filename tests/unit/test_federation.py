@@ -163,6 +163,7 @@ def unlike_the_defaults() -> FederationSpec:
                 "local_epochs": 0.5,
                 "learning_rate_schedule": "cosine",
                 "warmup_steps": 7,
+                "initial_seed": 9,
             },
             "round": {
                 "rounds": 7,
@@ -274,6 +275,29 @@ def test_a_round_asks_no_more_clients_than_its_mode_adds_up():
     )
     selective = {**MINIMAL, "round": {**many, "min_updates": 20_000}, "protection": {"mode": "selective"}}
     assert FederationSpec.model_validate(selective).cohort_limit == 0
+
+
+@pytest.mark.parametrize("mode", ["complete", "none"])
+def test_runs_may_start_alike_where_servers_may_know_the_initial_factors(mode):
+    content = merged(training={"initial_seed": 7}) | {"name": "f", "protection": {"mode": mode}}
+    assert FederationSpec.model_validate(content).training.initial_seed == 7
+
+
+def test_the_initial_factors_of_selective_stay_secret(tmp_path):
+    content = {
+        **MINIMAL,
+        **merged(training={"initial_seed": 7}),
+        "protection": {"mode": "selective"},
+    }
+    assert "training.initial_seed tells servers the initial factors" in refusal(tmp_path, content)
+    with pytest.raises(DomainError, match=r"which protection\.mode selective must keep"):
+        FederationSpec.from_proto(
+            pb.FederationSpec(
+                name="f",
+                training={"base_model": "m", "labels": ["a", "b"], "initial_seed": 7},
+                protection={"mode": "selective"},
+            )
+        )
 
 
 def test_every_field_of_a_specification_knows_whether_it_was_sent():

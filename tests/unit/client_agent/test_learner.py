@@ -41,6 +41,21 @@ def make_learner(agent_folder: Path) -> Iterator[Callable[..., Learner]]:
         state.close()
 
 
+def test_runs_of_one_seed_start_alike_whatever_their_secrets(make_learner):
+    learner = make_learner()
+    starts = {}
+    for seed in (0, 7, 8):
+        learner._spec = SPEC.model_copy(update={"initial_seed": seed})
+        for name in ("films", "news"):
+            learner.start(EpochSecrets.unprotected(name, 1))
+            factors = learner.model.weights().factors
+            starts[seed, name] = np.concatenate([f.A.ravel() for f in factors.values()])
+            learner._position = None
+    assert np.array_equal(starts[7, "films"], starts[7, "news"])
+    assert not np.array_equal(starts[7, "films"], starts[8, "films"])
+    assert not np.array_equal(starts[0, "films"], starts[0, "news"])
+
+
 def result(learner: Learner) -> Restored:
     """An aggregate of rank 2: less than the client's own rank."""
     rng = np.random.default_rng(2)
