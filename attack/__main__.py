@@ -26,7 +26,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Draws the clients' texts.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Federations and attacks at once, one core each.")] = 2,
     *,
-    everything: Annotated[bool, typer.Option("--all", help="Small budgets and exact sums, too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Sums of single steps, too.")] = False,
     one_of_many: Annotated[
         bool, typer.Option("--work", hidden=True, help="Be one of the processes.")
     ] = False,

@@ -27,6 +27,8 @@ DECEIVED: Final = 2
 EPSILON: Final = 8.0
 DELTA: Final = 1e-5
 """Of client privacy, for one sum."""
+BUDGETS: Final = (0.001, 0.1)
+"""Of `selective`, beside all."""
 OUTSIDERS: Final = 24
 SHORTEST: Final = 25
 LONGEST_SNIPPET: Final = 70
@@ -90,13 +92,14 @@ NONE: Final = Mode("none", "none")
 PUBLISHED: Final = Mode("published", "selective", 32)
 SELECTIVE: Final = Mode("selective", "selective")
 COMPLETE: Final = Mode("complete", "complete")
+COLLUDES: Final = "server and one colluding client: every A decrypted"
 KNOWS_A: Final = (
     "server that knows the initial A: public in the authors' code, told by one colluding client in ours"
 )
 
 
 def all_cases(downloads: Path, seed: int, *, everything: bool) -> Iterator[Case]:
-    """In the order of the table. Args: seed: draws the clients' texts; everything: small budgets and exact sums too."""
+    """In the order of the table. Args: seed: draws the clients' texts; everything: sums of single steps, too."""
     texts = _Texts(downloads, seed)
     yield _first_step(NONE, texts)
     yield _first_step(PUBLISHED, texts)
@@ -105,14 +108,15 @@ def all_cases(downloads: Path, seed: int, *, everything: bool) -> Iterator[Case]
     for mode in (NONE, SELECTIVE, COMPLETE):
         yield _ten_steps(mode, texts)
         yield from _classifiers(mode, texts)
+    for budget in BUDGETS:
+        yield _small_budget(texts, budget)
+    yield _exact_sums(texts, 10)
     for size in FELLOWS:
         yield _fellows(texts, size)
     for size in NOISED:
         yield _fellows(texts, size, hidden=True)
     if everything:
         yield _exact_sums(texts, 1)
-        yield _exact_sums(texts, 10)
-        yield from _budgets(texts)
 
 
 class _Texts:
@@ -160,7 +164,10 @@ def _first_step(mode: Mode, texts: _Texts) -> Case:
         yield experiments.spanned(performance, public, sentences, who, control=exact)
         if mode is NONE:
             yield from experiments.by_budget(performance, public, sentences)
+            yield from experiments.by_budget(performance, public, sentences[::3], bits=16)
             yield experiments.unmixed(performance, public, sentences)
+        for group in _by_size(scene, members)[1:]:
+            yield experiments.spanned(performance, public, group, who, control=False)
         if members:
             yield from _told(performance, public, members, texts, mode)
 
@@ -168,28 +175,44 @@ def _first_step(mode: Mode, texts: _Texts) -> Case:
 
 
 def _ten_steps(mode: Mode, texts: _Texts) -> Case:
+    """Ten steps: tokens by B, and by A where somebody can decrypt it; members of batches; text, where all is clear."""
     clients = _clients(texts.batches(4, 2, 1), 8, data="R8")
-    return Case(
-        scene=_causal(f"member-{mode.name}", mode, clients, 10),
-        attacks=lambda performance, public: _told(performance, public, clients, texts, mode),
-    )
+    scene = _causal(f"member-{mode.name}", mode, clients, 10)
+
+    def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
+        if mode is NONE:
+            yield from experiments.decoded(performance, public, clients[:2])
+        for group in _by_size(scene, clients):
+            who = "server" if mode is NONE else KNOWS_A
+            yield experiments.spanned(performance, public, group, who, control=False)
+            if mode.leaks:
+                who = "server" if mode is NONE else COLLUDES
+                yield experiments.spanned_by_A(performance, public, group, who)
+        yield from _told(performance, public, clients, texts, mode)
+
+    return Case(scene=scene, attacks=attacks)
 
 
 def _told(
     performance: Performance, public: Public, clients: Sequence[Client], texts: _Texts, mode: Mode
 ) -> Iterator[Finding]:
-    """Membership by size of batch; of all sizes together where nothing may be told."""
-    scene, bases = performance.scene, (False, True) if mode is NONE else (False,)
-    sizes = sorted({scene.batch_of(client) for client in clients})
-    groups = (
-        [[c for c in clients if scene.batch_of(c) == size] for size in sizes] if mode.leaks else [clients]
-    )
-    for group in groups:
-        control = mode is NONE and scene.steps == 1 and scene.batch_of(group[0]) == 1
-        for basis in bases:
+    """Membership by round, by size of batch and of all sizes together: of few members no AUC is beyond chance."""
+    scene = performance.scene
+    groups = _by_size(scene, clients)
+    for number in range(1, scene.rounds + 1):
+        for group in (*groups, clients):
+            control = mode is NONE and scene.steps == number == 1 and group is groups[0]
             yield experiments.membership(
-                performance, public, group, texts.outsiders, control=control and not basis, basis=basis
+                performance, public, group, texts.outsiders, number=number, control=control
             )
+            if mode is NONE and number == 1:
+                yield experiments.membership(performance, public, group, texts.outsiders, basis=True)
+
+
+def _by_size(scene: Scene, clients: Sequence[Client]) -> list[Sequence[Client]]:
+    """Clients with batches of a size together, the smallest first."""
+    sizes = sorted({scene.batch_of(client) for client in clients})
+    return [[client for client in clients if scene.batch_of(client) == size] for size in sizes]
 
 
 def _classifiers(mode: Mode, texts: _Texts) -> Iterator[Case]:
@@ -199,7 +222,8 @@ def _classifiers(mode: Mode, texts: _Texts) -> Iterator[Case]:
         def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
             return _told(performance, public, clients, texts, mode)
 
-        yield Case(scene=_classifier(f"class-{mode.name}-{steps}", mode, clients, steps), attacks=attacks)
+        scene = _classifier(f"class-{mode.name}-{steps}", mode, clients, steps)
+        yield Case(scene=replace(scene, rounds=2 if steps == 1 else 1), attacks=attacks)
     branches = _clients(_uneven(texts.news, BRANCHES, 16), 8, data="R8, Dirichlet 0.3")
 
     def by_labels(performance: Performance, public: Public) -> Iterator[Finding]:
@@ -234,18 +258,14 @@ def _exact_sums(texts: _Texts, steps: int) -> Case:
     )
 
 
-def _budgets(texts: _Texts) -> Iterator[Case]:
-    """Federations whose clients really encrypt less."""
-    for budget in (0.001, 0.1):
-        drawn = _clients(texts.batches(4, 2, 1), 8, data="R8")
-        clients = tuple(replace(client, budget=budget) for client in drawn)
-
-        def attacks(
-            performance: Performance, public: Public, clients: tuple[Client, ...] = clients
-        ) -> Iterator[Finding]:
-            return _told(performance, public, clients, texts, SELECTIVE)
-
-        yield Case(scene=_causal(f"budget-{budget:g}", SELECTIVE, clients, 1), attacks=attacks)
+def _small_budget(texts: _Texts, budget: float) -> Case:
+    """A federation whose clients really encrypt less."""
+    drawn = _clients(texts.batches(8, 3, 1), 8, data="R8")
+    clients = tuple(replace(client, budget=budget) for client in drawn)
+    return Case(
+        scene=_classifier(f"budget-{budget:g}", SELECTIVE, clients, 1),
+        attacks=lambda performance, public: _told(performance, public, clients, texts, SELECTIVE),
+    )
 
 
 def _causal(name: str, mode: Mode, clients: tuple[Client, ...], steps: int, rounds: int = 1) -> Scene:

@@ -1,4 +1,6 @@
-"""What columns of A give away that are not encrypted: DAGER's check on how A moved in a later round; causal models.
+"""What later rounds give away: how A and B moved, from the sums that each round began with.
+
+Of A by DAGER's check on the columns that are not encrypted; causal models.
 
 From the second round on B is not zero, so A moves along the inputs of the batch, and every visible column shows one
 coordinate of that. The start is public under `none`: it follows from the last result. Columns are hidden here as they
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import torch
 
 from attack import adam
 from attack.opened import clear_parts
@@ -26,6 +29,8 @@ from shelora.negotiation.plan import column_orders
 BUDGETS: Final = (0.001, 0.1, 1.0)
 FLOOR: Final = 2e-7
 """Least value of 1 - |step| / lr that is more than rounding: A is no small number, and its step a difference."""
+HALF_FLOOR: Final = 0.03
+"""The same for an A that was sent in bfloat16, of values about ten times a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +52,51 @@ def start_of(performance: Performance, public: Public, client: Client, number: i
     return cut_to_rank(parts, client.rank, client.alpha / client.rank, public.unprotected.obfuscation)
 
 
-def movement(performance: Performance, start: Weights, client: Client, name: str, number: int) -> Float64:
-    """How A of one matrix moved in a round [rank, n], from what was sent and where it began."""
+def movement(
+    performance: Performance, start: Weights, client: Client, name: str, number: int, bits: int = 32
+) -> Float64:
+    """How A of one matrix moved in a round [rank, n], from what was sent and where it began.
+
+    Args: bits: 16 for what is left if it had been sent in bfloat16.
+    """
     before = start.factors[name].A.astype(np.float64)
     sent = clear_parts(performance.rounds[number - 1], client.name)[name].A
-    middle = np.log2(np.abs(before).max(axis=1) / np.abs(sent).max(axis=1))
-    powers = np.round(middle)[:, None] + np.array([-1.0, 0.0, 1.0])  # rows were scaled by powers of two
-    off = [np.linalg.norm(2.0 ** p[:, None] * sent - before, axis=1) for p in powers.T]
-    chosen = powers[np.arange(len(powers)), np.argmin(off, axis=0)]
-    moved: Float64 = 2.0 ** chosen[:, None] * sent - before
+    if bits == adam.HALF_BITS:
+        sent = torch.from_numpy(sent).bfloat16().double().numpy()
+    moved: Float64 = _scales(sent, before)[:, None] * sent - before
     return moved
+
+
+def movement_of_B(
+    performance: Performance, start: Weights, client: Client, name: str, number: int
+) -> Float64:
+    """The same of B [out, rank], whose columns were scaled the other way."""
+    before, sent = start.factors[name], clear_parts(performance.rounds[number - 1], client.name)[name]
+    moved: Float64 = sent.B / _scales(sent.A, before.A.astype(np.float64)) - before.B
+    return moved
+
+
+def _scales(sent: Float64, before: Float64) -> Float64:
+    """The powers of two that the rows of A [rank, n] were divided by: those that leave the least movement."""
+    middle = np.log2(np.abs(before).max(axis=1) / np.abs(sent).max(axis=1))
+    powers = np.round(middle)[:, None] + np.array([-1.0, 0.0, 1.0])
+    off = [np.linalg.norm(2.0 ** p[:, None] * sent - before, axis=1) for p in powers.T]
+    chosen: Float64 = 2.0 ** powers[np.arange(len(powers)), np.argmin(off, axis=0)]
+    return chosen
+
+
+def beside_last_result(performance: Performance, client: Client, name: str, number: int) -> Float64:
+    """B of a round as it was sent [out, rank], less what lies in the columns of the last result, which servers see.
+
+    A client begins a round with a B whose columns lie there, so what is left moved in this round.
+    """
+    last = performance.rounds[number - 2]
+    index = next(i for i, matrix in enumerate(last.layout.matrices) if matrix.name == name)
+    place, shard = next((p, s) for p, s in enumerate(last.layout.shards) if index in s.matrices)
+    Q = decode_result(last.layout, place, last.results[place]).matrices[shard.matrices.index(index)].Q
+    B = clear_parts(performance.rounds[number - 1], client.name)[name].B
+    outside: Float64 = B - Q.astype(np.float64) @ (Q.T.astype(np.float64) @ B)
+    return outside
 
 
 def views(
@@ -65,12 +105,14 @@ def views(
     tokens: int,
     rng: np.random.Generator,
     budgets: tuple[float, ...] = BUDGETS,
+    floor: float = FLOOR,
 ) -> Iterator[View]:
     """The attackers at every budget.
 
-    Args: moved: movements of A of the first layer's matrices, one over the other [rows, n]; tokens: of the batch.
+    Args: moved: movements of A of the first layer's matrices, one over the other [rows, n]; tokens: of the batch;
+        floor: as of `adam.gradient`.
     """
-    even, _, scales = adam.evened(adam.gradient(moved, public.scene.learning_rate, FLOOR), FLOOR)
+    even, _, scales = adam.evened(adam.gradient(moved, public.scene.learning_rate, floor), floor)
     columns = moved.shape[1]
     inputs = public.first_inputs * scales
     order = rng.permutation(columns)

@@ -23,6 +23,7 @@ from attack.spans import best
 from attack.stage import Client, Performance, Scene
 from client_agent.keys import EpochSecrets
 from shelora.lora.shards import Float64
+from shelora.tasks import CAUSAL_LM
 
 OPENING = 2
 """Tokens of a text that the decoder is given."""
@@ -31,14 +32,19 @@ GUESSES = 10
 
 
 def setting(scene: Scene, batch: int | None = 1, number: int = 1) -> str:
-    """A scene in the table's words. Args: batch: of the clients that the row is of; None for several sizes."""
+    """A scene in the table's words. Arguments as of `terms`."""
     mode = scene.mode
     if mode == "selective":
         budgets = {f"{100 * client.budget:g} %" for client in scene.clients}
         mode = f"selective {'/'.join(sorted(budgets))}, {scene.bits} bits"
+    return f"{mode}, {terms(scene, batch, number)}"
+
+
+def terms(scene: Scene, batch: int | None = 1, number: int = 1) -> str:
+    """A scene's words but for its mode. Args: batch: of the clients that the row is of; None for several sizes."""
     plural, later = "s" if scene.steps > 1 else "", f", round {number}" if number > 1 else ""
     size = "1 to " + str(scene.batch) if batch is None else str(batch)
-    return f"{mode}, {scene.steps} step{plural}, batch {size}{later}"
+    return f"{scene.steps} step{plural}, batch {size}{later}"
 
 
 def decoded(
@@ -82,6 +88,7 @@ def _decoded(
         setting=setting(scene),
         attacker="server: clear B, A unknown" if clear else "server: all it stored",
         data=data,
+        beside=f"text; {terms(scene)}; {data}",
         figures=figures,
         counts={"texts": len(found)},
         chance={"exact": 0.0, "rouge-1": 0.0}
@@ -96,15 +103,20 @@ def _decoded(
 def spanned(
     performance: Performance, public: Public, clients: Sequence[Client], who: str, *, control: bool
 ) -> Finding:
-    """DAGER's check on the update of each client, by whoever has the secrets: on B, with the A that it began from."""
+    """DAGER's check on the update of each client, by whoever has the secrets: on B, with the A that it began from.
+
+    Args: clients: with batches of one size.
+    """
     round_, scene, secrets = performance.rounds[0], performance.scene, performance.secrets
+    size, data = scene.batch_of(clients[0]), _data(scene, clients)
     figures = [recall(_tokens(public, scene, c, round_, secrets), _inputs(public, c)) for c in clients]
     clear, chance = bool(clear_parts(round_, clients[0].name)), _chance(public, clients)
     guesses = sum(len(_inputs(public, client)) for client in clients)
     return Finding(
-        setting=setting(scene),
+        setting=setting(scene, size),
         attacker=who,
-        data=_data(clients),
+        data=data,
+        beside=f"tokens by B; {terms(scene, size)}; {data}",
         figures={"recall": float(np.mean(figures))},
         counts={"clients": len(figures), "tokens": guesses},
         chance={"recall": chance},
@@ -115,25 +127,60 @@ def spanned(
     )
 
 
-def by_budget(performance: Performance, public: Public, clients: Sequence[Client]) -> Iterator[Finding]:
-    """What visible columns of A give away in the second round, at every budget, places known and secret."""
+def spanned_by_A(performance: Performance, public: Public, clients: Sequence[Client], who: str) -> Finding:
+    """DAGER's check on how A moved in a first round of several steps, by whoever can decrypt it.
+
+    Args: clients: with batches of one size.
+    """
+    round_, scene, secrets = performance.rounds[0], performance.scene, performance.secrets
+    size, data, found = scene.batch_of(clients[0]), _data(scene, clients), []
+    for client in clients:
+        opened, true = insiders.opened_update(round_, client.name, secrets), _inputs(public, client)
+        moved = np.vstack([opened[name].A for name in first_layer(public)])
+        begun = np.vstack([_began(public, secrets, client, name) for name in first_layer(public)])
+        found.append(recall(best(tokens.by_A(public, moved, len(true), begun), len(true)), true))
+    return Finding(
+        setting=setting(scene, size),
+        attacker=who,
+        data=data,
+        beside=f"tokens by A; {terms(scene, size)}; {data}",
+        figures={"recall": float(np.mean(found))},
+        counts={"clients": len(found), "tokens": sum(len(_inputs(public, client)) for client in clients)},
+        chance={"recall": _chance(public, clients)},
+        capture=round_.digest,
+    )
+
+
+def _began(public: Public, secrets: EpochSecrets, client: Client, name: str) -> Float64:
+    """The A that a client began the first round from."""
+    return insiders.initial_A(secrets, name, client.rank, public.first_inputs.shape[1])
+
+
+def by_budget(
+    performance: Performance, public: Public, clients: Sequence[Client], bits: int = 32
+) -> Iterator[Finding]:
+    """What visible columns of A give away in the second round, at every budget, places known and secret.
+
+    Args: bits: as of `columns.movement`.
+    """
     scene, round_, number = performance.scene, performance.rounds[1], 2
+    floor = columns.HALF_FLOOR if bits == adam.HALF_BITS else columns.FLOOR
     rng = np.random.default_rng(0)
     found: dict[tuple[float, str], list[float]] = {}
     for client in clients:
         start, true = columns.start_of(performance, public, client, number), _inputs(public, client)
         moved = np.vstack(
-            [columns.movement(performance, start, client, n, number) for n in first_layer(public)]
+            [columns.movement(performance, start, client, n, number, bits) for n in first_layer(public)]
         )
-        for view in columns.views(moved, public, len(true), rng):
+        for view in columns.views(moved, public, len(true), rng, floor=floor):
             guess = best(view.distances, len(true))
             found.setdefault((view.budget, view.who), []).append(recall(guess, true))
     for (budget, who), figures in found.items():
-        terms = setting(scene, number=number).partition(", ")[2]
         yield Finding(
-            setting=f"none, {100 * budget:g} % of the columns of A left out, {terms}",
+            setting=f"none, {100 * budget:g} % of the columns of A left out, the rest in {bits} bits, "
+            + terms(scene, number=number),
             attacker=f"server: {who}",
-            data=_data(clients),
+            data=_data(scene, clients),
             figures={"recall": float(np.mean(figures))},
             counts={"clients": len(figures)},
             chance={"recall": _chance(public, clients)},
@@ -141,8 +188,9 @@ def by_budget(performance: Performance, public: Public, clients: Sequence[Client
         )
 
 
-def _data(clients: Iterable[Client]) -> str:
-    return ", ".join(dict.fromkeys(client.data for client in clients))
+def _data(scene: Scene, clients: Iterable[Client]) -> str:
+    data = ", ".join(dict.fromkeys(client.data for client in clients))
+    return data if scene.task == CAUSAL_LM else f"{data}, classifier"
 
 
 def _chance(public: Public, clients: Sequence[Client]) -> float:
@@ -156,7 +204,7 @@ def _tokens(public: Public, scene: Scene, client: Client, round_: Round, secrets
     stored = {} if clear else sketches_as_stored(round_, client.name)
     distances = []
     for name in first_layer(public):
-        A = insiders.initial_A(secrets, name, client.rank, public.first_inputs.shape[1])
+        A = _began(public, secrets, client, name)
         if clear:
             B = clear[name].B * 2.0 ** -normalization(A)
             distances.append(tokens.by_B(public, B, A, count, steps=scene.steps, bits=scene.bits))
@@ -228,7 +276,8 @@ def in_sums(
     return Finding(
         setting=words[0],
         attacker=words[1],
-        data=_data(victims),
+        data=_data(scene, victims),
+        beside=f"tokens in the sum, {len(victims) + 1} members; {terms(scene)}",
         figures=figures,
         counts={"tokens": len(true)},
         chance={"recall": len(true) / len(public.first_inputs)},
@@ -253,28 +302,32 @@ def membership(
     clients: Sequence[Client],
     outsiders: Sequence[str],
     *,
+    number: int = 1,
     control: bool = False,
     basis: bool = False,
 ) -> Finding:
     """Was a sentence in a client's batch? By a server, from clear B, or from the stored bytes if nothing is clear.
 
-    Args: basis: from what an orthonormal basis of B would tell.
+    Args: number: of the round; basis: from what an orthonormal basis of the first round's B would tell.
     """
-    scene, round_ = performance.scene, performance.rounds[0]
-    attack = _membership(public)
+    scene, round_ = performance.scene, performance.rounds[number - 1]
+    attack, data = _membership(public), _data(performance.scene, clients)
     members: list[float] = []
     others: list[float] = []
     for client in clients:
-        seen = _basis if basis else _gradient
-        gradients = {name: seen(scene, round_, client, name) for name in attack.names}
+        gradients = _gradients(performance, public, client, attack.names, number)
+        if basis:
+            gradients = {name: bases.as_basis(gradient) for name, gradient in gradients.items()}
         members += [attack.score(gradients, text) for text in client.texts[: scene.batch]]
         others += [attack.score(gradients, text) for text in outsiders]
     clear = bool(clear_parts(round_, clients[0].name))
     sizes = {scene.batch_of(client) for client in clients}
+    size = sizes.pop() if len(sizes) == 1 else None
     return Finding(
-        setting=_form(setting(scene, sizes.pop() if len(sizes) == 1 else None), basis=basis),
+        setting=_form(setting(scene, size, number), basis=basis),
         attacker="server: clear B, A unknown" if clear else "server: all it stored",
-        data=_data(clients),
+        data=data,
+        beside="" if basis else f"membership; {terms(scene, size, number)}; {data}",
         figures={"auc": auc(members, others)},
         counts={"members": len(members), "others": len(others)},
         chance={"auc": 0.5},
@@ -283,6 +336,23 @@ def membership(
         no_better_than_chance=not clear,
         capture=round_.digest,
     )
+
+
+def _gradients(
+    performance: Performance, public: Public, client: Client, names: Iterable[str], number: int
+) -> dict[str, Float64]:
+    """By matrix, what a server has of the gradients of B in a round."""
+    scene, round_ = performance.scene, performance.rounds[number - 1]
+    if number == 1 or not clear_parts(round_, client.name):
+        return {name: _gradient(scene, round_, client, name) for name in names}
+    if scene.mode != "none":
+        return {name: columns.beside_last_result(performance, client, name, number) for name in names}
+    start = columns.start_of(performance, public, client, number)
+    moved = {name: columns.movement_of_B(performance, start, client, name, number) for name in names}
+    if scene.steps > 1:
+        return moved
+    rate = scene.learning_rate
+    return {name: adam.gradient(step, rate, columns.FLOOR) for name, step in moved.items()}
 
 
 def _gradient(scene: Scene, round_: Round, client: Client, name: str) -> Float64:
@@ -294,10 +364,6 @@ def _gradient(scene: Scene, round_: Round, client: Client, name: str) -> Float64
         return seen.B
     step = adam.unscaled(seen.B, scene.learning_rate)
     return adam.gradient(step, scene.learning_rate, adam.step_of(scene.bits))
-
-
-def _basis(scene: Scene, round_: Round, client: Client, name: str) -> Float64:
-    return bases.as_basis(_gradient(scene, round_, client, name))
 
 
 def _form(terms: str, *, basis: bool) -> str:
@@ -313,7 +379,7 @@ def unmixed(performance: Performance, public: Public, clients: Sequence[Client])
     return Finding(
         setting=_form(setting(scene), basis=True),
         attacker="server: vectors of even magnitudes in the span",
-        data=_data(clients),
+        data=_data(scene, clients),
         figures={"columns of B": float(np.mean([bases.found_again(B) for B in seen]))},
         counts={"clients": len(seen)},
         chance={"columns of B": 0.0},
@@ -337,7 +403,8 @@ def labels(performance: Performance, public: Public, *, basis: bool = False) -> 
         attacker="server: clear B, others' labels known"
         if clear
         else "server: all it stored, others' labels known",
-        data=_data(scene.clients),
+        data=_data(scene, scene.clients),
+        beside="" if basis else f"labels; {terms(scene, scene.batch)}",
         figures={"auc": leak.same_majority_auc, "majority": leak.majority, "closeness": 1 - leak.distance},
         counts={"clients": clients},
         chance={"auc": 0.5, "majority": leak.majority_by_chance, "closeness": 1 - leak.distance_by_chance},

@@ -16,6 +16,8 @@ class Finding:
     """Mode, steps, batch, round."""
     attacker: str
     data: str
+    beside: str = ""
+    """What is tried, in which terms, whatever the mode: its row under `none` is shown beside. Empty for no such row."""
     figures: dict[str, float]
     """By measure, 0 to 1."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -30,6 +32,11 @@ class Finding:
     """A claim: something leaks that must not if a figure exceeds chance by more than `MOST_ERRORS` standard errors."""
     capture: str = ""
     """Digest of the captured updates."""
+
+    @property
+    def unprotected(self) -> bool:
+        """Whether it is what the same rows of other modes are shown beside."""
+        return bool(self.beside) and self.setting.startswith("none,")
 
     @property
     def _what(self) -> str:

@@ -232,6 +232,7 @@ def findings(performance: Performance, public: Public, names: Sequence[str]) -> 
             figures = {"recall": max(row.figures.values())}
             yield replace(
                 row,
+                beside="",
                 figures=figures,
                 counts=row.counts | {"asked": got.asked, "refused": got.refused},
                 error={

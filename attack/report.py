@@ -1,7 +1,7 @@
 """Writes findings: a table for people, JSON, Markdown for the documents, a plot."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from attack.findings import Finding
 
+HEADINGS: Final = ("setting", "attacker", "data", "result", "the same under none", "chance")
 BEYOND: Final = "#b03a2e"
 WITHIN: Final = "#5d8aa8"
 ERRORS: Final = 3
@@ -21,31 +22,38 @@ SLACK: Final = 0.02
 def table(findings: Sequence[Finding]) -> Table:
     """For a terminal."""
     shown = Table(title="What the captured messages give away", show_lines=False)
-    for heading in ("setting", "attacker", "data", "result", "chance"):
+    for heading in HEADINGS:
         shown.add_column(heading, overflow="fold")
-    for finding in findings:
-        shown.add_row(*cells(finding))
+    for row in rows(findings):
+        shown.add_row(*row)
     return shown
 
 
-def cells(finding: Finding) -> tuple[str, str, str, str, str]:
-    """A row's words."""
-    counts = ", ".join(f"{count} {what}" for what, count in finding.counts.items())
-    figures = ", ".join(f"{name} {value:.2f}" for name, value in finding.figures.items())
-    chance = ", ".join(f"{name} {value:.2f}" for name, value in finding.chance.items())
-    return (
-        finding.setting,
-        finding.attacker,
-        finding.data,
-        f"{figures} ({counts})" if counts else figures,
-        chance or "0",
-    )
+def rows(findings: Sequence[Finding]) -> Iterator[tuple[str, ...]]:
+    """A row's words for every heading; the same attack's figures under `none` are among them, where it was tried."""
+    bare = {finding.beside: finding for finding in findings if finding.unprotected}
+    for finding in findings:
+        counts = ", ".join(f"{count} {what}" for what, count in finding.counts.items())
+        figures = _words(finding.figures)
+        other = bare.get(finding.beside)
+        yield (
+            finding.setting,
+            finding.attacker,
+            finding.data,
+            f"{figures} ({counts})" if counts else figures,
+            _words(other.figures) if other and other is not finding else "",
+            _words(finding.chance) or "0",
+        )
+
+
+def _words(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
 
 
 def markdown(findings: Sequence[Finding]) -> str:
     """The same as a table of docs/."""
-    head = "| setting | attacker | data | result | chance |\n|---|---|---|---|---|\n"
-    return head + "".join("| " + " | ".join(cells(finding)) + " |\n" for finding in findings)
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *rows(findings)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def write(findings: Sequence[Finding], folder: Path) -> None:

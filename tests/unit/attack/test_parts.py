@@ -124,6 +124,36 @@ def test_movement_of_A_comes_back_whatever_powers_of_two_its_rows_were_scaled_by
     assert np.abs(moved - (after.astype(np.float64) - before)).max() < 1e-6
 
 
+def test_movement_of_B_comes_back_though_its_columns_were_scaled_and_one_was_zero(monkeypatch):
+    rng = np.random.default_rng(1)
+    A, began, step = rng.standard_normal((6, 20)), rng.standard_normal((4, 6)), rng.standard_normal((4, 6))
+    began[:, 2] = 0  # a component that died starts again
+    powers = np.frexp(np.abs(A).max(axis=1))[1]
+    sent = SimpleNamespace(A=np.ldexp(A, -powers[:, None]), B=np.ldexp(began + 1e-3 * step, powers))
+    monkeypatch.setattr(columns, "clear_parts", lambda *_: {"q": sent})
+    start = Weights({"q": LoraFactors(began, A)}, {})
+    performance = SimpleNamespace(rounds=[None, None])
+    moved = columns.movement_of_B(performance, start, Client(name="c", texts=("t",)), "q", 2)
+    assert moved == pytest.approx(1e-3 * step)
+
+
+def test_what_of_B_lies_in_the_last_sum_is_taken_out(monkeypatch):
+    rng = np.random.default_rng(1)
+    Q = np.linalg.qr(rng.standard_normal((12, 5)))[0]
+    moved = rng.standard_normal((12, 2))
+    layout = SimpleNamespace(
+        matrices=[SimpleNamespace(name="v"), SimpleNamespace(name="q")],
+        shards=[SimpleNamespace(matrices=()), SimpleNamespace(matrices=(0, 1))],
+    )
+    result = SimpleNamespace(matrices=[None, SimpleNamespace(Q=Q.astype(np.float32))])
+    monkeypatch.setattr(columns, "decode_result", lambda of, index, data: {b"sums": result}[data])
+    sent = SimpleNamespace(B=Q @ rng.standard_normal((5, 2)) + moved)
+    monkeypatch.setattr(columns, "clear_parts", lambda *_: {"q": sent})
+    rounds = [SimpleNamespace(layout=layout, results={0: b"head", 1: b"sums"}), None]
+    found = columns.beside_last_result(SimpleNamespace(rounds=rounds), Client(name="c", texts=("t",)), "q", 2)
+    assert found == pytest.approx(moved - Q @ (Q.T @ moved), abs=1e-5)
+
+
 def test_hidden_columns_cost_whoever_fills_in_zeros_and_nobody_who_leaves_them_out():
     rng, rate = np.random.default_rng(2), 1e-3
     inputs = rng.standard_normal((400, 64))

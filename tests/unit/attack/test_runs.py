@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from attack import __main__ as command
-from attack import captures, runner
+from attack import captures, report, runner
 from attack.capture import Round, Update
 from attack.cases import Case
 from attack.findings import Finding
@@ -126,6 +126,19 @@ def test_a_process_that_leaves_a_case_undone_fails_the_run(plan, monkeypatch):
     monkeypatch.setattr(runner, "_work_side_by_side", lambda *_: None)
     with pytest.raises(DomainError, match="no findings of text-none"):
         runner.run(plan.made, 2)
+
+
+def test_a_row_shows_what_the_same_attack_finds_where_nothing_is_protected():
+    form = {"attacker": "a", "data": "d", "counts": {"texts": 2}}
+    rows = [
+        Finding(setting="none, 1 step", beside="text; 1 step", figures={"exact": 1.0}, **form),
+        Finding(setting="none, as a basis, 1 step", figures={"exact": 0.5}, **form),
+        Finding(setting="complete, 1 step", beside="text; 1 step", figures={"exact": 0.0}, **form),
+        Finding(setting="complete, 10 steps", beside="text; 10 steps", figures={"exact": 0.0}, **form),
+    ]
+    shown = [row[report.HEADINGS.index("the same under none")] for row in report.rows(rows)]
+    assert shown == ["", "", "exact 1.00", ""]
+    assert report.markdown(rows).count("\n") == 2 + len(rows)
 
 
 @pytest.mark.parametrize(
