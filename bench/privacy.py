@@ -3,14 +3,17 @@
 Adapters of the last layer and the head are trained; what lies below is computed once for every text, and kept.
 
 It trains in rounds with an optimizer of their own, as in a federation. Every round and every training is written down
-as it ends (`--folder`) and not repeated, so that a run can be interrupted. `compare` draws the budgets it was asked for
-(accuracy.png), `plot` whatever the folder holds.
+as it ends (`--folder`) and not repeated, so that a run can be interrupted. `compare` trains budgets side by side, one
+core each, and draws those it was asked for (accuracy.png); `plot` draws whatever the folder holds.
 """
 
 import copy
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any, Final
@@ -47,6 +50,8 @@ TESTED: Final = 1000
 """Test examples, the first of 2 189."""
 EPSILONS: Final = (8.0, 3.0, 1.0)
 UNFINISHED: Final = 3
+HIDDEN: Final = "hidden.safetensors"
+"""What lies below, of every text."""
 app = typer.Typer(add_completion=False)
 
 
@@ -158,48 +163,72 @@ def compare(
     epsilons: Annotated[
         list[float] | None, typer.Option("--epsilon", help="Budgets, 0 for none; may be repeated.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1)] = 6,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Training steps a round.")] = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step, on average.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 0.003,
-    clip: Annotated[float, typer.Option(help="Norm that each example's gradient is scaled down to.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step, on average.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 0.02,
+    clip: Annotated[float, typer.Option(help="Norm that each example's gradient is scaled down to.")] = 0.5,
     delta: Annotated[float, typer.Option(help="Of every budget; below 1 / 5485.")] = 1e-5,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each.")] = 1,
     folder: Annotated[Path, typer.Option(help="Where trainings are written down.")] = FOLDER,
     at_most: Annotated[
-        int, typer.Option(min=1, help="Rounds after which a run breaks off, with exit status 3.")
+        int, typer.Option(min=1, help="Rounds after which a training breaks off, with exit status 3.")
     ] = 10_000,
+    workers: Annotated[int, typer.Option(min=1, help="Trainings at once, one core each.")] = 2,
 ) -> None:
     """Trains the demo's classifier without a budget and with each, unless that is written down; prints all."""
     folder.mkdir(parents=True, exist_ok=True)
+    asked = [
+        Setting(
+            epsilon=epsilon,
+            rounds=rounds,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            max_gradient_norm=clip if epsilon else 0.0,
+            delta=delta,
+            seed=seed,
+        )
+        for seed in range(seeds)
+        for epsilon in ((*EPSILONS, 0.0) if epsilons is None else epsilons)
+    ]
+    if not _all_trained(asked, folder, at_most, workers):
+        raise typer.Exit(UNFINISHED)
+    written = {w["name"]: w for w in _written(folder)}
+    Console().print(_table(list(written.values())))
+    draw([written[setting.name] for setting in asked], folder / "accuracy.png")
+
+
+def _all_trained(settings: Sequence[Setting], folder: Path, at_most: int, workers: int) -> bool:
+    """Trains what is not written down, side by side; whether none broke off."""
+    missing = [setting for setting in settings if not _file(folder, setting).exists()]
+    if not missing:
+        return True
+    with ProcessPoolExecutor(min(workers, len(missing)), get_context("spawn")) as pool:
+        pool.submit(_bench, folder).result()  # by one process, for all
+        return all(pool.map(partial(_trained, folder=folder, at_most=at_most), missing))
+
+
+def _trained(setting: Setting, *, folder: Path, at_most: int) -> bool:
+    """Trains and writes down, in a process of a pool; whether it came to its end."""
     torch.set_num_threads(1)
-    bench = None
-    for seed in range(seeds):
-        for epsilon in (0.0, *EPSILONS) if epsilons is None else epsilons:
-            setting = Setting(
-                epsilon=epsilon,
-                rounds=rounds,
-                steps=steps,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                max_gradient_norm=clip if epsilon else 0.0,
-                delta=delta,
-                seed=seed,
-            )
-            path = folder / f"{setting.name}.json"
-            if path.exists():
-                continue
-            bench = bench or Bench.load(folder / "hidden.safetensors")
-            state = AgentState(folder / "states" / setting.name)
-            found = bench.run(setting, state, at_most)
-            state.close()
-            if found is None:
-                raise typer.Exit(UNFINISHED)
-            path.write_text(json.dumps(found, indent=1))
-    written = list(_written(folder))
-    Console().print(_table(written))
-    asked = [w for w in written if (w["rounds"], w["steps"], w["batch_size"]) == (rounds, steps, batch_size)]
-    draw([w for w in asked if w["learning_rate"] == learning_rate], folder / "accuracy.png")
+    state = AgentState(folder / "states" / setting.name)
+    try:
+        found = _bench(folder).run(setting, state, at_most)
+    finally:
+        state.close()
+    if found is not None:
+        _file(folder, setting).write_text(json.dumps(found, indent=1))
+    return found is not None
+
+
+@lru_cache(maxsize=1)
+def _bench(folder: Path) -> Bench:
+    return Bench.load(folder / HIDDEN)
+
+
+def _file(folder: Path, setting: Setting) -> Path:
+    return folder / f"{setting.name}.json"
 
 
 @app.command()
@@ -242,7 +271,7 @@ def draw(trainings: Sequence[dict[str, Any]], picture: Path, what: str = "adapte
 
 def _written(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob("epsilon*.json")):
-        yield json.loads(path.read_text())
+        yield {"name": path.stem, **json.loads(path.read_text())}
 
 
 def _grouped(trainings: Sequence[dict[str, Any]]) -> dict[tuple[float, ...], list[dict[str, Any]]]:

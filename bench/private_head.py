@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from bench.privacy import DECAY, EPSILONS, FOLDER, MICRO_BATCH, Bench, draw
+from bench.privacy import DECAY, EPSILONS, FOLDER, HIDDEN, MICRO_BATCH, Bench, draw
 from client_agent.data import Examples
 from client_agent.privacy import noise_for
 from client_agent.training import parts_of
@@ -47,7 +47,7 @@ class Data:
         """Computed once, and kept in the folder."""
         path = folder / _FEATURES
         if not path.exists():
-            bench = Bench.load(folder / "hidden.safetensors")
+            bench = Bench.load(folder / HIDDEN)
             np.savez(
                 path,
                 train=_features(bench, bench.examples),
