@@ -5,6 +5,7 @@ from rich.console import Console
 from shelora.cli.render import federation_view, federations_table
 from shelora.dashboard.memory import PresenceHistory
 from shelora.dashboard.model import federation_page
+from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import STATES, round_figures, size, status_line, training_rounds
 
@@ -125,6 +126,26 @@ def test_a_failed_federation_shows_why():
     failed = federation()
     failed.phase, failed.failure = pb.PHASE_FAILED, "too few updates three times"
     assert "too few updates three times" in shown(federation_view(failed))
+
+
+def test_the_epsilon_that_a_federation_promises_is_shown_with_it():
+    promising = federation()
+    assert "epsilon" not in shown(federation_view(promising))
+    spec = FederationSpec.model_validate(
+        {
+            "name": "reuters",
+            "training": {"base_model": "all-MiniLM-L6-v2", "labels": ["a", "b"]},
+            "round": {"rounds": 5, "clients": 5, "min_updates": 4},
+            "protection": {
+                "mode": "complete",
+                "client_privacy": {"epsilon": 8, "delta": 1e-5, "clip": 1, "tolerated": 1},
+            },
+        }
+    )
+    promising.spec.CopyFrom(spec.to_proto())
+    words = " ".join(shown(federation_view(promising)).split())
+    assert f"epsilon {spec.protection.client_privacy.promised:.3g} at delta 1e-05" in words
+    assert "over at most 5 sums" in words
 
 
 def test_every_state_of_a_round_has_words():
