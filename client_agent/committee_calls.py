@@ -18,6 +18,8 @@ KEYS_TIMEOUT_S: Final = 30.0
 """Seconds of one call for a committee's keys, which the coordinator holds open a while."""
 KEYS_PAUSE_S: Final = 1.0
 """Seconds between two such calls."""
+SHARES_AT_ONCE: Final = 64
+"""Most dealers' shares in one message, 1.7 KB each."""
 SHARES_TIMEOUT_S: Final = 300.0
 """Most seconds for the shares of all dealers on their way in."""
 
@@ -79,10 +81,12 @@ class CommitteeCalls:
 
     async def shares(self, round_id: str) -> AsyncIterator[committee_pb2.DealtShare]:
         """What this member is shown of every dealer. Raises: ROUND_UNKNOWN, STEP_OVER."""
-        request = pb.GetSharesRequest(**self._in_round(round_id))
+        request = pb.GetSharesRequest(**self._in_round(round_id), at_once=SHARES_AT_ONCE)
         try:
             async for shown in self._coordinator.GetShares(request, timeout=SHARES_TIMEOUT_S):
                 yield shown
+                for further in shown.further:
+                    yield further
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, self._address) from error
 

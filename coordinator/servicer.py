@@ -8,6 +8,7 @@ import grpc
 
 from coordinator import checks
 from coordinator.assignments import Assignment
+from coordinator.convening import SHOWN_AT_ONCE
 from coordinator.handlers import Handlers
 from coordinator.records import FederationRecord
 from coordinator.render import Renderer
@@ -219,8 +220,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             translated(context),
             aclosing(self._handlers.committees.shares(*_scope(request))) as shares,
         ):
-            async for share in shares:
-                yield share
+            async for together in _together(shares, min(max(1, request.at_once), SHOWN_AT_ONCE)):
+                yield together
 
     async def PostCheck(self, request: pb.PostCheckRequest, context: _Context) -> pb.PostCheckResponse:
         async with translated(context):
@@ -281,3 +282,20 @@ async def _pieces(
 def register(servicer: CoordinatorServicer, server: grpc.aio.Server) -> None:
     """Adds the coordinator to a server that has not started."""
     coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server)
+
+
+async def _together(
+    shares: AsyncIterator[committee_pb2.DealtShare], most: int
+) -> AsyncIterator[committee_pb2.DealtShare]:
+    """So many in a message: each costs both sides the same, however small it is."""
+    first: committee_pb2.DealtShare | None = None
+    async for share in shares:
+        if first is None:
+            first = share
+        else:
+            first.further.append(share)
+        if 1 + len(first.further) == most:
+            yield first
+            first = None
+    if first is not None:
+        yield first

@@ -291,6 +291,7 @@ class DealtShare(_message.Message):
     DEALING_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    FURTHER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def dealing(self) -> Global___Signed:
         """The signed Dealing."""
@@ -303,16 +304,21 @@ class DealtShare(_message.Message):
     def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Merkle path from the share to Dealing.shares_root, lowest first: at most 6 digests of 32 bytes."""
 
+    @_builtins.property
+    def further(self) -> _containers.RepeatedCompositeFieldContainer[Global___DealtShare]:
+        """The same of further dealers, for a member that asked for several at once. None of them holds further ones."""
+
     def __init__(
         self,
         *,
         dealing: Global___Signed | None = ...,
         share: Global___SealedShare | None = ...,
         path: _abc.Iterable[_builtins.bytes] | None = ...,
+        further: _abc.Iterable[Global___DealtShare] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dealing", b"dealing", "share", b"share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dealing", b"dealing", "path", b"path", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dealing", b"dealing", "further", b"further", "path", b"path", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2443,22 +2443,28 @@ class GetSharesRequest(_message.Message):
     FEDERATION_ID_FIELD_NUMBER: _builtins.int
     ROUND_ID_FIELD_NUMBER: _builtins.int
     CLIENT_ID_FIELD_NUMBER: _builtins.int
+    AT_ONCE_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     round_id: _builtins.str
     client_id: _builtins.str
     """The member."""
+    at_once: _builtins.int
+    """Most dealers in one message, 1 to 64: more count as 64. Absent: 1, and an older coordinator sends one."""
     def __init__(
         self,
         *,
         federation_id: _builtins.str = ...,
         round_id: _builtins.str = ...,
         client_id: _builtins.str = ...,
+        at_once: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_at_once", b"_at_once", "at_once", b"at_once"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "federation_id", b"federation_id", "round_id", b"round_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_at_once", b"_at_once", "at_once", b"at_once", "client_id", b"client_id", "federation_id", b"federation_id", "round_id", b"round_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__at_once: _TypeAlias = _typing.Literal["at_once"]  # noqa: Y015
+    _WhichOneofArgType__at_once: _TypeAlias = _typing.Literal["_at_once", b"_at_once"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__at_once) -> _WhichOneofReturnType__at_once | None: ...
 
 Global___GetSharesRequest: _TypeAlias = GetSharesRequest  # noqa: Y015
 

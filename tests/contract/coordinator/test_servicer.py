@@ -11,14 +11,14 @@ from prometheus_client import REGISTRY
 
 from coordinator import checks, render
 from coordinator.metrics import TESTED, await_evaluations
-from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, register
+from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, _together, register
 from services.common.server import running_server
 from shelora.cli.operator import Operator
 from shelora.errors import DomainError, Reason
 from shelora.transport.channel import call_with_stream, open_channel
 from shelora.transport.pieces import Digest, cut
 from shelora.transport.status import error_from_rpc
-from shelora.v1 import common_pb2
+from shelora.v1 import committee_pb2, common_pb2
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1.coordinator_pb2_grpc import CoordinatorStub
 from tests.contract.coordinator.world import MATRICES, TENSORS, spec
@@ -499,3 +499,17 @@ async def test_nobody_makes_the_others_pay_for_a_rank(stub, fed):
     async with refused(Reason.INVALID_ARGUMENT, "at most 4, the rank that this client joined with"):
         await stub.CommitUpdate(commit_request(fed, round_, rank=5))
     await stub.CommitUpdate(commit_request(fed, round_, rank=4))
+
+
+@pytest.mark.parametrize(("most", "messages"), [(1, 5), (2, 3), (5, 1), (64, 1)])
+async def test_shares_come_as_many_in_a_message_as_were_asked_for(most, messages):
+    sent = [committee_pb2.DealtShare(path=[bytes([i])]) for i in range(5)]
+
+    async def dealt():
+        for share in sent:
+            yield committee_pb2.DealtShare.FromString(share.SerializeToString())
+
+    shown = [message async for message in _together(dealt(), most)]
+    assert len(shown) == messages
+    every = [committee_pb2.DealtShare(path=each.path) for first in shown for each in (first, *first.further)]
+    assert every == sent
