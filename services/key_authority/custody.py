@@ -20,7 +20,8 @@ from typing import Final
 import structlog
 
 from services.key_authority import disk
-from services.key_authority.audit import AuditLog, start_log, succeed_log
+from services.key_authority.audit import AuditLog
+from services.key_authority.audit_file import start_log, succeed_log
 from services.key_authority.ca import Root, RootFile
 from services.key_authority.register import Register
 from services.key_authority.sealer import (

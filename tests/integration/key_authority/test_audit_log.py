@@ -6,7 +6,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from services.key_authority.audit import REFUSALS_PER_MINUTE, REPEATS_S, AuditLog, start_log, succeed_log
+from services.key_authority.audit import AuditLog
+from services.key_authority.audit_file import start_log, succeed_log
+from services.key_authority.audit_listing import REFUSALS_PER_MINUTE, REPEATS_S
 from services.key_authority.epochs import EpochId
 from shelora.audit import AuditEvent, verified
 from shelora.errors import DomainError, Reason
