@@ -5,7 +5,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from client_agent.config import AgentConfig
 from client_agent.learning import Evaluation, Origin
+from client_agent.model import AdaptedModel
 from client_agent.tables import quoted
 from client_agent.tasks.registry import task_of
 from shelora.federation import TrainingSpec
@@ -50,6 +52,33 @@ def licence_of(path: str) -> str:
     front = text.split("\n---", 1)[0] if text.startswith("---") else ""
     found = _LICENCE.search(front)
     return found.group(1) if found else ""
+
+
+def card_of(
+    config: AgentConfig,
+    spec: TrainingSpec,
+    model: AdaptedModel,
+    *,
+    rounds: int,
+    protection: str,
+    privacy: str,
+    counts: tuple[int, int],
+) -> Card:
+    """What is known before the first round. Args: counts: of training and of test examples."""
+    return Card(
+        federation=config.federation,
+        spec=spec,
+        rounds=rounds,
+        protection=protection,
+        base=model.base.weights.hex(),
+        privacy=privacy,
+        precision=str(model.precision),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        train_count=counts[0],
+        test_count=counts[1],
+        licence=licence_of(config.model.path),
+    )
 
 
 def rendered(card: Card, made: Origin, measured: Evaluation | None) -> str:

@@ -1,39 +1,33 @@
 """Everything an agent computes with its model and data. Synchronous; the agent runs it in its one worker thread."""
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
 
-from client_agent.card import Card, licence_of, name_base, rendered
+from client_agent.card import card_of, name_base, rendered
 from client_agent.conditions import Conditions
 from client_agent.config import AgentConfig
+from client_agent.current import CurrentState
 from client_agent.drawing import sample, seed_of
 from client_agent.evaluation import evaluate
+from client_agent.judging import Judge
 from client_agent.keys import EpochSecrets
-from client_agent.learning import Evaluation, Origin, Trained, Weights
+from client_agent.learning import BaseDigest, Evaluation, Origin, Trained, Weights
 from client_agent.metrics import timed
 from client_agent.moderating import Moderator
-from client_agent.plausibility import (
-    FEW,
-    JUDGING_EXAMPLES,
-    MUCH_TO_LEARN,
-    Expectation,
-    Losses,
-    plausible,
-    require_useful,
-)
+from client_agent.plausibility import JUDGING_EXAMPLES, Expectation, plausible
 from client_agent.preparation import Prepared, prepare
 from client_agent.progress import Activity
 from client_agent.reporting import Reporting
 from client_agent.schedule import Schedule
 from client_agent.scoring import sensitivity_scores
 from client_agent.state import CARD, AgentState
+from client_agent.tasks.port import ExampleSet
 from client_agent.training import Report, TrainingOutcome, TrainingRun, train
 from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
@@ -48,8 +42,6 @@ if TYPE_CHECKING:
     from client_agent.privacy import Budget
 
 _log = structlog.get_logger(__name__)
-_INITIAL: Final = "initial/"
-"""The state in which every agent starts is named by this and the epoch's key, others by the round they result from."""
 
 
 class Learner:
@@ -87,42 +79,18 @@ class Learner:
         for note in self.model.notes:
             _log.warning("model_noted", what=note)
         self.base = self.model.base
-        self._card = Card(
-            federation=config.federation,
-            spec=spec,
+        self._card = card_of(
+            config,
+            spec,
+            self.model,
             rounds=rounds,
             protection=str(state.promise() or "not known"),
-            base=self.base.weights.hex(),
             privacy=self.privacy,
-            precision=str(self.model.precision),
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            train_count=len(self.examples),
-            test_count=len(self.test or ()),
-            licence=licence_of(config.model.path),
+            counts=(len(self.examples), len(self.test or ())),
         )
-        self._identity = {
-            "federation": config.federation,
-            "model": self.base.hex(),
-            "rank": str(config.lora.rank),
-            "alpha": repr(config.lora.alpha),
-            "rslora": repr(config.lora.rslora),
-        }
-        self._training_identity = {
-            "training": spec.model_dump_json(),
-            "settings": config.training.model_dump_json(exclude={"report_to"}),
-            "precision": str(self.model.precision),
-            "dropout": repr(config.lora.dropout),
-            "data": self.examples.fingerprint(),
-            "privacy": self.privacy,
-        }
-        self._position: str | None = None
-        self._best_loss = math.inf
-        """The smallest loss of a result on own examples, since this process started."""
-        self._judged: tuple[str | None, float] = (None, math.nan)
-        """The position that a result led to, and the loss on own examples there."""
-        self._refused = 0
-        """The training round whose result was refused last, if none was applied since."""
+        self._training_identity = _training_identity(config, spec, prepared, self.privacy)
+        self._current = CurrentState(self.model, state, _identity(config, self.base))
+        self._judge = Judge(self._loss_with)
 
     def prepare(self, config: AgentConfig, spec: TrainingSpec) -> Prepared:
         """Data and model, read and tried out. Raises: DATA_INVALID, MODEL_INVALID, CONFIGURATION_INVALID."""
@@ -142,25 +110,15 @@ class Learner:
 
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
-        if self._position != round_id:
-            saved = self._state.applied()
-            if saved is None or saved[0] != self._key(round_id):
-                return False
-            self.model.load(saved[1])
-            self._position = round_id
-        return True
+        return self._current.holds(round_id)
 
     def start(self, secrets: EpochSecrets) -> None:
         """Makes the initial state current."""
-        initial = _INITIAL + secrets.key_id.hex()
-        if self._position != initial:
-            self.model.initialise(initial_values(self._spec, secrets.obfuscation))
-            self._position = initial
+        self._current.start(secrets.key_id, initial_values(self._spec, secrets.obfuscation))
 
     def resume(self, secrets: EpochSecrets) -> None:
         """Makes the last applied result current; the initial state if there is none."""
-        saved = self._state.applied()
-        if saved is None or not self.holds(saved[0].get("round", "")):
+        if not self._current.resume():
             self.start(secrets)
 
     def apply(
@@ -181,8 +139,7 @@ class Learner:
         if moderator:
             weights = replace(weights, changes=moderator.changes)
         self._load_result(round_id, number, weights, moderator)
-        self._state.save_applied(self._key(round_id), weights)
-        self._position = round_id
+        self._current.applied(round_id, weights)
 
     def _load_result(self, round_id: str, number: int, weights: Weights, moderator: Moderator | None) -> None:
         """Loads a result, or what was there before if servers could only add and it serves this client badly.
@@ -192,57 +149,22 @@ class Learner:
         if moderator is None or not moderator.summed or self._budget:
             self.model.load(weights)
             return
+        start = self._current.round_id
         try:
-            before = self._loss_here(moderator)
-            may_learn = before > MUCH_TO_LEARN and moderator.contributors <= FEW
-            own = self._loss_with(moderator.own) if may_learn else None
-            losses = Losses(
-                best=min(before, self._best_loss), before=before, own=own, after=self._loss_with(weights)
-            )
-            _log.info("result_judged", round=round_id, **asdict(losses))
-            self._require_useful(losses, number)
+            self._judge.require_useful(weights, moderator, start=start, round_id=round_id, number=number)
         except BaseException:
             self.model.load(moderator.before)
             raise
-        self._judged = (round_id, losses.after)
-
-    def _require_useful(self, losses: Losses, number: int) -> None:
-        """Refuses a useless result, and the repetitions of its round; not what most others went on from.
-
-        Who has data unlike the others' finds honest sums useless, and by refusing them for ever would leave the
-        federation. That it went on to a later round says that most find them useful.
-
-        Raises: RESULT_REFUSED.
-        """
-        try:
-            require_useful(losses)
-        except DomainError as error:
-            if not (0 < self._refused < number and math.isfinite(losses.after)):
-                self._refused = number
-                raise
-            _log.warning(
-                "useless_result_applied", why=error.message, but="most others went on from the last one"
-            )
-            self._best_loss = losses.after
-        else:
-            self._best_loss = min(losses.best, losses.after)
-        self._refused = 0
-
-    def _loss_here(self, moderator: Moderator) -> float:
-        """Mean loss of the state that the round began with, which is known if a result led to it."""
-        position, loss = self._judged
-        return loss if position == self._position else self._loss_with(moderator.before)
 
     def _loss_with(self, weights: Weights) -> float:
         """Mean loss on some of this client's own training examples; loads the weights."""
         self.model.load(weights)
-        count = min(self._spec.calibration_examples, JUDGING_EXAMPLES)
-        chosen = sample(len(self.examples), count, seed_of(self._client_id, "judging"))
-        return evaluate(self.model, self.encoder, self.examples.select(chosen), lambda _: None).loss
+        some = self._some(self.examples, min(self._spec.calibration_examples, JUDGING_EXAMPLES), "judging")
+        return evaluate(self.model, self.encoder, some, lambda _: None).loss
 
     def _moderator(self, number: int) -> Moderator | None:
         """What bounds the result of that round; None if this client trained nothing from the state that it holds."""
-        trained = self._trained_here()
+        trained = self._current.trained_here()
         if trained is None:
             return None
         if number and number < int(trained[0]["number"]):  # a later result was taken back
@@ -255,19 +177,9 @@ class Learner:
             rounds=1 + max(0, missed),
         )
 
-    def _trained_here(self) -> tuple[dict[str, str], Weights] | None:
-        """What was trained from the state that this client holds, and how; None if it trained nothing from there."""
-        saved = self._state.applied()
-        if self._position is None and (saved is None or not self.holds(saved[0].get("round", ""))):
-            return None
-        trained = self._state.trained()
-        if trained is None or not self._key(self._position or "").items() <= trained[0].items():
-            return None
-        return trained
-
     def start_of(self, number: int) -> Weights | None:
         """What this client trained in that round from, if it still holds it: the state that results alone lead to."""
-        trained = self._trained_here()
+        trained = self._current.trained_here()
         if trained is None or int(trained[0]["number"]) != number:
             return None
         return self.model.weights()
@@ -282,7 +194,7 @@ class Learner:
 
         Raises: Stopped; DomainError VALUE_NOT_FINITE, PRIVACY_EXHAUSTED.
         """
-        key = self._key(self._position or "") | self._training_identity
+        key = self._current.key() | self._training_identity
         key |= {"number": str(number), "variant": variant, "travel": repr(self._schedule.travel(number))}
         saved = self._state.trained()
         if saved is not None and key.items() <= saved[0].items():
@@ -296,7 +208,7 @@ class Learner:
             key | {"loss": repr(trained.loss), "seconds": repr(trained.seconds)}, trained.weights
         )
         told = {} if self._budget else {"loss": trained.loss}
-        _log.info("trained", round_number=number, start=self._position, variant=variant, **told)
+        _log.info("trained", round_number=number, start=self._current.round_id, variant=variant, **told)
         return trained
 
     def _spend(self, number: int) -> None:
@@ -312,16 +224,10 @@ class Learner:
         """
         if self._budget:
             return self.model.base_weight_sums()
-        chosen = sample(
-            len(self.examples), self._spec.calibration_examples, seed_of(self._client_id, "calibration")
-        )
+        some = self._some(self.examples, self._spec.calibration_examples, "calibration")
         with timed(Stage.SCORING):
-            return sensitivity_scores(
-                self.model,
-                self.encoder,
-                self.examples.select(chosen),
-                self._reporter(activity, Stage.SCORING),
-            )
+            report = self._reporter(activity, Stage.SCORING)
+            return sensitivity_scores(self.model, self.encoder, some, report)
 
     def evaluate(self, activity: Activity, *, everything: bool = False) -> Evaluation | None:
         """Evaluates the current state on the federation's number of test examples, or on all of them.
@@ -332,16 +238,12 @@ class Learner:
         if self.test is None:
             return None
         limit = len(self.test) if everything else self._spec.evaluation_examples
-        chosen = sample(len(self.test), limit, seed_of(self._client_id, "evaluation"))
-        if not chosen:
+        some = self._some(self.test, limit, "evaluation")
+        if not len(some):
             return None
+        report = self._reporter(activity, Stage.EVALUATING)
         with timed(Stage.EVALUATING):
-            return evaluate(
-                self.model,
-                self.encoder,
-                self.test.select(chosen),
-                self._reporter(activity, Stage.EVALUATING),
-            )
+            return evaluate(self.model, self.encoder, some, report)
 
     def save_adapter(self, folder: Path, made: Origin) -> None:
         """Writes the current state as a PEFT adapter with its card, into an empty folder."""
@@ -357,7 +259,7 @@ class Learner:
         """What is known of the round whose result comes next: the present state, and what was trained from it."""
         saved, number = self._state.trained(), 1
         trained = None
-        if saved is not None and saved[0].get("round") == (self._position or ""):
+        if saved is not None and saved[0].get("round") == (self._current.round_id or ""):
             trained, number = saved[1], int(saved[0]["number"])
         return Expectation(
             base=self.model.weights(),
@@ -370,26 +272,16 @@ class Learner:
         run = TrainingRun(
             rates=self._schedule.rates(number, self._spec.steps(len(self.examples))),
             batch_size=self._spec.batch_size,
-            seed=seed_of(self._client_id, number, "training", *self._drawn(variant)),
+            seed=seed_of(self._client_id, number, "training", *_drawn(variant, self._settings.seed)),
             micro_batch=self._micro_batch,
             steps_before=(number - 1) * self._spec.local_steps,
             settings=self._settings,
         )
         report = self._reporter(activity, Stage.TRAINING)
-        self._position, before = None, self._position
-        start = self.model.weights()
-        try:
+        with self._current.restored():
             with timed(Stage.TRAINING):
                 outcome = self._trained(run, report)
             return Trained(self.model.weights(), outcome.loss, outcome.seconds)
-        finally:
-            self.model.load(start)
-            self._position = before
-
-    def _drawn(self, variant: str) -> tuple[str, ...]:
-        """What else the batches depend on."""
-        seed = self._settings.seed
-        return (*((variant,) if variant else ()), *((f"seed {seed}",) if seed else ()))
 
     def _trained(self, run: TrainingRun, report: Report) -> TrainingOutcome:
         if self._budget is None:
@@ -402,9 +294,39 @@ class Learner:
     def _reporter(self, activity: Activity, stage: Stage) -> Callable[[float], None]:
         return partial(self._conditions.report, activity, stage)
 
-    def _key(self, round_id: str) -> dict[str, str]:
-        """What saved weights must agree in to stand for the state after that round."""
-        return {"round": round_id, **self._identity}
+    def _some(self, examples: ExampleSet, count: int, purpose: str) -> ExampleSet:
+        """At most that many examples, drawn for this client and purpose: the same ones every time."""
+        return examples.select(sample(len(examples), count, seed_of(self._client_id, purpose)))
+
+
+def _drawn(variant: str, seed: int) -> tuple[str, ...]:
+    """What else the batches depend on."""
+    return (*((variant,) if variant else ()), *((f"seed {seed}",) if seed else ()))
+
+
+def _identity(config: AgentConfig, base: BaseDigest) -> dict[str, str]:
+    """What weights that are kept must agree in."""
+    return {
+        "federation": config.federation,
+        "model": base.hex(),
+        "rank": str(config.lora.rank),
+        "alpha": repr(config.lora.alpha),
+        "rslora": repr(config.lora.rslora),
+    }
+
+
+def _training_identity(
+    config: AgentConfig, spec: TrainingSpec, prepared: Prepared, privacy: str
+) -> dict[str, str]:
+    """What else an outcome of training that is kept must agree in."""
+    return {
+        "training": spec.model_dump_json(),
+        "settings": config.training.model_dump_json(exclude={"report_to"}),
+        "precision": str(prepared.model.precision),
+        "dropout": repr(config.lora.dropout),
+        "data": prepared.examples.fingerprint(),
+        "privacy": privacy,
+    }
 
 
 def budget_of(config: AgentConfig, spec: TrainingSpec, *, examples: int, rounds: int) -> "Budget | None":

@@ -167,7 +167,7 @@ def test_a_loss_that_is_known_or_decides_nothing_is_not_computed_again(
     for number in (1, 2, 3):
         result = summed(number, sent(learners, number))
         if number == 3:
-            learner._judged = (None, 0.0)
+            learner._judge._judged = (None, 0.0)
         found.clear()
         for index, each in enumerate(learners):
             before = len(found)

@@ -1,0 +1,84 @@
+"""Which state the model holds, and which of those on disk belong to it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+from client_agent.learning import Weights
+from client_agent.model import AdaptedModel
+from client_agent.state import AgentState
+from shelora.obfuscation import Obfuscation
+
+_INITIAL: Final = "initial/"
+"""The state in which every agent starts is named by this and the epoch's key, others by the round they result from."""
+
+
+class CurrentState:
+    """The model's states by the round they result from. Not thread-safe.
+
+    Args:
+        model: What is loaded.
+        state: Where the last applied and the last trained weights are kept.
+        identity: What kept weights must agree in with this model to be loaded.
+    """
+
+    def __init__(self, model: AdaptedModel, state: AgentState, identity: Mapping[str, str]) -> None:
+        self._model = model
+        self._state = state
+        self._identity = dict(identity)
+        self.round_id: str | None = None
+        """The round that the model's weights result from; None if that is not known yet."""
+
+    def key(self) -> dict[str, str]:
+        """What saved weights must agree in to stand for the present state, or to be trained from it."""
+        return self._key(self.round_id or "")
+
+    def holds(self, round_id: str) -> bool:
+        """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
+        if self.round_id != round_id:
+            saved = self._state.applied()
+            if saved is None or saved[0] != self._key(round_id):
+                return False
+            self._model.load(saved[1])
+            self.round_id = round_id
+        return True
+
+    def start(self, key_id: bytes, values: Obfuscation) -> None:
+        """Makes the initial state current. Args: key_id: of the epoch; values: what initial factors follow from."""
+        initial = _INITIAL + key_id.hex()
+        if self.round_id != initial:
+            self._model.initialise(values)
+            self.round_id = initial
+
+    def resume(self) -> bool:
+        """Makes the last applied result current, if there is one; says whether there is."""
+        saved = self._state.applied()
+        return saved is not None and self.holds(saved[0].get("round", ""))
+
+    def applied(self, round_id: str, weights: Weights) -> None:
+        """Keeps the result of a round, which the model holds now."""
+        self._state.save_applied(self._key(round_id), weights)
+        self.round_id = round_id
+
+    def trained_here(self) -> tuple[dict[str, str], Weights] | None:
+        """What was trained from the state that this client holds, and how; None if it trained nothing from there."""
+        if self.round_id is None and not self.resume():
+            return None
+        trained = self._state.trained()
+        if trained is None or not self.key().items() <= trained[0].items():
+            return None
+        return trained
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Whatever is done to the model's weights meanwhile: they are as before at its end."""
+        round_id, self.round_id = self.round_id, None
+        before = self._model.weights()
+        try:
+            yield
+        finally:
+            self._model.load(before)
+            self.round_id = round_id
+
+    def _key(self, round_id: str) -> dict[str, str]:
+        return {"round": round_id, **self._identity}
