@@ -10,7 +10,7 @@ from typing import Final
 
 import psutil
 
-from shelora.cli.cluster import Process
+from shelora.cli.processes import Process
 
 PERIOD_S: Final = 0.5
 

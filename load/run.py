@@ -14,8 +14,9 @@ import redis
 
 from load.agents import Share, state_dir
 from load.resources import Usage, sampled
-from shelora.cli.cluster import LocalCluster, Process
+from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import Operator, operator
+from shelora.cli.processes import Process
 from shelora.federation import FederationSpec
 from shelora.strategies.registry import DEFAULT
 from shelora.v1 import coordinator_pb2 as pb

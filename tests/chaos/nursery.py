@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from shelora.cli.cluster import LocalCluster, Process
+from shelora.cli.cluster import LocalCluster
+from shelora.cli.processes import Process
 
 POLL_S = 0.02
 STOP_TIMEOUT_S = 25
@@ -55,7 +56,7 @@ class Forked:
 
 
 class ForkedProcess(Process):
-    """A `shelora.cli.cluster.Process` that the nursery started."""
+    """A `shelora.cli.processes.Process` that the nursery started."""
 
     def __init__(self, name: str, log: Path, popen: Forked) -> None:
         self.name = name
@@ -123,10 +124,9 @@ class ForkingCluster(LocalCluster):
         self, name: str, module: str, arguments: list[str], environment: Mapping[str, str]
     ) -> ForkedProcess:
         assert module == "client_agent.main"
-        log = self._folder / "logs" / f"{name}.log"
-        self._agents.append(self._nursery.spawn(name, arguments, log, environment))
-        self._supervision.covers("agent", self._agents[-1].popen.pid)
-        return self._agents[-1]
+        return self._processes.adopt(
+            self._nursery.spawn(name, arguments, self._processes.log(name), environment)
+        )
 
 
 def main() -> None:

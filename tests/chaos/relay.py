@@ -34,7 +34,7 @@ class _Front:
 
 
 class TcpRelay:
-    """A `shelora.cli.cluster.Relay`; a context manager. Its loop has a thread, its methods are for other threads."""
+    """A `shelora.cli.servers.Relay`; a context manager. Its loop has a thread, its methods are for other threads."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()

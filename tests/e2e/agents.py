@@ -15,7 +15,8 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from shelora.cli.cluster import Addresses, LocalCluster, Process
+from shelora.cli.cluster import Addresses, LocalCluster
+from shelora.cli.processes import Process
 from shelora.federation import FederationSpec
 from shelora.strategies.registry import DEFAULT
 

@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Sequence
 
-from shelora.cli.cluster import LocalCluster, Process
+from shelora.cli.cluster import LocalCluster
 from shelora.cli.operator import operator
+from shelora.cli.processes import Process
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 
