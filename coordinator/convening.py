@@ -4,9 +4,8 @@ What clients sign is verified here too, though agents trust nobody's word for it
 otherwise be counted, and found out only when it is too late for another round.
 """
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
@@ -15,13 +14,13 @@ import structlog
 from coordinator import checks
 from coordinator.changes import Changes
 from coordinator.committees import context_of, rule_of
+from coordinator.openings import Openings
 from coordinator.records import Dealt, FederationRecord, RoundRecord, Statement
+from coordinator.statements import Statements, key_of, over
 from coordinator.store import StateOutcome, Store, order_digest
 from services.common.single_flight import SingleFlight
-from shelora.committee.bare import bare, certificates_in, numbered
-from shelora.committee.context import RoundContext
-from shelora.committee.dealing import check_dealt, dealing_digest, read_dealing, shown, update_digest
-from shelora.committee.statements import StatementKind, Trust, parsed
+from shelora.committee.dealing import check_dealt, shown, update_digest
+from shelora.committee.statements import StatementKind, parsed
 from shelora.committee.verdict import Checked
 from shelora.errors import DomainError, Reason
 from shelora.rounds import RoundState
@@ -34,69 +33,10 @@ SHOWN_AT_ONCE: Final = 64
 """Shares read at once for a member: all members of a committee ask at the same time."""
 SHOWN_KEPT: Final = 64
 """Batches of dealings kept, 50 KB each: members are shown the same ones at about the same time."""
-OPENED_KEPT: Final = 8
-"""Openings kept, 100 KB each of the largest committees."""
-_ORDER_HEX: Final = 64
 SEATED_KEPT: Final = 16
 """Committees whose keys are kept: those of the rounds in progress, 45 KB each at most."""
 
 _log = structlog.get_logger(__name__)
-
-
-def views_in(statements: Mapping[str, bytes]) -> dict[str, str]:
-    """Digest of the committee in stored views, by client."""
-    return {name: statement[:_ORDER_HEX].decode() for name, statement in statements.items()}
-
-
-def key_of(statement: bytes) -> committee_pb2.Signed | None:
-    """The signed key in a stored view; None if the client is no member."""
-    signed = statement[_ORDER_HEX:]
-    return committee_pb2.Signed.FromString(signed) if signed else None
-
-
-def dealings_in(context: RoundContext, dealings: Mapping[str, bytes]) -> dict[str, tuple[bytes, int]]:
-    """Digest and weight of stored dealings, by client."""
-    read = {name: committee_pb2.Signed.FromString(dealing) for name, dealing in dealings.items()}
-    return {
-        name: (dealing_digest(dealing), read_dealing(context, dealing.content).weight)
-        for name, dealing in read.items()
-    }
-
-
-def checked_in(context: RoundContext, record: RoundRecord, checks: Mapping[str, bytes]) -> dict[int, Checked]:
-    """Stored checks by the position of their member."""
-    return {
-        record.order.index(name) + 1: Checked.read(context, committee_pb2.Signed.FromString(check).content)
-        for name, check in checks.items()
-    }
-
-
-async def opening_of(store: Store, federation: FederationRecord, record: RoundRecord) -> bytes:
-    """What opens an aggregated round: a serialized GetOpeningResponse."""
-    place = (federation, record.sequence)
-    signatures = await store.committees.statements(Statement.SIGNATURE, *place)
-    answers = await store.committees.statements(Statement.ANSWER, *place)
-    views = await store.committees.statements(Statement.VIEW, *place, record.order)
-    opening = committee_pb2.Opening(
-        certificate=certificate_of(record, signatures),
-        answers=[committee_pb2.Signed.FromString(answer) for answer in answers.values()],
-    )
-    keys = (key for view in views.values() if (key := key_of(view)))
-    return pb.GetOpeningResponse(
-        context=context_of(federation, record).to_proto(), opening=numbered(opening, certificates_in(keys))
-    ).SerializeToString(deterministic=True)
-
-
-def certificate_of(record: RoundRecord, signatures: Mapping[str, bytes]) -> committee_pb2.Certificate:
-    """The certificate of the proposed set, of its stored signatures by member."""
-    read = (committee_pb2.Signed.FromString(signed) for signed in signatures.values())
-    return committee_pb2.Certificate(
-        content=bytes.fromhex(record.proposed),
-        signatures=[
-            committee_pb2.SetSignature(signature=signed.signature, certificate=signed.certificate)
-            for signed in read
-        ],
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,30 +46,22 @@ class Convening:
     Attributes:
         store: State.
         changes: Wake-ups.
-        clock_ms: Unix milliseconds.
-        root: Certificate of the authority in DER, whose clients' statements are believed.
+        statements: What clients state.
+        openings: What opens results.
         seated: Keys of the newest seated committees, by round: read once for all clients of a cohort.
         shown: Dealings, by round, number of dropped updates and first of a batch: read once for all members.
-        opened: What opens the newest results, by federation and digest, and for whom: read once for all clients.
     """
 
     store: Store
     changes: Changes
-    clock_ms: Callable[[], int]
-    root: bytes
+    statements: Statements
+    openings: Openings
     seated: SingleFlight[str, list[committee_pb2.Signed]] = field(
         default_factory=lambda: SingleFlight(SEATED_KEPT)
     )
     shown: SingleFlight[tuple[str, int, int], dict[str, bytes]] = field(
         default_factory=lambda: SingleFlight(SHOWN_KEPT)
     )
-    opened: SingleFlight[tuple[str, str, bool], pb.GetOpeningResponse] = field(
-        default_factory=lambda: SingleFlight(OPENED_KEPT)
-    )
-
-    def trust(self, federation_id: str) -> Trust:
-        """Who is believed in a federation."""
-        return Trust(self.root, federation_id, lambda: datetime.fromtimestamp(self.clock_ms() / 1000, UTC))
 
     async def post_key(
         self,
@@ -145,7 +77,7 @@ class Convening:
 
         Raises: ROUND_UNKNOWN, NOT_IN_COHORT, INVALID_ARGUMENT, SIGNATURE_REFUSED, STATEMENT_REWRITTEN, STEP_OVER.
         """
-        federation, record = await self._round(federation_id, round_id, client_id)
+        federation, record = await self.statements.round(federation_id, round_id, client_id)
         cohort = set(record.round.cohort)
         checks.require(
             len(order) == len(set(order)) == rule_of(record).size and cohort.issuperset(order),
@@ -155,14 +87,14 @@ class Convening:
         checks.require(member == (key is not None), "key must be set for a member, and only then")
         if key is not None:
             context = context_of(federation, record)
-            self.trust(federation_id).verify(key, StatementKind.COMMITTEE_KEY, context, client_id)
+            self.statements.trust(federation_id).verify(key, StatementKind.COMMITTEE_KEY, context, client_id)
             content = parsed(committee_pb2.CommitteeKey, key.content)
             checks.require(
                 content.position == order.index(client_id) + 1, "key: position must be that in the order"
             )
         statement = order_digest(order).encode() + (key.SerializeToString(deterministic=True) if key else b"")
         try:
-            await self._state(Statement.VIEW, federation, record, client_id, statement, order)
+            await self.statements.keep(Statement.VIEW, federation, record, client_id, statement, order)
         except DomainError as error:
             if (
                 error.reason is not Reason.STEP_OVER
@@ -176,17 +108,17 @@ class Convening:
 
         Raises: ROUND_UNKNOWN, NOT_IN_COHORT, COMMITTEE_INCOMPLETE: not yet, STEP_OVER: never.
         """
-        ends_ms = self.clock_ms() + 1000 * KEYS_WAIT_S
+        ends_ms = self.statements.clock_ms() + 1000 * KEYS_WAIT_S
         with self.changes.subscribed(federation_id, client_id) as signal:
             while True:
-                federation, record = await self._round(federation_id, round_id, client_id)
+                federation, record = await self.statements.round(federation_id, round_id, client_id)
                 if record.order:
                     return await self.seated.get(
                         record.round.round_id, partial(self._keys, federation, record)
                     )
                 if record.round.ended:
-                    raise _over()
-                left_ms = ends_ms - self.clock_ms()
+                    raise over()
+                left_ms = ends_ms - self.statements.clock_ms()
                 if left_ms <= 0 or self.changes.closed:
                     raise DomainError(
                         Reason.COMMITTEE_INCOMPLETE, "members of the committee have not given their keys yet"
@@ -199,12 +131,12 @@ class Convening:
         )
         keys = [key_of(found[name]) for name in record.order if name in found]
         if len(keys) != len(record.order):
-            raise _over()  # the round is over, and what was stated is deleted
+            raise over()  # the round is over, and what was stated is deleted
         return [key for key in keys if key is not None]
 
     async def leave(self, federation_id: str, round_id: str, client_id: str) -> None:
         """Notes that a member lost its key. Raises: ROUND_UNKNOWN, NOT_IN_COHORT."""
-        federation, record = await self._round(federation_id, round_id, client_id)
+        federation, record = await self.statements.round(federation_id, round_id, client_id)
         outcome = await self.store.committees.state(
             Statement.DEPARTURE, federation, record.sequence, client_id, b"left"
         )
@@ -218,9 +150,9 @@ class Convening:
 
         Raises: ROUND_UNKNOWN, NOT_IN_COHORT, STEP_OVER.
         """
-        federation, record = await self._round(federation_id, round_id, client_id)
+        federation, record = await self.statements.round(federation_id, round_id, client_id)
         if client_id not in record.order or not record.round.closed or record.round.ended:
-            raise _over()
+            raise over()
         place, sequence = record.order.index(client_id), record.sequence
         dealers = sorted(await self.store.committees.dealers(federation, sequence) - record.dropped_ids)
         for first in range(0, len(dealers), SHOWN_AT_ONCE):
@@ -240,11 +172,13 @@ class Convening:
         self, federation_id: str, round_id: str, client_id: str, check: committee_pb2.Signed
     ) -> None:
         """Keeps what a member found. Raises: as `sign`."""
-        federation, record = await self._round(federation_id, round_id, client_id)
+        federation, record = await self.statements.round(federation_id, round_id, client_id)
         found = Checked.read(context_of(federation, record), check.content)
         own = client_id in record.order and record.order.index(client_id) + 1 == found.position
         checks.require(own, "check: position must be the member's")
-        await self._by_member(Statement.CHECK, StatementKind.CHECK, federation, record, client_id, check)
+        await self.statements.keep_of_member(
+            Statement.CHECK, StatementKind.CHECK, federation, record, client_id, check
+        )
 
     async def sign(
         self, federation_id: str, round_id: str, client_id: str, signature: committee_pb2.SetSignature
@@ -253,16 +187,16 @@ class Convening:
 
         Raises: ROUND_UNKNOWN, NOT_IN_COHORT, SET_REFUSED, SIGNATURE_REFUSED, STATEMENT_REWRITTEN, STEP_OVER.
         """
-        federation, record = await self._round(federation_id, round_id, client_id)
+        federation, record = await self.statements.round(federation_id, round_id, client_id)
         if not record.proposed:
-            raise _over()
+            raise over()
         signed = committee_pb2.Signed(
             content=bytes.fromhex(record.proposed),
             signature=signature.signature,
             certificate=signature.certificate,
         )
         try:
-            await self._by_member(
+            await self.statements.keep_of_member(
                 Statement.SIGNATURE, StatementKind.SET, federation, record, client_id, signed
             )
         except DomainError as error:
@@ -286,26 +220,16 @@ class Convening:
         self, federation_id: str, round_id: str, client_id: str, answer: committee_pb2.Signed
     ) -> None:
         """Keeps the sum of a member's shares. Raises: as `sign`."""
-        federation, record = await self._round(federation_id, round_id, client_id)
-        await self._by_member(Statement.ANSWER, StatementKind.ANSWER, federation, record, client_id, answer)
+        federation, record = await self.statements.round(federation_id, round_id, client_id)
+        await self.statements.keep_of_member(
+            Statement.ANSWER, StatementKind.ANSWER, federation, record, client_id, answer
+        )
 
     async def opening(
         self, federation_id: str, round_id: str, *, has_keys: bool = False
     ) -> pb.GetOpeningResponse:
         """What opens a round's sum; for who has the committee's keys, what else it takes. Raises: RESULT_UNKNOWN."""
-        federation = (await self.store.federations.read(federation_id)).record
-        sequence = federation.sequence_of(round_id)
-        found = await self.store.rounds.read(federation, sequence) if sequence else None
-        if found is None or found.record.opening is None:
-            raise DomainError(Reason.RESULT_UNKNOWN, "no committee has opened that result")
-        sha256 = found.record.opening.sha256
-        read = partial(self._opening, federation_id, sha256, has_keys=has_keys)
-        return await self.opened.get((federation_id, sha256, has_keys), read)
-
-    async def _opening(self, federation_id: str, sha256: str, *, has_keys: bool) -> pb.GetOpeningResponse:
-        stored = await self.store.committees.opening(federation_id, sha256)
-        whole = pb.GetOpeningResponse.FromString(stored)
-        return pb.GetOpeningResponse(opening=bare(whole.opening)) if has_keys else whole
+        return await self.openings.of(federation_id, round_id, has_keys=has_keys)
 
     def dealt(
         self,
@@ -322,7 +246,9 @@ class Convening:
         """
         context = context_of(federation, record)
         dealing = check_dealt(context, dealt)
-        self.trust(federation.federation_id).verify(dealt.dealing, StatementKind.DEALING, context, client_id)
+        self.statements.trust(federation.federation_id).verify(
+            dealt.dealing, StatementKind.DEALING, context, client_id
+        )
         if dealing.update_digest != update_digest(shards):
             raise DomainError(Reason.DEALING_REFUSED, "the dealing is of another update than the commit")
         parts = shown(context, dealt)
@@ -331,57 +257,3 @@ class Convening:
             for position in range(1, context.rule.size + 1)
         )
         return Dealt(dealt.dealing.SerializeToString(deterministic=True), shares)
-
-    async def _by_member(
-        self,
-        statement: Statement,
-        kind: StatementKind,
-        federation: FederationRecord,
-        record: RoundRecord,
-        client_id: str,
-        signed: committee_pb2.Signed,
-    ) -> None:
-        if client_id not in record.order:
-            raise DomainError(Reason.NOT_IN_COHORT, "this client is no member of the round's committee")
-        self.trust(federation.federation_id).verify(signed, kind, context_of(federation, record), client_id)
-        content = signed.SerializeToString(deterministic=True)
-        await self._state(statement, federation, record, client_id, content)
-
-    async def _state(
-        self,
-        kind: Statement,
-        federation: FederationRecord,
-        record: RoundRecord,
-        client_id: str,
-        content: bytes,
-        order: tuple[str, ...] = (),
-    ) -> None:
-        outcome = await self.store.committees.state(
-            kind, federation, record.sequence, client_id, content, order
-        )
-        if outcome is StateOutcome.REWRITTEN:
-            raise DomainError(
-                Reason.STATEMENT_REWRITTEN,
-                "this client has stated something else to the committee of this round",
-            )
-        if outcome is StateOutcome.OVER:
-            raise _over()
-
-    async def _round(
-        self, federation_id: str, round_id: str, client_id: str
-    ) -> tuple[FederationRecord, RoundRecord]:
-        federation = (await self.store.federations.read(federation_id)).record
-        await self.store.presence.touch(federation_id, client_id, self.clock_ms())
-        sequence = federation.sequence_of(round_id)
-        found = await self.store.rounds.read(federation, sequence) if sequence else None
-        if found is None:
-            raise DomainError(Reason.ROUND_UNKNOWN, "the federation has no such round (any more)")
-        record = found.record
-        checks.require(record.round.convenes, "this round has no committee")
-        if client_id not in record.round.cohort:
-            raise DomainError(Reason.NOT_IN_COHORT, "this client was not asked for an update in this round")
-        return federation, record
-
-
-def _over() -> DomainError:
-    return DomainError(Reason.STEP_OVER, "the committee of this round is at another step")

@@ -9,8 +9,8 @@ from collections.abc import Set as AbstractSet
 from typing import Final, TypeAlias
 
 from coordinator.committees import Proceedings, context_of
-from coordinator.convening import checked_in, dealings_in, views_in
 from coordinator.records import FederationRecord, RoundRecord, Statement
+from coordinator.statements import checked_in, dealings_in, views_in
 from coordinator.store import Store
 from shelora.committee.verdict import Checked
 from shelora.rounds import RoundState

@@ -16,7 +16,7 @@ from coordinator.assignments import (
     Wait,
 )
 from coordinator.committees import context_of
-from coordinator.convening import certificate_of
+from coordinator.openings import certificate_of
 from coordinator.records import (
     Commit,
     EvaluationRecord,

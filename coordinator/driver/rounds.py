@@ -9,7 +9,6 @@ import structlog
 
 from coordinator import transitions
 from coordinator.aggregation import AggregationPool, contributions, lacks
-from coordinator.convening import opening_of
 from coordinator.decisions import (
     Aggregate,
     OpenRound,
@@ -23,6 +22,7 @@ from coordinator.decisions import (
 from coordinator.driver.policy import DriverPolicy
 from coordinator.driver.writing import Writer
 from coordinator.metrics import TRAIN_LOSS
+from coordinator.openings import opening_of
 from coordinator.records import Commit, Dropped, FederationRecord, RoundRecord, ShardResult, StoredDigest
 from coordinator.screening import misfits, outliers
 from coordinator.store import Store, Versioned

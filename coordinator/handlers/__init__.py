@@ -14,6 +14,8 @@ from coordinator.handlers.plans import PlanHandlers
 from coordinator.handlers.updates import UpdateHandlers
 from coordinator.handlers.watching import Watching
 from coordinator.liveness import USUAL, Liveness
+from coordinator.openings import Openings
+from coordinator.statements import Statements
 from coordinator.store import Store
 
 __all__ = ["Handlers", "Limits", "handlers_on"]
@@ -68,7 +70,8 @@ def handlers_on(
         root: Certificate of the authority in DER, whose clients' statements are believed; those of nobody without.
     """
     lookup, limits = Lookup(store, clock_ms), limits or Limits()
-    committees = Convening(store=store, changes=changes, clock_ms=clock_ms, root=root)
+    statements = Statements(store=store, clock_ms=clock_ms, root=root)
+    committees = Convening(store=store, changes=changes, statements=statements, openings=Openings(store))
     return Handlers(
         lookup=lookup,
         federations=FederationHandlers(lookup, new_instance, limits),

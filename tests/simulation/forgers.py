@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 from unittest import mock
 
-from coordinator.convening import Convening
 from coordinator.servicer import CoordinatorServicer
+from coordinator.statements import Statements
 from services.aggregation.keys import RoundKeys
 from services.aggregation.servicer import AggregationServicer
 from shelora.additive.wire import HEADER_BYTES, MAGIC
@@ -89,5 +89,5 @@ def two_results(victims: Collection[str], number: int, *, hidden: bool) -> Itera
         stack.enter_context(mock.patch.object(CoordinatorServicer, "Watch", told))
         stack.enter_context(mock.patch.object(AggregationServicer, "GetResult", given))
         if hidden:
-            stack.enter_context(mock.patch.object(Convening, "trust", return_value=_BelievesAnyone()))
+            stack.enter_context(mock.patch.object(Statements, "trust", return_value=_BelievesAnyone()))
         yield

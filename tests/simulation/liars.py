@@ -12,10 +12,12 @@ from unittest import mock
 import client_agent.agent
 import client_agent.committees
 import shelora.committee.dealer
-from client_agent.committees import Attempt, Committees
+from client_agent.attempts import Attempt
+from client_agent.committees import Committees
 from coordinator import decisions, transitions
-from coordinator.convening import Convening, dealings_in
+from coordinator.convening import Convening
 from coordinator.servicer import CoordinatorServicer
+from coordinator.statements import dealings_in
 from shelora.additive.sampler import Csprng
 from shelora.additive.secret import SecretKey
 from shelora.committee.certificate import ContributorSet
@@ -268,7 +270,7 @@ def proposing(forge: Forge) -> Iterator[Signed]:
                 content=content, signature=signature.signature, certificate=signature.certificate
             )
             with suppress(DomainError):
-                self.trust(federation_id).verify(signed, StatementKind.SET, context, client_id)
+                self.statements.trust(federation_id).verify(signed, StatementKind.SET, context, client_id)
                 seen.sets[context.round_number].setdefault(content, set()).add(client_id)
         await sign(self, federation_id, round_id, client_id, signature)
 
