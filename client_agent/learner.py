@@ -56,11 +56,9 @@ class Learner:
         Args: rounds: of the federation: a privacy budget must last for them, the learning rate falls over them.
         """
         torch.set_num_threads(config.resources.threads or torch.get_num_threads())
+        self._config = config
         self._spec = spec
         self._state = state
-        self._client_id = config.client_id
-        self._micro_batch = config.resources.micro_batch
-        self._settings = config.training
         self._schedule = Schedule(spec, rounds)
         self._reporting = Reporting(config.training.report_to, config.state_dir)
         self._conditions = Conditions(config.resources)
@@ -167,15 +165,11 @@ class Learner:
         trained = self._current.trained_here()
         if trained is None:
             return None
-        if number and number < int(trained[0]["number"]):  # a later result was taken back
+        rounds = 1 + number - int(trained[0]["number"]) if number else 1
+        if rounds < 1:  # a later result was taken back
             return None
-        missed = number - int(trained[0]["number"]) if number else 0
-        return Moderator(
-            before=self.model.weights(),
-            own=trained[1],
-            scaling=self.model.scaling,
-            rounds=1 + max(0, missed),
-        )
+        before, scaling = self.model.weights(), self.model.scaling
+        return Moderator(before=before, own=trained[1], scaling=scaling, rounds=rounds)
 
     def start_of(self, number: int) -> Weights | None:
         """What this client trained in that round from, if it still holds it: the state that results alone lead to."""
@@ -272,10 +266,12 @@ class Learner:
         run = TrainingRun(
             rates=self._schedule.rates(number, self._spec.steps(len(self.examples))),
             batch_size=self._spec.batch_size,
-            seed=seed_of(self._client_id, number, "training", *_drawn(variant, self._settings.seed)),
-            micro_batch=self._micro_batch,
+            seed=seed_of(
+                self._config.client_id, number, "training", *_drawn(variant, self._config.training.seed)
+            ),
+            micro_batch=self._config.resources.micro_batch,
             steps_before=(number - 1) * self._spec.local_steps,
-            settings=self._settings,
+            settings=self._config.training,
         )
         report = self._reporter(activity, Stage.TRAINING)
         with self._current.restored():
@@ -296,7 +292,7 @@ class Learner:
 
     def _some(self, examples: ExampleSet, count: int, purpose: str) -> ExampleSet:
         """At most that many examples, drawn for this client and purpose: the same ones every time."""
-        return examples.select(sample(len(examples), count, seed_of(self._client_id, purpose)))
+        return examples.select(sample(len(examples), count, seed_of(self._config.client_id, purpose)))
 
 
 def _drawn(variant: str, seed: int) -> tuple[str, ...]:
