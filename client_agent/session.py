@@ -4,7 +4,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Final, TypeVar
+from typing import Final
 
 import grpc
 import structlog
@@ -13,6 +13,7 @@ from client_agent.committee_calls import CommitteeCalls
 from client_agent.config import AgentConfig
 from client_agent.keys import EpochSecrets
 from client_agent.learning import LocalModel
+from client_agent.link import Link
 from client_agent.progress import Progress
 from client_agent.state import Spool
 from shelora.errors import DomainError, Reason
@@ -20,10 +21,7 @@ from shelora.federation import FederationSpec
 from shelora.lora.layout import Matrix
 from shelora.messages import matrix_to_proto, tensor_to_proto
 from shelora.protocol import PROTOCOL_VERSION, plain
-from shelora.telemetry.outages import Outage
 from shelora.transport.channel import (
-    RETRY_S,
-    TIMEOUT_S,
     OpenChannel,
     call,
     call_with_stream,
@@ -49,9 +47,6 @@ FIRST_WAIT_S: Final = 2.0
 """Bound of the first wait after a stream broke: a thousand agents come back at five hundred a second."""
 LONGEST_WAIT_S: Final = 30.0
 
-_Request = TypeVar("_Request")
-_Response = TypeVar("_Response")
-
 _log = structlog.get_logger(__name__)
 
 
@@ -69,10 +64,9 @@ class Session:
         self._keys: key_authority_pb2_grpc.KeyAuthorityAsyncStub = key_authority_pb2_grpc.KeyAuthorityStub(
             self._key_channel
         )
-        self.committee = CommitteeCalls(config, self._coordinator, self._asked)
+        self._ask = Link(config)
+        self.committee = CommitteeCalls(config, self._coordinator, self._ask)
         """Calls of this client's part in committees."""
-
-        self._offline = Outage(_log, "offline", over="online")
         self._session = secrets.token_hex(8)
         """Tells this process from another one with the same identity."""
         self._began = False
@@ -92,7 +86,7 @@ class Session:
         request = pb.GetFederationRequest(
             federation_id=self._config.federation, view=pb.FEDERATION_VIEW_SPECIFICATION
         )
-        federation = await self._asked(self._coordinator.GetFederation, request)
+        federation = await self._ask(self._coordinator.GetFederation, request)
         return FederationSpec.from_proto(federation.spec), federation.now_unix_ms / 1000
 
     async def join(self, model: LocalModel, example_count: int) -> None:
@@ -107,7 +101,7 @@ class Session:
             tensors=[tensor_to_proto(t) for t in model.tensors],
             protocol_version=PROTOCOL_VERSION,
         )
-        await self._asked(self._coordinator.Join, request)
+        await self._ask(self._coordinator.Join, request)
 
     async def assignments(self) -> AsyncIterator[pb.Assignment]:
         """Assignments as they come, without end: a stream that ends or breaks is opened anew after a while.
@@ -142,7 +136,7 @@ class Session:
             why=plain(trouble.message) if trouble else None,
             session=self._session if self._began else None,
         )
-        answer = await self._asked(
+        answer = await self._ask(
             self._coordinator.Heartbeat, request, timeout_s=HEARTBEAT_TIMEOUT_S, retry_s=0
         )
         return answer.next_ms / 1000
@@ -157,7 +151,7 @@ class Session:
             why=plain(error.message),
         )
         try:
-            await self._asked(self._coordinator.GiveUp, request, retry_s=GIVE_UP_S)
+            await self._ask(self._coordinator.GiveUp, request, retry_s=GIVE_UP_S)
         except DomainError as refusal:
             _log.debug("giving_up_not_told", reason=refusal.reason, why=refusal.message)
 
@@ -188,7 +182,7 @@ class Session:
             report=self._report(spool, upload_s),
             dealt=committee_pb2.DealtShares.FromString(spool.dealt) if spool.dealt else None,
         )
-        return (await self._asked(self._coordinator.CommitUpdate, request)).update_count
+        return (await self._ask(self._coordinator.CommitUpdate, request)).update_count
 
     async def cast_ballot(self, spool: Spool) -> int:
         """Casts a ballot, the one shard of its spool; returns how many are cast.
@@ -265,7 +259,7 @@ class Session:
             sha256=digest.sha256,
             why=why,
         )
-        await self._asked(self._coordinator.RejectPlan, request)
+        await self._ask(self._coordinator.RejectPlan, request)
 
     async def report_evaluation(self, round_id: str, report: pb.EvaluationReport) -> None:
         """Reports what was measured after a result was applied."""
@@ -273,36 +267,7 @@ class Session:
         request = pb.ReportEvaluationRequest(
             federation_id=self._config.federation, round_id=round_id, report=report
         )
-        await self._asked(self._coordinator.ReportEvaluation, request)
-
-    async def _asked(
-        self,
-        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
-        request: _Request,
-        *,
-        timeout_s: float = TIMEOUT_S,
-        retry_s: float = RETRY_S,
-    ) -> _Response:
-        """The coordinator's answer. Heartbeats go out all the time, so this knows whether the agent is offline."""
-        try:
-            answer = await call(method, request, timeout_s=timeout_s, retry_s=retry_s)
-        except DomainError as error:
-            if is_transient(error):
-                self._offline.failed(error, **self._while_offline())
-            else:
-                self._offline.ended()
-            raise
-        self._offline.ended()
-        return answer
-
-    def _while_offline(self) -> dict[str, str]:
-        """What its owner wants to know of an agent that is offline."""
-        told = {"then": "goes on with what it has, keeps what is finished, and tries again by itself"}
-        try:
-            expires = self._config.identity.read().facts.expires
-        except DomainError:  # only in tests
-            return told
-        return {**told, "certificate_valid_until": expires.isoformat(timespec="minutes")}
+        await self._ask(self._coordinator.ReportEvaluation, request)
 
     def _watch(self) -> AsyncIterator[pb.Assignment]:
         request = pb.WatchRequest(
