@@ -9,11 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
 from typing import Final, Protocol
 
 import structlog
 
+from client_agent.attempts import Attempt, Attempts, require
 from client_agent.committee_calls import CommitteeCalls
 from client_agent.keys import EpochSecrets
 from client_agent.state import AgentState
@@ -21,17 +21,15 @@ from client_agent.worker import Worker
 from shelora.additive.sampler import Csprng
 from shelora.committee.bare import certificates_in, completed
 from shelora.committee.certificate import ContributorSet
-from shelora.committee.context import COMMON_START, Committee, RoundContext
+from shelora.committee.context import COMMON_START, RoundContext
 from shelora.committee.dealer import Dealer
 from shelora.committee.keys import KeySet
 from shelora.committee.member import Member
 from shelora.committee.reader import OpenedRound, open_round
-from shelora.committee.rules import committee_rule
 from shelora.committee.statements import Signer, StatementKind, Trust
 from shelora.errors import DomainError, Reason
 from shelora.federation import RoundSpec
 from shelora.lora.layout import Layout
-from shelora.rounds import RoundKind
 from shelora.transport.certificates import pem_to_der
 from shelora.transport.tls import Held
 from shelora.v1 import committee_pb2, common_pb2
@@ -57,28 +55,6 @@ class Identifies(Protocol):
 
     def read(self) -> Held:
         """The identity as it is now."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A round as this client works it out: what is signed over, and who sits on its committee."""
-
-    context: RoundContext
-    committee: Committee
-    answer_key: bytes = field(repr=False)
-
-    @property
-    def round_id(self) -> str:
-        """The round's."""
-        return self.context.round_id
-
-    @cached_property
-    def variant(self) -> str:
-        """Which update may be sent: attempts that differ in it train on other batches.
-
-        The same deciders certify one set of one number; whatever a server says of attempts, no update is in two sets.
-        """
-        return self.context.deciders(self.committee).hex()[:32]
 
 
 @dataclass
@@ -130,6 +106,7 @@ class Committees:
         self._federation_id = federation_id
         self._client_id = client_id
         self._rules = rules
+        self._attempts = Attempts(federation_id, client_id, rules)
         self._calls = calls
         self._state = state
         self._identity = identity
@@ -140,58 +117,11 @@ class Committees:
         self._known: OrderedDict[str, _Known] = OrderedDict()
         """By the round, of the newest few."""
 
-    # What a round is about
-
     def attempt(
         self, round_: pb.RoundRef, layout: Layout, secrets: EpochSecrets, start: bytes = COMMON_START
     ) -> Attempt:
-        """The round as this client works it out.
-
-        Args: start: `result_digest` of the result that this client starts from.
-        Raises: COMMITTEE_REFUSED: it protects less than was promised, or starts from another result.
-        """
-        context = self._context(round_.context, layout)
-        _require(context.start == start, "it starts from another result than this client was given")
-        _require(self._client_id in context.cohort, "this client is not in its cohort")
-        _require(
-            (context.round_id, context.epoch, context.attempt)
-            == (round_.round_id, round_.epoch, round_.attempt),
-            "it is another round than the assignment's",
-        )
-        return self._worked_out(context, secrets)
-
-    def _context(self, message: committee_pb2.RoundContext, layout: Layout) -> RoundContext:
-        """A context that keeps what the federation promised. Raises: COMMITTEE_REFUSED."""
-        try:
-            context = RoundContext.from_proto(message)
-        except DomainError as error:
-            raise _refused(error.message) from error
-        federation_id, _, rest = context.round_id.partition(".")
-        named = federation_id == context.federation_id == self._federation_id
-        _require(named and rest.partition(".")[0] == context.instance, "it is of another federation")
-        _require(context.kind == RoundKind.TRAIN, "it is no training round")
-        _require(context.layout_digest == layout.digest, "it is about another layout")
-        profile = layout.sums.additive if layout.sums else None
-        _require(context.parameters == profile, "it is under other parameters than its layout")
-        _require(context.most_contributors == len(context.cohort), "its scale is not that of its cohort")
-        _require(
-            context.rule == committee_rule(len(context.cohort)), "its committee is not that of its cohort"
-        )
-        hides = layout.sums is not None and layout.sums.noise is not None
-        _require(
-            context.most_weight == 1 or not hides, "clients that sums hide weigh alike, and it says otherwise"
-        )
-        _require(
-            context.min_updates == self._rules.min_updates,
-            f"it opens sums of {context.min_updates} updates, and {self._rules.min_updates} were promised",
-        )
-        return context
-
-    def _worked_out(self, context: RoundContext, secrets: EpochSecrets) -> Attempt:
-        if not secrets.secret:
-            raise DomainError(Reason.SECRET_UNAVAILABLE, "a committee takes the epoch's secrets")
-        committee = context.committee(secrets.obfuscation.committee_key())
-        return Attempt(context, committee, secrets.obfuscation.answer_key())
+        """The round as this client works it out. Raises: as `Attempts.of`."""
+        return self._attempts.of(round_, layout, secrets, start)
 
     # As a member
 
@@ -342,13 +272,13 @@ class Committees:
         known = self._known.get(result.round_id)
         response = await self._calls.opening(result.round_id, has_keys=known is not None)
         if known is None or response.HasField("context"):
-            context = self._context(response.context, layout)
+            context = self._attempts.context(response.context, layout)
         else:
             context = known.context
-            _require(context.layout_digest == layout.digest, "it is about another layout")
+            require(context.layout_digest == layout.digest, "it is about another layout")
         named = (context.round_id, context.epoch) == (result.round_id, result.epoch)
-        _require(named, "it opens another result")
-        attempt = self._worked_out(context, secrets)
+        require(named, "it opens another result")
+        attempt = self._attempts.worked_out(context, secrets)
         opened = await self._worker.run(
             open_round,
             context,
@@ -358,7 +288,7 @@ class Committees:
             self._trust(READING_GRACE),
             Csprng.fresh(),
         )
-        _require(
+        require(
             len(opened.contributors) == result.contributor_count,
             f"{result.contributor_count} updates are announced, and {len(opened.contributors)} are certified",
         )
@@ -380,12 +310,3 @@ class Committees:
     def _trust(self, grace: timedelta) -> Trust:
         authority = pem_to_der(self._identity.read().authority)
         return Trust(authority, self._federation_id, self._clock, grace)
-
-
-def _require(condition: bool, what: str) -> None:  # noqa: FBT001 - reads as a sentence at the call
-    if not condition:
-        raise _refused(what)
-
-
-def _refused(what: str) -> DomainError:
-    return DomainError(Reason.COMMITTEE_REFUSED, f"the round is refused: {what}")

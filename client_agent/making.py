@@ -6,7 +6,7 @@ from functools import partial
 
 import structlog
 
-from client_agent.committees import Attempt
+from client_agent.attempts import Attempt
 from client_agent.keys import EpochSecrets
 from client_agent.learning import Weights
 from client_agent.metrics import Stopwatch

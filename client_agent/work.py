@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager
 import structlog
 
 from client_agent.applying import Applier, digest_of, fingerprint
-from client_agent.committees import Attempt, Committees
+from client_agent.attempts import Attempt
+from client_agent.committees import Committees
 from client_agent.keyring import Keyring
 from client_agent.making import Maker
 from client_agent.metrics import ROUNDS

@@ -16,7 +16,8 @@ import pytest
 
 import client_agent.agent
 import client_agent.committees
-from client_agent.committees import Attempt, Committees
+from client_agent.attempts import Attempt
+from client_agent.committees import Committees
 from client_agent.learning import BaseDigest
 from load.learner import SyntheticLearner
 from shelora.additive.sampler import Csprng

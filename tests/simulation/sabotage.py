@@ -16,7 +16,7 @@ import coordinator.driver.rounds
 import coordinator.store.database
 import coordinator.store.updates
 import services.aggregation.scripts
-from client_agent.committees import Attempt
+from client_agent.attempts import Attempt
 from coordinator import transitions
 from coordinator.authority import KeyAuthorityClient
 from coordinator.changes import Signal

@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 
-from client_agent.committees import Attempt, Committees
+from client_agent.attempts import Attempt
+from client_agent.committees import Committees
 from client_agent.keys import EpochSecrets
 from client_agent.session import is_fatal
 from client_agent.state import AgentState, CertifiedSetsFile
