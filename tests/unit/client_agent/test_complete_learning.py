@@ -205,7 +205,7 @@ def test_what_is_not_stopped_one_that_knows_the_limits_keeps_the_others_from_lea
 def test_of_more_than_a_few_clients_a_sum_need_not_teach_each_of_them(
     learners: list[Learner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client_agent.learner.MUCH_TO_LEARN", 0.0)
+    monkeypatch.setattr("client_agent.judging.MUCH_TO_LEARN", 0.0)
     monkeypatch.setattr("client_agent.plausibility.MUCH_TO_LEARN", 0.0)
     idle = [
         Sender(each.model, 100, start)

@@ -50,7 +50,7 @@ def test_runs_of_one_seed_start_alike_whatever_their_secrets(make_learner):
             learner.start(EpochSecrets.unprotected(name, 1))
             factors = learner.model.weights().factors
             starts[seed, name] = np.concatenate([f.A.ravel() for f in factors.values()])
-            learner._position = None
+            learner._current.round_id = None
     assert np.array_equal(starts[7, "films"], starts[7, "news"])
     assert not np.array_equal(starts[7, "films"], starts[8, "films"])
     assert not np.array_equal(starts[0, "films"], starts[0, "news"])
