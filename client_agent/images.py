@@ -19,6 +19,7 @@ from client_agent.sources import invalid
 from client_agent.spool import ExampleSpool
 from client_agent.survey import NO_LIMIT, Survey
 from client_agent.tables import first_line, read_records
+from shelora import files
 
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Of image files in folders; others are left out."""
@@ -151,17 +152,20 @@ def _content(source: str) -> bytes:
     if source.startswith(_BYTES):
         return base64.b64decode(source[1:])
     path = Path(source[1:])
+    if _waits(path):
+        raise invalid(f"{path} is no image that can be read: it is no file")
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for ever, a device never end
-            raise invalid(f"{path} is no image that can be read: it is no file")
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no file can have this name"
-        raise invalid(f"{path} is no image that can be read: {why}") from error
-    if len(content) > MOST_BYTES:
-        raise invalid(f"{path} is no image that can be read: it has more than {MOST_BYTES:,} bytes")
-    return content
+        return files.read_small(path, MOST_BYTES)
+    except files.UnreadableError as error:
+        raise invalid(f"{path} is no image that can be read: {error}") from error
+
+
+def _waits(path: Path) -> bool:
+    """Whether reading it may wait for ever, as at a pipe."""
+    try:
+        return path.exists() and not path.is_file()
+    except (OSError, ValueError):  # reading says what is wrong with it
+        return False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

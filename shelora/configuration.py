@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from shelora import files
 from shelora.errors import DomainError, Reason
 
 MAX_PROBLEMS: Final = 20
@@ -65,14 +66,9 @@ def read_secret(path: Path, what: str) -> str:
 
 def _read_small(path: Path, named: str) -> bytes:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no file can have this name"
-        raise invalid(f"{named} cannot be read: {why or error}") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise invalid(f"{named} has more than {MAX_FILE_BYTES:,} bytes: is it the right file?")
-    return content
+        return files.read_small(path, MAX_FILE_BYTES)
+    except files.UnreadableError as error:
+        raise invalid(f"{named} cannot be read: {error}") from error
 
 
 def _decoded(content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Files that no other user reads and that no crash leaves half written."""
+"""Files that no other user reads and that no crash leaves half written, and files that may be anything."""
 
 import os
 import secrets
@@ -7,6 +7,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shelora.errors import DomainError, Reason
+
+
+class UnreadableError(Exception):
+    """Says in words why a file cannot be read."""
+
+
+def read_small(path: Path, most_bytes: int) -> bytes:
+    """The content of a file that is no longer than that; of a longer one, or an endless one, no more is read.
+
+    Raises: UnreadableError.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
+    except OSError as error:
+        raise UnreadableError(error.strerror or str(error)) from error
+    except ValueError as error:
+        raise UnreadableError("no file can have this name") from error
+    if len(content) > most_bytes:
+        raise UnreadableError(f"it has more than {most_bytes:,} bytes: is it the right file?")
+    return content
 
 
 def create(path: Path, content: bytes) -> bool:

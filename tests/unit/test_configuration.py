@@ -237,7 +237,11 @@ def test_a_list_in_the_environment_that_is_no_json_is_refused_in_one_line(monkey
     [
         ("absent", None, "cannot be read: No such file"),
         ("bytes", b"\xff\xfe\x00", "holds no text: is it the right file?"),
-        ("long", b"x" * (MAX_FILE_BYTES + 1), "has more than 2,097,152 bytes: is it the right file?"),
+        (
+            "long",
+            b"x" * (MAX_FILE_BYTES + 1),
+            "it has more than 2,097,152 bytes: is it the right file?",
+        ),
         ("a\0b", None, "cannot be read: no file can have this name"),
         ("x" * 300, None, "cannot be read: File name too long"),
     ],
@@ -253,5 +257,5 @@ def test_a_file_of_a_secret_that_is_none_is_named_and_not_shown(tmp_path, name, 
 
 
 def test_a_file_without_end_is_no_configuration():
-    with pytest.raises(DomainError, match="/dev/zero has more than 2,097,152 bytes"):
+    with pytest.raises(DomainError, match="/dev/zero cannot be read: it has more than 2,097,152 bytes"):
         read_yaml(Path("/dev/zero"))
