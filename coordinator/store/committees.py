@@ -8,7 +8,7 @@ from enum import IntEnum
 from coordinator.keys import Keys
 from coordinator.records import FederationRecord, Statement
 from coordinator.scripts import STATE
-from coordinator.store.database import PASSING_MS, Database, available
+from coordinator.store.database import Database, available
 from shelora.committee.rules import MAX_MEMBERS
 from shelora.errors import DomainError, Reason
 
@@ -116,8 +116,11 @@ class CommitteeStore:
 
     @available
     async def put_opening(self, federation_id: str, sha256: str, opening: bytes) -> None:
-        """Keeps an opening for some minutes, and as long as its federation once a record in use names it."""
-        await self.db.redis.set(self.db.keys.opening(federation_id, sha256), opening, px=PASSING_MS)
+        """Keeps an opening for some minutes, and as long as its federation once a record in use names it.
+
+        Raises: FEDERATION_UNKNOWN.
+        """
+        await self.db.put_value(federation_id, self.db.keys.opening(federation_id, sha256), opening)
 
     @available
     async def opening(self, federation_id: str, sha256: str) -> bytes:

@@ -15,7 +15,7 @@ from shelora.errors import DomainError, Reason, RetryLaterError
 DELETING: Final = "DELETING"
 """In place of the phase of a federation that is being deleted: scripts write nothing for it."""
 PASSING_MS: Final = 600_000
-"""Life of a plan that no record names, yet or any more, in ms: who reads it now may finish."""
+"""Life of a value that no record names, yet or any more, in ms: who reads it now may finish."""
 FULL_RETRY_S: Final = 5.0
 """Seconds after which a write that found no room may be tried again."""
 

@@ -1,7 +1,7 @@
 """Sealed plans by digest, and who rejects them."""
 
 from coordinator.records import Dropped, FederationRecord
-from coordinator.store.database import PASSING_MS, Database, available
+from coordinator.store.database import Database, available
 from shelora.errors import DomainError, Reason
 
 
@@ -13,8 +13,11 @@ class PlanStore:
 
     @available
     async def put(self, federation_id: str, sha256: str, sealed: bytes) -> None:
-        """Keeps a sealed plan for some minutes, and as long as its federation once a record names it."""
-        await self.db.redis.set(self.db.keys.plan(federation_id, sha256), sealed, px=PASSING_MS)
+        """Keeps a sealed plan for some minutes, and as long as its federation once a record names it.
+
+        Raises: FEDERATION_UNKNOWN.
+        """
+        await self.db.put_value(federation_id, self.db.keys.plan(federation_id, sha256), sealed)
 
     @available
     async def read(self, federation_id: str, sha256: str) -> bytes:

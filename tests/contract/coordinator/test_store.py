@@ -320,18 +320,28 @@ async def test_a_write_prolongs_the_life_of_everything_the_federation_stands_on(
 
 async def test_a_plan_lives_for_minutes_before_a_record_names_it_and_after_none_does(store, client):
     key, week_ms = Keys().plan("fed", PLAN.digest.sha256), 7 * 86_400_000
+    unplanned = RECORD.model_copy(update={"plan": None})
+    assert await store.federations.write("create_federation", unplanned, None)
     await store.plans.put("fed", PLAN.digest.sha256, b"sealed")
     assert 0 < await client.pttl(key) <= PASSING_MS
-    assert await store.federations.write("create_federation", RECORD, None)
+    assert await store.federations.write("publish_plan", RECORD, Versioned(unplanned, 1))
     assert await client.pttl(key) > week_ms
-    unplanned = Versioned(RECORD.model_copy(update={"plan": None}), 2)
-    assert not await store.federations.write("late", unplanned.record, Versioned(RECORD, 7))
+    await store.plans.put("fed", PLAN.digest.sha256, b"sealed")
+    assert await client.pttl(key) > week_ms, "a leader that publishes it again does not cut it short"
+    assert not await store.federations.write("late", unplanned, Versioned(RECORD, 7))
     assert await client.pttl(key) > week_ms
-    assert await store.federations.write("open_keys", unplanned.record, Versioned(RECORD, 1))
+    assert await store.federations.write("open_keys", unplanned, Versioned(RECORD, 2))
     assert 0 < await client.pttl(key) <= PASSING_MS
     assert await store.plans.read("fed", PLAN.digest.sha256) == b"sealed"
-    assert await store.federations.write("publish_plan", RECORD, unplanned)  # the same ranking again
+    assert await store.federations.write("publish_plan", RECORD, Versioned(unplanned, 3))  # the same again
     assert await client.pttl(key) > week_ms
+
+
+async def test_values_are_kept_for_no_federation_that_is_gone(store, client):
+    """What a leader or a driver writes while a federation is deleted would outlive it."""
+    for put in (store.plans.put, store.committees.put_opening):
+        assert await reason_of(put("fed", "ab", b"value")) is Reason.FEDERATION_UNKNOWN
+    assert await client.keys("*") == []
 
 
 async def test_a_ranked_list_lives_as_long_as_the_published_vote_that_a_record_will_name_it_by(store, client):
