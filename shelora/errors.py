@@ -5,7 +5,9 @@ Messages are public. They name the field and the remedy, never a payload, a secr
 The table from reason to gRPC status lives in `shelora.transport.status`.
 """
 
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+from typing import Any
 
 
 class Reason(StrEnum):
@@ -113,6 +115,20 @@ class DomainError(Exception):
 
     def __repr__(self) -> str:
         return f"DomainError({self.reason}, {self.message!r})"
+
+    def __reduce__(self) -> tuple[Callable[..., BaseException], tuple[Any, ...]]:
+        """Kinds of it are made from other arguments than an exception keeps: without this none survives a copy, and a
+        pool whose worker raises one waits for ever.
+        """
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[BaseException], arguments: tuple[Any, ...], fields: Mapping[str, Any]
+) -> BaseException:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(fields)
+    return error
 
 
 class RetryLaterError(DomainError):
