@@ -1,16 +1,12 @@
 """A driver's right to drive a federation, for as long as it renews it."""
 
 import asyncio
-from contextlib import suppress
-from typing import Final
 
 import structlog
 
 from coordinator.driver.tolerance import tolerant
 from coordinator.store.leases import LeaseStore
-
-RELEASE_S: Final = 2.0
-"""Seconds to give a lease back in: a process that stops while Redis is silent has little time left."""
+from services.common.parting import parting
 
 _log = structlog.get_logger(__name__)
 
@@ -40,6 +36,5 @@ class Lease:
 
     async def release(self) -> None:
         """Gives the lease back, so that another goes on at once; one that is not given back expires."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(RELEASE_S):
-                await tolerant(self._store.release(self._federation_id, self._token), "release_failed")
+        async with parting():
+            await tolerant(self._store.release(self._federation_id, self._token), "release_failed")

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import structlog
 
 from services.aggregation.store import ShardStore
+from services.common.parting import parting
 from shelora.errors import DomainError
 from shelora.telemetry.outages import Outage
 from shelora.transport.address import HostPort
@@ -17,9 +18,6 @@ PERIOD_S: Final = 5.0
 
 LIFE_S: Final = 15.0
 """Seconds after which a replica that died is not named any more."""
-
-WITHDRAWAL_S: Final = 2.0
-"""Seconds to take an announcement back in: a process that stops while Redis is silent has little time left."""
 
 _log = structlog.get_logger(__name__)
 
@@ -46,9 +44,8 @@ async def announced(
     finally:
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(WITHDRAWAL_S):
-                await _tolerated(store.withdraw(address), address, Outage(_log, "announcement_failed"))
+        async with parting():
+            await _tolerated(store.withdraw(address), address, Outage(_log, "announcement_failed"))
 
 
 async def _keep(store: ShardStore, address: str, period_s: float) -> None:

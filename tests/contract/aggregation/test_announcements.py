@@ -55,7 +55,7 @@ async def test_a_replica_stops_though_the_store_falls_silent(store, monkeypatch)
     silent = asyncio.Event()
     for call in ("announce", "withdraw"):
         monkeypatch.setattr(store, call, lambda *_: silent.wait())
-    monkeypatch.setattr("services.aggregation.announcement.WITHDRAWAL_S", 0.01)
+    monkeypatch.setattr("services.common.parting.PARTING_S", 0.01)
     async with asyncio.timeout(30), announced(store, "host:1", "127.0.0.1:7103"):
         await asyncio.sleep(0)
 

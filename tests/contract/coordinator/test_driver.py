@@ -458,7 +458,7 @@ async def test_a_driver_stops_though_the_store_falls_silent(fed, monkeypatch):
 
     monkeypatch.setattr(fed.store.leases, "acquire", acquired)
     monkeypatch.setattr(fed.store.leases, "release", lambda *_: silent.wait())
-    monkeypatch.setattr("coordinator.driver.lease.RELEASE_S", 0.01)
+    monkeypatch.setattr("services.common.parting.PARTING_S", 0.01)
     await fed.begin(spec())
     driver = asyncio.create_task(fed.new_driver(fed.store).run())
     async with asyncio.timeout(30):
