@@ -32,7 +32,7 @@ SOURCES := shelora coordinator client_agent services attack bench compare exampl
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test compare simulate test-helm test-pods test-compose test-models check fix bench fuzz load chaos test-failures test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
+.PHONY: help setup demo test compare simulate test-helm test-pods test-compose test-models check static fix bench fuzz load chaos test-failures test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -69,12 +69,13 @@ $(HELM): $(INSTALLED)
 simulate: $(INSTALLED)  ## Run federations in virtual time under random faults (SCHEDULES=5000 SEED=0)
 	$(BIN)/python -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
-check: $(INSTALLED) verify-protos  ## Format, lint, types, import contracts, stubs, unit tests
+check: static unit  ## Format, lint, types, import contracts, stubs, unit tests
+
+static: $(INSTALLED) verify-protos  ## What `check` does without running tests
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(PARALLEL) tests/unit
 
 unit: $(INSTALLED)  ## Run the unit tests
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit
