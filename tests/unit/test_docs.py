@@ -9,6 +9,9 @@ import pytest
 import typer
 
 from client_agent.main import app as agent
+from coordinator.main import app as coordinator
+from services.aggregation.main import app as aggregation
+from services.key_authority.main import app as key_authority
 from shelora.cli.main import app as operator
 from shelora.rounds import TRANSITIONS, Event, RoundState
 from tools import diagrams
@@ -21,7 +24,13 @@ PAGES = sorted(
 )
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
-PROGRAMS = {"shelora": operator, "client-agent": agent}
+PROGRAMS = {
+    "shelora": operator,
+    "client-agent": agent,
+    "shelora-key-authority": key_authority,
+    "shelora-coordinator": coordinator,
+    "shelora-aggregation": aggregation,
+}
 
 
 @cache
@@ -89,10 +98,42 @@ def test_make_targets_and_modules_that_are_shown_exist(name):
     shown = "\n".join(code(ROOT / name))
     unknown = set(re.findall(r"^\s*(?:sudo )?make ([a-z][a-z-]*)", shown, flags=re.MULTILINE)) - targets()
     assert not unknown
+    calls = re.findall(r"^\s*make [a-z-]+((?: [A-Z_]+=\S*)+)", shown, flags=re.MULTILINE)
+    variables = {variable for call in calls for variable in re.findall(r" ([A-Z_]+)=", call)}
+    assert variables <= set(re.findall(r"\$\(([A-Z_]+)", read(ROOT / "Makefile")))
     for module in re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)*)", shown):
         place = ROOT.joinpath(*module.split("."))
         if (ROOT / module.split(".")[0]).is_dir():
             assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
+
+
+def unknown_options(line: str) -> list[str]:
+    """Long options of a line with `python -m MODULE` that no source of our module knows, by its own name or typer's."""
+    command = re.search(r"python -m ([a-z_]+(?:\.[a-z_]+)*)(.*)", line)
+    if not command:
+        return []
+    module, arguments = command[1], command[2].partition("#")[0]
+    place = ROOT.joinpath(*module.split("."))
+    sources = [*place.glob("*.py")] if place.is_dir() else [place.with_suffix(".py")]
+    if not sources or not sources[0].exists():  # not ours
+        return []
+    text = "\n".join(map(read, sources))
+    options = re.findall(r"(?<!\S)--(?:no-)?([a-z][a-z-]*)", arguments)
+    return [
+        f"--{name}"
+        for name in options
+        if f'"--{name}"' not in text and not re.search(rf"\b{name.replace('-', '_')}\b\s*:", text)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_of_our_modules_that_are_shown_exist(name):
+    assert [option for line in code(ROOT / name) for option in unknown_options(line)] == []
+
+
+def test_an_option_that_a_module_does_not_have_is_found():
+    assert unknown_options("python -m load --agents 4 --speed 9  # --no-such") == ["--speed"]
+    assert unknown_options("python -m pip --whatever") == []
 
 
 def unknown_command(words: list[str]) -> str:
@@ -100,7 +141,7 @@ def unknown_command(words: list[str]) -> str:
     group = typer.main.get_command(PROGRAMS[Path(words[0]).name])
     for position, word in enumerate(words[1:], start=1):
         commands = getattr(group, "commands", None)
-        if commands is None:
+        if not commands or word.startswith("--"):
             options = {
                 option
                 for parameter in group.params
@@ -120,7 +161,8 @@ def unknown_command(words: list[str]) -> str:
 def test_commands_of_our_programs_that_are_shown_exist_with_their_options(name):
     for line in code(ROOT / name):
         command = re.match(
-            r"\s*(?:\$ )?(?:docker compose exec \w+ )?((?:\.venv/bin/)?(?:shelora|client-agent) [a-z].*)",
+            r"\s*(?:\$ )?(?:docker compose exec \w+ )?((?:\.venv/bin/)?"
+            rf"(?:{'|'.join(PROGRAMS)}) [a-z-].*)",
             line,
         )
         if not command:
@@ -136,6 +178,7 @@ def test_commands_of_our_programs_that_are_shown_exist_with_their_options(name):
 def test_a_command_or_an_option_that_does_not_exist_is_found():
     assert unknown_command(["shelora", "federation", "explode"]) == "explode"
     assert unknown_command(["shelora", "federation", "show", "x", "--wach"]) == "--wach"
+    assert unknown_command(["shelora-key-authority", "--data-dirs", "x"]) == "--data-dirs"
     assert not unknown_command(["shelora", "federation", "show", "x", "--watch"])
 
 
