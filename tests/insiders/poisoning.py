@@ -44,6 +44,8 @@ HONEST, ABSENT = "honest", "absent"
 its absence, so an attack that is stopped is to be held against that."""
 LAST_WORDS_S = 60
 """After its end for agents to measure the last result; who refuses it measures nothing."""
+INITIAL_SEED = 7
+"""Under complete: rows start alike, so they differ by what the attack does. Selective keeps its start secret."""
 TEST_EXAMPLES = 150
 """An agent's; the order of the test data is random."""
 
@@ -127,7 +129,8 @@ def main(arguments: Sequence[str], rounds: int = 5) -> None:
     model, data = fetch(MINILM, assets), fetch(REUTERS, assets)
     for attack in attacks or (HONEST, ABSENT, *ATTACKS):
         protection = modes[0] if modes else Protection.SELECTIVE
-        spec = small(federation_spec(protection), rounds, len(_taking_part(attack, hostile)))
+        seed = INITIAL_SEED if protection is Protection.COMPLETE else 0
+        spec = small(federation_spec(protection, seed), rounds, len(_taking_part(attack, hostile)))
         federation = run(attack, hostile, spec, model, data)
         found = training_rounds(federation)
         shown = " ".join(f"{accuracy(summary, hostile):6.1%}" for summary in found)
