@@ -12,15 +12,18 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from services.common.observation import RPC_SECONDS, RPC_TOTAL
 from services.common.process import run_process
 from services.common.revocations import Revocations
-from services.common.server import Ready, Service, running_server, serve
+from services.common.server import STRANGERS_CALLS, Ready, Service, StrangersPort, running_server, serve
 from services.common.settings import ServerSettings
 from shelora.errors import DomainError, Reason
 from shelora.exits import EXIT_FAILED, EXIT_REFUSED
 from shelora.transport.channel import open_channel
 from shelora.transport.status import translated
+from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import coordinator_pb2_grpc as pb_grpc
-from tests.identities import COORDINATOR, TestAuthority, client
+from shelora.v1.enrolment_pb2 import EnrollRequest, EnrollResponse
+from shelora.v1.enrolment_pb2_grpc import EnrolmentServicer, EnrolmentStub, add_EnrolmentServicer_to_server
+from tests.identities import COORDINATOR, KEY_AUTHORITY, Stranger, TestAuthority, client
 
 SERVICE = "shelora.v1.Coordinator"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -60,6 +63,13 @@ class Town(pb_grpc.CoordinatorServicer):
 
     def register(self, server):
         pb_grpc.add_CoordinatorServicer_to_server(self, server)
+
+
+class Desk(EnrolmentServicer):
+    """Certifies nobody."""
+
+    async def Enroll(self, request, context):
+        return EnrollResponse()
 
 
 class Process:
@@ -343,6 +353,54 @@ async def test_probes_learn_without_a_certificate_whether_it_serves_and_nothing_
             town.released.set()
             await waiting
             await drained
+
+
+async def test_strangers_have_a_port_with_small_messages_and_few_calls_of_each(
+    town, tmp_path, identity, caller, authority
+):
+    keeper = IdentityFolder(authority.enrolled(KEY_AUTHORITY))
+    port = StrangersPort(
+        "127.0.0.1:0",
+        TlsCredentials(keeper, anonymous_clients=True),
+        lambda server: add_EnrolmentServicer_to_server(Desk(), server),
+    )
+    process = Process(tmp_path, town, identity, enrolment=port)
+    ready = await process.ready()
+    async with (
+        open_channel(ready.enrolment_address, Stranger(authority)) as strange,
+        open_channel(ready.address, caller) as known,
+    ):
+        enroll = EnrolmentStub(strange).Enroll
+
+        async def end_of(request: EnrollRequest, **options) -> grpc.StatusCode:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await enroll(request, **options)
+            return caught.value.code()
+
+        await enroll(EnrollRequest(token="t" * 12_000))
+        assert await end_of(EnrollRequest(token="t" * 17_000)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        large = [("x", "y" * 9_000)]
+        assert await end_of(EnrollRequest(), metadata=large) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        secured = Stranger(authority).channel_credentials()
+        channels = [
+            grpc.aio.secure_channel(ready.enrolment_address, secured, options) for _ in range(3)
+        ]  # four streams each
+        silent = [
+            channel.stream_unary("/shelora.v1.Enrolment/Enroll")()
+            for channel in channels
+            for _ in range(STRANGERS_CALLS // 2)
+        ]
+        done, waiting = await asyncio.wait(
+            [asyncio.ensure_future(call.code()) for call in silent], return_when=asyncio.FIRST_COMPLETED
+        )
+        assert done.pop().result() is grpc.StatusCode.RESOURCE_EXHAUSTED  # of one host that has too many
+        await pb_grpc.CoordinatorStub(known).Heartbeat(mine())
+        for code in waiting:
+            code.cancel()
+        for channel in channels:
+            await channel.close()
+    await process.stopped()
 
 
 async def test_a_port_in_use_is_a_refused_configuration(town, identity):
