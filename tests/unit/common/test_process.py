@@ -50,3 +50,10 @@ def test_a_server_waits_for_threads_that_end():
     done = ended("(time.sleep(0.2), print('whole', flush=True))")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-2:] == ["whole", "returned"]
+
+
+def test_every_server_leaves_no_core_dump():
+    done = ended(
+        "print('limits', __import__('resource').getrlimit(__import__('resource').RLIMIT_CORE), flush=True)"
+    )
+    assert "limits (0, 0)" in done.stdout, done.stderr
