@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
@@ -161,6 +161,14 @@ class Agent:
     async def _follow(
         self, state: AgentState, worker: Worker, session: Session, replicas: Replicas
     ) -> Outcome:
+        async with _telling(session):
+            follower = await self._prepared(state, worker, session, replicas)
+        return await follower.take_part()
+
+    async def _prepared(
+        self, state: AgentState, worker: Worker, session: Session, replicas: Replicas
+    ) -> "_Follower":
+        """Holds the federation against what this client accepts, reads its data and loads its model."""
         spec = await self._specification(session)
         self._require_protection(spec.protection.level, state)
         if unwise := one_step(spec.protection.mode, spec.training.local_steps):
@@ -170,8 +178,7 @@ class Agent:
         _log.info("model_ready", matrices=len(learner.model.matrices), examples=len(learner.examples))
         tools = Tools(session=session, replicas=replicas, state=state, learner=learner, worker=worker)
         work = self._work(spec, tools)
-        follower = _Follower(session, work, learner, self._retry_s)
-        return await follower.take_part()
+        return _Follower(session, work, learner, self._retry_s)
 
     def _work(self, spec: FederationSpec, tools: Tools) -> Work:
         me = Participation(
@@ -253,7 +260,8 @@ class _Follower:
     async def take_part(self) -> Outcome:
         """Joins, and follows the federation to its end, which is also its deletion. Raises: as `join` and `follow`."""
         try:
-            await self.join()
+            async with _telling(self._session):
+                await self.join()
             return await self._as_member()
         except DomainError as error:
             if error.reason is not Reason.FEDERATION_UNKNOWN:
@@ -403,8 +411,7 @@ class _Follower:
                     await self._session.give_up(assignment.assignment_id, error)
                     await self._work.drop_update()
             except Exception as error:
-                what = f"unexpected {type(error).__name__}: the agent's log says more"
-                await self._session.give_up(assignment.assignment_id, DomainError(Reason.INTERNAL, what))
+                await self._session.give_up(assignment.assignment_id, _unexpected(error))
                 raise
             else:
                 self._trouble = None
@@ -452,6 +459,21 @@ class _Follower:
         """Ends the agent with the error of a task that failed."""
         if not task.cancelled() and (error := task.exception()) and not self._ended.done():
             self._ended.set_exception(error)
+
+
+@contextlib.asynccontextmanager
+async def _telling(session: Session) -> AsyncIterator[None]:
+    """What ends an agent before it is a member is said to the operator as well as to its owner."""
+    try:
+        yield
+    except Exception as error:
+        await session.could_not_join(error if isinstance(error, DomainError) else _unexpected(error))
+        raise
+
+
+def _unexpected(error: Exception) -> DomainError:
+    """What is said of an error that may hold data."""
+    return DomainError(Reason.INTERNAL, f"unexpected {type(error).__name__}: the agent's log says more")
 
 
 async def _cancelled(task: asyncio.Task[Any]) -> None:

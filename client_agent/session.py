@@ -141,6 +141,18 @@ class Session:
         )
         return answer.next_ms / 1000
 
+    async def could_not_join(self, error: DomainError) -> None:
+        """Says why this client ends before it is a member. A courtesy: its failures are only logged.
+
+        What may quote its files stays with its owner.
+        """
+        if error.reason in _QUOTING:
+            error = DomainError(error.reason, "the agent's own log says what is wrong and where")
+        try:
+            await self.heartbeat(Progress(), error)
+        except DomainError as refusal:  # also where it was heard: CLIENT_UNKNOWN
+            _log.debug("told_why_not_joined", reason=refusal.reason, why=refusal.message)
+
     async def give_up(self, assignment_id: str, error: DomainError) -> None:
         """Says that this client cannot do what it was assigned, and why. A courtesy: its failures are only logged."""
         request = pb.GiveUpRequest(
@@ -318,6 +330,9 @@ def is_fatal(error: DomainError) -> bool:
     """Whether trying again cannot help: someone must change something first."""
     return error.reason in _FATAL
 
+
+_QUOTING: Final = frozenset({Reason.DATA_INVALID, Reason.CONFIGURATION_INVALID})
+"""Reasons whose words name a label, a path or a setting of this device."""
 
 _FATAL: Final = frozenset(
     {

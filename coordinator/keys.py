@@ -39,6 +39,10 @@ class Keys:
         """Hash from client to the time at which another process of it was last refused, Unix milliseconds."""
         return f"{self._base(federation_id)}:copies"
 
+    def applicants(self, federation_id: str) -> str:
+        """Hash from client to the Sighting that says why it could not join."""
+        return f"{self._base(federation_id)}:applicants"
+
     def sighting(self, federation_id: str, client_id: str) -> str:
         """Sighting, with a short expiry."""
         return f"{self._base(federation_id)}:seen:{client_id}"

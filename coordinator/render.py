@@ -83,6 +83,7 @@ class Renderer:
         federation.spec.round.rounds = record.rounds
         if view == pb.FEDERATION_VIEW_UNSPECIFIED:
             federation.members.extend(await self._members(record, now_ms))
+            federation.applicants.extend(await self._applicants(record))
             if (current := await self._current(record, self._summary)) is not None:
                 federation.current.CopyFrom(current)
         if view in {pb.FEDERATION_VIEW_UNSPECIFIED, pb.FEDERATION_VIEW_HISTORY}:
@@ -120,6 +121,15 @@ class Renderer:
                 message.stage, message.progress = "", 0.0
             shown.append(message)
         return shown
+
+    async def _applicants(self, record: FederationRecord) -> list[pb.Applicant]:
+        """Who could not join, without those that were revoked since."""
+        said = await self._store.members.applicants(record.federation_id)
+        return [
+            pb.Applicant(client_id=name, reason=seen.reason or "", why=seen.why, said_unix_ms=seen.at_ms)
+            for name, seen in said.items()
+            if seen.at_ms > record.revoked.get(name, 0)
+        ]
 
     async def _troubles(self, record: FederationRecord) -> dict[str, tuple[str, str]]:
         """Members that refuse the plan in force, with their words."""

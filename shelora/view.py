@@ -132,9 +132,14 @@ def dropped_updates(federation: pb.Federation) -> list[tuple[str, pb.DroppedUpda
     return [(round_name(r), drop) for r in [*federation.history, *current] for drop in r.dropped]
 
 
+def could_not_join(federation: pb.Federation) -> list[tuple[str, str, str]]:
+    """Who ended before it was a member: client, Reason, words."""
+    return [(one.client_id, one.reason, f"it did not join: {one.why}") for one in federation.applicants]
+
+
 def member_troubles(federation: pb.Federation) -> list[tuple[str, str, str]]:
-    """What keeps members from their work: client, Reason, words; two copies of one, and long silence, included."""
-    found = []
+    """What keeps agents from their work: client, Reason, words; two copies of one, and long silence, included."""
+    found = could_not_join(federation)
     for member in federation.members:
         if member.reason:
             found.append((member.client_id, member.reason, member.why))

@@ -61,12 +61,15 @@ class MemberHandlers:
         return record
 
     async def heartbeat(self, federation_id: str, client_id: str, seen: Sighting, session: str = "") -> float:
-        """Keeps what a member says of itself. Returns seconds until it is to do so again.
+        """Keeps what a member says of itself, and why another client could not become one.
 
+        Returns: Seconds until it is to do so again.
         Raises: CLIENT_UNKNOWN, CLIENT_REPLACED.
         """
         members = await self.lookup.store.presence.see(federation_id, client_id, seen, session)
         if not members:
+            if seen.reason is not None:
+                await self.lookup.store.members.put_applicant(federation_id, client_id, seen)
             await self.lookup.member(federation_id, client_id)
         if members < 0:
             _log.warning("copy_refused", federation_id=federation_id, client_id=client_id)

@@ -38,6 +38,7 @@ class Disposal:
             keys.shapes(federation_id),
             keys.sessions(federation_id),
             keys.copies(federation_id),
+            keys.applicants(federation_id),
             keys.members(federation_id),
         )
         await self._forget(federation_id)

@@ -1,7 +1,12 @@
-"""Who has joined a federation, and with which model."""
+"""Who has joined a federation, and with which model; and who could not."""
 
-from coordinator.records import MemberRecord, Model
+from typing import Final
+
+from coordinator.records import MemberRecord, Model, Sighting
 from coordinator.store.database import Database, available
+
+MAX_APPLICANTS: Final = 100
+"""Clients kept that could not join: enough to see what is wrong."""
 
 
 class MemberStore:
@@ -12,9 +17,10 @@ class MemberStore:
 
     @available
     async def put(self, federation_id: str, member: MemberRecord) -> None:
-        """Adds or replaces a member."""
+        """Adds or replaces a member, which is no applicant any more."""
         key = self.db.keys.members(federation_id)
         await self.db.put_field(federation_id, key, member.client_id, member.model_dump_json())
+        await self.db.redis.hdel(self.db.keys.applicants(federation_id), member.client_id)
         # It concerns the driver: what the other members should do does not change.
         await self.db.announce(federation_id, member.client_id)
 
@@ -39,6 +45,19 @@ class MemberStore:
     async def has(self, federation_id: str, client_id: str) -> bool:
         """Whether a client has joined."""
         return bool(await self.db.redis.hexists(self.db.keys.members(federation_id), client_id))
+
+    @available
+    async def put_applicant(self, federation_id: str, client_id: str, said: Sighting) -> None:
+        """Keeps why a client could not join; of more than MAX_APPLICANTS nothing. Raises: FEDERATION_UNKNOWN."""
+        key = self.db.keys.applicants(federation_id)
+        if await self.db.redis.hlen(key) < MAX_APPLICANTS or await self.db.redis.hexists(key, client_id):
+            await self.db.put_field(federation_id, key, client_id, said.model_dump_json())
+
+    @available
+    async def applicants(self, federation_id: str) -> dict[str, Sighting]:
+        """What clients said that could not join, by client, sorted."""
+        fields = await self.db.fields(self.db.keys.applicants(federation_id))
+        return {name: Sighting.read(data) for name, data in fields.items()}
 
     @available
     async def put_shapes(self, federation_id: str, client_id: str, model: Model) -> None:

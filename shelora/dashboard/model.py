@@ -24,6 +24,7 @@ from shelora.view import (
     activity,
     caution,
     client_privacy,
+    could_not_join,
     dropped_updates,
     encrypts,
     member_troubles,
@@ -138,6 +139,8 @@ class FederationPage:
     rounds: tuple[RoundRow, ...]
     members: tuple[MemberRow, ...]
     more_members: int
+    applicants: tuple[str, ...]
+    """Clients that could not join, each with its reason in words."""
     dropped: tuple[tuple[str, str, str, str], ...]
     """Round, client, reason or "gave up", words."""
     figures: tuple[RoundFigures, ...]
@@ -196,6 +199,7 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
         rounds=_timeline(federation),
         members=rows[:MAX_ROWS],
         more_members=max(0, len(rows) - MAX_ROWS),
+        applicants=tuple(": ".join(words) for words in could_not_join(federation)),
         dropped=_dropped(federation),
         figures=figures,
         withheld=any(min(len(r.updates), len(r.evaluations)) < least for r in summaries),

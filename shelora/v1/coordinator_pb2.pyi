@@ -756,6 +756,39 @@ class Member(_message.Message):
 Global___Member: _TypeAlias = Member  # noqa: Y015
 
 @_typing.final
+class Applicant(_message.Message):
+    """A client with a certificate of the federation that could not become a member, as it says itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    SAID_UNIX_MS_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.str
+    reason: _builtins.str
+    """Why, a Reason."""
+    why: _builtins.str
+    """The same in words, at most 500 characters, printable."""
+    said_unix_ms: _builtins.int
+    """When it said so, Unix milliseconds by the coordinator's clock."""
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        why: _builtins.str = ...,
+        said_unix_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "reason", b"reason", "said_unix_ms", b"said_unix_ms", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Applicant: _TypeAlias = Applicant  # noqa: Y015
+
+@_typing.final
 class RoundSummary(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1044,6 +1077,7 @@ class Federation(_message.Message):
     STOPPED_FIELD_NUMBER: _builtins.int
     DELETING_FIELD_NUMBER: _builtins.int
     SITS_OUT_FIELD_NUMBER: _builtins.int
+    APPLICANTS_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     phase: Global___Phase.ValueType
     failure: _builtins.str
@@ -1080,6 +1114,10 @@ class Federation(_message.Message):
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundSummary]:
         """Rounds that ended, oldest first: a page of about 1 MiB at most."""
 
+    @_builtins.property
+    def applicants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Applicant]:
+        """Clients that ended before they joined and said why, until they join: at most 100."""
+
     def __init__(
         self,
         *,
@@ -1099,10 +1137,11 @@ class Federation(_message.Message):
         stopped: _builtins.bool = ...,
         deleting: _builtins.bool = ...,
         sits_out: _builtins.str = ...,
+        applicants: _abc.Iterable[Global___Applicant] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "deleting", b"deleting", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "sits_out", b"sits_out", "spec", b"spec", "stopped", b"stopped", "trained_rounds", b"trained_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applicants", b"applicants", "current", b"current", "deleting", b"deleting", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "sits_out", b"sits_out", "spec", b"spec", "stopped", b"stopped", "trained_rounds", b"trained_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

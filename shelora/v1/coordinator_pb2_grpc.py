@@ -262,7 +262,8 @@ class CoordinatorServicer:
 
     def Heartbeat(self, request, context):
         """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
-        Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over.
+        Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over. What a client that
+        is no member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -83,7 +83,8 @@ class CoordinatorStub:
     """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.HeartbeatRequest, _coordinator_pb2.HeartbeatResponse]
     """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
-    Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over.
+    Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over. What a client that
+    is no member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
     """
     GiveUp: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GiveUpRequest, _coordinator_pb2.GiveUpResponse]
     """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
@@ -207,7 +208,8 @@ class CoordinatorAsyncStub(CoordinatorStub):
     """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.HeartbeatRequest, _coordinator_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
-    Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over.
+    Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over. What a client that
+    is no member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
     """
     GiveUp: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GiveUpRequest, _coordinator_pb2.GiveUpResponse]  # type: ignore[assignment]
     """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
@@ -394,7 +396,8 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.HeartbeatResponse, _abc.Awaitable[_coordinator_pb2.HeartbeatResponse]]:
         """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
-        Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over.
+        Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over. What a client that
+        is no member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
         """
 
     @_abc_1.abstractmethod

@@ -51,6 +51,8 @@ async def test_a_promise_outlives_the_federation_that_kept_it(lab: Lab):
 async def test_a_promise_is_certified_at_enrolment_and_holds_from_the_first_contact(lab: Lab):
     spec = await lab.create("certified", start=False, protection={"negotiation": "ope"})
     assert await lab.honest(spec, "h0", promise=Level.SELECTIVE) == REFUSED
+    (applicant,) = (await lab.view(spec)).applicants
+    assert (applicant.client_id, applicant.reason) == ("h0", REFUSED), "and the operator reads it"
     await _start(lab, spec)  # the control: who was promised nothing takes part
     assert await asyncio.gather(*(lab.honest(spec, f"w{i}") for i in range(3))) == ["finished"] * 3
 

@@ -174,6 +174,7 @@ def test_what_keeps_members_from_their_work_is_named_with_how_long_they_are_sile
     told.members.add(client_id="lab", idle_ms=3 * 3_600_000)
     told.members.add(client_id="never", idle_ms=2**63 - 1)
     told.members.add(client_id="twin", copy_refused_unix_ms=1_700_000_000_000)
+    told.applicants.add(client_id="clinic", reason="PROTECTION_REFUSED", why="the federation offers none")
     text = " ".join(shown(federation_view(told)).split())
     for words in (
         "hospital DATA_INVALID train.jsonl, row 3: no label",
@@ -182,6 +183,7 @@ def test_what_keeps_members_from_their_work_is_named_with_how_long_they_are_sile
         "never silent nothing was heard of it lately",
         "twin CLIENT_REPLACED two processes have this identity",
         "2023-11-14 22:13 UTC",
+        "clinic PROTECTION_REFUSED it did not join: the federation offers none",
     ):
         assert words in text
     assert "thin-uplink silent" not in text

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -252,6 +253,29 @@ async def test_an_agent_with_another_model_than_most_is_refused_by_name_though_i
     assert caught.value.reason is Reason.MODEL_MISMATCH
 
 
+async def test_who_ends_before_it_joins_is_shown_with_its_reason_until_it_joins(
+    make_federation: Make,
+) -> None:
+    federation = make_federation("early", rounds=1)
+    await federation.start()
+    agent = await federation.agent("one")
+    data = federation.folder / "one" / "train.jsonl"
+    rows = data.read_text()
+    data.write_text('{"text": "the movie was odd", "label": "unheard of"}\n')
+    with pytest.raises(DomainError) as caught:
+        await agent.run()
+    assert caught.value.reason is Reason.DATA_INVALID
+    (applicant,) = (await federation.now()).applicants
+    assert (applicant.client_id, applicant.reason) == ("one", Reason.DATA_INVALID)
+    assert "unheard of" in caught.value.message, "its owner reads the label"
+    assert applicant.why == "the agent's own log says what is wrong and where"
+    data.write_text(rows)
+    assert (
+        await outcomes(await federation.agent("one"), await federation.agent("two")) == [Outcome.FINISHED] * 2
+    )
+    assert not (await federation.now()).applicants
+
+
 async def test_of_two_copies_of_an_identity_the_one_that_came_last_takes_part(
     make_federation: Make, tmp_path: Path
 ) -> None:
@@ -350,6 +374,7 @@ async def test_a_process_told_to_terminate_ends_in_order(make_federation: Make) 
         stderr=asyncio.subprocess.PIPE,
     )
     await federation.until(lambda f: len(f.members) == 1)
+    assert resource.prlimit(process.pid, resource.RLIMIT_CORE) == (0, 0), "its keys would lie in a dump"
     process.terminate()
     _, log = await process.communicate()
     assert process.returncode == 0, log.decode()

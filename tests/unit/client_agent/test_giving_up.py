@@ -41,6 +41,9 @@ class Session:
     async def give_up(self, assignment_id: str, error: DomainError) -> None:
         self.given_up.append((assignment_id, error.reason, error.message))
 
+    async def could_not_join(self, _error: DomainError) -> None:
+        pass
+
     async def heartbeat(self, _progress: object, trouble: DomainError | None = None) -> float:
         self.troubles.append(trouble.reason if trouble else None)
         if self.refusal:

@@ -19,6 +19,10 @@ class Session:
     def __init__(self, *reasons: Reason) -> None:
         self.reasons = list(reasons)
         self.joined = False
+        self.said: list[Reason] = []
+
+    async def could_not_join(self, error: DomainError) -> None:
+        self.said.append(error.reason)
 
     async def join(self, model: object, example_count: int) -> None:
         if self.reasons:
@@ -53,10 +57,12 @@ async def test_an_agent_waits_for_a_coordinator_that_does_not_answer_however_lon
     assert session.joined
 
 
-async def test_an_agent_that_must_be_changed_first_ends() -> None:
+async def test_an_agent_that_must_be_changed_first_says_so_and_ends() -> None:
+    session = Session(Reason.STORE_UNAVAILABLE, Reason.VERSION_REFUSED)
     with pytest.raises(DomainError) as refused:
-        await _Follower(Session(Reason.VERSION_REFUSED), Roomy(), LEARNER, 0.0).join()
+        await _Follower(session, Roomy(), LEARNER, 0.0).take_part()
     assert refused.value.reason is Reason.VERSION_REFUSED
+    assert session.said == [Reason.VERSION_REFUSED]
 
 
 async def test_a_member_follows_a_federation_that_has_ended() -> None:
