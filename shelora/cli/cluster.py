@@ -10,14 +10,16 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from shelora.cli.members import CLIENT_IDENTITY, LOCAL_NAMES, Members
 from shelora.cli.operator import own_credentials
 from shelora.cli.processes import Launch, Process, Processes, module_command
 from shelora.cli.servers import Relay, Servers
 from shelora.cli.supervision import ADDRESSES, Supervision
-from shelora.errors import DomainError, Reason
+from shelora.configuration import invalid
 from shelora.levels import Level
 from shelora.transport.certificates import utc_now
 from shelora.transport.identity import Role
@@ -41,15 +43,19 @@ class Addresses:
 
     @classmethod
     def read(cls, folder: Path) -> "Addresses":
-        """Reads `cluster.json`; raises CONFIGURATION_INVALID if no cluster runs there."""
+        """Reads `cluster.json`. Raises: CONFIGURATION_INVALID if no cluster runs there; OSError."""
+        path = folder / ADDRESSES
         try:
-            fields = json.loads((folder / ADDRESSES).read_text())
+            return _ADDRESSES.validate_json(path.read_bytes())
         except FileNotFoundError:
-            raise DomainError(
-                Reason.CONFIGURATION_INVALID,
-                f"no local cluster runs in {folder}: start one with `shelora up`",
+            raise invalid(f"no local cluster runs in {folder}: start one with `shelora up`") from None
+        except ValidationError:
+            raise invalid(
+                f"{path} is not what `shelora up` writes: remove it, and start the cluster anew"
             ) from None
-        return cls(**{**fields, "aggregation": tuple(fields["aggregation"])})
+
+
+_ADDRESSES: Final = TypeAdapter(Addresses)
 
 
 class LocalCluster:

@@ -48,9 +48,10 @@ def start_metrics_server(
     """
     try:
         server, thread = prometheus_client.start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name that no host can have is none of the system's errors
+        why = error.strerror if isinstance(error, OSError) else "no host can have this name"
         raise DomainError(
-            Reason.CONFIGURATION_INVALID, f"metrics cannot be served on {host}:{port}: {error.strerror}"
+            Reason.CONFIGURATION_INVALID, f"metrics cannot be served on {host}:{port}: {why}"
         ) from error
 
     def stop() -> None:

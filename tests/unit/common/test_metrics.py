@@ -57,6 +57,16 @@ def test_metrics_are_served_on_a_free_port_until_stopped(registry):
         urllib.request.urlopen(url)
 
 
+@pytest.mark.parametrize(
+    "host", ["a" * 300, "ü" * 80, ".", "\ud800", "999.1.1.1", "[::1]", "127.0.0.1:80", ""]
+)
+def test_a_host_that_cannot_be_is_a_refused_configuration(host):
+    """The resolver raises UnicodeError, which is no OSError, for what no name can be."""
+    with pytest.raises(DomainError, match="metrics cannot be served on") as caught:
+        start_metrics_server(0, host)
+    assert caught.value.reason is Reason.CONFIGURATION_INVALID
+
+
 def test_a_port_in_use_is_a_refused_configuration():
     server = start_metrics_server(0)
     with pytest.raises(DomainError, match=str(server.port)) as caught:
