@@ -164,5 +164,5 @@ def _matching(names: Sequence[str], pattern: str) -> Iterator[str]:
         raise invalid(
             f"the federation's target_pattern {quoted(pattern)} takes too long to match: ask for a simpler one"
         ) from error
-    except regex.error as error:
+    except (regex.error, OverflowError, RecursionError, MemoryError) as error:
         raise invalid(f"the federation's target_pattern {quoted(pattern)} is none: {error}") from error

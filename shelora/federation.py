@@ -60,7 +60,11 @@ federation than it asked for.
 def _regular(text: str) -> str:
     try:
         re.compile(text)
-    except re.error as error:
+    except (
+        re.error,
+        OverflowError,
+        RecursionError,
+    ) as error:  # of a{99999999999}, and of hundreds of brackets
         raise PydanticCustomError(
             "regular_expression", "is no regular expression: {why}", {"why": str(error)}
         ) from None

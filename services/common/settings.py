@@ -25,6 +25,7 @@ class ServerSettings(BaseSettings):
         frozen=True,
         strict=True,
         extra="forbid",
+        allow_inf_nan=False,
         env_prefix="SHELORA_",
         hide_input_in_errors=True,
         use_attribute_docstrings=True,

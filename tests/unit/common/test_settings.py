@@ -61,6 +61,9 @@ def test_a_wrong_value_is_named_and_not_shown(monkeypatch):
 def test_values_out_of_range_and_unknown_flags_are_refused():
     assert "metrics_port" in refused(flour_kg=1.0, metrics_port=70000)
     assert "log_level" in refused(flour_kg=1.0, log_level="LOUD")
+    assert "calls_per_s" in refused(flour_kg=1.0, calls_per_s=float("inf")), (
+        "ten seconds' worth was a traceback"
+    )
     assert "sugar" in refused(flour_kg=1.0, sugar=1)
 
 
