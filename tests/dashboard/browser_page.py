@@ -1,18 +1,21 @@
 """The operator's page in a real browser, on a real cluster: a federation from the form to a finished adapter.
 
-One agent enrols with the command line that the page shows, one is killed, one is revoked on the page.
+One agent enrols with the command line that the page shows, one is refused for its base model, one is killed, one is
+revoked on the page.
 SCREENSHOTS names a folder to leave pictures in.
 """
 
 import asyncio
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.page import open_beside
@@ -42,7 +45,7 @@ FORM = {
     "training.labels": "cold, warm",
     "training.local_steps": "40",
     "round.rounds": "4",
-    "round.clients": "4",
+    "round.clients": "5",
     "round.min_updates": "2",
     "round.deadline_s": "40",
 }
@@ -54,6 +57,8 @@ FOLDED = {
     "training.evaluation_examples": "20",
 }
 AGENTS = (*tiny.AGENTS, tiny.Agent("lab", rank=2, alpha=4, budget=0.5, suffix=".jsonl"))
+GUEST = tiny.Agent("guest", rank=2, alpha=4, budget=1.0, suffix=".jsonl")
+"""Its base model has the shapes of the others' and other weights."""
 
 pytestmark = [
     pytest.mark.skipif(
@@ -66,6 +71,17 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_tiny_bert(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def other_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: 0.9 * value for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return folder
 
 
 @pytest.fixture
@@ -118,25 +134,27 @@ async def fits_a_phone(page) -> None:
     await page.set_viewport_size(DESK)
 
 
-async def test_from_the_form_to_a_finished_adapter(page, address, cluster, model, tmp_path):
+async def test_from_the_form_to_a_finished_adapter(page, address, cluster, model, other_model, tmp_path):
     await page.goto(address)
     assert "token" not in page.url
     await page.keyboard.press("Tab")
     assert await page.evaluate("document.activeElement.textContent") == "Skip to content"
     await create(page)
     await enrol_with_the_command_of_the_page(page, tmp_path)
-    for agent in AGENTS[1:]:
+    for agent in (*AGENTS[1:], GUEST):
         await tiny.enrol(cluster, agent, tmp_path)
     clinic, bank, sensor, lab = (
         tiny.spawn_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS
     )
+    guest = tiny.spawn_agent(cluster, GUEST, cluster.addresses, other_model, tmp_path)
     await page.get_by_text("of 4 rounds").wait_for()
-    await page.locator("table.members tbody tr").nth(3).wait_for(timeout=PATIENCE_MS)
+    await page.locator("table.members tbody tr").nth(4).wait_for(timeout=PATIENCE_MS)
     await page.locator(".stages .now").first.wait_for(timeout=PATIENCE_MS)
     await page.locator(".chart").first.wait_for(timeout=PATIENCE_MS)  # the first round's result is there
 
     assert (await page.locator('td[data-label="certificate ends"]').first.inner_text()).startswith("in ")
 
+    await page.get_by_text("MODEL_MISMATCH").first.wait_for(timeout=PATIENCE_MS)
     sensor.popen.kill()
     await page.get_by_label("Revoke lab").click()
     await page.get_by_text("no server admits lab").wait_for()
@@ -150,6 +168,7 @@ async def test_from_the_form_to_a_finished_adapter(page, address, cluster, model
         while any(process.popen.poll() is None for process in (clinic, bank, lab)):  # noqa: ASYNC110 - other processes
             await asyncio.sleep(0.2)
     assert [clinic.popen.returncode, bank.popen.returncode, lab.popen.returncode] == [0, 0, EXIT_REFUSED]
+    assert guest.popen.wait(60) == EXIT_REFUSED
     assert (tmp_path / "clinic" / "state" / "adapter").is_dir()
     assert "4" in await page.locator(".tiles dd").first.inner_text()
     assert await page.locator(".chart").count() == 3
