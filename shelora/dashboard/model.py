@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from shelora.dashboard.charts import Series, line_chart, sparkline
 from shelora.dashboard.memory import PresenceHistory
+from shelora.protocol import Stage
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import (
     MAX_DROPPED,
@@ -332,7 +333,8 @@ def _activity(federation: pb.Federation, member: pb.Member, memory: PresenceHist
     if not member.stage:
         return "joined"
     share = f", {member.progress:.0%}" if 0 < member.progress < 1 else ""
-    return f"{member.stage}{share}"
+    gone = member.idle_ms > SILENT_MS and member.stage != Stage.FINISHED
+    return f"{'silent since ' if gone else ''}{member.stage}{share}"
 
 
 def _dropped(federation: pb.Federation) -> tuple[tuple[str, str, str, str], ...]:

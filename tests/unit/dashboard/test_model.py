@@ -62,6 +62,15 @@ def test_when_an_update_was_there_before_the_page_no_time_is_made_up():
     assert page(said, memory, 150.0).members[0].activity == "update sent, 2.3 MB"
 
 
+def test_a_member_that_died_is_not_shown_at_work():
+    said = running()
+    said.members[1].idle_ms = 61_000
+    said.members[2].MergeFrom(pb.Member(stage="finished", idle_ms=61_000, progress=1))
+    said.phase = pb.PHASE_FINISHED
+    rows = {row.name: row.activity for row in page(said).members}
+    assert (rows["b"], rows["c"]) == ("silent since training, 50%", "finished")
+
+
 def test_a_members_certificate_is_shown_with_its_end():
     said = running()
     now_ms, hour_ms = said.now_unix_ms, 3_600_000
