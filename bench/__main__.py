@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from bench import baselines, complete, memory, ours, published
 from bench.figures import Run
+from bench.report import Report
 from bench.workload import Workload
 from services.aggregation.workers import ALLOCATOR
 
@@ -32,10 +33,11 @@ def compare(
     """Compares our protection modes with the published way; exits with 1 if a target is missed."""
     run = _measured(Workload(matrices=matrices), sample)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(run.table())
-    console.print(run.ways())
+    report = Report(run)
+    console.print(report.table())
+    console.print(report.ways())
     console.print(baselines.table(run.others))
-    for note in run.notes():
+    for note in report.notes():
         console.print(f"• {note}")
     run.write(output)
     console.print(f"Summary: {output}")

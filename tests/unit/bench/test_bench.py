@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from bench import baselines, complete, ours, published, sketches
 from bench.figures import TARGETS, Run
 from bench.memory import Memory
+from bench.report import Report
 from bench.sketches import SPECTRA, choices, errors, recorded, rows
 from bench.workload import Workload
 
@@ -87,8 +88,8 @@ def test_a_wrong_sum_shows_in_the_error():
 
 
 def test_tables_and_notes_are_written_for_all_ways(run):
-    assert [len(table.rows) for table in (run.table(), run.ways())] == [15, 4]
-    assert any("k = 4, l = 4, s = 10" in note for note in run.notes())
+    assert [len(table.rows) for table in (Report(run).table(), Report(run).ways())] == [15, 4]
+    assert any("k = 4, l = 4, s = 10" in note for note in Report(run).notes())
 
 
 def test_the_clients_of_the_workload_start_from_one_A_and_differ():
