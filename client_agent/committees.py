@@ -57,7 +57,7 @@ class Identifies(Protocol):
         """The identity as it is now."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Seat:
     """A place on the committee of the newest round."""
 
@@ -134,7 +134,7 @@ class Committees:
         if self._attempt is None or self._attempt.round_id != attempt.round_id:
             self.forget()
             self._attempt = attempt
-            self._seat = _Seat(self._member(attempt)) if member else None
+            self._seat = _Seat(member=self._member(attempt)) if member else None
         elif member and self._seat is None:
             return  # it has left this committee; as a dealer it tries again
         try:

@@ -28,7 +28,7 @@ MAX_RESULT_SHARD_BYTES: Final = 2**30
 """A result shard larger than this is refused: a layout makes shards of some 30 MB."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """A published aggregate, as announced."""
 
@@ -52,7 +52,7 @@ class Result:
             raise DomainError(
                 Reason.LAYOUT_MISMATCH, "the result has another number of shards than its layout"
             )
-        result = cls(message.round_id, layout, shards, message.round_number)
+        result = cls(round_id=message.round_id, layout=layout, shards=shards, number=message.round_number)
         if result.largest_shard_bytes > MAX_RESULT_SHARD_BYTES:
             raise DomainError(
                 Reason.TRANSFER_TOO_LARGE, f"a result shard exceeds {MAX_RESULT_SHARD_BYTES} bytes"

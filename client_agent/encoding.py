@@ -56,7 +56,7 @@ class Encoded:
     """Which text of a pair each token is of, as the tokenizer numbers them; none of a single text."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Batch:
     """Token ids of some examples, padded on the right to the longest."""
 
@@ -98,7 +98,12 @@ class Batch:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         types = None if self.token_type_ids is None else change(self.token_type_ids)
-        return Batch(change(self.input_ids), change(self.attention_mask), change(self.targets), types)
+        return Batch(
+            input_ids=change(self.input_ids),
+            attention_mask=change(self.attention_mask),
+            targets=change(self.targets),
+            token_type_ids=types,
+        )
 
 
 class Encoder:
@@ -175,7 +180,12 @@ class Encoder:
         targets = [target for one in encoded for target in one.targets]
         ids, mask = padded([one.ids for one in encoded], self._pad)
         types = padded([one.types for one in encoded], 0)[0] if encoded[0].types else None
-        return Batch(ids, mask, torch.tensor(targets, dtype=torch.int64), types)
+        return Batch(
+            input_ids=ids,
+            attention_mask=mask,
+            targets=torch.tensor(targets, dtype=torch.int64),
+            token_type_ids=types,
+        )
 
     def _pairs(
         self, texts: Sequence[str], seconds: Sequence[str], *, cut: bool

@@ -47,7 +47,9 @@ def evaluate(
     figures = {} if confusion is None else {"macro_f1": macro_f1(confusion)}
     if model.task.predicts_next and mean < _LARGEST_EXPONENT:
         figures["perplexity"] = math.exp(mean)
-    return Evaluation(count, correct, mean, time.monotonic() - started, figures)
+    return Evaluation(
+        count=count, correct=correct, loss=mean, seconds=time.monotonic() - started, figures=figures
+    )
 
 
 def confused(logits: torch.Tensor, targets: torch.Tensor) -> NDArray[np.int64]:

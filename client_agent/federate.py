@@ -106,7 +106,9 @@ class TrainerLearner(Learner):
         test = ScriptData(trainer.eval_dataset) if trainer.eval_dataset is not None else None
         encoder = ScriptEncoder(trainer)
         rehearse(model, encoder.batch(examples.select([0])))
-        lengths = Survey(np.zeros(len(examples), dtype=np.int64), encoder.limit, 0, 0)
+        lengths = Survey(
+            lengths=np.zeros(len(examples), dtype=np.int64), limit=encoder.limit, largest_id=0, ends_cut=0
+        )
         return Prepared(examples=examples, test=test, model=model, encoder=encoder, lengths=lengths)
 
     def fit(self, run: TrainingRun, report: Report) -> TrainingOutcome:

@@ -253,4 +253,4 @@ def survey_images(examples: Images) -> Survey:
     for index in range(len(examples)):
         image = examples.pixels(index)
         sizes[index] = image.width * image.height
-    return Survey(sizes, ImageEncoder.limit, 0, unit=PIXELS)
+    return Survey(lengths=sizes, limit=ImageEncoder.limit, largest_id=0, unit=PIXELS)

@@ -10,7 +10,7 @@ from shelora.obfuscation import Obfuscation, epoch_secret_id
 from shelora.v1 import key_authority_pb2 as pb
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class EpochSecrets:
     """What the key authority releases to agents. Its `repr` shows no secret."""
 
@@ -32,15 +32,21 @@ class EpochSecrets:
         obfuscation = Obfuscation(message.obfuscation_secret, epoch)
         if not message.parameters:
             _require_announced(epoch_secret_id(message.obfuscation_secret), message)
-            return cls(epoch, obfuscation, key_id=message.key_id)
+            return cls(epoch=epoch, obfuscation=obfuscation, key_id=message.key_id)
         key = SecretKey.from_bytes(profile(message.parameters), message.ckks_secret_key)
         _require_announced(key.key_id, message)
-        return cls(epoch, obfuscation, Encryptor(key), Decryptor(key), key.key_id)
+        return cls(
+            epoch=epoch,
+            obfuscation=obfuscation,
+            encryptor=Encryptor(key),
+            decryptor=Decryptor(key),
+            key_id=key.key_id,
+        )
 
     @classmethod
     def unprotected(cls, federation_id: str, epoch: int) -> "EpochSecrets":
         """For protection "none": no key, and initial factors that all agents agree on but that are no secret."""
-        return cls(epoch, Obfuscation.public(f"unprotected/{federation_id}", epoch))
+        return cls(epoch=epoch, obfuscation=Obfuscation.public(f"unprotected/{federation_id}", epoch))
 
     def encryptor_for(self, layout: Layout) -> Encryptor | None:
         """The encryptor, or None if the layout encrypts nothing. Raises: SECRET_UNAVAILABLE for another key."""

@@ -39,7 +39,7 @@ class Trained:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """What evaluation measured."""
 

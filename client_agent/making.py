@@ -67,7 +67,16 @@ class Maker:
         scores = self._learner.score(activity)
         stake = stake_of(self._state.plan_fit(), self._me.protection, self._me.budget)
         # Aggregation weight 1: votes count alike, however many examples their clients hold.
-        note = UpdateNote(round_id, layout.digest, 1, 1.0, 1, 0.0, watch.seconds, 0.0)
+        note = UpdateNote(
+            round_id=round_id,
+            layout_digest=layout.digest,
+            rank=1,
+            scaling=1.0,
+            example_count=1,
+            train_loss=0.0,
+            train_s=watch.seconds,
+            encrypt_s=0.0,
+        )
         writer = self._state.begin_spool(round_id)
         for vote in self._negotiator.cast(layout, scores, stake, round_id, secrets):
             writer.add(vote)

@@ -64,7 +64,7 @@ _UNREADABLE: Final = (OSError, ValueError, TypeError, RecursionError)
 """What reading a damaged file may raise."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateNote:
     """What is committed with an update beside its shards."""
 
@@ -99,7 +99,7 @@ class PlanFit:
     """Share of its top columns that the plan protected when it was new."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Spool:
     """A protected update on disk, ready to be uploaded."""
 
@@ -149,7 +149,7 @@ class SpoolWriter:
         if self._dealt:
             manifest["dealt"] = self._dealt.hex()
         files.replace(self._folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        return Spool(self._folder, note, tuple(self._shards), self._dealt)
+        return Spool(folder=self._folder, note=note, shards=tuple(self._shards), dealt=self._dealt)
 
 
 class AgentState:
@@ -537,7 +537,12 @@ def _read_spool(folder: Path) -> Spool | None:
             return None
         note = {**manifest["note"], "layout_digest": bytes.fromhex(manifest["note"]["layout_digest"])}
         shards = tuple(Digest(bytes.fromhex(s["sha256"]), s["total_bytes"]) for s in manifest["shards"])
-        return Spool(folder, UpdateNote(**note), shards, bytes.fromhex(manifest.get("dealt", "")))
+        return Spool(
+            folder=folder,
+            note=UpdateNote(**note),
+            shards=shards,
+            dealt=bytes.fromhex(manifest.get("dealt", "")),
+        )
     except (*_UNREADABLE, KeyError, DomainError):
         return None
 

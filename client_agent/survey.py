@@ -18,7 +18,7 @@ _AT_ONCE: Final = 1024
 """Texts tokenized together."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Survey:
     """Lengths of examples in tokens, special tokens included."""
 
@@ -72,4 +72,4 @@ def survey(path: Path, text_field: str, examples: Examples, encoder: Encoder) ->
         place = place_of(path, text_field, int(index))
         what = "has no second token to predict" if lengths[index] else "gives no token"
         raise invalid(f"{place}: the text in field {text_field!r} {what}: remove it")
-    return Survey(lengths, encoder.limit, largest)
+    return Survey(lengths=lengths, limit=encoder.limit, largest_id=largest)

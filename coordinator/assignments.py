@@ -34,7 +34,7 @@ class MakePlan:
     negotiation: Negotiation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train for this round."""
 
@@ -85,7 +85,7 @@ _OPEN: Final = frozenset({RoundState.KEYING, RoundState.COLLECTING})
 Work: TypeAlias = Wait | Vote | MakePlan | Train | Serve | Finish | Halt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Assignment:
     """Work with the identifier under which an agent does it once."""
 
@@ -115,7 +115,7 @@ def assignment_for(
     committed its update to it.
     """
     work = _work(federation, round_, client_id, committed=committed)
-    assignment = Assignment(_identifier(federation, work), work)
+    assignment = Assignment(assignment_id=_identifier(federation, work), work=work)
     notice = next((drop for drop in federation.notices if drop.client_id == client_id), None)
     if notice is None:
         return assignment
@@ -170,7 +170,9 @@ def _in_round(
     if round_.round.kind is RoundKind.VOTE:
         return Vote(round_)
     plan = federation.ticket.plan if federation.ticket else None
-    return Train(round_, plan, federation.result_sequence, federation.result_plan)
+    return Train(
+        round=round_, plan=plan, base_sequence=federation.result_sequence, base_plan=federation.result_plan
+    )
 
 
 _FROM_THE_NEXT: Final = "a round is in progress; this agent takes part from the next one"
@@ -193,7 +195,7 @@ def _once_closed(round_: RoundRecord, client_id: str) -> Work:
 
 def _identifier(federation: FederationRecord, work: Work) -> str:
     match work:
-        case Vote(round_) | Train(round_):
+        case Vote(round_) | Train(round=round_):
             return f"{round_.round.kind.lower()}/{round_.round.round_id}"
         case Serve(round_, step):
             return f"serve/{round_.round.round_id}/{step.lower()}"

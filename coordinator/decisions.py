@@ -51,7 +51,7 @@ LEAD_MS: Final = 60_000
 """Time after which a leader that does not say that it makes the plan is replaced."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class View:
     """The state a decision is made on."""
 

@@ -82,7 +82,7 @@ COMMITTEE_TRANSITIONS: Final = _with_abandonment(
 """The same of a round whose sum a committee of its clients opens."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
     """One attempt at a round. Equal values are the same round in the same state."""
 

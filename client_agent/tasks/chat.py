@@ -82,7 +82,7 @@ class ChatEncoder:
         """One batch, its targets [examples, tokens], padded on the right."""
         ids, mask = padded([one.ids for one in encoded], self._pad)
         targets, _ = padded([one.targets for one in encoded], NOT_LEARNT)
-        return Batch(ids, mask, targets)
+        return Batch(input_ids=ids, attention_mask=mask, targets=targets)
 
     def shown(self, examples: Conversations) -> Mapping[str, str]:
         """The first example's tokens, what is learnt in square brackets; long runs are shortened in the middle."""
@@ -151,7 +151,7 @@ def survey_conversations(path: Path, examples: Conversations, encoder: ChatEncod
         lengths[index] = end
         largest = max(largest, *one.ids)
         ends_cut += end > encoder.limit and start - encoder.limit // _LEAST_PROMPT < end - encoder.limit
-    return Survey(lengths, encoder.limit, largest, ends_cut)
+    return Survey(lengths=lengths, limit=encoder.limit, largest_id=largest, ends_cut=ends_cut)
 
 
 def last_answer(learnt: Sequence[bool]) -> tuple[int, int]:

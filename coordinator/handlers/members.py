@@ -92,7 +92,7 @@ class MemberHandlers:
         if assignment.assignment_id != assignment_id:
             return
         match assignment.work:
-            case Vote(record) | Train(record):
+            case Vote(record) | Train(round=record):
                 if await self.lookup.store.updates.commit_of(federation, record.sequence, client_id) is None:
                     await self.lookup.store.updates.put_refusal(federation, record.sequence, said)
             case MakePlan(negotiation):

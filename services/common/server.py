@@ -76,7 +76,7 @@ class StrangersPort:
     """Adds the services that a stranger may call."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ready:
     """What a ready file says, as JSON."""
 
@@ -163,7 +163,10 @@ async def serve(
             strangers = _open_to_strangers(settings, service, service.enrolment, revocations)
             enrolling = await stack.enter_async_context(strangers)
         ready = Ready(
-            _reachable(address), metrics_port, os.getpid(), _reachable(enrolling) if enrolling else ""
+            address=_reachable(address),
+            metrics_port=metrics_port,
+            pid=os.getpid(),
+            enrolment_address=_reachable(enrolling) if enrolling else "",
         )
         if service.announcing is not None:
             await stack.enter_async_context(service.announcing(ready.address))

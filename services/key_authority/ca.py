@@ -76,7 +76,7 @@ class RootFile:
         self._folder = folder
         self._path = folder / _FILE
         self._sealer = sealer
-        self._binding = Binding("certificate authority", vault)
+        self._binding = Binding(purpose="certificate authority", vault=vault)
         self._evidence = evidence
 
     def load_or_create(self) -> Root:

@@ -41,13 +41,13 @@ _IDENTITY_NAME: Final = "vault.sealed"
 _REGISTER_NAME: Final = "register.sealed"
 _EPOCHS_NAME: Final = "epochs"
 _IDENTITY_BYTES: Final = 16
-_IDENTITY_BINDING: Final = Binding("vault identity")
+_IDENTITY_BINDING: Final = Binding(purpose="vault identity")
 _log = structlog.get_logger(__name__)
 _HEAD_BYTES: Final = 64
 """Enough of a sealed file to see its key."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Custody:
     """An open data folder."""
 
@@ -76,7 +76,13 @@ def open_custody(folder: Path, key: SealingKey) -> Iterator[Custody]:
         _require_one_key(folder, sealer)
         vault, register = Vault(folder / _EPOCHS_NAME, sealer, identity), _register(folder, sealer, identity)
         with AuditLog(folder / LOG_NAME, identity) as audit:
-            yield Custody(identity, vault, _root_file(folder, sealer, identity), register, audit)
+            yield Custody(
+                identity=identity,
+                vault=vault,
+                root=_root_file(folder, sealer, identity),
+                register=register,
+                audit=audit,
+            )
 
 
 def read_vault(folder: Path, key: SealingKey) -> Vault:

@@ -40,7 +40,7 @@ class EpochId:
         return f"epoch {self.epoch} of federation {self.federation_id}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochKeys:
     """The keys of one epoch. The `repr` shows no secret."""
 
@@ -102,4 +102,9 @@ def from_bytes(content: bytes) -> EpochKeys:
         record = _Record.model_validate_json(content)
     except ValidationError:  # the cause would carry the secrets
         raise DomainError(Reason.SECRET_UNAVAILABLE, "of a format which this version does not read") from None
-    return EpochKeys(record.parameters, record.key_id, record.ckks_secret_key, record.obfuscation_secret)
+    return EpochKeys(
+        parameters=record.parameters,
+        key_id=record.key_id,
+        ckks_secret_key=record.ckks_secret_key,
+        obfuscation_secret=record.obfuscation_secret,
+    )

@@ -182,7 +182,7 @@ async def _leave_operator_token(enrolments: Enrolments, path: Path | None) -> No
     """A token for whoever may read the file; in its place only once it is whole."""
     if path is None:
         return
-    token, _ = await enrolments.create_token(Grant(Role.OPERATOR))
+    token, _ = await enrolments.create_token(Grant(role=Role.OPERATOR))
     try:
         files.replace(path, token.encoded.encode() + b"\n")
     except OSError as error:

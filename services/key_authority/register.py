@@ -30,7 +30,7 @@ _KEPT_MS: Final = 24 * 3600 * 1000
 """How long an expired token is remembered, so that a repeat is answered as before."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grant:
     """What a token allows, once."""
 
@@ -175,7 +175,7 @@ class Register:
     def __init__(self, path: Path, sealer: Sealer, vault: str) -> None:
         self._path = path
         self._sealer = sealer
-        self._binding = Binding("register of tokens and clients", vault)
+        self._binding = Binding(purpose="register of tokens and clients", vault=vault)
         self._lock = threading.Lock()
         self._content = self._read()
 

@@ -73,7 +73,7 @@ class SealingKey:
         return HKDF(algorithm=SHA256(), length=count, salt=salt, info=info).derive(self._key)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Binding:
     """What a blob is and where it belongs. It opens nowhere else."""
 

@@ -129,11 +129,11 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
 
 def _grant(request: enrolment_pb2.CreateTokenRequest) -> Grant:
     return Grant(
-        Role.named(request.role),
-        request.federation_id,
-        request.client_id,
-        tuple(request.names),
-        _promise(request.promise) if request.HasField("promise") else None,
+        role=Role.named(request.role),
+        federation_id=request.federation_id,
+        client_id=request.client_id,
+        names=tuple(request.names),
+        promise=_promise(request.promise) if request.HasField("promise") else None,
     )
 
 

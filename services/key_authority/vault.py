@@ -120,7 +120,12 @@ class Vault:
             files.create(self._path(epoch_id), blob)
 
     def _binding(self, epoch_id: EpochId) -> Binding:
-        return Binding("epoch secrets", self._identity, epoch_id.federation_id, epoch_id.epoch)
+        return Binding(
+            purpose="epoch secrets",
+            vault=self._identity,
+            federation_id=epoch_id.federation_id,
+            epoch=epoch_id.epoch,
+        )
 
     def _path(self, epoch_id: EpochId, state: str = "sealed") -> Path:
         return self._folder / f"{epoch_id.federation_id}.{epoch_id.epoch}.{state}"
@@ -129,7 +134,12 @@ class Vault:
 def _generate(parameters: CkksParameters | None) -> EpochKeys:
     obfuscation_secret = secrets.token_bytes(OBFUSCATION_SECRET_BYTES)
     if parameters is None:
-        return EpochKeys("", epoch_secret_id(obfuscation_secret), b"", obfuscation_secret)
+        return EpochKeys(
+            parameters="",
+            key_id=epoch_secret_id(obfuscation_secret),
+            ckks_secret_key=b"",
+            obfuscation_secret=obfuscation_secret,
+        )
     key = SecretKey.generate(parameters)
     return EpochKeys(
         parameters=parameters.name,

@@ -65,7 +65,9 @@ class Evaluator:
 
     def __init__(self, parameters: CkksParameters, key_id: bytes) -> None:
         """Args: key_id: 16 bytes, `SecretKey.key_id` of the federation."""
-        BlockShape(parameters, key_id, rows=1, chunks=1, seeded=True)  # refuses a malformed key id
+        BlockShape(
+            parameters=parameters, key_id=key_id, rows=1, chunks=1, seeded=True
+        )  # refuses a malformed key id
         self.parameters = parameters
         self.key_id = key_id
 
@@ -96,7 +98,9 @@ class Accumulator:
         self._evaluator = sealapi.Evaluator(self._context.native)
         self._segments = np.asarray(segments, dtype=np.intp)
         self._runs = _chunk_runs(self._segments, parameters)
-        self.shape = BlockShape(parameters, key_id, rows, len(self._runs), seeded=False)
+        self.shape = BlockShape(
+            parameters=parameters, key_id=key_id, rows=rows, chunks=len(self._runs), seeded=False
+        )
         self.total_slots = int(self._segments.sum())
         self._sums: dict[tuple[int, int], Native] = {}  # (row, chunk) -> native ciphertext
         self._product = sealapi.Ciphertext()

@@ -118,7 +118,11 @@ class Encryptor:
         _check_values(values)
         rows, total_slots = values.shape
         shape = BlockShape(
-            self.parameters, self.key_id, rows, self.parameters.chunks(total_slots), seeded=True
+            parameters=self.parameters,
+            key_id=self.key_id,
+            rows=rows,
+            chunks=self.parameters.chunks(total_slots),
+            seeded=True,
         )
         c0 = np.empty((rows * shape.chunks, self.parameters.poly_degree), dtype=np.uint64)
         seeds = np.empty((rows * shape.chunks, SEED_BYTES), dtype=np.uint8)

@@ -56,7 +56,7 @@ class _Header(NamedTuple):
     chunks: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockShape:
     """What a block must be: its reader builds this from its own knowledge, never from the bytes.
 

@@ -26,7 +26,7 @@ from shelora.transport.identity import Role
 from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Addresses:
     """Where a local cluster is; the content of its `cluster.json`."""
 
@@ -137,7 +137,9 @@ class LocalCluster:
 
     def spawn(self, name: str, module: str, arguments: list[str], environment: Mapping[str, str]) -> Process:
         """Starts `python -m module` as a process that stops with the cluster, before the servers."""
-        return self._processes.spawn(name, Launch(module_command(module, *arguments), environment))
+        return self._processes.spawn(
+            name, Launch(arguments=module_command(module, *arguments), environment=environment)
+        )
 
     def restart(self, name: str) -> Process:
         """Stops a server unless it has ended, and starts it again: same settings, same address.
@@ -171,13 +173,13 @@ class LocalCluster:
         ]
         coordinators = [serving() for serving in starting]
         addresses = Addresses(
-            coordinators[0],
-            self._key_authority,
-            aggregation,
-            self._redis_url,
-            enrolment,
-            str(self._members.operator),
-            self._servers.metrics,
+            coordinator=coordinators[0],
+            key_authority=self._key_authority,
+            aggregation=aggregation,
+            redis_url=self._redis_url,
+            enrolment=enrolment,
+            operator_identity=str(self._members.operator),
+            metrics=self._servers.metrics,
         )
         self._announce(addresses)
         return addresses

@@ -67,7 +67,7 @@ class Process:
             self.popen.wait()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Launch:
     """How a process is started, and how one sees that it serves."""
 

@@ -63,7 +63,7 @@ class Servers:
         """Valkey on loopback. What it has answered survives its death: the log is on disk before (docs/failures.md)."""
         folder = self.folder / "redis"
         port = REDIS_PORT if self.fixed_ports else _free_port()
-        launch = Launch(_redis_command(folder, port), {}, redis_port=port)
+        launch = Launch(arguments=_redis_command(folder, port), environment={}, redis_port=port)
         process = self.processes.start("redis", launch)
 
         def served() -> str:
@@ -121,8 +121,8 @@ class Servers:
             **settings,
         }
         launch = Launch(
-            module_command(module),
-            {stem + field: value for field, value in environment.items()},
+            arguments=module_command(module),
+            environment={stem + field: value for field, value in environment.items()},
             ready=self._ready(name),
         )
         process = self.processes.start(name, launch)

@@ -29,5 +29,5 @@ def aggregate_shard(layout: Layout, index: int, contributions: Sequence[Contribu
     def read(client_id: str) -> UpdateShardContent:
         return parse_update(layout, index, load(client_id))
 
-    cohort = Cohort(layout, index, contributions, read)
+    cohort = Cohort(layout=layout, index=index, contributions=contributions, read=read)
     return encode_result(layout, kind_of(layout.shard(index)).aggregate(cohort, Evaluator))

@@ -78,7 +78,7 @@ Engine = Callable[[CkksParameters, bytes], Evaluates]
 """Makes an evaluator for a key by its parameters and identifier."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
     """The contributions to one shard, read one at a time."""
 

@@ -179,7 +179,7 @@ def _blocks(cohort: Cohort) -> Iterator[list[Float64]]:
         yield [contribution.block(part.B) for part in content.matrices]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Rows:
     """What is known of one matrix before M is accumulated."""
 
@@ -225,7 +225,13 @@ def _aggregate(cohort: Cohort, engine: Engine) -> ResultShardContent:
         shard=cohort.index,
         contributor_count=len(cohort.contributions),
         matrices=tuple(
-            MatrixAggregate(r.Q, clear.pop().astype(np.float32), r.exponents, r.energy_left_out) for r in rows
+            MatrixAggregate(
+                Q=r.Q,
+                clear_M=clear.pop().astype(np.float32),
+                row_exponents=r.exponents,
+                energy_left_out=r.energy_left_out,
+            )
+            for r in rows
         ),
         clear_tensors=(),
         ciphertexts=slots.finish() if slots is not None else b"",
@@ -245,7 +251,7 @@ def _rows(cohort: Cohort, count: int) -> list[_Rows]:
 def _exact_rows(basis: Float64, R: Float64 | None) -> _Rows:
     assert R is not None
     used, exponents = _used(np.abs(R).sum(axis=1))
-    return _Rows(_columns(basis, used).astype(np.float32), exponents, R=R[used])
+    return _Rows(Q=_columns(basis, used).astype(np.float32), exponents=exponents, R=R[used])
 
 
 def _cut_rows(cohort: Cohort, bases: list[Float64]) -> list[_Rows]:
@@ -267,7 +273,7 @@ def _cut_rows(cohort: Cohort, bases: list[Float64]) -> list[_Rows]:
 def _cut_row(basis: Float64, norms: Float64, energy_left_out: float) -> _Rows:
     used, exponents = _used(norms)
     kept = _columns(basis, used)
-    return _Rows(kept.astype(np.float32), exponents, energy_left_out, basis=kept)
+    return _Rows(Q=kept.astype(np.float32), exponents=exponents, energy_left_out=energy_left_out, basis=kept)
 
 
 def _columns(basis: Float64, used: NDArray[np.intp]) -> Float64:

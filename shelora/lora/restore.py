@@ -25,7 +25,7 @@ class Decrypts(Protocol):
         """Rows of slot values [rows, total_slots]."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Restored:
     """An aggregate in the clear, or a part of one."""
 

@@ -41,7 +41,7 @@ class MatrixPart:
     """[rank, clear columns], from the first column in column order that the client does not encrypt."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class UpdateShardContent:
     """One shard of one client's update."""
 
@@ -53,7 +53,7 @@ class UpdateShardContent:
     ciphertexts: Buffer
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class MatrixAggregate:
     """Aggregate of one matrix: Q [out, q], clear columns of M [q, clear], exponents of the encrypted rows."""
 
@@ -63,7 +63,7 @@ class MatrixAggregate:
     energy_left_out: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ResultShardContent:
     """The aggregate of one shard."""
 

@@ -91,7 +91,7 @@ class Clipping:
     """Those with any."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Sketcher:
     """Χ [in, s] and Φ [s, out] of one matrix in one round, scaled so that sketches have about ΔW's norm."""
 
@@ -108,10 +108,10 @@ class Sketcher:
         chi = source.sketch("columns", matrix.name, number, (matrix.in_features, terms.core))
         phi = source.sketch("rows", matrix.name, number, (terms.core, matrix.out_features))
         return cls(
-            _scaled(chi, matrix.in_features),
-            _scaled(phi, matrix.out_features),
-            terms.columns(matrix),
-            terms.rows(matrix),
+            chi=_scaled(chi, matrix.in_features),
+            phi=_scaled(phi, matrix.out_features),
+            columns=terms.columns(matrix),
+            rows=terms.rows(matrix),
         )
 
     def sketch(self, B: Float64, A: Float64) -> Sketch:

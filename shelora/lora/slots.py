@@ -18,7 +18,7 @@ _LARGEST_COEFFICIENT_BYTES = 8
 _CIPHERTEXT_FRAME_BYTES = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """Consecutive slots of a shard that hold columns of one matrix (of one tier) or values of one tensor."""
 
@@ -89,14 +89,18 @@ class Slotted(ABC):
         chunks = self.chunk_count(layout, layout.shards[content.shard], content.encrypted_tiers)
         if not chunks:
             return None
-        return BlockShape(layout.ckks, layout.key_id, rows=content.rank, chunks=chunks, seeded=True)
+        return BlockShape(
+            parameters=layout.ckks, key_id=layout.key_id, rows=content.rank, chunks=chunks, seeded=True
+        )
 
     def result_block_shape(self, layout: Layout, content: ResultShardContent) -> BlockShape | None:
         """The shape the ciphertexts of a result shard must have; None if it must have none."""
         chunks, rows = self.chunk_count(layout, layout.shards[content.shard]), self.result_rows(content)
         if not (chunks and rows):
             return None
-        return BlockShape(layout.ckks, layout.key_id, rows=rows, chunks=chunks, seeded=False)
+        return BlockShape(
+            parameters=layout.ckks, key_id=layout.key_id, rows=rows, chunks=chunks, seeded=False
+        )
 
     def check_ciphertexts(self, layout: Layout, content: UpdateShardContent) -> None:
         """As of `ShardKind`."""
@@ -112,5 +116,5 @@ def consecutive(runs: Iterable[tuple[int, int, int]]) -> Iterator[Segment]:
     slot = 0
     for item, length, column in runs:
         if length:
-            yield Segment(item, slot, length, column)
+            yield Segment(item=item, slot=slot, length=length, column=column)
             slot += even(length)

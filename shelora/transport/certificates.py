@@ -128,7 +128,7 @@ def _facts(parsed: x509.Certificate) -> Certificate:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Holder:
     """Whom a genuine certificate names, and the key that signs for it."""
 
@@ -164,7 +164,12 @@ def holder(der: bytes, authority: bytes) -> Holder:
         raise DomainError(
             Reason.UNAUTHENTICATED, "the certificate has no key on P-256 that signs for its holder"
         )
-    return Holder(facts.identity, key, parsed.not_valid_before_utc, parsed.not_valid_after_utc)
+    return Holder(
+        identity=facts.identity,
+        key=key,
+        not_before=parsed.not_valid_before_utc,
+        not_after=parsed.not_valid_after_utc,
+    )
 
 
 def promise_extension(promise: Level) -> x509.UnrecognizedExtension:

@@ -25,7 +25,7 @@ EXEMPTIONS: Final = ("no_grpc_proxy", "no_proxy", "NO_PROXY")
 _LARGEST_ANSWER: Final = 16 * 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Proxy:
     """An HTTP proxy. `str()` names it and the variable it came from, never its password."""
 
@@ -93,7 +93,12 @@ def _parsed(value: str, variable: str) -> Proxy:
         raise _unusable(variable, str(error)) from None
     if parts.scheme != "http":
         raise _unusable(variable, f"only http:// proxies are supported, not {parts.scheme}://")
-    return Proxy(address, variable, unquote(parts.username or ""), unquote(parts.password or ""))
+    return Proxy(
+        address=address,
+        variable=variable,
+        user=unquote(parts.username or ""),
+        password=unquote(parts.password or ""),
+    )
 
 
 def _unusable(variable: str, why: str) -> DomainError:

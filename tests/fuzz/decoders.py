@@ -198,7 +198,7 @@ def _sketch_result() -> bytes:
 
 
 def _shape(*, seeded: bool) -> BlockShape:
-    return BlockShape(INSECURE_TOY, bytes(16), rows=2, chunks=1, seeded=seeded)
+    return BlockShape(parameters=INSECURE_TOY, key_id=bytes(16), rows=2, chunks=1, seeded=seeded)
 
 
 def _block(*, seeded: bool) -> bytes:
@@ -364,7 +364,16 @@ def _spool(state: AgentState, folder: Path, data: bytes) -> object:
     return state.spool("clinic.0.1", bytes(32))
 
 
-_NOTE = UpdateNote("clinic.0.1", bytes(32), 4, 2.0, 9, 0.5, 1.0, 1.0)
+_NOTE = UpdateNote(
+    round_id="clinic.0.1",
+    layout_digest=bytes(32),
+    rank=4,
+    scaling=2.0,
+    example_count=9,
+    train_loss=0.5,
+    train_s=1.0,
+    encrypt_s=1.0,
+)
 
 
 def _manifests() -> list[bytes]:
@@ -399,7 +408,15 @@ def _record_seeds() -> list[bytes]:
         MemberRecord(client_id="a", rank=4, budget=0.5, example_count=3),
         update,
         RoundRecord(
-            round=Round("clinic.0.1", RoundKind.TRAIN, 1, 1, 2, 60, ("a", "b")),
+            round=Round(
+                round_id="clinic.0.1",
+                kind=RoundKind.TRAIN,
+                number=1,
+                attempt=1,
+                min_updates=2,
+                deadline_s=60,
+                cohort=("a", "b"),
+            ),
             sequence=1,
             layout_digest="",
             shard_count=1,
@@ -429,7 +446,12 @@ def _samples(*names: str) -> Callable[[], list[bytes]]:
 
 
 def _secrets() -> EpochKeys:
-    return EpochKeys(INSECURE_TOY.name, bytes(16), TOY_KEY.to_bytes(), KEY)
+    return EpochKeys(
+        parameters=INSECURE_TOY.name,
+        key_id=bytes(16),
+        ckks_secret_key=TOY_KEY.to_bytes(),
+        obfuscation_secret=KEY,
+    )
 
 
 _ADDITIVE = ShardShape(ADDITIVE_TOY, 0, 100)
@@ -501,7 +523,7 @@ def _summed_shares() -> bytes:
     return open_answer(ANSWER_KEY, chosen.digest, 1, answer.sealed)
 
 
-_BINDING = Binding("epoch secrets", "5e" * 16, "clinic", 1)
+_BINDING = Binding(purpose="epoch secrets", vault="5e" * 16, federation_id="clinic", epoch=1)
 _RESTORING = SHARDS | CIPHERTEXTS | {Reason.TOO_FEW_CONTRIBUTORS}
 _INVALID = frozenset({Reason.INVALID_ARGUMENT})
 _CONFIGURATION = frozenset({Reason.CONFIGURATION_INVALID})

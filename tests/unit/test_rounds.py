@@ -56,7 +56,18 @@ LEGAL_WITH_COMMITTEE = {
 
 
 def in_state(state: RoundState, draw: int = 0) -> Round:
-    return Round("r", RoundKind.VOTE, 0, 1, 2, 10, ("a", "b"), draw=draw, state=state, opened_ms=1)
+    return Round(
+        round_id="r",
+        kind=RoundKind.VOTE,
+        number=0,
+        attempt=1,
+        min_updates=2,
+        deadline_s=10,
+        cohort=("a", "b"),
+        draw=draw,
+        state=state,
+        opened_ms=1,
+    )
 
 
 @pytest.mark.parametrize(("draw", "legal"), [(0, LEGAL), (1, LEGAL_WITH_COMMITTEE)])

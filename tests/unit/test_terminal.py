@@ -32,7 +32,15 @@ from shelora.v1 import enrolment_pb2
 REPOSITORY = Path(__file__).parents[2]
 CASES = ["[/x]", "[bold]", "run[v2]/bad.yaml", "[fd00::12]:7101", ":smile:", "[link=file:/]"]
 HOSTILE = "mal\x1b[2Jlory\r\u202e\x9b31m"
-ADDRESSES = Addresses("[fd00::12]:7101", "k:1", ("a:2",), "redis://r", "e:3", "id [v2]", {})
+ADDRESSES = Addresses(
+    coordinator="[fd00::12]:7101",
+    key_authority="k:1",
+    aggregation=("a:2",),
+    redis_url="redis://r",
+    enrolment="e:3",
+    operator_identity="id [v2]",
+    metrics={},
+)
 
 
 def federation(name: str = "[/x]") -> pb.Federation:

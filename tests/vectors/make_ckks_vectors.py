@@ -24,13 +24,13 @@ KEY_ID: Final = bytes(range(16))
 
 def hand_made_seeded() -> SeededBlock:
     """Coefficients walk through the whole range, first and last residue included."""
-    shape = BlockShape(INSECURE_TOY, KEY_ID, ROWS, CHUNKS, seeded=True)
+    shape = BlockShape(parameters=INSECURE_TOY, key_id=KEY_ID, rows=ROWS, chunks=CHUNKS, seeded=True)
     seeds = np.arange(ROWS * CHUNKS * 64, dtype=np.uint64).astype(np.uint8).reshape(ROWS, CHUNKS, 64)
     return SeededBlock(shape, _ramp(), seeds)
 
 
 def hand_made_full() -> FullBlock:
-    shape = BlockShape(INSECURE_TOY, KEY_ID, ROWS, CHUNKS, seeded=False)
+    shape = BlockShape(parameters=INSECURE_TOY, key_id=KEY_ID, rows=ROWS, chunks=CHUNKS, seeded=False)
     return FullBlock(shape, _ramp(), _ramp()[::-1].copy())
 
 

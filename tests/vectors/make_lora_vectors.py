@@ -53,19 +53,35 @@ def update_content() -> UpdateShardContent:
     parts = tuple(
         MatrixPart(_ramp(m.out_features, 2), _ramp(2, 12 - m.protected(1))) for m in golden_layout().matrices
     )
-    return UpdateShardContent(0, 2, 1, parts, (), b"ciphertexts")
+    return UpdateShardContent(
+        shard=0, rank=2, encrypted_tiers=1, matrices=parts, clear_tensors=(), ciphertexts=b"ciphertexts"
+    )
 
 
 def result_content() -> ResultShardContent:
     parts = tuple(
-        MatrixAggregate(_ramp(m.out_features, 3), _ramp(3, m.clear), (-2, 0, 31), 0.25)
+        MatrixAggregate(
+            Q=_ramp(m.out_features, 3),
+            clear_M=_ramp(3, m.clear),
+            row_exponents=(-2, 0, 31),
+            energy_left_out=0.25,
+        )
         for m in golden_layout().matrices
     )
-    return ResultShardContent(0, 5, parts, (), b"ciphertexts")
+    return ResultShardContent(
+        shard=0, contributor_count=5, matrices=parts, clear_tensors=(), ciphertexts=b"ciphertexts"
+    )
 
 
 def tensor_content() -> UpdateShardContent:
-    return UpdateShardContent(1, 1, 2, (), (_ramp(3, 4), np.float32([0.5]).reshape(())), b"")
+    return UpdateShardContent(
+        shard=1,
+        rank=1,
+        encrypted_tiers=2,
+        matrices=(),
+        clear_tensors=(_ramp(3, 4), np.float32([0.5]).reshape(())),
+        ciphertexts=b"",
+    )
 
 
 def _ramp(*shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -53,10 +53,10 @@ if any("services.aggregation.worker" in argument for argument in getattr(sys, "o
         accumulator.add_clear(clear)
         matrices = tuple(
             MatrixAggregate(
-                np.eye(layout.matrices[i].out_features, rows, dtype=np.float32),
-                np.zeros((rows, layout.matrices[i].clear), np.float32),
-                (-EXPONENT,) * rows,
-                0.0,
+                Q=np.eye(layout.matrices[i].out_features, rows, dtype=np.float32),
+                clear_M=np.zeros((rows, layout.matrices[i].clear), np.float32),
+                row_exponents=(-EXPONENT,) * rows,
+                energy_left_out=0.0,
             )
             for i in shard.matrices
         )

@@ -49,7 +49,7 @@ from tests.identities import (
     client,
 )
 
-CLIENT = Grant(Role.CLIENT, "clinic", "ward-7")
+CLIENT = Grant(role=Role.CLIENT, federation_id="clinic", client_id="ward-7")
 
 
 @asynccontextmanager
@@ -124,10 +124,10 @@ async def test_tokens_survive_a_restart_and_are_stored_as_hashes_alone(
     tmp_path, authority, enrolments, clock
 ):
     token, _ = await enrolments.create_token(CLIENT)
-    used, _ = await enrolments.create_token(Grant(Role.OPERATOR))
+    used, _ = await enrolments.create_token(Grant(role=Role.OPERATOR))
     await enrolments.enroll(used.encoded, signing_request(new_key()), "")
     path = tmp_path / "register.sealed"
-    content = SEALER.open(Binding("register of tokens and clients", VAULT), path.read_bytes())
+    content = SEALER.open(Binding(purpose="register of tokens and clients", vault=VAULT), path.read_bytes())
     assert token.secret.hex().encode() not in content
     assert hashlib.sha256(token.secret).hexdigest().encode() in content
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -163,7 +163,9 @@ def test_the_root_survives_a_restart_and_a_damaged_or_foreign_one_is_left_as_it_
 
 
 async def test_a_name_that_is_taken_needs_a_token_for_that_name(enrolments):
-    open_tokens = [(await enrolments.create_token(Grant(Role.CLIENT, "clinic")))[0] for _ in range(3)]
+    open_tokens = [
+        (await enrolments.create_token(Grant(role=Role.CLIENT, federation_id="clinic")))[0] for _ in range(3)
+    ]
     await enrolments.enroll(open_tokens[0].encoded, signing_request(new_key()), "ward-7")
     impostor = enrolments.enroll(open_tokens[1].encoded, signing_request(new_key()), "ward-7")
     assert (await refusal(impostor)).reason is Reason.CLIENT_EXISTS
@@ -184,17 +186,17 @@ async def test_a_token_for_one_client_makes_no_other(enrolments):
 @pytest.mark.parametrize(
     "grant",
     [
-        Grant(Role.CLIENT),
-        Grant(Role.CLIENT, "Clinic"),
-        Grant(Role.CLIENT, "clinic", "a/b"),
-        Grant(Role.CLIENT, "clinic", "a", ("localhost",)),
-        Grant(Role.OPERATOR, "clinic"),
-        Grant(Role.OPERATOR, "", "", ("localhost",)),
-        Grant(Role.COORDINATOR),
-        Grant(Role.COORDINATOR, names=("no spaces",)),
-        Grant(Role.COORDINATOR, names=("*.example.org",)),
-        Grant(Role.AGGREGATION, names=("a",) * 33),
-        Grant(Role.KEY_AUTHORITY, names=LOCAL),
+        Grant(role=Role.CLIENT),
+        Grant(role=Role.CLIENT, federation_id="Clinic"),
+        Grant(role=Role.CLIENT, federation_id="clinic", client_id="a/b"),
+        Grant(role=Role.CLIENT, federation_id="clinic", client_id="a", names=("localhost",)),
+        Grant(role=Role.OPERATOR, federation_id="clinic"),
+        Grant(role=Role.OPERATOR, federation_id="", client_id="", names=("localhost",)),
+        Grant(role=Role.COORDINATOR),
+        Grant(role=Role.COORDINATOR, names=("no spaces",)),
+        Grant(role=Role.COORDINATOR, names=("*.example.org",)),
+        Grant(role=Role.AGGREGATION, names=("a",) * 33),
+        Grant(role=Role.KEY_AUTHORITY, names=LOCAL),
     ],
 )
 async def test_a_token_that_makes_no_sense_is_refused(enrolments, grant):
@@ -467,5 +469,5 @@ async def test_a_promise_of_protection_is_certified_and_renewed(enrolments):
     silent, _ = await enrolments.create_token(CLIENT)
     unpromised = await enrolments.enroll(silent.encoded, signing_request(new_key()), "")
     assert read_certificate(der_to_pem(unpromised)).promise is None
-    error = await refusal(enrolments.create_token(Grant(Role.OPERATOR, promise=Level.NONE)))
+    error = await refusal(enrolments.create_token(Grant(role=Role.OPERATOR, promise=Level.NONE)))
     assert "only clients are promised protection" in error.message

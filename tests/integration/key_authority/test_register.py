@@ -15,10 +15,10 @@ from tests.identities import SEALER, VAULT
 
 TOKEN, OTHER = b"t" * 32, b"o" * 32
 KEY, IMPOSTOR = b"k" * 32, b"i" * 32
-CLIENT = Grant(Role.CLIENT, "clinic", "ward-7")
+CLIENT = Grant(role=Role.CLIENT, federation_id="clinic", client_id="ward-7")
 NOW, LATER = 1_000, 2_000
 NEW_KEY = SealingKey(bytes(range(1, 33)))
-BINDING = Binding("register of tokens and clients", VAULT)
+BINDING = Binding(purpose="register of tokens and clients", vault=VAULT)
 
 
 @pytest.fixture

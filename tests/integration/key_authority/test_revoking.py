@@ -33,8 +33,11 @@ from shelora.v1 import key_authority_pb2_grpc as pb_grpc
 from shelora.v1.enrolment_pb2_grpc import EnrolmentStub
 from tests.identities import AGGREGATION, COORDINATOR, KEY_AUTHORITY, OPERATOR, SEALER, VAULT, client
 
-CLIENT, OPERATORS = Grant(Role.CLIENT, "clinic", "ward-7"), Grant(Role.OPERATOR)
-SERVERS = Grant(Role.AGGREGATION, names=("localhost", "127.0.0.1"))
+CLIENT, OPERATORS = (
+    Grant(role=Role.CLIENT, federation_id="clinic", client_id="ward-7"),
+    Grant(role=Role.OPERATOR),
+)
+SERVERS = Grant(role=Role.AGGREGATION, names=("localhost", "127.0.0.1"))
 
 
 async def refusal(awaitable):
@@ -65,7 +68,9 @@ def facts(certificate):
 async def test_a_revoked_client_renews_nothing_and_its_tokens_are_void(enrolments, revoker):
     used, request, certificate = await enrolled(enrolments)
     spare, _ = await enrolments.create_token(CLIENT)
-    other, _ = await enrolments.create_token(Grant(Role.CLIENT, "clinic", "ward-8"))
+    other, _ = await enrolments.create_token(
+        Grant(role=Role.CLIENT, federation_id="clinic", client_id="ward-8")
+    )
     await revoker.revoke(client())
     assert await refusal(enrolments.renew(request, certificate)) is Reason.CERTIFICATE_REVOKED
     for token in (used, spare):
@@ -87,7 +92,7 @@ async def test_who_is_of_a_revoked_role_renews_nothing_and_its_tokens_are_void(e
 async def test_with_operators_what_they_issued_is_void_but_what_was_used_stays(enrolments, revoker, holder):
     used, request, certificate = await enrolled(enrolments)
     others = [
-        await enrolments.create_token(grant) for grant in (CLIENT, Grant(Role.COORDINATOR, names=("c",)))
+        await enrolments.create_token(grant) for grant in (CLIENT, Grant(role=Role.COORDINATOR, names=("c",)))
     ]
     await revoker.revoke(holder)
     for token, _ in others:
@@ -132,7 +137,7 @@ async def test_a_client_that_enrols_anew_is_good_again_from_the_first_moment(
 async def test_a_name_that_was_revoked_is_not_free_for_others(enrolments, revoker):
     await enrolled(enrolments)
     await revoker.revoke(client())
-    token, _ = await enrolments.create_token(Grant(Role.CLIENT, "clinic"))
+    token, _ = await enrolments.create_token(Grant(role=Role.CLIENT, federation_id="clinic"))
     request = signing_request(new_key())
     assert await refusal(enrolments.enroll(token.encoded, request, "ward-7")) is Reason.CLIENT_EXISTS
 
@@ -153,7 +158,7 @@ async def test_revocations_at_once_have_times_of_their_own_and_are_listed_in_ord
 ):
     names = [f"ward-{n}" for n in range(8)]
     for name in names:
-        await enrolled(enrolments, Grant(Role.CLIENT, "clinic", name))
+        await enrolled(enrolments, Grant(role=Role.CLIENT, federation_id="clinic", client_id=name))
     clock.ahead_ms = -60_000  # a clock that was set back makes no earlier revocations
     found = await asyncio.gather(*(revoker.revoke(client(name)) for name in names))
     assert len({revocation.at_ms for revocation in found}) == len(names)

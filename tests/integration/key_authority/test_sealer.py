@@ -15,7 +15,7 @@ from shelora.errors import DomainError, Reason
 KEY = SealingKey(bytes(range(32)))
 SEALER = Sealer(KEY)
 OTHER = Sealer(SealingKey(bytes(range(1, 33))))
-BINDING = Binding("epoch secrets", "5e" * 16, "clinic", 1)
+BINDING = Binding(purpose="epoch secrets", vault="5e" * 16, federation_id="clinic", epoch=1)
 CONTENT = b"the CKKS key and the obfuscation secret"
 BLOB = SEALER.seal(BINDING, CONTENT)
 GOLDEN = (
@@ -26,7 +26,7 @@ GOLDEN = (
 GOLDEN_KEY_ID = "93920846767e7af9efa0950706a45627"
 
 texts = st.text(max_size=20)
-bindings = st.builds(Binding, texts, texts, texts, st.integers(0, 2**32))
+bindings = st.builds(Binding, purpose=texts, vault=texts, federation_id=texts, epoch=st.integers(0, 2**32))
 
 
 @given(bindings, st.binary(max_size=300))
@@ -68,11 +68,11 @@ def test_bytes_that_were_never_sealed_are_refused(content):
 @pytest.mark.parametrize(
     "binding",
     [
-        Binding("epoch secrets", "5e" * 16, "clinic", 2),
-        Binding("epoch secrets", "5e" * 16, "bank", 1),
-        Binding("epoch secrets", "6f" * 16, "clinic", 1),
-        Binding("certificate authority", "5e" * 16, "clinic", 1),
-        Binding("epoch secrets", "5e" * 16 + "clinic", "", 1),
+        Binding(purpose="epoch secrets", vault="5e" * 16, federation_id="clinic", epoch=2),
+        Binding(purpose="epoch secrets", vault="5e" * 16, federation_id="bank", epoch=1),
+        Binding(purpose="epoch secrets", vault="6f" * 16, federation_id="clinic", epoch=1),
+        Binding(purpose="certificate authority", vault="5e" * 16, federation_id="clinic", epoch=1),
+        Binding(purpose="epoch secrets", vault="5e" * 16 + "clinic", federation_id="", epoch=1),
     ],
 )
 def test_a_blob_opens_as_nothing_else(binding):
@@ -114,7 +114,10 @@ def test_sealing_twice_gives_nothing_in_common_beyond_the_header():
 def test_the_format_is_what_version_1_always_was():
     """A blob from the day the format was made: it must open for ever."""
     blob = bytes.fromhex(GOLDEN)
-    assert SEALER.open(Binding("epoch secrets", "5e" * 16, "clinic", 1), blob) == b"golden"
+    assert (
+        SEALER.open(Binding(purpose="epoch secrets", vault="5e" * 16, federation_id="clinic", epoch=1), blob)
+        == b"golden"
+    )
     assert key_id_of(blob).hex() == GOLDEN_KEY_ID
 
 

@@ -18,7 +18,9 @@ from shelora.errors import DomainError, Reason
 EPOCH = EpochId("clinic", 1)
 SEALER = Sealer(SealingKey(bytes(range(32))))
 IDENTITY = "5e" * 16
-SECRETS = EpochKeys("standard", bytes(16), b"the CKKS key", b"x" * 32)
+SECRETS = EpochKeys(
+    parameters="standard", key_id=bytes(16), ckks_secret_key=b"the CKKS key", obfuscation_secret=b"x" * 32
+)
 
 
 @pytest.fixture
@@ -230,7 +232,14 @@ def test_an_invalid_name_of_an_epoch_is_refused(federation_id, epoch):
 
 
 def test_the_repr_of_secrets_shows_none():
-    shown = repr(EpochKeys("standard", bytes(16), b"THE-KEY", b"THE-SECRET"))
+    shown = repr(
+        EpochKeys(
+            parameters="standard",
+            key_id=bytes(16),
+            ckks_secret_key=b"THE-KEY",
+            obfuscation_secret=b"THE-SECRET",
+        )
+    )
     assert "THE" not in shown
 
 

@@ -238,7 +238,7 @@ async def test_a_server_without_a_workload_key_goes_on_once_it_is_enrolled_anew_
     server, revoker, enrolments, address, authority, lifetime
 ):
     async def enrolled():
-        token, _ = await enrolments.create_token(Grant(Role.AGGREGATION, names=NAMES))
+        token, _ = await enrolments.create_token(Grant(role=Role.AGGREGATION, names=NAMES))
         await enroll(token.encoded, address, server.settings.identity)
 
     await enrolled()

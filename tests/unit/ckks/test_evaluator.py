@@ -289,7 +289,7 @@ def test_an_accumulator_needs_a_row_and_segments_of_whole_pairs(evaluator):
 @given(seed=st.integers(0, 2**32 - 1))
 def test_native_code_takes_any_integers_that_passed_the_checks(evaluator, decryptor, seed):
     rng = np.random.default_rng(seed)
-    shape = BlockShape(INSECURE_TOY, evaluator.key_id, rows=2, chunks=2, seeded=True)
+    shape = BlockShape(parameters=INSECURE_TOY, key_id=evaluator.key_id, rows=2, chunks=2, seeded=True)
     residues = rng.choice([0, 1, INSECURE_TOY.modulus - 1], (2, 2, INSECURE_TOY.poly_degree)).astype(
         np.uint64
     )

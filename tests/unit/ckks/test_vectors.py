@@ -37,13 +37,21 @@ def test_a_stored_key_keeps_its_fingerprint_and_its_bytes(stored_key):
 
 
 def test_a_stored_ciphertext_still_decrypts(stored_key):
-    shape = BlockShape(INSECURE_TOY, stored_key.key_id, vectors.ROWS, vectors.CHUNKS, seeded=True)
+    shape = BlockShape(
+        parameters=INSECURE_TOY,
+        key_id=stored_key.key_id,
+        rows=vectors.ROWS,
+        chunks=vectors.CHUNKS,
+        seeded=True,
+    )
     found = Decryptor(stored_key).decrypt(decode_block(stored("fresh.bin"), shape), vectors.TOTAL_SLOTS)
     assert np.abs(found - vectors.values()).max() <= slot_error_bound(INSECURE_TOY)
 
 
 def test_a_stored_sum_still_decrypts(stored_key):
-    shape = BlockShape(INSECURE_TOY, stored_key.key_id, 2, vectors.CHUNKS, seeded=False)
+    shape = BlockShape(
+        parameters=INSECURE_TOY, key_id=stored_key.key_id, rows=2, chunks=vectors.CHUNKS, seeded=False
+    )
     found = Decryptor(stored_key).decrypt(decode_block(stored("sum.bin"), shape), vectors.TOTAL_SLOTS)
     weights = np.repeat(vectors.weights(), vectors.SEGMENTS, axis=2)
     expected = np.einsum("tjs,js->ts", weights, vectors.values()) + vectors.clear()

@@ -26,8 +26,8 @@ from shelora.errors import DomainError, Reason
 
 KEY = bytes(range(16))
 SHAPES = {
-    "seeded": BlockShape(INSECURE_TOY, KEY, rows=2, chunks=3, seeded=True),
-    "full": BlockShape(INSECURE_TOY, KEY, rows=2, chunks=3, seeded=False),
+    "seeded": BlockShape(parameters=INSECURE_TOY, key_id=KEY, rows=2, chunks=3, seeded=True),
+    "full": BlockShape(parameters=INSECURE_TOY, key_id=KEY, rows=2, chunks=3, seeded=False),
 }
 DEGREE = INSECURE_TOY.poly_degree
 
@@ -106,7 +106,7 @@ def test_a_reader_of_one_kind_does_not_give_the_other():
 
 @pytest.mark.parametrize(("rows", "chunks"), [(0, 0), (0, 3), (2, 0)])
 def test_an_empty_block_is_a_header(rows, chunks):
-    shape = BlockShape(INSECURE_TOY, KEY, rows, chunks, seeded=True)
+    shape = BlockShape(parameters=INSECURE_TOY, key_id=KEY, rows=rows, chunks=chunks, seeded=True)
     data = encode_block(make_block(shape))
     assert len(data) == HEADER_BYTES == shape.encoded_bytes
     assert decode_block(data, shape).c0.shape == (rows, chunks, DEGREE)
@@ -114,7 +114,7 @@ def test_an_empty_block_is_a_header(rows, chunks):
 
 
 def test_a_standard_ciphertext_costs_as_documented():
-    fresh = BlockShape(STANDARD, KEY, rows=1, chunks=1, seeded=True)
+    fresh = BlockShape(parameters=STANDARD, key_id=KEY, rows=1, chunks=1, seeded=True)
     total = replace(fresh, seeded=False)
     assert fresh.encoded_bytes - HEADER_BYTES == 2048 * 53 // 8 + 64
     assert total.encoded_bytes - HEADER_BYTES == 2 * 2048 * 53 // 8
@@ -229,7 +229,7 @@ def test_a_shape_out_of_range_is_refused(change):
 
 
 def test_a_huge_expected_shape_allocates_nothing_before_the_length_is_checked():
-    shape = BlockShape(STANDARD, KEY, rows=2**32 - 1, chunks=2**32 - 1, seeded=False)
+    shape = BlockShape(parameters=STANDARD, key_id=KEY, rows=2**32 - 1, chunks=2**32 - 1, seeded=False)
     header = encode_block(make_block(replace(shape, rows=0, chunks=0)))
     data = patched(header, 72, struct.pack("<II", shape.rows, shape.chunks))
     with pytest.raises(DomainError) as error:

@@ -85,7 +85,7 @@ def test_a_decoder_loads_and_its_card_says_how_good_it_is(
     learner.save_adapter(tmp_path / "adapter", ORIGIN)
     with quiet():
         assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").peft_config
-    card = learner.card(ORIGIN, Evaluation(200, 50, 1.25, 0.1))
+    card = learner.card(ORIGIN, Evaluation(count=200, correct=50, loss=1.25, seconds=0.1))
     assert "25.0% of 200 next tokens right, loss 1.2500" in card
     assert front(card)["pipeline_tag"] == "text-generation"
     assert "license" not in front(card)

@@ -31,7 +31,7 @@ from shelora.v1 import coordinator_pb2 as pb
 from tests.unit.committee.rounds import World, context_of
 
 SECRET = bytes(range(32))
-SECRETS = EpochSecrets(1, Obfuscation(SECRET, 1), key_id=epoch_secret_id(SECRET))
+SECRETS = EpochSecrets(epoch=1, obfuscation=Obfuscation(SECRET, 1), key_id=epoch_secret_id(SECRET))
 COHORT = tuple(f"ward-{index}" for index in range(5))
 
 
@@ -88,7 +88,7 @@ def test_a_round_as_promised_is_worked_out_and_its_committee_is_nobodys_word():
     attempt = committees().attempt(asked(), LAYOUT, SECRETS)
     assert attempt.context == CONTEXT
     assert set(attempt.committee.members) == set(COHORT)
-    other = EpochSecrets(1, Obfuscation(bytes(32), 1), key_id=epoch_secret_id(bytes(32)))
+    other = EpochSecrets(epoch=1, obfuscation=Obfuscation(bytes(32), 1), key_id=epoch_secret_id(bytes(32)))
     assert committees().attempt(asked(), LAYOUT, other).committee != attempt.committee
 
 

@@ -21,7 +21,13 @@ KEYS = {epoch: SecretKey.generate(INSECURE_TOY) for epoch in (1, 2)}
 
 def released(epoch: int) -> EpochSecrets:
     key = KEYS[epoch]
-    return EpochSecrets(epoch, Obfuscation(bytes(32), epoch), Encryptor(key), Decryptor(key), key.key_id)
+    return EpochSecrets(
+        epoch=epoch,
+        obfuscation=Obfuscation(bytes(32), epoch),
+        encryptor=Encryptor(key),
+        decryptor=Decryptor(key),
+        key_id=key.key_id,
+    )
 
 
 class Releasing:

@@ -60,13 +60,13 @@ def result(learner: Learner) -> Restored:
     """An aggregate of rank 2: less than the client's own rank."""
     rng = np.random.default_rng(2)
     return Restored(
-        {
+        matrices={
             m.name: FactoredUpdate(
                 np.linalg.qr(rng.normal(size=(m.out_features, 2)))[0], rng.normal(size=(2, m.in_features))
             )
             for m in learner.model.matrices
         },
-        {t.name: rng.normal(size=t.shape).astype(np.float32) for t in learner.model.tensors},
+        tensors={t.name: rng.normal(size=t.shape).astype(np.float32) for t in learner.model.tensors},
     )
 
 
@@ -181,15 +181,15 @@ def kept(learner: Learner) -> Restored:
     """A sum of rank 6, more than the client's own 4, of a strategy that keeps the remainder."""
     rng = np.random.default_rng(3)
     return Restored(
-        {
+        matrices={
             m.name: FactoredUpdate(
                 np.linalg.qr(rng.normal(size=(m.out_features, 6)))[0],
                 np.diag([8.0, 4, 2, 1, 0.5, 0.25]) @ np.linalg.qr(rng.normal(size=(m.in_features, 6)))[0].T,
             )
             for m in learner.model.matrices
         },
-        {t.name: rng.normal(size=t.shape).astype(np.float32) for t in learner.model.tensors},
-        {m.name: Exponents(2, -1) for m in learner.model.matrices},
+        tensors={t.name: rng.normal(size=t.shape).astype(np.float32) for t in learner.model.tensors},
+        exponents={m.name: Exponents(2, -1) for m in learner.model.matrices},
         summed=True,
     )
 

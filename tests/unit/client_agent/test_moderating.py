@@ -40,7 +40,9 @@ def moved(before: Weights, step: float) -> Weights:
 
 def result(matrix: np.ndarray, head: np.ndarray, *, summed: bool = True) -> Restored:
     Q, M = np.linalg.qr(matrix.astype(np.float64))
-    return Restored({"q": FactoredUpdate(Q, M)}, {"head": head.astype(np.float32)}, summed=summed)
+    return Restored(
+        matrices={"q": FactoredUpdate(Q, M)}, tensors={"head": head.astype(np.float32)}, summed=summed
+    )
 
 
 def after(moderator: Moderator, part: Restored) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,16 @@ from shelora.lora.sketches import Exponents
 from shelora.transport.pieces import Digest
 from tests.disk import no_file_larger_than
 
-NOTE = UpdateNote("films/1", b"d" * 32, 4, 2.0, 20, 0.5, 1.5, 0.1)
+NOTE = UpdateNote(
+    round_id="films/1",
+    layout_digest=b"d" * 32,
+    rank=4,
+    scaling=2.0,
+    example_count=20,
+    train_loss=0.5,
+    train_s=1.5,
+    encrypt_s=0.1,
+)
 KEY = {"round": "films/1", "rank": "2"}
 
 

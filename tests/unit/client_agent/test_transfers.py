@@ -45,7 +45,18 @@ def spooled(state: AgentState) -> Spool:
     writer = state.begin_spool("films/1")
     writer.add(DATA)
     writer.add(b"second")
-    return writer.finish(UpdateNote("films/1", b"d" * 32, 4, 2.0, 20, 0.5, 1.5, 0.1))
+    return writer.finish(
+        UpdateNote(
+            round_id="films/1",
+            layout_digest=b"d" * 32,
+            rank=4,
+            scaling=2.0,
+            example_count=20,
+            train_loss=0.5,
+            train_s=1.5,
+            encrypt_s=0.1,
+        )
+    )
 
 
 def published(data: bytes, contributors: int = 2) -> common_pb2.ResultRef:

@@ -37,7 +37,7 @@ def test_every_phase_gives_each_member_its_work(record, round_, client, committe
 def test_training_names_the_plan_the_base_and_the_plan_of_the_base():
     record = federation(ticket=ticket(plan=PLAN), plan=PLAN, sequence=2, result_sequence=1, result_plan=None)
     work = assignment_for(record, a_round(), "a", committed=False).work
-    assert work == Train(a_round(), PLAN, 1, None)
+    assert work == Train(round=a_round(), plan=PLAN, base_sequence=1, base_plan=None)
 
 
 def test_the_identifier_stays_while_only_others_progress():

@@ -28,7 +28,9 @@ NOW = 20_000
 
 def view(record, round_=None, alive=None, **changes) -> View:
     alive = set(MEMBERS) if alive is None else alive
-    return View(record, round_, MEMBERS, alive, update_count=0, voters=[], **changes)
+    return View(
+        federation=record, round=round_, members=MEMBERS, alive=alive, update_count=0, voters=[], **changes
+    )
 
 
 def running(**changes):

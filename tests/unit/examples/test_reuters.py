@@ -33,7 +33,13 @@ def test_the_federation_of_the_demo_is_valid_and_has_the_protection_asked_for(pr
 @pytest.mark.parametrize("profile", AGENTS, ids=lambda agent: agent.name)
 def test_the_configuration_written_for_an_agent_is_valid(tmp_path, profile):
     addresses = Addresses(
-        "127.0.0.1:1", "127.0.0.1:2", ("127.0.0.1:3",), "redis://127.0.0.1", "127.0.0.1:4", "operator", {}
+        coordinator="127.0.0.1:1",
+        key_authority="127.0.0.1:2",
+        aggregation=("127.0.0.1:3",),
+        redis_url="redis://127.0.0.1",
+        enrolment="127.0.0.1:4",
+        operator_identity="operator",
+        metrics={},
     )
     path = tmp_path / "agent.yaml"
     path.write_text(yaml.safe_dump(agent_config(addresses, profile, tmp_path)))
