@@ -242,6 +242,8 @@ def report(message: pb.UpdateReport) -> Report:
 
 def _base_model(message: pb.BaseModelTags) -> BaseModelTags:
     parts = {name: getattr(message, name) for name in ("weights", "tokenizer", "chat_template")}
+    if message.HasField("start"):
+        parts["start"] = message.start
     for name, tag in parts.items():
         require(len(tag) == TAG_BYTES, f"report.base_model.{name} must have {TAG_BYTES} bytes")
     return BaseModelTags(**{name: tag.hex() for name, tag in parts.items()})

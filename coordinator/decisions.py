@@ -17,6 +17,7 @@ from coordinator.committees import Proceedings, Until
 from coordinator.records import (
     Commit,
     Dropped,
+    EvaluationRecord,
     FederationRecord,
     Garbage,
     MemberRecord,
@@ -81,6 +82,8 @@ class View:
     """Members that say they do what they were asked; only read while a plan is made."""
     revoked: Mapping[str, int] = field(default_factory=dict)
     """Clients of the federation that this process knows to be revoked, with the time up to which they are."""
+    evaluations: Sequence[EvaluationRecord] = ()
+    """Of the result that a training round began from; only read when it has ended, and under a rule to stop."""
     proceedings: Proceedings = field(default_factory=Proceedings)
     """Of the round's committee; empty without one."""
 
@@ -318,8 +321,9 @@ def _within_round(view: View, ticket: Ticket, now_ms: int) -> Decision:
             now_ms,
             overlap=view.overlap,
             given_up=view.given_up,
+            evaluations=view.evaluations,
         )
-        return WriteFederation("settle_round", after)
+        return WriteFederation("end_by_rule" if after.converged else "settle_round", after)
     if reason := _why_void(federation, ticket, record.round):
         return abandon(record, reason, now_ms)
     return _in_progress(view, record, now_ms)

@@ -18,6 +18,7 @@ TRANSACTIONS: Final = (
     "create_round",
     "drop_contributor",
     "drop_plan",
+    "end_by_rule",
     "end_negotiation",
     "end_stopped",
     "extend_federation",

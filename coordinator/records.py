@@ -174,6 +174,19 @@ class Dropped(StoredRecord):
     """Whether the client said so itself, so that nobody waits for it."""
 
 
+class Standing(StoredRecord):
+    """What the rule in `round.stop` has seen."""
+
+    best: int
+    """Training round with the best value."""
+    value: float
+    """That value."""
+    judged: int
+    """Newest training round that was judged."""
+    waited: int = 0
+    """Rounds judged since the best."""
+
+
 class FederationRecord(StoredRecord):
     """Everything a coordinator needs to go on with a federation after a restart."""
 
@@ -252,6 +265,10 @@ class FederationRecord(StoredRecord):
     """Whether enough clients have joined, and no model is that of more than half of them."""
     stopped: bool = False
     """Whether its operator stopped it."""
+    standing: Standing | None = None
+    """Under a rule in `round.stop`; None before the first evaluations."""
+    converged: bool = False
+    """Whether that rule ended it."""
     deleting: bool = False
     """Whether it is being deleted, which nothing takes back."""
     notices: tuple[Dropped, ...] = ()
@@ -495,6 +512,8 @@ class BaseModelTags(StoredRecord):
     weights: str
     tokenizer: str
     chat_template: str
+    start: str = ""
+    """Of the adapter and head that training starts from; empty where there are none."""
 
 
 class Report(StoredRecord):

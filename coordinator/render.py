@@ -26,6 +26,7 @@ from coordinator.records import (
     PlanRecord,
     RoundRecord,
     Sighting,
+    Standing,
     Statement,
 )
 from coordinator.store import Store
@@ -81,6 +82,8 @@ class Renderer:
             rotation_pending=record.rotation_due and not record.ended,
         )
         federation.spec.round.rounds = record.rounds
+        if record.standing is not None:
+            federation.standing.CopyFrom(_standing_to_proto(record.standing, ended=record.converged))
         if view == pb.FEDERATION_VIEW_UNSPECIFIED:
             federation.members.extend(await self._members(record, now_ms))
             federation.applicants.extend(await self._applicants(record))
@@ -347,6 +350,12 @@ def round_to_proto(record: RoundRecord, update_count: int, shards_done: int) -> 
 def _report_to_proto(commit: Commit) -> pb.UpdateReport:
     fields = commit.update.report.model_dump(exclude={"format", "base_model"})
     return pb.UpdateReport(client_id=commit.update.client_id, norm=commit.update.norm, **fields)
+
+
+def _standing_to_proto(standing: Standing, *, ended: bool) -> pb.Standing:
+    return pb.Standing(
+        best_round=standing.best, best=standing.value, judged_round=standing.judged, ended=ended
+    )
 
 
 def _evaluation_to_proto(evaluation: EvaluationRecord) -> pb.EvaluationReport:

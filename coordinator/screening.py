@@ -12,7 +12,12 @@ from shelora.lora.screening import largest_believed
 
 _SMALLER = "lower learning_rate, lora.alpha or local_steps, or look for broken examples in the data"
 
-_PARTS: Final = {"weights": "weights", "tokenizer": "tokens", "chat_template": "chat templates"}
+_PARTS: Final = {
+    "weights": "weights",
+    "tokenizer": "tokens",
+    "chat_template": "chat templates",
+    "start": "starting values (model.adapter, model.head)",
+}
 
 
 def require_believable(rules: ScreeningSpec, update: UpdateRecord, member: MemberRecord | None) -> None:
@@ -66,8 +71,8 @@ def _difference(own: BaseModelTags, right: BaseModelTags | None, everyone: Colle
         else "those of other agents, and no model is more frequent than another"
     )
     return (
-        f"this agent's base model has other {' and '.join(differing)} than {whose}: take the model.path that the "
-        "operator names, the same files at every agent"
+        f"this agent's base model has other {' and '.join(differing)} than {whose}: take the model.path "
+        "and model.adapter that the operator names, the same files at every agent"
     )
 
 

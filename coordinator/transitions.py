@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from coordinator import stopping
 from coordinator.records import (
     MAX_NOTICES,
     Dropped,
+    EvaluationRecord,
     FederationRecord,
     Garbage,
     MemberRecord,
@@ -147,7 +149,9 @@ def extended(record: FederationRecord, rounds: int) -> FederationRecord:
         return record
     extra = rounds - record.spec.round.rounds
     phase = Phase.RUNNING if record.phase is Phase.FINISHED else record.phase
-    return edit(record, extra_rounds=extra, stopped=False, phase=phase, attempt=1)
+    return edit(
+        record, extra_rounds=extra, stopped=False, standing=None, converged=False, phase=phase, attempt=1
+    )
 
 
 def deletion_asked(record: FederationRecord) -> FederationRecord:
@@ -300,11 +304,13 @@ def settled(
     now_ms: int,
     overlap: float | None = None,
     given_up: Sequence[Dropped] = (),
+    evaluations: Sequence[EvaluationRecord] = (),
 ) -> FederationRecord:
     """Takes the outcome of an ended round into the federation.
 
     Args: voters: who committed, in order; for a published vote the candidates to lead. members: by client. overlap:
-    median overlap with the plan that updates report. given_up: what clients said that gave up.
+    median overlap with the plan that updates report. given_up: what clients said that gave up. evaluations: of the
+    result that a training round began from.
     """
     if ended.closed_ms and record.ticket and record.ticket.plan:
         record = edit(record, accepted_plan=record.ticket.plan.number)
@@ -314,7 +320,7 @@ def settled(
         outcome = votes_of(record).outcome(record, ended, voters, budgets(members), now_ms)
         after = edit(record, attempt=1, planned_at=record.trained, overlap=None, **outcome)
     else:
-        after = edit(_after_training(record, ended, members), overlap=overlap)
+        after = edit(_after_training(record, ended, members, evaluations), overlap=overlap)
     if ended.round.spent:
         after = edit(after, draws=ended.round.draw)
     told = ended.dropped if ended.round.kind is RoundKind.TRAIN else _misfits(ended.dropped)
@@ -417,9 +423,17 @@ def _as_newest(result: ResultRecord | None) -> dict[str, Any]:
 
 
 def _after_training(
-    record: FederationRecord, ended: RoundRecord, members: Mapping[str, MemberRecord]
+    record: FederationRecord,
+    ended: RoundRecord,
+    members: Mapping[str, MemberRecord],
+    evaluations: Sequence[EvaluationRecord],
 ) -> FederationRecord:
-    last = ended.round.number >= record.rounds
+    number, rule = ended.round.number, record.spec.round.stop
+    last, standing = number >= record.rounds, record.standing
+    if rule is not None:
+        value = stopping.value_of(rule, evaluations, record.spec.round.min_updates)
+        standing = stopping.judged(rule, standing, number - 1, value)
+    converged = not last and rule is not None and stopping.is_over(rule, standing)
     result = ResultRecord(
         sequence=ended.sequence,
         layout=ended.layout_digest,
@@ -434,10 +448,13 @@ def _after_training(
         record,
         **_as_newest(result),
         attempt=1,
-        trained=ended.round.number,
+        trained=number,
         result_before=record.result if ended.round.convenes else None,
         silent=(),
-        phase=Phase.FINISHED if last else record.phase,
+        standing=standing,
+        converged=converged,
+        extra_rounds=number - record.spec.round.rounds if converged else record.extra_rounds,
+        phase=Phase.FINISHED if last or converged else record.phase,
     )
 
 

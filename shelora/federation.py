@@ -212,6 +212,23 @@ class TrainingSpec(Spec):
         return self
 
 
+class StopSpec(Spec):
+    """When a federation has trained long enough: no round was better than the best one for a while."""
+
+    metric: Literal["loss", "accuracy"] = "loss"
+    """What rounds are judged by: loss or accuracy on the agents' test examples, the median over agents."""
+
+    patience: Annotated[int, Field(ge=1, le=10_000)] = 3
+    """Rounds after the best one, judged and not better, after which the federation ends."""
+
+    threshold: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """A round is better that has more than this much less loss (nats) or more accuracy (0 to 1) than the best one."""
+
+    def gain(self, value: float, best: float) -> float:
+        """How much better a value is than the best one; below 0 if it is worse."""
+        return value - best if self.metric == "accuracy" else best - value
+
+
 class RoundSpec(Spec):
     """Rules of a federation's rounds."""
 
@@ -254,6 +271,10 @@ class RoundSpec(Spec):
     replan_below_overlap: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of their top columns under the plan, relative to when it was new, below which agents negotiate anew; 0 for
     never. Agents score their columns every round for it and report the share in steps of 5 %."""
+
+    stop: StopSpec | None = None
+    """Ends the federation before its last round: {metric: accuracy, patience: 3, threshold: 0.005}, for example. None:
+    all rounds are trained."""
 
     @model_validator(mode="after")
     def _enough_clients(self) -> Self:
@@ -543,6 +564,24 @@ class FederationSpec(Spec):
                 "training.initial_seed tells servers the initial factors, which protection.mode {mode} must keep from "
                 "them: remove it",
                 {"mode": self.protection.mode},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_rule_has_evaluations(self) -> Self:
+        if self.round.stop is None:
+            return self
+        if not self.training.evaluation_examples:
+            raise PydanticCustomError(
+                "stop",
+                "round.stop judges rounds by evaluations, and training.evaluation_examples = 0 asks for none: raise "
+                "it, or remove stop",
+            )
+        if self.protection.client_privacy is not None:
+            raise PydanticCustomError(
+                "stop",
+                "round.stop judges rounds by evaluations, which agents do not report under "
+                "protection.client_privacy: remove one of them",
             )
         return self
 

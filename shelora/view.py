@@ -223,13 +223,12 @@ def activity(federation: pb.Federation) -> str:
     """What is going on, in one line."""
     if federation.deleting:
         return "being deleted"
-    if federation.stopped:
-        done = f"after {federation.trained_rounds} rounds"
-        return f"stopped {done}" if federation.phase != pb.PHASE_RUNNING else f"stopping {done}"
+    if federation.stopped and federation.phase == pb.PHASE_RUNNING:
+        return f"stopping after {federation.trained_rounds} rounds"
     if federation.phase == pb.PHASE_CREATED:
         return f"{federation.member_count} agents joined"
     if federation.phase != pb.PHASE_RUNNING:
-        return f"{federation.trained_rounds} of {federation.spec.round.rounds} training rounds done"
+        return _outcome(federation)
     if not federation.HasField("current"):
         return f"waiting for {federation.spec.round.clients} agents, {federation.member_count} joined"
     current = federation.current
@@ -238,6 +237,31 @@ def activity(federation: pb.Federation) -> str:
         name = f"round {current.number} of {federation.spec.round.rounds}"
     attempt = f" (attempt {current.attempt})" if current.attempt > 1 else ""
     return f"{name}{attempt}: {STATES.get(current.state, '')}, {_progress(current)}"
+
+
+def _outcome(federation: pb.Federation) -> str:
+    """What a federation came to that has ended."""
+    rounds, seen = federation.trained_rounds, federation.standing
+    if federation.stopped:
+        return f"stopped after {rounds} rounds"
+    if seen.ended:
+        patience = federation.spec.round.stop.patience
+        words = f"{patience} in a row were not better than round {seen.best_round}"
+        return f"ended by its rule after {rounds} rounds: {words}"
+    return f"{rounds} of {federation.spec.round.rounds} training rounds done"
+
+
+def standing(federation: pb.Federation) -> str:
+    """What the rule that may end a federation early has seen, in a sentence; "" without one, or before it has."""
+    if not federation.HasField("standing"):
+        return ""
+    rule, seen = federation.spec.round.stop, federation.standing
+    value = f"accuracy {seen.best:.1%}" if rule.metric == "accuracy" else f"loss {seen.best:.4f}"
+    best = f"best round: {seen.best_round}, {value}, the median over agents"
+    if federation.phase != pb.PHASE_RUNNING:
+        return best
+    by = f" by more than {rule.threshold:g}" if rule.threshold else ""
+    return f"{best}, of {seen.judged_round} judged; {rule.patience} in a row that are not better{by} end it"
 
 
 def _progress(current: pb.RoundSummary) -> str:

@@ -10,10 +10,10 @@ from coordinator.decisions import View, median_overlap
 from coordinator.driver.gauges import Gauges
 from coordinator.hearing import Hearing
 from coordinator.liveness import Liveness
-from coordinator.records import FederationRecord, MemberRecord, RoundRecord
+from coordinator.records import EvaluationRecord, FederationRecord, MemberRecord, RoundRecord
 from coordinator.store import Store
 from shelora.errors import Reason
-from shelora.rounds import RoundState
+from shelora.rounds import RoundKind, RoundState
 
 CENSUS_S: Final = 10.0
 """Seconds after which members are counted again while a round is in progress, whose course does not depend on them."""
@@ -76,9 +76,18 @@ class Observer:
                 voters=voters,
                 overlap=median_overlap(counted),
                 given_up=given_up,
+                evaluations=await self._evaluations(federation, round_),
             )
         view = replace(view, proceedings=await self._proceedings(federation, round_))
         return await self._progress(view, round_) if round_.round.state is RoundState.COLLECTING else view
+
+    async def _evaluations(self, federation: FederationRecord, ended: RoundRecord) -> list[EvaluationRecord]:
+        """Of the result that a training round began from, if a rule looks at them."""
+        if federation.spec.round.stop is None or not federation.result_sequence:
+            return []
+        if ended.round.kind is not RoundKind.TRAIN or ended.round.state is not RoundState.PUBLISHED:
+            return []
+        return await self._store.rounds.evaluations(federation, federation.result_sequence)
 
     def forget(self, federation_id: str) -> None:
         """A federation is not driven here any more."""

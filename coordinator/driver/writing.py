@@ -21,7 +21,14 @@ class Writer:
     ) -> None:
         """Writes a federation."""
         if await self._store.federations.write(name, record, before):
-            _log.info(name, federation_id=record.federation_id, phase=record.phase, failure=record.failure)
+            seen = record.standing.model_dump(exclude={"format"}) if record.standing else {}
+            _log.info(
+                name,
+                federation_id=record.federation_id,
+                phase=record.phase,
+                failure=record.failure,
+                **{f"stop_{field}": value for field, value in seen.items()},
+            )
 
     async def round(
         self, name: str, federation: FederationRecord, record: RoundRecord, revision: int

@@ -30,6 +30,7 @@ from shelora.view import (
     round_name,
     size,
     spoiled_rounds,
+    standing,
     training_rounds,
 )
 
@@ -95,6 +96,8 @@ def _headline(federation: pb.Federation) -> Text:
     if warning := caution(spec):
         text.append(f"\n{warning}", style="yellow")
     if told := client_privacy(spec):
+        text.append(f"\n{told}")
+    if told := standing(federation):
         text.append(f"\n{told}")
     if spoiled := ", ".join(round_name(summary) for summary in spoiled_rounds(federation)):
         text.append(

@@ -36,6 +36,7 @@ from shelora.view import (
     round_name,
     servers_see,
     size,
+    standing,
     training_rounds,
 )
 
@@ -135,6 +136,8 @@ class FederationPage:
     """What is unwise about its specification; "" for nothing."""
     client_privacy: str
     """What sums may tell of one client; "" if that is not bounded."""
+    standing: str
+    """What the rule that may end it early has seen; "" without one."""
     committee: bool
     keyed: bool
     rounds: tuple[RoundRow, ...]
@@ -195,6 +198,7 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
         servers_see=servers_see(mode),
         caution=caution(federation.spec),
         client_privacy=client_privacy(federation.spec),
+        standing=standing(federation),
         committee=needs_committee(mode),
         keyed=needs_keys(mode),
         rounds=_timeline(federation),

@@ -326,6 +326,7 @@ class RoundSpec(_message.Message):
     OVER_SELECTION_FIELD_NUMBER: _builtins.int
     GRACE_FIELD_NUMBER: _builtins.int
     COMMITTEE_S_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
     rounds: _builtins.int
     """Training rounds, 1 to 10000."""
     clients: _builtins.int
@@ -356,6 +357,10 @@ class RoundSpec(_message.Message):
     """
     committee_s: _builtins.int
     """Seconds that a committee waits for a silent member at each of its steps, 1 to 600."""
+    @_builtins.property
+    def stop(self) -> Global___StopSpec:
+        """When the federation ends before its last round. Absent: it does not."""
+
     def __init__(
         self,
         *,
@@ -370,10 +375,11 @@ class RoundSpec(_message.Message):
         over_selection: _builtins.float | None = ...,
         grace: _builtins.float | None = ...,
         committee_s: _builtins.int | None = ...,
+        stop: Global___StopSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_committee_s", b"_committee_s", "_deadline_s", b"_deadline_s", "_grace", b"_grace", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "committee_s", b"committee_s", "deadline_s", b"deadline_s", "grace", b"grace", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_committee_s", b"_committee_s", "_deadline_s", b"_deadline_s", "_grace", b"_grace", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_stop", b"_stop", "_target_updates", b"_target_updates", "clients", b"clients", "committee_s", b"committee_s", "deadline_s", b"deadline_s", "grace", b"grace", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "stop", b"stop", "target_updates", b"target_updates"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_committee_s", b"_committee_s", "_deadline_s", b"_deadline_s", "_grace", b"_grace", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_target_updates", b"_target_updates", "clients", b"clients", "committee_s", b"committee_s", "deadline_s", b"deadline_s", "grace", b"grace", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "target_updates", b"target_updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients", b"_clients", "_committee_s", b"_committee_s", "_deadline_s", b"_deadline_s", "_grace", b"_grace", "_max_attempts", b"_max_attempts", "_min_updates", b"_min_updates", "_over_selection", b"_over_selection", "_replan_below_overlap", b"_replan_below_overlap", "_replan_every_rounds", b"_replan_every_rounds", "_rounds", b"_rounds", "_stop", b"_stop", "_target_updates", b"_target_updates", "clients", b"clients", "committee_s", b"committee_s", "deadline_s", b"deadline_s", "grace", b"grace", "max_attempts", b"max_attempts", "min_updates", b"min_updates", "over_selection", b"over_selection", "replan_below_overlap", b"replan_below_overlap", "replan_every_rounds", b"replan_every_rounds", "rounds", b"rounds", "stop", b"stop", "target_updates", b"target_updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clients: _TypeAlias = _typing.Literal["clients"]  # noqa: Y015
     _WhichOneofArgType__clients: _TypeAlias = _typing.Literal["_clients", b"_clients"]  # noqa: Y015
@@ -395,6 +401,8 @@ class RoundSpec(_message.Message):
     _WhichOneofArgType__replan_every_rounds: _TypeAlias = _typing.Literal["_replan_every_rounds", b"_replan_every_rounds"]  # noqa: Y015
     _WhichOneofReturnType__rounds: _TypeAlias = _typing.Literal["rounds"]  # noqa: Y015
     _WhichOneofArgType__rounds: _TypeAlias = _typing.Literal["_rounds", b"_rounds"]  # noqa: Y015
+    _WhichOneofReturnType__stop: _TypeAlias = _typing.Literal["stop"]  # noqa: Y015
+    _WhichOneofArgType__stop: _TypeAlias = _typing.Literal["_stop", b"_stop"]  # noqa: Y015
     _WhichOneofReturnType__target_updates: _TypeAlias = _typing.Literal["target_updates"]  # noqa: Y015
     _WhichOneofArgType__target_updates: _TypeAlias = _typing.Literal["_target_updates", b"_target_updates"]  # noqa: Y015
     @_typing.overload
@@ -418,9 +426,54 @@ class RoundSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rounds) -> _WhichOneofReturnType__rounds | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stop) -> _WhichOneofReturnType__stop | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__target_updates) -> _WhichOneofReturnType__target_updates | None: ...
 
 Global___RoundSpec: _TypeAlias = RoundSpec  # noqa: Y015
+
+@_typing.final
+class StopSpec(_message.Message):
+    """When a federation has trained long enough. Each round is judged by the median over the agents that report an
+    EvaluationReport of its result, min_updates of them at least, once the next round has ended.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METRIC_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    metric: _builtins.str
+    """"loss" (nats, less is better) or "accuracy" (0 to 1). Absent: "loss"."""
+    patience: _builtins.int
+    """Rounds judged after the best one that were not better, after which the federation ends, 1 to 10000. Absent: 3."""
+    threshold: _builtins.float
+    """A round is better only by more than this, from 0 to 1000. Absent: 0."""
+    def __init__(
+        self,
+        *,
+        metric: _builtins.str | None = ...,
+        patience: _builtins.int | None = ...,
+        threshold: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_metric", b"_metric", "_patience", b"_patience", "_threshold", b"_threshold", "metric", b"metric", "patience", b"patience", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_metric", b"_metric", "_patience", b"_patience", "_threshold", b"_threshold", "metric", b"metric", "patience", b"patience", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__metric: _TypeAlias = _typing.Literal["metric"]  # noqa: Y015
+    _WhichOneofArgType__metric: _TypeAlias = _typing.Literal["_metric", b"_metric"]  # noqa: Y015
+    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
+    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__metric) -> _WhichOneofReturnType__metric | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___StopSpec: _TypeAlias = StopSpec  # noqa: Y015
 
 @_typing.final
 class ProtectionSpec(_message.Message):
@@ -992,23 +1045,31 @@ class BaseModelTags(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     TOKENIZER_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     weights: _builtins.bytes
     """Of the frozen weights: names, types, shapes, values."""
     tokenizer: _builtins.bytes
     """Of the vocabulary and what is made of sample texts."""
     chat_template: _builtins.bytes
+    start: _builtins.bytes
+    """Of what training starts from beside them: an adapter, a trained head. Absent: of the base model alone, which agents
+    mean that do not know this field.
+    """
     def __init__(
         self,
         *,
         weights: _builtins.bytes = ...,
         tokenizer: _builtins.bytes = ...,
         chat_template: _builtins.bytes = ...,
+        start: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_start", b"_start", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "tokenizer", b"tokenizer", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_start", b"_start", "chat_template", b"chat_template", "start", b"start", "tokenizer", b"tokenizer", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
 
 Global___BaseModelTags: _TypeAlias = BaseModelTags  # noqa: Y015
 
@@ -1078,6 +1139,7 @@ class Federation(_message.Message):
     DELETING_FIELD_NUMBER: _builtins.int
     SITS_OUT_FIELD_NUMBER: _builtins.int
     APPLICANTS_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     phase: Global___Phase.ValueType
     failure: _builtins.str
@@ -1118,6 +1180,10 @@ class Federation(_message.Message):
     def applicants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Applicant]:
         """Clients that ended before they joined and said why, until they join: at most 100."""
 
+    @_builtins.property
+    def standing(self) -> Global___Standing:
+        """What the rule in RoundSpec.stop has seen. Absent without one, and before the first round was judged."""
+
     def __init__(
         self,
         *,
@@ -1138,14 +1204,49 @@ class Federation(_message.Message):
         deleting: _builtins.bool = ...,
         sits_out: _builtins.str = ...,
         applicants: _abc.Iterable[Global___Applicant] | None = ...,
+        standing: Global___Standing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "spec", b"spec", "standing", b"standing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applicants", b"applicants", "current", b"current", "deleting", b"deleting", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "sits_out", b"sits_out", "spec", b"spec", "stopped", b"stopped", "trained_rounds", b"trained_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applicants", b"applicants", "current", b"current", "deleting", b"deleting", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "sits_out", b"sits_out", "spec", b"spec", "standing", b"standing", "stopped", b"stopped", "trained_rounds", b"trained_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Federation: _TypeAlias = Federation  # noqa: Y015
+
+@_typing.final
+class Standing(_message.Message):
+    """What the rule in RoundSpec.stop has seen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEST_ROUND_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
+    JUDGED_ROUND_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    best_round: _builtins.int
+    """Training round with the best value, from 1."""
+    best: _builtins.float
+    """That value: loss in nats or accuracy, 0 to 1, as StopSpec.metric says; the median over agents."""
+    judged_round: _builtins.int
+    """Newest training round that was judged, from 1."""
+    ended: _builtins.bool
+    """Whether the rule has ended the federation."""
+    def __init__(
+        self,
+        *,
+        best_round: _builtins.int = ...,
+        best: _builtins.float = ...,
+        judged_round: _builtins.int = ...,
+        ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "best_round", b"best_round", "ended", b"ended", "judged_round", b"judged_round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Standing: _TypeAlias = Standing  # noqa: Y015
 
 @_typing.final
 class CreateFederationRequest(_message.Message):

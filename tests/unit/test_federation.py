@@ -156,7 +156,7 @@ def unlike_the_defaults() -> FederationSpec:
                 "max_rank": 7,
                 "max_tokens": 7,
                 "calibration_examples": 7,
-                "evaluation_examples": 0,
+                "evaluation_examples": 7,
                 "loss_on": "everything",
                 "target_layers": [0, 7],
                 "target_pattern": ".*",
@@ -178,6 +178,7 @@ def unlike_the_defaults() -> FederationSpec:
                 "committee_s": 7,
                 "replan_every_rounds": 7,
                 "replan_below_overlap": 0.5,
+                "stop": {"metric": "accuracy", "patience": 7, "threshold": 0.5},
             },
             "protection": {
                 "mode": "none",
@@ -334,3 +335,32 @@ def test_names_have_no_control_characters(field):
         getattr(spec.training, field)[0] = hostile
     with pytest.raises(DomainError, match="control characters"):
         FederationSpec.from_proto(spec)
+
+
+def test_a_rule_to_stop_has_defaults_on_the_wire_too():
+    message = FederationSpec.model_validate({**MINIMAL, "round": {"stop": {}}}).to_proto()
+    whole = FederationSpec.from_proto(message).round.stop
+    for name in ("metric", "patience", "threshold"):
+        sent = pb.FederationSpec.FromString(message.SerializeToString())
+        sent.round.stop.ClearField(name)
+        assert FederationSpec.from_proto(sent).round.stop == whole
+    message.round.stop.patience = 0
+    with pytest.raises(DomainError, match=r"round\.stop\.patience"):
+        FederationSpec.from_proto(message)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "words"),
+    [
+        ("training", {"evaluation_examples": 0}, "evaluation_examples = 0 asks for none"),
+        (
+            "protection",
+            {"client_privacy": {"epsilon": 8, "delta": 1e-5, "clip": 0.5}},
+            "do not report under protection.client_privacy",
+        ),
+    ],
+)
+def test_a_rule_to_stop_without_evaluations_is_refused(tmp_path, section, fields, words):
+    content = {**MINIMAL, "round": {"stop": {"patience": 2}}}
+    content[section] = {**content.get(section, {}), **fields}
+    assert words in refusal(tmp_path, content)

@@ -106,3 +106,30 @@ def test_a_tag_of_another_length_is_refused(tag):
     with pytest.raises(DomainError, match=r"report\.base_model\.tokenizer must have 32 bytes") as caught:
         checks.report(report)
     assert caught.value.reason is Reason.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("other", ["xxxt", "xxx"])
+async def test_who_starts_from_another_adapter_or_from_none_is_left_out_and_told(fed, other):
+    fed.bases = {"a": "xxxs", "b": "xxxs", "c": other}
+    await fed.begin(spec("none"))
+    for _ in range(4):
+        await fed.act()
+        await fed.settle()
+        if (await fed.shown()).history:
+            break
+    first = (await fed.shown()).history[0]
+    assert left_out(first) == ["c"]
+    assert (
+        "other starting values (model.adapter, model.head) than those of most agents" in first.dropped[0].why
+    )
+
+
+def test_a_starting_tag_has_the_length_of_a_digest():
+    report = pb.UpdateReport(client_id="a", example_count=1)
+    for part in ("weights", "tokenizer", "chat_template"):
+        setattr(report.base_model, part, b"x" * 32)
+    assert checks.report(report).base_model.start == ""
+    report.base_model.start = b"x" * 31
+    with pytest.raises(DomainError, match=r"report\.base_model\.start must have 32 bytes") as refusal:
+        checks.report(report)
+    assert refusal.value.reason is Reason.INVALID_ARGUMENT

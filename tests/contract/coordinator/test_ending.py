@@ -5,10 +5,11 @@ import asyncio
 import pytest
 import redis
 
-from coordinator.records import Phase, Sighting
+from coordinator.records import EvaluationRecord, Phase, Sighting
 from coordinator.render import GONE_MS
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.view import status_line
 from tests.contract.coordinator.test_driver import outcomes
 from tests.contract.coordinator.world import spec
 
@@ -230,3 +231,73 @@ async def test_what_a_member_last_said_of_itself_is_not_shown_for_ever_after_the
     assert {m.client_id: m.stage for m in (await fed.shown()).members}["a"] == "decrypting"
     fed.now_ms += GONE_MS + 1
     assert not {m.client_id: m.stage for m in (await fed.shown()).members}["a"]
+
+
+async def evaluated(fed, losses) -> None:
+    """Agents evaluate the newest result, as they do before they train on from it."""
+    record = await fed.federation()
+    if record.trained:
+        for client in "abc":
+            told = EvaluationRecord(
+                client_id=client,
+                example_count=10,
+                correct_count=5,
+                loss=losses[record.trained - 1],
+                download_s=0,
+                decrypt_s=0,
+                evaluate_s=0,
+                download_bytes=0,
+            )
+            await fed.handlers.members.report_evaluation("fed", record.round_id(record.result_sequence), told)
+
+
+async def trained_with(fed, losses):
+    """Plays until the federation has ended, with these losses by round."""
+    for _ in range(30):
+        await fed.settle()
+        await evaluated(fed, losses)
+        if (await fed.federation()).ended:
+            break
+        await fed.act()
+        fed.now_ms += 1000
+    return await fed.federation()
+
+
+def with_rule(rounds):
+    return spec("none", rounds=rounds, stop={"metric": "loss", "patience": 2, "threshold": 0.05})
+
+
+async def test_a_rule_ends_a_federation_that_gets_no_better_with_its_newest_result(fed):
+    await fed.begin(with_rule(20))
+    record = await trained_with(fed, [2.0, 1.0, 0.97, 0.99, *[0.1] * 20])
+    assert (record.phase, record.trained, record.converged) == (Phase.FINISHED, 5, True)
+    assert (record.standing.best, record.standing.judged) == (2, 4)
+    assert (await fed.assignment("a")).finish.result.round_number == 5
+    shown = await fed.shown()
+    assert (shown.standing.best_round, shown.standing.best, shown.standing.ended) == (2, 1.0, True)
+    assert (shown.spec.round.rounds, shown.stopped) == (5, False)
+    assert "ended by its rule after 5 rounds: 2 in a row were not better than round 2" in status_line(shown)
+
+
+async def test_a_federation_that_gets_better_trains_all_its_rounds_under_a_rule(fed):
+    await fed.begin(with_rule(5))
+    record = await trained_with(fed, [2.0, 1.0, 0.5, 0.2, 0.1])
+    assert (record.phase, record.trained, record.converged) == (Phase.FINISHED, 5, False)
+    assert record.standing.best == 4, "the last round is not judged: no round follows it"
+
+
+async def test_a_federation_that_its_rule_ended_can_be_extended_and_is_judged_anew(fed):
+    await fed.begin(with_rule(20))
+    await trained_with(fed, [1.0] * 20)
+    await fed.handlers.federations.extend("fed", 9)
+    record = await fed.federation()
+    assert (record.phase, record.standing, record.converged) == (Phase.RUNNING, None, False)
+    record = await trained_with(fed, [1.0] * 20)
+    assert record.converged
+    assert 4 < record.trained < 9
+
+
+async def test_without_evaluations_a_rule_ends_nothing(fed):
+    await fed.begin(with_rule(6))
+    record = await fed.play()
+    assert (record.trained, record.standing, record.converged) == (6, None, False)

@@ -83,7 +83,8 @@ class World:
     overlaps: dict[str, float] = field(default_factory=dict)
     """What members report of their overlap with the plan; nothing by default."""
     bases: dict[str, str] = field(default_factory=dict)
-    """Base models of members, three letters for weights, tokens, chat template; they say nothing by default."""
+    """Base models of members, a letter each for weights, tokens, chat template, and perhaps what they start from; they
+    say nothing by default."""
 
     def __post_init__(self) -> None:
         self.instances = itertools.count(1)
@@ -199,8 +200,10 @@ class World:
     def base_of(self, client: str) -> pb.BaseModelTags | None:
         if client not in self.bases:
             return None
-        weights, tokenizer, template = (letter.encode() * 32 for letter in self.bases[client])
-        return pb.BaseModelTags(weights=weights, tokenizer=tokenizer, chat_template=template)
+        parts = ("weights", "tokenizer", "chat_template", "start")
+        return pb.BaseModelTags(
+            **{part: letter.encode() * 32 for part, letter in zip(parts, self.bases[client], strict=False)}
+        )
 
     def ballot(self, client: str) -> bytes:
         """What a client votes for: all columns, the one that its name counts to first."""

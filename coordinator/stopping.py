@@ -1,0 +1,35 @@
+"""Whether a federation has trained long enough, by its operator's rule (`round.stop`). Pure.
+
+A round is judged by the median over its clients, each counting alike: one that lies moves it no farther than to the
+next honest value, so that nobody ends a federation, or keeps it from its end, alone.
+"""
+
+from collections.abc import Sequence
+from statistics import median
+
+from coordinator.records import EvaluationRecord, Standing
+from shelora.federation import StopSpec
+
+
+def value_of(rule: StopSpec, evaluations: Sequence[EvaluationRecord], least: int) -> float | None:
+    """What a round is judged by: accuracy, 0 to 1, or loss in nats. None if fewer than `least` clients evaluated it."""
+    told = [one for one in evaluations if one.example_count]
+    if len(told) < max(1, least):
+        return None
+    if rule.metric == "accuracy":
+        return median(one.correct_count / one.example_count for one in told)
+    return median(one.loss for one in told)
+
+
+def judged(rule: StopSpec, standing: Standing | None, number: int, value: float | None) -> Standing | None:
+    """The standing after the round of that number. A round is judged once, and not without a value."""
+    if value is None or (standing is not None and number <= standing.judged):
+        return standing
+    if standing is None or rule.gain(value, standing.value) > rule.threshold:
+        return Standing(best=number, value=value, judged=number)
+    return standing.model_copy(update={"judged": number, "waited": standing.waited + 1})
+
+
+def is_over(rule: StopSpec, standing: Standing | None) -> bool:
+    """Whether the best round has stayed the best for as long as the rule waits."""
+    return standing is not None and standing.waited >= rule.patience
