@@ -79,6 +79,7 @@ class Applier:
         """Makes the state that the round starts from current, and reports how good it is."""
         if not train.HasField("base"):
             await self._run(self._learner.start, secrets)
+            await self._run(self._learner.write_samples, 0, activity)
             return
         plan = train.base_plan if train.HasField("base_plan") else None
         applied = await self._apply(train.base, plan, activity)
@@ -100,6 +101,7 @@ class Applier:
     ) -> None:
         """Evaluates, keeps the best adapter, reports. Args: everything: on every test example."""
         round_id, state = result.round_id, self._tools.state
+        await self._run(self._learner.write_samples, result.round_number, activity)
         measured = await self._run(self._learner.evaluate, activity, everything=everything)
         self._reported.add(round_id)
         if measured is None:

@@ -32,6 +32,8 @@ class Card:
     """SHA-256 of the base model's weights, in hex."""
     privacy: str
     """What hid single examples; "" if nothing did."""
+    start: str
+    """SHA-256 of the adapter and head that training started from, in hex; "" without any."""
     precision: str
     """Numbers that the base model was held in while training."""
     rank: int
@@ -72,6 +74,7 @@ def card_of(
         protection=protection,
         base=model.base.weights.hex(),
         privacy=privacy,
+        start=model.base.start.hex(),
         precision=str(model.precision),
         rank=config.lora.rank,
         alpha=config.lora.alpha,
@@ -101,6 +104,11 @@ def rendered(card: Card, made: Origin, measured: Evaluation | None) -> str:
         "",
         f"- Base model: {quoted(spec.base_model)}, by the federation's name for it",
         f"- {BASE_WEIGHTS}: {card.base}",
+        *(
+            [f"- SHA-256 of the adapter and head that training started from: {card.start}"]
+            if card.start
+            else []
+        ),
         f"- Licence of the base model: {card.licence or 'not stated where it was loaded from'}",
         f"- Task: {spec.task}" + (f"; classes: {', '.join(map(quoted, spec.labels))}" if spec.labels else ""),
         f"- Training round {made.number} of {card.rounds}, the aggregate of {made.contributors} clients",

@@ -1,5 +1,6 @@
 """Loads a base model so that every agent that loads the same checkpoint has the same frozen weights."""
 
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +35,7 @@ _MOST_LAYERS: Final = 4096
 _LOADING: Final = threading.RLock()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """A base model on the CPU, its tokenizer, and the modules that must be trained whole."""
 
@@ -44,8 +45,12 @@ class Checkpoint:
     head: tuple[str, ...]
     """Names of modules that are trained and averaged whole, in the model's order: the classifier, and what else of the
     head or of a pooler the checkpoint lacks. None for tasks without a head."""
-    notes: tuple[str, ...] = ()
-    """What whoever trains it should know."""
+    trained_head: tuple[str, ...] = ()
+    """Of the head, what the checkpoint holds trained: it is a classifier already, perhaps of other labels."""
+    head_fits: bool = True
+    """Whether it has as many outputs as there are labels."""
+    known_labels: tuple[str, ...] = ()
+    """The labels of that classifier, in order; none if it names none."""
 
 
 def load_checkpoint(path: str, task: str, labels: Sequence[str], *, as_stored: bool = False) -> Checkpoint:
@@ -72,7 +77,15 @@ def load_checkpoint(path: str, task: str, labels: Sequence[str], *, as_stored: b
     missing = absent | misshapen
     head = _head(model, missing) if what.has_head else ()
     whole = _with_poolers(path, model, head, missing)
-    return Checkpoint(model, tokenizer, whole, tuple(_notes(model, head, absent)))
+    trained = tuple(_trained(model, head, absent))
+    return Checkpoint(
+        model=model,
+        tokenizer=tokenizer,
+        head=whole,
+        trained_head=trained,
+        head_fits=not any(under(name, trained) for name in misshapen),
+        known_labels=_labels(path) if trained else (),
+    )
 
 
 def configuration(path: str, task: Task, labels: Sequence[str]) -> PreTrainedConfig:
@@ -132,7 +145,7 @@ def _absence(path: str) -> str:
     """Why nothing is at that path; "" if something is, or if it may be a name on the hub."""
     if _exists(path):
         if (Path(path) / "adapter_config.json").is_file():
-            return f"{path} holds an adapter; name its base model, or a model that both were merged into"
+            return f"{path} holds an adapter: name its base model, and the adapter as model.adapter"
         return ""
     if path.startswith(("/", ".", "~")) or path.endswith(".gguf") or path.count("/") > 1:
         return (
@@ -281,15 +294,21 @@ def _head(model: PreTrainedModel, missing: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in beside if name in lacking or name == beside[-1])
 
 
-def _notes(model: PreTrainedModel, head: Sequence[str], absent: Iterable[str]) -> Iterator[str]:
-    """A line for every part of a classifier that was trained before, and will not be used."""
+def _trained(model: PreTrainedModel, head: Sequence[str], lacking: Iterable[str]) -> Iterator[str]:
+    """The parts of a classifier that the checkpoint holds whole."""
     for name in head:
         own = {f"{name}.{parameter}" for parameter, _ in model.get_submodule(name).named_parameters()}
-        if own.isdisjoint(absent):
-            yield (
-                f"the checkpoint is a classifier already; the federation starts its {name} anew, from values that no "
-                "server knows"
-            )
+        if own.isdisjoint(lacking):
+            yield name
+
+
+def _labels(path: str) -> tuple[str, ...]:
+    """The labels that a checkpoint's classifier tells apart, if it has names for them."""
+    place, options = _source(path)
+    with _loading(path, "the configuration"):
+        known = AutoConfig.from_pretrained(place, **options).id2label or {}
+    names = tuple(str(known[index]) for index in sorted(known, key=int))
+    return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
 def _with_poolers(

@@ -112,6 +112,12 @@ class ModelConfig(StrictModel):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Numbers that the base model is held in and that activations are; what is trained stays float32. float16 needs
     CUDA."""
+    adapter: AbsolutePath | None = None
+    """Folder of a LoRA adapter that training goes on from, as PEFT or `client-agent export` writes it. It stays as it
+    is, and what the federation trains comes on top. The same at every agent. None: from the base model alone."""
+    head: Literal["new", "base"] = "new"
+    """Where a classifier starts: `new`, from values that no server knows, or `base`, from that of the base model, which
+    must know the federation's labels. The same at every agent."""
     quantization: Quantization = "none"
     """Bits of the base model's linear layers, 8 or 4 (NF4), by bitsandbytes; the rest is of `dtype`."""
 
@@ -180,6 +186,17 @@ class TrainingSettings(StrictModel):
                 "max_gradient_norm", "max_gradient_norm must be at most 1 with sgd, whose steps are as long"
             )
         return self
+
+
+class SampleSettings(StrictModel):
+    """What a language model writes after each round, to see how it changes. It stays on this machine."""
+
+    prompts: Annotated[
+        tuple[Annotated[str, StringConstraints(min_length=1, max_length=8192)], ...], Field(max_length=32)
+    ] = ()
+    """What the model goes on from: a text (causal-lm), or what a user says (chat). Empty: nothing is written."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Tokens after which a sample is cut off."""
 
 
 class HiddenClient(StrictModel):
@@ -272,6 +289,8 @@ class AgentConfig(StrictModel):
     or module:attribute (docs/own-trainer.md). It is code that runs here with this client's data."""
     training: TrainingSettings = TrainingSettings()
     """How this client trains; what all must share is the federation's."""
+    samples: SampleSettings = SampleSettings()
+    """Prompts that the model answers after each round, in state_dir/samples; for causal-lm and chat alone."""
     budget: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Least share of the columns of A to encrypt, 0 to 1, in a selective federation; complete ones encrypt everything.
     1 is the safe choice; less is for uplinks that cannot carry it. The client leaves a federation that would have it

@@ -142,6 +142,11 @@ class Encoder:
         """Token ids of every text, special tokens included, each cut to the limit."""
         return [self._cut(body) for body in self._bodies(texts)]
 
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text to go on from: no special token follows it."""
+        (body,) = self._bodies([text])
+        return [*self._framed(body)[0], *body]
+
     def measure(self, texts: Sequence[str], seconds: Sequence[str] = ()) -> tuple[list[int], int]:
         """Tokens of every text or pair before it is cut, special tokens included, and the largest token id."""
         if seconds:

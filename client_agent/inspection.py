@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from pydantic import ValidationError
 from rich.console import Group
 from rich.text import Text
 
+from client_agent.checkpoint import invalid as model_invalid
 from client_agent.checkpoint import usual_targets
 from client_agent.config import AgentConfig
 from client_agent.learner import budget_of
@@ -17,6 +19,7 @@ from client_agent.model import AdaptedModel
 from client_agent.preparation import Prepared, prepare
 from client_agent.protection import expected_layout
 from client_agent.sources import invalid
+from client_agent.starting import Start
 from client_agent.state import require_usable
 from client_agent.survey import WHOLE
 from client_agent.tasks.port import ExampleSet
@@ -55,6 +58,7 @@ def inspect(
     require_usable(config.state_dir)
     prepared = prepare(config, training)
     model = prepared.model
+    _require_bounded(model.start, protection.tensor_bound)
     held = max(min(matrix.out_features, matrix.in_features) for matrix in model.matrices)
     estimated = partial(estimated_upload_bytes, model, config.budget, protection)
     return Inspection(
@@ -64,6 +68,16 @@ def inspect(
         most_upload_bytes=estimated(max(model.rank, min(held, training.max_rank))),
         privacy=_privacy(config, training, prepared, rounds),
     )
+
+
+def _require_bounded(start: Start, most: float) -> None:
+    """Raises: MODEL_INVALID if the federation cannot carry the values that training starts from."""
+    for name, value in start.tensors.items():
+        if np.abs(value).max(initial=0) > most:
+            raise model_invalid(
+                f"model: {name} starts with values of up to {np.abs(value).max():.3g}, and the federation carries none "
+                f"above {most:g} (protection.tensor_bound): ask the operator to raise it, or set model.head to new"
+            )
 
 
 def _privacy(config: AgentConfig, training: TrainingSpec, prepared: Prepared, rounds: int | None) -> str:

@@ -22,11 +22,13 @@ from client_agent.metrics import timed
 from client_agent.moderating import Moderator
 from client_agent.plausibility import JUDGING_EXAMPLES, Expectation, plausible
 from client_agent.preparation import Prepared, prepare
-from client_agent.progress import Activity
+from client_agent.progress import Activity, Stopped
 from client_agent.reporting import Reporting
+from client_agent.samples import Sampler, as_json
 from client_agent.schedule import Schedule
 from client_agent.scoring import sensitivity_scores
 from client_agent.state import CARD, AgentState
+from client_agent.tables import first_line
 from client_agent.tasks.port import ExampleSet
 from client_agent.training import Report, TrainingOutcome, TrainingRun, train
 from shelora.errors import DomainError, Reason
@@ -89,6 +91,9 @@ class Learner:
         self._training_identity = _training_identity(config, spec, prepared, self.privacy)
         self._current = CurrentState(self.model, state, _identity(config, self.base))
         self._judge = Judge(self._loss_with)
+        self._sampler = Sampler(config.samples, self.model, self.encoder)
+        self._sampled: str | None = None
+        """The position that samples were written from last."""
 
     def prepare(self, config: AgentConfig, spec: TrainingSpec) -> Prepared:
         """Data and model, read and tried out. Raises: DATA_INVALID, MODEL_INVALID, CONFIGURATION_INVALID."""
@@ -238,6 +243,24 @@ class Learner:
         report = self._reporter(activity, Stage.EVALUATING)
         with timed(Stage.EVALUATING):
             return evaluate(self.model, self.encoder, some, report)
+
+    def write_samples(self, number: int, activity: Activity) -> None:
+        """Has the current state answer the prompts of the configuration, into a file for that training round.
+
+        Samples are for people to look at: where they cannot be written, the round goes on. Raises: Stopped.
+        """
+        if not self._sampler or self._sampled == self._current.round_id:
+            return
+        try:
+            samples = self._sampler.write(self._reporter(activity, Stage.EVALUATING))
+        except (Stopped, DomainError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a model can make torch raise anything
+            _log.warning("samples_not_written", round_number=number, why=first_line(error))
+        else:
+            path = self._state.save_samples(number, as_json(number, samples))
+            _log.info("samples_written", round_number=number, file=str(path))
+        self._sampled = self._current.round_id
 
     def save_adapter(self, folder: Path, made: Origin) -> None:
         """Writes the current state as a PEFT adapter with its card, into an empty folder."""

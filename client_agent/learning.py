@@ -60,10 +60,12 @@ class BaseDigest:
     weights: bytes
     tokenizer: bytes
     chat_template: bytes
+    start: bytes = b""
+    """Of the adapter and the head that training starts from; empty where it starts from the base model alone."""
 
     def hex(self) -> str:
         """All of it."""
-        return (self.weights + self.tokenizer + self.chat_template).hex()
+        return (self.weights + self.tokenizer + self.chat_template + self.start).hex()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,12 @@ class LocalLearner(Protocol):
 
     def evaluate(self, activity: Activity, *, everything: bool = False) -> Evaluation | None:
         """Evaluates the current state; None if nothing is to be evaluated. Raises: Stopped."""
+
+    def write_samples(self, number: int, activity: Activity) -> None:
+        """Has the current state write to the operator's prompts, if there are any. Raises: Stopped.
+
+        Args: number: Of the training round that it results from; 0 for the initial state.
+        """
 
     def save_adapter(self, folder: Path, made: Origin) -> None:
         """Writes the current state as an adapter for users, into an empty folder."""

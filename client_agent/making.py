@@ -149,7 +149,11 @@ class Maker:
         base = self._learner.base
         if base is None:
             return note
-        tags = {part: secrets.obfuscation.tag(part, digest).hex() for part, digest in asdict(base).items()}
+        tags = {
+            part: secrets.obfuscation.tag(part, digest).hex()
+            for part, digest in asdict(base).items()
+            if digest
+        }
         return replace(note, base=base.hex(), base_tags=tags)
 
     def _assessed(self, plan: Plan, vote_round_id: str, activity: Activity) -> float | None:

@@ -3,9 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import safetensors.numpy
@@ -15,7 +16,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, StoppingCriteriaList
 
 from client_agent.checkpoint import Checkpoint, invalid, is_norm, quiet, under
 from client_agent.config import LoraSettings
@@ -23,6 +24,7 @@ from client_agent.encoding import ModelBatch
 from client_agent.fingerprint import base_digest
 from client_agent.learning import Weights
 from client_agent.precision import FULL, Precision, compute_in_float32, lower, plain_weight
+from client_agent.starting import CONFIG, PREFIX, WEIGHTS, Start, require_fit
 from client_agent.tables import first_line, listed
 from client_agent.targets import WHOLE, Narrowed, Targets, check_adaptable, linear_layers, resolve
 from client_agent.tasks.registry import task_of
@@ -31,13 +33,11 @@ from shelora.lora.shards import Float32, Float64, LoraFactors
 from shelora.lora.sketches import Exponents
 
 _ADAPTER = "default"
-_PREFIX = "base_model.model."
-"""What PEFT puts before the name of a module of the base model."""
 _COPY = f".modules_to_save.{_ADAPTER}"
 """What PEFT puts between a module trained whole and its parameter."""
-_WEIGHTS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
-"""Files of a PEFT adapter."""
+
+
+NOTHING: Final = Start()
 
 
 class InitialValues(Protocol):
@@ -61,6 +61,7 @@ class AdaptedModel:
         device: Where to compute.
         narrowed: What else the specification says of modules.
         precision: Numbers of the base model; what is trained is float32.
+        start: What training starts from beside the base model.
 
     Raises: DomainError MODEL_INVALID if a target matches no module, or one that is not a linear layer.
     """
@@ -75,14 +76,16 @@ class AdaptedModel:
         device: torch.device,
         narrowed: Narrowed = WHOLE,
         precision: Precision = FULL,
+        start: Start = NOTHING,
     ) -> None:
         self.task = task_of(task)
         self.device = device
         self.rank = lora.rank
         self.scaling = lora.scaling
         self.tokenizer = checkpoint.tokenizer
-        self.base = base_digest(checkpoint)
-        self.notes = checkpoint.notes
+        self.start = start
+        self.base = replace(base_digest(checkpoint), start=start.digest)
+        self.notes = tuple(_notes(checkpoint, start))
         self.most_positions = _most_positions(checkpoint.model)
         """Tokens that the model can take, as far as it says so."""
         self.vocabulary = _vocabulary(checkpoint.model)
@@ -108,6 +111,13 @@ class AdaptedModel:
             Matrix(name, layer.out_features, layer.in_features) for name, layer in self._layers.items()
         )
         self.tensors = tuple(Tensor(name, tuple(value.shape)) for name, value in self._parameters.items())
+        require_fit(
+            start,
+            {matrix.name: (matrix.out_features, matrix.in_features) for matrix in self.matrices},
+            {tensor.name: tensor.shape for tensor in self.tensors},
+        )
+        for name, pair in start.factors.items():
+            _Frozen(self._layers[name]).hold(pair, device)
         self._beside = {name: _Frozen(layer) for name, layer in self._layers.items()}
         self._exponents: Mapping[str, Exponents] = {}
         self._changes: Mapping[str, tuple[float, ...]] = {}
@@ -154,6 +164,42 @@ class AdaptedModel:
         ids = ids.to(self.device)
         logits: torch.Tensor = self._peft(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return logits.float()
+
+    def generate(self, ids: Sequence[int], most: int, before_token: Callable[[], None]) -> list[int]:
+        """What the model goes on with, up to an end of its text: the likeliest token each time.
+
+        Args:
+            ids: Token ids to go on from.
+            most: Tokens at most.
+            before_token: Called before every token; what it raises ends the work.
+        """
+        prompt = torch.tensor([list(ids)], device=self.device)
+
+        def watch(*_: Any, **__: Any) -> bool:  # noqa: ANN401 - as transformers calls it
+            before_token()
+            return False
+
+        self.module.eval()
+        before_token()
+        with torch.inference_mode():
+            written = self._peft.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=most,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    eos_token_id=self._ends() or None,
+                ),
+                stopping_criteria=StoppingCriteriaList([watch]),
+            )
+        return [int(token) for token in written[0, len(ids) :]]
+
+    def _ends(self) -> list[int]:
+        """Tokens that end a text, as the tokenizer and the base model say."""
+        stated = getattr(self._peft.get_base_model().generation_config, "eos_token_id", None)
+        ends = [*(stated if isinstance(stated, list) else [stated]), self.tokenizer.eos_token_id]
+        return sorted({int(token) for token in ends if token is not None})
 
     def predict(self, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [k, classes] and targets [k], as the task has them: of examples, or of tokens."""
@@ -223,6 +269,8 @@ class AdaptedModel:
         self.load(Weights(factors, {t.name: self._initial_tensor(t, values) for t in self.tensors}))
 
     def _initial_tensor(self, tensor: Tensor, values: InitialValues) -> Float32:
+        if tensor.name in self.start.tensors:
+            return self.start.tensors[tensor.name]
         module = next((name for name in self._saved if under(tensor.name, [name])), None)
         if module is not None:
             original = self._peft.get_base_model().get_submodule(module).original_module
@@ -241,9 +289,9 @@ class AdaptedModel:
             self._peft.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
             self.tokenizer.save_pretrained(str(folder))
             self._peft.get_base_model().config.save_pretrained(str(folder))
-        widths = {frozen.width for frozen in self._beside.values()}
-        if any(widths):
-            _widen(folder, {name: f.factors for name, f in self._beside.items()}, max(widths), self.scaling)
+        beside = {name: _joined(self.start.factors.get(name), f.factors) for name, f in self._beside.items()}
+        if width := max((len(pair.A) for pair in beside.values() if pair), default=0):
+            _widen(folder, beside, width, self.scaling)
 
     def _paired(self, weights: Weights) -> Iterator[tuple[nn.Parameter, Float32]]:
         if weights.factors.keys() != self._layers.keys() or weights.tensors.keys() != self._parameters.keys():
@@ -270,11 +318,6 @@ class _Frozen:
             self._A = torch.from_numpy(np.array(self.factors.A, dtype=np.float32)).to(device)
             self._B = torch.from_numpy(np.array(self.factors.B, dtype=np.float32)).to(device)
 
-    @property
-    def width(self) -> int:
-        """Rank of what is added."""
-        return 0 if self.factors is None else self.factors.A.shape[0]
-
     def __call__(
         self, _layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor:
@@ -282,6 +325,28 @@ class _Frozen:
             return output
         x = inputs[0].to(self._A.dtype)
         return output + (x @ self._A.T @ self._B.T).to(output.dtype)
+
+
+def _joined(*pairs: LoraFactors | None) -> LoraFactors | None:
+    """Factors of the sum; None of nothing."""
+    there = [pair for pair in pairs if pair is not None]
+    if not there:
+        return None
+    return LoraFactors(B=np.hstack([pair.B for pair in there]), A=np.vstack([pair.A for pair in there]))
+
+
+def _notes(checkpoint: Checkpoint, start: Start) -> Iterator[str]:
+    """What whoever trains should know of where training starts."""
+    for name in checkpoint.trained_head:
+        if not any(under(tensor, [name]) for tensor in start.tensors):
+            yield (
+                f"the checkpoint is a classifier already; the federation starts its {name} anew, from values that no "
+                "server knows (model.head: base starts from what it is)"
+            )
+    if start.factors:
+        yield f"training goes on from an adapter of {len(start.factors)} matrices"
+    if start.tensors:
+        yield f"training goes on from trained values of {listed(sorted(start.tensors))}"
 
 
 def _require_fit(matrix: Matrix, frozen: LoraFactors | None) -> None:
@@ -295,10 +360,10 @@ def _require_fit(matrix: Matrix, frozen: LoraFactors | None) -> None:
 
 def _widen(folder: Path, beside: Mapping[str, LoraFactors | None], width: int, scaling: float) -> None:
     """Puts frozen factors into a saved adapter, padded to one rank: B_frozen / s beside B, A_frozen under A."""
-    weights_file, config_file = folder / _WEIGHTS, folder / _CONFIG
+    weights_file, config_file = folder / WEIGHTS, folder / CONFIG
     arrays = safetensors.numpy.load_file(weights_file)
     for name, frozen in beside.items():
-        A_key, B_key = (f"{_PREFIX}{name}.lora_{side}.weight" for side in "AB")
+        A_key, B_key = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
         A, B = np.zeros((width, arrays[A_key].shape[1])), np.zeros((arrays[B_key].shape[0], width))
         if frozen is not None:
             A[: len(frozen.A)], B[:, : len(frozen.A)] = frozen.A, frozen.B / scaling
@@ -350,7 +415,7 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        own = name.removeprefix(_PREFIX)
+        own = name.removeprefix(PREFIX)
         check_adaptable(own, module.get_base_layer())
         yield own, module
 
@@ -382,7 +447,7 @@ def _whole_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Trainable parameters that are no LoRA factors, in the model's order, by their name in the base model."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:
-            yield name.removeprefix(_PREFIX).replace(_COPY, ""), parameter
+            yield name.removeprefix(PREFIX).replace(_COPY, ""), parameter
 
 
 def _column_sums(layer: Any) -> Float64:  # noqa: ANN401 - PEFT's layers are untyped

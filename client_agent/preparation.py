@@ -13,6 +13,8 @@ from client_agent.encoding import ModelBatch
 from client_agent.model import AdaptedModel, choose_device
 from client_agent.precision import choose_precision
 from client_agent.reporting import require_trackers
+from client_agent.samples import Sampler
+from client_agent.starting import start_of
 from client_agent.survey import Survey
 from client_agent.tables import first_line
 from client_agent.targets import Narrowed
@@ -58,6 +60,7 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
     _check_vocabulary(model, lengths)
     if data.test is not None and test is not None:
         _check_vocabulary(model, task.survey(data.test, data, test, encoder))
+    Sampler(config.samples, model, encoder)
     rehearse(model, encoder.batch(examples.select([lengths.longest])))
     if config.privacy is not None:
         _rehearse_privately(model, encoder, examples, lengths)
@@ -83,14 +86,16 @@ def load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:
     """The adapted model. Raises: DomainError MODEL_INVALID, CONFIGURATION_INVALID."""
     device = choose_device(config.model.device)
     precision = choose_precision(config.model, config.training, device)
+    checkpoint = load_checkpoint(config.model.path, spec.task, spec.labels, as_stored=not precision.is_full)
     return AdaptedModel(
-        load_checkpoint(config.model.path, spec.task, spec.labels, as_stored=not precision.is_full),
+        checkpoint,
         task=spec.task,
         target_modules=spec.target_modules,
         lora=config.lora,
         device=device,
         narrowed=Narrowed(spec.target_layers, spec.target_pattern, spec.modules_to_save),
         precision=precision,
+        start=start_of(config.model.adapter, config.model.head, checkpoint, spec.labels),
     )
 
 

@@ -13,6 +13,7 @@
     adapter/                the adapter of the newest result that was applied
     adapter-best/           that of the result with the smallest loss on this client's own test examples
     best.json               which result that was
+    samples/                what the model wrote to the prompts of its configuration, a file a round
 
 Every file is written beside its place and renamed into it, so a file that is there is whole; so is an adapter's folder.
 Folders have mode 0700 and files 0600: weights are the client's own. Secrets are never written.
@@ -55,6 +56,7 @@ _PLAN_FIT: Final = "plan_fit.json"
 _BEST_NOTE: Final = "best.json"
 ADAPTER: Final = "adapter"
 BEST: Final = "adapter-best"
+SAMPLES: Final = "samples"
 _PROMISE: Final = "promise.json"
 _HIDDEN: Final = "client-privacy.json"
 _CERTIFIED: Final = "certified.json"
@@ -231,6 +233,14 @@ class AgentState:
         draft = _draft_of(self.adapter_folder)
         write(draft)
         _install(draft, self.adapter_folder)
+
+    def save_samples(self, number: int, content: bytes) -> Path:
+        """Keeps what the model wrote after that training round; 0: before the first. Returns the file."""
+        folder = self._folder / SAMPLES
+        folder.mkdir(mode=0o700, exist_ok=True)
+        path = folder / f"round-{number:04}.json"
+        files.replace(path, content)
+        return path
 
     def replace_card(self, card: str) -> None:
         """Replaces the card of the adapter, if there is one."""

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from client_agent.conversations import ASSISTANT, Conversation, Turn
+from client_agent.conversations import ASSISTANT, USER, Conversation, Turn
 from client_agent.tables import first_line
 from shelora.errors import DomainError, Reason
 
@@ -65,6 +65,11 @@ class ChatRenderer:
                 "its chat_template.jinja into the model's folder at every agent, or write prompt and completion"
             )
         return self._by_marks(conversation) if self._marks else self._by_prefixes(conversation)
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of what a user says, up to where the answer begins. Raises: NotRenderable."""
+        rendered = self._text((Turn(USER, text),), add_generation_prompt=True)
+        return list(self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _by_marks(self, conversation: Conversation) -> Rendered:
         encoded = self._applied(

@@ -96,6 +96,9 @@ class SyntheticLearner:
         activity.report(Stage.EVALUATING, 0.0)
         return Evaluation(count=8, correct=4, loss=1.0, seconds=0.0)
 
+    def write_samples(self, number: int, activity: Activity) -> None:
+        pass
+
     def save_adapter(self, folder: Path, made: Origin) -> None:
         pass
 

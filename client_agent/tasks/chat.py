@@ -52,6 +52,13 @@ class ChatEncoder:
         """Every conversation, uncut. Raises: NotRenderable."""
         return [self._renderer.rendered(one) for one in examples.conversations]
 
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of what a user says, up to where the answer begins. Raises: CONFIGURATION_INVALID."""
+        try:
+            return self._renderer.prompt(text)
+        except NotRenderable as error:
+            raise DomainError(Reason.CONFIGURATION_INVALID, f"samples: {error}") from error
+
     def encoded(self, examples: Conversations) -> list[Encoded]:
         """Every conversation, cut; a target for every token, NOT_LEARNT where it is not learnt."""
         return [self.cut(one) for one in self.rendered(examples)]

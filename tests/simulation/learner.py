@@ -115,6 +115,9 @@ class MarkedLearner:
     def evaluate(self, activity: Activity, *, everything: bool = False) -> Evaluation | None:
         return Evaluation(count=10, correct=5, loss=1.0, seconds=0.0)
 
+    def write_samples(self, number: int, activity: Activity) -> None:
+        pass
+
     def save_adapter(self, folder: Path, made: Origin) -> None:
         (folder / "position").write_text(self._position)
 
