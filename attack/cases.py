@@ -106,7 +106,8 @@ def all_cases(downloads: Path, seed: int, *, everything: bool) -> Iterator[Case]
     for mode in (SELECTIVE, COMPLETE):
         yield _first_step(mode, texts)
     for mode in (NONE, SELECTIVE, COMPLETE):
-        yield _ten_steps(mode, texts)
+        for steps in (1, 10):
+            yield _members(mode, texts, steps)
         yield from _classifiers(mode, texts)
     for budget in BUDGETS:
         yield _small_budget(texts, budget)
@@ -143,7 +144,7 @@ class _Texts:
 
 
 def _first_step(mode: Mode, texts: _Texts) -> Case:
-    """One step. Sentences: by decoding, by spans, by columns of A in the second round; members of batches of R8."""
+    """One step of a sentence each: by decoding, by spans, by columns of A in the second round."""
     exact = mode.leaks and mode is not SELECTIVE
     sources = (
         ("private sentences", [Example(text, "") for text in assets.PRIVATE]),
@@ -155,8 +156,7 @@ def _first_step(mode: Mode, texts: _Texts) -> Case:
         for data, examples in sources
         for client in _clients([[example] for example in examples], 32)
     )
-    members = () if mode is PUBLISHED else _clients(texts.batches(3, 2, 1), 8, data="R8")
-    scene = _causal(f"text-{mode.name}", mode, sentences + members, 1, rounds=2 if mode is NONE else 1)
+    scene = _causal(f"text-{mode.name}", mode, sentences, 1, rounds=2 if mode is NONE else 1)
 
     def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
         yield from experiments.decoded(performance, public, sentences, control=exact)
@@ -166,26 +166,22 @@ def _first_step(mode: Mode, texts: _Texts) -> Case:
             yield from experiments.by_budget(performance, public, sentences)
             yield from experiments.by_budget(performance, public, sentences[::3], bits=16)
             yield experiments.unmixed(performance, public, sentences)
-        for group in _by_size(scene, members)[1:]:
-            yield experiments.spanned(performance, public, group, who, control=False)
-        if members:
-            yield from _told(performance, public, members, texts, mode)
 
     return Case(scene=scene, attacks=attacks)
 
 
-def _ten_steps(mode: Mode, texts: _Texts) -> Case:
-    """Ten steps: tokens by B, and by A where somebody can decrypt it; members of batches; text, where all is clear."""
+def _members(mode: Mode, texts: _Texts, steps: int) -> Case:
+    """Batches of three sizes: their members; tokens by B, and by A where somebody can decrypt it and it has moved."""
     clients = _clients(texts.batches(4, 2, 1), 8, data="R8")
-    scene = _causal(f"member-{mode.name}", mode, clients, 10)
+    scene = _causal(f"member-{mode.name}-{steps}", mode, clients, steps)
 
     def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
-        if mode is NONE:
+        if mode is NONE and steps > 1:
             yield from experiments.decoded(performance, public, clients[:2])
         for group in _by_size(scene, clients):
             who = "server" if mode is NONE else KNOWS_A
             yield experiments.spanned(performance, public, group, who, control=False)
-            if mode.leaks:
+            if mode.leaks and steps > 1:
                 who = "server" if mode is NONE else COLLUDES
                 yield experiments.spanned_by_A(performance, public, group, who)
         yield from _told(performance, public, clients, texts, mode)

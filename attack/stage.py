@@ -34,8 +34,8 @@ from shelora.transport.channel import call, open_channel
 from shelora.v1.key_authority_pb2 import GetEpochSecretsRequest, GetEpochSecretsResponse
 from shelora.v1.key_authority_pb2_grpc import KeyAuthorityStub
 
-PATIENCE_S: Final = 600
-"""Seconds for one federation."""
+PATIENCE_S: Final = 1800
+"""Seconds for one federation: on a busy machine one of sixteen clients takes longer than ten minutes."""
 WORKERS: Final = 2
 """Agents that train at once, a thread each."""
 
