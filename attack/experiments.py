@@ -4,7 +4,7 @@ Truth (private texts, labels) is used to score guesses, and to tell an attacker 
 how many distinct tokens a batch has (best-T recall), the first two tokens of a text.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 
@@ -18,7 +18,7 @@ from attack.labels import label_leak
 from attack.membership import CausalMembership, ClassifierMembership
 from attack.opened import clear_parts, normalization, sketches_as_stored
 from attack.public import Public
-from attack.scores import auc, auc_error, recall, rouge
+from attack.scores import auc, auc_error, recall, rouge, rouge_by_chance
 from attack.spans import best
 from attack.stage import Client, Performance, Scene
 from client_agent.keys import EpochSecrets
@@ -77,6 +77,8 @@ def _decoded(
         if scene.bits == adam.HALF_BITS:
             places += decoder.places(even, rows, true, OPENING, len(true) - OPENING)
     clear = bool(clear_parts(round_, scene.clients[0].name))
+    lengths = [(len(t) - OPENING, max(len(g) - OPENING, 1)) for t, g in found]
+    chance, error = rouge_by_chance(lengths, len(public.first_inputs))
     figures = {
         "exact": float(np.mean([true == guess for true, guess in found])),
         "rouge-1": float(np.mean([rouge(t[OPENING:], g[OPENING:], 1) for t, g in found])),
@@ -91,9 +93,9 @@ def _decoded(
         beside=f"text; {terms(scene)}; {data}",
         figures=figures,
         counts={"texts": len(found)},
-        chance={"exact": 0.0, "rouge-1": 0.0}
+        chance={"exact": 0.0, "rouge-1": chance}
         | ({"next word in 10 guesses": GUESSES / len(public.first_inputs)} if places else {}),
-        error={"exact": 0.0, "rouge-1": 0.05},
+        error={"exact": 0.0, "rouge-1": error},
         at_least={"rouge-1": 0.8} if control else {},
         no_better_than_chance=not clear,
         capture=round_.digest,
@@ -114,7 +116,7 @@ def spanned(
     guesses = sum(len(_inputs(public, client)) for client in clients)
     return Finding(
         setting=setting(scene, size),
-        attacker=who,
+        attacker=f"{who}; DAGER's check on B",
         data=data,
         beside=f"tokens by B; {terms(scene, size)}; {data}",
         figures={"recall": float(np.mean(figures))},
@@ -141,7 +143,7 @@ def spanned_by_A(performance: Performance, public: Public, clients: Sequence[Cli
         found.append(recall(best(tokens.by_A(public, moved, len(true), begun), len(true)), true))
     return Finding(
         setting=setting(scene, size),
-        attacker=who,
+        attacker=f"{who}; DAGER's check on how A moved",
         data=data,
         beside=f"tokens by A; {terms(scene, size)}; {data}",
         figures={"recall": float(np.mean(found))},
@@ -311,15 +313,17 @@ def membership(
     Args: number: of the round; basis: from what an orthonormal basis of the first round's B would tell.
     """
     scene, round_ = performance.scene, performance.rounds[number - 1]
-    attack, data = _membership(public), _data(performance.scene, clients)
-    members: list[float] = []
-    others: list[float] = []
-    for client in clients:
-        gradients = _gradients(performance, public, client, attack.names, number)
-        if basis:
-            gradients = {name: bases.as_basis(gradient) for name, gradient in gradients.items()}
-        members += [attack.score(gradients, text) for text in client.texts[: scene.batch]]
-        others += [attack.score(gradients, text) for text in outsiders]
+    data = _data(scene, clients)
+    texts = dict.fromkeys(chain(outsiders, *(c.texts[: scene.batch] for c in scene.clients)))
+    scores = calibrated(
+        {
+            client.name: _scores(performance, public, client, tuple(texts), number, basis)
+            for client in scene.clients
+        },
+        {client.name: set(client.texts) for client in scene.clients},
+    )
+    members = [scores[client.name][text] for client in clients for text in client.texts[: scene.batch]]
+    others = [scores[client.name][text] for client in clients for text in outsiders]
     clear = bool(clear_parts(round_, clients[0].name))
     sizes = {scene.batch_of(client) for client in clients}
     size = sizes.pop() if len(sizes) == 1 else None
@@ -336,6 +340,41 @@ def membership(
         no_better_than_chance=not clear,
         capture=round_.digest,
     )
+
+
+def calibrated(
+    scores: Mapping[str, Mapping[str, float]], held: Mapping[str, Collection[str]]
+) -> dict[str, dict[str, float]]:
+    """Scores of texts by client, each less its mean over the other clients that do not hold the text.
+
+    Some texts lie in most spans, whoever holds them (difficulty calibration; Watson et al., ICLR 2022). Without it the
+    outsiders' scores of one text would not be independent either, and an AUC's error larger than it is taken for.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for client, own in scores.items():
+        found[client] = {
+            text: score
+            - float(np.mean([scores[o][text] for o in scores if o != client and text not in held[o]]))
+            for text, score in own.items()
+        }
+    return found
+
+
+@lru_cache(maxsize=128)
+def _scores(
+    performance: Performance,
+    public: Public,
+    client: Client,
+    texts: Sequence[str],
+    number: int,
+    basis: bool,  # noqa: FBT001 - a key of the cache
+) -> dict[str, float]:
+    """What membership scores each text with one client's update."""
+    attack = _membership(public)
+    gradients = _gradients(performance, public, client, attack.names, number)
+    if basis:
+        gradients = {name: bases.as_basis(gradient) for name, gradient in gradients.items()}
+    return {text: attack.score(gradients, text) for text in texts}
 
 
 def _gradients(

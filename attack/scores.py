@@ -18,6 +18,17 @@ def rouge(true: Sequence[int], guessed: Sequence[int], n: int) -> float:
     return 2 * shared / (want.total() + have.total()) if shared else 0.0
 
 
+def rouge_by_chance(lengths: Iterable[tuple[int, int]], vocabulary: int) -> tuple[float, float]:
+    """Mean ROUGE-1 of guesses drawn from a vocabulary, and about its standard error and a word more.
+
+    Args: lengths: of each text, how many tokens are true and how many are guessed.
+    """
+    pairs = np.array(list(lengths), dtype=float)
+    shared, share = pairs.prod(axis=1) / vocabulary, 2 / pairs.sum(axis=1)
+    error = float(np.sqrt((share**2 * shared).sum()) + share.max()) / len(pairs)
+    return float((share * shared).mean()), error
+
+
 def _grams(tokens: Sequence[int], n: int) -> Counter[tuple[int, ...]]:
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attack import adam, bases, columns, spans, tokens
+from attack import adam, bases, columns, experiments, spans, tokens
 from attack.capture import commands, replayed
-from attack.findings import Finding
+from attack.findings import MOST_ERRORS, Finding
 from attack.labels import label_leak
-from attack.scores import auc, auc_error, recall, rouge
+from attack.scores import auc, auc_error, recall, rouge, rouge_by_chance
 from attack.stage import Client
 from client_agent.learning import Weights
 from services.aggregation.keys import RoundKeys
@@ -83,6 +83,31 @@ def test_scores():
     assert (rouge([1, 2, 3], [1, 2, 3], 2), rouge([1, 2, 3], [3, 2, 1], 2)) == (1, 0)
     assert (auc([2, 3], [1]), auc([1], [1]), auc([0], [1])) == (1, 0.5, 0)
     assert auc_error(100, 100) == pytest.approx(0.0409, abs=1e-4)
+
+
+def test_what_rouge_gives_by_chance_is_known():
+    rng, lengths = np.random.default_rng(0), [(9, 12), (7, 8), (8, 3)]
+    chance, error = rouge_by_chance(lengths, 60)
+    drawn = [
+        np.mean(
+            [rouge(rng.integers(0, 60, true), rng.integers(0, 60, guessed), 1) for true, guessed in lengths]
+        )
+        for _ in range(2000)
+    ]
+    assert np.mean(drawn) == pytest.approx(chance, rel=0.4)  # a word twice counts once
+    assert np.std(drawn) < error
+    assert max(drawn) < chance + MOST_ERRORS * error
+
+
+def test_a_text_that_every_update_points_to_is_no_member_of_all():
+    scores = {
+        "a": {"easy": 9.0, "rare": 5.0},
+        "b": {"easy": 9.0, "rare": 1.0},
+        "c": {"easy": 8.0, "rare": 1.0},
+    }
+    found = experiments.calibrated(scores, {"a": {"rare"}, "b": set(), "c": set()})
+    assert found["a"] == {"easy": 0.5, "rare": 4.0}
+    assert found["b"] == {"easy": 0.5, "rare": 0.0}, "who holds a text is no measure for the others"
 
 
 def test_labels_are_told_from_features_that_hold_them_and_not_from_noise():
