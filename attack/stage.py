@@ -19,6 +19,7 @@ import yaml
 from attack.capture import Round, Tap, replayed
 from client_agent.agent import Agent, Outcome
 from client_agent.config import AgentConfig
+from client_agent.judging import Judge
 from client_agent.keys import EpochSecrets
 from client_agent.learner import Learner
 from client_agent.learning import Trained, Weights
@@ -240,11 +241,19 @@ def _prepare(cluster: LocalCluster, scene: Scene, client: Client, model: Path, h
     (home / "agent.yaml").write_text(yaml.safe_dump(config))
 
 
+class Credulous(Judge):
+    """Finds every result useful."""
+
+    def _decide(self, losses: Losses, number: int) -> None:
+        pass
+
+
 class Trusting(Learner):
     """A learner that takes every result: clients with a sentence each teach the others nothing, and would refuse it."""
 
-    def _require_useful(self, losses: Losses, number: int) -> None:
-        pass
+    def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of Learner
+        super().__init__(*args)
+        self._judge = Credulous(self._loss_with)
 
 
 class Hoarder(Trusting):

@@ -12,7 +12,8 @@ from attack import captures, report, runner
 from attack.capture import Round, Update
 from attack.cases import Case
 from attack.findings import Finding
-from attack.stage import Client, Insider, Performance, Scene
+from attack.stage import Client, Credulous, Insider, Performance, Scene
+from client_agent.judging import Judge
 from client_agent.learning import Weights
 from shelora.errors import DomainError
 from shelora.lora.shards import LoraFactors
@@ -159,3 +160,13 @@ def test_the_command_fails_where_a_control_or_a_claim_does(monkeypatch, tmp_path
     structlog.reset_defaults()
     assert ended.value.code == code
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "findings.json", "attack.png"}
+
+
+def test_agents_on_stage_take_a_result_that_others_refuse():
+    """Clients with a sentence each teach the others nothing: a judge that refused would end the federation."""
+    moderator = SimpleNamespace(contributors=16, own=None, before="before")
+    losses = {"before": 1.0, "sum": 50.0}
+    verdict = {"start": "c.1", "round_id": "c.2", "number": 2}
+    with pytest.raises(DomainError):
+        Judge(losses.__getitem__).require_useful("sum", moderator, **verdict)
+    Credulous(losses.__getitem__).require_useful("sum", moderator, **verdict)
