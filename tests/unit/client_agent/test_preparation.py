@@ -372,7 +372,9 @@ def test_weights_that_are_not_finite_are_found_before_training(
 
 def test_an_adapter_is_no_base_model(agent_folder: Path, model: AdaptedModel, tmp_path: Path) -> None:
     model.save_adapter(tmp_path / "adapter")
-    assert "holds an adapter; name its base model" in refusal(agent_folder, tmp_path / "adapter", spec())
+    assert "holds an adapter: name its base model, and the adapter as model.adapter" in refusal(
+        agent_folder, tmp_path / "adapter", spec()
+    )
 
 
 def test_the_model_is_ready_to_train_after_it_was_tried_out(agent_folder: Path, bert_folder: Path) -> None:
