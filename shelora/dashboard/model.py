@@ -109,7 +109,8 @@ class MemberRow:
     progress: float
     activity: str
     seen: str
-    silent: bool
+    dot: str
+    """Class of its mark: `ok`; silent for long it is `bad` while the federation runs, then `gone`."""
     certificate: str
     """When its certificate ends, in words; "-" if that is not known."""
     ending: bool
@@ -313,7 +314,11 @@ def _member(
         progress=member.progress,
         activity=_activity(federation, member, memory, now_s),
         seen=f"{ago(member.idle_ms / 1000)} ago" if member.idle_ms < NEVER_MS else "not lately",
-        silent=member.idle_ms > SILENT_MS and federation.phase == pb.PHASE_RUNNING,
+        dot="ok"
+        if member.idle_ms <= SILENT_MS
+        else "bad"
+        if federation.phase == pb.PHASE_RUNNING
+        else "gone",
         certificate=_ends(left_ms / 1000) if known else "-",
         ending=known and left_ms < ENDING_MS,
         troubles=tuple(troubles),
@@ -334,10 +339,11 @@ def _activity(federation: pb.Federation, member: pb.Member, memory: PresenceHist
             when = f", {ago(now_s - sent_s)} ago" if sent_s is not None else ""
             what = "ballot" if current.kind == pb.ROUND_KIND_VOTE else "update"
             return f"{what} sent, {size(report.upload_bytes)}{when}"
-    if not member.stage:
-        return "joined"
+    silent = member.idle_ms > SILENT_MS
+    if not member.stage:  # it has not said, or so long ago that the coordinator has forgotten it
+        return "silent" if silent else "joined"
     share = f", {member.progress:.0%}" if 0 < member.progress < 1 else ""
-    gone = member.idle_ms > SILENT_MS and member.stage != Stage.FINISHED
+    gone = silent and member.stage != Stage.FINISHED
     return f"{'silent since ' if gone else ''}{member.stage}{share}"
 
 

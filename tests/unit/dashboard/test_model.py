@@ -66,9 +66,13 @@ def test_a_member_that_died_is_not_shown_at_work():
     said = running()
     said.members[1].idle_ms = 61_000
     said.members[2].MergeFrom(pb.Member(stage="finished", idle_ms=61_000, progress=1))
+    assert {row.name: row.dot for row in page(said).members} == {"a": "ok", "b": "bad", "c": "bad"}
     said.phase = pb.PHASE_FINISHED
-    rows = {row.name: row.activity for row in page(said).members}
-    assert (rows["b"], rows["c"]) == ("silent since training, 50%", "finished")
+    rows = {row.name: row for row in page(said).members}
+    assert (rows["b"].activity, rows["c"].activity) == ("silent since training, 50%", "finished")
+    assert rows["b"].dot == "gone"
+    said.members[1].stage = ""
+    assert {row.name: row.activity for row in page(said).members}["b"] == "silent"
 
 
 def test_a_members_certificate_is_shown_with_its_end():
