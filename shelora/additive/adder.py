@@ -2,7 +2,7 @@
 
 from shelora.additive.codec import PlaneSum, encode
 from shelora.additive.parameters import MAX_CONTRIBUTORS
-from shelora.additive.wire import ShardShape, sum_header, summand_planes
+from shelora.additive.wire import ShardShape, partial_planes, sum_header, summand_planes
 from shelora.errors import DomainError, Reason
 
 
@@ -29,6 +29,17 @@ class Adder:
             raise DomainError(Reason.LIMIT_REACHED, f"a sum has at most {MAX_CONTRIBUTORS} contributors")
         self._sum.add(planes)
         self.contributors += 1
+
+    def merge(self, data: bytes | memoryview) -> None:
+        """Adds another adder's sum; a refused one leaves the sum as it was.
+
+        Raises: DomainError: as `wire.partial_planes`; LIMIT_REACHED: more than MAX_CONTRIBUTORS.
+        """
+        planes, contributors = partial_planes(data, self.shape)
+        if self.contributors + contributors > MAX_CONTRIBUTORS:
+            raise DomainError(Reason.LIMIT_REACHED, f"a sum has at most {MAX_CONTRIBUTORS} contributors")
+        self._sum.add(planes)
+        self.contributors += contributors
 
     def finish(self) -> bytes:
         """The sum so far: the same bytes in whatever order the shards came.

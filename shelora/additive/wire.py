@@ -102,6 +102,19 @@ def sum_planes(data: bytes | memoryview, expected: ShardShape, contributors: int
     return _planes(data, expected, _KIND_SUM, contributors)
 
 
+def partial_planes(data: bytes | memoryview, expected: ShardShape) -> tuple[memoryview, int]:
+    """The planes of a sum, and over how many shards it says it is, 2 or more. Raises: as `summand_planes`."""
+    view = memoryview(data).cast("B")
+    if len(view) < HEADER_BYTES:
+        raise DomainError(Reason.CIPHERTEXT_TRUNCATED, "the shard is shorter than its header")
+    contributors = _Header._make(_HEADER.unpack_from(view)).contributors
+    if not 2 <= contributors <= MAX_CONTRIBUTORS:
+        raise DomainError(
+            Reason.CIPHERTEXT_WRONG_SHAPE, "shard header: contributors is not a number of a sum"
+        )
+    return _planes(view, expected, _KIND_SUM, contributors), contributors
+
+
 def _header(shape: ShardShape, kind: int, contributors: int) -> _Header:
     if not 1 <= contributors <= MAX_CONTRIBUTORS:
         raise DomainError(Reason.INVALID_ARGUMENT, f"a sum has 1 to {MAX_CONTRIBUTORS} contributors")

@@ -23,6 +23,7 @@ from tenseal import sealapi
 from shelora.ckks.exact import ExactSum, SmallRing, largest_degree, small_ring
 from shelora.ckks.packing import UInt64Array
 from shelora.ckks.parameters import SUM_LIMIT, CkksParameters
+from shelora.ckks.partial import PartialSum
 from shelora.ckks.seal import Native, SealContext, seal_context
 from shelora.ckks.wire import BlockReader, BlockShape, FullBlock, SeededBlock
 from shelora.errors import DomainError, Reason
@@ -105,6 +106,7 @@ class Accumulator:
         self._sums: dict[tuple[int, int], Native] = {}  # (row, chunk) -> native ciphertext
         self._product = sealapi.Ciphertext()
         self._exact: dict[int, ExactSum] = {}  # by chunk
+        self._merged: UInt64Array | None = None  # residues [rows, chunks, 2, N] of partial sums
         self._weight_sum = np.zeros((rows, len(segments)))
         self._clear = np.zeros((rows, self.total_slots))
         self._spent = False
@@ -152,12 +154,42 @@ class Accumulator:
         self._check_limit(self._weight_sum, clear)
         self._clear = clear
 
+    def partial(self) -> PartialSum:
+        """The sum so far, for another accumulator of the same key, segments and rows. Closes this one."""
+        sums = self._closed()
+        return PartialSum(FullBlock(self.shape, sums[:, :, 0], sums[:, :, 1]), self._weight_sum, self._clear)
+
+    def merge(self, partial: PartialSum) -> None:
+        """Adds another accumulator's partial sum: ciphertexts exactly, clear values as floats.
+
+        Raises: DomainError: SHAPE_MISMATCH, VALUE_NOT_FINITE, VALUE_OUT_OF_RANGE, CIPHERTEXT_WRONG_SHAPE.
+        """
+        self._require_open()
+        if partial.block.shape != self.shape:
+            raise DomainError(Reason.CIPHERTEXT_WRONG_SHAPE, "the partial sum is one of other rows or chunks")
+        _check_finite(partial.weights, self._weight_sum.shape)
+        _check_finite(partial.clear, self._clear.shape)
+        weight_sum, clear = self._weight_sum + partial.weights, self._clear + partial.clear
+        self._check_limit(weight_sum, clear)
+        self._weight_sum, self._clear = weight_sum, clear
+        found = np.stack([partial.block.c0, partial.block.c1], axis=2)
+        self._merged = found if self._merged is None else self._reduced(self._merged + found)
+
     def finish(self) -> FullBlock:
         """The sum, [rows, chunks] ciphertexts at the product scale. Closes the accumulator.
 
         A position that no ciphertext reached becomes a trivial one: c0 encodes the clear value, c1 = 0. It
         hides nothing, as it holds nothing that was encrypted.
         """
+        sums = self._closed()
+        c0 = sums[:, :, 0]
+        for row, clear in enumerate(self._padded_clear()):
+            for chunk, values in enumerate(clear):
+                c0[row, chunk] += _clear_residues(self._context, values)
+        return FullBlock(self.shape, self._reduced(c0), sums[:, :, 1])
+
+    def _closed(self) -> UInt64Array:
+        """The sums of ciphertexts, residues [rows, chunks, 2, N]. Closes the accumulator."""
         self._require_open()
         self._spent = True
         shape, degree = self.shape, self.shape.parameters.poly_degree
@@ -166,11 +198,14 @@ class Accumulator:
             sums[:, chunk] = self._exact.pop(chunk).result()
         for position in tuple(self._sums):
             sums[position] = self._context.read_full(self._sums.pop(position))
-        c0 = sums[:, :, 0]
-        for row, clear in enumerate(self._padded_clear()):
-            for chunk, values in enumerate(clear):
-                c0[row, chunk] += _clear_residues(self._context, values)
-        return FullBlock(shape, c0 % np.uint64(shape.parameters.modulus), sums[:, :, 1])
+        if self._merged is not None:
+            sums += self._merged
+            self._merged = None
+        return self._reduced(sums)
+
+    def _reduced(self, residues: UInt64Array) -> UInt64Array:
+        """Sums of a few residues, modulo the prime."""
+        return residues % np.uint64(self.shape.parameters.modulus)
 
     def _add_exact(
         self, block: SeededBlock | BlockReader, position: int, chunk: int, weights: FloatArray

@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from shelora.ckks.parameters import CkksParameters
-from shelora.ckks.wire import BlockReader, FullBlock
+from shelora.ckks.partial import PartialSum
+from shelora.ckks.wire import BlockReader, BlockShape, FullBlock
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Layout, Shard
 from shelora.lora.shards import Buffer, Float32, Float64, ResultShardContent, UpdateShardContent
@@ -57,11 +58,20 @@ class UpdateHead:
 class Accumulates(Protocol):
     """What `shelora.ckks.evaluator.Accumulator` does."""
 
+    shape: BlockShape
+    """Of the sum."""
+
     def add(self, block: BlockReader, weights: Float64) -> None:
         """Adds a block times weights [rows, rows of the block, segments]."""
 
     def add_clear(self, values: Float64) -> None:
         """Adds plaintext [rows, slots]."""
+
+    def partial(self) -> PartialSum:
+        """What was added, for another accumulator of the same segments and rows; closes this one."""
+
+    def merge(self, partial: PartialSum) -> None:
+        """Adds what another one summed."""
 
     def finish(self) -> FullBlock:
         """The sum."""
@@ -96,6 +106,25 @@ class Cohort:
     def __iter__(self) -> Iterator[tuple[Contribution, UpdateShardContent]]:
         for contribution in self.contributions:
             yield contribution, self.read(contribution.client_id)
+
+
+class ShardSum(Protocol):
+    """The aggregate of one shard under construction: contributions added, other workers' partial sums merged.
+
+    Whoever adds what, ciphertexts are summed to the same bits; clear values may differ in their last one.
+    """
+
+    def add(self, contribution: Contribution, content: UpdateShardContent) -> None:
+        """Adds one client's shard."""
+
+    def partial(self) -> bytes:
+        """What was added, for `merge` of another sum over the same cohort; ends this one."""
+
+    def merge(self, data: bytes) -> None:
+        """Adds another sum's `partial`. Raises SHARD_MALFORMED, SHAPE_MISMATCH, CIPHERTEXT_*."""
+
+    def finish(self) -> ResultShardContent:
+        """The aggregate, once every contribution is in it."""
 
 
 class ShardKind(Protocol):
@@ -139,8 +168,14 @@ class ShardKind(Protocol):
     def squared_norm(self, layout: Layout, content: UpdateShardContent) -> float:
         """A shard's part of the update's squared norm, without the scaling (`shelora.lora.screening`); 0 for none."""
 
-    def aggregate(self, cohort: Cohort, engine: Engine) -> ResultShardContent:
-        """The aggregate of a shard, in memory that does not grow with the cohort. Deterministic."""
+    def partial_bytes(self, layout: Layout, shard: Shard) -> int:
+        """About the bytes of a partial sum."""
+
+    def common(self, cohort: Cohort) -> bytes:
+        """What all partial sums over a cohort need to know of all of it; empty if nothing. May read every update."""
+
+    def sum(self, cohort: Cohort, common: bytes, engine: Engine) -> ShardSum:
+        """An empty sum, in memory that does not grow with the cohort. `common` is what `common` gave, anywhere."""
 
 
 def expect(condition: bool, what: str) -> None:  # noqa: FBT001 - reads as a sentence at the call

@@ -11,14 +11,16 @@ in magnitude, so no slot passes 1/2 and the CKKS modulus is used fully whatever 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shelora.ckks.parameters import SUM_LIMIT
+from shelora.ckks.partial import PartialSum
 from shelora.ckks.wire import BlockReader, encode_block
 from shelora.lora.algebra import NEGLIGIBLE, DirectionSketch, coordinates
+from shelora.lora.arrays import Arrays, found, pack, taken, unpack
 from shelora.lora.fields import clear_format, from_bytes, last, take
 from shelora.lora.kind import (
     Accumulates,
@@ -80,6 +82,14 @@ class Products(Slotted):
         """As of `Slotted`: those of A."""
         return rank
 
+    def partial_rows(self, layout: Layout) -> int:
+        """As of `Slotted`: of M."""
+        return layout.max_directions
+
+    def clear_values(self, layout: Layout, shard: Shard) -> int:
+        """As of `Slotted`."""
+        return sum(layout.matrices[i].clear for i in shard.matrices)
+
     def result_rows(self, content: ResultShardContent) -> int:
         """As of `Slotted`: those of the largest M."""
         return max((m.Q.shape[1] for m in content.matrices), default=0)
@@ -139,9 +149,15 @@ class Products(Slotted):
             for matrix, part in zip(matrices, content.matrices, strict=True)
         )
 
-    def aggregate(self, cohort: Cohort, engine: Engine) -> ResultShardContent:
+    def common(self, cohort: Cohort) -> bytes:
+        """As of `ShardKind`: Q and the row exponents of every matrix, and what R follows from."""
+        ranks, rows = _rows(cohort, len(cohort.shard.matrices))
+        named = {f"{item}.{name}": array for item, r in enumerate(rows) for name, array in r.arrays()}
+        return pack({FIRSTS: np.cumsum([0, *ranks[:-1]]), **named})
+
+    def sum(self, cohort: Cohort, common: bytes, engine: Engine) -> "ProductSum":
         """As of `ShardKind`: Q, clear columns of M, ciphertexts of the others."""
-        return _aggregate(cohort, engine)
+        return ProductSum(cohort, engine, unpack(common))
 
 
 KIND: Final = Products()
@@ -171,6 +187,10 @@ def _matrix_aggregate(layout: Layout, matrix: Matrix, data: Buffer) -> MatrixAgg
         row_exponents=tuple(exponents),
         energy_left_out=energy,
     )
+
+
+FIRSTS: Final = "firsts"
+"""Name of the array of each client's first column in R."""
 
 
 def _blocks(cohort: Cohort) -> Iterator[list[Float64]]:
@@ -203,49 +223,101 @@ class _Rows:
         assert self.basis is not None
         return coordinates(self.basis, contribution.block(B))
 
+    def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Its parts, by name."""
+        yield "Q", self.Q
+        yield "exponents", np.array(self.exponents, dtype=np.int64)
+        yield "energy_left_out", np.array(self.energy_left_out)
+        if self.R is not None:
+            yield "R", self.R
+        if self.basis is not None:
+            yield "basis", self.basis
 
-def _aggregate(cohort: Cohort, engine: Engine) -> ResultShardContent:
-    layout, shard = cohort.layout, cohort.shard
-    rows = _rows(cohort, len(shard.matrices))
-    clear = [
-        np.zeros((r.Q.shape[1], layout.matrices[i].clear)) for r, i in zip(rows, shard.matrices, strict=True)
-    ]
-    slots = _EncryptedSlots.create(cohort, engine, max(r.Q.shape[1] for r in rows))
-    first = 0
-    for contribution, content in cohort:
-        parts = content.matrices
-        R = [r.coordinates(contribution, part.B, first) for r, part in zip(rows, parts, strict=True)]
-        for M, part, R_i in zip(clear, parts, R, strict=True):
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, item: int) -> "_Rows":
+        """The rows of a shard's matrix, of what `arrays` gave of all. Raises SHARD_MALFORMED."""
+        return cls(
+            Q=found(arrays, f"{item}.Q"),
+            exponents=tuple(found(arrays, f"{item}.exponents").tolist()),
+            energy_left_out=float(found(arrays, f"{item}.energy_left_out")),
+            R=arrays.get(f"{item}.R"),
+            basis=arrays.get(f"{item}.basis"),
+        )
+
+
+class ProductSum:
+    """A `ShardSum` of products: clear columns of M, and the slots of the others."""
+
+    def __init__(self, cohort: Cohort, engine: Engine, arrays: Arrays) -> None:
+        """Takes the arrays in `Products.common`."""
+        layout, matrices = cohort.layout, cohort.shard.matrices
+        self._cohort = cohort
+        self._rows = [_Rows.from_arrays(arrays, item) for item in range(len(matrices))]
+        self._first = dict(
+            zip((c.client_id for c in cohort.contributions), found(arrays, FIRSTS).tolist(), strict=True)
+        )
+        self._clear = [
+            np.zeros((r.Q.shape[1], layout.matrices[i].clear))
+            for r, i in zip(self._rows, matrices, strict=True)
+        ]
+        self._slots = _EncryptedSlots.create(cohort, engine, max(r.Q.shape[1] for r in self._rows))
+
+    def add(self, contribution: Contribution, content: UpdateShardContent) -> None:
+        """As of `ShardSum`."""
+        parts, first = content.matrices, self._first[contribution.client_id]
+        R = [
+            rows.coordinates(contribution, part.B, first)
+            for rows, part in zip(self._rows, parts, strict=True)
+        ]
+        for M, part, R_i in zip(self._clear, parts, R, strict=True):
             M += R_i @ part.clear_A[:, part.clear_A.shape[1] - M.shape[1] :]  # noqa: PLW2901 - in place
-        if slots is not None:
-            slots.add(content, [r.scale * R_i for r, R_i in zip(rows, R, strict=True)])
-        first += content.rank
-    clear.reverse()  # so that each M is let go as it is rounded
-    return ResultShardContent(
-        shard=cohort.index,
-        contributor_count=len(cohort.contributions),
-        matrices=tuple(
-            MatrixAggregate(
-                Q=r.Q,
-                clear_M=clear.pop().astype(np.float32),
-                row_exponents=r.exponents,
-                energy_left_out=r.energy_left_out,
-            )
-            for r in rows
-        ),
-        clear_tensors=(),
-        ciphertexts=slots.finish() if slots is not None else b"",
-    )
+        if self._slots is not None:
+            self._slots.add(content, [r.scale * R_i for r, R_i in zip(self._rows, R, strict=True)])
+
+    def partial(self) -> bytes:
+        """As of `ShardSum`."""
+        clear = {f"{item}.M": M for item, M in enumerate(self._clear)}
+        return pack({**clear, **(self._slots.partial().arrays() if self._slots is not None else {})})
+
+    def merge(self, data: bytes) -> None:
+        """As of `ShardSum`."""
+        arrays = unpack(data)
+        for item, M in enumerate(self._clear):
+            M += taken(arrays, f"{item}.M", M.shape)  # noqa: PLW2901 - in place
+        if self._slots is not None:
+            self._slots.merge(arrays)
+
+    def finish(self) -> ResultShardContent:
+        """As of `ShardSum`."""
+        self._clear.reverse()  # so that each M is let go as it is rounded
+        return ResultShardContent(
+            shard=self._cohort.index,
+            contributor_count=len(self._cohort.contributions),
+            matrices=tuple(
+                MatrixAggregate(
+                    Q=r.Q,
+                    clear_M=self._clear.pop().astype(np.float32),
+                    row_exponents=r.exponents,
+                    energy_left_out=r.energy_left_out,
+                )
+                for r in self._rows
+            ),
+            clear_tensors=(),
+            ciphertexts=self._slots.finish() if self._slots is not None else b"",
+        )
 
 
-def _rows(cohort: Cohort, count: int) -> list[_Rows]:
+def _rows(cohort: Cohort, count: int) -> tuple[list[int], list[_Rows]]:
+    """The clients' ranks, and what is known of each of `count` matrices."""
+    ranks = []
     sketches = [DirectionSketch(cohort.layout.max_directions) for _ in range(count)]
     for blocks in _blocks(cohort):
+        ranks.append(blocks[0].shape[1])
         for sketch, block in zip(sketches, blocks, strict=True):
             sketch.add(block)
     if not sketches[0].exact:  # all see the same ranks
-        return _cut_rows(cohort, [sketch.directions()[0] for sketch in sketches])
-    return [_exact_rows(*sketch.directions()) for sketch in sketches]
+        return ranks, _cut_rows(cohort, [sketch.directions()[0] for sketch in sketches])
+    return ranks, [_exact_rows(*sketch.directions()) for sketch in sketches]
 
 
 def _exact_rows(basis: Float64, R: Float64 | None) -> _Rows:
@@ -329,6 +401,13 @@ class _EncryptedSlots:
         start = segment.column - matrix.protected(content.encrypted_tiers)
         columns = part.clear_A[:, start : start + segment.length]
         self._clear[: R.shape[0], segment.slot : segment.slot + segment.length] += R @ columns
+
+    def partial(self) -> PartialSum:
+        self._accumulator.add_clear(self._clear)
+        return self._accumulator.partial()
+
+    def merge(self, arrays: Arrays) -> None:
+        self._accumulator.merge(PartialSum.from_arrays(arrays, self._accumulator.shape))
 
     def finish(self) -> bytes:
         if self._clear.any():

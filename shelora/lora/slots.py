@@ -16,6 +16,7 @@ from shelora.lora.shards import ResultShardContent, UpdateShardContent
 
 _LARGEST_COEFFICIENT_BYTES = 8
 _CIPHERTEXT_FRAME_BYTES = 64
+FLOAT64_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,14 @@ class Slotted(ABC):
         """Rows of ciphertexts in an update shard of a client of that rank."""
 
     @abstractmethod
+    def partial_rows(self, layout: Layout) -> int:
+        """Most rows of a partial sum."""
+
+    @abstractmethod
+    def clear_values(self, layout: Layout, shard: Shard) -> int:
+        """Values a row of a partial sum that no client encrypts."""
+
+    @abstractmethod
     def result_rows(self, content: ResultShardContent) -> int:
         """Rows of ciphertexts in a result shard."""
 
@@ -83,6 +92,15 @@ class Slotted(ABC):
         seeded = layout.ckks.poly_degree * layout.ckks.coefficient_bits // 8
         ciphertexts = self.update_rows(rank) * self.chunk_count(layout, shard)
         return self.clear_bytes(layout, shard, rank, len(layout.tiers)) + ciphertexts * seeded
+
+    def partial_bytes(self, layout: Layout, shard: Shard) -> int:
+        """As of `ShardKind`: ciphertexts of two polynomials, and what may be clear as float64."""
+        ckks, rows = layout.ckks, self.partial_rows(layout)
+        ciphertexts = (
+            rows * self.chunk_count(layout, shard) * 2 * ckks.poly_degree * ckks.coefficient_bits // 8
+        )
+        values = self.slot_count(layout, shard) + self.clear_values(layout, shard)
+        return ciphertexts + FLOAT64_BYTES * rows * values
 
     def update_block_shape(self, layout: Layout, content: UpdateShardContent) -> BlockShape | None:
         """The shape the ciphertexts of an update shard must have; None if it must have none."""

@@ -15,7 +15,7 @@ from typing import Final
 
 from shelora.additive.adder import Adder, validate_shard
 from shelora.additive.wire import ShardShape
-from shelora.lora.kind import ENVELOPE_BYTES, Cohort, Engine, Fields, UpdateHead, expect
+from shelora.lora.kind import ENVELOPE_BYTES, Cohort, Contribution, Engine, Fields, UpdateHead, expect
 from shelora.lora.layout import (
     SKETCHES,
     SUMS,
@@ -89,18 +89,17 @@ class Summed(ABC):
         """As of `ShardKind`: servers see no norm. Agents bound what a sum may change (`shelora.lora.moderation`)."""
         return 0.0
 
-    def aggregate(self, cohort: Cohort, engine: Engine) -> ResultShardContent:
+    def partial_bytes(self, layout: Layout, shard: Shard) -> int:
+        """As of `ShardKind`: a sum is as long as a summand."""
+        return self._encoded_bytes(layout, shard)
+
+    def common(self, cohort: Cohort) -> bytes:
+        """As of `ShardKind`: nothing."""
+        return b""
+
+    def sum(self, cohort: Cohort, common: bytes, engine: Engine) -> "AddedSum":
         """As of `ShardKind`: the sum; values carry their weights."""
-        adder = Adder(self.shape(cohort.layout, cohort.index))
-        for _, content in cohort:
-            adder.add(content.ciphertexts)
-        return ResultShardContent(
-            shard=cohort.index,
-            contributor_count=adder.contributors,
-            matrices=(),
-            clear_tensors=(),
-            ciphertexts=adder.finish(),
-        )
+        return AddedSum(cohort.index, Adder(self.shape(cohort.layout, cohort.index)))
 
     def _expect_size(self, layout: Layout, index: int, fields: Fields) -> None:
         expect(not fields.matrices, f"{len(fields.matrices)} matrices")
@@ -110,6 +109,36 @@ class Summed(ABC):
 
     def _encoded_bytes(self, layout: Layout, shard: Shard) -> int:
         return ShardShape(terms_of(layout).additive, 0, self.values(layout, shard)).encoded_bytes
+
+
+class AddedSum:
+    """A `ShardSum` of integers: the same bytes in whatever order they are added."""
+
+    def __init__(self, shard: int, adder: Adder) -> None:
+        self._shard = shard
+        self._adder = adder
+
+    def add(self, contribution: Contribution, content: UpdateShardContent) -> None:
+        """As of `ShardSum`."""
+        self._adder.add(content.ciphertexts)
+
+    def partial(self) -> bytes:
+        """As of `ShardSum`."""
+        return self._adder.finish()
+
+    def merge(self, data: bytes) -> None:
+        """As of `ShardSum`."""
+        self._adder.merge(data)
+
+    def finish(self) -> ResultShardContent:
+        """As of `ShardSum`."""
+        return ResultShardContent(
+            shard=self._shard,
+            contributor_count=self._adder.contributors,
+            matrices=(),
+            clear_tensors=(),
+            ciphertexts=self._adder.finish(),
+        )
 
 
 class Sketches(Summed):

@@ -8,9 +8,20 @@ from typing import Final
 import numpy as np
 
 from shelora.ckks.parameters import SUM_LIMIT
+from shelora.ckks.partial import PartialSum
 from shelora.ckks.wire import BlockReader, encode_block
+from shelora.lora.arrays import pack, taken, unpack
 from shelora.lora.fields import from_bytes
-from shelora.lora.kind import Cohort, Engine, Fields, UpdateHead, check_values, expect
+from shelora.lora.kind import (
+    Cohort,
+    Contribution,
+    Engine,
+    Fields,
+    ShardSum,
+    UpdateHead,
+    check_values,
+    expect,
+)
 from shelora.lora.layout import FLOAT_BYTES, WHOLE, Layout, Shard, Tensor, refuse
 from shelora.lora.shards import Float32, Float64, ResultShardContent, UpdateShardContent
 from shelora.lora.slots import Segment, Slotted, consecutive
@@ -41,6 +52,14 @@ class Whole(Slotted):
     def update_rows(self, rank: int) -> int:
         """As of `Slotted`."""
         return 1
+
+    def partial_rows(self, layout: Layout) -> int:
+        """As of `Slotted`."""
+        return 1
+
+    def clear_values(self, layout: Layout, shard: Shard) -> int:
+        """As of `Slotted`: everything or nothing."""
+        return 0 if layout.encrypt_tensors else sum(t.size for t in _tensors(layout, shard))
 
     def result_rows(self, content: ResultShardContent) -> int:
         """As of `Slotted`."""
@@ -81,16 +100,13 @@ class Whole(Slotted):
         """As of `ShardKind`: what is sent in the clear counts as it is; encrypted tensors cannot be measured."""
         return float(sum(np.square(value, dtype=np.float64).sum() for value in content.clear_tensors))
 
-    def aggregate(self, cohort: Cohort, engine: Engine) -> ResultShardContent:
+    def common(self, cohort: Cohort) -> bytes:
+        """As of `ShardKind`: nothing."""
+        return b""
+
+    def sum(self, cohort: Cohort, common: bytes, engine: Engine) -> ShardSum:
         """As of `ShardKind`: the weighted mean."""
-        encrypted = cohort.layout.encrypt_tensors
-        return ResultShardContent(
-            shard=cohort.index,
-            contributor_count=len(cohort.contributions),
-            matrices=(),
-            clear_tensors=() if encrypted else _average_clear(cohort),
-            ciphertexts=_average_encrypted(cohort, engine) if encrypted else b"",
-        )
+        return EncryptedMean(cohort, engine) if cohort.layout.encrypt_tensors else ClearMean(cohort)
 
 
 KIND: Final = Whole()
@@ -114,21 +130,67 @@ def _check(layout: Layout, shard: Shard, values: tuple[Float32, ...]) -> None:
         check_values(value, tensor.name, tensor.bound)
 
 
-def _average_encrypted(cohort: Cohort, engine: Engine) -> bytes:
-    layout = cohort.layout
-    slots = KIND.slot_count(layout, cohort.shard)
-    accumulator = engine(layout.ckks, layout.key_id).accumulator([slots], 1)
-    for contribution, content in cohort:
-        shape = KIND.update_block_shape(layout, content)
+def _mean(cohort: Cohort, clear: tuple[Float32, ...], ciphertexts: bytes) -> ResultShardContent:
+    return ResultShardContent(
+        shard=cohort.index,
+        contributor_count=len(cohort.contributions),
+        matrices=(),
+        clear_tensors=clear,
+        ciphertexts=ciphertexts,
+    )
+
+
+class EncryptedMean:
+    """A `ShardSum` of tensors under CKKS."""
+
+    def __init__(self, cohort: Cohort, engine: Engine) -> None:
+        self._cohort = cohort
+        layout = cohort.layout
+        slots = KIND.slot_count(layout, cohort.shard)
+        self._sum = engine(layout.ckks, layout.key_id).accumulator([slots], 1)
+
+    def add(self, contribution: Contribution, content: UpdateShardContent) -> None:
+        """As of `ShardSum`."""
+        shape = KIND.update_block_shape(self._cohort.layout, content)
         if shape is not None:
             weight = TENSOR_HEADROOM * contribution.weight
-            accumulator.add(BlockReader(content.ciphertexts, shape), np.full((1, 1, 1), weight))
-    return encode_block(accumulator.finish())
+            self._sum.add(BlockReader(content.ciphertexts, shape), np.full((1, 1, 1), weight))
+
+    def partial(self) -> bytes:
+        """As of `ShardSum`."""
+        return pack(self._sum.partial().arrays())
+
+    def merge(self, data: bytes) -> None:
+        """As of `ShardSum`."""
+        self._sum.merge(PartialSum.from_arrays(unpack(data), self._sum.shape))
+
+    def finish(self) -> ResultShardContent:
+        """As of `ShardSum`."""
+        return _mean(self._cohort, (), encode_block(self._sum.finish()))
 
 
-def _average_clear(cohort: Cohort) -> tuple[Float32, ...]:
-    means: list[Float64] = [np.zeros(tensor.shape) for tensor in _tensors(cohort.layout, cohort.shard)]
-    for contribution, content in cohort:
-        for mean, value in zip(means, content.clear_tensors, strict=True):
+class ClearMean:
+    """A `ShardSum` of tensors in the clear."""
+
+    def __init__(self, cohort: Cohort) -> None:
+        self._cohort = cohort
+        self._means: list[Float64] = [np.zeros(t.shape) for t in _tensors(cohort.layout, cohort.shard)]
+
+    def add(self, contribution: Contribution, content: UpdateShardContent) -> None:
+        """As of `ShardSum`."""
+        for mean, value in zip(self._means, content.clear_tensors, strict=True):
             np.add(mean, contribution.weight * value, out=mean)
-    return tuple(mean.astype(np.float32) for mean in means)
+
+    def partial(self) -> bytes:
+        """As of `ShardSum`."""
+        return pack({str(item): mean for item, mean in enumerate(self._means)})
+
+    def merge(self, data: bytes) -> None:
+        """As of `ShardSum`."""
+        found = unpack(data)
+        for item, mean in enumerate(self._means):
+            mean += taken(found, str(item), mean.shape)  # noqa: PLW2901 - in place
+
+    def finish(self) -> ResultShardContent:
+        """As of `ShardSum`."""
+        return _mean(self._cohort, tuple(mean.astype(np.float32) for mean in self._means), b"")
