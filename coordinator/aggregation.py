@@ -1,5 +1,6 @@
 """The coordinator's view of aggregation: any replica serves any call, so a failed call goes on at the next."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
@@ -7,6 +8,7 @@ from coordinator.records import Commit, ShardResult, StoredDigest, StoredShard, 
 from shelora.errors import DomainError, Reason
 from shelora.federation import ScreeningSpec
 from shelora.lora.layout import Layout
+from shelora.lora.parts import LEAST_RUN
 from shelora.lora.screening import counted_norm, largest_believed, shares
 from shelora.messages import layout_to_proto
 from shelora.rounds import RoundKind
@@ -20,6 +22,10 @@ _T = TypeVar("_T")
 
 AGGREGATE_TIMEOUT_S: Final = 600.0
 """Deadline of one attempt at a shard: hundreds of times what a large shard takes on one core."""
+
+
+HELP_TIMEOUT_S: Final = 15.0
+"""Deadline of HelpAggregate, which only asks for work."""
 
 
 class AggregationPool:
@@ -76,11 +82,18 @@ class AggregationPool:
     async def aggregate(
         self, round_id: str, shard: int, contributions: Sequence[pb.Contribution]
     ) -> ShardResult:
-        """Aggregates a shard. Raises SHARD_MISSING, TOO_FEW_CONTRIBUTORS, ROUND_UNKNOWN, WORKER_FAILED."""
+        """Aggregates a shard at one replica, with the help of all where the cohort is large enough for parts.
+
+        Raises SHARD_MISSING, TOO_FEW_CONTRIBUTORS, ROUND_UNKNOWN, WORKER_FAILED.
+        """
         request = pb.AggregateShardRequest(round_id=round_id, shard=shard, contributions=contributions)
-        response = await self._anywhere(
-            lambda stub: stub.AggregateShard(request, timeout=self._aggregate_timeout_s)
-        )
+        helping = asyncio.create_task(self._help(request))
+        try:
+            response = await self._anywhere(
+                lambda stub: stub.AggregateShard(request, timeout=self._aggregate_timeout_s)
+            )
+        finally:
+            helping.cancel()
         return ShardResult(digest=digest_from_proto(response.digest), cpu_s=response.cpu_s)
 
     async def close_round(self, round_id: str, *, results: bool) -> None:
@@ -91,6 +104,12 @@ class AggregationPool:
         except DomainError as error:
             if error.reason is not Reason.ROUND_UNKNOWN:
                 raise
+
+    async def _help(self, request: pb.AggregateShardRequest) -> None:
+        """Asks all replicas to make parts of a shard."""
+        if len(request.contributions) >= 2 * LEAST_RUN:
+            asked = pb.HelpAggregateRequest(shard=request)
+            await self._replicas.each(lambda stub: stub.HelpAggregate(asked, timeout=HELP_TIMEOUT_S))
 
     async def _anywhere(self, operation: Callable[[AggregationStub], Awaitable[_T]]) -> _T:
         with for_callers():

@@ -6,9 +6,10 @@ from typing import Protocol
 import structlog
 
 from services.aggregation import metrics
-from services.aggregation.answers import read_answer
+from services.aggregation.answers import HELP, read_answer, read_help
 from services.aggregation.records import AggregationRequest, StoredResult
 from services.aggregation.store import ShardStore, shard_missing
+from shelora.lora.parts import part_count
 
 
 class Pool(Protocol):
@@ -16,6 +17,9 @@ class Pool(Protocol):
 
     async def run(self, line: bytes) -> bytes:
         """A worker's answer. Raises WORKER_FAILED."""
+
+    async def spread(self, line: bytes) -> list[bytes]:
+        """Answers of the workers that had nothing more urgent to do."""
 
 
 _log = structlog.get_logger(__name__)
@@ -28,6 +32,7 @@ class Aggregations:
         self._store = store
         self._pool = pool
         self._running: dict[bytes, asyncio.Task[StoredResult]] = {}
+        self._helping: dict[bytes, asyncio.Task[None]] = {}
 
     async def aggregate(self, request: AggregationRequest) -> StoredResult:
         """The result of a request, computed if it is not stored. A caller that leaves does not stop the computation.
@@ -41,6 +46,22 @@ class Aggregations:
             self._running[request.digest] = running
             running.add_done_callback(lambda task: self._ended(request, task))
         return await asyncio.shield(running)
+
+    async def help(self, request: AggregationRequest) -> None:
+        """Has workers that have nothing else to do make parts of a shard; returns before they have.
+
+        Raises: ROUND_UNKNOWN, SHARD_UNKNOWN.
+        """
+        layout = await self._store.layout(request.round_id)
+        parts = part_count(layout, request.shard, len(request.contributions))
+        if parts > 1 and request.digest not in self._helping:
+            task = asyncio.create_task(self._help(request), name=f"help-{request.shard}")
+            self._helping[request.digest] = task
+            task.add_done_callback(lambda _: self._helping.pop(request.digest))
+
+    async def _help(self, request: AggregationRequest) -> None:
+        for answer in await self._pool.spread(HELP + request.to_line()):
+            metrics.PARTS.inc(read_help(answer))
 
     async def _aggregate(self, request: AggregationRequest) -> StoredResult:
         # A repeated request gets the first answer, also after the round was closed.

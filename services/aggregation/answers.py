@@ -10,6 +10,23 @@ from shelora.transport.pieces import Digest
 READY: Final = b'{"ready":true}\n'
 
 
+HELP: Final = b"help "
+"""What a job begins with that makes parts of a shard which another worker aggregates; the request follows."""
+
+
+def helped_line(parts: int) -> bytes:
+    """The answer to a job that helped."""
+    return _line({"parts": parts})
+
+
+def read_help(line: bytes) -> int:
+    """Parts that a job made; 0 if it failed: nobody depends on it."""
+    try:
+        return int(json.loads(line)["parts"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
+
+
 def stored_line(result: StoredResult) -> bytes:
     """The answer to a job that succeeded."""
     sha256, total = result.digest.sha256.hex(), result.digest.total_bytes

@@ -11,6 +11,30 @@ REPLICAS: Final = f"{PREFIX}replicas"
 
 
 @dataclass(frozen=True, slots=True)
+class SharedKeys:
+    """What workers that share a shard tell each other. All expire within minutes."""
+
+    prefix: str
+
+    @property
+    def common(self) -> str:
+        """String: what all parts need to know of the whole cohort."""
+        return f"{self.prefix}common"
+
+    def taken(self, part: int) -> str:
+        """Mark that a worker makes this part, or has."""
+        return f"{self.prefix}taken:{part}"
+
+    def partial(self, part: int) -> str:
+        """String: CPU seconds and the part's sum."""
+        return f"{self.prefix}partial:{part}"
+
+    def all(self, parts: int) -> list[str]:
+        """All of them."""
+        return [self.common, *(key(part) for part in range(parts) for key in (self.taken, self.partial))]
+
+
+@dataclass(frozen=True, slots=True)
 class RoundKeys:
     """The keys of one round. They share a hash tag: a Redis cluster keeps them together, and scripts can span them.
 
@@ -76,6 +100,10 @@ class RoundKeys:
     def result_bytes(self, shard: int, sha256: bytes) -> str:
         """String: a serialized ResultShard."""
         return self.result_prefix(shard) + sha256.hex()
+
+    def shared(self, shard: int, request: bytes) -> "SharedKeys":
+        """The keys of workers that share the shard of that request, by its digest."""
+        return SharedKeys(f"{self._base}shared:{shard}:{request.hex()}:")
 
     @property
     def _base(self) -> str:

@@ -20,6 +20,10 @@ REFUSALS: Final = counter(
     "aggregation_refusals_total", "Calls refused, by method and reason.", {"method": [], "reason": []}
 )
 SHARDS: Final = counter("aggregation_shards_total", "Shards aggregated by this replica.")
+PARTS: Final = counter(
+    "aggregation_parts_total",
+    "Parts of shards that this replica's workers made for a worker that aggregates them.",
+)
 SHARD_SECONDS: Final = histogram(
     "aggregation_shard_seconds", "Time from a worker's receiving a shard to its answer, failures included."
 )

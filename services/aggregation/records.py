@@ -79,6 +79,15 @@ class StoredResult:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredPart:
+    """A partial sum in the store."""
+
+    data: bytes
+    cpu_s: float
+    """CPU seconds of the worker that made it."""
+
+
+@dataclass(frozen=True, slots=True)
 class CommittedContribution:
     """One client's part in an aggregate, and the content it must be made of."""
 

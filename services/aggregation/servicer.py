@@ -105,6 +105,13 @@ class AggregationServicer(aggregation_pb2_grpc.AggregationServicer):
             result = await self._aggregations.aggregate(_aggregation_request(request))
         return pb.AggregateShardResponse(digest=_digest_to_proto(result.digest), cpu_s=result.cpu_s)
 
+    async def HelpAggregate(
+        self, request: pb.HelpAggregateRequest, context: _Context
+    ) -> pb.HelpAggregateResponse:
+        async with _answering(context, "HelpAggregate"):
+            await self._aggregations.help(_aggregation_request(request.shard))
+        return pb.HelpAggregateResponse()
+
     async def GetResult(
         self, request: pb.GetResultRequest, context: _Context
     ) -> AsyncIterator[pb.GetResultResponse]:

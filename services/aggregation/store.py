@@ -6,6 +6,7 @@ publishes results. Both answer STORE_UNAVAILABLE when Redis does not answer or h
 
 import hashlib
 import json
+import struct
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -18,8 +19,15 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from services.aggregation import scripts
-from services.aggregation.keys import REPLICAS, RoundKeys
-from services.aggregation.records import AggregationRequest, ShardProgress, ShardSlot, StoredResult, Upload
+from services.aggregation.keys import REPLICAS, RoundKeys, SharedKeys
+from services.aggregation.records import (
+    AggregationRequest,
+    ShardProgress,
+    ShardSlot,
+    StoredPart,
+    StoredResult,
+    Upload,
+)
 from services.aggregation.scripts import Answer
 from services.aggregation.watermark import store_full
 from services.common import redis_client
@@ -52,10 +60,13 @@ CLOSED_LIFE_S: Final = 600
 """Seconds during which a closed round cannot be opened: no call is on its way for longer."""
 
 STAGED_LIFE_S: Final = 600
-"""Seconds that the bytes of a result have to be published."""
+"""Seconds that the bytes of a result have to be published, and a part of it to become one."""
 
 DELETED_KEYS: Final = 256
 """Keys deleted in one command."""
+
+_CPU: Final = struct.Struct("<d")
+"""What a stored part begins with: CPU seconds."""
 
 _FAILURES: Final = Failures("the shard store", store_full)
 
@@ -436,12 +447,61 @@ class WorkerStore:
         _accepted(answer)
         return _result(answer[1:])
 
-    def _put(self, key: str, data: bytes) -> None:
+    def is_wanted(self, request: AggregationRequest) -> bool:
+        """Whether the request's result is missing, and no newer request has taken its place."""
+        with _FAILURES.named():
+            found, wanted = self._client.execute_command(
+                "HMGET", RoundKeys(request.round_id).result(request.shard), "request", "wanted"
+            )
+        return found != request.digest and wanted in {None, request.digest}
+
+    def take(self, request: AggregationRequest, part: int) -> bool:
+        """Marks a part as taken. Returns False if it was."""
+        return self._staged(_shared(request).taken(part), b"")
+
+    def common(self, request: AggregationRequest) -> bytes | None:
+        """What all parts share, if a worker has stored it."""
+        return self._got(_shared(request).common)
+
+    def keep_common(self, request: AggregationRequest, data: bytes) -> bytes:
+        """Stores what all parts share. Returns what was stored first."""
+        if not self._staged(_shared(request).common, data):
+            found = self.common(request)
+            return data if found is None else found
+        return data
+
+    def partial(self, request: AggregationRequest, part: int) -> StoredPart | None:
+        """A part's sum, if it is stored."""
+        found = self._got(_shared(request).partial(part))
+        if found is None or len(found) < _CPU.size:
+            return None
+        return StoredPart(found[_CPU.size :], *_CPU.unpack_from(found))
+
+    def put_partial(self, request: AggregationRequest, part: int, data: bytes, cpu_s: float) -> None:
+        """Stores a part's sum."""
+        self._staged(_shared(request).partial(part), _CPU.pack(cpu_s) + data)
+
+    def forget_parts(self, request: AggregationRequest, parts: int) -> None:
+        """Deletes what workers that shared a shard stored."""
+        with _FAILURES.named():
+            self._client.execute_command("UNLINK", *_shared(request).all(parts))
+
+    def _got(self, key: str) -> bytes | None:
+        with _FAILURES.named():
+            found: bytes | None = self._client.execute_command("GET", key)
+        return found
+
+    def _staged(self, key: str, data: bytes) -> bool:
+        """Stores bytes for minutes. Returns False if there are some."""
+        with _FAILURES.named():
+            return self._put(key, data)
+
+    def _put(self, key: str, data: bytes) -> bool:
         """Stores bytes for minutes, should this process die now; PUBLISH makes them last, or takes them back.
 
         Bytes that are there are these, and may be a published result, whose life must not be cut short.
         """
-        self._client.execute_command("SET", key, data, "PX", 1000 * STAGED_LIFE_S, "NX")
+        return bool(self._client.execute_command("SET", key, data, "PX", 1000 * STAGED_LIFE_S, "NX"))
 
     def close(self) -> None:
         """Closes the connections."""
@@ -507,6 +567,10 @@ def _check_format(content: bytes | None, version: bytes | None) -> None:
             f"the round has format {(version or b'none').decode()}, and only {FORMAT.decode()} is read here: run the "
             "version of aggregation that wrote it, or a newer one; it is left as it is",
         )
+
+
+def _shared(request: AggregationRequest) -> SharedKeys:
+    return RoundKeys(request.round_id).shared(request.shard, request.digest)
 
 
 def _refusal(answer: Answer) -> DomainError:

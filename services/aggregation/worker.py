@@ -15,11 +15,12 @@ from typing import BinaryIO, Final
 
 import structlog
 
-from services.aggregation.answers import READY, refused_line, stored_line
+from services.aggregation.answers import HELP, READY, helped_line, refused_line, stored_line
 from services.aggregation.records import AggregationRequest, ShardSlot, StoredResult
+from services.aggregation.sharing import helped, led
 from services.aggregation.store import WorkerStore, connect_worker
 from shelora.errors import DomainError, Reason
-from shelora.lora.aggregate import aggregate_shard
+from shelora.lora.aggregate import Aggregation
 from shelora.telemetry.logs import configure_logs
 
 REDIS_URL: Final = "SHELORA_AGGREGATION_REDIS_URL"
@@ -53,6 +54,8 @@ def main() -> None:
 def answer(store: WorkerStore, line: bytes) -> bytes:
     """The answer to one job. Every failure is one."""
     try:
+        if line.startswith(HELP):
+            return helped_line(help_with(store, AggregationRequest.from_line(line[len(HELP) :])))
         return stored_line(run(store, AggregationRequest.from_line(line)))
     except DomainError as error:
         return refused_line(error)
@@ -65,11 +68,27 @@ def answer(store: WorkerStore, line: bytes) -> bytes:
 
 def run(store: WorkerStore, request: AggregationRequest) -> StoredResult:
     """Aggregates one shard and stores the result. Raises what AggregateShard names."""
-    start_s = time.process_time()
+    start_s, helped_s = time.process_time(), 0.0
+    work = _work(store, request)
+    if work.parts > 1:
+        data, helped_s = led(store, request, work)
+    else:
+        data = work.whole()
+    result = store.publish(request, data, time.process_time() - start_s + helped_s)
+    if work.parts > 1:
+        store.forget_parts(request, work.parts)
+    return result
+
+
+def help_with(store: WorkerStore, request: AggregationRequest) -> int:
+    """Makes parts of a shard that another worker aggregates. Returns how many. Raises as `run`."""
+    return helped(store, request, _work(store, request)) if store.is_wanted(request) else 0
+
+
+def _work(store: WorkerStore, request: AggregationRequest) -> Aggregation:
     layout = store.layout(request.round_id)
-    parts = [part.contribution for part in request.contributions]
-    data = aggregate_shard(layout, request.shard, parts, _Updates(store, request).load)
-    return store.publish(request, data, time.process_time() - start_s)
+    contributions = [part.contribution for part in request.contributions]
+    return Aggregation(layout, request.shard, contributions, _Updates(store, request).load)
 
 
 class _Updates:

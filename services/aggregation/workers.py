@@ -5,6 +5,7 @@ in the middle of anything and nothing it says is ever more than text.
 """
 
 import asyncio
+import itertools
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -56,16 +57,19 @@ class PoolLimits:
     """Seconds after which a job fails and its worker is replaced."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, order=True)
 class _Job:
-    line: bytes
+    spare: bool
+    """Whether everything else comes first."""
+    number: int
+    line: bytes = field(compare=False)
     answer: "asyncio.Future[bytes]" = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
+        default_factory=lambda: asyncio.get_running_loop().create_future(), compare=False
     )
 
 
 class WorkerPool:
-    """Runs jobs, one at a time in each worker, in the order they came."""
+    """Runs jobs, one at a time in each worker, in the order they came; those that are only spread, last."""
 
     def __init__(
         self, limits: PoolLimits, environment: Mapping[str, str], command: Sequence[str] = COMMAND
@@ -75,7 +79,8 @@ class WorkerPool:
         self._command = command
         threads = dict.fromkeys(_THREAD_VARIABLES, str(limits.threads))
         self._environment = {**os.environ, **ALLOCATOR, **threads, **environment}
-        self._queue: asyncio.Queue[_Job] = asyncio.Queue(limits.queue)
+        self._queue: asyncio.PriorityQueue[_Job] = asyncio.PriorityQueue(limits.queue)
+        self._numbers = itertools.count()
         self._slots: list[asyncio.Task[None]] = []
         self._closed = False
 
@@ -95,9 +100,18 @@ class WorkerPool:
 
         Raises: WORKER_FAILED if the worker died or took too long, if too many jobs wait, or if the pool is closed.
         """
+        return await self._queued(line, spare=False)
+
+    async def spread(self, line: bytes) -> list[bytes]:
+        """Answers of the workers that had time for a job: one that each may do, and none needs to."""
+        jobs = (self._queued(line, spare=True) for _ in range(self._limits.workers))
+        answers = await asyncio.gather(*jobs, return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, bytes)]
+
+    async def _queued(self, line: bytes, *, spare: bool) -> bytes:
         if self._closed:
             raise _closing()
-        job = _Job(line)
+        job = _Job(spare, next(self._numbers), line)
         try:
             self._queue.put_nowait(job)
         except asyncio.QueueFull:

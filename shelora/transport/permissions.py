@@ -61,6 +61,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/shelora.v1.Aggregation/QueryShards": _CLIENT | _COORDINATOR,
         "/shelora.v1.Aggregation/SealUpdate": _COORDINATOR,
         "/shelora.v1.Aggregation/AggregateShard": _COORDINATOR,
+        "/shelora.v1.Aggregation/HelpAggregate": _COORDINATOR,
         "/shelora.v1.Aggregation/GetResult": _CLIENT,
         "/shelora.v1.Aggregation/CloseRound": _COORDINATOR,
         "/shelora.v1.Aggregation/ListReplicas": _CLIENT | _COORDINATOR,
@@ -97,6 +98,7 @@ LARGEST_REQUESTS: Final[Mapping[str, int]] = MappingProxyType(
         "/shelora.v1.Aggregation/SealUpdate": 2 * 2**20,
         # A contribution a client of the cohort.
         "/shelora.v1.Aggregation/AggregateShard": 4 * 2**20,
+        "/shelora.v1.Aggregation/HelpAggregate": 4 * 2**20,
         # Pieces of 256 KiB.
         "/shelora.v1.Coordinator/CastBallot": 2**19,
         "/shelora.v1.Aggregation/PutShard": 2**19,

@@ -123,6 +123,16 @@ class Replicas:
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, address) from error
 
+    async def each(self, operation: Callable[[AggregationStub], Awaitable[object]]) -> None:
+        """Runs an operation at all replicas known, once. What fails is logged: only for what nobody depends on."""
+        replicas = tuple(self._known.values())
+        answers = await asyncio.gather(
+            *(operation(replica.stub) for replica in replicas), return_exceptions=True
+        )
+        for replica, answer in zip(replicas, answers, strict=True):
+            if isinstance(answer, BaseException):
+                _log.debug("replica_did_not_help", address=replica.address, error=type(answer).__name__)
+
     def choose(self) -> Replica:
         """The replica for the next call; one that failed lately only if all others did, too."""
         self._refresh_if_due()

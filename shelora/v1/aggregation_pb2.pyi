@@ -405,6 +405,43 @@ class AggregateShardResponse(_message.Message):
 Global___AggregateShardResponse: _TypeAlias = AggregateShardResponse  # noqa: Y015
 
 @_typing.final
+class HelpAggregateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shard(self) -> Global___AggregateShardRequest:
+        """The very request that AggregateShard was given."""
+
+    def __init__(
+        self,
+        *,
+        shard: Global___AggregateShardRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shard", b"shard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HelpAggregateRequest: _TypeAlias = HelpAggregateRequest  # noqa: Y015
+
+@_typing.final
+class HelpAggregateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HelpAggregateResponse: _TypeAlias = HelpAggregateResponse  # noqa: Y015
+
+@_typing.final
 class GetResultRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -60,6 +60,11 @@ class AggregationStub:
                 request_serializer=shelora_dot_v1_dot_aggregation__pb2.AggregateShardRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_aggregation__pb2.AggregateShardResponse.FromString,
                 _registered_method=True)
+        self.HelpAggregate = channel.unary_unary(
+                '/shelora.v1.Aggregation/HelpAggregate',
+                request_serializer=shelora_dot_v1_dot_aggregation__pb2.HelpAggregateRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_aggregation__pb2.HelpAggregateResponse.FromString,
+                _registered_method=True)
         self.GetResult = channel.unary_stream(
                 '/shelora.v1.Aggregation/GetResult',
                 request_serializer=shelora_dot_v1_dot_aggregation__pb2.GetResultRequest.SerializeToString,
@@ -135,6 +140,16 @@ class AggregationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HelpAggregate(self, request, context):
+        """Has the replica's workers that have nothing else to do make parts of a shard which AggregateShard aggregates, here
+        or at another replica. Returns before they have. Nothing depends on it: what is made is used if it is there in
+        time, and expires within minutes otherwise. No effect on a cohort too small for parts.
+        Idempotent. Fails with ROUND_UNKNOWN, SHARD_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetResult(self, request, context):
         """Streams one shard of a published result, from `offset`. Read only, resumable.
         Fails with RESULT_UNKNOWN if it is not stored (any more).
@@ -185,6 +200,11 @@ def add_AggregationServicer_to_server(servicer, server):
                     servicer.AggregateShard,
                     request_deserializer=shelora_dot_v1_dot_aggregation__pb2.AggregateShardRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_aggregation__pb2.AggregateShardResponse.SerializeToString,
+            ),
+            'HelpAggregate': grpc.unary_unary_rpc_method_handler(
+                    servicer.HelpAggregate,
+                    request_deserializer=shelora_dot_v1_dot_aggregation__pb2.HelpAggregateRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_aggregation__pb2.HelpAggregateResponse.SerializeToString,
             ),
             'GetResult': grpc.unary_stream_rpc_method_handler(
                     servicer.GetResult,
@@ -338,6 +358,33 @@ class Aggregation:
             '/shelora.v1.Aggregation/AggregateShard',
             shelora_dot_v1_dot_aggregation__pb2.AggregateShardRequest.SerializeToString,
             shelora_dot_v1_dot_aggregation__pb2.AggregateShardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HelpAggregate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Aggregation/HelpAggregate',
+            shelora_dot_v1_dot_aggregation__pb2.HelpAggregateRequest.SerializeToString,
+            shelora_dot_v1_dot_aggregation__pb2.HelpAggregateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -67,6 +67,12 @@ class AggregationStub:
     Fails with SHARD_MISSING (names the client) if a contribution is not stored, TOO_FEW_CONTRIBUTORS below 2,
     WORKER_FAILED if the worker process died (retry).
     """
+    HelpAggregate: _grpc.UnaryUnaryMultiCallable[_aggregation_pb2.HelpAggregateRequest, _aggregation_pb2.HelpAggregateResponse]
+    """Has the replica's workers that have nothing else to do make parts of a shard which AggregateShard aggregates, here
+    or at another replica. Returns before they have. Nothing depends on it: what is made is used if it is there in
+    time, and expires within minutes otherwise. No effect on a cohort too small for parts.
+    Idempotent. Fails with ROUND_UNKNOWN, SHARD_UNKNOWN.
+    """
     GetResult: _grpc.UnaryStreamMultiCallable[_aggregation_pb2.GetResultRequest, _aggregation_pb2.GetResultResponse]
     """Streams one shard of a published result, from `offset`. Read only, resumable.
     Fails with RESULT_UNKNOWN if it is not stored (any more).
@@ -116,6 +122,12 @@ class AggregationAsyncStub(AggregationStub):
     once; the result is the same and the first one stored wins.
     Fails with SHARD_MISSING (names the client) if a contribution is not stored, TOO_FEW_CONTRIBUTORS below 2,
     WORKER_FAILED if the worker process died (retry).
+    """
+    HelpAggregate: _aio.UnaryUnaryMultiCallable[_aggregation_pb2.HelpAggregateRequest, _aggregation_pb2.HelpAggregateResponse]  # type: ignore[assignment]
+    """Has the replica's workers that have nothing else to do make parts of a shard which AggregateShard aggregates, here
+    or at another replica. Returns before they have. Nothing depends on it: what is made is used if it is there in
+    time, and expires within minutes otherwise. No effect on a cohort too small for parts.
+    Idempotent. Fails with ROUND_UNKNOWN, SHARD_UNKNOWN.
     """
     GetResult: _aio.UnaryStreamMultiCallable[_aggregation_pb2.GetResultRequest, _aggregation_pb2.GetResultResponse]  # type: ignore[assignment]
     """Streams one shard of a published result, from `offset`. Read only, resumable.
@@ -193,6 +205,18 @@ class AggregationServicer(metaclass=_abc_1.ABCMeta):
         once; the result is the same and the first one stored wins.
         Fails with SHARD_MISSING (names the client) if a contribution is not stored, TOO_FEW_CONTRIBUTORS below 2,
         WORKER_FAILED if the worker process died (retry).
+        """
+
+    @_abc_1.abstractmethod
+    def HelpAggregate(
+        self,
+        request: _aggregation_pb2.HelpAggregateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_aggregation_pb2.HelpAggregateResponse, _abc.Awaitable[_aggregation_pb2.HelpAggregateResponse]]:
+        """Has the replica's workers that have nothing else to do make parts of a shard which AggregateShard aggregates, here
+        or at another replica. Returns before they have. Nothing depends on it: what is made is used if it is there in
+        time, and expires within minutes otherwise. No effect on a cohort too small for parts.
+        Idempotent. Fails with ROUND_UNKNOWN, SHARD_UNKNOWN.
         """
 
     @_abc_1.abstractmethod

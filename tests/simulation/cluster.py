@@ -615,6 +615,12 @@ class _Jobs:
                         raise DomainError(Reason.WORKER_FAILED, "simulated death of a worker") from None
                     answers.append(await self._answers(pending.commands))
 
+    async def spread(self, line: bytes) -> list[bytes]:
+        try:
+            return [await self.run(line)]
+        except DomainError:
+            return []
+
     async def _answers(self, commands: Sequence[Command]) -> list[Any] | redis.RedisError:
         try:
             return await self._client._exchange(commands)

@@ -178,6 +178,30 @@ def test_a_federation_keeps_its_promises_whichever_fault_it_meets(fault):
     assert not report.violation, explained(report)
 
 
+SHARED = (
+    Call("coordinator-0", "HelpAggregate", 1, "drop-request", 0.0),
+    Call("coordinator-0", "AggregateShard", 1, "drop-response", 0.0),
+    Crash("aggregation-0", 12, 0.001, 5.0),
+    Crash("aggregation-1", 12, 0.001, 5.0),
+    *(WorkerDeath(f"aggregation-{index}", nth, 4) for index in (0, 1) for nth in (1, 2)),
+    Outage(5.5, 4.0),
+)
+"""Where replicas share a shard."""
+
+
+@pytest.mark.parametrize(
+    "size", [Size(4, 2), Size(5, 2, complete=True, key_rotation=1)], ids=["plain", "complete"]
+)
+@pytest.mark.parametrize("fault", SHARED, ids=str)
+def test_replicas_that_share_a_shard_count_every_update_once(fault, size, monkeypatch):
+    monkeypatch.setattr("shelora.lora.parts.LEAST_RUN", 2)
+    monkeypatch.setattr("coordinator.aggregation.LEAST_RUN", 2)
+    monkeypatch.setattr("services.aggregation.sharing.PATIENCE", 0.0)
+    report = run(Schedule(0, size, (fault,)))
+    assert not report.violation, explained(report)
+    assert report.phase == "FINISHED"
+
+
 @pytest.mark.parametrize("seed", range(150))
 def test_a_federation_keeps_its_promises_under_faults_at_random(seed):
     report = run(Schedule.of(seed))

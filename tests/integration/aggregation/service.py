@@ -39,6 +39,9 @@ class InlinePool:
         self.jobs += 1
         return await asyncio.to_thread(answer, self._store, line)
 
+    async def spread(self, line: bytes) -> list[bytes]:
+        return [await self.run(line)]
+
     def close(self) -> None:
         self._store.close()
 

@@ -127,3 +127,36 @@ async def test_a_caller_that_leaves_does_not_disturb_the_next_job(pool):
     await asyncio.sleep(0)
     leaving.cancel()
     assert await pool.run(b"second\n") == b"said second\n"
+
+
+async def test_jobs_that_are_only_spread_come_after_all_others_and_reach_every_worker():
+    pool = stand_ins(limits(workers=2))
+    await pool.start()
+    pids = set()
+    for _ in range(100):
+        pids |= set(await pool.spread(b"pid\n"))
+        if len(pids) == 2:
+            break
+    assert len(pids) == 2
+    await pool.close()
+
+
+async def test_spread_jobs_wait_for_those_that_somebody_waits_for(pool):
+    order = []
+
+    async def noted(name, call):
+        await call
+        order.append(name)
+
+    await asyncio.gather(
+        noted("first", pool.run(b"one\n")),
+        noted("spread", pool.spread(b"two\n")),
+        noted("last", pool.run(b"three\n")),
+    )
+    assert order == ["first", "last", "spread"]
+
+
+@pytest.mark.parametrize("job", [b"die\n", b"half\n"])
+async def test_a_worker_that_dies_helping_costs_nobody_anything(pool, job):
+    assert await pool.spread(job) == []
+    assert await pool.run(b"hello\n") == b"said hello\n"
