@@ -256,14 +256,13 @@ def scale(
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for model in shapes:
         grid = list(itertools.product(mode, rank, contributors))
-        rows = [
-            measure(Layer(model=model, rank=r, clients=count, budget=0.01), name)
-            for name, r, count in track(grid, description=model, console=console)
-        ]
-        console.print(table(model, rows))
+        rows: list[Row] = []
         path = output / f"scale-{model}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        for name, r, count in track(grid, description=model, console=console):
+            rows.append(measure(Layer(model=model, rank=r, clients=count, budget=0.01), name))
+            path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        console.print(table(model, rows))
         console.print(f"Summary: {path}")
 
 

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Final
 
@@ -101,7 +101,7 @@ def _requests(updates: list[list[bytes]], clients: int, run: int) -> Iterator[Ag
 async def _seconds(replicas: list[Aggregations], updates: list[list[bytes]], clients: int, run: int) -> float:
     """Until every shard's result is stored."""
     start_s = time.perf_counter()
-    asked = []
+    asked: list[Awaitable[object]] = []
     for request in _requests(updates, clients, run):
         asked.append(replicas[0].aggregate(request))
         asked += [replica.help(request) for replica in replicas]

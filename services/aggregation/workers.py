@@ -57,7 +57,7 @@ class PoolLimits:
     """Seconds after which a job fails and its worker is replaced."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True, order=True, kw_only=True)
 class _Job:
     spare: bool
     """Whether everything else comes first."""
@@ -111,7 +111,7 @@ class WorkerPool:
     async def _queued(self, line: bytes, *, spare: bool) -> bytes:
         if self._closed:
             raise _closing()
-        job = _Job(spare, next(self._numbers), line)
+        job = _Job(spare=spare, number=next(self._numbers), line=line)
         try:
             self._queue.put_nowait(job)
         except asyncio.QueueFull:

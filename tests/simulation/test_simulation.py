@@ -182,18 +182,20 @@ SHARED = (
     Call("coordinator-0", "HelpAggregate", 1, "drop-request", 0.0),
     Call("coordinator-0", "AggregateShard", 1, "drop-response", 0.0),
     Crash("aggregation-0", 12, 0.001, 5.0),
-    Crash("aggregation-1", 12, 0.001, 5.0),
-    *(WorkerDeath(f"aggregation-{index}", nth, 4) for index in (0, 1) for nth in (1, 2)),
-    Outage(5.5, 4.0),
+    WorkerDeath("aggregation-1", 2, 4),
 )
 """Where replicas share a shard."""
-
-
-@pytest.mark.parametrize(
-    "size", [Size(4, 2), Size(5, 2, complete=True, key_rotation=1)], ids=["plain", "complete"]
+SHARING = (
+    *((Size(4, 2), fault) for fault in SHARED),
+    *(
+        (Size(5, 2, complete=True, key_rotation=1), WorkerDeath(f"aggregation-{index}", 1, 4))
+        for index in (0, 1)
+    ),
 )
-@pytest.mark.parametrize("fault", SHARED, ids=str)
-def test_replicas_that_share_a_shard_count_every_update_once(fault, size, monkeypatch):
+
+
+@pytest.mark.parametrize(("size", "fault"), SHARING)
+def test_replicas_that_share_a_shard_count_every_update_once(size, fault, monkeypatch):
     monkeypatch.setattr("shelora.lora.parts.LEAST_RUN", 2)
     monkeypatch.setattr("coordinator.aggregation.LEAST_RUN", 2)
     monkeypatch.setattr("services.aggregation.sharing.PATIENCE", 0.0)
