@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attack.assets import minilm, smollm2
-from examples.reuters.demo import ASSETS
+from examples.local import ASSETS
 
 SETTINGS: Final = (
     ("float32", "none", False),

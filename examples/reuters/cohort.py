@@ -1,11 +1,12 @@
 """The demo's four agents: what they run, the data they hold, their configuration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
+from examples.agents import Servers, agent_file
 from examples.reuters.split import LABELS, dirichlet_split, read_tab, write_jsonl
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
@@ -37,17 +38,6 @@ AGENTS: Final = (
     AgentProfile("thin-uplink", rank=8, alpha=16, budget=0.1),
     AgentProfile("newsroom-3", rank=16, alpha=16, budget=1.0),
 )
-
-
-class Servers(Protocol):
-    """Where agents reach the servers, `host:port` each."""
-
-    @property
-    def coordinator(self) -> str: ...
-    @property
-    def aggregation(self) -> Sequence[str]: ...
-    @property
-    def key_authority(self) -> str: ...
 
 
 def federation_spec(protection: Protection, initial_seed: int = 0) -> FederationSpec:
@@ -85,18 +75,11 @@ def agent_config(
     servers: Servers, profile: AgentProfile, model: Path, protection: Protection = Protection.COMPLETE
 ) -> dict[str, Any]:
     """The content of an agent's YAML file; paths are relative to it."""
-    return {
-        "federation": "reuters",
-        "client_id": profile.name,
-        "coordinator": servers.coordinator,
-        "aggregation": list(servers.aggregation),
-        "key_authority": servers.key_authority,
-        "state_dir": "state",
-        "model": {"path": str(model.absolute()), "device": "cpu"},
+    file = agent_file(
+        servers, federation="reuters", name=profile.name, model=model, protection=protection.value
+    )
+    return file | {
         "data": {"train": "train.jsonl", "test": "test.jsonl"},
         "lora": {"rank": profile.rank, "alpha": profile.alpha},
         "budget": profile.budget,
-        "protection": {"accept": [protection.value]},
-        "resources": {"threads": 1},
-        "metrics_port": 0,
     }

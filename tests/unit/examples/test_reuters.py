@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client_agent.config import AgentConfig
+from examples.agents import Nowhere
 from examples.reuters import assets, seeds
 from examples.reuters.cohort import AGENTS, Protection, agent_config, federation_spec
-from examples.reuters.demo import compare
+from examples.reuters.demo import agent_files, compare
 from examples.reuters.split import LEAST_EXAMPLES, Example, dirichlet_split, read_tab, write_jsonl
 from shelora.cli.cluster import Addresses
 from shelora.errors import DomainError, Reason
@@ -45,6 +46,14 @@ def test_the_configuration_written_for_an_agent_is_valid(tmp_path, profile):
     path.write_text(yaml.safe_dump(agent_config(addresses, profile, tmp_path)))
     config = AgentConfig.load(path, {})
     assert (config.lora.rank, config.budget) == (profile.rank, profile.budget)
+
+
+def test_every_agent_of_the_demo_is_started_with_its_own_file(tmp_path):
+    files = agent_files(tmp_path, Protection.SELECTIVE)
+    assert list(files) == [profile.name for profile in AGENTS]
+    for name, file in files.items():
+        content = file(Nowhere())
+        assert (content["client_id"], content["protection"]) == (name, {"accept": ["selective"]})
 
 
 @given(st.integers(0, 2**32 - 1))

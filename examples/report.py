@@ -1,10 +1,12 @@
 """Summary and plot of a run."""
 
+import math
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -48,7 +50,10 @@ def summarize(
         **spent,
         "upload_bytes_per_agent_per_round": sum(f.upload_bytes for f in figures) / len(figures),
         "download_bytes_per_agent_per_round": sum(f.download_bytes for f in figures) / len(figures),
-        "rounds": [{**asdict(f), "agents": _agents(r)} for f, r in zip(figures, rounds, strict=True)],
+        "rounds": [
+            {**asdict(f), "test_loss": _test_loss(r), "agents": _agents(r)}
+            for f, r in zip(figures, rounds, strict=True)
+        ],
         "negotiation": _negotiation(federation),
         "configuration": dict(configuration),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
@@ -76,21 +81,57 @@ def modes_table(modes: Mapping[str, Mapping[str, Any]]) -> Records:
     return table
 
 
-def plot_rounds(summary: Mapping[str, Any], path: Path) -> None:
-    """Accuracy above, traffic of every agent below, by round."""
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What a plot shows of every round."""
+
+    name: str
+    value: Callable[[Mapping[str, Any]], float]
+    """Of a round of the summary."""
+    form: str
+    """How a value is written, as `format` takes it."""
+
+
+ACCURACY: Final = Curve(name="test accuracy", value=lambda r: float(r["test_accuracy"]), form=".1%")
+PERPLEXITY: Final = Curve(name="test perplexity", value=lambda r: math.exp(r["test_loss"]), form=".2f")
+
+
+def plot_rounds(
+    summary: Mapping[str, Any],
+    path: Path,
+    curve: Curve = ACCURACY,
+    beside: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """How good the model is above, traffic of every agent below, by round.
+
+    Args:
+        summary: Of the run.
+        path: The picture.
+        curve: What is shown above.
+        beside: Values of other trainings by what they are, a line each.
+    """
     mpl.use("Agg")
     rounds = summary["rounds"]
     numbers = [r["number"] for r in rounds]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 6), layout="constrained")
-    accuracies = [r["test_accuracy"] for r in rounds]
-    top.plot(numbers, accuracies, marker="o", color="tab:blue")
-    for number, accuracy in zip(numbers, accuracies, strict=True):
+    values = [curve.value(r) for r in rounds]
+    top.plot(numbers, values, marker="o", color="tab:blue", label="federation" if beside else None)
+    for number, value in zip(numbers, values, strict=True):
         top.annotate(
-            f"{accuracy:.1%}", (number, accuracy), textcoords="offset points", xytext=(0, 7), ha="center"
+            format(value, curve.form),
+            (number, value),
+            textcoords="offset points",
+            xytext=(0, 7),
+            ha="center",
         )
-    top.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    for position, (name, value) in enumerate(beside.items()):
+        top.axhline(value, linestyle="--", color=f"C{position + 3}", label=f"{name}, {value:{curve.form}}")
+    if beside:
+        top.legend()
+    if curve.form.endswith("%"):
+        top.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     top.margins(y=0.25)
-    top.set_ylabel("test accuracy")
+    top.set_ylabel(curve.name)
     _bars(bottom, rounds, numbers)
     protection = summary["configuration"]["federation"]["protection"]["mode"]
     figure.suptitle(f"{len(rounds[0]['agents'])} agents, protection: {protection}")
@@ -145,6 +186,12 @@ def _agents(summary: pb.RoundSummary) -> dict[str, dict[str, Any]]:
             decrypt_s=e.decrypt_s,
         )
     return agents
+
+
+def _test_loss(summary: pb.RoundSummary) -> float | None:
+    """Mean over all test examples (of language models: tokens) of all agents."""
+    count = sum(e.example_count for e in summary.evaluations)
+    return sum(e.loss * e.example_count for e in summary.evaluations) / count if count else None
 
 
 def _negotiation(federation: pb.Federation) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Handwritten digits, split by class between three agents: `make demo-vision`."""
