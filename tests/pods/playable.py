@@ -8,6 +8,8 @@ commands and settings as they are. Replaced is what podman knows nothing of, or 
   not look whether a pod is ready.
 - Ports of containers are taken out, which are for reading: Podman before 5 publishes them on this machine, where the
   next replica's would meet them.
+- restartPolicy becomes OnFailure: under Always, Podman 4 restarts an init container each time it ends, as long as its
+  pod runs.
 - Probes and preStop are taken out: podman has no gRPC probes, no readiness and no hooks. `Pod.ready` says what a
   kubelet would ask; `cluster.py` asks, and waits before it stops.
 
@@ -85,6 +87,7 @@ def _pod(rendered: Rendered, workload: Object, name: str) -> Pod:
     sources = spec.get("volumes", []) + [{"name": c, "persistentVolumeClaim": {}} for c in claims]
     volumes = tuple(_volume(rendered, source, spec["securityContext"]["fsGroup"]) for source in sources)
     spec["volumes"] = []
+    spec["restartPolicy"] = "OnFailure"
     for probe in ("startupProbe", "livenessProbe"):
         container.pop(probe, None)
     ready = container.pop("readinessProbe", {})
