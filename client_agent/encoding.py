@@ -1,6 +1,7 @@
 """Texts to batches of token ids."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
@@ -8,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from client_agent.data import Examples
+from client_agent.tables import first_line
 from shelora.errors import DomainError, Reason
 
 TEXTS_AT_ONCE: Final = 4096
@@ -130,13 +132,9 @@ class Encoder:
             self._tail = [*self._tail, int(end)]
         self.at_once = TEXTS_AT_ONCE
         self.limit = min(limit, tokenizer.model_max_length)
-        needed = max(2, len(self._head) + 1) if append_end else len(self._head) + 1 + len(self._tail)
-        if self.limit < needed:
-            raise DomainError(
-                Reason.MODEL_INVALID,
-                f"texts are cut to {self.limit} tokens, and the special tokens leave no room for a text: the operator "
-                f"must create the federation with max_tokens of at least {needed}, or the model be another",
-            )
+        self._require_room(
+            max(2, len(self._head) + 1) if append_end else len(self._head) + 1 + len(self._tail)
+        )
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, special tokens included, each cut to the limit."""
@@ -148,10 +146,14 @@ class Encoder:
         return [*self._framed(body)[0], *body]
 
     def measure(self, texts: Sequence[str], seconds: Sequence[str] = ()) -> tuple[list[int], int]:
-        """Tokens of every text or pair before it is cut, special tokens included, and the largest token id."""
+        """Tokens of every text or pair before it is cut, special tokens included, and the largest token id.
+
+        Raises: DomainError MODEL_INVALID if special tokens leave no room for both texts of a pair.
+        """
         if seconds:
+            self._require_room(self._tokenizer.num_special_tokens_to_add(pair=True) + 2)
             whole = self._pairs(texts, seconds, cut=False)["input_ids"]
-            return [len(row) for row in whole], max(max(row) for row in whole)
+            return [len(row) for row in whole], max((max(row) for row in whole if row), default=0)
         bodies = self._bodies(texts)
         lengths = [sum(map(len, self._framed(body))) for body in bodies]
         return lengths, max((max(body) for body in bodies if body), default=0)
@@ -192,6 +194,14 @@ class Encoder:
             token_type_ids=types,
         )
 
+    def _require_room(self, needed: int) -> None:
+        if self.limit < needed:
+            raise DomainError(
+                Reason.MODEL_INVALID,
+                f"texts are cut to {self.limit} tokens, and the special tokens leave no room for a text: the operator "
+                f"must create the federation with max_tokens of at least {needed}, or the model be another",
+            )
+
     def _pairs(
         self, texts: Sequence[str], seconds: Sequence[str], *, cut: bool
     ) -> dict[str, list[list[int]]]:
@@ -226,6 +236,23 @@ class Encoder:
             return [*head, *body, *tail]
         kept = [] if self._ends_matter else self._tail
         return [*head, *body[: self.limit - len(head) - len(kept)], *kept]
+
+
+@contextmanager
+def tokenizing() -> Iterator[None]:
+    """Turns whatever a tokenizer raises into one line: a damaged one can raise anything, for some texts alone.
+
+    Raises: DomainError MODEL_INVALID.
+    """
+    try:
+        yield
+    except (DomainError, MemoryError):
+        raise
+    except Exception as error:
+        raise DomainError(
+            Reason.MODEL_INVALID,
+            f"model.path: the tokenizer fails on a text: {first_line(error)}; see that tokenizer.json is whole",
+        ) from error
 
 
 def padded(rows: Sequence[Sequence[int]], filling: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from client_agent.checkpoint import Checkpoint, under
+from client_agent.encoding import tokenizing
 from client_agent.learning import BaseDigest
 
 _PROBED: Final = 2048
@@ -74,7 +75,8 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    with tokenizing():
+        ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
     return ids
 
 

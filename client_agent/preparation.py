@@ -9,7 +9,7 @@ import torch
 
 from client_agent.checkpoint import invalid, load_checkpoint
 from client_agent.config import AgentConfig
-from client_agent.encoding import ModelBatch
+from client_agent.encoding import ModelBatch, tokenizing
 from client_agent.model import AdaptedModel, choose_device
 from client_agent.precision import choose_precision
 from client_agent.reporting import require_trackers
@@ -55,13 +55,15 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
     examples = task.read(data.train, data, spec)
     test = task.read(data.test, data, spec) if data.test is not None else None
     model = load_model(config, spec)
-    encoder = task.encoder(model.tokenizer, min(spec.max_tokens, model.most_positions), spec)
-    lengths = task.survey(data.train, data, examples, encoder)
-    _check_vocabulary(model, lengths)
-    if data.test is not None and test is not None:
-        _check_vocabulary(model, task.survey(data.test, data, test, encoder))
+    with tokenizing():
+        encoder = task.encoder(model.tokenizer, min(spec.max_tokens, model.most_positions), spec)
+        lengths = task.survey(data.train, data, examples, encoder)
+        _check_vocabulary(model, lengths)
+        if data.test is not None and test is not None:
+            _check_vocabulary(model, task.survey(data.test, data, test, encoder))
+        longest = encoder.batch(examples.select([lengths.longest]))
     Sampler(config.samples, model, encoder)
-    rehearse(model, encoder.batch(examples.select([lengths.longest])))
+    rehearse(model, longest)
     if config.privacy is not None:
         _rehearse_privately(model, encoder, examples, lengths)
     return Prepared(examples=examples, test=test, model=model, encoder=encoder, lengths=lengths)

@@ -222,6 +222,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),  # its head is in the checkpoint, and stays frozen
     ],
 )
+def test_a_tokenizer_that_fails_on_a_text_is_refused_in_one_line(
+    agent_folder: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    """tokenizers raises a bare Exception where the token for unknown words is not in the vocabulary."""
+    folder = shutil.copytree(bert_folder, tmp_path / "damaged")
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    stated["model"]["unk_token"] = "[NONE]"
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    assert "the tokenizer fails on a text: WordLevel error" in refusal(agent_folder, folder, spec())
+
+
 def test_modernbert_is_trained_with_the_norm_in_its_head(
     agent_folder: Path, models: Path, obfuscation: Obfuscation, model: str, whole: list[str]
 ) -> None:

@@ -355,6 +355,10 @@ def test_pairs_are_framed_and_told_apart_as_the_tokenizer_does(bert_folder: Path
     assert batch.token_type_ids is not None
     assert batch.token_type_ids.tolist() == [[0, 0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1]]
     assert encoder.measure(pairs.texts, pairs.seconds) == ([6, 11], 16)
+    with pytest.raises(
+        DomainError, match="max_tokens of at least 5"
+    ):  # a text alone has room, a pair has none
+        Encoder(tokenizer, 4, append_end=False).measure(pairs.texts, pairs.seconds)
     model = classifier(bert_folder)
     with torch.inference_mode():
         expected = model.module(**tokenizer(["good"], ["bad movie"], return_tensors="pt")).logits
