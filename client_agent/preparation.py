@@ -55,6 +55,7 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
     examples = task.read(data.train, data, spec)
     test = task.read(data.test, data, spec) if data.test is not None else None
     model = load_model(config, spec)
+    _check_padding(model)
     with tokenizing():
         encoder = task.encoder(model.tokenizer, min(spec.max_tokens, model.most_positions), spec)
         lengths = task.survey(data.train, data, examples, encoder)
@@ -99,6 +100,16 @@ def load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:
         precision=precision,
         start=start_of(config.model.adapter, config.model.head, checkpoint, spec.labels),
     )
+
+
+def _check_padding(model: AdaptedModel) -> None:
+    """Raises: MODEL_INVALID for a token that was added and never embedded: the first padded batch would fail."""
+    pad = getattr(model.tokenizer, "pad_token_id", None)  # images are not padded
+    if pad is not None and pad >= model.vocabulary:
+        raise invalid(
+            f"model.path: the tokenizer pads with token {pad}, and the model knows {model.vocabulary:,} tokens: set "
+            "pad_token in tokenizer_config.json to one that the model knows, such as its eos_token"
+        )
 
 
 def _check_vocabulary(model: AdaptedModel, lengths: Survey) -> None:

@@ -173,6 +173,31 @@ def test_a_tokenizer_of_another_model_is_refused(
     assert "gives token 4000, and the model knows 32 tokens" in refusal(agent_folder, folder, spec())
 
 
+def test_a_tokenizer_that_fails_on_a_text_is_refused_in_one_line(
+    agent_folder: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    """tokenizers raises a bare Exception where the token for unknown words is not in the vocabulary."""
+    folder = shutil.copytree(bert_folder, tmp_path / "damaged")
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    stated["model"]["unk_token"] = "[NONE]"
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    assert "the tokenizer fails on a text: WordLevel error" in refusal(agent_folder, folder, spec())
+
+
+def test_a_token_for_padding_that_the_model_does_not_know_is_refused(
+    agent_folder: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    """One example is not padded: check passed, and the first batch of unequal lengths ended in an IndexError."""
+    folder = shutil.copytree(bert_folder, tmp_path / "padded")
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    stated["model"]["vocab"]["[FILL]"] = 4000
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "[FILL]"}))
+    said = refusal(agent_folder, folder, spec())
+    assert "pads with token 4000, and the model knows 32 tokens" in said
+
+
 # Models
 
 
@@ -222,17 +247,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),  # its head is in the checkpoint, and stays frozen
     ],
 )
-def test_a_tokenizer_that_fails_on_a_text_is_refused_in_one_line(
-    agent_folder: Path, bert_folder: Path, tmp_path: Path
-) -> None:
-    """tokenizers raises a bare Exception where the token for unknown words is not in the vocabulary."""
-    folder = shutil.copytree(bert_folder, tmp_path / "damaged")
-    stated = json.loads((folder / "tokenizer.json").read_text())
-    stated["model"]["unk_token"] = "[NONE]"
-    (folder / "tokenizer.json").write_text(json.dumps(stated))
-    assert "the tokenizer fails on a text: WordLevel error" in refusal(agent_folder, folder, spec())
-
-
 def test_modernbert_is_trained_with_the_norm_in_its_head(
     agent_folder: Path, models: Path, obfuscation: Obfuscation, model: str, whole: list[str]
 ) -> None:
