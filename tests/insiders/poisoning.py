@@ -1,4 +1,4 @@
-"""By how much one hostile member of four moves the model: the demo's federation, smaller, once for each attack.
+"""By how much one hostile member of four moves the model: the demo's federation on shorter texts, once for each attack.
 
     python -m tests.insiders.poisoning                    # two runs without an attack, and every attack, minutes each
     python -m tests.insiders.poisoning honest claim+flip
@@ -7,8 +7,8 @@
 
 Selective mode, or complete. The hostile member is newsroom-1, whose absence costs more than another's (it holds most of
 some labels), or the one named. Prints the accuracy that the honest members measure after every round that counts, how
-often the hostile one was left out, how many results were taken back, and who sits out. Needs the demo's model and data,
-which it fetches once.
+often the hostile one was left out, how many results were taken back, and who sits out. Ten rounds take six minutes
+on two cores. Needs the demo's model and data, which it fetches once.
 """
 
 import asyncio
@@ -46,13 +46,17 @@ LAST_WORDS_S = 60
 """After its end for agents to measure the last result; who refuses it measures nothing."""
 INITIAL_SEED = 7
 """Under complete: rows start alike, so they differ by what the attack does. Selective keeps its start secret."""
+ROUNDS = 10
+RATES = {"learning_rate": 0.004, "learning_rate_decay": 0.8}
+"""Whatever the demo's are: rows of different days compare. At larger ones a run depends on its first rounds."""
 TEST_EXAMPLES = 150
 """An agent's; the order of the test data is random."""
 
 
 def small(spec: FederationSpec, rounds: int, clients: int) -> FederationSpec:
-    """The demo's federation with shorter texts and fewer rounds."""
-    training = spec.training.model_copy(update={"max_tokens": 24, "evaluation_examples": TEST_EXAMPLES})
+    """The demo's federation with shorter texts."""
+    recipe = {**RATES, "max_tokens": 24, "evaluation_examples": TEST_EXAMPLES}
+    training = spec.training.model_copy(update=recipe)
     round_ = spec.round.model_copy(update={"rounds": rounds, "clients": clients, "deadline_s": 900})
     return spec.model_copy(update={"training": training, "round": round_})
 
@@ -98,7 +102,7 @@ async def _followed(cluster: LocalCluster, spec: FederationSpec, hostile: str) -
     async with operator(cluster.addresses.coordinator, cluster.credentials) as connection:
         await connection.create(spec.to_proto())
         federation = await connection.start(spec.name)
-        deadline = time.monotonic() + 1800
+        deadline = time.monotonic() + 3600
         while time.monotonic() < deadline:
             federation = await connection.get(spec.name)
             rounds = training_rounds(federation)
@@ -121,7 +125,7 @@ def accuracy(summary: pb.RoundSummary, hostile: str) -> float:
     return sum(r.correct_count for r in reports) / max(1, sum(r.example_count for r in reports))
 
 
-def main(arguments: Sequence[str], rounds: int = 5) -> None:
+def main(arguments: Sequence[str], rounds: int = ROUNDS) -> None:
     modes = [mode for mode in (Protection.SELECTIVE, Protection.COMPLETE) if mode in arguments]
     hostile = next((a.removeprefix(NAMED) for a in arguments if a.startswith(NAMED)), AGENTS[0].name)
     attacks = [a for a in arguments if a not in modes and not a.startswith(NAMED)]
