@@ -62,8 +62,8 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
         _check_vocabulary(model, lengths)
         if data.test is not None and test is not None:
             _check_vocabulary(model, task.survey(data.test, data, test, encoder))
+        Sampler(config.samples, model, encoder)
         longest = encoder.batch(examples.select([lengths.longest]))
-    Sampler(config.samples, model, encoder)
     rehearse(model, longest)
     if config.privacy is not None:
         _rehearse_privately(model, encoder, examples, lengths)
