@@ -25,7 +25,7 @@ class PromptEncoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Completion:
     """One prompt and what the model wrote."""
 
     prompt: str
@@ -69,7 +69,7 @@ class Sampler:
     def __bool__(self) -> bool:
         return bool(self._prompts)
 
-    def write(self, report: Report) -> list[Sample]:
+    def write(self, report: Report) -> list[Completion]:
         """A sample of every prompt from the model's present state.
 
         Args: report: Takes the progress before every token; what it raises ends the work.
@@ -79,19 +79,19 @@ class Sampler:
             done = position / len(self._prompts)
             written = self._model.generate(ids, self._settings.max_new_tokens, partial(report, done))
             text = self._model.tokenizer.decode(written, skip_special_tokens=True)
-            samples.append(Sample(prompt, text.strip()))
+            samples.append(Completion(prompt, text.strip()))
         return samples
 
 
-def as_json(number: int, samples: Sequence[Sample]) -> bytes:
+def as_json(number: int, samples: Sequence[Completion]) -> bytes:
     """The content of a file of samples after that training round; 0: before the first."""
     content = {"round": number, "samples": [asdict(one) for one in samples]}
     return json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n"
 
 
-def read_samples(path: Path) -> list[Sample]:
+def read_samples(path: Path) -> list[Completion]:
     """What `as_json` wrote."""
-    return [Sample(**one) for one in json.loads(path.read_bytes())["samples"]]
+    return [Completion(**one) for one in json.loads(path.read_bytes())["samples"]]
 
 
 def _refused(why: str) -> DomainError:

@@ -174,7 +174,7 @@ class Dropped(StoredRecord):
     """Whether the client said so itself, so that nobody waits for it."""
 
 
-class Standing(StoredRecord):
+class EarlyStopping(StoredRecord):
     """What the rule in `round.stop` has seen."""
 
     best: int
@@ -265,7 +265,7 @@ class FederationRecord(StoredRecord):
     """Whether enough clients have joined, and no model is that of more than half of them."""
     stopped: bool = False
     """Whether its operator stopped it."""
-    standing: Standing | None = None
+    standing: EarlyStopping | None = None
     """Under a rule in `round.stop`; None before the first evaluations."""
     converged: bool = False
     """Whether that rule ended it."""

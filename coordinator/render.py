@@ -19,6 +19,7 @@ from coordinator.committees import context_of
 from coordinator.openings import certificate_of
 from coordinator.records import (
     Commit,
+    EarlyStopping,
     EvaluationRecord,
     FederationRecord,
     MemberRecord,
@@ -26,7 +27,6 @@ from coordinator.records import (
     PlanRecord,
     RoundRecord,
     Sighting,
-    Standing,
     Statement,
 )
 from coordinator.store import Store
@@ -352,8 +352,8 @@ def _report_to_proto(commit: Commit) -> pb.UpdateReport:
     return pb.UpdateReport(client_id=commit.update.client_id, norm=commit.update.norm, **fields)
 
 
-def _standing_to_proto(standing: Standing, *, ended: bool) -> pb.Standing:
-    return pb.Standing(
+def _standing_to_proto(standing: EarlyStopping, *, ended: bool) -> pb.EarlyStopping:
+    return pb.EarlyStopping(
         best_round=standing.best, best=standing.value, judged_round=standing.judged, ended=ended
     )
 

@@ -7,7 +7,7 @@ next honest value, so that nobody ends a federation, or keeps it from its end, a
 from collections.abc import Sequence
 from statistics import median
 
-from coordinator.records import EvaluationRecord, Standing
+from coordinator.records import EarlyStopping, EvaluationRecord
 from shelora.federation import StopSpec
 
 
@@ -21,15 +21,17 @@ def value_of(rule: StopSpec, evaluations: Sequence[EvaluationRecord], least: int
     return median(one.loss for one in told)
 
 
-def judged(rule: StopSpec, standing: Standing | None, number: int, value: float | None) -> Standing | None:
+def judged(
+    rule: StopSpec, standing: EarlyStopping | None, number: int, value: float | None
+) -> EarlyStopping | None:
     """The standing after the round of that number. A round is judged once, and not without a value."""
     if value is None or (standing is not None and number <= standing.judged):
         return standing
     if standing is None or rule.gain(value, standing.value) > rule.threshold:
-        return Standing(best=number, value=value, judged=number)
+        return EarlyStopping(best=number, value=value, judged=number)
     return standing.model_copy(update={"judged": number, "waited": standing.waited + 1})
 
 
-def is_over(rule: StopSpec, standing: Standing | None) -> bool:
+def is_over(rule: StopSpec, standing: EarlyStopping | None) -> bool:
     """Whether the best round has stayed the best for as long as the rule waits."""
     return standing is not None and standing.waited >= rule.patience

@@ -1181,7 +1181,7 @@ class Federation(_message.Message):
         """Clients that ended before they joined and said why, until they join: at most 100."""
 
     @_builtins.property
-    def standing(self) -> Global___Standing:
+    def standing(self) -> Global___EarlyStopping:
         """What the rule in RoundSpec.stop has seen. Absent without one, and before the first round was judged."""
 
     def __init__(
@@ -1204,7 +1204,7 @@ class Federation(_message.Message):
         deleting: _builtins.bool = ...,
         sits_out: _builtins.str = ...,
         applicants: _abc.Iterable[Global___Applicant] | None = ...,
-        standing: Global___Standing | None = ...,
+        standing: Global___EarlyStopping | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "spec", b"spec", "standing", b"standing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1215,7 +1215,7 @@ class Federation(_message.Message):
 Global___Federation: _TypeAlias = Federation  # noqa: Y015
 
 @_typing.final
-class Standing(_message.Message):
+class EarlyStopping(_message.Message):
     """What the rule in RoundSpec.stop has seen."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1246,7 +1246,7 @@ class Standing(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Standing: _TypeAlias = Standing  # noqa: Y015
+Global___EarlyStopping: _TypeAlias = EarlyStopping  # noqa: Y015
 
 @_typing.final
 class CreateFederationRequest(_message.Message):

@@ -177,7 +177,7 @@ def test_a_federation_is_extended_stopped_exported_and_deleted_and_its_name_is_f
     shelora(*create, at=at)
     extended = shelora("federation", "extend", "reuters", "--rounds", "2", at=at)
     assert extended.returncode == 0, extended.stderr
-    assert "of 8" in " ".join(shelora("status", at=at).stdout.split())
+    assert "of 12" in " ".join(shelora("status", at=at).stdout.split())
     assert shelora("federation", "stop", "reuters", at=at).returncode == 0
     over = shelora("federation", "extend", "reuters", "--rounds", "1", at=at)
     assert over.returncode == 2

@@ -80,7 +80,7 @@ PROTECTED = (
 )
 """Where keys are made and destroyed, columns voted on and plans made."""
 BY_NEGOTIATION = {
-    "sealed": (*PROTECTED, Call("agent-1", "PublishPlan", 1, "drop-response", 1.0)),
+    "sealed": (*PROTECTED, Call("agent-0", "PublishPlan", 1, "drop-response", 1.0)),
     "ope": (
         *PROTECTED,
         Call("agent-0", "CastBallot", 1, "drop-response", 1.0),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import structlog
 
-from client_agent import session
+from client_agent import link, session
 from client_agent.progress import Progress
 from shelora.errors import DomainError, Reason
 from shelora.telemetry.outages import LONGEST_S, Outage
@@ -79,7 +79,7 @@ async def test_an_agent_offline_says_so_once_with_what_it_does_and_until_when_it
             raise refusal
         return pb.HeartbeatResponse(next_ms=7_000)
 
-    monkeypatch.setattr(session, "call", call)
+    monkeypatch.setattr(link, "call", call)
     talking = session.Session(config, None)
     with structlog.testing.capture_logs() as logs:
         for _ in range(20):

@@ -137,7 +137,7 @@ async def test_an_agent_stopped_while_training_leaves_soon_and_can_come_back(
     stopped: list[bool] = []
 
     def stopping_train(self: Learner, number: int, activity: Any, *others: Any) -> Any:
-        if self._client_id == "one" and not stopped:
+        if self._config.client_id == "one" and not stopped:
             first.stop()
             activity._stop.wait(60)
             stopped.append(True)

@@ -39,7 +39,8 @@ def work(folder, epochs):
 def admit(folder, tokens):
     with open_custody(folder, old) as custody:
         for number in range(tokens):
-            custody.register.add(bytes([number]) * 32, Grant(Role.CLIENT, "clinic", f"ward-{number}"), 0, 10)
+            grant = Grant(role=Role.CLIENT, federation_id="clinic", client_id=f"ward-{number}")
+            custody.register.add(bytes([number]) * 32, grant, 0, 10)
             custody.register.redeem(bytes([number]) * 32, b"k" * 32, "", 0)
             print(number, "admitted", flush=True)
 

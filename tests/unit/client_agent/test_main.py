@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 import client_agent
 from client_agent.data import Examples
 from client_agent.inspection import MOST_LABELS, _examples_table
+from client_agent.link import Link
 from client_agent.main import app
-from client_agent.session import Session
 from shelora.terminal import Terminal
 
 SAMPLE = Path(client_agent.__file__).parent / "sample.yaml"
@@ -41,7 +41,7 @@ def test_an_offline_check_shows_data_and_model(agent_folder: Path) -> None:
 def test_a_check_without_its_coordinator_says_what_to_do(
     agent_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Session._asked, "__kwdefaults__", {"timeout_s": 5.0, "retry_s": 0.0})
+    monkeypatch.setattr(Link.__call__, "__kwdefaults__", {"timeout_s": 5.0, "retry_s": 0.0})
     with pytest.raises(SystemExit) as caught:
         app(["check", "--config", str(agent_folder / "agent.yaml")], standalone_mode=False)
     assert caught.value.code == 1
