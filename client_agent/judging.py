@@ -11,7 +11,7 @@ import structlog
 
 from client_agent.learning import Weights
 from client_agent.moderating import Moderator
-from client_agent.plausibility import FEW, MUCH_TO_LEARN, Losses, require_useful
+from client_agent.plausibility import FEW, LENIENT, MOST_LENIENT, MUCH_TO_LEARN, Losses, require_useful
 from shelora.errors import DomainError
 
 _log = structlog.get_logger(__name__)
@@ -31,6 +31,8 @@ class Judge:
         """The round whose result was accepted last, and the loss after it."""
         self._refused = 0
         """The training round whose result was refused last, if none was applied since."""
+        self._leniency = 1.0
+        """Grows with each result that was refused alone."""
 
     def require_useful(
         self, weights: Weights, moderator: Moderator, *, start: str | None, round_id: str, number: int
@@ -47,10 +49,11 @@ class Judge:
         Raises: RESULT_REFUSED.
         """
         before = self._loss_before(moderator, start)
-        may_learn = before > MUCH_TO_LEARN and moderator.contributors <= FEW
+        may_learn = before > MUCH_TO_LEARN and moderator.contributors <= FEW and self._leniency == 1
         own = self._loss_with(moderator.own) if may_learn else None
         after = self._loss_with(weights)
-        losses = Losses(best=min(before, self._best_loss), before=before, own=own, after=after)
+        best = min(before, self._best_loss)
+        losses = Losses(best=best, before=before, own=own, after=after, leniency=self._leniency)
         _log.info("result_judged", round=round_id, **asdict(losses))
         self._decide(losses, number)
         self._judged = (round_id, after)
@@ -64,7 +67,8 @@ class Judge:
         """Refuses a useless result, and the repetitions of its round; not what most others went on from.
 
         Who has data unlike the others' finds honest sums useless, and by refusing them for ever would leave the
-        federation. That it went on to a later round says that most find them useful.
+        federation. That it went on to a later round says that most find them useful. From then on this client refuses
+        less.
 
         Raises: RESULT_REFUSED.
         """
@@ -78,6 +82,7 @@ class Judge:
                 "useless_result_applied", why=error.message, but="most others went on from the last one"
             )
             self._best_loss = losses.after
+            self._leniency = min(MOST_LENIENT, self._leniency * LENIENT)
         else:
             self._best_loss = min(losses.best, losses.after)
         self._refused = 0

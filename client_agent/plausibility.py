@@ -30,6 +30,11 @@ MUCH_TO_LEARN, LITTLE = 1.0, 0.1
 FEW = 4
 """Contributors up to which that holds. The honest first mean of more clients with unlike labels may teach one nothing:
 of 20 on R8, divided by Dirichlet(0.3), nearly half would refuse it."""
+LENIENT = 2.0
+"""Factor on what a loss may be, for each result that this client refused alone: its data is unlike the others', and by
+staying out it makes the next result serve it worse still."""
+MOST_LENIENT = 4.0
+"""The largest that these factors make together."""
 JUDGING_EXAMPLES = 32
 """Own examples that a result is judged by."""
 
@@ -112,10 +117,12 @@ class Losses:
     before: float
     """Of the state that the round began with."""
     own: float | None
-    """Of what this client trained from there; None where `before` leaves no more than MUCH_TO_LEARN to be learned, or
-    more than FEW clients contributed."""
+    """Of what this client trained from there; None where `before` leaves no more than MUCH_TO_LEARN to be learned, more
+    than FEW clients contributed, or this client refused a result alone."""
     after: float
     """With the result."""
+    leniency: float = 1.0
+    """Factor on what `after` may be, up to MOST_LENIENT."""
 
 
 def require_useful(losses: Losses) -> None:
@@ -124,7 +131,7 @@ def require_useful(losses: Losses) -> None:
     Those of honest members that differ much are well within both bounds (docs/threat-model.md). A hostile member can
     stay within them too.
     """
-    most = WORSE_BY_FACTOR * losses.best + WORSE_BY
+    most = losses.leniency * (WORSE_BY_FACTOR * losses.best + WORSE_BY)
     learned = 0.0 if losses.own is None else losses.before - losses.own
     if learned > MUCH_TO_LEARN:
         most = min(most, losses.before - LITTLE * learned)

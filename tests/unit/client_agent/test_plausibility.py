@@ -123,6 +123,7 @@ def test_a_result_that_makes_the_model_much_worse_is_refused_and_one_that_forget
     useless += [(1.0, 1.0, 1.0, float("nan")), (1.0, 1.0, 1.0, float("inf")), (0.5, 1.0, None, 1.1)]
     for best, before, own, after in fine:
         require_useful(Losses(best=best, before=before, own=own, after=after))
+    require_useful(Losses(best=0.86, before=0.86, own=None, after=1.76, leniency=2.0))
     for best, before, own, after in useless:
         with pytest.raises(DomainError, match="loss on this client's own examples") as error:
             require_useful(Losses(best=best, before=before, own=own, after=after))
