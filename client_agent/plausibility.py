@@ -128,8 +128,8 @@ class Losses:
 def require_useful(losses: Losses) -> None:
     """Raises RESULT_REFUSED if a result makes the model worse, or learns less, than it does with honest members.
 
-    Those of honest members that differ much are well within both bounds (docs/threat-model.md). A hostile member can
-    stay within them too.
+    Those of honest members whose labels differ much can be beyond both bounds: see LENIENT. A hostile member can stay
+    within them.
     """
     most = losses.leniency * (WORSE_BY_FACTOR * losses.best + WORSE_BY)
     learned = 0.0 if losses.own is None else losses.before - losses.own
