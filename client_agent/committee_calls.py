@@ -7,6 +7,7 @@ from typing import Final, Protocol, TypeVar
 import grpc
 
 from client_agent.config import AgentConfig
+from shelora.committee.rules import SHARES_AT_ONCE
 from shelora.errors import DomainError, Reason
 from shelora.transport.channel import RETRY_S, TIMEOUT_S
 from shelora.transport.status import error_from_rpc
@@ -18,8 +19,6 @@ KEYS_TIMEOUT_S: Final = 30.0
 """Seconds of one call for a committee's keys, which the coordinator holds open a while."""
 KEYS_PAUSE_S: Final = 1.0
 """Seconds between two such calls."""
-SHARES_AT_ONCE: Final = 64
-"""Most dealers' shares in one message, 1.7 KB each."""
 SHARES_TIMEOUT_S: Final = 300.0
 """Most seconds for the shares of all dealers on their way in."""
 

@@ -22,8 +22,6 @@ _T = TypeVar("_T")
 
 AGGREGATE_TIMEOUT_S: Final = 600.0
 """Deadline of one attempt at a shard: hundreds of times what a large shard takes on one core."""
-
-
 HELP_TIMEOUT_S: Final = 15.0
 """Deadline of HelpAggregate, which only asks for work."""
 

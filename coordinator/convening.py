@@ -20,6 +20,7 @@ from coordinator.statements import Statements, key_of, over
 from coordinator.store import StateOutcome, Store, order_digest
 from services.common.single_flight import SingleFlight
 from shelora.committee.dealing import check_dealt, shown, update_digest
+from shelora.committee.rules import SHARES_AT_ONCE
 from shelora.committee.statements import StatementKind, parsed
 from shelora.committee.verdict import Checked
 from shelora.errors import DomainError, Reason
@@ -29,8 +30,6 @@ from shelora.v1 import coordinator_pb2 as pb
 
 KEYS_WAIT_S: Final = 10.0
 """Seconds that a client's call for the committee's keys waits for them."""
-SHOWN_AT_ONCE: Final = 64
-"""Shares read at once for a member: all members of a committee ask at the same time."""
 SHOWN_KEPT: Final = 64
 """Batches of dealings kept, 50 KB each: members are shown the same ones at about the same time."""
 SEATED_KEPT: Final = 16
@@ -155,8 +154,8 @@ class Convening:
             raise over()
         place, sequence = record.order.index(client_id), record.sequence
         dealers = sorted(await self.store.committees.dealers(federation, sequence) - record.dropped_ids)
-        for first in range(0, len(dealers), SHOWN_AT_ONCE):
-            batch = dealers[first : first + SHOWN_AT_ONCE]
+        for first in range(0, len(dealers), SHARES_AT_ONCE):
+            batch = dealers[first : first + SHARES_AT_ONCE]
             dealings = await self.shown.get(
                 (round_id, len(record.dropped), first),
                 partial(self.store.committees.dealings, federation, sequence, batch),

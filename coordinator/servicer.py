@@ -8,12 +8,11 @@ import grpc
 
 from coordinator import checks
 from coordinator.assignments import Assignment
-from coordinator.convening import SHOWN_AT_ONCE
 from coordinator.handlers import Handlers
 from coordinator.records import FederationRecord
 from coordinator.render import Renderer
 from services.common.guard import certificate_of
-from shelora.committee.rules import MAX_MEMBERS
+from shelora.committee.rules import MAX_MEMBERS, SHARES_AT_ONCE
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.transport.pieces import Digest, cut
@@ -220,7 +219,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             translated(context),
             aclosing(self._handlers.committees.shares(*_scope(request))) as shares,
         ):
-            async for together in _together(shares, min(max(1, request.at_once), SHOWN_AT_ONCE)):
+            async for together in _together(shares, request.at_once):
                 yield together
 
     async def PostCheck(self, request: pb.PostCheckRequest, context: _Context) -> pb.PostCheckResponse:
@@ -285,9 +284,10 @@ def register(servicer: CoordinatorServicer, server: grpc.aio.Server) -> None:
 
 
 async def _together(
-    shares: AsyncIterator[committee_pb2.DealtShare], most: int
+    shares: AsyncIterator[committee_pb2.DealtShare], wanted: int
 ) -> AsyncIterator[committee_pb2.DealtShare]:
-    """So many in a message: each costs both sides the same, however small it is."""
+    """As many in a message as are wanted, 1 to SHARES_AT_ONCE: each costs both sides the same, however small it is."""
+    most = min(max(1, wanted), SHARES_AT_ONCE)
     first: committee_pb2.DealtShare | None = None
     async for share in shares:
         if first is None:

@@ -1,8 +1,8 @@
 """Several splits of the demo's data, each run in complete mode and without protection: what protection costs.
 
-One run tells little: on data this uneven runs differ by a few percent. Runs of a pair share the split, the initial
-factors and the batches, so what is left between them is what protection does. A pair's runs are kept, so that an
-interrupted comparison goes on where it was.
+One run tells little: on data this uneven runs differ by a few percent. Runs of a pair share the split and the
+initial factors. They cannot share the batches: those of complete mode depend on who sits on a round's committee. A
+pair's runs are kept, so that an interrupted comparison goes on where it was.
 """
 
 import json

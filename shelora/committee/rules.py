@@ -15,6 +15,8 @@ from shelora.errors import DomainError, Reason
 
 MAX_MEMBERS: Final = 64
 SMALLEST_COHORT: Final = 2
+SHARES_AT_ONCE: Final = 64
+"""Most dealers whose shares a member is shown in one message, 1.7 KB each."""
 
 
 def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as the condition it states
