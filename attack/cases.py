@@ -259,7 +259,7 @@ def _small_budget(texts: _Texts, budget: float) -> Case:
     drawn = _clients(texts.batches(8, 3, 1), 8, data="R8")
     clients = tuple(replace(client, budget=budget) for client in drawn)
     return Case(
-        scene=_classifier(f"budget-{budget:g}", SELECTIVE, clients, 1),
+        scene=_classifier(f"budget-{round(1000 * budget)}-per-mille", SELECTIVE, clients, 1),
         attacks=lambda performance, public: _told(performance, public, clients, texts, SELECTIVE),
     )
 

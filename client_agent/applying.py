@@ -10,7 +10,7 @@ from client_agent.committees import Committees
 from client_agent.downloads import Result, contents, download
 from client_agent.keyring import Keyring
 from client_agent.keys import EpochSecrets
-from client_agent.learning import Origin
+from client_agent.learning import Evaluation, Origin
 from client_agent.metrics import Stopwatch, timed
 from client_agent.participation import Participation, Tools
 from client_agent.plans import Plans
@@ -20,6 +20,7 @@ from client_agent.resources import COPIES, Resources
 from client_agent.state import Inbox
 from shelora.committee.context import result_digest
 from shelora.committee.reader import OpenedRound
+from shelora.errors import DomainError, Reason
 from shelora.negotiation.plan import Plan
 from shelora.protocol import Stage
 from shelora.strategies.agents.registry import agent_strategy_of
@@ -76,7 +77,10 @@ class Applier:
         """Rounds whose result was evaluated."""
 
     async def begin_from(self, train: pb.Train, secrets: EpochSecrets, activity: Activity) -> None:
-        """Makes the state that the round starts from current, and reports how good it is."""
+        """Makes the state that the round starts from current, and reports how good it is.
+
+        Its adapter is not kept if this client objects to it: then that of the result before stays.
+        """
         if not train.HasField("base"):
             await self._run(self._learner.start, secrets)
             await self._run(self._learner.write_samples, 0, activity)
@@ -84,15 +88,21 @@ class Applier:
         plan = train.base_plan if train.HasField("base_plan") else None
         applied = await self._apply(train.base, plan, activity)
         if train.base.round_id not in self._reported:
-            await self._save_adapter(train.base)
+            if not self._learner.objection:
+                await self._save_adapter(train.base)
             await self.report(train.base, applied, activity, everything=False)
 
     async def keep(
         self, result: common_pb2.ResultRef, plan: pb.PlanRef | None, activity: Activity
     ) -> Applied:
-        """Applies a result that no training follows, and saves the adapter."""
+        """Applies a result that no training follows, and saves the adapter.
+
+        Raises: RESULT_REFUSED if it serves this client badly: the adapter stays that of the result before.
+        """
         await self._resources.require(None, result, copies=COPIES)
         applied = await self._apply(result, plan, activity)
+        if why := self._learner.objection:
+            raise DomainError(Reason.RESULT_REFUSED, f"the last result is not kept: {why}")
         await self._save_adapter(result)
         return applied
 
@@ -100,7 +110,7 @@ class Applier:
         self, result: common_pb2.ResultRef, applied: Applied, activity: Activity, *, everything: bool
     ) -> None:
         """Evaluates, keeps the best adapter, reports. Args: everything: on every test example."""
-        round_id, state = result.round_id, self._tools.state
+        round_id = result.round_id
         await self._run(self._learner.write_samples, result.round_number, activity)
         measured = await self._run(self._learner.evaluate, activity, everything=everything)
         self._reported.add(round_id)
@@ -114,10 +124,8 @@ class Applier:
             count=measured.count,
             **measured.figures,
         )
-        card = self._learner.card(_origin(result), measured)
-        await self._run(state.replace_card, card)
-        if await self._run(state.keep_if_best, self._me.federation_id, round_id, measured.loss):
-            _log.info("best_adapter_so_far", round=round_id, folder=str(state.best_folder))
+        if not self._learner.objection:
+            await self._rank_adapter(result, measured)
         report = pb.EvaluationReport(
             download_s=applied.download_s,
             decrypt_s=applied.decrypt_s,
@@ -127,6 +135,13 @@ class Applier:
             report.example_count, report.correct_count = measured.count, measured.correct
             report.loss, report.evaluate_s = measured.loss, measured.seconds
         await self._tools.session.report_evaluation(round_id, report)
+
+    async def _rank_adapter(self, result: common_pb2.ResultRef, measured: Evaluation) -> None:
+        """Writes on the adapter's card how good it is, and keeps it as the best one if it is."""
+        state = self._tools.state
+        await self._run(state.replace_card, self._learner.card(_origin(result), measured))
+        if await self._run(state.keep_if_best, self._me.federation_id, result.round_id, measured.loss):
+            _log.info("best_adapter_so_far", round=result.round_id, folder=str(state.best_folder))
 
     async def _save_adapter(self, result: common_pb2.ResultRef) -> None:
         write = partial(self._learner.save_adapter, made=_origin(result))

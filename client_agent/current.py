@@ -11,6 +11,7 @@ from shelora.obfuscation import Obfuscation
 
 _INITIAL: Final = "initial/"
 """The state in which every agent starts is named by this and the epoch's key, others by the round they result from."""
+_OBJECTION: Final = "objection"
 
 
 class CurrentState:
@@ -28,6 +29,8 @@ class CurrentState:
         self._identity = dict(identity)
         self.round_id: str | None = None
         """The round that the model's weights result from; None if that is not known yet."""
+        self.objection = ""
+        """Why they serve this client badly, in words; "" if they do not."""
 
     def key(self) -> dict[str, str]:
         """What saved weights must agree in to stand for the present state, or to be trained from it."""
@@ -35,12 +38,18 @@ class CurrentState:
 
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
-        if self.round_id != round_id:
-            saved = self._state.applied()
-            if saved is None or saved[0] != self._key(round_id):
-                return False
-            self._model.load(saved[1])
-            self.round_id = round_id
+        if self.round_id == round_id or self._load(self._state.applied(), round_id):
+            return True
+        if not self._load(self._state.applied_before(), round_id):
+            return False
+        self._state.take_back()
+        return True
+
+    def _load(self, saved: tuple[dict[str, str], Weights] | None, round_id: str) -> bool:
+        if saved is None or not self._key(round_id).items() <= saved[0].items():
+            return False
+        self._model.load(saved[1])
+        self.round_id, self.objection = round_id, saved[0].get(_OBJECTION, "")
         return True
 
     def start(self, key_id: bytes, values: Obfuscation) -> None:
@@ -48,17 +57,17 @@ class CurrentState:
         initial = _INITIAL + key_id.hex()
         if self.round_id != initial:
             self._model.initialise(values)
-            self.round_id = initial
+            self.round_id, self.objection = initial, ""
 
     def resume(self) -> bool:
         """Makes the last applied result current, if there is one; says whether there is."""
         saved = self._state.applied()
         return saved is not None and self.holds(saved[0].get("round", ""))
 
-    def applied(self, round_id: str, weights: Weights) -> None:
-        """Keeps the result of a round, which the model holds now."""
-        self._state.save_applied(self._key(round_id), weights)
-        self.round_id = round_id
+    def applied(self, round_id: str, weights: Weights, objection: str = "") -> None:
+        """Keeps the result of a round, which the model holds now, and what speaks against it."""
+        self._state.save_applied(self._key(round_id) | {_OBJECTION: objection}, weights)
+        self.round_id, self.objection = round_id, objection
 
     def trained_here(self) -> tuple[dict[str, str], Weights] | None:
         """What was trained from the state that this client holds, and how; None if it trained nothing from there."""

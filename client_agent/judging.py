@@ -1,6 +1,7 @@
 """Whether a result serves this client: by its loss on a few of its own examples, before and after.
 
-Only sums that servers could not screen are judged so (`client_agent.moderating`); the rule is `plausibility`'s.
+Only sums that servers could not screen are judged so (`client_agent.moderating`); the rule is `plausibility`'s. Who
+finds a result useless says so and takes part all the same; if most do, it is taken back (docs/protocol.md).
 """
 
 import math
@@ -11,8 +12,8 @@ import structlog
 
 from client_agent.learning import Weights
 from client_agent.moderating import Moderator
-from client_agent.plausibility import FEW, LENIENT, MOST_LENIENT, MUCH_TO_LEARN, Losses, require_useful
-from shelora.errors import DomainError
+from client_agent.plausibility import FEW, MUCH_TO_LEARN, Losses, objection_to
+from shelora.errors import DomainError, Reason
 
 _log = structlog.get_logger(__name__)
 
@@ -28,16 +29,16 @@ class Judge:
         self._best_loss = math.inf
         """The smallest loss of a result."""
         self._judged: tuple[str | None, float] = (None, math.nan)
-        """The round whose result was accepted last, and the loss after it."""
-        self._refused = 0
-        """The training round whose result was refused last, if none was applied since."""
-        self._leniency = 1.0
-        """Grows with each result that was refused alone."""
+        """The round whose result was judged last, and the loss with it."""
+        self._objected: tuple[int, float] = (0, math.nan)
+        """The training round whose result was objected to last, unless that is settled, and the loss with it."""
+        self._overruled = False
+        """Whether most went on from a result that was objected to."""
 
-    def require_useful(
+    def objection(
         self, weights: Weights, moderator: Moderator, *, start: str | None, round_id: str, number: int
-    ) -> None:
-        """Loads the result of a round if it is useful; leaves other weights loaded if it is not.
+    ) -> str:
+        """Loads the result of a round; says why it serves this client badly, "" if it does not.
 
         Args:
             weights: The result, cut to this client's rank.
@@ -46,43 +47,38 @@ class Judge:
             round_id: Of the result.
             number: Of the training round; 0 if it is not known.
 
-        Raises: RESULT_REFUSED.
+        Raises: RESULT_REFUSED if no model computes with it.
         """
+        self._settle(number)
         before = self._loss_before(moderator, start)
-        may_learn = before > MUCH_TO_LEARN and moderator.contributors <= FEW and self._leniency == 1
+        may_learn = before > MUCH_TO_LEARN and moderator.contributors <= FEW and not self._overruled
         own = self._loss_with(moderator.own) if may_learn else None
         after = self._loss_with(weights)
-        best = min(before, self._best_loss)
-        losses = Losses(best=best, before=before, own=own, after=after, leniency=self._leniency)
+        losses = Losses(best=min(before, self._best_loss), before=before, own=own, after=after)
         _log.info("result_judged", round=round_id, **asdict(losses))
-        self._decide(losses, number)
+        if not math.isfinite(after):
+            raise DomainError(
+                Reason.RESULT_REFUSED, f"the result is not applied: the loss with it is {after}"
+            )
         self._judged = (round_id, after)
+        why = objection_to(losses)
+        if why:
+            self._objected = (number, after)
+            _log.warning("result_objected_to", round=round_id, why=why)
+        else:
+            self._best_loss = min(losses.best, after)
+        return why
+
+    def _settle(self, number: int) -> None:
+        """That most went on from what this client objected to says that its data is unlike theirs, or it was worse off.
+
+        From then on it measures by that result, and does not ask that one teaches it something.
+        """
+        objected, loss = self._objected
+        if 0 < objected < number:
+            self._best_loss, self._overruled, self._objected = loss, True, (0, math.nan)
 
     def _loss_before(self, moderator: Moderator, start: str | None) -> float:
         """Mean loss of the state that the round began with, which is known if a result led to it."""
         round_id, loss = self._judged
         return loss if round_id == start else self._loss_with(moderator.before)
-
-    def _decide(self, losses: Losses, number: int) -> None:
-        """Refuses a useless result, and the repetitions of its round; not what most others went on from.
-
-        Who has data unlike the others' finds honest sums useless, and by refusing them for ever would leave the
-        federation. That it went on to a later round says that most find them useful. From then on this client refuses
-        less.
-
-        Raises: RESULT_REFUSED.
-        """
-        try:
-            require_useful(losses)
-        except DomainError as error:
-            if not (0 < self._refused < number and math.isfinite(losses.after)):
-                self._refused = number
-                raise
-            _log.warning(
-                "useless_result_applied", why=error.message, but="most others went on from the last one"
-            )
-            self._best_loss = losses.after
-            self._leniency = min(MOST_LENIENT, self._leniency * LENIENT)
-        else:
-            self._best_loss = min(losses.best, losses.after)
-        self._refused = 0

@@ -111,6 +111,11 @@ class Learner:
         told = self._reporting.callbacks(run.steps_before)
         return train(self.model, self.encoder, self.examples, run, report, told)
 
+    @property
+    def objection(self) -> str:
+        """Why the current state serves this client badly, in words; "" if it does not."""
+        return self._current.objection
+
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
         return self._current.holds(round_id)
@@ -131,6 +136,8 @@ class Learner:
 
         What servers could not screen is bounded by what this client trained from the state that it holds.
 
+        Whether it serves this client badly, `objection` says then.
+
         Args: number: of the training round, to tell how many this client missed; 0 if it is not known.
         Raises: RESULT_REFUSED if it is not plausible beside what this client trained.
         """
@@ -141,20 +148,20 @@ class Learner:
         weights = cut_to_rank(checked, self.model.rank, self.model.scaling, values)
         if moderator:
             weights = replace(weights, changes=moderator.changes)
-        self._load_result(round_id, number, weights, moderator)
-        self._current.applied(round_id, weights)
+        objection = self._load_result(round_id, number, weights, moderator)
+        self._current.applied(round_id, weights, objection)
 
-    def _load_result(self, round_id: str, number: int, weights: Weights, moderator: Moderator | None) -> None:
-        """Loads a result, or what was there before if servers could only add and it serves this client badly.
+    def _load_result(self, round_id: str, number: int, weights: Weights, moderator: Moderator | None) -> str:
+        """Loads a result; says why it serves this client badly if servers could only add.
 
-        Nobody judges under differential privacy: what an agent refuses tells of its examples. Raises: RESULT_REFUSED.
+        Nobody judges under differential privacy: objections tell of an agent's examples. Raises: RESULT_REFUSED.
         """
         if moderator is None or not moderator.summed or self._budget:
             self.model.load(weights)
-            return
+            return ""
         start = self._current.round_id
         try:
-            self._judge.require_useful(weights, moderator, start=start, round_id=round_id, number=number)
+            return self._judge.objection(weights, moderator, start=start, round_id=round_id, number=number)
         except BaseException:
             self.model.load(moderator.before)
             raise

@@ -125,6 +125,10 @@ class LocalLearner(Protocol):
     def privacy(self) -> str:
         """How training hides an example; "" if it does not. Updates made otherwise are not sent."""
 
+    @property
+    def objection(self) -> str:
+        """Why the current state serves this client badly, in words; "" if it does not."""
+
     def holds(self, round_id: str) -> bool:
         """Makes that round's result current if it was applied before, also before a restart; says whether it was."""
 

@@ -30,11 +30,6 @@ MUCH_TO_LEARN, LITTLE = 1.0, 0.1
 FEW = 4
 """Contributors up to which that holds. The honest first mean of more clients with unlike labels may teach one nothing:
 of 20 on R8, divided by Dirichlet(0.3), nearly half would refuse it."""
-LENIENT = 2.0
-"""Factor on what a loss may be, for each result that this client refused alone: its data is unlike the others', and by
-staying out it makes the next result serve it worse still."""
-MOST_LENIENT = 4.0
-"""The largest that these factors make together."""
 JUDGING_EXAMPLES = 32
 """Own examples that a result is judged by."""
 
@@ -113,34 +108,33 @@ class Losses:
     """Mean losses on some of this client's own training examples, in nats."""
 
     best: float
-    """The smallest that a result had so far, or the state that the round began with."""
+    """The smallest that a result had so far, or the state that the round began with; after an objection that most did
+    not share, of the results from that one on."""
     before: float
     """Of the state that the round began with."""
     own: float | None
     """Of what this client trained from there; None where `before` leaves no more than MUCH_TO_LEARN to be learned, more
-    than FEW clients contributed, or this client refused a result alone."""
+    than FEW clients contributed, or most did not share an objection of this client's."""
     after: float
     """With the result."""
-    leniency: float = 1.0
-    """Factor on what `after` may be, up to MOST_LENIENT."""
 
 
-def require_useful(losses: Losses) -> None:
-    """Raises RESULT_REFUSED if a result makes the model worse, or learns less, than it does with honest members.
+def objection_to(losses: Losses) -> str:
+    """Why a result serves this client badly; "" if it does not.
 
-    Those of honest members whose labels differ much can be beyond both bounds: see LENIENT. A hostile member can stay
-    within them.
+    That is: it makes the model worse, or learns less, than it does with honest members. Where honest members' labels
+    differ much, honest results can be beyond both bounds. A hostile member can stay within them.
     """
-    most = losses.leniency * (WORSE_BY_FACTOR * losses.best + WORSE_BY)
+    most = WORSE_BY_FACTOR * losses.best + WORSE_BY
     learned = 0.0 if losses.own is None else losses.before - losses.own
     if learned > MUCH_TO_LEARN:
         most = min(most, losses.before - LITTLE * learned)
-    if not losses.after <= most:  # NaN is not
-        raise DomainError(
-            Reason.RESULT_REFUSED,
-            f"the result is not applied: with it the loss on this client's own examples is {losses.after:.3g}, before "
-            f"it {losses.before:.3g}{_after_own(losses)}: a member may be hostile, or the learning rate too high",
-        )
+    if losses.after <= most:
+        return ""
+    return (
+        f"with the result the loss on this client's own examples is {losses.after:.3g}, before it {losses.before:.3g}"
+        f"{_after_own(losses)}: a member may be hostile, or the learning rate too high"
+    )
 
 
 def _after_own(losses: Losses) -> str:

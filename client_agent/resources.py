@@ -12,8 +12,8 @@ from shelora.lora.kinds import largest_update_bytes
 from shelora.lora.layout import Layout
 from shelora.v1 import common_pb2
 
-COPIES: Final = 4
-"""Times that weights are written in a round: as applied, as trained, as the adapter, perhaps as the best one."""
+COPIES: Final = 5
+"""Times that weights are written in a round: as applied, as before, as trained, as the adapter, perhaps as the best."""
 
 
 class Resources:

@@ -167,6 +167,19 @@ class Session:
         except DomainError as refusal:
             _log.debug("giving_up_not_told", reason=refusal.reason, why=refusal.message)
 
+    async def object_to_start(self, round_id: str, why: str) -> None:
+        """Says that the result which a round begins from serves this client badly. A courtesy, as `give_up`."""
+        request = pb.ObjectToResultRequest(
+            federation_id=self._config.federation,
+            client_id=self._config.client_id,
+            round_id=round_id,
+            why=plain(why),
+        )
+        try:
+            await self._ask(self._coordinator.ObjectToResult, request, retry_s=GIVE_UP_S)
+        except DomainError as refusal:
+            _log.debug("objection_not_told", reason=refusal.reason, why=refusal.message)
+
     async def secrets(self, epoch: int) -> EpochSecrets:
         """The secrets of an epoch.
 

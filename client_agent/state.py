@@ -1,6 +1,7 @@
 """What an agent keeps on disk, so that a restart loses no finished work.
 
     applied.safetensors     weights after the last result that was applied
+    before.safetensors      weights after the result before it, which the coordinator may go back to
     trained.safetensors     weights after the last training, until a result is applied
     plan_fit.json           how the newest plan serves this client, and the weight of its next vote
     promise.json            the strongest protection it took part under
@@ -51,6 +52,9 @@ from shelora.transport.pieces import Digest
 CARD: Final = "README.md"
 """Model card in an adapter's folder."""
 _FORMAT: Final = 1
+_APPLIED: Final = "applied.safetensors"
+_BEFORE: Final = "before.safetensors"
+_TRAINED: Final = "trained.safetensors"
 _MANIFEST: Final = "manifest.json"
 _PLAN_FIT: Final = "plan_fit.json"
 _BEST_NOTE: Final = "best.json"
@@ -212,21 +216,33 @@ class AgentState:
             raise files.unavailable(self._folder, why)
 
     def save_applied(self, key: Mapping[str, str], weights: Weights) -> None:
-        """Keeps the weights after a result was applied; what was trained before it is obsolete."""
-        _save_weights(self._folder / "applied.safetensors", key, weights)
-        (self._folder / "trained.safetensors").unlink(missing_ok=True)
+        """Keeps the weights after a result was applied, and those before it; what was trained before is obsolete."""
+        newest = self._folder / _APPLIED
+        if newest.is_file():
+            files.replace(self._folder / _BEFORE, newest.read_bytes())
+        _save_weights(newest, key, weights)
+        (self._folder / _TRAINED).unlink(missing_ok=True)
 
     def applied(self) -> tuple[dict[str, str], Weights] | None:
         """The last applied weights and their key; None if there are none, or none that can be read."""
-        return _load_weights(self._folder / "applied.safetensors")
+        return _load_weights(self._folder / _APPLIED)
+
+    def applied_before(self) -> tuple[dict[str, str], Weights] | None:
+        """The weights after the result before the last one, and their key; None as in `applied`."""
+        return _load_weights(self._folder / _BEFORE)
+
+    def take_back(self) -> None:
+        """Makes the weights before the last result those that were applied last."""
+        (self._folder / _BEFORE).replace(self._folder / _APPLIED)
+        (self._folder / _TRAINED).unlink(missing_ok=True)
 
     def save_trained(self, key: Mapping[str, str], weights: Weights) -> None:
         """Keeps the weights after training."""
-        _save_weights(self._folder / "trained.safetensors", key, weights)
+        _save_weights(self._folder / _TRAINED, key, weights)
 
     def trained(self) -> tuple[dict[str, str], Weights] | None:
         """The last trained weights and their key; None if there are none, or none that can be read."""
-        return _load_weights(self._folder / "trained.safetensors")
+        return _load_weights(self._folder / _TRAINED)
 
     def save_adapter(self, write: Callable[[Path], None]) -> None:
         """Replaces the adapter by what is written into the folder that `write` is given."""

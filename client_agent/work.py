@@ -67,6 +67,7 @@ class Work:
         self._me = me
         self._session = tools.session
         self._state = tools.state
+        self._learner = tools.learner
         self._model = tools.learner.model
         self._run = tools.worker.run
         self._strategy = agent_strategy_of(me.protection.mode)
@@ -127,6 +128,8 @@ class Work:
         plan = await self._plans.checked(train, layout, secrets, activity)
         self._strategy.check(layout, self._model, self._me.protection, plan, self._me.budget)
         await self._applier.begin_from(train, secrets, activity)
+        if why := self._learner.objection:
+            await self._session.object_to_start(train.round.round_id, why)
         self._maker.require_sum(attempt)
         self._keyring.forget_others(train.round.epoch)
         trained = await self._run(self._maker.train, train, plan, attempt, activity)

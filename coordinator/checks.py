@@ -168,6 +168,13 @@ def given_up(request: pb.GiveUpRequest) -> Dropped:
     )
 
 
+def objection(request: pb.ObjectToResultRequest) -> Dropped:
+    """Why the result that a round begins from serves a client badly."""
+    return Dropped(
+        client_id=client_id(request.client_id), reason=Reason.RESULT_REFUSED, why=words(request.why)
+    )
+
+
 def why(text: str) -> str:
     """A member's reason, as logs and terminals may show it."""
     return printable(text[:MAX_WHY])

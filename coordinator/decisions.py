@@ -47,7 +47,7 @@ from shelora.strategies.port import RoundTerms
 GATHERING: Final = frozenset({RoundState.SELECTING, RoundState.KEYING, RoundState.COLLECTING})
 """States of a round that has no updates to lose but those that clients can send again."""
 UNOPENED: Final = frozenset({Reason.SUM_UNREADABLE, Reason.ANSWERS_REFUSED, Reason.RESULT_REFUSED})
-"""What clients say that cannot open the result which a round begins from, or refuse it."""
+"""What clients say that give a round up because they cannot open the result which it begins from, or use it."""
 LEAD_MS: Final = 60_000
 """Time after which a leader that does not say that it makes the plan is replaced."""
 
@@ -72,7 +72,9 @@ class View:
     objectors: AbstractSet[str] = frozenset()
     """Members that reject the plan in force, without those that have committed to the round all the same."""
     given_up: Sequence[Dropped] = ()
-    """Clients that gave the round up and have not committed."""
+    """Clients that gave the round up, or whose update was refused, and have not committed."""
+    against: Sequence[Dropped] = ()
+    """Clients that object to the result which the round began from; they take part all the same."""
     unawaited: int = 0
     """Clients of a collecting round that are not waited for and have not committed, though they may."""
     laggards: AbstractSet[str] = frozenset()
@@ -320,7 +322,7 @@ def _within_round(view: View, ticket: Ticket, now_ms: int) -> Decision:
             view.members,
             now_ms,
             overlap=view.overlap,
-            given_up=view.given_up,
+            said=(*view.given_up, *view.against),
             evaluations=view.evaluations,
         )
         return WriteFederation("end_by_rule" if after.converged else "settle_round", after)
@@ -513,10 +515,18 @@ def layout_of(
 
 
 def _unable(view: View, record: RoundRecord) -> set[str]:
-    """Clients of a round that cannot open the result it begins from, or refuse it, if there is a way back from it."""
+    """Clients of a round that cannot begin from the result it begins from, if there is a way back from it."""
     if not (record.round.convenes and view.federation.retractable):
         return set()
     return {drop.client_id for drop in view.given_up if drop.reason in UNOPENED} - record.dropped_ids
+
+
+def _is_taken_back(view: View, record: RoundRecord) -> bool:
+    """Whether more than half of a round's clients cannot begin from its result, or object to it."""
+    if not (record.round.convenes and view.federation.retractable):
+        return False
+    objecting = {drop.client_id for drop in view.against} & {*record.round.cohort} - record.dropped_ids
+    return 2 * len(_unable(view, record) | objecting) > len(record.round.cohort) - len(record.dropped)
 
 
 def _turnout(view: View, record: RoundRecord, objecting: AbstractSet[str]) -> Turnout:
@@ -530,7 +540,7 @@ def _turnout(view: View, record: RoundRecord, objecting: AbstractSet[str]) -> Tu
 
 
 def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:
-    if 2 * len(_unable(view, record)) > len(record.round.cohort) - len(record.dropped):
+    if _is_taken_back(view, record):
         return abandon(record, Reason.SUM_UNREADABLE, now_ms)
     if record.round.convenes and not committees.is_able(record, view.proceedings):
         return abandon(record, Reason.COMMITTEE_INCOMPLETE, now_ms)

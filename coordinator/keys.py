@@ -71,7 +71,11 @@ class Keys:
         """Hash from client to Dropped: updates refused at their commit, the newest of each client."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:refusals"
 
-    def objections(self, federation_id: str, instance: str, plan_number: int) -> str:
+    def objections(self, federation_id: str, instance: str, sequence: int) -> str:
+        """Hash from client to Dropped: whom the result that the round began from serves badly, and why."""
+        return f"{self._base(federation_id)}:{instance}:{sequence}:objections"
+
+    def plan_objections(self, federation_id: str, instance: str, plan_number: int) -> str:
         """Hash from client to Dropped: who rejects a plan, and why."""
         return f"{self._base(federation_id)}:{instance}:plan:{plan_number}:objections"
 

@@ -106,6 +106,14 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             await self._handlers.members.give_up(request.federation_id, request.assignment_id, said)
             return pb.GiveUpResponse()
 
+    async def ObjectToResult(
+        self, request: pb.ObjectToResultRequest, context: _Context
+    ) -> pb.ObjectToResultResponse:
+        async with translated(context):
+            said = checks.objection(request)
+            await self._handlers.members.object_to_result(request.federation_id, request.round_id, said)
+            return pb.ObjectToResultResponse()
+
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: _Context) -> pb.HeartbeatResponse:
         async with translated(context):
             certificate = certificate_of(context)  # None only in tests

@@ -303,19 +303,19 @@ def settled(
     members: Mapping[str, MemberRecord],
     now_ms: int,
     overlap: float | None = None,
-    given_up: Sequence[Dropped] = (),
+    said: Sequence[Dropped] = (),
     evaluations: Sequence[EvaluationRecord] = (),
 ) -> FederationRecord:
     """Takes the outcome of an ended round into the federation.
 
     Args: voters: who committed, in order; for a published vote the candidates to lead. members: by client. overlap:
-    median overlap with the plan that updates report. given_up: what clients said that gave up. evaluations: of the
-    result that a training round began from.
+    median overlap with the plan that updates report. said: why clients have no update in the round, or object to
+    the result it began from. evaluations: of that result.
     """
     if ended.closed_ms and record.ticket and record.ticket.plan:
         record = edit(record, accepted_plan=record.ticket.plan.number)
     if ended.round.state is RoundState.ABANDONED:
-        after = _after_abandonment(record, ended, absence(ended, voters, given_up))
+        after = _after_abandonment(record, ended, absence(ended, voters, said))
     elif ended.round.kind is RoundKind.VOTE:
         outcome = votes_of(record).outcome(record, ended, voters, budgets(members), now_ms)
         after = edit(record, attempt=1, planned_at=record.trained, overlap=None, **outcome)
@@ -339,9 +339,8 @@ def _remains(ended: RoundRecord, after: FederationRecord) -> Garbage:
     return Garbage(round_id=ended.round.round_id, results=ended.sequence not in after.results_in_use)
 
 
-def absence(ended: RoundRecord, committed: Sequence[str], given_up: Sequence[Dropped]) -> str:
-    """Why updates are missing from a round, in words: what clients said themselves, then who said nothing."""
-    said = [drop for drop in given_up if drop.client_id not in committed]
+def absence(ended: RoundRecord, committed: Sequence[str], said: Sequence[Dropped]) -> str:
+    """Why a round was abandoned, in words: what clients said themselves, then from whom nothing came."""
     parts = [f"{drop.client_id}: {drop.reason}, {drop.why}" for drop in said[:MAX_NAMED]]
     known = {*committed, *ended.dropped_ids, *(drop.client_id for drop in said)}
     silent = [name for name in ended.round.cohort if name not in known]

@@ -42,6 +42,7 @@ class SyntheticLearner:
     """A `LocalLearner` that keeps nothing: what it is given it forgets, what it returns it draws."""
 
     privacy = ""
+    objection = ""
 
     def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState, rounds: int) -> None:  # noqa: ARG002 - as `Learn`
         self.model = SyntheticModel(config.lora.rank, config.lora.scaling)

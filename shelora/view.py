@@ -3,7 +3,7 @@
 Pure: from what the coordinator answered to text and numbers. How it looks is decided elsewhere.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median, median_low
@@ -19,8 +19,8 @@ NEVER_MS: Final = 2**62
 SILENT_MS: Final = 60_000
 """Silence that is pointed out."""
 _COPIES: Final = "two processes have this identity, of which one counts; the other was refused"
-MAX_DROPPED: Final = 20
-"""Updates refused or left out that are shown, the newest."""
+MAX_REMARKS: Final = 20
+"""Remarks that are shown, the newest."""
 STATES: Final = {
     pb.ROUND_STATE_SELECTING: "selecting a cohort",
     pb.ROUND_STATE_KEYING: "seating the committee",
@@ -89,7 +89,7 @@ def training_rounds(federation: pb.Federation) -> list[pb.RoundSummary]:
 
 
 def spoiled_rounds(federation: pb.Federation) -> list[pb.RoundSummary]:
-    """The published training rounds whose sum agents could not open, so that they were taken back; oldest first."""
+    """The published training rounds that were taken back: most could not open the sum, or objected. Oldest first."""
     return _published(federation)[1]
 
 
@@ -126,10 +126,21 @@ def _epoch(federation: pb.Federation) -> str:
     )
 
 
-def dropped_updates(federation: pb.Federation) -> list[tuple[str, pb.DroppedUpdate]]:
-    """Updates that are in no aggregate, oldest first, each with the name of its round."""
+def remarks(federation: pb.Federation) -> list[tuple[str, str, str, str]]:
+    """Updates that are in no aggregate, and objections to what a round began from: round, client, reason, words.
+
+    Oldest first.
+    """
     current = [federation.current] if federation.HasField("current") else []
-    return [(round_name(r), drop) for r in [*federation.history, *current] for drop in r.dropped]
+    return [remark for summary in [*federation.history, *current] for remark in _remarks(summary)]
+
+
+def _remarks(summary: pb.RoundSummary) -> Iterator[tuple[str, str, str, str]]:
+    name = round_name(summary)
+    for said in summary.objections:
+        yield name, said.client_id, "objects to the result before", said.why
+    for drop in summary.dropped:
+        yield name, drop.client_id, f"gave up: {drop.reason}" if drop.gave_up else drop.reason, drop.why
 
 
 def could_not_join(federation: pb.Federation) -> list[tuple[str, str, str]]:

@@ -69,13 +69,14 @@ class Observer:
             commits = await self._store.updates.commits(federation, round_.sequence)
             counted = [commit for commit in commits if commit.update.client_id not in round_.dropped_ids]
             voters = [commit.update.client_id for commit in counted]
-            given_up = await self._store.updates.refusals(federation, round_.sequence)
+            refusals = await self._store.updates.refusals(federation, round_.sequence)
             return replace(
                 view,
                 update_count=len(counted),
                 voters=voters,
                 overlap=median_overlap(counted),
-                given_up=given_up,
+                given_up=[drop for drop in refusals if drop.client_id not in voters],
+                against=await self._store.updates.objections(federation, round_.sequence),
                 evaluations=await self._evaluations(federation, round_),
             )
         view = replace(view, proceedings=await self._proceedings(federation, round_))
@@ -110,6 +111,7 @@ class Observer:
             update_count=count - len(committed & record.dropped_ids),
             objectors=view.objectors - committed,
             given_up=[drop for drop in quit_ if drop.client_id not in committed],
+            against=await self._store.updates.objections(federation, sequence),
             unawaited=len(missing - view.objectors),
         )
 

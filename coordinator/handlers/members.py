@@ -110,6 +110,25 @@ class MemberHandlers:
             why=said.why,
         )
 
+    async def object_to_result(self, federation_id: str, round_id: str, said: Dropped) -> None:
+        """Keeps that the result which a round begins from serves a client badly; nothing of another round.
+
+        Raises: CLIENT_UNKNOWN.
+        """
+        client_id = said.client_id
+        await self.lookup.member(federation_id, client_id)
+        federation, round_ = await self.lookup.current(federation_id)
+        if round_ is None or round_.round.round_id != round_id or client_id not in round_.round.cohort:
+            return
+        await self.lookup.store.updates.put_objection(federation, round_.sequence, said)
+        _log.warning(
+            "result_objected_to",
+            federation_id=federation_id,
+            client_id=client_id,
+            round_id=round_id,
+            why=said.why,
+        )
+
     async def report_evaluation(
         self, federation_id: str, round_id: str, evaluation: EvaluationRecord
     ) -> None:

@@ -31,7 +31,7 @@ class Disposal:
         for sequence in range(1, federation.sequence + 1):
             await self._unlink(*await self._round_keys(federation, sequence))
         for number in range(1, federation.plan_count + 1):
-            await self._unlink(keys.objections(federation_id, federation.instance, number))
+            await self._unlink(keys.plan_objections(federation_id, federation.instance, number))
         await self._unlink(
             *(keys.layout(federation_id, digest) for digest in federation.layouts_in_use),
             *plans_and_openings(keys, federation),
@@ -59,7 +59,7 @@ class Disposal:
         keys, federation_id = self.db.keys, federation.federation_id
         scope = (federation_id, federation.instance, sequence)
         own = [keys.round(*scope), keys.commits(*scope), keys.refusals(*scope), keys.ballots(*scope)]
-        own.append(keys.evaluations(*scope))
+        own += [keys.evaluations(*scope), keys.objections(*scope)]
         found = await self._rounds.read(federation, sequence)
         if found is None:
             return own

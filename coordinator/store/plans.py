@@ -31,12 +31,12 @@ class PlanStore:
     async def put_objection(self, federation: FederationRecord, plan_number: int, objection: Dropped) -> None:
         """Keeps why a client rejects a plan."""
         federation_id, client_id = federation.federation_id, objection.client_id
-        key = self.db.keys.objections(federation_id, federation.instance, plan_number)
+        key = self.db.keys.plan_objections(federation_id, federation.instance, plan_number)
         await self.db.put_field(federation_id, key, client_id, objection.model_dump_json())
         await self.db.announce(federation_id, client_id)
 
     @available
     async def objections(self, federation: FederationRecord, plan_number: int) -> dict[str, Dropped]:
         """Who rejects a plan, by client."""
-        key = self.db.keys.objections(federation.federation_id, federation.instance, plan_number)
+        key = self.db.keys.plan_objections(federation.federation_id, federation.instance, plan_number)
         return {name: Dropped.read(data) for name, data in (await self.db.fields(key)).items()}

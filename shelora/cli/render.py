@@ -14,18 +14,18 @@ from shelora.transport.identity import Role
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.v1 import enrolment_pb2
 from shelora.view import (
-    MAX_DROPPED,
+    MAX_REMARKS,
     NEVER_MS,
     PHASES,
     RoundFigures,
     activity,
     caution,
     client_privacy,
-    dropped_updates,
     encrypts,
     heading,
     member_troubles,
     protection_summary,
+    remarks,
     round_figures,
     round_name,
     size,
@@ -43,16 +43,15 @@ def federation_view(federation: pb.Federation) -> RenderableType:
     rounds = training_rounds(federation)
     if rounds:
         parts.append(rounds_table([round_figures(r) for r in rounds]))
-    dropped = dropped_updates(federation)
-    if dropped:
-        parts.append(_dropped_table(dropped[-MAX_DROPPED:]))
+    if made := remarks(federation):
+        parts.append(_remarks_table(made[-MAX_REMARKS:]))
     return Panel(Group(*parts), box=box.HORIZONTALS, padding=0)
 
 
 def _troubles_table(troubles: Sequence[tuple[str, str, str]]) -> Records:
     title = "\nagents that cannot do their work"
     table = Records("agent", "reason", "why", title=title, sentences=["why"])
-    for trouble in troubles[:MAX_DROPPED]:
+    for trouble in troubles[:MAX_REMARKS]:
         table.add(*trouble)
     return table
 
@@ -101,7 +100,7 @@ def _headline(federation: pb.Federation) -> Text:
         text.append(f"\n{told}")
     if spoiled := ", ".join(round_name(summary) for summary in spoiled_rounds(federation)):
         text.append(
-            f"\nspoiled, as agents could not open their sums, or refused them: {spoiled}", style="yellow"
+            f"\nspoiled, as agents could not open their sums, or objected to them: {spoiled}", style="yellow"
         )
     if federation.sits_out:
         text.append(
@@ -135,11 +134,11 @@ def revocations_table(revocations: Iterable[enrolment_pb2.Revocation]) -> Record
     return table
 
 
-def _dropped_table(dropped: Sequence[tuple[str, pb.DroppedUpdate]]) -> Records:
-    title = "\nupdates refused or left out"
+def _remarks_table(made: Sequence[tuple[str, str, str, str]]) -> Records:
+    title = "\nupdates refused, left out or given up, and objections"
     table = Records("round", "agent", "reason", "why", title=title, sentences=["why"])
-    for name, drop in dropped:
-        table.add(name, drop.client_id, drop.reason, drop.why)
+    for remark in made:
+        table.add(*remark)
     return table
 
 

@@ -16,7 +16,7 @@ from shelora.dashboard.memory import PresenceHistory
 from shelora.protocol import Stage
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import (
-    MAX_DROPPED,
+    MAX_REMARKS,
     NEVER_MS,
     PHASES,
     SILENT_MS,
@@ -26,12 +26,12 @@ from shelora.view import (
     caution,
     client_privacy,
     could_not_join,
-    dropped_updates,
     encrypts,
     member_troubles,
     needs_committee,
     needs_keys,
     protection_summary,
+    remarks,
     round_figures,
     round_name,
     servers_see,
@@ -146,8 +146,8 @@ class FederationPage:
     more_members: int
     applicants: tuple[str, ...]
     """Clients that could not join, each with its reason in words."""
-    dropped: tuple[tuple[str, str, str, str], ...]
-    """Round, client, reason or "gave up", words."""
+    remarks: tuple[tuple[str, str, str, str], ...]
+    """What became of updates, and objections, the newest first: round, client, reason, words."""
     figures: tuple[RoundFigures, ...]
     withheld: bool
     """Whether figures of some round are not shown, as too few agents reported."""
@@ -206,7 +206,7 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
         members=rows[:MAX_ROWS],
         more_members=max(0, len(rows) - MAX_ROWS),
         applicants=tuple(": ".join(words) for words in could_not_join(federation)),
-        dropped=_dropped(federation),
+        remarks=tuple(reversed(remarks(federation)[-MAX_REMARKS:])),
         figures=figures,
         withheld=any(min(len(r.updates), len(r.evaluations)) < least for r in summaries),
         quality=_quality(drawn),
@@ -345,14 +345,6 @@ def _activity(federation: pb.Federation, member: pb.Member, memory: PresenceHist
     share = f", {member.progress:.0%}" if 0 < member.progress < 1 else ""
     gone = silent and member.stage != Stage.FINISHED
     return f"{'silent since ' if gone else ''}{member.stage}{share}"
-
-
-def _dropped(federation: pb.Federation) -> tuple[tuple[str, str, str, str], ...]:
-    found = dropped_updates(federation)[-MAX_DROPPED:]
-    return tuple(
-        (name, drop.client_id, f"gave up: {drop.reason}" if drop.gave_up else drop.reason, drop.why)
-        for name, drop in reversed(found)
-    )
 
 
 def _quality(figures: Sequence[RoundFigures]) -> Markup:

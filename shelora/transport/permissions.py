@@ -42,6 +42,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/shelora.v1.Coordinator/Watch": _CLIENT,
         "/shelora.v1.Coordinator/Heartbeat": _CLIENT,
         "/shelora.v1.Coordinator/GiveUp": _CLIENT,
+        "/shelora.v1.Coordinator/ObjectToResult": _CLIENT,
         "/shelora.v1.Coordinator/CommitUpdate": _CLIENT,
         "/shelora.v1.Coordinator/CastBallot": _CLIENT,
         "/shelora.v1.Coordinator/PublishPlan": _CLIENT,

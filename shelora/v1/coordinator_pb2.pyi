@@ -865,6 +865,7 @@ class RoundSummary(_message.Message):
     UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
     COMMITTEE_FIELD_NUMBER: _builtins.int
+    OBJECTIONS_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     kind: Global___RoundKind.ValueType
     number: _builtins.int
@@ -910,6 +911,10 @@ class RoundSummary(_message.Message):
         keys, in a round without a committee, and from a coordinator that does not say.
         """
 
+    @_builtins.property
+    def objections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Objection]:
+        """Clients that the result which the round began from serves badly. They take part all the same."""
+
     def __init__(
         self,
         *,
@@ -933,14 +938,38 @@ class RoundSummary(_message.Message):
         upload_bytes: _builtins.int = ...,
         dropped: _abc.Iterable[Global___DroppedUpdate] | None = ...,
         committee: _abc.Iterable[_builtins.str] | None = ...,
+        objections: _abc.Iterable[Global___Objection] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate_cpu_s", b"aggregate_cpu_s", "aggregate_wall_s", b"aggregate_wall_s", "attempt", b"attempt", "cohort_count", b"cohort_count", "committee", b"committee", "dropped", b"dropped", "ended_unix_ms", b"ended_unix_ms", "evaluations", b"evaluations", "kind", b"kind", "number", b"number", "opened_unix_ms", b"opened_unix_ms", "reason", b"reason", "round_id", b"round_id", "sequence", b"sequence", "shard_count", b"shard_count", "shards_done", b"shards_done", "state", b"state", "update_count", b"update_count", "updates", b"updates", "upload_bytes", b"upload_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate_cpu_s", b"aggregate_cpu_s", "aggregate_wall_s", b"aggregate_wall_s", "attempt", b"attempt", "cohort_count", b"cohort_count", "committee", b"committee", "dropped", b"dropped", "ended_unix_ms", b"ended_unix_ms", "evaluations", b"evaluations", "kind", b"kind", "number", b"number", "objections", b"objections", "opened_unix_ms", b"opened_unix_ms", "reason", b"reason", "round_id", b"round_id", "sequence", b"sequence", "shard_count", b"shard_count", "shards_done", b"shards_done", "state", b"state", "update_count", b"update_count", "updates", b"updates", "upload_bytes", b"upload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundSummary: _TypeAlias = RoundSummary  # noqa: Y015
+
+@_typing.final
+class Objection(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.str
+    why: _builtins.str
+    """In the client's words."""
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Objection: _TypeAlias = Objection  # noqa: Y015
 
 @_typing.final
 class DroppedUpdate(_message.Message):
@@ -2067,6 +2096,51 @@ class GiveUpResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GiveUpResponse: _TypeAlias = GiveUpResponse  # noqa: Y015
+
+@_typing.final
+class ObjectToResultRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    federation_id: _builtins.str
+    client_id: _builtins.str
+    round_id: _builtins.str
+    """The round that begins from the result."""
+    why: _builtins.str
+    """Why the result serves it badly, at most 500 printable characters, without payloads."""
+    def __init__(
+        self,
+        *,
+        federation_id: _builtins.str = ...,
+        client_id: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "federation_id", b"federation_id", "round_id", b"round_id", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObjectToResultRequest: _TypeAlias = ObjectToResultRequest  # noqa: Y015
+
+@_typing.final
+class ObjectToResultResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObjectToResultResponse: _TypeAlias = ObjectToResultResponse  # noqa: Y015
 
 @_typing.final
 class CommitUpdateRequest(_message.Message):

@@ -96,6 +96,11 @@ class CoordinatorStub:
                 request_serializer=shelora_dot_v1_dot_coordinator__pb2.GiveUpRequest.SerializeToString,
                 response_deserializer=shelora_dot_v1_dot_coordinator__pb2.GiveUpResponse.FromString,
                 _registered_method=True)
+        self.ObjectToResult = channel.unary_unary(
+                '/shelora.v1.Coordinator/ObjectToResult',
+                request_serializer=shelora_dot_v1_dot_coordinator__pb2.ObjectToResultRequest.SerializeToString,
+                response_deserializer=shelora_dot_v1_dot_coordinator__pb2.ObjectToResultResponse.FromString,
+                _registered_method=True)
         self.CommitUpdate = channel.unary_unary(
                 '/shelora.v1.Coordinator/CommitUpdate',
                 request_serializer=shelora_dot_v1_dot_coordinator__pb2.CommitUpdateRequest.SerializeToString,
@@ -272,9 +277,20 @@ class CoordinatorServicer:
     def GiveUp(self, request, context):
         """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
         With SUM_UNREADABLE, ANSWERS_REFUSED or RESULT_REFUSED for a round with a committee it says that it cannot open the
-        result which the round begins from, or refuses it: if more than half of the cohort do, it is taken back
-        (docs/protocol.md).
+        result which the round begins from, or cannot use it: if more than half of the cohort do, or object to it, the
+        result is taken back (docs/protocol.md).
         Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ObjectToResult(self, request, context):
+        """Says that the result which a round with a committee begins from serves a client badly. It takes part all the same:
+        who has data unlike the others' may say so of an honest sum. If more than half of the cohort say so before the
+        round closes, or cannot open the result, it is taken back.
+        Changes nothing for another round than the client's present one. Idempotent. Fails with CLIENT_UNKNOWN,
+        INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -461,6 +477,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.GiveUp,
                     request_deserializer=shelora_dot_v1_dot_coordinator__pb2.GiveUpRequest.FromString,
                     response_serializer=shelora_dot_v1_dot_coordinator__pb2.GiveUpResponse.SerializeToString,
+            ),
+            'ObjectToResult': grpc.unary_unary_rpc_method_handler(
+                    servicer.ObjectToResult,
+                    request_deserializer=shelora_dot_v1_dot_coordinator__pb2.ObjectToResultRequest.FromString,
+                    response_serializer=shelora_dot_v1_dot_coordinator__pb2.ObjectToResultResponse.SerializeToString,
             ),
             'CommitUpdate': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitUpdate,
@@ -858,6 +879,33 @@ class Coordinator:
             '/shelora.v1.Coordinator/GiveUp',
             shelora_dot_v1_dot_coordinator__pb2.GiveUpRequest.SerializeToString,
             shelora_dot_v1_dot_coordinator__pb2.GiveUpResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ObjectToResult(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shelora.v1.Coordinator/ObjectToResult',
+            shelora_dot_v1_dot_coordinator__pb2.ObjectToResultRequest.SerializeToString,
+            shelora_dot_v1_dot_coordinator__pb2.ObjectToResultResponse.FromString,
             options,
             channel_credentials,
             insecure,

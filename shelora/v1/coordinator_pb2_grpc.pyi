@@ -89,9 +89,16 @@ class CoordinatorStub:
     GiveUp: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GiveUpRequest, _coordinator_pb2.GiveUpResponse]
     """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
     With SUM_UNREADABLE, ANSWERS_REFUSED or RESULT_REFUSED for a round with a committee it says that it cannot open the
-    result which the round begins from, or refuses it: if more than half of the cohort do, it is taken back
-    (docs/protocol.md).
+    result which the round begins from, or cannot use it: if more than half of the cohort do, or object to it, the
+    result is taken back (docs/protocol.md).
     Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
+    """
+    ObjectToResult: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ObjectToResultRequest, _coordinator_pb2.ObjectToResultResponse]
+    """Says that the result which a round with a committee begins from serves a client badly. It takes part all the same:
+    who has data unlike the others' may say so of an honest sum. If more than half of the cohort say so before the
+    round closes, or cannot open the result, it is taken back.
+    Changes nothing for another round than the client's present one. Idempotent. Fails with CLIENT_UNKNOWN,
+    INVALID_ARGUMENT.
     """
     CommitUpdate: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]
     """Commits a client's update once all its shards are stored. Counted exactly once.
@@ -214,9 +221,16 @@ class CoordinatorAsyncStub(CoordinatorStub):
     GiveUp: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GiveUpRequest, _coordinator_pb2.GiveUpResponse]  # type: ignore[assignment]
     """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
     With SUM_UNREADABLE, ANSWERS_REFUSED or RESULT_REFUSED for a round with a committee it says that it cannot open the
-    result which the round begins from, or refuses it: if more than half of the cohort do, it is taken back
-    (docs/protocol.md).
+    result which the round begins from, or cannot use it: if more than half of the cohort do, or object to it, the
+    result is taken back (docs/protocol.md).
     Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
+    """
+    ObjectToResult: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ObjectToResultRequest, _coordinator_pb2.ObjectToResultResponse]  # type: ignore[assignment]
+    """Says that the result which a round with a committee begins from serves a client badly. It takes part all the same:
+    who has data unlike the others' may say so of an honest sum. If more than half of the cohort say so before the
+    round closes, or cannot open the result, it is taken back.
+    Changes nothing for another round than the client's present one. Idempotent. Fails with CLIENT_UNKNOWN,
+    INVALID_ARGUMENT.
     """
     CommitUpdate: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]  # type: ignore[assignment]
     """Commits a client's update once all its shards are stored. Counted exactly once.
@@ -408,9 +422,22 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_coordinator_pb2.GiveUpResponse, _abc.Awaitable[_coordinator_pb2.GiveUpResponse]]:
         """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
         With SUM_UNREADABLE, ANSWERS_REFUSED or RESULT_REFUSED for a round with a committee it says that it cannot open the
-        result which the round begins from, or refuses it: if more than half of the cohort do, it is taken back
-        (docs/protocol.md).
+        result which the round begins from, or cannot use it: if more than half of the cohort do, or object to it, the
+        result is taken back (docs/protocol.md).
         Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
+        """
+
+    @_abc_1.abstractmethod
+    def ObjectToResult(
+        self,
+        request: _coordinator_pb2.ObjectToResultRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ObjectToResultResponse, _abc.Awaitable[_coordinator_pb2.ObjectToResultResponse]]:
+        """Says that the result which a round with a committee begins from serves a client badly. It takes part all the same:
+        who has data unlike the others' may say so of an honest sum. If more than half of the cohort say so before the
+        round closes, or cannot open the result, it is taken back.
+        Changes nothing for another round than the client's present one. Idempotent. Fails with CLIENT_UNKNOWN,
+        INVALID_ARGUMENT.
         """
 
     @_abc_1.abstractmethod

@@ -11,9 +11,8 @@ import numpy as np
 
 from client_agent.learner import Learner
 from client_agent.learning import Trained, Weights
-from client_agent.plausibility import Losses, require_useful
+from client_agent.plausibility import Losses, objection_to
 from client_agent.session import Session
-from shelora.errors import DomainError
 from shelora.lora.shards import LoraFactors
 
 CLAIM = 10**9
@@ -22,7 +21,7 @@ SHARE = 1 / 3
 WAYS = (0.4, 0.2, 0.1, 0.0, -0.2, -0.4, -0.8, -1.6)
 """How far the result of a round may be, in own steps from where it began: honest ones are at 1."""
 MARGIN = 0.95
-"""Of the loss that honest members refuse: their examples are others."""
+"""Of the loss that honest members object to: their examples are others."""
 
 
 def claim() -> None:
@@ -85,7 +84,7 @@ def along(start: Weights, trained: Weights, scaling: float, way: float) -> Weigh
 
 
 def quietest(learner: Learner, honest: Weights, best: float, share: float) -> tuple[Weights, float]:
-    """What takes back what the others learn, and more, as far as nobody refuses by its own loss; and the best loss.
+    """What takes back what the others learn, and more, as far as nobody objects by its own loss; and the best loss.
 
     It takes the others' mean for its own update, and tries on its own examples what they will see.
 
@@ -96,9 +95,7 @@ def quietest(learner: Learner, honest: Weights, best: float, share: float) -> tu
     best, chosen = min(best, before), 1.0
     for way in WAYS:
         after = learner._loss_with(along(start, honest, scaling, way))
-        try:
-            require_useful(Losses(best=best, before=before, own=own, after=after / MARGIN))
-        except DomainError:
+        if objection_to(Losses(best=best, before=before, own=own, after=after / MARGIN)):
             break
         chosen = way
     learner.model.load(start)
@@ -106,7 +103,7 @@ def quietest(learner: Learner, honest: Weights, best: float, share: float) -> tu
 
 
 def quiet() -> None:
-    """Knows the rule by which agents refuse sums, and stays below it."""
+    """Knows the rule by which agents object to sums, and stays below it."""
     train, best = Learner._train, [float("inf")]
 
     def trained(self: Learner, *arguments: Any) -> Trained:

@@ -54,6 +54,7 @@ class MarkedLearner:
     """
 
     privacy = ""
+    objection = ""
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ from shelora.committee.statements import Signer, StatementKind
 from shelora.errors import DomainError
 from shelora.v1 import committee_pb2
 from shelora.v1 import coordinator_pb2 as pb
+from tests.simulation.learner import MarkedLearner
 from tests.simulation.observer import Observer
 from tests.simulation.witness import Witness
 
@@ -162,6 +163,21 @@ def lying(by_client: Mapping[str, str]) -> Iterator[None]:
 
     with (
         mock.patch.object(client_agent.agent, "Committees", made),
+        mock.patch.object(Observer, "liars", True),
+    ):
+        yield
+
+
+@contextmanager
+def objecting(*clients: str, to: int) -> Iterator[None]:
+    """Has clients find the result of one round useless, by its number among all attempts."""
+
+    def why(learner: MarkedLearner) -> str:
+        mine = learner._client_id in clients
+        return "it forgets" if mine and learner._position.endswith(f".{to}") else ""
+
+    with (
+        mock.patch.object(MarkedLearner, "objection", property(why)),
         mock.patch.object(Observer, "liars", True),
     ):
         yield

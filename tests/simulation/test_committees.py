@@ -8,7 +8,7 @@ import pytest
 from coordinator.convening import Convening
 from shelora.committee.rules import committee_rule
 from tests.simulation.cluster import Size
-from tests.simulation.liars import LIARS, draws_unspent, equivocating, lying, outweighed, too_few
+from tests.simulation.liars import LIARS, draws_unspent, equivocating, lying, objecting, outweighed, too_few
 from tests.simulation.simulation import Report, Schedule, run
 from tests.simulation.test_simulation import explained
 
@@ -63,6 +63,18 @@ def test_one_client_that_spoils_every_sum_sits_out_and_two_end_the_federation(li
     kept(report)
     assert report.phase == phase
     assert any("abandon_round" in line and "SUM_UNREADABLE" in line for line in report.trace), "they did lie"
+
+
+@pytest.mark.parametrize(("objectors", "taken_back"), [("1", False), ("12", False), ("123", True)])
+def test_who_objects_takes_part_and_more_than_half_take_a_result_back(objectors, taken_back):
+    with objecting(*(f"agent-{index}" for index in objectors), to=1):
+        report = run(complete(5, 4), traced=True)
+    kept(report)
+    assert report.phase == "FINISHED"
+    abandoned = [line for line in report.trace if "abandon_round" in line]
+    assert [("SUM_UNREADABLE" in line) for line in abandoned] == [True] * taken_back
+    said = [line for line in report.trace if "ObjectToResult" in line]
+    assert len(said) >= len(objectors), "they did object"
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -100,7 +100,7 @@ def test_a_spoiled_round_is_named_and_its_figures_do_not_count():
         kind=pb.ROUND_KIND_TRAIN, number=2, attempt=1, state=pb.ROUND_STATE_ABANDONED, reason="SUM_UNREADABLE"
     )
     assert training_rounds(spoiled) == []
-    assert "spoiled, as agents could not open their sums, or refused them: 1" in shown(
+    assert "spoiled, as agents could not open their sums, or objected to them: 1" in shown(
         federation_view(spoiled)
     )
     spoiled.sits_out = "ward-7"
@@ -165,6 +165,13 @@ def test_updates_that_were_dropped_are_named_with_their_reason_and_counted():
     text = shown(federation_view(federation()))
     assert "2, attempt 2 b     NORM_OUTLIER the update has norm 99: lower lora.alpha" in text
     assert ", 1 refused" in " ".join(shown(federations_table([federation()])).split())
+
+
+def test_who_objects_to_the_result_before_is_named_with_its_words():
+    told = federation()
+    told.current.objections.add(client_id="thin-uplink", why="the loss is 3.1, before it 0.9")
+    text = " ".join(shown(federation_view(told)).split())
+    assert "2, attempt 2 thin-uplink objects to the result before the loss is 3.1, before it 0.9" in text
 
 
 def test_what_keeps_members_from_their_work_is_named_with_how_long_they_are_silent():

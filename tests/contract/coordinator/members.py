@@ -93,8 +93,8 @@ class Client:
     distrusts: frozenset[str] = frozenset()
     """Clients whose update it finds to have spoiled a result."""
 
-    says: Reason = Reason.SUM_UNREADABLE
-    """Why it gives up a round that begins from what it cannot open, or refuses."""
+    says: Reason | None = Reason.SUM_UNREADABLE
+    """Why it gives up a round that begins from what it cannot open, or use; None: it objects and takes part."""
 
     def restart(self) -> None:
         self.seats.clear()
@@ -104,14 +104,21 @@ class Client:
             return
         match assignment.WhichOneof("work"):
             case "train":
-                opens = not await self.finds_spoiled(assignment.train.base.round_id)
-                await self.train(assignment.train.round, opens=opens)
-                if not opens:
+                spoiled = await self.finds_spoiled(assignment.train.base.round_id)
+                if spoiled and self.says is None:
+                    await self.object(assignment.train.round.round_id)
+                gives_up = spoiled and self.says is not None
+                await self.train(assignment.train.round, opens=not gives_up)
+                if gives_up:
                     words = "the sum does not open"
                     said = Dropped(client_id=self.name, reason=self.says, why=words, gave_up=True)
                     await self.fed.handlers.members.give_up("fed", assignment.assignment_id, said)
             case "serve":
                 await self.serve(assignment.serve)
+
+    async def object(self, round_id: str) -> None:
+        said = Dropped(client_id=self.name, reason=Reason.RESULT_REFUSED, why="it forgets")
+        await self.fed.handlers.members.object_to_result("fed", round_id, said)
 
     async def finds_spoiled(self, base: str) -> bool:
         if base in self.unreadable:

@@ -3,9 +3,9 @@
 import pytest
 
 from coordinator.records import Phase
-from shelora.errors import Reason
+from shelora.errors import DomainError, Reason
 from shelora.v1 import coordinator_pb2 as pb
-from tests.contract.coordinator.members import Convened
+from tests.contract.coordinator.members import Client, Convened
 from tests.contract.coordinator.test_committees import FOUR, convened, states
 from tests.contract.coordinator.world import World
 
@@ -145,14 +145,14 @@ async def test_a_last_sum_that_does_not_open_is_repeated_when_the_federation_is_
     assert numbers(shown) == [1, 2, 3, 2, 3]
 
 
-def spoil(party: Convened, culprit: str, reason: Reason = Reason.RESULT_REFUSED) -> None:
-    """Has the others refuse every result from now on that the culprit's update is in."""
+def spoil(party: Convened, culprit: str, reason: Reason | None = None) -> None:
+    """Has the others give up what begins from a sum with the culprit's update; without a reason, object to it."""
     for client in party.clients.values():
         client.distrusts, client.says = frozenset({culprit} - {client.name}), reason
 
 
 @pytest.mark.parametrize("culprit", FOUR)
-@pytest.mark.parametrize("reason", [Reason.RESULT_REFUSED, Reason.SUM_UNREADABLE])
+@pytest.mark.parametrize("reason", [None, Reason.RESULT_REFUSED, Reason.SUM_UNREADABLE])
 async def test_one_that_spoils_every_result_sits_out_and_the_federation_finishes(fed, culprit, reason):
     party = await convened(fed, FOUR, rounds=3, min_updates=3, max_attempts=2)
     spoil(party, culprit, reason)
@@ -164,6 +164,53 @@ async def test_one_that_spoils_every_result_sits_out_and_the_federation_finishes
     assert [
         r.update_count for r in shown.history if (r.number, r.state) == (3, pb.ROUND_STATE_PUBLISHED)
     ] == [3]
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+async def test_who_objects_with_too_few_others_is_in_the_next_sum_and_the_operator_reads_why(fed, names):
+    """Honest clients object too, if their data is unlike the others': they go on learning, and teaching."""
+    party = await convened(fed, FOUR, rounds=3, min_updates=3)
+    for name in names:
+        party.clients[name].distrusts, party.clients[name].says = frozenset("d"), None
+    federation = await party.play()
+    shown = await fed.shown()
+    assert federation.phase is Phase.FINISHED, federation.failure
+    assert states(shown) == [PUBLISHED] * 3
+    assert [round_.update_count for round_ in shown.history] == [4, 4, 4]
+    objections = [[(said.client_id, said.why) for said in round_.objections] for round_ in shown.history]
+    assert objections == [[], *[[(name, "it forgets") for name in names]] * 2], (
+        "the first began from no result"
+    )
+
+
+async def test_objections_count_with_those_that_cannot_open_it_and_from_clients_of_the_round_alone(fed):
+    party = await convened(fed, FOUR, rounds=2)
+    party.clients["a"].unreadable = frozenset({(await fed.federation()).round_id(1)})
+    while (await fed.federation()).trained < 1:
+        await party.step()
+    await party.until("COLLECTING")
+    round_id = (await fed.assignment("b")).train.round.round_id
+    await party.clients["b"].object(round_id)
+    await party.clients["b"].object(round_id)
+    await party.clients["c"].object((await fed.federation()).round_id(1))
+    await fed.settle()
+    assert states(await fed.shown()) == [PUBLISHED], "two of four are not more than half"
+    await party.clients["c"].object(round_id)
+    await fed.settle()
+    assert states(await fed.shown()) == [PUBLISHED, SPOILED]
+    with pytest.raises(DomainError) as refused:
+        await Client("z", fed).object(round_id)
+    assert refused.value.reason is Reason.CLIENT_UNKNOWN
+
+
+async def test_a_failure_says_who_objected_although_their_updates_came(fed):
+    party = await convened(fed, FOUR, rounds=3, max_attempts=1)
+    spoil(party, "d")
+    for client in party.clients.values():
+        client.distrusts = frozenset("abcd")
+    federation = await party.play(200)
+    assert federation.phase is Phase.FAILED
+    assert "a: RESULT_REFUSED, it forgets" in federation.failure
 
 
 async def test_one_that_behaves_once_another_sits_out_costs_no_more_than_that(fed):

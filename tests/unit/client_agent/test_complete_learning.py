@@ -117,38 +117,65 @@ def poisoned_third(learners: list[Learner]) -> tuple[list[Sender], Round]:
     return honest, summed(3, [*honest[:2], Sender(learners[2].model, 256, against)])
 
 
-def refuse(learner: Learner, index: int, poisoned: Round, number: int = 3) -> None:
-    with pytest.raises(DomainError, match="loss on this client's own examples") as error:
-        learner.apply(f"films.{number}", poisoned.parts(client=index), SECRETS.obfuscation, number)
-    assert error.value.reason is Reason.RESULT_REFUSED
+def apply(learner: Learner, index: int, result: Round, name: str, number: int) -> str:
+    """Applies a sum; what the learner objects."""
+    learner.apply(name, result.parts(client=index), SECRETS.obfuscation, number)
+    return learner.objection
 
 
-def test_a_sum_that_a_member_poisoned_is_refused_and_the_model_stays_as_it_was(
+def test_who_objects_to_a_poisoned_sum_holds_it_and_goes_back_from_it_if_most_do(
     learners: list[Learner],
 ) -> None:
     honest, poisoned = poisoned_third(learners)
     for index, learner in enumerate(learners[:2]):
-        before = logits(learner)
-        refuse(learner, index, poisoned)
-        torch.testing.assert_close(logits(learner), before)
+        before, remembered = logits(learner), learner.model.weights().changes
+        assert "loss on this client's own examples" in apply(learner, index, poisoned, "films.3", 3)
+        assert not torch.allclose(logits(learner), before, atol=0.1)
+        learner.train(4, Activity())  # it takes part all the same
         assert learner.holds("films.2")
-    repeated = summed(3, honest)
-    for index, learner in enumerate(learners):
-        learner.apply("films.3", repeated.parts(client=index), SECRETS.obfuscation, 3)
+        assert not learner.objection
+        torch.testing.assert_close(logits(learner), before)
+        found = learner.model.weights().changes
+        assert found.keys() == remembered.keys()
+        assert all(found[name] == pytest.approx(last) for name, last in remembered.items())
+        assert not learner.holds("films.3"), "it was taken back"
+    again = sent(learners[:2], 3)
+    repeated = summed(3, [*again, honest[2]])
+    for index, learner in enumerate(learners[:2]):
+        assert not apply(learner, index, repeated, "films.5", 3)
 
 
-def test_who_refused_a_sum_that_the_others_went_on_from_takes_the_next_one_over(
-    learners: list[Learner],
-) -> None:
-    """With data unlike the others' it would refuse for ever, and be left out of the model that it helps to train."""
+def test_an_objection_outlives_a_restart_and_what_it_goes_back_to_does_too(learners: list[Learner]) -> None:
     _, poisoned = poisoned_third(learners)
-    learner, before = learners[0], logits(learners[0])
-    refuse(learner, 0, poisoned)
-    refuse(learner, 0, poisoned)  # the round repeated
-    learner.apply("films.4", poisoned.parts(client=0), SECRETS.obfuscation, 4)
-    assert learner.holds("films.4")
-    assert not torch.allclose(logits(learner), before, atol=0.1)
-    learner.apply("films.5", poisoned.parts(client=0), SECRETS.obfuscation, 5)  # no worse than what it holds
+    before = logits(learners[0])
+    why = apply(learners[0], 0, poisoned, "films.3", 3)
+    restarted = Learner(learners[0]._config, SPEC, learners[0]._state)
+    assert restarted.holds("films.3")
+    assert restarted.objection == why
+    assert restarted.holds("films.2")
+    torch.testing.assert_close(logits(restarted), before)
+    assert not restarted.objection
+
+
+def test_who_objected_to_a_sum_that_the_others_went_on_from_measures_by_it(learners: list[Learner]) -> None:
+    """With data unlike the others' it would object for ever, and with a liar be enough to take results back."""
+    _, poisoned = poisoned_third(learners)
+    learner = learners[0]
+    assert apply(learner, 0, poisoned, "films.3", 3)
+    learner.train(4, Activity())
+    assert not apply(learner, 0, poisoned, "films.4", 4), "no worse than what the others went on from"
+
+
+def test_a_sum_that_no_model_computes_with_is_not_applied(learners: list[Learner], monkeypatch) -> None:
+    learner, (_, poisoned) = learners[0], poisoned_third(learners)
+    before = logits(learner)
+    with monkeypatch.context() as patched:
+        patched.setattr(learner._judge, "_loss_with", lambda weights: float("nan"))
+        with pytest.raises(DomainError, match="the loss with it is nan") as error:
+            apply(learner, 0, poisoned, "films.3", 3)
+    assert error.value.reason is Reason.RESULT_REFUSED
+    torch.testing.assert_close(logits(learner), before)
+    assert learner.holds("films.2")
 
 
 def test_a_loss_that_is_known_or_decides_nothing_is_not_computed_again(
@@ -214,8 +241,7 @@ def test_of_more_than_a_few_clients_a_sum_need_not_teach_each_of_them(
         if each.train(1, Activity())
     ]
     nothing = summed(1, idle)
-    with pytest.raises(DomainError, match="loss on this client's own examples"):
-        learners[0].apply("films.1", nothing.parts(client=0), SECRETS.obfuscation, 1)
-    many = [replace(part, contributors=FEW + 1) for part in nothing.parts(client=0)]
-    learners[0].apply("films.1", many, SECRETS.obfuscation, 1)
-    assert learners[0].holds("films.1")
+    assert "loss on this client's own examples" in apply(learners[0], 0, nothing, "films.1", 1)
+    many = [replace(part, contributors=FEW + 1) for part in nothing.parts(client=1)]
+    learners[1].apply("films.1", many, SECRETS.obfuscation, 1)
+    assert not learners[1].objection

@@ -124,6 +124,19 @@ def test_damaged_weights_count_as_none(state: AgentState, tmp_path: Path) -> Non
     assert state.applied() is None
 
 
+def test_the_weights_before_the_last_result_are_kept_and_can_be_gone_back_to(state: AgentState) -> None:
+    for name in ("1", "2", "3"):
+        state.save_applied({"round": name}, some_weights())
+    state.save_trained({"start": "3"}, some_weights())
+    assert state.applied_before()[0] == {"round": "2"}
+    state.take_back()
+    assert state.applied()[0] == {"round": "2"}
+    assert state.applied_before() is None
+    assert state.trained() is None, "it was trained from what was taken back"
+    state.save_applied({"round": "4"}, some_weights())
+    assert state.applied_before()[0] == {"round": "2"}
+
+
 @pytest.mark.parametrize("bounds", [[1.0], [1.0, 2.0, 3.0], [np.nan, 0.0], [np.inf, 0.0], [[1.0, 2.0]]])
 def test_bounds_that_are_none_make_the_file_count_as_none(
     state: AgentState, tmp_path: Path, bounds: list[float]
@@ -216,7 +229,8 @@ def test_a_write_that_fails_is_named_and_leaves_what_was_finished_and_nothing_ha
         assert saved is not None
         assert saved[0] == KEY
     kept = {"applied.safetensors", "trained.safetensors", "lock"}
-    assert {path.name for path in (tmp_path / "state").rglob("*") if path.is_file()} == kept
+    found = {path.name for path in (tmp_path / "state").rglob("*") if path.is_file()}
+    assert found - {"before.safetensors"} == kept
 
 
 def test_drafts_of_a_crash_are_deleted_at_the_next_start(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_refusals_and_give_ups_are_told_apart():
     shown = page(said)
     rows = {row.name: row.activity for row in shown.members}
     assert (rows["a"], rows["b"]) == ("update refused: NORM_TOO_LARGE", "gave up: MEMORY_UNAVAILABLE")
-    assert ("1", "b", "gave up: MEMORY_UNAVAILABLE", "no memory") in shown.dropped
+    assert ("1", "b", "gave up: MEMORY_UNAVAILABLE", "no memory") in shown.remarks
 
 
 @pytest.mark.parametrize(
