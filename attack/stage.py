@@ -23,7 +23,6 @@ from client_agent.judging import Judge
 from client_agent.keys import EpochSecrets
 from client_agent.learner import Learner
 from client_agent.learning import Trained, Weights
-from client_agent.plausibility import Losses
 from client_agent.progress import Activity
 from client_agent.state import AgentState
 from client_agent.worker import Worker
@@ -244,12 +243,14 @@ def _prepare(cluster: LocalCluster, scene: Scene, client: Client, model: Path, h
 class Credulous(Judge):
     """Finds every result useful."""
 
-    def _decide(self, losses: Losses, number: int) -> None:
-        pass
+    def objection(self, *result: Any, **of: Any) -> str:  # noqa: ANN401 - those of Judge
+        """As of `Judge`, which loads the result."""
+        super().objection(*result, **of)
+        return ""
 
 
 class Trusting(Learner):
-    """A learner that takes every result: clients with a sentence each teach the others nothing, and would refuse it."""
+    """A learner that takes every result: clients with a sentence each teach the others nothing, and would object."""
 
     def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of Learner
         super().__init__(*args)

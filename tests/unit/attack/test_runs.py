@@ -162,25 +162,10 @@ def test_the_command_fails_where_a_control_or_a_claim_does(monkeypatch, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "findings.json", "attack.png"}
 
 
-def test_who_refused_alone_refuses_less_from_then_on():
-    """One whose labels nobody else has: each round that it stays out makes the next result serve it worse."""
-    losses = {"before": 0.86, "first": 1.76, "second": 4.2, "third": 7.0, "worst": 50.0}
-    moderator = SimpleNamespace(contributors=4, own="own", before="before")
-    losses["own"] = 0.1
-    judge = Judge(losses.__getitem__)
-    with pytest.raises(DomainError):
-        judge.require_useful("first", moderator, start="c.3", round_id="c.4", number=4)
-    judge.require_useful("second", moderator, start="c.3", round_id="c.5", number=5)
-    judge.require_useful("third", moderator, start="c.5", round_id="c.6", number=6)
-    with pytest.raises(DomainError):
-        judge.require_useful("worst", moderator, start="c.6", round_id="c.7", number=7)
-
-
-def test_agents_on_stage_take_a_result_that_others_refuse():
-    """Clients with a sentence each teach the others nothing: a judge that refused would end the federation."""
+def test_agents_on_stage_take_a_result_that_others_object_to():
+    """Clients with a sentence each teach the others nothing: what they object to would be taken back."""
     moderator = SimpleNamespace(contributors=16, own=None, before="before")
     losses = {"before": 1.0, "sum": 50.0}
     verdict = {"start": "c.1", "round_id": "c.2", "number": 2}
-    with pytest.raises(DomainError):
-        Judge(losses.__getitem__).require_useful("sum", moderator, **verdict)
-    Credulous(losses.__getitem__).require_useful("sum", moderator, **verdict)
+    assert "50" in Judge(losses.__getitem__).objection("sum", moderator, **verdict)
+    assert Credulous(losses.__getitem__).objection("sum", moderator, **verdict) == ""
