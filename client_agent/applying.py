@@ -20,7 +20,6 @@ from client_agent.resources import COPIES, Resources
 from client_agent.state import Inbox
 from shelora.committee.context import result_digest
 from shelora.committee.reader import OpenedRound
-from shelora.errors import DomainError, Reason
 from shelora.negotiation.plan import Plan
 from shelora.protocol import Stage
 from shelora.strategies.agents.registry import agent_strategy_of
@@ -87,6 +86,7 @@ class Applier:
             return
         plan = train.base_plan if train.HasField("base_plan") else None
         applied = await self._apply(train.base, plan, activity)
+        await self._object_to(train.base)
         if train.base.round_id not in self._reported:
             if not self._learner.objection:
                 await self._save_adapter(train.base)
@@ -97,14 +97,27 @@ class Applier:
     ) -> Applied:
         """Applies a result that no training follows, and saves the adapter.
 
-        Raises: RESULT_REFUSED if it serves this client badly: the adapter stays that of the result before.
+        If this client objects to it, the adapter stays that of the result before.
         """
         await self._resources.require(None, result, copies=COPIES)
         applied = await self._apply(result, plan, activity)
-        if why := self._learner.objection:
-            raise DomainError(Reason.RESULT_REFUSED, f"the last result is not kept: {why}")
+        await self._object_to(result)
+        folder = self._tools.state.adapter_folder
+        if self._learner.objection and folder.is_dir():
+            _log.error(
+                "last_result_not_kept", why=self._learner.objection, kept=f"that before it, in {folder}"
+            )
+            return applied
         await self._save_adapter(result)
+        _log.info(
+            "adapter_saved", folder=str(folder), round=result.round_number, fingerprint=fingerprint(result)
+        )
         return applied
+
+    async def _object_to(self, result: common_pb2.ResultRef) -> None:
+        """Says so if the current state, which is that result, serves this client badly."""
+        if why := self._learner.objection:
+            await self._tools.session.object_to_result(result.round_id, why)
 
     async def report(
         self, result: common_pb2.ResultRef, applied: Applied, activity: Activity, *, everything: bool

@@ -167,8 +167,8 @@ class Session:
         except DomainError as refusal:
             _log.debug("giving_up_not_told", reason=refusal.reason, why=refusal.message)
 
-    async def object_to_start(self, round_id: str, why: str) -> None:
-        """Says that the result which a round begins from serves this client badly. A courtesy, as `give_up`."""
+    async def object_to_result(self, round_id: str, why: str) -> None:
+        """Says that the result of a round serves this client badly. A courtesy, as `give_up`."""
         request = pb.ObjectToResultRequest(
             federation_id=self._config.federation,
             client_id=self._config.client_id,

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 
 import structlog
 
-from client_agent.applying import Applier, digest_of, fingerprint
+from client_agent.applying import Applier, digest_of
 from client_agent.attempts import Attempt
 from client_agent.committees import Committees
 from client_agent.keyring import Keyring
@@ -67,7 +67,6 @@ class Work:
         self._me = me
         self._session = tools.session
         self._state = tools.state
-        self._learner = tools.learner
         self._model = tools.learner.model
         self._run = tools.worker.run
         self._strategy = agent_strategy_of(me.protection.mode)
@@ -128,8 +127,6 @@ class Work:
         plan = await self._plans.checked(train, layout, secrets, activity)
         self._strategy.check(layout, self._model, self._me.protection, plan, self._me.budget)
         await self._applier.begin_from(train, secrets, activity)
-        if why := self._learner.objection:
-            await self._session.object_to_start(train.round.round_id, why)
         self._maker.require_sum(attempt)
         self._keyring.forget_others(train.round.epoch)
         trained = await self._run(self._maker.train, train, plan, attempt, activity)
@@ -174,8 +171,6 @@ class Work:
         """Applies the final result, evaluates on every test example, saves the adapter."""
         plan = finish.plan if finish.HasField("plan") else None
         applied = await self._applier.keep(finish.result, plan, activity)
-        folder = str(self._state.adapter_folder)
-        _log.info("adapter_saved", folder=folder, fingerprint=fingerprint(finish.result))
         try:
             await self._applier.report(finish.result, applied, activity, everything=True)
         except (
@@ -189,7 +184,6 @@ class Work:
             _log.warning("no_adapter", why="no round was published")
             return
         await self._applier.keep(halt.result, halt.plan if halt.HasField("plan") else None, activity)
-        _log.info("adapter_saved", folder=str(self._state.adapter_folder), round=halt.result.round_number)
 
     async def drop_update(self) -> None:
         """Deletes the spooled update: its round does not want it any more."""

@@ -169,7 +169,7 @@ def given_up(request: pb.GiveUpRequest) -> Dropped:
 
 
 def objection(request: pb.ObjectToResultRequest) -> Dropped:
-    """Why the result that a round begins from serves a client badly."""
+    """Why a result serves a client badly."""
     return Dropped(
         client_id=client_id(request.client_id), reason=Reason.RESULT_REFUSED, why=words(request.why)
     )

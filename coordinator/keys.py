@@ -72,7 +72,7 @@ class Keys:
         return f"{self._base(federation_id)}:{instance}:{sequence}:refusals"
 
     def objections(self, federation_id: str, instance: str, sequence: int) -> str:
-        """Hash from client to Dropped: whom the result that the round began from serves badly, and why."""
+        """Hash from client to Dropped: whom the round's result serves badly, and why."""
         return f"{self._base(federation_id)}:{instance}:{sequence}:objections"
 
     def plan_objections(self, federation_id: str, instance: str, plan_number: int) -> str:

@@ -190,7 +190,7 @@ class Renderer:
         summary.upload_bytes = sum(commit.update.report.upload_bytes for commit in commits)
         summary.updates.extend(_report_to_proto(commit) for commit in commits)
         summary.dropped.extend(pb.DroppedUpdate(**drop.model_dump(exclude={"format"})) for drop in dropped)
-        objections = await self._store.updates.objections(federation, record.sequence)
+        objections = await self._store.rounds.objections(federation, record.sequence)
         summary.objections.extend(pb.Objection(client_id=said.client_id, why=said.why) for said in objections)
         summary.evaluations.extend(_evaluation_to_proto(evaluation) for evaluation in evaluations)
         return summary

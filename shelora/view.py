@@ -127,7 +127,7 @@ def _epoch(federation: pb.Federation) -> str:
 
 
 def remarks(federation: pb.Federation) -> list[tuple[str, str, str, str]]:
-    """Updates that are in no aggregate, and objections to what a round began from: round, client, reason, words.
+    """Updates that are in no aggregate, and objections to results: round, client, reason, words.
 
     Oldest first.
     """
@@ -137,10 +137,10 @@ def remarks(federation: pb.Federation) -> list[tuple[str, str, str, str]]:
 
 def _remarks(summary: pb.RoundSummary) -> Iterator[tuple[str, str, str, str]]:
     name = round_name(summary)
-    for said in summary.objections:
-        yield name, said.client_id, "objects to the result before", said.why
     for drop in summary.dropped:
         yield name, drop.client_id, f"gave up: {drop.reason}" if drop.gave_up else drop.reason, drop.why
+    for said in summary.objections:
+        yield name, said.client_id, "objects to the result", said.why
 
 
 def could_not_join(federation: pb.Federation) -> list[tuple[str, str, str]]:

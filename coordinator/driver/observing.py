@@ -10,7 +10,7 @@ from coordinator.decisions import View, median_overlap
 from coordinator.driver.gauges import Gauges
 from coordinator.hearing import Hearing
 from coordinator.liveness import Liveness
-from coordinator.records import EvaluationRecord, FederationRecord, MemberRecord, RoundRecord
+from coordinator.records import Dropped, EvaluationRecord, FederationRecord, MemberRecord, RoundRecord
 from coordinator.store import Store
 from shelora.errors import Reason
 from shelora.rounds import RoundKind, RoundState
@@ -76,7 +76,7 @@ class Observer:
                 voters=voters,
                 overlap=median_overlap(counted),
                 given_up=[drop for drop in refusals if drop.client_id not in voters],
-                against=await self._store.updates.objections(federation, round_.sequence),
+                against=await self._against(federation, round_),
                 evaluations=await self._evaluations(federation, round_),
             )
         view = replace(view, proceedings=await self._proceedings(federation, round_))
@@ -111,7 +111,7 @@ class Observer:
             update_count=count - len(committed & record.dropped_ids),
             objectors=view.objectors - committed,
             given_up=[drop for drop in quit_ if drop.client_id not in committed],
-            against=await self._store.updates.objections(federation, sequence),
+            against=await self._against(federation, record),
             unawaited=len(missing - view.objectors),
         )
 
@@ -133,6 +133,12 @@ class Observer:
             for name, sighting in seen.items()
             if sighting.working and sighting.at_ms >= record.round.opened_ms
         }
+
+    async def _against(self, federation: FederationRecord, record: RoundRecord) -> list[Dropped]:
+        """Objections to the result that a round with a committee began from."""
+        if not (record.round.convenes and federation.result_sequence):
+            return []
+        return await self._store.rounds.objections(federation, federation.result_sequence)
 
     async def _objectors(self, federation: FederationRecord) -> AbstractSet[str]:
         """Members that reject the plan in force."""

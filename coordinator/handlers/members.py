@@ -111,16 +111,17 @@ class MemberHandlers:
         )
 
     async def object_to_result(self, federation_id: str, round_id: str, said: Dropped) -> None:
-        """Keeps that the result which a round begins from serves a client badly; nothing of another round.
+        """Keeps that the newest result serves a client badly; nothing of another one.
 
         Raises: CLIENT_UNKNOWN.
         """
         client_id = said.client_id
         await self.lookup.member(federation_id, client_id)
-        federation, round_ = await self.lookup.current(federation_id)
-        if round_ is None or round_.round.round_id != round_id or client_id not in round_.round.cohort:
+        federation = await self.lookup.federation(federation_id)
+        sequence = federation.result_sequence
+        if not sequence or federation.round_id(sequence) != round_id:
             return
-        await self.lookup.store.updates.put_objection(federation, round_.sequence, said)
+        await self.lookup.store.rounds.put_objection(federation, sequence, said)
         _log.warning(
             "result_objected_to",
             federation_id=federation_id,

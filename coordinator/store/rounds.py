@@ -2,7 +2,14 @@
 
 from typing import Final
 
-from coordinator.records import EvaluationRecord, FederationRecord, LayoutRecord, RoundRecord, ShardResult
+from coordinator.records import (
+    Dropped,
+    EvaluationRecord,
+    FederationRecord,
+    LayoutRecord,
+    RoundRecord,
+    ShardResult,
+)
 from coordinator.store.database import Database, Versioned, available
 from shelora.errors import DomainError, Reason
 
@@ -72,6 +79,20 @@ class RoundStore:
         """Shards aggregated so far, by index."""
         fields = await self.db.fields(self._shards_key(federation, record))
         return {int(index): ShardResult.read(data) for index, data in fields.items()}
+
+    @available
+    async def put_objection(self, federation: FederationRecord, sequence: int, objection: Dropped) -> None:
+        """Keeps why a round's result serves a client badly."""
+        federation_id, client_id = federation.federation_id, objection.client_id
+        key = self.db.keys.objections(federation_id, federation.instance, sequence)
+        await self.db.put_field(federation_id, key, client_id, objection.model_dump_json())
+        await self.db.announce(federation_id, client_id)
+
+    @available
+    async def objections(self, federation: FederationRecord, sequence: int) -> list[Dropped]:
+        """Objections to a round's result, by client."""
+        key = self.db.keys.objections(federation.federation_id, federation.instance, sequence)
+        return [Dropped.read(data) for data in (await self.db.fields(key)).values()]
 
     @available
     async def put_evaluation(

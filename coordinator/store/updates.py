@@ -103,20 +103,6 @@ class UpdateStore:
         return [Dropped.read(data) for data in (await self.db.fields(key)).values()]
 
     @available
-    async def put_objection(self, federation: FederationRecord, sequence: int, objection: Dropped) -> None:
-        """Keeps why the result that a round begins from serves a client badly."""
-        federation_id, client_id = federation.federation_id, objection.client_id
-        key = self.db.keys.objections(federation_id, federation.instance, sequence)
-        await self.db.put_field(federation_id, key, client_id, objection.model_dump_json())
-        await self.db.announce(federation_id, client_id)
-
-    @available
-    async def objections(self, federation: FederationRecord, sequence: int) -> list[Dropped]:
-        """Objections to the result that a round began from, by client."""
-        key = self.db.keys.objections(federation.federation_id, federation.instance, sequence)
-        return [Dropped.read(data) for data in (await self.db.fields(key)).values()]
-
-    @available
     async def put_ballot(
         self, federation: FederationRecord, sequence: int, client_id: str, ballot: bytes
     ) -> None:

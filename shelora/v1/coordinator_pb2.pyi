@@ -913,7 +913,7 @@ class RoundSummary(_message.Message):
 
     @_builtins.property
     def objections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Objection]:
-        """Clients that the result which the round began from serves badly. They take part all the same."""
+        """Clients that the round's result serves badly. They take part in the next round all the same."""
 
     def __init__(
         self,
@@ -2108,7 +2108,7 @@ class ObjectToResultRequest(_message.Message):
     federation_id: _builtins.str
     client_id: _builtins.str
     round_id: _builtins.str
-    """The round that begins from the result."""
+    """The round that the result is of."""
     why: _builtins.str
     """Why the result serves it badly, at most 500 printable characters, without payloads."""
     def __init__(

@@ -286,11 +286,10 @@ class CoordinatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ObjectToResult(self, request, context):
-        """Says that the result which a round with a committee begins from serves a client badly. It takes part all the same:
-        who has data unlike the others' may say so of an honest sum. If more than half of the cohort say so before the
-        round closes, or cannot open the result, it is taken back.
-        Changes nothing for another round than the client's present one. Idempotent. Fails with CLIENT_UNKNOWN,
-        INVALID_ARGUMENT.
+        """Says that the newest result, of a round with a committee, serves a client badly. The client takes part in the next
+        round all the same: with data unlike the others', it may say so of an honest sum. If more than half of a cohort say
+        so before the round that begins from the result closes, or cannot open it, it is taken back.
+        Changes nothing for another result than the newest. Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

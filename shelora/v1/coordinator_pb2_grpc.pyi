@@ -94,11 +94,10 @@ class CoordinatorStub:
     Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
     """
     ObjectToResult: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ObjectToResultRequest, _coordinator_pb2.ObjectToResultResponse]
-    """Says that the result which a round with a committee begins from serves a client badly. It takes part all the same:
-    who has data unlike the others' may say so of an honest sum. If more than half of the cohort say so before the
-    round closes, or cannot open the result, it is taken back.
-    Changes nothing for another round than the client's present one. Idempotent. Fails with CLIENT_UNKNOWN,
-    INVALID_ARGUMENT.
+    """Says that the newest result, of a round with a committee, serves a client badly. The client takes part in the next
+    round all the same: with data unlike the others', it may say so of an honest sum. If more than half of a cohort say
+    so before the round that begins from the result closes, or cannot open it, it is taken back.
+    Changes nothing for another result than the newest. Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
     """
     CommitUpdate: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]
     """Commits a client's update once all its shards are stored. Counted exactly once.
@@ -226,11 +225,10 @@ class CoordinatorAsyncStub(CoordinatorStub):
     Changes nothing if that is not its assignment (any more). Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
     """
     ObjectToResult: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ObjectToResultRequest, _coordinator_pb2.ObjectToResultResponse]  # type: ignore[assignment]
-    """Says that the result which a round with a committee begins from serves a client badly. It takes part all the same:
-    who has data unlike the others' may say so of an honest sum. If more than half of the cohort say so before the
-    round closes, or cannot open the result, it is taken back.
-    Changes nothing for another round than the client's present one. Idempotent. Fails with CLIENT_UNKNOWN,
-    INVALID_ARGUMENT.
+    """Says that the newest result, of a round with a committee, serves a client badly. The client takes part in the next
+    round all the same: with data unlike the others', it may say so of an honest sum. If more than half of a cohort say
+    so before the round that begins from the result closes, or cannot open it, it is taken back.
+    Changes nothing for another result than the newest. Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
     """
     CommitUpdate: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.CommitUpdateRequest, _coordinator_pb2.CommitUpdateResponse]  # type: ignore[assignment]
     """Commits a client's update once all its shards are stored. Counted exactly once.
@@ -433,11 +431,10 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.ObjectToResultRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.ObjectToResultResponse, _abc.Awaitable[_coordinator_pb2.ObjectToResultResponse]]:
-        """Says that the result which a round with a committee begins from serves a client badly. It takes part all the same:
-        who has data unlike the others' may say so of an honest sum. If more than half of the cohort say so before the
-        round closes, or cannot open the result, it is taken back.
-        Changes nothing for another round than the client's present one. Idempotent. Fails with CLIENT_UNKNOWN,
-        INVALID_ARGUMENT.
+        """Says that the newest result, of a round with a committee, serves a client badly. The client takes part in the next
+        round all the same: with data unlike the others', it may say so of an honest sum. If more than half of a cohort say
+        so before the round that begins from the result closes, or cannot open it, it is taken back.
+        Changes nothing for another result than the newest. Idempotent. Fails with CLIENT_UNKNOWN, INVALID_ARGUMENT.
         """
 
     @_abc_1.abstractmethod

@@ -8,6 +8,7 @@ import pytest
 from coordinator.convening import Convening
 from shelora.committee.rules import committee_rule
 from tests.simulation.cluster import Size
+from tests.simulation.learner import MarkedLearner
 from tests.simulation.liars import LIARS, draws_unspent, equivocating, lying, objecting, outweighed, too_few
 from tests.simulation.simulation import Report, Schedule, run
 from tests.simulation.test_simulation import explained
@@ -75,6 +76,25 @@ def test_who_objects_takes_part_and_more_than_half_take_a_result_back(objectors,
     assert [("SUM_UNREADABLE" in line) for line in abandoned] == [True] * taken_back
     said = [line for line in report.trace if "ObjectToResult" in line]
     assert len(said) >= len(objectors), "they did object"
+
+
+def test_who_objects_to_the_last_result_finishes_too_and_keeps_the_adapter_before():
+    kept_rounds = {}
+    real = MarkedLearner.save_adapter
+
+    def saved(learner: MarkedLearner, *arguments, **named):
+        kept_rounds[learner._client_id] = learner._position.rpartition(".")[2]
+        real(learner, *arguments, **named)
+
+    with (
+        mock.patch.object(MarkedLearner, "save_adapter", saved),
+        objecting("agent-0", "agent-1", "agent-2", to=2),
+    ):
+        report = run(complete(6, 4), traced=True)
+    kept(report)
+    assert report.phase == "FINISHED"
+    assert not any("abandon_round" in line for line in report.trace), "no round begins from it"
+    assert kept_rounds == {"agent-0": "1", "agent-1": "1", "agent-2": "1", "agent-3": "2"}
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -167,11 +167,11 @@ def test_updates_that_were_dropped_are_named_with_their_reason_and_counted():
     assert ", 1 refused" in " ".join(shown(federations_table([federation()])).split())
 
 
-def test_who_objects_to_the_result_before_is_named_with_its_words():
+def test_who_objects_to_a_result_is_named_with_its_words():
     told = federation()
     told.current.objections.add(client_id="thin-uplink", why="the loss is 3.1, before it 0.9")
     text = " ".join(shown(federation_view(told)).split())
-    assert "2, attempt 2 thin-uplink objects to the result before the loss is 3.1, before it 0.9" in text
+    assert "2, attempt 2 thin-uplink objects to the result the loss is 3.1, before it 0.9" in text
 
 
 def test_what_keeps_members_from_their_work_is_named_with_how_long_they_are_silent():

@@ -106,7 +106,7 @@ class Client:
             case "train":
                 spoiled = await self.finds_spoiled(assignment.train.base.round_id)
                 if spoiled and self.says is None:
-                    await self.object(assignment.train.round.round_id)
+                    await self.object(assignment.train.base.round_id)
                 gives_up = spoiled and self.says is not None
                 await self.train(assignment.train.round, opens=not gives_up)
                 if gives_up:

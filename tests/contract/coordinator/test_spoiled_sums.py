@@ -178,29 +178,40 @@ async def test_who_objects_with_too_few_others_is_in_the_next_sum_and_the_operat
     assert states(shown) == [PUBLISHED] * 3
     assert [round_.update_count for round_ in shown.history] == [4, 4, 4]
     objections = [[(said.client_id, said.why) for said in round_.objections] for round_ in shown.history]
-    assert objections == [[], *[[(name, "it forgets") for name in names]] * 2], (
-        "the first began from no result"
-    )
+    assert objections == [*[[(name, "it forgets") for name in names]] * 2, []], "no round began from the last"
 
 
-async def test_objections_count_with_those_that_cannot_open_it_and_from_clients_of_the_round_alone(fed):
+async def test_objections_to_the_newest_result_count_with_those_that_cannot_open_it(fed):
     party = await convened(fed, FOUR, rounds=2)
     party.clients["a"].unreadable = frozenset({(await fed.federation()).round_id(1)})
     while (await fed.federation()).trained < 1:
         await party.step()
     await party.until("COLLECTING")
-    round_id = (await fed.assignment("b")).train.round.round_id
-    await party.clients["b"].object(round_id)
-    await party.clients["b"].object(round_id)
-    await party.clients["c"].object((await fed.federation()).round_id(1))
+    assignment = (await fed.assignment("b")).train
+    result = assignment.base.round_id
+    await party.clients["b"].object(result)
+    await party.clients["b"].object(result)
+    await party.clients["c"].object(assignment.round.round_id)
     await fed.settle()
     assert states(await fed.shown()) == [PUBLISHED], "two of four are not more than half"
-    await party.clients["c"].object(round_id)
+    await party.clients["c"].object(result)
     await fed.settle()
     assert states(await fed.shown()) == [PUBLISHED, SPOILED]
     with pytest.raises(DomainError) as refused:
-        await Client("z", fed).object(round_id)
+        await Client("z", fed).object(result)
     assert refused.value.reason is Reason.CLIENT_UNKNOWN
+
+
+async def test_a_last_result_that_most_object_to_is_repeated_when_the_federation_is_extended(fed):
+    party = await convened(fed, FOUR, rounds=2)
+    federation = await party.play()
+    for name in "abc":
+        await party.clients[name].object(federation.round_id(2))
+    assert [said.client_id for said in (await fed.shown()).history[-1].objections] == [*"abc"]
+    await fed.handlers.federations.extend("fed", 3)
+    federation = await party.play()
+    assert (federation.phase, federation.trained) == (Phase.FINISHED, 3)
+    assert numbers(await fed.shown()) == [1, 2, 3, 2, 3]
 
 
 async def test_a_failure_says_who_objected_although_their_updates_came(fed):
