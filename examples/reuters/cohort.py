@@ -13,7 +13,9 @@ from shelora.federation import FederationSpec
 
 HERE: Final = Path(__file__).parent
 SPLIT_SEED: Final = 7
-DIRICHLET_ALPHA: Final = 0.3
+DIRICHLET_ALPHA: Final = 1.0
+"""At 0.3 one of five splits leaves two of four agents with one label each, and ten rounds then end between 66 and 84 %
+by the batches that were drawn: nothing can be told apart there."""
 
 
 class Protection(StrEnum):

@@ -1,4 +1,4 @@
-"""The real agent, which applies whatever it is given: the control of attacks on what agents refuse.
+"""The real agent, which applies whatever it is given: the control of attacks on what agents refuse, cut or object to.
 
 python -m tests.insiders.trusting_agent run --config agent.yaml
 """
@@ -8,4 +8,5 @@ from client_agent.main import app
 
 if __name__ == "__main__":
     learner.plausible = lambda parts, _expected: parts  # type: ignore[assignment]
+    learner.Learner._moderator = lambda _self, _number: None  # type: ignore[method-assign]
     app()
