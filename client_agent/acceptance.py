@@ -1,7 +1,7 @@
 """The least protection a client accepts, whatever servers say: what its owner wrote, or what it was promised.
 
 Servers hand out the specification of a federation and the layouts of its rounds. Whoever controls the coordinator or
-its Redis can change both; these rules are what such a change runs into. They need nothing of a server's.
+its Redis can change both; these rules refuse such a change. They use nothing that a server says.
 """
 
 from collections.abc import Iterable, Sequence
@@ -48,7 +48,7 @@ def require_level(offered: Level, written: Sequence[Level] | None, promises: Ite
 def require_hidden(
     offered: HiddenClient | None, written: HiddenClient | None, known: HiddenClient | None
 ) -> None:
-    """Refuses a federation whose sums tell more of a client than this one accepts.
+    """Refuses a federation whose sums reveal more about a client than this one accepts.
 
     Args:
         offered: What the federation promises; None if nothing.

@@ -1,4 +1,4 @@
-"""Files that this process may not read. A service's user seldom owns what it is pointed at, so the user is named."""
+"""Files that this process may not read. A service's user often does not own these files, so messages name the user."""
 
 import os
 import pwd

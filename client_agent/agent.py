@@ -43,7 +43,7 @@ RETRY_S: Final = 5.0
 """Seconds before an assignment that failed for a reason that may pass is tried again, doubled each time."""
 LONGEST_RETRY_S: Final = 60.0
 STOP_GRACE_S: Final = 1.0
-"""Seconds that work which is no longer wanted has to end by itself."""
+"""Seconds that work has to end by itself once it is no longer wanted."""
 
 _OVER: Final = frozenset(
     {
@@ -96,7 +96,7 @@ class Agent:
     """One client of one federation, from joining to the end.
 
     Args:
-        config: What it is told.
+        config: Its settings.
         learn: Makes the learner; called in the worker.
         worker: Where blocking work is done; an agent of its own process has one to itself.
         connect: Opens its connections.

@@ -1,4 +1,4 @@
-"""Applies results: downloads, opens, decrypts; saves the adapter; says how good it is."""
+"""Applies results: downloads, opens and decrypts them; saves the adapter; evaluates and reports it."""
 
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a round is about, worked out by this client: compared with what the federation promised, on nobody's word."""
+"""What a round is about: this client works it out itself and compares it with what the federation promised."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,7 +64,7 @@ class Attempts:
         require(
             (context.round_id, context.epoch, context.attempt)
             == (round_.round_id, round_.epoch, round_.attempt),
-            "it is another round than the assignment's",
+            "it is another round than that of the assignment",
         )
         return self.worked_out(context, secrets)
 
@@ -77,28 +77,31 @@ class Attempts:
         federation_id, _, rest = context.round_id.partition(".")
         named = federation_id == context.federation_id == self.federation_id
         require(named and rest.partition(".")[0] == context.instance, "it is of another federation")
-        require(context.kind == RoundKind.TRAIN, "it is no training round")
-        require(context.layout_digest == layout.digest, "it is about another layout")
+        require(context.kind == RoundKind.TRAIN, "it is not a training round")
+        require(context.layout_digest == layout.digest, "it names another layout")
         profile = layout.sums.additive if layout.sums else None
-        require(context.parameters == profile, "it is under other parameters than its layout")
+        require(context.parameters == profile, "it has other parameters than its layout")
         require(context.most_contributors == len(context.cohort), "its scale is not that of its cohort")
         require(
             context.rule == committee_rule(len(context.cohort)), "its committee is not that of its cohort"
         )
         hides = layout.sums is not None and layout.sums.noise is not None
         require(
-            context.most_weight == 1 or not hides, "clients that sums hide weigh alike, and it says otherwise"
+            context.most_weight == 1 or not hides,
+            "under client privacy every update has weight 1, and it allows more",
         )
         require(
             context.min_updates == self.rules.min_updates,
-            f"it opens sums of {context.min_updates} updates, and {self.rules.min_updates} were promised",
+            f"it opens sums of {context.min_updates} updates, and the federation promised {self.rules.min_updates}",
         )
         return context
 
     def worked_out(self, context: RoundContext, secrets: EpochSecrets) -> Attempt:
         """A round that was compared. Raises: SECRET_UNAVAILABLE."""
         if not secrets.secret:
-            raise DomainError(Reason.SECRET_UNAVAILABLE, "a committee takes the epoch's secrets")
+            raise DomainError(
+                Reason.SECRET_UNAVAILABLE, "a committee needs the epoch's secrets, which this client lacks"
+            )
         committee = context.committee(secrets.obfuscation.committee_key())
         return Attempt(context, committee, secrets.obfuscation.answer_key())
 

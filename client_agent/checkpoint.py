@@ -56,8 +56,8 @@ class Checkpoint:
 def load_checkpoint(path: str, task: str, labels: Sequence[str], *, as_stored: bool = False) -> Checkpoint:
     """Loads a folder, a `.gguf` file or a name on the hub. Reads safetensors or GGUF only, never pickles.
 
-    Args: as_stored: Load the weights of a folder in their own type where that holds them all exactly, for whoever
-        lowers them afterwards; else in float32.
+    Args: as_stored: Load the weights of a folder in their own type where that holds them all exactly, for callers that
+        lower them afterwards; otherwise in float32.
     Raises: DomainError MODEL_INVALID if there is nothing, it may not be read, is not made for the task, cannot be
     loaded, has no padding token, or lacks a weight that would stay frozen: it would be random, and different at every
     agent.
@@ -208,9 +208,7 @@ def _check_kind(path: str, task: Task) -> None:
         )
     layers = getattr(config, "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > _MOST_LAYERS:  # each is made before any weight is looked for
-        raise invalid(
-            f"model.path: {path} says that it has {layers:,} layers: see that its config.json is right"
-        )
+        raise invalid(f"model.path: {path} says that it has {layers:,} layers: check its config.json")
     if getattr(config, "quantization_config", None):
         raise invalid(
             f"model.path: the weights of {path} are quantized; take the checkpoint in full precision"

@@ -145,7 +145,9 @@ class Committees:
                 return  # the committee was seated without this view
             if error.reason not in {Reason.STEP_OVER, Reason.STATEMENT_REWRITTEN}:
                 raise
-            await self._leave(attempt.round_id, "the key of this committee member went with a restart")
+            await self._leave(
+                attempt.round_id, "this client restarted, and its committee key was in memory only"
+            )
 
     def _member(self, attempt: Attempt) -> Member:
         notes = self._state.certified_sets()
@@ -173,7 +175,9 @@ class Committees:
         """
         attempt, seat = self._attempt, self._seat
         if attempt is None or attempt.round_id != serve.round.round_id or seat is None:
-            await self._leave(serve.round.round_id, "the key of this committee member went with a restart")
+            await self._leave(
+                serve.round.round_id, "this client restarted, and its committee key was in memory only"
+            )
             return
         try:
             await self._step(serve, attempt, seat)

@@ -1,4 +1,4 @@
-"""When a device may compute: only while it is plugged in, only while others leave it the CPU, if so configured."""
+"""When a device may compute. It can be configured to compute only while it is plugged in, or while its CPU is free."""
 
 import time
 from collections.abc import Callable

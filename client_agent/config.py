@@ -176,8 +176,8 @@ class TrainingSettings(StrictModel):
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about a third more time."""
     report_to: tuple[Tracker, ...] = ()
-    """Who is told of losses and rates, step by step: tensorboard (in state_dir/tensorboard), mlflow, wandb. They are
-    this client's own; wandb sends them to whom it is set up for."""
+    """Trackers that receive losses and rates, step by step: tensorboard (in state_dir/tensorboard), mlflow, wandb. They
+    run on this client's side; wandb sends to the account that it is set up with."""
 
     @model_validator(mode="after")
     def _sgd_is_bounded(self) -> Self:
@@ -224,9 +224,10 @@ class PrivacyConfig(StrictModel):
     """Differential privacy of each training example (docs/privacy.md). Exactly one of epsilon and noise_multiplier."""
 
     epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """What all rounds together may tell of one example, above 0: the noise follows from it. Training ends with it."""
+    """What all rounds together may reveal of one example, above 0. The noise follows from it, and training ends when it
+    is spent."""
     noise_multiplier: Annotated[float, Field(ge=0.01, le=1000)] | None = None
-    """Standard deviation of the noise over `max_gradient_norm`. Costs what it costs, without end."""
+    """Standard deviation of the noise over `max_gradient_norm`. The epsilon that it costs has no limit."""
     delta: Annotated[float, Field(gt=0, lt=1)]
     """Probability that the promise does not hold, far below 1 / number of examples."""
     max_gradient_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
@@ -263,7 +264,7 @@ class LogConfig(StrictModel):
 
 
 class AgentConfig(StrictModel):
-    """Everything an agent is told. What all agents share comes from the federation instead."""
+    """All settings of an agent. What all agents share comes from the federation instead."""
 
     federation: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
     """Name of the federation to join: 1 to 64 characters of a-z, 0-9 and '-'."""
@@ -285,7 +286,7 @@ class AgentConfig(StrictModel):
     lora: LoraSettings = LoraSettings()
     """This client's adapter."""
     learner: Name = OWN_LEARNER
-    """Who trains: `transformers`, the agent's own loop; the name of an entry point of the group client_agent.learners;
+    """What trains: `transformers`, the agent's own loop; the name of an entry point of the group client_agent.learners;
     or module:attribute (docs/own-trainer.md). It is code that runs here with this client's data."""
     training: TrainingSettings = TrainingSettings()
     """How this client trains; what all must share is the federation's."""
@@ -298,13 +299,13 @@ class AgentConfig(StrictModel):
     protection: ProtectionConfig = ProtectionConfig()
     """The least protection this client accepts."""
     privacy: PrivacyConfig | None = None
-    """What this client's updates may tell of one training example. None: no limit."""
+    """What this client's updates may reveal of one training example. None: no limit."""
     resources: ResourcesConfig = ResourcesConfig()
     """What of this machine to use."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """TCP port of the Prometheus endpoint; 0 picks a free one. None: no endpoint."""
     metrics_host: str = "127.0.0.1"
-    """Address it listens on. It speaks plain HTTP to whoever reaches it: 0.0.0.0 belongs in a private network."""
+    """Address it listens on. It speaks plain HTTP to anyone who reaches it: use 0.0.0.0 only in a private network."""
     log: LogConfig = LogConfig()
     """Logs."""
 
@@ -390,7 +391,7 @@ class AgentConfig(StrictModel):
 
 
 def _exists(path: Path) -> bool:
-    """Whether something is there; what may not be looked at is, and refused by whoever reads it."""
+    """Whether something is there. A path that may not be looked at counts as there; reading it is refused later."""
     try:
         return path.exists()
     except PermissionError:

@@ -1,4 +1,4 @@
-"""Examples from files, read strictly: whoever's file is wrong learns the file, the line and the field."""
+"""Examples from files, read strictly: an error names the file, the line and the field."""
 
 import hashlib
 import math

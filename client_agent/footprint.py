@@ -93,7 +93,7 @@ def blueprint(path: str, spec: TrainingSpec, rank: int) -> Blueprint:
             model = task.loader.from_config(settings)
             return _measured(model, task, spec, rank)
     except Exception as error:  # a model can make torch raise anything
-        raise invalid(f"its size cannot be told before it is loaded: {first_line(error)}") from error
+        raise invalid(f"its size is not known before it is loaded: {first_line(error)}") from error
 
 
 def setting_of(config: AgentConfig, spec: TrainingSpec) -> Setting:

@@ -35,15 +35,15 @@ def absence_on_hub(name: str) -> str:
 
 _REFUSALS: Final[tuple[tuple[type[Exception], str], ...]] = (
     (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and it has not been downloaded before"),
-    (HFValidationError, "that is no name that the Hugging Face hub could have"),
+    (HFValidationError, "the Hugging Face hub allows no such name"),
     (
         GatedRepoError,
-        "the Hugging Face hub gives it only to those it knows: accept its terms there, then `hf auth login`",
+        "the Hugging Face hub gives it only to users who accepted its terms: accept them there, then `hf auth login`",
     ),
     (
         RepositoryNotFoundError,
-        "the Hugging Face hub has none of that name (if it is private: `hf auth login`)",
+        "the Hugging Face hub has no model of that name (if it is private: `hf auth login`)",
     ),
-    (EntryNotFoundError, "the Hugging Face hub has that name, but no config.json under it"),
+    (EntryNotFoundError, "the Hugging Face hub has that model, but without a config.json"),
 )
 """The first that an error is."""

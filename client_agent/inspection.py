@@ -147,7 +147,9 @@ def _tokens_table(training: TrainingSpec, found: Prepared) -> Records:
     for percentile, length in lengths.percentiles().items():
         table.add("longest" if percentile == WHOLE else f"{percentile} % have at most", f"{length:,}")
     if lengths.is_cut_anywhere:
-        reason = "by the federation" if lengths.limit == training.max_tokens else "as the model takes no more"
+        reason = (
+            "by the federation" if lengths.limit == training.max_tokens else "because the model takes no more"
+        )
         share = lengths.cut / len(found.examples)
         table.add("cut to", f"{lengths.limit:,} {reason}")
         table.add("cut", f"{lengths.cut:,} of {len(found.examples):,} ({share:.1%})")
@@ -180,9 +182,7 @@ def _model_table(found: Inspection) -> Records:
         table.add(
             "at most", f"{found.most_upload_bytes / 1e6:,.2f} MB, where another client's rank is larger"
         )
-    table.add("privacy", found.privacy or "none: updates may tell what is in single examples")
+    table.add("privacy", found.privacy or "none: updates may reveal what is in single examples")
     if found.privacy and found.prepared.test:
-        table.add(
-            "outside of it", "the test examples: how many of them are right is reported after each round"
-        )
+        table.add("not covered", "the test examples: how many of them are right is reported after each round")
     return table

@@ -1,7 +1,7 @@
 """Whether a result serves this client: by its loss on a few of its own examples, before and after.
 
-Only sums that servers could not screen are judged so (`client_agent.moderating`); the rule is `plausibility`'s. Who
-finds a result useless says so and takes part all the same; if most do, it is taken back (docs/protocol.md).
+Only sums that servers could not screen are judged so (`client_agent.moderating`); the rule is `plausibility`'s. An
+agent that finds a result useless says so and still takes part; if most do, it is taken back (docs/protocol.md).
 """
 
 import math

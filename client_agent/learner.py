@@ -49,7 +49,7 @@ _log = structlog.get_logger(__name__)
 class Learner:
     """Model, data and the state they are in. Not thread-safe.
 
-    Who has another loop derives from it and overrides `fit`; who has other data, `prepare` (docs/own-trainer.md).
+    To use another loop, derive from it and override `fit`; for other data, override `prepare` (docs/own-trainer.md).
     """
 
     def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState, rounds: int = 1) -> None:
@@ -67,7 +67,7 @@ class Learner:
         if config.privacy is not None and type(self).fit is not Learner.fit:
             raise DomainError(
                 Reason.CONFIGURATION_INVALID,
-                "privacy: a loop of one's own bounds no example's gradient: remove learner, or privacy",
+                "privacy: only the agent's own loop bounds each example's gradient: remove learner, or remove privacy",
             )
         prepared = self.prepare(config, spec)
         self.examples, self.test, self.model = prepared.examples, prepared.test, prepared.model
@@ -102,11 +102,11 @@ class Learner:
     def fit(self, run: TrainingRun, report: Report) -> TrainingOutcome:
         """Trains `self.model` in place, from the weights that it has, on `self.examples`: one round's training.
 
-        No value may move by more than about a learning rate a step, or the update is taken for an attack.
+        No value may move by more than about a learning rate a step, or the update looks like an attack.
 
         Args:
             run: Rates of the steps, batch size, seed.
-            report: Takes the progress, 0 to 1, and is to be called before every step: what it raises ends the work.
+            report: Call it with the progress, 0 to 1, before every step; the exception that it raises ends the work.
         """
         told = self._reporting.callbacks(run.steps_before)
         return train(self.model, self.encoder, self.examples, run, report, told)
@@ -136,7 +136,7 @@ class Learner:
 
         What servers could not screen is bounded by what this client trained from the state that it holds.
 
-        Whether it serves this client badly, `objection` says then.
+        Afterwards `objection` says whether the result serves this client badly.
 
         Args: number: of the training round, to tell how many this client missed; 0 if it is not known.
         Raises: RESULT_REFUSED if it is not plausible beside what this client trained.
@@ -154,7 +154,9 @@ class Learner:
     def _load_result(self, round_id: str, number: int, weights: Weights, moderator: Moderator | None) -> str:
         """Loads a result; says why it serves this client badly if servers could only add.
 
-        Nobody judges under differential privacy: objections tell of an agent's examples. Raises: RESULT_REFUSED.
+        Agents with differential privacy do not judge: an objection reveals something of their examples.
+
+        Raises: RESULT_REFUSED.
         """
         if moderator is None or not moderator.summed or self._budget:
             self.model.load(weights)
@@ -226,7 +228,7 @@ class Learner:
     def score(self, activity: Activity) -> dict[str, Float64]:
         """Sensitivity of the columns by matrix, on some examples. Raises: Stopped.
 
-        Under differential privacy, of the base model's weights alone: examples have no say in votes.
+        Under differential privacy it follows from the base model's weights alone: examples have no influence on votes.
         """
         if self._budget:
             return self.model.base_weight_sums()
@@ -254,7 +256,7 @@ class Learner:
     def write_samples(self, number: int, activity: Activity) -> None:
         """Has the current state answer the prompts of the configuration, into a file for that training round.
 
-        Samples are for people to look at: where they cannot be written, the round goes on. Raises: Stopped.
+        Samples are for people to look at: if they cannot be written, the round continues. Raises: Stopped.
         """
         if not self._sampler or self._sampled == self._current.round_id:
             return

@@ -1,4 +1,4 @@
-"""Who trains: the agent's own loop, or one that a package or a module of the user's brings (docs/own-trainer.md)."""
+"""Which code trains: the agent's own loop, or one from the user's package or module (docs/own-trainer.md)."""
 
 import importlib
 from importlib.metadata import entry_points

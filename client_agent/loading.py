@@ -1,4 +1,4 @@
-"""Whether packages with native code load on this device: a build for another processor kills whoever loads it."""
+"""Whether packages with native code load on this device: a build for another processor kills the process."""
 
 import atexit
 import gc

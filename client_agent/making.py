@@ -33,7 +33,7 @@ class Maker:
         me: Who this client is.
         tools: What it works with.
         negotiator: How it votes.
-        sums: Under client privacy: sums that this client may be in. Then nothing of its examples is told beside them.
+        sums: Under client privacy: sums that this client may be in. Then nothing else about its examples is sent.
     """
 
     def __init__(

@@ -166,12 +166,12 @@ class AdaptedModel:
         return logits.float()
 
     def generate(self, ids: Sequence[int], most: int, before_token: Callable[[], None]) -> list[int]:
-        """What the model goes on with, up to an end of its text: the likeliest token each time.
+        """Continues a text to its end: the most likely token each time.
 
         Args:
             ids: Token ids to go on from.
             most: Tokens at most.
-            before_token: Called before every token; what it raises ends the work.
+            before_token: Called before every token; an exception that it raises ends the work.
         """
         prompt = torch.tensor([list(ids)], device=self.device)
 
@@ -336,7 +336,7 @@ def _joined(*pairs: LoraFactors | None) -> LoraFactors | None:
 
 
 def _notes(checkpoint: Checkpoint, start: Start) -> Iterator[str]:
-    """What whoever trains should know of where training starts."""
+    """What the user should know about where training starts."""
     for name in checkpoint.trained_head:
         if not any(under(tensor, [name]) for tensor in start.tensors):
             yield (

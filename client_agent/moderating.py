@@ -1,8 +1,8 @@
 """A decrypted sum beside what this client held and trained: how much of its change is taken over.
 
 `shelora.lora.moderation` has the rule; this applies it to each matrix and to the tensors of a shard together, so that a
-result need not be in memory as a whole. Who trained nothing for a round takes its result as it is: it has nothing to
-measure by, and cannot tell a far step from the rounds that it missed.
+result need not be in memory as a whole. A client that trained nothing for a round takes its result as it is: it has
+nothing to measure by, and cannot tell a far step from the rounds that it missed.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Randomness that nobody predicts, for differential privacy: who knows the noise takes it off again.
+"""Randomness that nobody can predict, for differential privacy: anyone who knows the noise can subtract it.
 
 A stream of AES-256 in counter mode under a fresh key of the operating system gives the bits. Neither torch's nor
-numpy's generators are used: their seeds are short, and what they have drawn tells what they will draw.
+numpy's generators are used: their seeds are short, and past draws reveal future ones.
 """
 
 import math

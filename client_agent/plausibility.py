@@ -1,8 +1,9 @@
-"""What a client holds a result against: its own update, and the state it trained from. Pure rules, no server's word.
+"""Compares a result with this client's own update and the state it trained from. Pure rules that use no server's claim.
 
 A hostile member or a malicious aggregation decides what a result holds. Nobody can say what the honest one would have
-been, but its size is bounded: honest members train from the same state, with the same recipe, and are averaged. What is
-beyond is refused (matrices) or left out (whole tensors); what is within may still be wrong (docs/threat-model.md).
+been, but its size is bounded: honest members train from the same state, with the same recipe, and are averaged. Results
+beyond the bound are refused (matrices) or left out (whole tensors); results within it may still be wrong
+(docs/threat-model.md).
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -57,14 +57,14 @@ def choose_precision(model: ModelConfig, training: TrainingSettings, device: tor
         _require_bitsandbytes("training.optimizer", training.optimizer)
         if device.type != "cuda":
             raise _refused(
-                "training.optimizer", training.optimizer, "runs on CUDA devices alone: take adamw_torch"
+                "training.optimizer", training.optimizer, "runs only on CUDA devices: take adamw_torch"
             )
     if model.dtype == "float16" and device.type != "cuda":
         raise _refused(
             "model.dtype",
             model.dtype,
-            f"loses small gradients, and what makes up for it needs a CUDA device, not {device.type}: take bfloat16, "
-            "which takes as little memory",
+            f"loses small gradients unless losses are scaled, which needs a CUDA device, not {device.type}: take "
+            "bfloat16, which takes as little memory",
         )
     if model.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise _refused("model.dtype", model.dtype, "is not supported by this CUDA device: take float16")

@@ -81,7 +81,7 @@ class Ledger:
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             raise invalid(
                 f"state_dir: {folder / LEDGER} cannot be read, and it says how much of the privacy budget is spent: "
-                "restore it from a backup; without it, the budget can only be begun anew on other examples"
+                "restore it from a backup; without it, a new budget can only begin with other examples"
             ) from error
         return cls(plan, spent)
 
@@ -153,7 +153,7 @@ class Budget:
         if self._limit is not None and self._after(1) > self._limit:
             raise DomainError(
                 Reason.PRIVACY_EXHAUSTED,
-                "this client's privacy budget is spent: it trains no more, and takes the results of the others",
+                "this client's privacy budget is spent: it no longer trains, but still applies the others' results",
             )
 
     def spend(self) -> float:

@@ -1,4 +1,4 @@
-"""DP-SGD: training that tells little of any one example (Abadi et al., CCS 2016), with Opacus.
+"""DP-SGD: training that reveals little about any one example (Abadi et al., CCS 2016), with Opacus.
 
 Every step takes each example with probability q, by itself (Poisson sampling); scales each one's gradient, over all
 trainable parameters together, down to a norm C; adds up; adds normal noise of standard deviation σC to every value;
@@ -55,7 +55,7 @@ def train_privately(
         model: What is trained.
         encoder: Makes the batches.
         examples: All of this client's.
-        run: Its seed is not used: batches, dropout and noise are nobody's to predict.
+        run: Its seed is not used, because nobody may predict batches, dropout and noise.
         mechanism: How a step hides an example.
         report: As in `client_agent.training.train`.
         randomness: For tests.

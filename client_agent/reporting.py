@@ -1,6 +1,6 @@
 """TensorBoard, MLflow and Weights & Biases, by the callbacks that transformers has for them. Off unless asked for.
 
-What they are told is a round's losses, gradient norms and rates: this client's own, so they belong to its own side. One
+They receive a round's losses, gradient norms and rates. These are this client's own, so they stay on its side. One
 set of callbacks serves all rounds, and steps are counted on from round to round.
 """
 

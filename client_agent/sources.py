@@ -94,7 +94,7 @@ def files_of(path: Path) -> list[Path]:
         return _saved(path)
     found = sorted(p for p in path.rglob("*") if p.is_file() and _is_shard(p, path))
     if not found:
-        raise invalid(f"{path} holds no file of a kind that is read: {unsupported_name(Path('a.b'))}")
+        raise invalid(f"{path} holds no file that can be read: {unsupported_name(Path('a.b'))}")
     return found
 
 
@@ -110,7 +110,7 @@ def format_of(path: Path) -> str:
     if start.startswith(_ZIP):
         raise invalid(f"{path} is an archive (zip): unpack it first")
     if packed and not _packing(start) and start:
-        raise invalid(f"{path} is not compressed, as its name says it is: rename it")
+        raise invalid(f"{path} is not compressed, although its name says so: rename it")
     if start.startswith(PARQUET) and suffix != ".parquet":
         raise invalid(f"{path} is a Parquet file: let its name end in .parquet")
     return suffix

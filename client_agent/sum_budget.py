@@ -1,8 +1,8 @@
-"""What sums have told of this client, counted by the client: a server gets no more of them than were planned.
+"""What sums have revealed about this client. The client counts them itself, so servers get no more than were planned.
 
-A round's number is certified once (`shelora.committee`), so an update that was dealt under it, however often, is in
-one opened sum at most. Each number counts from the moment that something is dealt under it, opened or not. Other
-federations of the same name count, too: their sums tell of the same client.
+A round's number is certified once (`shelora.committee`), so an update that was dealt under it, however often, is in one
+opened sum at most. Each number counts from the moment that something is dealt under it, opened or not. Other
+federations of the same name count, too: their sums are about the same client.
 """
 
 import json
@@ -65,7 +65,7 @@ class SumBudget:
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise invalid(
                 f"state_dir: {self._path} cannot be read, and it says what sums have told of this client: restore it "
-                "from a backup; without it, the budget can only be begun anew for another client"
+                "from a backup; without it, a new budget can only begin for another client"
             ) from error
         return sums
 

@@ -169,7 +169,7 @@ class _Listed:
             place = self._place
             value = self._value()
             if not isinstance(value, tuple):
-                raise invalid(f"{place}: the list of the file must hold JSON objects alone")
+                raise invalid(f"{place}: the file's list must hold only JSON objects")
             yield place, value
             if self._peek() not in {",", "]"}:
                 raise invalid(f"{self._place}: a comma or the list's end must follow here")

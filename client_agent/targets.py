@@ -88,7 +88,7 @@ def check_adaptable(name: str, module: nn.Module) -> None:
     if not isinstance(module, LINEAR):
         raise invalid(
             f"the federation adapts {name}, of the kind {type(module).__name__}; only linear layers can be adapted, "
-            "and no experts that lie in one stacked parameter"
+            "and no experts that are stacked in one parameter"
         )
 
 

@@ -57,7 +57,7 @@ class TrainingRun:
     micro_batch: int = 0
     """Examples computed at once, to save memory: a step adds up their gradients. 0 for the whole batch."""
     steps_before: int = 0
-    """Steps of earlier rounds, for whoever counts on."""
+    """Steps of earlier rounds, for trackers that count over all rounds."""
     settings: TrainingSettings = USUAL
     """What each client decides for itself."""
 
@@ -72,7 +72,7 @@ class TrainingOutcome:
     """What training measured."""
 
     loss: float
-    """Mean over the steps; 0 if it is nobody's to know."""
+    """Mean over the steps; 0 under differential privacy, which hides it."""
     seconds: float
 
 

@@ -148,7 +148,7 @@ def _between_rounds(federation: FederationRecord, client_id: str) -> Work:
         return MakePlan(negotiation) if leads else Wait("another agent makes the plan")
     if federation.split:
         return Wait(
-            "those who joined have different models: more than half must have the same, or others join"
+            "the agents that joined have different models: more than half must have the same one, or more must join"
         )
     if not federation.sequence:
         enough = f"waiting until {federation.spec.round.clients} agents"

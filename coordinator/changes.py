@@ -1,4 +1,4 @@
-"""Wakes whoever waits for a federation to change: one Redis subscription a process, however many wait.
+"""Wakes everything that waits for a federation to change: one Redis subscription a process, however many wait.
 
 A wake-up is a hint, never information: the woken read the store. Notifications may be lost (a connection broke, a
 replica started late), so everyone who waits also looks again after a while.
@@ -54,7 +54,7 @@ class Changes:
         self._redis = redis
         self._keys = keys or Keys()
         self._signals: defaultdict[tuple[str | None, str | None], dict[Signal, None]] = defaultdict(dict)
-        """By federation and client; None is all of them. Who waits longer is woken first."""
+        """By federation and client; None is all of them. Those that wait longest are woken first."""
         self._counts: Counter[str] = Counter()
         self._wakings = 0
         self.closed = False

@@ -20,8 +20,8 @@ from shelora.errors import DomainError, Reason
 from shelora.rounds import Event, RoundState
 
 SILENT_WHY = (
-    "it gave no key for the round's committee within round.committee_s, or for another committee than the others work "
-    "out; it is asked again after the next result"
+    "it gave no key for the round's committee within round.committee_s, or gave one for a committee that differs from "
+    "the others'; it is asked again after the next result"
 )
 REFUSED_WHY = (
     "the committee does not hold a sound share of the update's key; if this happens again, install the version of the "

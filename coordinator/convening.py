@@ -1,6 +1,6 @@
 """The use cases of a round's committee: who may state what, in which step; what is handed on to whom.
 
-What clients sign is verified here too, though agents trust nobody's word for it: what a member signed wrongly would
+What clients sign is verified here too, although agents check it themselves: what a member signed wrongly would
 otherwise be counted, and found out only when it is too late for another round.
 """
 
@@ -227,7 +227,10 @@ class Convening:
     async def opening(
         self, federation_id: str, round_id: str, *, has_keys: bool = False
     ) -> pb.GetOpeningResponse:
-        """What opens a round's sum; for who has the committee's keys, what else it takes. Raises: RESULT_UNKNOWN."""
+        """What opens a round's sum, without certificates if the caller has the committee's keys.
+
+        Raises: RESULT_UNKNOWN.
+        """
         return await self.openings.of(federation_id, round_id, has_keys=has_keys)
 
     def dealt(

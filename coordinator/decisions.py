@@ -530,7 +530,7 @@ def _is_taken_back(view: View, record: RoundRecord) -> bool:
 
 
 def _turnout(view: View, record: RoundRecord, objecting: AbstractSet[str]) -> Turnout:
-    """Who cannot open the start of a round counts as one not waited for, while these may become more than half."""
+    """Does not wait for clients that cannot open the round's start, while these may become more than half."""
     unable = _unable(view, record)
     gone = objecting | {drop.client_id for drop in view.given_up} - unable
     asked, absent = len(record.round.cohort), len(record.dropped) + len(gone - record.dropped_ids)

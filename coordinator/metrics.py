@@ -81,7 +81,7 @@ STAGE_BUCKETS_S: Final = (
     *(60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0),
     *(3600.0, 7200.0, 14_400.0, 43_200.0, 86_400.0, 604_800.0),
 )
-"""From a vote of few agents to the longest deadline, a week. Quantiles are told no better than these steps."""
+"""From a vote of few agents to the longest deadline, a week. Quantiles are no finer than these steps."""
 
 STAGE_SECONDS: Final = histogram(
     "round_stage_duration_seconds",

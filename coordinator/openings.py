@@ -62,7 +62,10 @@ class Openings:
     )
 
     async def of(self, federation_id: str, round_id: str, *, has_keys: bool = False) -> pb.GetOpeningResponse:
-        """What opens a round's sum; for who has the committee's keys, what else it takes. Raises: RESULT_UNKNOWN."""
+        """What opens a round's sum, without certificates if the caller has the committee's keys.
+
+        Raises: RESULT_UNKNOWN.
+        """
         federation = (await self.store.federations.read(federation_id)).record
         sequence = federation.sequence_of(round_id)
         found = await self.store.rounds.read(federation, sequence) if sequence else None

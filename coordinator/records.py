@@ -101,7 +101,7 @@ class Negotiation(StoredRecord):
     led_ms: int = 0
     """Unix milliseconds at which the leader was named; 0 before the first."""
     plan_number: int = 0
-    """Number the leader publishes under; a new one for every leader, so a late leader's plan is told from it."""
+    """Number the leader publishes under; a new one for every leader, so that a late leader's plan is recognized."""
     leader: str = ""
     """"" between two leaders."""
     rejected: int = 0
@@ -272,7 +272,7 @@ class FederationRecord(StoredRecord):
     deleting: bool = False
     """Whether it is being deleted, which nothing takes back."""
     notices: tuple[Dropped, ...] = ()
-    """What the newest round left out, at most MAX_NOTICES of it, for reasons that its clients are told."""
+    """What the newest round left out, at most MAX_NOTICES of it, with reasons that its clients get to see."""
     noticed_sequence: int = 0
     """That round."""
 
@@ -528,7 +528,7 @@ class Report(StoredRecord):
     overlap: float | None = None
     """Share of its top columns that the plan protects, relative to when the plan was new."""
     base_model: BaseModelTags | None = None
-    """What its base model is told from others by; None if it does not say."""
+    """Digests by which its base model is compared with others; None if it sends none."""
 
 
 class StoredShard(StoredRecord):

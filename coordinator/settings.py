@@ -55,8 +55,8 @@ class CoordinatorSettings(MemberSettings):
     times as often."""
 
     heartbeats_per_s: Annotated[float, Field(gt=0, le=10_000)] = 50.0
-    """Heartbeats a second of one federation beyond which its members are told to send them, and counted as gone,
-    in proportion later: with 1 000 members every 20 s, and after 120 s."""
+    """Most heartbeats a second of one federation. Members of a larger one send them less often, and count as gone
+    later, in proportion: with 1 000 members every 20 s, and after 120 s."""
 
     lease_s: Annotated[float, Field(ge=1, le=600)] = 15.0
     """Seconds after which another replica takes over the federations of one that died."""

@@ -42,9 +42,9 @@ MAX_SUSPECTS: Final = 64
 cohort one client moves the mean little."""
 
 _SPOILED: Final = (
-    "more than half of its clients could not open it, or refused it, and so it was without each client that was left "
-    "out in turn. More than one client spoils the sums, or too few are left without one; create another federation, of "
-    "clients that you trust"
+    "more than half of its clients could not open it, or objected to it. Leaving out one client after another did not "
+    "help: more than one client spoils the sums, or too few clients are left without one. Create another federation, "
+    "with clients that you trust"
 )
 _STEADY: Final = "see that agents run without interruption, or raise round.committee_s"
 
@@ -155,7 +155,7 @@ def extended(record: FederationRecord, rounds: int) -> FederationRecord:
 
 
 def deletion_asked(record: FederationRecord) -> FederationRecord:
-    """Begins the end of a federation: its agents are told, then everything of it goes."""
+    """Begins the deletion of a federation: its agents get notice, then everything of it is deleted."""
     return edit(record, deleting=True)
 
 
@@ -179,12 +179,12 @@ def elected_shapes(members: Mapping[str, MemberRecord]) -> str | None:
 
 
 def with_model(record: FederationRecord, model: Model) -> FederationRecord:
-    """Fixes the federation's model; who has another is no member any more."""
+    """Fixes the federation's model; clients with another one are no longer members."""
     return edit(record, model=model, split=False)
 
 
 def divided(record: FederationRecord) -> FederationRecord:
-    """Notes that those who joined have no model that is that of most."""
+    """Notes that no model is that of more than half of those that joined."""
     return edit(record, split=True)
 
 
@@ -246,7 +246,7 @@ def rotation_asked(record: FederationRecord, from_epoch: int) -> FederationRecor
 
 
 def revoked(record: FederationRecord, clients: Mapping[str, int]) -> FederationRecord:
-    """Takes revocations in: who is revoked is no member any more, and knows none of the next epoch's keys.
+    """Takes revocations in: a revoked client is no longer a member, and gets none of the next epoch's keys.
 
     Args: clients: with the time up to which their certificates are revoked, Unix milliseconds.
     """

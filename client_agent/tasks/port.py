@@ -80,7 +80,7 @@ class Task(ABC):
     """Python lines that load an adapter."""
 
     def loading(self, labels: Sequence[str]) -> Mapping[str, Any]:
-        """What the loader is told beside the checkpoint."""
+        """The loader's arguments beside the checkpoint."""
         del labels
         return {}
 

@@ -1,4 +1,7 @@
-"""The use cases behind the RPCs: who may do what, in which order, on which records. A part for each who asks."""
+"""The use cases behind the RPCs: who may do what, in which order, on which records.
+
+There is one part for each kind of caller.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

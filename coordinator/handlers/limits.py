@@ -7,7 +7,7 @@ from shelora.errors import DomainError, Reason
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a coordinator takes on. Those who come at the same moment may pass a limit by their number."""
+    """How much a coordinator takes on. Calls at the same moment may exceed a limit by their number."""
 
     max_federations: int = 1000
     """Federations, ended ones included until their state expires."""

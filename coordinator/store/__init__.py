@@ -43,7 +43,7 @@ class Store:
         federations: Their records.
         rounds: Their records, layouts, aggregated shards and evaluations.
         updates: What a round's cohort has committed: updates and ballots; and whose were refused.
-        committees: What a round's committee states and is told, until the round is over; what opens its sum.
+        committees: What a round's committee states and receives, until the round is over; what opens its sum.
         members: Who has joined, with which model.
         presence: When each was last heard of.
         plans: Sealed plans, and who rejects them.

@@ -1,4 +1,4 @@
-"""What a round's committee states and is told, until the round is over; and what opens its sum afterwards."""
+"""What a round's committee states and receives, until the round is over; and what opens its sum afterwards."""
 
 import hashlib
 import json

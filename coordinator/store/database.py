@@ -132,7 +132,7 @@ class Database:
             raise unknown(federation_id)
 
     async def announce(self, federation_id: str, client_id: str = "") -> None:
-        """Wakes who waits for changes of a federation: those of one client, or all of them."""
+        """Wakes those that wait for changes of a federation: of one client, or of all."""
         await self.redis.publish(self.keys.changes(federation_id), client_id)
 
     async def field(self, key: str, field: str) -> bytes | None:

@@ -32,7 +32,7 @@ def verify(
 ) -> None:
     """Check that no record was changed, removed, added or moved. Exits with 1 and names the first that was.
 
-    Whoever can write the whole file can make a new chain that holds. So note the head that this prints somewhere
+    Anyone who can write the whole file can make a new valid chain. So note the head that this prints somewhere
     else, and give it with --head the next time: that proves that nothing up to it was rewritten or cut off.
     """
     with reported():

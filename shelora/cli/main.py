@@ -236,7 +236,7 @@ def delete(
 ) -> None:
     """Delete a federation for good: its members, rounds, reports and results, and all its keys.
 
-    Agents that still run are told and halt; they keep the adapters they have saved. Certificates of its clients stay
+    Agents that still run get notice and halt; they keep the adapters they have saved. Certificates of its clients stay
     valid for a federation of the same name until they expire: `shelora revoke` ends that. The name can be given again.
     """
     target = Target.of(coordinator, identity, key_authority)
@@ -361,7 +361,7 @@ def dashboard(
     """Serve a page with all federations to a browser on this machine, until Ctrl-C.
 
     It shows them live, creates, starts, stops, extends and deletes them, issues tokens and revokes clients: with the
-    operator's certificate, so with the same rights as these commands. The address that is printed lets in whoever has
+    operator's certificate, so with the same rights as these commands. The address that is printed admits anyone who has
     it; it is new at every start.
     """
     with reported():
@@ -386,10 +386,10 @@ def _tell_address(file: Path | None, address: str) -> None:
     if file is not None:
         files.replace(file, f"{address}\n".encode())
         console.say(
-            f"The page is open until this process ends. Its address is in {file}; it lets in whoever has it."
+            f"The page is open until this process ends. Its address is in {file}; it admits anyone who has it."
         )
         return
-    console.say("The page is open on this machine until Ctrl-C. This address lets in whoever has it:")
+    console.say("The page is open on this machine until Ctrl-C. This address admits anyone who has it:")
     print(address, flush=True)  # noqa: T201 - never wrapped
 
 

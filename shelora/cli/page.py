@@ -17,7 +17,7 @@ _POLL_S: Final = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """Whom the page talks to, and as whom."""
+    """The servers that the page calls, and the identity it uses."""
 
     coordinator: str
     identity: Path

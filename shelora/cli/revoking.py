@@ -7,18 +7,18 @@ from shelora.transport.identity import Identity, Role
 from shelora.transport.revocations import REVOCABLE_ROLES
 
 _OPERATORS: Final = """\
-All operators are cut off, you too, and all tokens that nobody has used yet are void. Rounds go on.
-To come back, on the key authority's machine: start it again with --operator-token-file FILE, then
+All operators are cut off, including you, and all unused tokens are void. Rounds continue.
+To come back, start the key authority again with --operator-token-file FILE, then on its machine
 
   shelora enroll --token-file FILE --authority HOST:7099 --identity FOLDER
 
 Then look at what a stolen certificate was used for: token_created and certificate_issued in the key authority's log."""
 
 _SERVERS: Final = """\
-All {role} servers are cut off, and their tokens void. Rounds wait, and go on with those that are certified anew:
-- with a workload key, by themselves, within seconds. So is whoever stole that key: give the key authority and the
-  servers another one (openssl rand -hex 32) and start them again BEFORE you revoke;
-- others by you, while they run: shelora token create --role {role} --name NAME, and on its machine
+All {role} servers are cut off, and their tokens are void. Rounds wait until servers have new certificates:
+- Servers with a workload key get one by themselves, within seconds. Anyone who stole that key gets one, too: give the
+  key authority and the servers another key (openssl rand -hex 32) and start them again BEFORE you revoke.
+- Other servers need you, while they run: shelora token create --role {role} --name NAME, and on its machine
   shelora enroll --token TOKEN --authority HOST:7099 --identity FOLDER
 Agents do not learn of it: a stolen key poses as that server to them until its certificate expires, within a day."""
 
@@ -37,7 +37,7 @@ def holder(role: Role, federation: str | None, client: str | None) -> Identity:
 
 
 def consequences(role: Role) -> str:
-    """What revoking a role does, and how those come back who may."""
+    """What revoking a role does, and how trusted holders come back."""
     return _OPERATORS if role is Role.OPERATOR else _SERVERS.format(role=role)
 
 

@@ -7,7 +7,7 @@
     grafana/        admin.password
 
 Every folder is meant to be mounted alone. The first three are for one user (mode 0600); Redis and Grafana run as users
-of their own, so that what they read is open to whoever their folder is mounted for.
+of their own, so anyone that their folder is mounted for can read their files.
 """
 
 import hashlib

@@ -42,7 +42,7 @@ async def serve(reach: Reach, port: int, tell: Callable[[str], None], listen: st
     Args:
         reach: Whom to ask, as whom.
         port: To listen on, and the browser's; 0 for a free one.
-        tell: Takes the page's whole address, which lets in whoever has it.
+        tell: Takes the page's whole address, which admits anyone who has it.
         listen: Address to listen on. Browsers call the page 127.0.0.1 whatever this is.
 
     Raises: DomainError CONFIGURATION_INVALID if the port is taken, or there is no valid identity.

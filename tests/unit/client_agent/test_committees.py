@@ -95,7 +95,7 @@ def test_a_round_as_promised_is_worked_out_and_its_committee_is_nobodys_word():
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"min_updates": 2}, "opens sums of 2 updates, and 3 were promised"),
+        ({"min_updates": 2}, "opens sums of 2 updates, and the federation promised 3"),
         ({"parameters": SMALL.name}, "other parameters"),
         ({"parameters": INSECURE_TOY.name}, "for tests only"),
         ({"threshold": 1}, "must tolerate 2"),
@@ -105,7 +105,7 @@ def test_a_round_as_promised_is_worked_out_and_its_committee_is_nobodys_word():
         ({"federation_id": "bank"}, "another federation"),
         ({"instance": "00000002"}, "another federation"),
         ({"round_id": "clinic.00000001.5"}, "another round"),
-        ({"kind": "VOTE"}, "no training round"),
+        ({"kind": "VOTE"}, "not a training round"),
         ({"epoch": 2}, "another round"),
         ({"attempt": 2}, "another round"),
         ({"cohort": [*COHORT[:1], *COHORT[2:], "x"]}, "not in its cohort"),
@@ -121,7 +121,7 @@ def test_a_round_that_protects_less_than_promised_halts_the_agent_and_says_why(c
 def test_clients_that_sums_hide_weigh_alike():
     noise = ClientNoise(bound=4.0, clip=1.0, multiplier=1.0, honest=2)
     hidden = replace(LAYOUT, sums=replace(LAYOUT.sums, noise=noise))
-    with pytest.raises(DomainError, match="weigh alike") as refused:
+    with pytest.raises(DomainError, match="every update has weight 1") as refused:
         committees().attempt(asked(layout_digest=hidden.digest), hidden, SECRETS)
     assert refused.value.reason is Reason.COMMITTEE_REFUSED
     alike = asked(layout_digest=hidden.digest, most_weight=1)

@@ -200,7 +200,7 @@ def test_labels_may_be_numbers_and_truth_values(
         (b"\x1f\x8b\x08", "data.csv", "cannot be unpacked with gzip"),
         (b"PK\x03\x04", "data.jsonl", "is an archive (zip): unpack it first"),
         (b"PAR1", "data.csv", "let its name end in .parquet"),
-        (b"text,label", "data.csv.gz", "is not compressed, as its name says it is: rename it"),
+        (b"text,label", "data.csv.gz", "is not compressed, although its name says so: rename it"),
         (b"", "data.csv.zip", "it is an archive: unpack it first"),
         (b"", "data.txt", "must end in one of .jsonl, .json, .csv, .tsv, .parquet"),
         (b"PAR1", "data.parquet.gz", "must end in one of"),
@@ -216,7 +216,7 @@ def test_a_file_of_another_kind_is_refused_with_the_remedy(
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.csv").mkdir()
     (tmp_path / "data.csv" / "README.md").write_text("what it is")
-    assert "holds no file of a kind that is read" in refusal(tmp_path / "data.csv")
+    assert "holds no file that can be read" in refusal(tmp_path / "data.csv")
 
 
 def odd_columns() -> dict[str, pa.Array]:

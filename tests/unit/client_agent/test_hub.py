@@ -66,9 +66,9 @@ def refused(path: str) -> str:
 @pytest.mark.parametrize(
     ("status", "code", "said"),
     [
-        (404, "RepoNotFound", "has none of that name"),
-        (404, "EntryNotFound", "no config.json under it"),
-        (403, "GatedRepo", "accept its terms"),
+        (404, "RepoNotFound", "has no model of that name"),
+        (404, "EntryNotFound", "without a config.json"),
+        (403, "GatedRepo", "accepted its terms"),
         (503, "", "does not answer: "),
     ],
 )

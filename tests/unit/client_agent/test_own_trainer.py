@@ -202,7 +202,7 @@ def test_a_loop_of_ones_own_and_privacy_do_not_go_together(agent_folder: Path, t
     )
     state = AgentState(tmp_path / "private")
     try:
-        with pytest.raises(DomainError, match="bounds no example's gradient"):
+        with pytest.raises(DomainError, match="only the agent's own loop bounds each example's gradient"):
             PlainLoop(config, SPEC, state, 3)
     finally:
         state.close()

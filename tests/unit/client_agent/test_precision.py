@@ -122,7 +122,7 @@ def test_8_bit_optimizers_and_quantization_are_refused_where_they_do_not_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "_require_bitsandbytes", lambda *_: None)
-    with pytest.raises(DomainError, match="adamw_8bit: runs on CUDA devices alone: take adamw_torch"):
+    with pytest.raises(DomainError, match="adamw_8bit: runs only on CUDA devices: take adamw_torch"):
         choose_precision(ModelConfig(path="x"), TrainingSettings(optimizer="adamw_8bit"), CPU)
     with pytest.raises(DomainError, match="4bit: does not run on mps: take none"):
         choose_precision(ModelConfig(path="x", quantization="4bit"), TrainingSettings(), torch.device("mps"))

@@ -112,7 +112,7 @@ def test_the_place_of_a_record_in_a_list_is_the_line_that_it_begins_in(tmp_path:
         ("[]", "holds no examples"),
         ('[{"text": "a", "label": "good"}', "a comma or the list's end must follow"),
         ('[{"text": "a", "label": "good"} {"text": "b"}]', "a comma or the list's end must follow"),
-        ('[{"text": "a", "label": "good"}, 3]', "must hold JSON objects alone"),
+        ('[{"text": "a", "label": "good"}, 3]', "must hold only JSON objects"),
         ('[{"text": "a" "label": "good"}]', "not valid JSON (Expecting ',' delimiter)"),
         ('[{"text": "a", "label": "good"}] x', "something follows the end of the list"),
         ("[" * 100_000, "nested too deeply"),
