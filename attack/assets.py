@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Final
 
@@ -59,13 +60,14 @@ def smollm2(assets: Path) -> Path:
         from client_agent.checkpoint import load_checkpoint  # noqa: PLC0415 - loads torch
 
         packed = fetch(SMOLLM2, assets)
-        checkpoint = load_checkpoint(str(packed / next(iter(SMOLLM2.files))), "causal-lm", ())
-        checkpoint.tokenizer.save_pretrained(folder)
-        settings = checkpoint.model.config.to_dict()
-        settings.pop("quantization_config", None)  # transformers saves no model that came from GGUF
-        plain = type(checkpoint.model)(type(checkpoint.model.config).from_dict(settings))
-        plain.load_state_dict(checkpoint.model.state_dict())
-        plain.save_pretrained(folder)
+        with redirect_stderr(io.StringIO()):  # bars of progress, which into a file are a line a step
+            checkpoint = load_checkpoint(str(packed / next(iter(SMOLLM2.files))), "causal-lm", ())
+            checkpoint.tokenizer.save_pretrained(folder)
+            settings = checkpoint.model.config.to_dict()
+            settings.pop("quantization_config", None)  # transformers saves no model that came from GGUF
+            plain = type(checkpoint.model)(type(checkpoint.model.config).from_dict(settings))
+            plain.load_state_dict(checkpoint.model.state_dict())
+            plain.save_pretrained(folder)
     return folder
 
 

@@ -224,7 +224,8 @@ def _classifiers(mode: Mode, texts: _Texts) -> Iterator[Case]:
 
     def by_labels(performance: Performance, public: Public) -> Iterator[Finding]:
         for basis in (False, True) if mode is NONE else (False,):
-            yield experiments.labels(performance, public, basis=basis)
+            control = mode is NONE and not basis
+            yield experiments.labels(performance, public, control=control, basis=basis)
         if mode is NONE:
             yield from simulated.findings(public, [example.text for example in texts.news[: simulated.TEXTS]])
 

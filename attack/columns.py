@@ -13,12 +13,13 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from attack import adam
 from attack.opened import clear_parts
 from attack.public import Public
-from attack.spans import basis, residuals
-from attack.stage import Client, Performance
+from attack.spans import basis
+from attack.stage import Client, Performance, Scene
 from client_agent.learner import cut_to_rank
 from client_agent.learning import Weights
 from shelora.lora.codec import decode_result
@@ -27,6 +28,9 @@ from shelora.lora.shards import Float64
 from shelora.negotiation.plan import column_orders
 
 BUDGETS: Final = (0.001, 0.1, 1.0)
+PLACES_KNOWN: Final = "leaves them out, true places known"
+STILL: Final = 0.1
+"""Share of the farthest that AdamW moves a value, below which a row is taken not to have moved."""
 FLOOR: Final = 2e-7
 """Least value of 1 - |step| / lr that is more than rounding: A is no small number, and its step a difference."""
 HALF_FLOOR: Final = 0.03
@@ -39,6 +43,8 @@ class View:
 
     budget: float
     who: str
+    control: bool
+    """Next to nothing is hidden from an attacker that knows what it sees: if this fails, the attack is broken."""
     distances: Float64
     """Of all tokens [V] from the span."""
 
@@ -63,7 +69,8 @@ def movement(
     sent = clear_parts(performance.rounds[number - 1], client.name)[name].A
     if bits == adam.HALF_BITS:
         sent = torch.from_numpy(sent).bfloat16().double().numpy()
-    moved: Float64 = _scales(sent, before)[:, None] * sent - before
+    scale = _scales(sent, before, performance.scene)
+    moved: Float64 = scale[:, None] * sent - before
     return moved
 
 
@@ -72,16 +79,22 @@ def movement_of_B(
 ) -> Float64:
     """The same of B [out, rank], whose columns were scaled the other way."""
     before, sent = start.factors[name], clear_parts(performance.rounds[number - 1], client.name)[name]
-    moved: Float64 = sent.B / _scales(sent.A, before.A.astype(np.float64)) - before.B
+    moved: Float64 = sent.B / _scales(sent.A, before.A.astype(np.float64), performance.scene) - before.B
     return moved
 
 
-def _scales(sent: Float64, before: Float64) -> Float64:
-    """The powers of two that the rows of A [rank, n] were divided by: those that leave the least movement."""
+def _scales(sent: Float64, before: Float64, scene: Scene) -> Float64:
+    """The powers of two that the rows of A [rank, n] were divided by.
+
+    Some value of a row moves about as far as AdamW can move it, and none farther, or none moves at all, where B was
+    zero. The power that leaves the least movement would not do: rows of small values move by as much as they are.
+    """
     middle = np.log2(np.abs(before).max(axis=1) / np.abs(sent).max(axis=1))
-    powers = np.round(middle)[:, None] + np.array([-1.0, 0.0, 1.0])
-    off = [np.linalg.norm(2.0 ** p[:, None] * sent - before, axis=1) for p in powers.T]
-    chosen: Float64 = 2.0 ** powers[np.arange(len(powers)), np.argmin(off, axis=0)]
+    powers = np.round(middle) + np.array([-2.0, -1.0, 0.0, 1.0, 2.0])[:, None]
+    largest = np.array([np.abs(2.0 ** p[:, None] * sent - before).max(axis=1) for p in powers])
+    share = largest / (scene.steps * scene.learning_rate)
+    off = np.where(share < STILL, 0, np.abs(np.log(np.maximum(share, STILL))))
+    chosen: Float64 = 2.0 ** powers[np.argmin(off, axis=0), np.arange(len(before))]
     return chosen
 
 
@@ -114,23 +127,43 @@ def views(
     """
     even, _, scales = adam.evened(adam.gradient(moved, public.scene.learning_rate, floor), floor)
     columns = moved.shape[1]
-    inputs = public.first_inputs * scales
     order = rng.permutation(columns)
     for budget in budgets:
         hidden = order[: max(1, round(budget * columns))]
         seen = np.setdiff1d(order, hidden)
         zeroed = even.copy()
         zeroed[:, hidden] = 0
-        shuffled = rng.permutation(seen)
-        for who, rows, candidates in (
-            ("stock DAGER: zeros in their place", zeroed, inputs),
-            ("leaves them out, true places known", even[:, seen], inputs[:, seen]),
-            ("leaves them out, places secret", even[:, seen], inputs[:, shuffled]),
+        for who, rows, places in (
+            ("stock DAGER: zeros in their place", zeroed, np.arange(columns)),
+            (PLACES_KNOWN, even[:, seen], seen),
+            ("leaves them out, places secret", even[:, seen], rng.permutation(seen)),
         ):
-            yield View(budget=budget, who=who, distances=_distances(rows, candidates, tokens, rng))
+            control = who == PLACES_KNOWN and budget == min(budgets)
+            distances = _distances(rows, places, public.first_inputs, scales, tokens, rng)
+            yield View(budget=budget, who=who, control=control, distances=distances)
 
 
-def _distances(rows: Float64, candidates: Float64, tokens: int, rng: np.random.Generator) -> Float64:
+def _distances(
+    rows: Float64,
+    places: NDArray[np.intp],
+    inputs: Float64,
+    scales: Float64,
+    tokens: int,
+    rng: np.random.Generator,
+) -> Float64:
+    """Distances of all tokens [V] from the span of rows [count, m], whose columns are taken for `places` [m].
+
+    As `residuals(basis(rows), (inputs * scales)[:, places])`, without a copy of the inputs of all tokens.
+
+    Args: inputs: [V, n]; scales: of the coordinates [n].
+    """
     if not rows.size or not rows.any():
-        return rng.random(len(candidates))
-    return residuals(basis(rows, min(tokens, *rows.shape)), candidates)
+        return rng.random(len(inputs))
+    span = basis(rows, min(tokens, *rows.shape))
+    spread, weights = np.zeros((len(scales), span.shape[1])), np.zeros(len(scales))
+    spread[places] = span * scales[places, None]
+    weights[places] = scales[places] ** 2
+    inside = ((inputs @ spread) ** 2).sum(axis=1)
+    sizes = np.einsum("ij,ij,j->i", inputs, inputs, weights)
+    distances: Float64 = np.sqrt(np.clip(1 - inside / np.maximum(sizes, 1e-24), 0, None))
+    return distances

@@ -25,21 +25,50 @@ from client_agent.keys import EpochSecrets
 from shelora.lora.shards import Float64
 from shelora.tasks import CAUSAL_LM
 
+TEXT = "text"
+BY_B = "tokens by B"
+BY_A = "tokens by A"
+VISIBLE = "visible columns"
+MEMBERSHIP = "membership"
+LABELS = "labels"
+UNMIXED = "columns of B"
+IN_SUMS = "tokens in sums"
+"""What is tried: each a part of the table."""
 OPENING = 2
 """Tokens of a text that the decoder is given."""
 GUESSES = 10
 """Guesses at the next token, all before it given, that are counted as success."""
+RECALLED = 0.95
+"""Recall that a control of DAGER's check must reach."""
+TOLD = 0.85
+"""AUC that a control of membership or of labels must reach."""
 CONTROLS = 4
 """Texts from which on their decoding is a control: of two, one on which the search takes a wrong turn would fail it."""
 
 
 def setting(scene: Scene, batch: int | None = 1, number: int = 1) -> str:
     """A scene in the table's words. Arguments as of `terms`."""
-    mode = scene.mode
-    if mode == "selective":
-        budgets = {f"{100 * client.budget:g} %" for client in scene.clients}
-        mode = f"selective {'/'.join(sorted(budgets))}, {scene.bits} bits"
-    return f"{mode}, {terms(scene, batch, number)}"
+    mode = f"selective {_budget(scene)}, {scene.bits} bits" if scene.mode == "selective" else scene.mode
+    hidden = scene.client_privacy
+    form = f", client privacy of epsilon {hidden['epsilon']:g}" if hidden else ""
+    return f"{mode}, {terms(scene, batch, number)}{form}"
+
+
+def column(scene: Scene, *, basis: bool = False) -> str:
+    """Where a scene stands in the short table: the mode, of `selective` the bits of its clear part."""
+    mode = f"{scene.bits} bits" if scene.mode == "selective" else scene.mode
+    return "basis" if basis else mode
+
+
+def variant(scene: Scene) -> str:
+    """What a scene has that the one beside it, under `none`, has not; empty for the mode as it is by default."""
+    if scene.client_privacy:
+        return f"epsilon {scene.client_privacy['epsilon']:g}"
+    return _budget(scene) if any(client.budget < 1 for client in scene.clients) else ""
+
+
+def _budget(scene: Scene) -> str:
+    return "/".join(sorted({f"{100 * client.budget:g} %" for client in scene.clients}))
 
 
 def terms(scene: Scene, batch: int | None = 1, number: int = 1) -> str:
@@ -92,14 +121,16 @@ def _decoded(
         setting=setting(scene),
         attacker="server: clear B, A unknown" if clear else "server: all it stored",
         data=data,
-        beside=f"text; {terms(scene)}; {data}",
+        attack=TEXT,
+        terms=terms(scene),
+        column=column(scene),
         figures=figures,
         counts={"texts": len(found)},
         chance={"exact": 0.0, "rouge-1": chance}
         | ({"next word in 10 guesses": GUESSES / len(public.first_inputs)} if places else {}),
         error={"exact": 0.0, "rouge-1": error},
         at_least={"rouge-1": 0.8} if control and len(clients) >= CONTROLS else {},
-        no_better_than_chance=not clear,
+        no_better_than_chance=scene.sealed,
         capture=round_.digest,
     )
 
@@ -114,19 +145,20 @@ def spanned(
     round_, scene, secrets = performance.rounds[0], performance.scene, performance.secrets
     size, data = scene.batch_of(clients[0]), _data(scene, clients)
     figures = [recall(_tokens(public, scene, c, round_, secrets), _inputs(public, c)) for c in clients]
-    clear, chance = bool(clear_parts(round_, clients[0].name)), _chance(public, clients)
-    guesses = sum(len(_inputs(public, client)) for client in clients)
+    chance, guesses = _chance(public, clients), sum(len(_inputs(public, client)) for client in clients)
     return Finding(
         setting=setting(scene, size),
         attacker=f"{who}; DAGER's check on B",
         data=data,
-        beside=f"tokens by B; {terms(scene, size)}; {data}",
+        attack=BY_B,
+        terms=f"{terms(scene, size)}, rank {clients[0].rank}",
+        column=column(scene),
         figures={"recall": float(np.mean(figures))},
         counts={"clients": len(figures), "tokens": guesses},
         chance={"recall": chance},
         error={"recall": float((chance / guesses) ** 0.5) + 1 / guesses},
-        at_least={"recall": 0.95} if control else {},
-        no_better_than_chance=not clear,
+        at_least={"recall": RECALLED} if control else {},
+        no_better_than_chance=scene.sealed,
         capture=round_.digest,
     )
 
@@ -147,7 +179,9 @@ def spanned_by_A(performance: Performance, public: Public, clients: Sequence[Cli
         setting=setting(scene, size),
         attacker=f"{who}; DAGER's check on how A moved",
         data=data,
-        beside=f"tokens by A; {terms(scene, size)}; {data}",
+        attack=BY_A,
+        terms=f"{terms(scene, size)}, rank {clients[0].rank}",
+        column=column(scene),
         figures={"recall": float(np.mean(found))},
         counts={"clients": len(found), "tokens": sum(len(_inputs(public, client)) for client in clients)},
         chance={"recall": _chance(public, clients)},
@@ -170,7 +204,7 @@ def by_budget(
     scene, round_, number = performance.scene, performance.rounds[1], 2
     floor = columns.HALF_FLOOR if bits == adam.HALF_BITS else columns.FLOOR
     rng = np.random.default_rng(0)
-    found: dict[tuple[float, str], list[float]] = {}
+    found: dict[tuple[float, str, bool], list[float]] = {}
     for client in clients:
         start, true = columns.start_of(performance, public, client, number), _inputs(public, client)
         moved = np.vstack(
@@ -178,16 +212,20 @@ def by_budget(
         )
         for view in columns.views(moved, public, len(true), rng, floor=floor):
             guess = best(view.distances, len(true))
-            found.setdefault((view.budget, view.who), []).append(recall(guess, true))
-    for (budget, who), figures in found.items():
+            found.setdefault((view.budget, view.who, view.control), []).append(recall(guess, true))
+    for (budget, who, control), figures in found.items():
         yield Finding(
             setting=f"none, {100 * budget:g} % of the columns of A left out, the rest in {bits} bits, "
             + terms(scene, number=number),
             attacker=f"server: {who}",
             data=_data(scene, clients),
+            attack=VISIBLE,
+            terms=f"{who}, {bits} bits",
+            column=f"{100 * budget:g} %",
             figures={"recall": float(np.mean(figures))},
             counts={"clients": len(figures)},
             chance={"recall": _chance(public, clients)},
+            at_least={"recall": RECALLED} if control and bits > adam.HALF_BITS else {},
             capture=round_.digest,
         )
 
@@ -232,9 +270,7 @@ def opened_by_a_member(performance: Performance, public: Public) -> Finding:
     scene, first = performance.scene, first_layer(public)
     sums = insiders.sum_of_others(performance, first)
     who = f"fellow member, {len(scene.clients)} in all, with or without every server: the sum that it opened"
-    hidden = scene.client_privacy
-    form = f", client privacy of epsilon {hidden['epsilon']:g}" if hidden else ""
-    return in_sums(performance, public, sums, scene.clients[1:], (f"{setting(scene)}{form}", who))
+    return in_sums(performance, public, sums, scene.clients[1:], (setting(scene), who))
 
 
 def exact_sums(performance: Performance, public: Public, sizes: Iterable[int]) -> Iterator[Finding]:
@@ -265,7 +301,7 @@ def in_sums(
     scene, rng = performance.scene, np.random.default_rng(0)
     true = set().union(*(_inputs(public, client) for client in victims))
     ranks = sum(client.rank for client in victims)
-    beside, across = [], []
+    outside, across = [], []
     for name, total in sums.items():
         noisy = total + rng.standard_normal(total.shape) * 1e-6 * np.abs(total).max()
         rank = max(client.rank for client in victims)
@@ -273,15 +309,18 @@ def in_sums(
         steps = scene.steps if len(victims) == 1 else 0  # Adam's step is undone for a single victim alone
         across.append(tokens.by_B(public, noisy @ np.linalg.pinv(A), A, len(true), steps=steps))
         if scene.steps > 1:
-            beside.append(tokens.by_A(public, noisy, min(len(true), ranks), A))
-    figures = {"recall": recall(tokens.guessed(beside or across, len(true)), true)}
-    if beside:
+            outside.append(tokens.by_A(public, noisy, min(len(true), ranks), A))
+    figures = {"recall": recall(tokens.guessed(outside or across, len(true)), true)}
+    if outside:
         figures["recall by B"] = recall(tokens.guessed(across, len(true)), true)
     return Finding(
         setting=words[0],
         attacker=words[1],
         data=_data(scene, victims),
-        beside=f"tokens in the sum, {len(victims) + 1} members; {terms(scene)}",
+        attack=IN_SUMS,
+        terms=f"{len(victims) + 1} members, {terms(scene)}",
+        column=column(scene),
+        variant=variant(scene),
         figures=figures,
         counts={"tokens": len(true)},
         chance={"recall": len(true) / len(public.first_inputs)},
@@ -317,13 +356,9 @@ def membership(
     scene, round_ = performance.scene, performance.rounds[number - 1]
     data = _data(scene, clients)
     texts = dict.fromkeys(chain(outsiders, *(c.texts[: scene.batch] for c in scene.clients)))
-    scores = calibrated(
-        {
-            client.name: _scores(performance, public, client, tuple(texts), number, basis)
-            for client in scene.clients
-        },
-        {client.name: set(client.texts) for client in scene.clients},
-    )
+    raw = {c.name: _scores(performance, public, c, tuple(texts), number, basis) for c in scene.clients}
+    held = {client.name: set(client.texts) for client in scene.clients}
+    scores = standardized(calibrated(raw, held), outsiders)
     members = [scores[client.name][text] for client in clients for text in client.texts[: scene.batch]]
     others = [scores[client.name][text] for client in clients for text in outsiders]
     clear = bool(clear_parts(round_, clients[0].name))
@@ -333,13 +368,16 @@ def membership(
         setting=_form(setting(scene, size, number), basis=basis),
         attacker="server: clear B, A unknown" if clear else "server: all it stored",
         data=data,
-        beside="" if basis else f"membership; {terms(scene, size, number)}; {data}",
+        attack=MEMBERSHIP,
+        terms=terms(scene, size, number),
+        column=column(scene, basis=basis),
+        variant=variant(scene),
         figures={"auc": auc(members, others)},
         counts={"members": len(members), "others": len(others)},
         chance={"auc": 0.5},
         error={"auc": auc_error(len(members), len(others))},
-        at_least={"auc": 0.85} if control else {},
-        no_better_than_chance=not clear,
+        at_least={"auc": TOLD} if control else {},
+        no_better_than_chance=scene.sealed,
         capture=round_.digest,
     )
 
@@ -359,6 +397,23 @@ def calibrated(
             - float(np.mean([scores[o][text] for o in scores if o != client and text not in held[o]]))
             for text, score in own.items()
         }
+    return found
+
+
+def standardized(
+    scores: Mapping[str, Mapping[str, float]], outsiders: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Scores of texts by client, less the mean of that client's outsiders and over their standard deviation.
+
+    Some updates score all texts high, or far apart. Over several clients that would hide what the texts differ by, and
+    their scores would not be independent: on random bytes the error of an AUC over 12 clients was 1.4 times what it is
+    taken for.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for client, own in scores.items():
+        known = np.array([own[text] for text in outsiders])
+        middle, spread = float(known.mean()), max(float(known.std()), 1e-30)
+        found[client] = {text: (score - middle) / spread for text, score in own.items()}
     return found
 
 
@@ -421,6 +476,9 @@ def unmixed(performance: Performance, public: Public, clients: Sequence[Client])
         setting=_form(setting(scene), basis=True),
         attacker="server: vectors of even magnitudes in the span",
         data=_data(scene, clients),
+        attack=UNMIXED,
+        terms=terms(scene),
+        column=column(scene, basis=True),
         figures={"columns of B": float(np.mean([bases.found_again(B) for B in seen]))},
         counts={"clients": len(seen)},
         chance={"columns of B": 0.0},
@@ -428,7 +486,9 @@ def unmixed(performance: Performance, public: Public, clients: Sequence[Client])
     )
 
 
-def labels(performance: Performance, public: Public, *, basis: bool = False) -> Finding:
+def labels(
+    performance: Performance, public: Public, *, control: bool = False, basis: bool = False
+) -> Finding:
     """What servers learn of the clients' label distributions; `basis` as of `membership`."""
     scene, round_ = performance.scene, performance.rounds[0]
     features = np.stack([_features(scene, round_, client, public, basis=basis) for client in scene.clients])
@@ -445,12 +505,15 @@ def labels(performance: Performance, public: Public, *, basis: bool = False) -> 
         if clear
         else "server: all it stored, others' labels known",
         data=_data(scene, scene.clients),
-        beside="" if basis else f"labels; {terms(scene, scene.batch)}",
+        attack=LABELS,
+        terms=terms(scene, scene.batch),
+        column=column(scene, basis=basis),
         figures={"auc": leak.same_majority_auc, "majority": leak.majority, "closeness": 1 - leak.distance},
         counts={"clients": clients},
         chance={"auc": 0.5, "majority": leak.majority_by_chance, "closeness": 1 - leak.distance_by_chance},
         error={"auc": auc_error(*leak.pairs), "majority": spread, "closeness": 0.1},
-        no_better_than_chance=not clear,
+        at_least={"auc": TOLD} if control else {},
+        no_better_than_chance=scene.sealed,
         capture=round_.digest,
     )
 

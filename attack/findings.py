@@ -6,6 +6,8 @@ from typing import Final
 
 MOST_ERRORS: Final = 4
 """Standard errors above chance that are taken for chance: of 100 honest figures one in 300 runs is above."""
+UNPROTECTED: Final = "none"
+"""The column that the others are shown beside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +18,14 @@ class Finding:
     """Mode, steps, batch, round."""
     attacker: str
     data: str
-    beside: str = ""
-    """What is tried, in which terms, whatever the mode: its row under `none` is shown beside. Empty for no such row."""
+    attack: str
+    """What is tried, whatever the mode: text, membership, ..."""
+    terms: str
+    """In which terms, whatever the mode: steps, batch, round."""
+    column: str
+    """Which of the forms that an attack is tried on, in a word: a mode, for the most part."""
+    variant: str = ""
+    """What else the federation has that the row beside it, under `none`, has not."""
     figures: dict[str, float]
     """By measure, 0 to 1."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -34,9 +42,9 @@ class Finding:
     """Digest of the captured updates."""
 
     @property
-    def unprotected(self) -> bool:
-        """Whether it is what the same rows of other modes are shown beside."""
-        return bool(self.beside) and self.setting.startswith("none,")
+    def beside(self) -> tuple[str, str, str]:
+        """What the rows of all modes have in common."""
+        return self.attack, self.terms, self.data
 
     @property
     def _what(self) -> str:
@@ -47,7 +55,7 @@ class Finding:
         weak = [
             f"{self._what}: {name} is {self.figures[name]:.3f}, a control must reach {least}"
             for name, least in self.at_least.items()
-            if self.figures[name] < least
+            if not self.figures[name] >= least  # nor is it a number
         ]
         return weak + (self._leaks() if self.no_better_than_chance else [])
 
@@ -55,10 +63,38 @@ class Finding:
         return [
             f"{self._what}: {name} is {value:.3f}, and chance {self.chance[name]:.3f} ± {self.error[name]:.3f}"
             for name, value in self.figures.items()
-            if name in self.error and value > self.chance[name] + MOST_ERRORS * self.error[name]
+            if name in self.error and not value <= self.chance[name] + MOST_ERRORS * self.error[name]
         ]
+
+
+def bare(findings: Sequence[Finding]) -> dict[tuple[str, str, str], Finding]:
+    """The rows of unprotected federations, by what they have in common with those of other modes."""
+    return {finding.beside: finding for finding in findings if finding.column == UNPROTECTED}
 
 
 def problems(findings: Sequence[Finding]) -> list[str]:
     """Of all rows."""
     return [problem for finding in findings for problem in finding.problems()]
+
+
+def verdict(findings: Sequence[Finding]) -> list[str]:
+    """What a run came to, in sentences: of the controls, and of the claims."""
+    controls = [finding for finding in findings if finding.at_least]
+    claims = [finding for finding in findings if finding.no_better_than_chance]
+    return [
+        _outcome(
+            controls,
+            "{all} controls (attacks that must succeed): every one succeeded.",
+            "{bad} of {all} controls failed: these attacks are broken, and what else they find says nothing.",
+        ),
+        _outcome(
+            claims,
+            "{all} attacks on what servers hold under complete: none did better than chance.",
+            "{bad} of {all} attacks on what servers hold under complete did better than chance.",
+        ),
+    ]
+
+
+def _outcome(findings: Sequence[Finding], good: str, bad: str) -> str:
+    failed = sum(bool(finding.problems()) for finding in findings)
+    return (bad if failed else good).format(all=len(findings), bad=failed)

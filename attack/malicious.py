@@ -49,6 +49,7 @@ from shelora.v1 import committee_pb2 as pb
 COHORT: Final = tuple(f"client-{index}" for index in range(5))
 VICTIM, SPY = COHORT[0], COHORT[1]
 _FEDERATION: Final = "attacked"
+MALICIOUS: Final = "malicious servers"
 _CONTROL: Final = 0.3
 """Recall that a control must reach: of one sentence after ten steps the attack finds about half."""
 _LOSS: Final = 0.02
@@ -232,7 +233,9 @@ def findings(performance: Performance, public: Public, names: Sequence[str]) -> 
             figures = {"recall": max(row.figures.values())}
             yield replace(
                 row,
-                beside="",
+                attack=MALICIOUS,
+                terms=words[0],
+                column="control" if control else "members check",
                 figures=figures,
                 counts=row.counts | {"asked": got.asked, "refused": got.refused},
                 error={

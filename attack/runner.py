@@ -88,8 +88,16 @@ def found(plan: Plan, case: Case) -> list[Finding] | None:
 def progress(plan: Plan) -> str:
     """How far a run has come, for people."""
     cases = plan.cases()
-    done = sum(found(plan, case) is not None for case in cases)
-    return f"{done} of {len(cases)} cases are done; run it again to go on"
+    return f"{_done(plan, cases)} of {len(cases)} cases are done; run it again to go on"
+
+
+def _done(plan: Plan, cases: Sequence[Case]) -> int:
+    return sum(found(plan, case) is not None for case in cases)
+
+
+def _say(line: str) -> None:
+    """A line of progress, at once: other processes write to the same place."""
+    print(line, flush=True)  # noqa: T201
 
 
 def _key(case: Case) -> str:
@@ -102,7 +110,9 @@ def run(plan: Plan, workers: int) -> list[Finding]:
     cases = plan.cases()
     for model in {case.scene.task: case for case in cases}.values():
         plan.model(model)  # fetched here, by one process
-    if any(found(plan, case) is None for case in cases):
+    if done := _done(plan, cases):
+        _say(f"{done} of {len(cases)} cases are done already")
+    if done < len(cases):
         _work_side_by_side(plan, min(workers, len(cases)))
     findings = [found(plan, case) for case in cases]
     missing = [case.name for case, rows in zip(cases, findings, strict=True) if rows is None]
@@ -154,13 +164,17 @@ def work(plan: Plan) -> None:
                 stages.append(stack.enter_context(Stage(folder)))
             return stages[0]
 
-        for case in sorted(plan.cases(), key=lambda case: -case.cost):
+        began, cases = time.monotonic(), plan.cases()
+        for case in sorted(cases, key=lambda case: -case.cost):
             with _claimed(plan, case) as mine:
                 if mine and found(plan, case) is None:
-                    _do(plan, case, public, stage)
+                    took = _do(plan, case, public, stage)
+                    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+                    _say(f"{_done(plan, cases)} of {len(cases)} after {minutes}:{seconds:02}: {took}")
 
 
-def _do(plan: Plan, case: Case, public: dict[str, Public], stage: Callable[[], Stage]) -> None:
+def _do(plan: Plan, case: Case, public: dict[str, Public], stage: Callable[[], Stage]) -> str:
+    """Runs and attacks a case, and says how long each took."""
     started = time.monotonic()
     model = plan.model(case)
     performance = captures.load(case.scene, plan.capture(case))
@@ -173,7 +187,7 @@ def _do(plan: Plan, case: Case, public: dict[str, Public], stage: Callable[[], S
     known = public[case.scene.task]
     known.scene = case.scene
     _write(plan, case, list(case.attacks(performance, known)))
-    print(f"{case.name}: ran {ran - started:.0f} s, attacked {time.monotonic() - ran:.0f} s", flush=True)  # noqa: T201
+    return f"{case.name}, federation {ran - started:.0f} s, attacks {time.monotonic() - ran:.0f} s"
 
 
 def _write(plan: Plan, case: Case, findings: Sequence[Finding]) -> None:

@@ -18,6 +18,7 @@ from client_agent.data import Examples
 from client_agent.encoding import Encoder
 from shelora.lora.shards import Float64
 
+ORDER: Final = "column order"
 TEXTS: Final = 256
 TOKENS: Final = 48
 ROWS: Final = (144, 9600)
@@ -39,6 +40,9 @@ def findings(public_model: Public, texts: Sequence[str]) -> Iterator[Finding]:
             setting=f"simulated rows, {count}",
             attacker="order matching, no capture",
             data="R8, first layer",
+            attack=ORDER,
+            terms="order matching",
+            column=f"{count} rows",
             figures={"order": share},
             counts={"columns": inputs.shape[1]},
             chance={"order": 1 / inputs.shape[1]},

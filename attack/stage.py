@@ -82,6 +82,11 @@ class Scene:
         """Of values that travel in the clear."""
         return self.clear_bits if self.mode == "selective" else 32
 
+    @property
+    def sealed(self) -> bool:
+        """Whether its mode promises that what servers store says nothing of one client's update."""
+        return self.mode == "complete"
+
     def batch_of(self, client: Client) -> int:
         """Examples of a client's batch: it is smaller where a client has fewer."""
         return min(self.batch, len(client.texts))

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +15,39 @@ from attack.scores import auc, auc_error, recall, rouge, rouge_by_chance
 from attack.stage import Client
 from client_agent.learning import Weights
 from services.aggregation.keys import RoundKeys
+from shelora.additive.codec import decode
+from shelora.additive.parameters import DEFAULT
+from shelora.additive.sampler import Csprng
+from shelora.additive.secret import SecretKey
+from shelora.additive.wire import ShardShape, summand_planes
 from shelora.lora.shards import LoraFactors
 from shelora.messages import layout_to_proto
+
+ROW = {"setting": "s", "attacker": "a", "data": "d", "attack": "text", "terms": "1 step", "column": "none"}
 
 
 def resp(*words):
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+
+
+@pytest.mark.parametrize(("hidden", "told"), [(True, 0.5), (False, 1.0)])
+def test_ciphertexts_of_alike_clients_are_no_more_alike_than_others(hidden, told, monkeypatch):
+    """A single AUC of twenty clients is 0.33 now and then; the mean of many tells. Without secrets all are told."""
+    if not hidden:
+        monkeypatch.setattr(
+            SecretKey, "draw", lambda *_: SecretKey(DEFAULT, np.zeros(DEFAULT.degree, np.int64))
+        )
+    rng, truth = np.random.default_rng(0), np.repeat(np.arange(8), [5, 3, 3, 3, 1, 2, 1, 2])
+    shares, clusters = np.eye(8)[truth], rng.uniform(-0.8, 0.8, (8, 2 * DEFAULT.degree))
+    shape, found = ShardShape(DEFAULT, 0, clusters.shape[1]), []
+    for number in range(60 if hidden else 2):
+        keys = (SecretKey.draw(DEFAULT, Csprng.fresh()) for _ in truth)
+        encryptions = [key.encryption(number.to_bytes(32), len(truth), Csprng.fresh()) for key in keys]
+        sent = [e.encrypt(clusters[label]) for e, label in zip(encryptions, truth, strict=True)]
+        kept = [decode(DEFAULT, summand_planes(part, shape), shape.coefficients) for part in sent]
+        features = np.array(kept).astype(float)
+        found.append(label_leak(features - features.mean(), shares).same_majority_auc)
+    assert np.mean(found) == pytest.approx(told, abs=0.06)  # 7 standard errors of 60
 
 
 @given(st.lists(st.lists(st.binary(max_size=20), min_size=1, max_size=4), max_size=6), st.integers(0, 40))
@@ -110,6 +138,14 @@ def test_a_text_that_every_update_points_to_is_no_member_of_all():
     assert found["b"] == {"easy": 0.5, "rare": 0.0}, "who holds a text is no measure for the others"
 
 
+def test_an_update_that_scores_all_texts_high_points_to_none():
+    scores = {"a": {"x": 1.0, "y": 3.0, "own": 6.0}, "b": {"x": 100.0, "y": 300.0, "own": 200.0}}
+    found = experiments.standardized(scores, ["x", "y"])
+    assert found == {"a": {"x": -1, "y": 1, "own": 4}, "b": {"x": -1, "y": 1, "own": 0}}
+    still = experiments.standardized({"a": {"x": 2.0, "y": 2.0}}, ["x", "y"])
+    assert still == {"a": {"x": 0, "y": 0}}, "and one that scores all the same"
+
+
 def test_labels_are_told_from_features_that_hold_them_and_not_from_noise():
     rng = np.random.default_rng(0)
     shares = rng.dirichlet([0.2] * 4, 24)
@@ -120,12 +156,18 @@ def test_labels_are_told_from_features_that_hold_them_and_not_from_noise():
 
 
 def test_a_control_that_fails_and_a_leak_are_problems():
-    row = {"setting": "s", "attacker": "a", "data": "d"}
+    row = ROW
     assert Finding(**row, figures={"recall": 0.9}, at_least={"recall": 0.95}).problems()
     leak = {"figures": {"auc": 0.91}, "chance": {"auc": 0.5}, "error": {"auc": 0.1}}
     assert Finding(**row, **leak, no_better_than_chance=True).problems()
     assert not Finding(**row, **leak).problems()
     assert not Finding(**row, **(leak | {"figures": {"auc": 0.89}}), no_better_than_chance=True).problems()
+
+
+@pytest.mark.parametrize("gate", [{"at_least": {"auc": 0.9}}, {"no_better_than_chance": True}])
+def test_a_figure_that_is_no_number_is_a_problem(gate):
+    noise = {"chance": {"auc": 0.5}, "error": {"auc": 0.1}}
+    assert Finding(**ROW, figures={"auc": math.nan}, **noise, **gate).problems()
 
 
 def test_columns_of_even_magnitudes_come_back_from_their_span_and_others_do_not():
@@ -136,15 +178,23 @@ def test_columns_of_even_magnitudes_come_back_from_their_span_and_others_do_not(
     assert bases.found_again(rng.standard_normal((256, 8))) == 0
 
 
+STEPPED = SimpleNamespace(steps=1, learning_rate=0.002)
+
+
+def stepped(rng, shape):
+    """What a first step of AdamW adds: hardly less than the learning rate, for the most part."""
+    return 0.002 * np.sign(rng.standard_normal(shape)) * (1 - 1e-3 * rng.exponential(size=shape))
+
+
 def test_movement_of_A_comes_back_whatever_powers_of_two_its_rows_were_scaled_by(monkeypatch):
     rng = np.random.default_rng(1)
     before = rng.standard_normal((6, 20)).astype(np.float32)
-    step = 1e-3 * rng.standard_normal((6, 20)).astype(np.float32)
-    after = before + step
+    before[3:] *= 1e-3  # rows of values that are no larger than a step
+    after = before + stepped(rng, (6, 20)).astype(np.float32)
     sent = np.ldexp(after, -np.frexp(np.abs(after).max(axis=1))[1][:, None])
     monkeypatch.setattr(columns, "clear_parts", lambda *_: {"q": SimpleNamespace(A=sent.astype(np.float64))})
     start = Weights({"q": LoraFactors(np.zeros((4, 6), np.float32), before)}, {})
-    performance = SimpleNamespace(rounds=[None, None])
+    performance = SimpleNamespace(rounds=[None, None], scene=STEPPED)
     moved = columns.movement(performance, start, Client(name="c", texts=("t",)), "q", 2)
     assert np.abs(moved - (after.astype(np.float64) - before)).max() < 1e-6
 
@@ -152,14 +202,38 @@ def test_movement_of_A_comes_back_whatever_powers_of_two_its_rows_were_scaled_by
 def test_movement_of_B_comes_back_though_its_columns_were_scaled_and_one_was_zero(monkeypatch):
     rng = np.random.default_rng(1)
     A, began, step = rng.standard_normal((6, 20)), rng.standard_normal((4, 6)), rng.standard_normal((4, 6))
-    began[:, 2] = 0  # a component that died starts again
-    powers = np.frexp(np.abs(A).max(axis=1))[1]
-    sent = SimpleNamespace(A=np.ldexp(A, -powers[:, None]), B=np.ldexp(began + 1e-3 * step, powers))
+    began[:, 2] = 0  # a component that died starts again, and its A does not move
+    after = A + stepped(rng, (6, 20)) * (np.arange(6) != 2)[:, None]
+    powers = np.frexp(np.abs(after).max(axis=1))[1]
+    sent = SimpleNamespace(A=np.ldexp(after, -powers[:, None]), B=np.ldexp(began + 1e-3 * step, powers))
     monkeypatch.setattr(columns, "clear_parts", lambda *_: {"q": sent})
     start = Weights({"q": LoraFactors(began, A)}, {})
-    performance = SimpleNamespace(rounds=[None, None])
+    performance = SimpleNamespace(rounds=[None, None], scene=STEPPED)
     moved = columns.movement_of_B(performance, start, Client(name="c", texts=("t",)), "q", 2)
     assert moved == pytest.approx(1e-3 * step)
+
+
+def test_words_come_back_from_visible_columns_whose_places_are_known_and_stock_dager_loses_them():
+    rng = np.random.default_rng(2)
+    inputs, true = rng.standard_normal((400, 40)), [3, 50, 200]
+    public = SimpleNamespace(first_inputs=inputs, scene=STEPPED)
+    gradient = 1e-6 * rng.standard_normal((12, 3)) @ inputs[true]
+    moved = -0.002 * gradient / (np.abs(gradient) + adam.EPSILON)
+    found = {
+        (view.budget, view.who): recall(spans.best(view.distances, 3), set(true))
+        for view in columns.views(moved, public, 3, rng, (0.02, 0.5), floor=1e-12)
+    }
+    assert [found[budget, columns.PLACES_KNOWN] for budget in (0.02, 0.5)] == [1, 1]
+    assert max(found[budget, "leaves them out, places secret"] for budget in (0.02, 0.5)) < 1
+    assert [view.control for view in columns.views(moved, public, 3, rng, (0.02, 0.5))] == [0, 1, 0, 0, 0, 0]
+
+
+def test_distances_are_those_of_the_columns_that_are_visible():
+    rng = np.random.default_rng(3)
+    inputs, scales, places = rng.standard_normal((30, 12)), rng.uniform(0.5, 2, 12), rng.permutation(12)[:7]
+    rows = rng.standard_normal((4, 7))
+    found = columns._distances(rows, places, inputs, scales, 3, rng)
+    assert found == pytest.approx(spans.residuals(spans.basis(rows, 3), (inputs * scales)[:, places]))
 
 
 def test_what_of_B_lies_in_the_last_sum_is_taken_out(monkeypatch):

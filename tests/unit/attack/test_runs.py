@@ -1,6 +1,8 @@
 """What a run of the attacks leaves on disk, and when it is done again."""
 
 from dataclasses import replace
+from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import structlog
 
 from attack import __main__ as command
-from attack import captures, report, runner
+from attack import captures, experiments, report, runner
 from attack.capture import Round, Update
 from attack.cases import Case
 from attack.findings import Finding
@@ -17,6 +19,7 @@ from client_agent.judging import Judge
 from client_agent.learning import Weights
 from shelora.errors import DomainError
 from shelora.lora.shards import LoraFactors
+from shelora.terminal import Terminal
 
 SCENE = Scene(
     name="text-none",
@@ -30,6 +33,18 @@ SCENE = Scene(
     learning_rate=0.002,
     modules=("q",),
 )
+
+
+def found(**row):
+    form = {
+        "setting": "s",
+        "attacker": "a",
+        "data": "d",
+        "attack": "text",
+        "terms": "1 step",
+        "column": "none",
+    }
+    return Finding(**(form | row))
 
 
 @pytest.fixture
@@ -81,7 +96,7 @@ def plan(performance, tmp_path, monkeypatch):
 
     def attacks(seen, _):
         tried.append(seen.rounds[0].digest)
-        return [Finding(setting="s", attacker="a", data="d", figures={"recall": 1.0})]
+        return [found(figures={"recall": 1.0})]
 
     monkeypatch.setattr(runner, "all_cases", lambda *_, **__: [Case(scene=SCENE, attacks=attacks)])
     monkeypatch.setattr(runner, "Public", lambda *_: SimpleNamespace())
@@ -130,16 +145,45 @@ def test_a_process_that_leaves_a_case_undone_fails_the_run(plan, monkeypatch):
 
 
 def test_a_row_shows_what_the_same_attack_finds_where_nothing_is_protected():
-    form = {"attacker": "a", "data": "d", "counts": {"texts": 2}}
     rows = [
-        Finding(setting="none, 1 step", beside="text; 1 step", figures={"exact": 1.0}, **form),
-        Finding(setting="none, as a basis, 1 step", figures={"exact": 0.5}, **form),
-        Finding(setting="complete, 1 step", beside="text; 1 step", figures={"exact": 0.0}, **form),
-        Finding(setting="complete, 10 steps", beside="text; 10 steps", figures={"exact": 0.0}, **form),
+        found(figures={"exact": 1.0}),
+        found(column="basis", figures={"exact": 0.5}),
+        found(column="complete", variant="epsilon 8", figures={"exact": 0.0}),
+        found(column="complete", terms="10 steps", figures={"exact": 0.0}),
     ]
     shown = [row[report.HEADINGS.index("the same under none")] for row in report.rows(rows)]
-    assert shown == ["", "", "exact 1.00", ""]
+    assert shown == ["", "exact 1.00", "exact 1.00", ""]
     assert report.markdown(rows).count("\n") == 2 + len(rows)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_what_is_printed_stands_side_by_side_and_ends_in_a_verdict(width):
+    noise = {"chance": {"auc": 0.5}, "error": {"auc": 0.1}}
+    many = {"attack": experiments.MEMBERSHIP, **noise}
+    rows = [
+        found(figures={"auc": 0.98, "extra": 1.0}, at_least={"auc": 0.85}, **many),
+        found(column="16 bits", figures={"auc": 0.97}, **many),
+        found(column="16 bits", variant="0.1 %", figures={"auc": 0.96}, **many),
+        found(column="complete", figures={"auc": 0.55}, no_better_than_chance=True, **many),
+    ]
+    shown = printed(rows, width)
+    assert all(len(line) <= width for line in shown[: shown.index(report.LEGEND)])
+    assert "auc, 1 step 0.98 0.97 0.55 0.50" in [" ".join(line.split()) for line in shown]
+    assert "auc, 1 step, 0.1 % 0.98 0.96 0.50" in [" ".join(line.split()) for line in shown], "none beside it"
+    assert "extra" not in " ".join(shown), "no chance to hold it against"
+    assert shown[-2].startswith("1 controls")
+    assert "none did better than chance" in shown[-1]
+
+    shown = printed(
+        [*rows, found(column="complete", figures={"auc": 0.95}, no_better_than_chance=True, **many)], width
+    )
+    assert "1 of 2 attacks on what servers hold under complete did better than chance." in shown[-1]
+
+
+def printed(rows, width):
+    file = StringIO()
+    report.show(rows, Path("runs/attack"), Terminal(width=width, file=file))
+    return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +197,7 @@ def test_a_row_shows_what_the_same_attack_finds_where_nothing_is_protected():
 )
 def test_the_command_fails_where_a_control_or_a_claim_does(monkeypatch, tmp_path, row, code):
     noise = {"chance": {"auc": 0.5}, "error": {"auc": 0.05}}
-    finding = Finding(setting="s", attacker="a", data="d", **noise, **row)
+    finding = found(**noise, **row)
     monkeypatch.setattr(command, "run", lambda *_: [finding])
     with pytest.raises(SystemExit) as ended:
         command.main(folder=tmp_path, downloads=tmp_path, everything=False, fresh=False, one_of_many=False)
