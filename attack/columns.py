@@ -20,8 +20,8 @@ from attack.opened import clear_parts
 from attack.public import Public
 from attack.spans import basis
 from attack.stage import Client, Performance, Scene
-from client_agent.learner import cut_to_rank
 from client_agent.learning import Weights
+from client_agent.results import cut_to_rank
 from shelora.lora.codec import decode_result
 from shelora.lora.restore import restored_parts
 from shelora.lora.shards import Float64

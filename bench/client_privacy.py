@@ -21,8 +21,8 @@ from rich.table import Table
 from bench.privacy import ASSETS, MICRO_BATCH, TESTED, TOKENS, UNFINISHED, model_of, read
 from client_agent.encoding import Encoder
 from client_agent.evaluation import evaluate
-from client_agent.learner import cut_to_rank
 from client_agent.learning import Weights
+from client_agent.results import cut_to_rank
 from client_agent.state import AgentState
 from client_agent.training import TrainingRun, train
 from examples.reuters.assets import MINILM, REUTERS, fetch

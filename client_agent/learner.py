@@ -1,7 +1,6 @@
 """Everything an agent computes with its model and data. Synchronous; the agent runs it in its one worker thread."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +18,11 @@ from client_agent.judging import Judge
 from client_agent.keys import EpochSecrets
 from client_agent.learning import BaseDigest, Evaluation, Origin, Trained, Weights
 from client_agent.metrics import timed
-from client_agent.moderating import Moderator
-from client_agent.plausibility import JUDGING_EXAMPLES, Expectation, plausible
+from client_agent.plausibility import JUDGING_EXAMPLES
 from client_agent.preparation import Prepared, prepare
 from client_agent.progress import Activity, Stopped
 from client_agent.reporting import Reporting
+from client_agent.results import Results
 from client_agent.samples import Sampler, as_json
 from client_agent.schedule import Schedule
 from client_agent.scoring import sensitivity_scores
@@ -33,10 +32,8 @@ from client_agent.tasks.port import ExampleSet
 from client_agent.training import Report, TrainingOutcome, TrainingRun, train
 from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
-from shelora.lora.algebra import remainder, reparameterize
 from shelora.lora.restore import Restored
-from shelora.lora.shards import Float32, Float64, LoraFactors
-from shelora.lora.sketches import Exponents
+from shelora.lora.shards import Float64
 from shelora.obfuscation import Obfuscation
 from shelora.protocol import Stage
 
@@ -90,7 +87,9 @@ class Learner:
         )
         self._training_identity = _training_identity(config, spec, prepared, self.privacy)
         self._current = CurrentState(self.model, state, _identity(config, self.base))
-        self._judge = Judge(self._loss_with)
+        # Agents with differential privacy do not judge: an objection reveals something of their examples.
+        judge = None if self._budget else Judge(self._loss_with)
+        self._results = Results(self.model, state, self._current, self._schedule, judge)
         self._sampler = Sampler(config.samples, self.model, self.encoder)
         self._sampled: str | None = None
         """The position that samples were written from last."""
@@ -134,39 +133,12 @@ class Learner:
     ) -> None:
         """Makes the result of a round current, cut to this client's rank, and keeps it.
 
-        What servers could not screen is bounded by what this client trained from the state that it holds.
-
         Afterwards `objection` says whether the result serves this client badly.
 
         Args: number: of the training round, to tell how many this client missed; 0 if it is not known.
         Raises: RESULT_REFUSED if it is not plausible beside what this client trained.
         """
-        moderator = self._moderator(number)
-        parts = plausible(parts, self._expectation())
-        checked = moderator.parts(parts) if moderator else parts
-        values = initial_values(self._spec, obfuscation)
-        weights = cut_to_rank(checked, self.model.rank, self.model.scaling, values)
-        if moderator:
-            weights = replace(weights, changes=moderator.changes)
-        objection = self._load_result(round_id, number, weights, moderator)
-        self._current.applied(round_id, weights, objection)
-
-    def _load_result(self, round_id: str, number: int, weights: Weights, moderator: Moderator | None) -> str:
-        """Loads a result; says why it serves this client badly if servers could only add.
-
-        Agents with differential privacy do not judge: an objection reveals something of their examples.
-
-        Raises: RESULT_REFUSED.
-        """
-        if moderator is None or not moderator.summed or self._budget:
-            self.model.load(weights)
-            return ""
-        start = self._current.round_id
-        try:
-            return self._judge.objection(weights, moderator, start=start, round_id=round_id, number=number)
-        except BaseException:
-            self.model.load(moderator.before)
-            raise
+        self._results.apply(round_id, parts, initial_values(self._spec, obfuscation), number)
 
     def _loss_with(self, weights: Weights) -> float:
         """Mean loss on some of this client's own training examples; loads the weights."""
@@ -174,23 +146,9 @@ class Learner:
         some = self._some(self.examples, min(self._spec.calibration_examples, JUDGING_EXAMPLES), "judging")
         return evaluate(self.model, self.encoder, some, lambda _: None).loss
 
-    def _moderator(self, number: int) -> Moderator | None:
-        """What bounds the result of that round; None if this client trained nothing from the state that it holds."""
-        trained = self._current.trained_here()
-        if trained is None:
-            return None
-        rounds = 1 + number - int(trained[0]["number"]) if number else 1
-        if rounds < 1:  # a later result was taken back
-            return None
-        before, scaling = self.model.weights(), self.model.scaling
-        return Moderator(before=before, own=trained[1], scaling=scaling, rounds=rounds)
-
     def start_of(self, number: int) -> Weights | None:
         """What this client trained in that round from, if it still holds it: the state that results alone lead to."""
-        trained = self._current.trained_here()
-        if trained is None or int(trained[0]["number"]) != number:
-            return None
-        return self.model.weights()
+        return self._results.start_of(number)
 
     def train(self, number: int, activity: Activity, variant: str = "") -> Trained:
         """Trains from the current state, which does not change.
@@ -281,19 +239,6 @@ class Learner:
         """The adapter's model card."""
         return rendered(self._card, made, measured)
 
-    def _expectation(self) -> Expectation:
-        """What is known of the round whose result comes next: the present state, and what was trained from it."""
-        saved, number = self._state.trained(), 1
-        trained = None
-        if saved is not None and saved[0].get("round") == (self._current.round_id or ""):
-            trained, number = saved[1], int(saved[0]["number"])
-        return Expectation(
-            base=self.model.weights(),
-            trained=trained,
-            scaling=self.model.scaling,
-            step=self._schedule.travel(number),
-        )
-
     def _train(self, number: int, activity: Activity, variant: str) -> Trained:
         run = TrainingRun(
             rates=self._schedule.rates(number, self._spec.steps(len(self.examples))),
@@ -369,25 +314,3 @@ def budget_of(config: AgentConfig, spec: TrainingSpec, *, examples: int, rounds:
 def initial_values(spec: TrainingSpec, secret: Obfuscation) -> Obfuscation:
     """Where initial factors come from: the epoch's secret, or what the federation made public to be repeatable."""
     return Obfuscation.public(f"initial/{spec.initial_seed}") if spec.initial_seed else secret
-
-
-def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, values: Obfuscation) -> Weights:
-    """A result as weights of that rank. Takes one part at a time, for results have many times the rank.
-
-    Args: values: of the rows of A that a result of a smaller rank leaves.
-
-    Under a strategy that keeps it, what the result has beyond the rank becomes the frozen part.
-    """
-    factors: dict[str, LoraFactors] = {}
-    frozen: dict[str, LoraFactors] = {}
-    tensors: dict[str, Float32] = {}
-    exponents: dict[str, Exponents] = {}
-    for part in parts:
-        tensors |= part.tensors
-        exponents |= part.exponents
-        for name, update in part.matrices.items():
-            fill_A = values.initial_A(name, rank, update.M.shape[1])
-            factors[name] = reparameterize(update, rank, scaling, fill_A)
-            if part.summed:
-                frozen[name] = remainder(update, rank)
-    return Weights(factors, tensors, frozen, exponents)

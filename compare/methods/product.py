@@ -12,9 +12,9 @@ from typing import Final
 
 import numpy as np
 
-from client_agent.learner import cut_to_rank
 from client_agent.learning import Weights
 from client_agent.moderating import Moderator
+from client_agent.results import cut_to_rank
 from compare.methods.port import Outcome
 from compare.state import Held, World
 from shelora.additive.sampler import Csprng

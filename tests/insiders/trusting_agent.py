@@ -3,10 +3,10 @@
 python -m tests.insiders.trusting_agent run --config agent.yaml
 """
 
-from client_agent import learner
+from client_agent import results
 from client_agent.main import app
 
 if __name__ == "__main__":
-    learner.plausible = lambda parts, _expected: parts  # type: ignore[assignment]
-    learner.Learner._moderator = lambda _self, _number: None  # type: ignore[method-assign]
+    results.plausible = lambda parts, _expected: parts  # type: ignore[assignment]
+    results.Results._moderator = lambda _self, _number: None  # type: ignore[method-assign]
     app()

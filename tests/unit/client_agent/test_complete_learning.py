@@ -170,7 +170,7 @@ def test_a_sum_that_no_model_computes_with_is_not_applied(learners: list[Learner
     learner, (_, poisoned) = learners[0], poisoned_third(learners)
     before = logits(learner)
     with monkeypatch.context() as patched:
-        patched.setattr(learner._judge, "_loss_with", lambda weights: float("nan"))
+        patched.setattr(learner._results._judge, "_loss_with", lambda weights: float("nan"))
         with pytest.raises(DomainError, match="the loss with it is nan") as error:
             apply(learner, 0, poisoned, "films.3", 3)
     assert error.value.reason is Reason.RESULT_REFUSED
@@ -194,7 +194,7 @@ def test_a_loss_that_is_known_or_decides_nothing_is_not_computed_again(
     for number in (1, 2, 3):
         result = summed(number, sent(learners, number))
         if number == 3:
-            learner._judge._judged = (None, 0.0)
+            learner._results._judge._judged = (None, 0.0)
         found.clear()
         for index, each in enumerate(learners):
             before = len(found)

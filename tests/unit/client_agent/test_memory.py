@@ -7,8 +7,8 @@ import numpy as np
 import psutil
 import pytest
 
-from client_agent.learner import cut_to_rank
 from client_agent.memory import FIXED_BYTES, Memory, memory_here, require_memory, result_bytes, update_bytes
+from client_agent.results import cut_to_rank
 from shelora.ckks.parameters import STANDARD
 from shelora.ckks.secret import Decryptor, Encryptor, SecretKey
 from shelora.errors import DomainError, Reason

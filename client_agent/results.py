@@ -1,0 +1,132 @@
+"""Brings the results of rounds into the model: bounded, cut to this client's rank, judged by its own examples."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from client_agent.current import CurrentState
+from client_agent.judging import Judge
+from client_agent.learning import Weights
+from client_agent.model import AdaptedModel
+from client_agent.moderating import Moderator
+from client_agent.plausibility import Expectation, plausible
+from client_agent.schedule import Schedule
+from client_agent.state import AgentState
+from shelora.lora.algebra import remainder, reparameterize
+from shelora.lora.restore import Restored
+from shelora.lora.shards import Float32, LoraFactors
+from shelora.lora.sketches import Exponents
+from shelora.obfuscation import Obfuscation
+
+
+class Results:
+    """Makes results current. Not thread-safe.
+
+    Args:
+        model: What takes them.
+        state: What this client trained is kept there.
+        current: The state that the model holds.
+        schedule: How far a round's training can move a value.
+        judge: Says whether a result serves this client; None: nobody does.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        state: AgentState,
+        current: CurrentState,
+        schedule: Schedule,
+        judge: Judge | None,
+    ) -> None:
+        self._model = model
+        self._state = state
+        self._current = current
+        self._schedule = schedule
+        self._judge = judge
+
+    def apply(self, round_id: str, parts: Iterable[Restored], values: Obfuscation, number: int) -> None:
+        """Makes the result of a round current, cut to this client's rank, and keeps it.
+
+        What servers could not screen is bounded by what this client trained from the state that it holds.
+
+        Args:
+            round_id: Names the result from now on.
+            parts: The result, a part at a time.
+            values: Where initial factors come from, for rows of A that a result of a smaller rank leaves.
+            number: Of the training round, to tell how many this client missed; 0 if it is not known.
+
+        Raises: RESULT_REFUSED if it is not plausible beside what this client trained.
+        """
+        moderator = self._moderator(number)
+        parts = plausible(parts, self._expectation())
+        checked = moderator.parts(parts) if moderator else parts
+        weights = cut_to_rank(checked, self._model.rank, self._model.scaling, values)
+        if moderator:
+            weights = replace(weights, changes=moderator.changes)
+        objection = self._load(round_id, number, weights, moderator)
+        self._current.applied(round_id, weights, objection)
+
+    def start_of(self, number: int) -> Weights | None:
+        """What this client trained in that round from, if it still holds it: the state that results alone lead to."""
+        trained = self._current.trained_here()
+        if trained is None or int(trained[0]["number"]) != number:
+            return None
+        return self._model.weights()
+
+    def _load(self, round_id: str, number: int, weights: Weights, moderator: Moderator | None) -> str:
+        """Loads a result; says why it serves this client badly, if servers could only add. Raises: RESULT_REFUSED."""
+        if moderator is None or not moderator.summed or self._judge is None:
+            self._model.load(weights)
+            return ""
+        start = self._current.round_id
+        try:
+            return self._judge.objection(weights, moderator, start=start, round_id=round_id, number=number)
+        except BaseException:
+            self._model.load(moderator.before)
+            raise
+
+    def _moderator(self, number: int) -> Moderator | None:
+        """What bounds the result of that round; None if this client trained nothing from the state that it holds."""
+        trained = self._current.trained_here()
+        if trained is None:
+            return None
+        rounds = 1 + number - int(trained[0]["number"]) if number else 1
+        if rounds < 1:  # a later result was taken back
+            return None
+        return Moderator(
+            before=self._model.weights(), own=trained[1], scaling=self._model.scaling, rounds=rounds
+        )
+
+    def _expectation(self) -> Expectation:
+        """What is known of the round whose result comes next: the present state, and what was trained from it."""
+        saved, number = self._state.trained(), 1
+        trained = None
+        if saved is not None and saved[0].get("round") == (self._current.round_id or ""):
+            trained, number = saved[1], int(saved[0]["number"])
+        return Expectation(
+            base=self._model.weights(),
+            trained=trained,
+            scaling=self._model.scaling,
+            step=self._schedule.travel(number),
+        )
+
+
+def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, values: Obfuscation) -> Weights:
+    """A result as weights of that rank. Takes one part at a time, for results have many times the rank.
+
+    Args: values: of the rows of A that a result of a smaller rank leaves.
+
+    Under a strategy that keeps it, what the result has beyond the rank becomes the frozen part.
+    """
+    factors: dict[str, LoraFactors] = {}
+    frozen: dict[str, LoraFactors] = {}
+    tensors: dict[str, Float32] = {}
+    exponents: dict[str, Exponents] = {}
+    for part in parts:
+        tensors |= part.tensors
+        exponents |= part.exponents
+        for name, update in part.matrices.items():
+            fill_A = values.initial_A(name, rank, update.M.shape[1])
+            factors[name] = reparameterize(update, rank, scaling, fill_A)
+            if part.summed:
+                frozen[name] = remainder(update, rank)
+    return Weights(factors, tensors, frozen, exponents)
