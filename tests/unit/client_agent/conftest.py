@@ -1,6 +1,7 @@
-"""Tiny real models, made once, and an agent's folder."""
+"""Tiny real models, made once, and an agent's folders."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import BertModel, LlamaConfig, LlamaForCausalLM
 from client_agent.data import Examples
 from client_agent.encoding import Encoder
 from client_agent.model import AdaptedModel
+from client_agent.state import AgentState
 from shelora.obfuscation import Obfuscation
 from shelora.transport.tls import IdentityFolder
 from tests.identities import TestAuthority, client
@@ -70,6 +72,13 @@ def model(bert_folder: Path, obfuscation: Obfuscation) -> AdaptedModel:
 @pytest.fixture
 def encoder(model: AdaptedModel) -> Encoder:
     return Encoder(model.tokenizer, 32, append_end=False)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[AgentState]:
+    opened = AgentState(tmp_path / "state")
+    yield opened
+    opened.close()
 
 
 @pytest.fixture

@@ -12,13 +12,6 @@ from client_agent.state import AgentState, newest_adapter
 from shelora.errors import DomainError, Reason
 
 
-@pytest.fixture
-def state(tmp_path: Path):
-    opened = AgentState(tmp_path / "state")
-    yield opened
-    opened.close()
-
-
 def save(state: AgentState, content: str) -> None:
     def write(folder: Path) -> None:
         (folder / "nested").mkdir()

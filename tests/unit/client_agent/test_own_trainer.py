@@ -74,13 +74,6 @@ def learned(folder: Path, trainer: Trainer, state: AgentState) -> TrainerLearner
     return TrainerLearner(federating._settings(folder / "agent.yaml", trainer), SPEC, state, 3, trainer)
 
 
-@pytest.fixture
-def state(tmp_path: Path):
-    made = AgentState(tmp_path / "state")
-    yield made
-    made.close()
-
-
 def test_a_script_trains_the_federations_steps_with_its_own_arguments_and_again_the_same(
     agent_folder: Path, bert_folder: Path, obfuscation: Any, state: AgentState
 ) -> None:

@@ -1,7 +1,6 @@
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
 from client_agent.plan_fit import assess, stake_of
 from client_agent.progress import Activity
@@ -26,13 +25,6 @@ class Scorer:
     def score(self, _activity):
         self.passes += 1
         return {"m": self.scores}
-
-
-@pytest.fixture
-def state(tmp_path):
-    held = AgentState(tmp_path / "state")
-    yield held
-    held.close()
 
 
 def plan(*columns: int) -> Plan:

@@ -1,6 +1,6 @@
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from client_agent.learning import Weights
-from client_agent.state import AgentState, UpdateNote
+from client_agent.state import AgentState
 from shelora import files
 from shelora.errors import DomainError, Reason
 from shelora.levels import Level
@@ -16,25 +16,9 @@ from shelora.lora.shards import LoraFactors
 from shelora.lora.sketches import Exponents
 from shelora.transport.pieces import Digest
 from tests.disk import no_file_larger_than
+from tests.unit.client_agent.notes import NOTE
 
-NOTE = UpdateNote(
-    round_id="films/1",
-    layout_digest=b"d" * 32,
-    rank=4,
-    scaling=2.0,
-    example_count=20,
-    train_loss=0.5,
-    train_s=1.5,
-    encrypt_s=0.1,
-)
 KEY = {"round": "films/1", "rank": "2"}
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[AgentState]:
-    opened = AgentState(tmp_path / "state")
-    yield opened
-    opened.close()
 
 
 def some_weights() -> Weights:

@@ -1,6 +1,4 @@
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -8,7 +6,7 @@ from client_agent.downloads import Result, download
 from client_agent.progress import Activity, Stopped
 from client_agent.replicas import replicas_for_transfers
 from client_agent.session import digest_to_proto
-from client_agent.state import AgentState, Spool, UpdateNote
+from client_agent.state import AgentState, Spool
 from client_agent.uploads import upload
 from shelora.errors import DomainError, Reason
 from shelora.lora.layout import Tensor, build_layout
@@ -16,6 +14,7 @@ from shelora.messages import layout_to_proto
 from shelora.transport.pieces import PIECE_BYTES, Digest
 from shelora.v1 import common_pb2
 from tests.unit.client_agent.fake_aggregation import FakeAggregation, Shards, serving
+from tests.unit.client_agent.notes import NOTE
 
 DATA = os.urandom(3 * PIECE_BYTES + 17)
 LAYOUT = build_layout(
@@ -34,29 +33,11 @@ def in_order(_replicas: list[str]) -> None:
     """Shuffles nothing."""
 
 
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[AgentState]:
-    opened = AgentState(tmp_path / "state")
-    yield opened
-    opened.close()
-
-
 def spooled(state: AgentState) -> Spool:
     writer = state.begin_spool("films/1")
     writer.add(DATA)
     writer.add(b"second")
-    return writer.finish(
-        UpdateNote(
-            round_id="films/1",
-            layout_digest=b"d" * 32,
-            rank=4,
-            scaling=2.0,
-            example_count=20,
-            train_loss=0.5,
-            train_s=1.5,
-            encrypt_s=0.1,
-        )
-    )
+    return writer.finish(NOTE)
 
 
 def published(data: bytes, contributors: int = 2) -> common_pb2.ResultRef:
