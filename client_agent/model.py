@@ -1,7 +1,5 @@
 """The adapted model: a frozen base, LoRA factors on some matrices, a head trained whole."""
 
-import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
-import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -22,9 +19,10 @@ from client_agent.checkpoint import Checkpoint, invalid, is_norm, quiet, under
 from client_agent.config import LoraSettings
 from client_agent.encoding import ModelBatch
 from client_agent.fingerprint import base_digest
+from client_agent.frozen import Frozen, joined, require_shapes, widen
 from client_agent.learning import Weights
 from client_agent.precision import FULL, Precision, compute_in_float32, lower, plain_weight
-from client_agent.starting import CONFIG, PREFIX, WEIGHTS, Start, require_fit
+from client_agent.starting import PREFIX, Start, require_fit
 from client_agent.tables import first_line, listed
 from client_agent.targets import WHOLE, Narrowed, Targets, check_adaptable, linear_layers, resolve
 from client_agent.tasks.registry import task_of
@@ -117,8 +115,8 @@ class AdaptedModel:
             {tensor.name: tensor.shape for tensor in self.tensors},
         )
         for name, pair in start.factors.items():
-            _Frozen(self._layers[name]).hold(pair, device)
-        self._beside = {name: _Frozen(layer) for name, layer in self._layers.items()}
+            Frozen(self._layers[name]).hold(pair, device)
+        self._beside = {name: Frozen(layer) for name, layer in self._layers.items()}
         self._exponents: Mapping[str, Exponents] = {}
         self._changes: Mapping[str, tuple[float, ...]] = {}
 
@@ -247,7 +245,7 @@ class AdaptedModel:
         """
         pairs = list(self._paired(weights))
         for matrix in self.matrices:
-            _require_fit(matrix, weights.frozen.get(matrix.name))
+            require_shapes(matrix, weights.frozen.get(matrix.name))
         with torch.no_grad():
             for parameter, value in pairs:
                 parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
@@ -289,9 +287,8 @@ class AdaptedModel:
             self._peft.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
             self.tokenizer.save_pretrained(str(folder))
             self._peft.get_base_model().config.save_pretrained(str(folder))
-        beside = {name: _joined(self.start.factors.get(name), f.factors) for name, f in self._beside.items()}
-        if width := max((len(pair.A) for pair in beside.values() if pair), default=0):
-            _widen(folder, beside, width, self.scaling)
+        own = self.start.factors
+        widen(folder, {n: joined(own.get(n), f.factors) for n, f in self._beside.items()}, self.scaling)
 
     def _paired(self, weights: Weights) -> Iterator[tuple[nn.Parameter, Float32]]:
         if weights.factors.keys() != self._layers.keys() or weights.tensors.keys() != self._parameters.keys():
@@ -301,38 +298,6 @@ class AdaptedModel:
             yield _fitting(name, layer.lora_B[_ADAPTER].weight, weights.factors[name].B)
         for name, parameter in self._parameters.items():
             yield _fitting(name, parameter, weights.tensors[name])
-
-
-class _Frozen:
-    """Adds a fixed B A to what an adapted module computes. Not a PEFT adapter: those share scaling and are trained."""
-
-    def __init__(self, layer: Any) -> None:  # noqa: ANN401 - PEFT's layers are untyped
-        self.factors: LoraFactors | None = None
-        self._A = self._B = torch.zeros(0)
-        layer.register_forward_hook(self)
-
-    def hold(self, factors: LoraFactors | None, device: torch.device) -> None:
-        """Replaces the factors; None or none of them add nothing."""
-        self.factors = factors if factors is not None and factors.A.size else None
-        if self.factors is not None:
-            self._A = torch.from_numpy(np.array(self.factors.A, dtype=np.float32)).to(device)
-            self._B = torch.from_numpy(np.array(self.factors.B, dtype=np.float32)).to(device)
-
-    def __call__(
-        self, _layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> torch.Tensor:
-        if self.factors is None:
-            return output
-        x = inputs[0].to(self._A.dtype)
-        return output + (x @ self._A.T @ self._B.T).to(output.dtype)
-
-
-def _joined(*pairs: LoraFactors | None) -> LoraFactors | None:
-    """Factors of the sum; None of nothing."""
-    there = [pair for pair in pairs if pair is not None]
-    if not there:
-        return None
-    return LoraFactors(B=np.hstack([pair.B for pair in there]), A=np.vstack([pair.A for pair in there]))
 
 
 def _notes(checkpoint: Checkpoint, start: Start) -> Iterator[str]:
@@ -347,33 +312,6 @@ def _notes(checkpoint: Checkpoint, start: Start) -> Iterator[str]:
         yield f"training goes on from an adapter of {len(start.factors)} matrices"
     if start.tensors:
         yield f"training goes on from trained values of {listed(sorted(start.tensors))}"
-
-
-def _require_fit(matrix: Matrix, frozen: LoraFactors | None) -> None:
-    if frozen is None:
-        return
-    width = frozen.A.shape[0] if frozen.A.ndim == 2 else 0
-    shapes = (matrix.out_features, width), (width, matrix.in_features)
-    if (frozen.B.shape, frozen.A.shape) != shapes:
-        raise invalid(f"the weights are of another model: the frozen part of {matrix.name} has other shapes")
-
-
-def _widen(folder: Path, beside: Mapping[str, LoraFactors | None], width: int, scaling: float) -> None:
-    """Puts frozen factors into a saved adapter, padded to one rank: B_frozen / s beside B, A_frozen under A."""
-    weights_file, config_file = folder / WEIGHTS, folder / CONFIG
-    arrays = safetensors.numpy.load_file(weights_file)
-    for name, frozen in beside.items():
-        A_key, B_key = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
-        A, B = np.zeros((width, arrays[A_key].shape[1])), np.zeros((arrays[B_key].shape[0], width))
-        if frozen is not None:
-            A[: len(frozen.A)], B[:, : len(frozen.A)] = frozen.A, frozen.B / scaling
-        arrays[A_key] = np.vstack([arrays[A_key], A]).astype(np.float32)
-        arrays[B_key] = np.hstack([arrays[B_key], B]).astype(np.float32)
-    config = json.loads(config_file.read_text())
-    config["r"] += width
-    config["lora_alpha"] = scaling * (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-    safetensors.numpy.save_file(arrays, weights_file, metadata={"format": "pt"})
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def choose_device(name: str) -> torch.device:
