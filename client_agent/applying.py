@@ -199,7 +199,7 @@ class Applier:
             self._learner.apply(result.round_id, parts, secrets.obfuscation, result.number)
             if known.cut:
                 _log.warning("change_cut", parts=sorted(known.cut), why="no honest clients can have sent it")
-        inbox.clear()  # last: whoever dies before has the shards still
+        inbox.clear()  # last: a process that dies before still has the shards
 
 
 def digest_of(reference: common_pb2.ResultRef) -> bytes:

@@ -80,7 +80,7 @@ class CurrentState:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Whatever is done to the model's weights meanwhile: they are as before at its end."""
+        """Restores the model's weights at its end, whatever changed them meanwhile."""
         round_id, self.round_id = self.round_id, None
         before = self._model.weights()
         try:

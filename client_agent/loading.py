@@ -39,10 +39,10 @@ def require_temporary_folder() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """For importing torch and transformers: the collector is off meanwhile, and passes it over at exit.
+    """Turns the garbage collector off while torch and transformers are imported, and at exit.
 
-    They are hundreds of thousands of objects that live as long as the process. Collections go through all of them again
-    and again while they are made, a fifth of the time, and the interpreter once more before it exits, a second.
+    They make hundreds of thousands of objects that live as long as the process. Collections would visit all of them
+    again and again, a fifth of the time of the import, and once more before the interpreter exits, for a second.
     """
     atexit.register(gc.freeze)
     gc.disable()

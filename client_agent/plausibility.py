@@ -24,13 +24,13 @@ TIMES_OWN = 10.0
 STEP_MARGIN = 1.5
 """Most by which a tensor's value may move in a round, in learning rates a step. AdamW moves a value by about one."""
 WORSE_BY_FACTOR, WORSE_BY = 1.5, 0.25
-"""Most that the loss on own examples may be after a result: that many times the best one so far, and that much more, in
-nats."""
+"""Largest loss on own examples after a result: WORSE_BY_FACTOR times the best one so far, plus WORSE_BY, in nats."""
 MUCH_TO_LEARN, LITTLE = 1.0, 0.1
-"""Where own training lowered the loss on own examples by more than that, in nats, a result lowers it by that share."""
+"""If own training lowered the loss on own examples by more than MUCH_TO_LEARN, in nats, a result must lower it by the
+share LITTLE of that."""
 FEW = 4
-"""Contributors up to which that holds. The honest first mean of more clients with unlike labels may teach one nothing:
-of 20 on R8, divided by Dirichlet(0.3), nearly half would refuse it."""
+"""Contributors up to which that rule holds. The honest first mean of more clients with unlike labels may teach one
+nothing: of 20 on R8, divided by Dirichlet(0.3), nearly half would refuse it."""
 JUDGING_EXAMPLES = 32
 """Own examples that a result is judged by."""
 

@@ -96,7 +96,7 @@ class Ledger:
 
 
 def added(spent: Sequence[Spending], cost: Spending) -> tuple[Spending, ...]:
-    """The spendings with one more; those alike become one."""
+    """The spendings with one more; equal ones are merged."""
     *earlier, last = spent or [(*cost[:2], 0)]
     if last[:2] == cost[:2]:
         return (*earlier, (*cost[:2], last[2] + cost[2]))
@@ -149,7 +149,7 @@ class Budget:
         return epsilon_of(Ledger.read(self._folder).spent, self._delta)
 
     def require_round(self) -> None:
-        """Raises: PRIVACY_EXHAUSTED if one more round would spend more than the budget. Its message tells no figure."""
+        """Raises: PRIVACY_EXHAUSTED if one more round would spend more than the budget, without any figure."""
         if self._limit is not None and self._after(1) > self._limit:
             raise DomainError(
                 Reason.PRIVACY_EXHAUSTED,

@@ -508,7 +508,7 @@ def _draft_of(adapter: Path) -> Path:
 
 
 def _install(draft: Path, adapter: Path) -> None:
-    """Puts a finished draft in an adapter's place. Whoever dies between the two renames has `_recover`."""
+    """Puts a finished draft in an adapter's place. After a death between the two renames, `_recover` repairs it."""
     old = adapter.with_name(f"{adapter.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     files.sync_tree(draft)

@@ -47,7 +47,7 @@ from shelora.strategies.port import RoundTerms
 GATHERING: Final = frozenset({RoundState.SELECTING, RoundState.KEYING, RoundState.COLLECTING})
 """States of a round that has no updates to lose but those that clients can send again."""
 UNOPENED: Final = frozenset({Reason.SUM_UNREADABLE, Reason.ANSWERS_REFUSED, Reason.RESULT_REFUSED})
-"""What clients say that give a round up because they cannot open the result which it begins from, or use it."""
+"""Reasons of clients that give a round up because they cannot open, or cannot use, the result that it begins from."""
 LEAD_MS: Final = 60_000
 """Time after which a leader that does not say that it makes the plan is replaced."""
 

@@ -27,7 +27,7 @@ from shelora.rounds import RoundKind
 
 @dataclass(frozen=True)
 class Counted:
-    """What came of counting ballots."""
+    """The outcome of counting ballots."""
 
     missing: tuple[str, ...] = ()
     """Clients whose committed ballot is not stored; nothing is ranked then."""

@@ -90,7 +90,7 @@ class Driver:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _told_once(self, outage: Outage) -> None:
-        """A look, of whose failures the first is told: Redis may refuse for hours."""
+        """Looks for federations. Only the first of its failures is logged: Redis may refuse for hours."""
         try:
             await self._scan()
         except DomainError as error:
@@ -174,7 +174,7 @@ class Driver:
             TRAIN_LOSS.labels(federation_id).set(median_train_loss(commits))
 
     async def _tried(self, federation_id: str) -> Decision | Left:
-        """A step; or what tells that it is for another replica, which reads the records that this one does not."""
+        """Takes a step; Left if the federation is gone, or its records are for a newer replica to read."""
         try:
             return await self.step(federation_id)
         except DomainError as error:

@@ -44,9 +44,9 @@ class Disposal:
         await self._forget(federation_id)
 
     async def rewrite_log(self) -> None:
-        """Has Redis write its append-only file anew, from which deleted values are not gone before. Never raises.
+        """Has Redis rewrite its append-only file, which keeps deleted values until then. Never raises.
 
-        Where it may not be asked to, or is about it, nothing happens.
+        Does nothing if Redis does not permit it, or is rewriting it already.
         """
         try:
             async with asyncio.timeout(self.db.timeout_s):

@@ -1,1 +1,1 @@
-"""Training code of one's own in a federation: a script around a Trainer, and a loop (docs/own-trainer.md)."""
+"""Your own training code in a federation: a script around a Trainer, and a loop (docs/own-trainer.md)."""

@@ -1,4 +1,4 @@
-"""A loop of one's own: an agent's file names it with `learner: examples.own_trainer.loop:PlainLoop`."""
+"""Your own training loop: an agent's file names it with `learner: examples.own_trainer.loop:PlainLoop`."""
 
 import time
 

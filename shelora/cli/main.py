@@ -397,7 +397,7 @@ def _tell_address(file: Path | None, address: str) -> None:
 def token_create(
     federation: Annotated[str, typer.Option(help="Federation of the client.")] = "",
     client: Annotated[
-        str, typer.Option(help="Name of the client. Without it, the client names itself, anew.")
+        str, typer.Option(help="Name of the client. Without it, the client chooses a new name.")
     ] = "",
     role: Annotated[Role, typer.Option(help="client, coordinator, aggregation or operator.")] = Role.CLIENT,
     name: Annotated[
@@ -419,7 +419,7 @@ def token_create(
     identity: IdentityOption = None,
     key_authority: KeyAuthorityOption = None,
 ) -> None:
-    """Issue a token that makes one newcomer a member, once. Prints the token alone on standard output."""
+    """Issue a token that enrols one newcomer, once. Prints only the token on standard output."""
 
     async def work(target: Target) -> str:
         credentials = await own_credentials(target.identity, target.key_authority)
