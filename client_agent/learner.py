@@ -18,6 +18,7 @@ from client_agent.judging import Judge
 from client_agent.keys import EpochSecrets
 from client_agent.learning import BaseDigest, Evaluation, Origin, Trained, Weights
 from client_agent.metrics import timed
+from client_agent.outcomes import Outcomes
 from client_agent.plausibility import JUDGING_EXAMPLES
 from client_agent.preparation import Prepared, prepare
 from client_agent.progress import Activity, Stopped
@@ -85,8 +86,9 @@ class Learner:
             privacy=self.privacy,
             counts=(len(self.examples), len(self.test or ())),
         )
-        self._training_identity = _training_identity(config, spec, prepared, self.privacy)
         self._current = CurrentState(self.model, state, _identity(config, self.base))
+        identity = _training_identity(config, spec, prepared, self.privacy)
+        self._outcomes = Outcomes(state, self._current, self._schedule, identity, self._budget)
         # Agents with differential privacy do not judge: an objection reveals something of their examples.
         judge = None if self._budget else Judge(self._loss_with)
         self._results = Results(self.model, state, self._current, self._schedule, judge)
@@ -160,28 +162,7 @@ class Learner:
 
         Raises: Stopped; DomainError VALUE_NOT_FINITE, PRIVACY_EXHAUSTED.
         """
-        key = self._current.key() | self._training_identity
-        key |= {"number": str(number), "variant": variant, "travel": repr(self._schedule.travel(number))}
-        saved = self._state.trained()
-        if saved is not None and key.items() <= saved[0].items():
-            _log.info("training_reused", round_number=number, variant=variant)
-            return Trained(saved[1], float(saved[0]["loss"]), float(saved[0]["seconds"]))
-        if self._budget:
-            self._budget.require_round()
-        trained = self._train(number, activity, variant)
-        self._spend(number)
-        self._state.save_trained(
-            key | {"loss": repr(trained.loss), "seconds": repr(trained.seconds)}, trained.weights
-        )
-        told = {} if self._budget else {"loss": trained.loss}
-        _log.info("trained", round_number=number, start=self._current.round_id, variant=variant, **told)
-        return trained
-
-    def _spend(self, number: int) -> None:
-        if self._budget:
-            epsilon = self._budget.spend()
-            left = self._budget.rounds_left()
-            _log.info("privacy_spent", round_number=number, epsilon=round(epsilon, 3), rounds_left=left)
+        return self._outcomes.once(number, variant, lambda: self._train(number, activity, variant))
 
     def score(self, activity: Activity) -> dict[str, Float64]:
         """Sensitivity of the columns by matrix, on some examples. Raises: Stopped.
