@@ -9,6 +9,7 @@ would be at a budget; of what is left the attacker knows the true places, or doe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -51,11 +52,17 @@ class View:
 
 def start_of(performance: Performance, public: Public, client: Client, number: int) -> Weights:
     """What a client trained from in that round, 2 or more, as everyone can tell under `none`."""
+    return _start(performance, public, number, client.rank, client.alpha)
+
+
+@lru_cache(maxsize=4)
+def _start(performance: Performance, public: Public, number: int, rank: int, alpha: float) -> Weights:
+    """That of all clients of a rank."""
     last = performance.rounds[number - 2]
     contents = [decode_result(last.layout, index, data) for index, data in sorted(last.results.items())]
     orders = column_orders(None, last.layout.matrices, None)
     parts = restored_parts(last.layout, contents, orders, None)
-    return cut_to_rank(parts, client.rank, client.alpha / client.rank, public.unprotected.obfuscation)
+    return cut_to_rank(parts, rank, alpha / rank, public.unprotected.obfuscation)
 
 
 def movement(
