@@ -1,7 +1,7 @@
 """The adapted model: a frozen base, LoRA factors on some matrices, a head trained whole."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from client_agent.checkpoint import Checkpoint, invalid, is_norm, quiet, under
 from client_agent.config import LoraSettings
@@ -162,42 +162,6 @@ class AdaptedModel:
         ids = ids.to(self.device)
         logits: torch.Tensor = self._peft(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return logits.float()
-
-    def generate(self, ids: Sequence[int], most: int, before_token: Callable[[], None]) -> list[int]:
-        """Continues a text to its end: the most likely token each time.
-
-        Args:
-            ids: Token ids to go on from.
-            most: Tokens at most.
-            before_token: Called before every token; an exception that it raises ends the work.
-        """
-        prompt = torch.tensor([list(ids)], device=self.device)
-
-        def watch(*_: Any, **__: Any) -> bool:  # noqa: ANN401 - as transformers calls it
-            before_token()
-            return False
-
-        self.module.eval()
-        before_token()
-        with torch.inference_mode():
-            written = self._peft.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=most,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    eos_token_id=self._ends() or None,
-                ),
-                stopping_criteria=StoppingCriteriaList([watch]),
-            )
-        return [int(token) for token in written[0, len(ids) :]]
-
-    def _ends(self) -> list[int]:
-        """Tokens that end a text, as the tokenizer and the base model say."""
-        stated = getattr(self._peft.get_base_model().generation_config, "eos_token_id", None)
-        ends = [*(stated if isinstance(stated, list) else [stated]), self.tokenizer.eos_token_id]
-        return sorted({int(token) for token in ends if token is not None})
 
     def predict(self, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [k, classes] and targets [k], as the task has them: of examples, or of tokens."""

@@ -1,11 +1,14 @@
 """What a language model writes to its operator's prompts after each round. It stays on this machine."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from client_agent.config import SampleSettings
 from client_agent.model import AdaptedModel
@@ -77,10 +80,52 @@ class Sampler:
         samples = []
         for position, (prompt, ids) in enumerate(zip(self._settings.prompts, self._prompts, strict=True)):
             done = position / len(self._prompts)
-            written = self._model.generate(ids, self._settings.max_new_tokens, partial(report, done))
+            written = continued(self._model, ids, self._settings.max_new_tokens, partial(report, done))
             text = self._model.tokenizer.decode(written, skip_special_tokens=True)
             samples.append(Completion(prompt, text.strip()))
         return samples
+
+
+def continued(
+    model: AdaptedModel, ids: Sequence[int], most: int, before_token: Callable[[], None]
+) -> list[int]:
+    """At most that many tokens after the given ones, to an end of the text: the most likely token each time.
+
+    Args:
+        model: What writes.
+        ids: Token ids to continue from.
+        most: Tokens at most.
+        before_token: Called before every token; an exception that it raises ends the work.
+    """
+    network: Any = model.module
+    prompt = torch.tensor([list(ids)], device=model.device)
+
+    def watch(*_: Any, **__: Any) -> bool:  # noqa: ANN401 - as transformers calls it
+        before_token()
+        return False
+
+    network.eval()
+    before_token()
+    with torch.inference_mode():
+        written = network.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=most,
+                pad_token_id=model.tokenizer.pad_token_id,
+                eos_token_id=_ends(network, model.tokenizer) or None,
+            ),
+            stopping_criteria=StoppingCriteriaList([watch]),
+        )
+    return [int(token) for token in written[0, len(ids) :]]
+
+
+def _ends(network: Any, tokenizer: Any) -> list[int]:  # noqa: ANN401 - PEFT's models are untyped, tokenizers of any kind
+    """Tokens that end a text, as the tokenizer and the base model say."""
+    stated = getattr(network.get_base_model().generation_config, "eos_token_id", None)
+    ends = [*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id]
+    return sorted({int(token) for token in ends if token is not None})
 
 
 def as_json(number: int, samples: Sequence[Completion]) -> bytes:

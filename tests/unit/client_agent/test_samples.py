@@ -11,7 +11,7 @@ from client_agent.encoding import Encoder
 from client_agent.learner import Learner
 from client_agent.preparation import prepare
 from client_agent.progress import Activity, Stopped
-from client_agent.samples import Sampler, read_samples
+from client_agent.samples import Sampler, continued, read_samples
 from client_agent.state import AgentState
 from client_agent.tasks.chat import ChatEncoder
 from shelora.errors import DomainError, Reason
@@ -44,7 +44,7 @@ def test_samples_are_the_likeliest_tokens_of_the_present_model(llama_folder, obf
         expected.append(int(model.logits(torch.tensor([expected]))[0, -1].argmax()))
         if expected[-1] == model.tokenizer.eos_token_id:
             break
-    assert model.generate(ids, 6, lambda: None) == expected[len(ids) :]
+    assert continued(model, ids, 6, lambda: None) == expected[len(ids) :]
     first, second = sampler(model).write(silent)
     assert (first.prompt, second.prompt) == PROMPTS.prompts
     assert first.text == model.tokenizer.decode(expected[len(ids) :], skip_special_tokens=True).strip()
