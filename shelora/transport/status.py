@@ -206,7 +206,10 @@ async def _abort(
     metadata = [(REASON_METADATA, reason.value)]
     if retry_after_s is not None:
         metadata.append((RETRY_AFTER_METADATA, str(math.ceil(1000 * retry_after_s))))
-    await context.abort(STATUS_BY_REASON[reason], message[:MAX_DETAILS], tuple(metadata))
+    try:
+        await context.abort(STATUS_BY_REASON[reason], message[:MAX_DETAILS], tuple(metadata))
+    except grpc.aio.InternalError as error:  # the caller is gone: there is nobody to tell
+        raise grpc.aio.AbortError from error
 
 
 def retry_after_s(error: BaseException | None) -> float:

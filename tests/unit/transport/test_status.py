@@ -150,3 +150,20 @@ def test_what_a_server_says_cannot_move_the_cursor():
     error = error_from_rpc(rpc_error(grpc.StatusCode.NOT_FOUND, "gone\x1b[2J\nfine", "ROUND_UNKNOWN"))
     assert error.message == "gone\\x1b[2J\\nfine"
     assert "\\x9b" in error_from_rpc(rpc_error(grpc.StatusCode.UNAVAILABLE, "\x9b2J")).message
+
+
+async def test_a_caller_that_is_gone_is_no_fault_of_the_server():
+    """As in an outage of Redis, where callers give up before they are told."""
+
+    class Gone:
+        tries = 0
+
+        async def abort(self, *_):
+            self.tries += 1
+            raise grpc.aio.InternalError
+
+    context = Gone()
+    with structlog.testing.capture_logs() as logs, pytest.raises(grpc.aio.AbortError):
+        async with translated(context):
+            raise DomainError(Reason.STORE_UNAVAILABLE, "Redis does not answer")
+    assert (context.tries, logs) == (1, [])
