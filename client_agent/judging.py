@@ -30,13 +30,11 @@ class Judge:
         """The smallest loss of a result."""
         self._judged: tuple[str | None, float] = (None, math.nan)
         """The round whose result was judged last, and the loss with it."""
-        self._objected: tuple[int, float] = (0, math.nan)
-        """The training round whose result was objected to last, unless that is settled, and the loss with it."""
         self._overruled = False
         """Whether most went on from a result that was objected to."""
 
     def objection(
-        self, weights: Weights, moderator: Moderator, *, start: str | None, round_id: str, number: int
+        self, weights: Weights, moderator: Moderator, *, start: str | None, round_id: str, overruled: bool
     ) -> str:
         """Loads the result of a round; says why it serves this client badly, "" if it does not.
 
@@ -45,12 +43,13 @@ class Judge:
             moderator: What it was bounded by.
             start: Name of the round whose result the model holds.
             round_id: Of the result.
-            number: Of the training round; 0 if it is not known.
+            overruled: Whether this client objected to that state, and most went on from it all the same.
 
         Raises: RESULT_REFUSED if no model computes with it.
         """
-        self._settle(number)
         before = self._loss_before(moderator, start)
+        if overruled:  # its data is unlike the others', or it was worse off
+            self._best_loss, self._overruled = before, True
         may_learn = before > MUCH_TO_LEARN and moderator.contributors <= FEW and not self._overruled
         own = self._loss_with(moderator.own) if may_learn else None
         after = self._loss_with(weights)
@@ -63,20 +62,10 @@ class Judge:
         self._judged = (round_id, after)
         why = objection_to(losses)
         if why:
-            self._objected = (number, after)
             _log.warning("result_objected_to", round=round_id, why=why)
         else:
             self._best_loss = min(losses.best, after)
         return why
-
-    def _settle(self, number: int) -> None:
-        """That most went on from what this client objected to says that its data is unlike theirs, or it was worse off.
-
-        From then on it measures by that result, and does not ask that one teaches it something.
-        """
-        objected, loss = self._objected
-        if 0 < objected < number:
-            self._best_loss, self._overruled, self._objected = loss, True, (0, math.nan)
 
     def _loss_before(self, moderator: Moderator, start: str | None) -> float:
         """Mean loss of the state that the round began with, which is known if a result led to it."""

@@ -62,7 +62,7 @@ class Results:
         weights = cut_to_rank(checked, self._model.rank, self._model.scaling, values)
         if moderator:
             weights = replace(weights, changes=moderator.changes)
-        objection = self._load(round_id, number, weights, moderator)
+        objection = self._load(round_id, weights, moderator)
         self._current.applied(round_id, weights, objection)
 
     def start_of(self, number: int) -> Weights | None:
@@ -72,14 +72,16 @@ class Results:
             return None
         return self._model.weights()
 
-    def _load(self, round_id: str, number: int, weights: Weights, moderator: Moderator | None) -> str:
+    def _load(self, round_id: str, weights: Weights, moderator: Moderator | None) -> str:
         """Loads a result; says why it serves this client badly, if servers could only add. Raises: RESULT_REFUSED."""
         if moderator is None or not moderator.summed or self._judge is None:
             self._model.load(weights)
             return ""
-        start = self._current.round_id
+        start, overruled = self._current.round_id, bool(self._current.objection)
         try:
-            return self._judge.objection(weights, moderator, start=start, round_id=round_id, number=number)
+            return self._judge.objection(
+                weights, moderator, start=start, round_id=round_id, overruled=overruled
+            )
         except BaseException:
             self._model.load(moderator.before)
             raise
