@@ -168,7 +168,10 @@ class Session:
             _log.debug("giving_up_not_told", reason=refusal.reason, why=refusal.message)
 
     async def object_to_result(self, round_id: str, why: str) -> None:
-        """Says that the result of a round serves this client badly. A courtesy, as `give_up`."""
+        """Says that the result of a round serves this client badly.
+
+        Raises: only what passes; a coordinator that does not take it, as of an older version, is not asked again.
+        """
         request = pb.ObjectToResultRequest(
             federation_id=self._config.federation,
             client_id=self._config.client_id,
@@ -178,6 +181,8 @@ class Session:
         try:
             await self._ask(self._coordinator.ObjectToResult, request, retry_s=GIVE_UP_S)
         except DomainError as refusal:
+            if is_transient(refusal):
+                raise
             _log.debug("objection_not_told", reason=refusal.reason, why=refusal.message)
 
     async def secrets(self, epoch: int) -> EpochSecrets:

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from client_agent import link
 from client_agent.agent import Outcome, _Follower
 from client_agent.session import Backoff
+from client_agent.session import Session as RealSession
 from shelora.errors import DomainError, Reason
 from shelora.protocol import MAX_WHY, plain
 from shelora.v1 import common_pb2
@@ -218,3 +220,35 @@ def test_words_that_leave_the_agent_are_printable_and_short(words):
     said = plain(words)
     assert len(said) <= MAX_WHY
     assert said.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [(Reason.STORE_UNAVAILABLE, False), (Reason.STORE_FULL, False), (Reason.INTERNAL, True)],
+)
+async def test_an_objection_that_the_coordinator_did_not_take_for_now_is_told_again(
+    monkeypatch: pytest.MonkeyPatch, reason: Reason, *, told: bool
+):
+    """Else a coordinator that restarts lets a useless result stand. INTERNAL: it is older, and has no such call."""
+
+    def unread() -> None:
+        raise DomainError(Reason.CONFIGURATION_INVALID, "no identity")
+
+    async def refuse(*_arguments: object, **_limits: float) -> None:
+        raise DomainError(reason, "not now")
+
+    address = "127.0.0.1:1"
+    config = SimpleNamespace(
+        coordinator=address,
+        key_authority=address,
+        federation="f",
+        client_id="a",
+        identity=SimpleNamespace(read=unread),
+    )
+    monkeypatch.setattr(link, "call", refuse)
+    talking = RealSession(config, None)
+    try:
+        with nullcontext() if told else pytest.raises(DomainError, match="not now"):
+            await talking.object_to_result("f.1", "it forgets")
+    finally:
+        await talking.close()
