@@ -93,6 +93,18 @@ def spoiled_rounds(federation: pb.Federation) -> list[pb.RoundSummary]:
     return _published(federation)[1]
 
 
+def taken_back(federation: pb.Federation) -> str:
+    """Which results were taken back, in a sentence; "" for none."""
+    names = "; ".join(f"round {round_name(summary)}" for summary in spoiled_rounds(federation))
+    return f"results taken back, as most agents objected or could not open them: {names}" if names else ""
+
+
+def sitting_out(federation: pb.Federation) -> str:
+    """Which agent is left out since, in a sentence; "" for none."""
+    name = federation.sits_out
+    return f"{name} sits out: its update was in every result that was taken back" if name else ""
+
+
 def _published(federation: pb.Federation) -> tuple[list[pb.RoundSummary], list[pb.RoundSummary]]:
     """Published training rounds: those that count, and those that the abandonment of the next one took back."""
     counting: list[pb.RoundSummary] = []

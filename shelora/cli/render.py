@@ -27,10 +27,10 @@ from shelora.view import (
     protection_summary,
     remarks,
     round_figures,
-    round_name,
+    sitting_out,
     size,
-    spoiled_rounds,
     standing,
+    taken_back,
     training_rounds,
 )
 
@@ -98,15 +98,9 @@ def _headline(federation: pb.Federation) -> Text:
         text.append(f"\n{told}")
     if told := standing(federation):
         text.append(f"\n{told}")
-    if spoiled := ", ".join(round_name(summary) for summary in spoiled_rounds(federation)):
-        text.append(
-            f"\nspoiled, as agents could not open their sums, or objected to them: {spoiled}", style="yellow"
-        )
-    if federation.sits_out:
-        text.append(
-            f"\n{federation.sits_out} sits out: its update was in every result that was taken back",
-            style="yellow",
-        )
+    for told in (taken_back(federation), sitting_out(federation)):
+        if told:
+            text.append(f"\n{told}", style="yellow")
     if federation.failure:
         text.append(f"\n{federation.failure}", style="red")
     return text

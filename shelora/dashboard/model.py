@@ -35,8 +35,11 @@ from shelora.view import (
     round_figures,
     round_name,
     servers_see,
+    sitting_out,
     size,
+    spoiled_rounds,
     standing,
+    taken_back,
     training_rounds,
 )
 
@@ -139,6 +142,10 @@ class FederationPage:
     """What sums may tell of one client; "" if that is not bounded."""
     standing: str
     """What the rule that may end it early has seen; "" without one."""
+    taken_back: str
+    """Which results were taken back; "" for none."""
+    sitting_out: str
+    """Which agent is left out since; "" for none."""
     committee: bool
     keyed: bool
     rounds: tuple[RoundRow, ...]
@@ -200,6 +207,8 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
         caution=caution(federation.spec),
         client_privacy=client_privacy(federation.spec),
         standing=standing(federation),
+        taken_back=taken_back(federation),
+        sitting_out=sitting_out(federation),
         committee=needs_committee(mode),
         keyed=needs_keys(mode),
         rounds=_timeline(federation),
@@ -259,10 +268,14 @@ def _timeline(federation: pb.Federation) -> tuple[RoundRow, ...]:
     current = [federation.current] if federation.HasField("current") else []
     newest = [*federation.history[-MAX_ROUNDS:], *current][-MAX_ROUNDS:]
     committee = needs_committee(federation.spec.protection.mode)
-    return tuple(_round(r, federation.now_unix_ms, committee=committee) for r in reversed(newest))
+    spoiled = {r.sequence for r in spoiled_rounds(federation)}
+    return tuple(
+        _round(r, federation.now_unix_ms, committee=committee, spoiled=r.sequence in spoiled)
+        for r in reversed(newest)
+    )
 
 
-def _round(summary: pb.RoundSummary, now_ms: int, *, committee: bool) -> RoundRow:
+def _round(summary: pb.RoundSummary, now_ms: int, *, committee: bool, spoiled: bool) -> RoundRow:
     stages = COMMITTEE_STAGES if committee and summary.kind == pb.ROUND_KIND_TRAIN else PLAIN_STAGES
     dropped = f", {len(summary.dropped)} refused or left out" if summary.dropped else ""
     arrived = f"{summary.update_count} of {summary.cohort_count} updates, {size(summary.upload_bytes)}"
@@ -271,7 +284,7 @@ def _round(summary: pb.RoundSummary, now_ms: int, *, committee: bool) -> RoundRo
     return RoundRow(
         name="negotiation" if summary.kind == pb.ROUND_KIND_VOTE else f"round {round_name(summary)}",
         stages=tuple(StageStatus(_SHORT[s], _status(s, summary, stages)) for s in stages),
-        state=STATES.get(summary.state, ""),
+        state="published, then taken back" if spoiled else STATES.get(summary.state, ""),
         updates=f"{arrived}{dropped}{seated}",
         lasted=ago((end - summary.opened_unix_ms) / 1000) if 0 < summary.opened_unix_ms <= end else "",
         reason=summary.reason,

@@ -100,14 +100,14 @@ def test_a_spoiled_round_is_named_and_its_figures_do_not_count():
         kind=pb.ROUND_KIND_TRAIN, number=2, attempt=1, state=pb.ROUND_STATE_ABANDONED, reason="SUM_UNREADABLE"
     )
     assert training_rounds(spoiled) == []
-    assert "spoiled, as agents could not open their sums, or objected to them: 1" in shown(
+    assert "taken back, as most agents objected or could not open them: round 1" in shown(
         federation_view(spoiled)
     )
     spoiled.sits_out = "ward-7"
     assert "ward-7 sits out: its update was in every result" in shown(federation_view(spoiled))
     spoiled.history.add(kind=pb.ROUND_KIND_TRAIN, number=1, attempt=2, state=pb.ROUND_STATE_PUBLISHED)
     assert [(r.number, r.attempt) for r in training_rounds(spoiled)] == [(1, 2)]
-    assert "spoiled" not in shown(federation_view(federation()))
+    assert "taken back" not in shown(federation_view(federation()))
 
 
 def test_a_running_federation_fits_a_terminal_of_80_columns_without_cutting_words():

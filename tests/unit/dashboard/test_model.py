@@ -236,3 +236,28 @@ def test_a_report_needs_nothing_else():
     assert not re.search(r"<script|<link|\ssrc=|https?://(?!www\.w3\.org)|url\(", text)
     assert "default-src 'none'; style-src 'sha256-" in text
     assert "<dt>clients</dt><dd>2</dd>" in text
+
+
+def test_what_was_taken_back_is_said_on_the_page_and_in_the_report():
+    said = running(mode="complete", state=pb.ROUND_STATE_COLLECTING)
+    for sequence, number, state, reason in (
+        (1, 1, pb.ROUND_STATE_PUBLISHED, ""),
+        (2, 2, pb.ROUND_STATE_PUBLISHED, ""),
+        (3, 3, pb.ROUND_STATE_ABANDONED, "SUM_UNREADABLE"),
+    ):
+        said.history.add(
+            sequence=sequence, number=number, kind=pb.ROUND_KIND_TRAIN, state=state, reason=reason, attempt=1
+        )
+    said.current.sequence, said.current.number, said.current.attempt = 4, 2, 2
+    said.sits_out = "b"
+    shown = page(said)
+    assert shown.taken_back.endswith("could not open them: round 2")
+    assert shown.sitting_out.startswith("b sits out: ")
+    assert [(row.name, row.state) for row in shown.rounds] == [
+        ("round 2, attempt 2", "collecting updates"),
+        ("round 3", "abandoned"),
+        ("round 2", "published, then taken back"),
+        ("round 1", "published"),
+    ]
+    assert [figures.number for figures in shown.figures] == [1]
+    assert all(words in report(said) for words in (shown.taken_back, shown.sitting_out))
