@@ -74,7 +74,8 @@ class View:
     given_up: Sequence[Dropped] = ()
     """Clients that gave the round up, or whose update was refused, and have not committed."""
     against: Sequence[Dropped] = ()
-    """Clients that object to the result which the round began from; they take part all the same."""
+    """Clients that object to the result which the round began from; they take part all the same. Only read while it
+    collects, and when it has ended."""
     unawaited: int = 0
     """Clients of a collecting round that are not waited for and have not committed, though they may."""
     laggards: AbstractSet[str] = frozenset()
@@ -322,7 +323,7 @@ def _within_round(view: View, ticket: Ticket, now_ms: int) -> Decision:
             view.members,
             now_ms,
             overlap=view.overlap,
-            said=(*view.given_up, *view.against),
+            said=(*view.given_up, *(view.against if record.round.reason is Reason.SUM_UNREADABLE else ())),
             evaluations=view.evaluations,
         )
         return WriteFederation("end_by_rule" if after.converged else "settle_round", after)

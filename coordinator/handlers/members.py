@@ -111,7 +111,7 @@ class MemberHandlers:
         )
 
     async def object_to_result(self, federation_id: str, round_id: str, said: Dropped) -> None:
-        """Keeps that the newest result serves a client badly; nothing of another one.
+        """Keeps that the newest result serves a client badly, once; nothing of another, or of one that servers screen.
 
         Raises: CLIENT_UNKNOWN.
         """
@@ -119,9 +119,12 @@ class MemberHandlers:
         await self.lookup.member(federation_id, client_id)
         federation = await self.lookup.federation(federation_id)
         sequence = federation.result_sequence
-        if not sequence or federation.round_id(sequence) != round_id:
+        if not (federation.strategy.needs_committee and sequence):
             return
-        await self.lookup.store.rounds.put_objection(federation, sequence, said)
+        if federation.round_id(sequence) != round_id:
+            return
+        if not await self.lookup.store.rounds.put_objection(federation, sequence, said):
+            return
         _log.warning(
             "result_objected_to",
             federation_id=federation_id,

@@ -81,12 +81,15 @@ class RoundStore:
         return {int(index): ShardResult.read(data) for index, data in fields.items()}
 
     @available
-    async def put_objection(self, federation: FederationRecord, sequence: int, objection: Dropped) -> None:
-        """Keeps why a round's result serves a client badly."""
+    async def put_objection(self, federation: FederationRecord, sequence: int, objection: Dropped) -> bool:
+        """Keeps why a round's result serves a client badly. False, and nothing is written, if it has said so before."""
         federation_id, client_id = federation.federation_id, objection.client_id
         key = self.db.keys.objections(federation_id, federation.instance, sequence)
+        if await self.db.field(key, client_id) is not None:
+            return False
         await self.db.put_field(federation_id, key, client_id, objection.model_dump_json())
         await self.db.announce(federation_id, client_id)
+        return True
 
     @available
     async def objections(self, federation: FederationRecord, sequence: int) -> list[Dropped]:

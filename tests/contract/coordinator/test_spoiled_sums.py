@@ -2,7 +2,7 @@
 
 import pytest
 
-from coordinator.records import Phase
+from coordinator.records import Dropped, Phase
 from shelora.errors import DomainError, Reason
 from shelora.v1 import coordinator_pb2 as pb
 from tests.contract.coordinator.members import Client, Convened
@@ -200,6 +200,38 @@ async def test_objections_to_the_newest_result_count_with_those_that_cannot_open
     with pytest.raises(DomainError) as refused:
         await Client("z", fed).object(result)
     assert refused.value.reason is Reason.CLIENT_UNKNOWN
+
+
+async def test_an_objection_is_kept_once_and_only_where_servers_cannot_screen(fed):
+    party = await convened(fed, FOUR, rounds=2)
+    while (await fed.federation()).trained < 1:
+        await party.step()
+    federation = await fed.federation()
+    first, second = (Dropped(client_id="a", reason=Reason.RESULT_REFUSED, why=why) for why in ("1", "2"))
+    assert await fed.store.rounds.put_objection(federation, 1, first)
+    assert not await fed.store.rounds.put_objection(federation, 1, second)
+    assert await fed.store.rounds.objections(federation, 1) == [first]
+    screened = federation.spec.protection.model_copy(update={"mode": "none"})
+    spec = federation.spec.model_copy(update={"protection": screened})
+    await fed.store.federations.transact("test", "fed", lambda r: r.model_copy(update={"spec": spec}))
+    await party.clients["b"].object(federation.round_id(1))
+    assert await fed.store.rounds.objections(federation, 1) == [first]
+
+
+async def test_a_failure_for_another_reason_does_not_blame_who_objected(fed):
+    party = await convened(fed, FOUR, rounds=2, min_updates=3, max_attempts=1)
+    party.clients["a"].distrusts, party.clients["a"].says = frozenset("d"), None
+    while (await fed.federation()).trained < 1:
+        await party.step()
+    for name in "bcd":
+        party.clients[name].silent_from = "commit"
+    await party.until("COLLECTING")
+    await party.step()
+    assert [said.client_id for said in (await fed.shown()).history[0].objections] == ["a"]
+    fed.now_ms += 1000 * (await fed.federation()).spec.round.deadline_s
+    federation = await party.play(20)
+    assert "at last for TOO_FEW_UPDATES" in federation.failure
+    assert "it forgets" not in federation.failure
 
 
 async def test_a_last_result_that_most_object_to_is_repeated_when_the_federation_is_extended(fed):
