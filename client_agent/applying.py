@@ -1,5 +1,6 @@
 """Applies results: downloads, opens and decrypts them; saves the adapter; evaluates and reports it."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -20,6 +21,7 @@ from client_agent.resources import COPIES, Resources
 from client_agent.state import Inbox
 from shelora.committee.context import result_digest
 from shelora.committee.reader import OpenedRound
+from shelora.errors import DomainError
 from shelora.negotiation.plan import Plan
 from shelora.protocol import Stage
 from shelora.strategies.agents.registry import agent_strategy_of
@@ -72,13 +74,17 @@ class Applier:
         self._plans = plans
         self._resources = resources
         self._committees = committees
-        self._reported: set[str] = set()
-        """Rounds whose result was evaluated."""
+        self._reported: dict[str, Evaluation | None] = {}
+        """What was measured of results, by round."""
+        self._saved = ""
+        """Round whose result the adapter on disk is; "" if that is not known."""
 
     async def begin_from(self, train: pb.Train, secrets: EpochSecrets, activity: Activity) -> None:
-        """Makes the state that the round starts from current, and reports how good it is.
+        """Makes the state that the round starts from current, saves its adapter, and reports how good it is.
 
-        Its adapter is not kept if this client objects to it: then that of the result before stays.
+        If this client objects to it, the adapter stays that of the result before.
+
+        Raises: what passes if the objection cannot be told: nothing is trained before it is.
         """
         if not train.HasField("base"):
             await self._run(self._learner.start, secrets)
@@ -87,9 +93,9 @@ class Applier:
         plan = train.base_plan if train.HasField("base_plan") else None
         applied = await self._apply(train.base, plan, activity)
         await self._object_to(train.base)
+        if not self._learner.objection:
+            await self._save_adapter(train.base)
         if train.base.round_id not in self._reported:
-            if not self._learner.objection:
-                await self._save_adapter(train.base)
             await self.report(train.base, applied, activity, everything=False)
 
     async def keep(
@@ -101,7 +107,8 @@ class Applier:
         """
         await self._resources.require(None, result, copies=COPIES)
         applied = await self._apply(result, plan, activity)
-        await self._object_to(result)
+        with suppress(DomainError):  # it is told when another round begins from there, if one ever does
+            await self._object_to(result)
         folder = self._tools.state.adapter_folder
         if self._learner.objection and folder.is_dir():
             _log.error(
@@ -126,7 +133,7 @@ class Applier:
         round_id = result.round_id
         await self._run(self._learner.write_samples, result.round_number, activity)
         measured = await self._run(self._learner.evaluate, activity, everything=everything)
-        self._reported.add(round_id)
+        self._reported[round_id] = measured
         if measured is None:
             return
         _log.info(
@@ -157,8 +164,14 @@ class Applier:
             _log.info("best_adapter_so_far", round=result.round_id, folder=str(state.best_folder))
 
     async def _save_adapter(self, result: common_pb2.ResultRef) -> None:
-        write = partial(self._learner.save_adapter, made=_origin(result))
-        await self._run(self._tools.state.save_adapter, write)
+        """Makes the adapter on disk the current state's, which is that result; also when it was gone back to."""
+        if self._saved == result.round_id:
+            return
+        state, made = self._tools.state, _origin(result)
+        await self._run(state.save_adapter, partial(self._learner.save_adapter, made=made))
+        if (measured := self._reported.get(result.round_id)) is not None:
+            await self._run(state.replace_card, self._learner.card(made, measured))
+        self._saved = result.round_id
 
     async def _apply(
         self, reference: common_pb2.ResultRef, plan_ref: pb.PlanRef | None, activity: Activity
@@ -191,6 +204,8 @@ class Applier:
         activity: Activity,
     ) -> None:
         with timed(Stage.DECRYPTING):
+            # After a restart: what this client trained from is what the result is held against.
+            self._learner.resume(secrets)
             known = round_context(self._learner.model, result.layout, plan, self._me.budget, secrets)
             if opened is not None:
                 known = summed(known, opened, self._me.largest_move)

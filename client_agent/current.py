@@ -53,19 +53,26 @@ class CurrentState:
         return True
 
     def start(self, key_id: bytes, values: Obfuscation) -> None:
-        """Makes the initial state current. Args: key_id: of the epoch; values: what initial factors follow from."""
+        """Makes the initial state current; a result that was applied before has been taken back.
+
+        Args: key_id: of the epoch; values: what initial factors follow from.
+        """
         initial = _INITIAL + key_id.hex()
         if self.round_id != initial:
+            self._state.forget_applied()
             self._model.initialise(values)
             self.round_id, self.objection = initial, ""
 
     def resume(self) -> bool:
         """Makes the last applied result current, if there is one; says whether there is."""
+        if self.round_id is not None and not self.round_id.startswith(_INITIAL):
+            return True
         saved = self._state.applied()
         return saved is not None and self.holds(saved[0].get("round", ""))
 
     def applied(self, round_id: str, weights: Weights, objection: str = "") -> None:
         """Keeps the result of a round, which the model holds now, and what speaks against it."""
+        self.round_id = None  # if the disk refuses it, what is there is loaded anew
         self._state.save_applied(self._key(round_id) | {_OBJECTION: objection}, weights)
         self.round_id, self.objection = round_id, objection
 

@@ -9,6 +9,7 @@
     spool/<round>/          serialized shards of the update being uploaded; complete once its manifest is there
     privacy.json            what was spent of the privacy budget (`client_agent.privacy`)
     sums.json               the sums that this client was in, under client privacy (`client_agent.sum_budget`)
+    result.json             digests of the results that were applied last
     certified.json          the set of updates that this client certified for each round, as a member of its committee
     inbox/<round>/          shards of the result being downloaded
     adapter/                the adapter of the newest result that was applied
@@ -65,6 +66,8 @@ _PROMISE: Final = "promise.json"
 _HIDDEN: Final = "client-privacy.json"
 _CERTIFIED: Final = "certified.json"
 _RESULT: Final = "result.json"
+_MAX_NOTED: Final = 100
+"""Results that are known by their digests: more than are taken back in a row while a spoiler is looked for."""
 _HASH_BLOCK: Final = 1 << 20
 _UNREADABLE: Final = (OSError, ValueError, TypeError, RecursionError)
 """What reading a damaged file may raise."""
@@ -223,6 +226,11 @@ class AgentState:
         _save_weights(newest, key, weights)
         (self._folder / _TRAINED).unlink(missing_ok=True)
 
+    def forget_applied(self) -> None:
+        """Deletes applied weights, and those before them; what was trained stays."""
+        for name in (_BEFORE, _APPLIED):
+            (self._folder / name).unlink(missing_ok=True)
+
     def applied(self) -> tuple[dict[str, str], Weights] | None:
         """The last applied weights and their key; None if there are none, or none that can be read."""
         return _load_weights(self._folder / _APPLIED)
@@ -339,24 +347,29 @@ class AgentState:
             raise _unusable(self._folder, f"{_HIDDEN} is damaged; delete it") from error
 
     def note_result(self, round_id: str, digest: bytes) -> None:
-        """Notes which result is applied as a round's, before it is."""
-        note = {"format": _FORMAT, "round_id": round_id, "digest": digest.hex()}
-        files.replace(self._folder / _RESULT, json.dumps(note).encode())
+        """Notes which result is applied as a round's, before it is. The newest are known: one may be gone back to."""
+        noted = self._noted_results()
+        noted.pop(round_id, None)
+        newest = dict([*noted.items(), (round_id, digest.hex())][-_MAX_NOTED:])
+        files.replace(self._folder / _RESULT, json.dumps({"format": _FORMAT, "results": newest}).encode())
 
     def require_result(self, round_id: str, digest: bytes) -> None:
         """Refuses another result of a round than the one that was applied as its.
 
         Raises: COMMITTEE_REFUSED: servers show agents different ones.
         """
-        try:
-            note = json.loads((self._folder / _RESULT).read_bytes())
-            other = note["round_id"] == round_id and note["digest"] != digest.hex()
-        except (*_UNREADABLE, KeyError):  # none was applied
-            return
-        if other:
+        if self._noted_results().get(round_id, digest.hex()) != digest.hex():
             raise DomainError(
                 Reason.COMMITTEE_REFUSED, f"this client was given another result of {round_id} before"
             )
+
+    def _noted_results(self) -> dict[str, str]:
+        """Digests in hex of the results that were applied, by round, the newest last."""
+        try:
+            note = json.loads((self._folder / _RESULT).read_bytes())
+            return {str(round_id): str(digest) for round_id, digest in note["results"].items()}
+        except (*_UNREADABLE, KeyError, AttributeError):  # none was applied
+            return {}
 
     def certified_sets(self) -> "CertifiedSetsFile":
         """What this client certified as a member of committees."""

@@ -76,12 +76,16 @@ class MarkedLearner:
         self.model = model
 
     def holds(self, round_id: str) -> bool:
-        saved = self._state.applied()
+        saved, before = self._state.applied(), self._state.applied_before()
         if self._position != round_id and saved is not None and saved[0] == {"round": round_id}:
             self._position = round_id
+        elif self._position != round_id and before is not None and before[0] == {"round": round_id}:
+            self._position = round_id
+            self._state.take_back()
         return self._position == round_id
 
     def start(self, secrets: EpochSecrets) -> None:
+        self._state.forget_applied()
         self._position = ""
 
     def resume(self, secrets: EpochSecrets) -> None:

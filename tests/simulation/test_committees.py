@@ -1,5 +1,8 @@
 """Committees with members and dealers that lie, and with a coordinator that asks for a second set."""
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -78,23 +81,39 @@ def test_who_objects_takes_part_and_more_than_half_take_a_result_back(objectors,
     assert len(said) >= len(objectors), "they did object"
 
 
-def test_who_objects_to_the_last_result_finishes_too_and_keeps_the_adapter_before():
-    kept_rounds = {}
+@contextmanager
+def adapters() -> Iterator[dict[str, list[str]]]:
+    """Which results' adapters agents save, by agent: the round's number among all attempts."""
+    saved: dict[str, list[str]] = defaultdict(list)
     real = MarkedLearner.save_adapter
 
-    def saved(learner: MarkedLearner, *arguments, **named):
-        kept_rounds[learner._client_id] = learner._position.rpartition(".")[2]
+    def noted(learner: MarkedLearner, *arguments, **named):
+        saved[learner._client_id].append(learner._position.rpartition(".")[2])
         real(learner, *arguments, **named)
 
-    with (
-        mock.patch.object(MarkedLearner, "save_adapter", saved),
-        objecting("agent-0", "agent-1", "agent-2", to=2),
-    ):
+    with mock.patch.object(MarkedLearner, "save_adapter", noted):
+        yield saved
+
+
+def test_who_objects_to_the_last_result_finishes_too_and_keeps_the_adapter_before():
+    with adapters() as saved, objecting("agent-0", "agent-1", "agent-2", to=2):
         report = run(complete(6, 4), traced=True)
     kept(report)
     assert report.phase == "FINISHED"
     assert not any("abandon_round" in line for line in report.trace), "no round begins from it"
-    assert kept_rounds == {"agent-0": "1", "agent-1": "1", "agent-2": "1", "agent-3": "2"}
+    newest = {name: rounds[-1] for name, rounds in saved.items()}
+    assert newest == {"agent-0": "1", "agent-1": "1", "agent-2": "1", "agent-3": "2"}
+
+
+def test_a_result_that_is_taken_back_is_nobodys_adapter():
+    """Nor of who found it useful: until its round is repeated the adapter is that of the result before again."""
+    schedule = complete(6, 4)
+    with adapters() as saved, objecting("agent-1", "agent-2", "agent-3", to=2):
+        report = run(replace(schedule, size=replace(schedule.size, rounds=3)))
+    kept(report)
+    assert report.phase == "FINISHED"
+    assert saved["agent-0"] == ["1", "2", "1", "4", "5"]
+    assert all("2" not in saved[f"agent-{index}"] for index in (1, 2, 3))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from client_agent.config import AgentConfig
 from client_agent.evaluation import evaluate
@@ -19,6 +20,7 @@ from client_agent.state import AgentState
 from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
 from shelora.lora.shards import LoraFactors
+from tests.disk import no_file_larger_than
 from tests.insiders.hostile_agent import quietest
 from tests.unit.client_agent.tiny import LABELS
 from tests.unit.strategies.runs import SumProtection
@@ -108,13 +110,7 @@ def poisoned_third(learners: list[Learner]) -> tuple[list[Sender], Round]:
             learner.apply(f"films.{number}", result.parts(client=index), SECRETS.obfuscation, number)
     honest = sent(learners, 3)
     hostile = honest[2].weights
-    against = Weights(
-        {n: LoraFactors((-9 * f.B).astype(np.float32), f.A) for n, f in hostile.factors.items()},
-        hostile.tensors,
-        hostile.frozen,
-        hostile.exponents,
-    )
-    return honest, summed(3, [*honest[:2], Sender(learners[2].model, 256, against)])
+    return honest, summed(3, [*honest[:2], Sender(learners[2].model, 256, opposite(hostile))])
 
 
 def apply(learner: Learner, index: int, result: Round, name: str, number: int) -> str:
@@ -164,6 +160,42 @@ def test_who_objected_to_a_sum_that_the_others_went_on_from_measures_by_it(learn
     assert apply(learner, 0, poisoned, "films.3", 3)
     learner.train(4, Activity())
     assert not apply(learner, 0, poisoned, "films.4", 4), "no worse than what the others went on from"
+
+
+def opposite(weights: Weights) -> Weights:
+    """What moves the model nine times against what was learned."""
+    turned = {n: LoraFactors((-9 * f.B).astype(np.float32), f.A) for n, f in weights.factors.items()}
+    return Weights(turned, weights.tensors, weights.frozen, weights.exponents)
+
+
+def test_a_first_sum_is_held_against_what_was_trained_before_a_restart_also_when_it_is_repeated(
+    learners: list[Learner],
+) -> None:
+    state = learners[0]._state
+    for name, variant in (("films.1", ""), ("films.2", "of another draw")):
+        for learner in learners:
+            learner.start(SECRETS)  # the second time as the first result was taken back
+        honest = [Sender(each.model, 100, each.train(1, Activity(), variant).weights) for each in learners]
+        hostile = Sender(learners[2].model, 256, opposite(honest[2].weights))
+        poisoned = summed(1, [*honest[:2], hostile])
+        restarted = Learner(learners[0]._config, SPEC, state)
+        restarted.resume(SECRETS)
+        apply(restarted, 0, poisoned, name, 1)
+        assert restarted.model.weights().changes, "it was bounded"
+        assert state.applied()[0]["round"] == name
+        learners[0] = restarted
+
+
+def test_a_disk_that_refuses_a_result_leaves_what_it_is_held_against(learners: list[Learner]) -> None:
+    _, poisoned = poisoned_third(learners)
+    learner, before = learners[0], logits(learners[0])
+    with capture_logs(), no_file_larger_than(64), pytest.raises(OSError):
+        apply(learner, 0, poisoned, "films.3", 3)
+    learner.resume(SECRETS)
+    torch.testing.assert_close(logits(learner), before)
+    assert apply(learner, 0, poisoned, "films.3", 3)
+    assert learner.holds("films.2")
+    torch.testing.assert_close(logits(learner), before)
 
 
 def test_a_sum_that_no_model_computes_with_is_not_applied(learners: list[Learner], monkeypatch) -> None:

@@ -60,6 +60,24 @@ def test_an_applied_result_makes_earlier_training_obsolete(state: AgentState) ->
     assert state.trained() is None
 
 
+def test_the_common_start_leaves_nothing_applied_and_what_was_trained(state: AgentState) -> None:
+    for number in (1, 2):
+        state.save_applied({"round": f"films/{number}"}, some_weights())
+    state.save_trained(KEY, some_weights())
+    state.forget_applied()
+    assert (state.applied(), state.applied_before()) == (None, None)
+    assert state.trained() is not None
+
+
+def test_who_goes_back_still_knows_that_result_by_its_bytes(state: AgentState) -> None:
+    for number in range(1, 5):  # the second round is repeated twice
+        state.note_result(f"films/{number}", bytes([number]) * 32)
+    state.require_result("films/1", bytes([1]) * 32)
+    with pytest.raises(DomainError, match="another result of films/1") as refused:
+        state.require_result("films/1", bytes([9]) * 32)
+    assert refused.value.reason is Reason.COMMITTEE_REFUSED
+
+
 def test_a_spool_survives_a_restart(tmp_path: Path) -> None:
     first = AgentState(tmp_path / "state")
     fill(first)
