@@ -44,7 +44,8 @@ cohort one client moves the mean little."""
 _SPOILED: Final = (
     "more than half of its clients could not open it, or objected to it. Leaving out one client after another did not "
     "help: more than one client spoils the sums, or too few clients are left without one. Create another federation, "
-    "with clients that you trust"
+    "with clients that you trust; if you trust these, with a lower training.learning_rate: honest results can do harm, "
+    "too"
 )
 _STEADY: Final = "see that agents run without interruption, or raise round.committee_s"
 
@@ -377,8 +378,9 @@ def retracted(record: FederationRecord, draw: int, said: str) -> FederationRecor
     Args: draw: of the round that was to begin from it; spent, as a draw belongs to one start. said: what agents say.
     """
     number, attempts = record.trained, record.result_attempt
-    suspects = _suspects(record)
-    narrowed = bool(suspects) and len(suspects) < len(record.suspects or (*suspects, ""))
+    left = _suspects(record)
+    narrowed = bool(left) and len(left) < len(record.suspects or (*left, ""))
+    suspects = left or record.result_contributors  # others spoiled earlier results: the search begins anew
     after = edit(
         record,
         **_as_newest(record.result_before),

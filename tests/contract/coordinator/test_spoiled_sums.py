@@ -166,6 +166,17 @@ async def test_one_that_spoils_every_result_sits_out_and_the_federation_finishes
     ] == [3]
 
 
+async def test_another_spoiler_is_looked_for_anew_once_the_one_that_was_found_is_no_help(fed):
+    """Also if the first results were taken back wrongly: who is left out then must not end the search for ever."""
+    party = await convened(fed, FOUR, rounds=4, min_updates=2, max_attempts=2)
+    spoil(party, "d")
+    while (await fed.federation()).suspects != ("d",) or (await fed.federation()).trained < 3:
+        await party.step()
+    spoil(party, "b")  # of the third result on: the two before it have no way back
+    federation = await party.play(300)
+    assert (federation.phase, federation.sits_out) == (Phase.FINISHED, "b"), federation.failure
+
+
 @pytest.mark.parametrize("names", ["a", "ab"])
 async def test_who_objects_with_too_few_others_is_in_the_next_sum_and_the_operator_reads_why(fed, names):
     """Honest clients object too, if their data is unlike the others': they go on learning, and teaching."""
