@@ -121,25 +121,18 @@ class Losses:
 
 
 def objection_to(losses: Losses) -> str:
-    """Why a result serves this client badly; "" if it does not.
+    """Why a result serves this client badly; "" if it does not. Without figures: others read it.
 
     That is: it makes the model worse, or learns less, than it does with honest members. Where honest members' labels
     differ much, honest results can be beyond both bounds. A hostile member can stay within them.
     """
-    most = WORSE_BY_FACTOR * losses.best + WORSE_BY
+    worse = not losses.after <= WORSE_BY_FACTOR * losses.best + WORSE_BY  # NaN is not
     learned = 0.0 if losses.own is None else losses.before - losses.own
-    if learned > MUCH_TO_LEARN:
-        most = min(most, losses.before - LITTLE * learned)
-    if losses.after <= most:
+    idle = learned > MUCH_TO_LEARN and losses.after > losses.before - LITTLE * learned
+    if not (worse or idle):
         return ""
-    return (
-        f"with the result the loss on this client's own examples is {losses.after:.3g}, before it {losses.before:.3g}"
-        f"{_after_own(losses)}: a member may be hostile, or the learning rate too high"
-    )
-
-
-def _after_own(losses: Losses) -> str:
-    return "" if losses.own is None else f", after own training {losses.own:.3g}"
+    what = "is much larger than it was" if worse else "falls much less than by own training"
+    return f"the loss on this client's own examples {what}: a member may be hostile, or the learning rate too high"
 
 
 def _require_plausible(name: str, update: FactoredUpdate, own: float) -> None:
