@@ -5,13 +5,16 @@ replica started late), so everyone who waits also looks again after a while.
 """
 
 import asyncio
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import structlog
+from redis.asyncio.client import PubSub
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from coordinator.keys import Keys
@@ -98,13 +101,13 @@ class Changes:
                 await asyncio.sleep(_RECONNECT_S)
 
     async def _listen(self, outage: Outage) -> None:
-        async with self._redis.pubsub(ignore_subscribe_messages=True) as subscription:
+        async with self._redis.pubsub() as subscription:
             await subscription.psubscribe(self._keys.every_change)
             outage.ended()
             self.wake_all()
             while True:
-                message = await subscription.get_message(timeout=_READ_S)
-                if message is not None:
+                message = await _next(subscription)
+                if message is not None and message["type"] == "pmessage":
                     self._notify(message["channel"].decode(), message["data"].decode())
 
     def _notify(self, channel: str, client_id: str) -> None:
@@ -117,6 +120,19 @@ class Changes:
             concerned = [concern for concern in self._signals if concern[0] in {None, federation_id}]
         for concern in concerned:
             _wake(self._signals.get(concern, ()))
+
+
+async def _next(subscription: PubSub) -> dict[str, Any] | None:
+    """The next message of a subscription; None if there is none for some seconds.
+
+    redis-py takes the ETIMEDOUT of a connection whose peer has vanished for the end of its own wait: it returns None at
+    once, each time it is called. Raises: ConnectionError then.
+    """
+    asked_s = time.monotonic()
+    message: dict[str, Any] | None = await subscription.get_message(timeout=_READ_S)
+    if message is None and time.monotonic() - asked_s < _READ_S / 2:
+        raise RedisConnectionError("the connection of the subscription is gone")
+    return message
 
 
 def _wake(signals: Iterable[Signal]) -> None:
