@@ -7,7 +7,7 @@ beyond the bound are refused (matrices) or left out (whole tensors); results wit
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import structlog
@@ -49,6 +49,8 @@ class Expectation:
     """The s of its ΔW = s B A."""
     step: float
     """Learning rate of the round times its steps."""
+    doubts: list[str] = field(default_factory=list)
+    """Filled by the checks: what no honest members can have led to, in words."""
 
 
 def plausible(parts: Iterable[Restored], expected: Expectation) -> Iterator[Restored]:
@@ -91,8 +93,13 @@ def believed_tensors(tensors: Mapping[str, Float32], expected: Expectation) -> d
     own = {name: np.float64(expected.trained.tensors[name]) - expected.base.tensors[name] for name in tensors}
     farthest = max(float(np.abs(step).max(initial=0)) for step in steps.values())
     along = sum(float(np.sum(steps[name] * own[name])) for name in tensors)
-    if farthest <= STEP_MARGIN * expected.step and along >= 0:
+    too_far = farthest > STEP_MARGIN * expected.step
+    if not too_far and along >= 0:
         return dict(tensors)
+    if too_far:
+        expected.doubts.append(
+            f"{min(tensors)} moved farther than honest members can move it: one is hostile"
+        )
     _log.warning(
         "tensors_left_out",
         tensors=sorted(tensors),

@@ -1,6 +1,6 @@
 """Brings the results of rounds into the model: bounded, cut to this client's rank, judged by its own examples."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from client_agent.current import CurrentState
@@ -57,12 +57,13 @@ class Results:
         Raises: RESULT_REFUSED if it is not plausible beside what this client trained.
         """
         moderator = self._moderator(number)
-        parts = plausible(parts, self._expectation())
+        expected = self._expectation()
+        parts = plausible(parts, expected)
         checked = moderator.parts(parts) if moderator else parts
         weights = cut_to_rank(checked, self._model.rank, self._model.scaling, values)
         if moderator:
             weights = replace(weights, changes=moderator.changes)
-        objection = self._load(round_id, weights, moderator)
+        objection = self._load(round_id, weights, moderator, expected.doubts)
         self._current.applied(round_id, weights, objection)
 
     def start_of(self, number: int) -> Weights | None:
@@ -72,16 +73,19 @@ class Results:
             return None
         return self._model.weights()
 
-    def _load(self, round_id: str, weights: Weights, moderator: Moderator | None) -> str:
-        """Loads a result; says why it serves this client badly, if servers could only add. Raises: RESULT_REFUSED."""
+    def _load(
+        self, round_id: str, weights: Weights, moderator: Moderator | None, doubts: Sequence[str]
+    ) -> str:
+        """Loads a result; says what speaks against it, if servers could only add. Raises: RESULT_REFUSED."""
         if moderator is None or not moderator.summed or self._judge is None:
             self._model.load(weights)
             return ""
         start, overruled = self._current.round_id, bool(self._current.objection)
         try:
-            return self._judge.objection(
+            useless = self._judge.objection(
                 weights, moderator, start=start, round_id=round_id, overruled=overruled
             )
+            return "; ".join([*doubts, *([useless] if useless else [])])
         except BaseException:
             self._model.load(moderator.before)
             raise

@@ -141,6 +141,19 @@ def test_who_objects_to_a_poisoned_sum_holds_it_and_goes_back_from_it_if_most_do
         assert not apply(learner, index, repeated, "films.5", 3)
 
 
+def test_tensors_that_no_honest_members_move_are_left_out_and_objected_to(learners: list[Learner]) -> None:
+    """Left out alone they cost a round's learning: taken back, the round is repeated without who sent them."""
+    honest = sent(learners, 1)
+    weights = honest[2].weights
+    bound = {name: np.copysign(np.float32(4.0), -value) for name, value in weights.tensors.items()}
+    result = summed(1, [*honest[:2], Sender(learners[2].model, 256, replace(weights, tensors=bound))])
+    before = learners[0].model.weights().tensors
+    assert "moved farther than honest members" in apply(learners[0], 0, result, "films.1", 1)
+    after = learners[0].model.weights().tensors
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+    assert not apply(learners[1], 1, summed(1, honest), "films.2", 1), "the control"
+
+
 def test_an_objection_outlives_a_restart_and_what_it_goes_back_to_does_too(learners: list[Learner]) -> None:
     _, poisoned = poisoned_third(learners)
     before = logits(learners[0])
