@@ -5,7 +5,6 @@ replica started late), so everyone who waits also looks again after a while.
 """
 
 import asyncio
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -128,9 +127,10 @@ async def _next(subscription: PubSub) -> dict[str, Any] | None:
     redis-py takes the ETIMEDOUT of a connection whose peer has vanished for the end of its own wait: it returns None at
     once, each time it is called. Raises: ConnectionError then.
     """
-    asked_s = time.monotonic()
+    time = asyncio.get_running_loop().time
+    asked_s = time()
     message: dict[str, Any] | None = await subscription.get_message(timeout=_READ_S)
-    if message is None and time.monotonic() - asked_s < _READ_S / 2:
+    if message is None and time() - asked_s < _READ_S / 2:
         raise RedisConnectionError("the connection of the subscription is gone")
     return message
 

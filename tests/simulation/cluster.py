@@ -541,7 +541,7 @@ class Subscription:
     def __init__(self, cluster: Cluster, process: Process) -> None:
         self._cluster = cluster
         self._process = process
-        self._messages: asyncio.Queue[dict[str, bytes]] = asyncio.Queue()
+        self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
         return self
@@ -555,7 +555,7 @@ class Subscription:
         self._require_connection()
         self._cluster._subscriptions.append(self)
 
-    async def get_message(self, timeout: float) -> dict[str, bytes] | None:
+    async def get_message(self, timeout: float) -> dict[str, Any] | None:
         self._require_connection()
         try:
             async with asyncio.timeout(timeout):
@@ -569,7 +569,7 @@ class Subscription:
         """Brings a message, unless it gets lost."""
         uneven = not self._process.even
         if not (uneven and self._process.rng.random() < LOST_WAKE_UPS):
-            self._messages.put_nowait({"channel": channel, "data": message})
+            self._messages.put_nowait({"type": "pmessage", "channel": channel, "data": message})
 
     def _require_connection(self) -> None:
         if self._cluster._is_away():
