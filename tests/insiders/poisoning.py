@@ -1,14 +1,14 @@
-"""By how much one hostile member of four moves the model: the demo's federation on shorter texts, once for each attack.
+"""By how much one hostile member of four moves the model: the demo's federation, once for each attack.
 
     python -m tests.insiders.poisoning                    # two runs without an attack, and every attack, minutes each
     python -m tests.insiders.poisoning honest claim+flip
     python -m tests.insiders.poisoning complete honest boost
     python -m tests.insiders.poisoning complete hostile=thin-uplink absent boost
 
-Selective mode, or complete. The hostile member is newsroom-1, whose absence costs more than another's (it holds most of
-some labels), or the one named. Prints the accuracy that the honest members measure after every round that counts, how
-often the hostile one was left out, how many results were taken back, and who sits out. Ten rounds take six minutes
-on two cores. Needs the demo's model and data, which it fetches once.
+Selective mode, or complete. The hostile member is newsroom-1, which has the most examples, or the one named. Prints
+the accuracy that the honest members measure after every round that counts, how often the hostile one was left out,
+how many results were taken back, and who sits out. Ten rounds take six minutes on two cores. Needs the demo's model
+and data, which it fetches once.
 """
 
 import asyncio
@@ -47,15 +47,15 @@ LAST_WORDS_S = 60
 INITIAL_SEED = 7
 """Under complete: rows start alike, so they differ by what the attack does. Selective keeps its start secret."""
 ROUNDS = 10
-RATES = {"learning_rate": 0.004, "learning_rate_decay": 0.8}
-"""Whatever the demo's are: rows of different days compare. At larger ones a run depends on its first rounds."""
-TEST_EXAMPLES = 150
+RECIPE = {"learning_rate": 0.004, "learning_rate_decay": 0.8, "max_tokens": 32}
+"""Whatever the demo's is: rows of different days compare. On shorter texts runs stay at 82 % or get to 89 by chance."""
+TEST_EXAMPLES = 300
 """An agent's; the order of the test data is random."""
 
 
 def small(spec: FederationSpec, rounds: int, clients: int) -> FederationSpec:
-    """The demo's federation with shorter texts."""
-    recipe = {**RATES, "max_tokens": 24, "evaluation_examples": TEST_EXAMPLES}
+    """The demo's federation with fewer test texts."""
+    recipe = {**RECIPE, "evaluation_examples": TEST_EXAMPLES}
     training = spec.training.model_copy(update=recipe)
     round_ = spec.round.model_copy(update={"rounds": rounds, "clients": clients, "deadline_s": 900})
     return spec.model_copy(update={"training": training, "round": round_})
