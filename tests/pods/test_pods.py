@@ -213,4 +213,4 @@ def test_all_is_there_again_after_all_was_away(cluster: Cluster):
     for pod in servers:
         cluster.start(pod)
     all_ready(cluster)
-    assert training(federation(cluster)) == training(before)
+    cluster.wait(lambda: training(federation(cluster)) == training(before), "its rounds are there again")
