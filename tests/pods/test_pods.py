@@ -207,6 +207,7 @@ def test_nothing_is_written_where_a_kubelet_would_mount_nothing(cluster: Cluster
 
 def test_all_is_there_again_after_all_was_away(cluster: Cluster):
     before = federation(cluster)
+    assert training(before)
     servers = [cluster.pods[f"demo-shelora-{name}"] for name in SERVERS]
     for pod in servers:
         cluster.delete(pod)
