@@ -111,9 +111,8 @@ class Applier:
             await self._object_to(result)
         folder = self._tools.state.adapter_folder
         if self._learner.objection and folder.is_dir():
-            _log.error(
-                "last_result_not_kept", why=self._learner.objection, kept=f"that before it, in {folder}"
-            )
+            kept = f"the adapter of the result before, in {folder}"
+            _log.error("last_result_not_kept", why=self._learner.objection, kept=kept)
             return applied
         await self._save_adapter(result)
         _log.info(

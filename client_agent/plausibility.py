@@ -98,7 +98,7 @@ def believed_tensors(tensors: Mapping[str, Float32], expected: Expectation) -> d
         return dict(tensors)
     if too_far:
         expected.doubts.append(
-            f"{min(tensors)} moved farther than honest members can move it: one is hostile"
+            f"{min(tensors)} moved farther than honest members can move it: a member is hostile"
         )
     _log.warning(
         "tensors_left_out",

@@ -515,16 +515,21 @@ def layout_of(
     return federation.strategy.layout(model, protection, round_)
 
 
+def _has_way_back(view: View, record: RoundRecord) -> bool:
+    """Whether the result that a round begins from can be taken back."""
+    return record.round.convenes and view.federation.retractable
+
+
 def _unable(view: View, record: RoundRecord) -> set[str]:
     """Clients of a round that cannot begin from the result it begins from, if there is a way back from it."""
-    if not (record.round.convenes and view.federation.retractable):
+    if not _has_way_back(view, record):
         return set()
     return {drop.client_id for drop in view.given_up if drop.reason in UNOPENED} - record.dropped_ids
 
 
 def _is_taken_back(view: View, record: RoundRecord) -> bool:
     """Whether more than half of a round's clients cannot begin from its result, or object to it."""
-    if not (record.round.convenes and view.federation.retractable):
+    if not _has_way_back(view, record):
         return False
     objecting = {drop.client_id for drop in view.against} & {*record.round.cohort} - record.dropped_ids
     return 2 * len(_unable(view, record) | objecting) > len(record.round.cohort) - len(record.dropped)

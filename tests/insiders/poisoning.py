@@ -7,7 +7,7 @@
 
 Selective mode, or complete. The hostile member is newsroom-1, which has the most examples, or the one named. Prints
 the accuracy that the honest members measure after every round that counts, how often the hostile one was left out,
-how many results were taken back, and who sits out. Ten rounds take six minutes on two cores. Needs the demo's model
+how many results were taken back, and who sits out. Ten rounds take three minutes on two cores. Needs the demo's model
 and data, which it fetches once.
 """
 
