@@ -83,8 +83,9 @@ static: $(INSTALLED) verify-protos  ## What `check` does without running tests
 unit: $(INSTALLED)  ## Run the unit tests
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit
 
-fix: $(INSTALLED)  ## Format and repair what the linter can
+fix: $(INSTALLED)  ## Format, wrap documents, repair what the linter can
 	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/python -m tools.prose write
 	$(BIN)/ruff check --fix $(SOURCES)
 
 bench: $(INSTALLED)  ## Compare our protection modes with the published way (SHAPES="llama-7b llama-70b mixtral-8x7b": what they cost there)

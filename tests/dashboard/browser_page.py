@@ -64,7 +64,7 @@ pytestmark = [
     pytest.mark.skipif(
         not CHROMIUM.exists(), reason="there is no /usr/bin/chromium: apt-get install chromium"
     ),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
 ]
 
 

@@ -14,7 +14,7 @@ from services.aggregation.main import app as aggregation
 from services.key_authority.main import app as key_authority
 from shelora.cli.main import app as operator
 from shelora.rounds import TRANSITIONS, Event, RoundState
-from tools import diagrams
+from tools import diagrams, prose
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -38,14 +38,14 @@ def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def prose(path: Path) -> str:
+def without_code(path: Path) -> str:
     """Without blocks of code."""
     return re.sub(r"^```.*?^```", "", read(path), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(path: Path) -> set[str]:
     """Names of headings, as the usual hosts of repositories make them."""
-    headings = re.findall(r"^#+ (.*)$", prose(path), flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", without_code(path), flags=re.MULTILINE)
     plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
 
@@ -53,7 +53,7 @@ def anchors(path: Path) -> set[str]:
 def broken(path: Path) -> list[str]:
     """Links of a page that lead nowhere."""
     found = []
-    for target in LINK.findall(prose(path)):
+    for target in LINK.findall(without_code(path)):
         place, _, anchor = target.partition("#")
         if "://" in target or target.startswith("mailto:"):
             continue
@@ -75,6 +75,26 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
         "# One `two`: three\n[a](#one-two-three) [b](#four) [c](other.md)\n```\n[d](no.md)\n```\n"
     )
     assert broken(page) == ["#four", "other.md"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prose_fits_into_its_lines(name):
+    assert prose.wrapped(read(ROOT / name)) == read(ROOT / name), "run `make fix`"
+
+
+def test_what_is_wrapped_reads_the_same_and_means_the_same():
+    text = (
+        f"# {'heading ' * 20}\n\n{'word ' * 30}`a span of code` and {'more ' * 12}- not an item\n\n"
+        f"1. {'item ' * 40}\n   [a link]({'x' * 120})\n\n| {'cell ' * 40} |\n|---|\n\n    {'code ' * 40}\n"
+    )
+    lines = prose.wrapped(text).splitlines()
+    assert " ".join("\n".join(lines).split()) == " ".join(text.split())
+    assert max(len(line) for line in lines if re.match(r"[a-z]|1\.|   \S*item", line)) <= prose.WIDTH
+    assert [line for line in lines if line.startswith(("#", "|", "    "))] == [
+        line for line in text.splitlines() if line.startswith(("#", "|", "    "))
+    ]
+    assert not any(line.startswith("- ") for line in lines)
+    assert prose.wrapped(prose.wrapped(text)) == prose.wrapped(text)
 
 
 def code(path: Path) -> list[str]:
