@@ -252,7 +252,7 @@ def _tokens(public: Public, scene: Scene, client: Client, round_: Round, secrets
             distances.append(tokens.by_B(public, B, A, count, steps=scene.steps, bits=scene.bits))
         else:
             distances.append(tokens.by_B(public, stored[name].N @ np.linalg.pinv(A), A, count, steps=0))
-    return tokens.guessed(distances, count)
+    return tokens.in_all(distances, count)
 
 
 def first_layer(public: Public) -> list[str]:
@@ -310,9 +310,9 @@ def in_sums(
         across.append(tokens.by_B(public, noisy @ np.linalg.pinv(A), A, len(true), steps=steps))
         if scene.steps > 1:
             outside.append(tokens.by_A(public, noisy, min(len(true), ranks), A))
-    figures = {"recall": recall(tokens.guessed(outside or across, len(true)), true)}
+    figures = {"recall": recall(tokens.in_any(outside or across, len(true)), true)}
     if outside:
-        figures["recall by B"] = recall(tokens.guessed(across, len(true)), true)
+        figures["recall by B"] = recall(tokens.in_any(across, len(true)), true)
     return Finding(
         setting=words[0],
         attacker=words[1],

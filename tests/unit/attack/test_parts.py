@@ -277,3 +277,18 @@ def test_a_token_is_told_from_how_A_moved_beside_the_A_that_it_began_from():
     assert spans.best(distances, 5) == set(range(5))
     assert distances[:5].max() < 1e-5
     assert distances[5:].min() > 0.3
+
+
+def test_a_token_is_told_by_all_matrices_of_an_update_and_by_any_of_a_sum():
+    exact, noisy = np.full(40, 0.9), np.linspace(0.3, 0.9, 40)
+    exact[:6], noisy[:6], noisy[20:26] = 1e-5, 0.2, 0.1  # the noisy one has six others before the true ones
+    assert tokens.in_all([exact, noisy], 6) == set(range(6))
+    assert tokens.in_any([exact, noisy], 6) != set(range(6)), "the control"
+    first, second = np.full(40, 0.9), np.full(40, 0.9)
+    first[:3] = second[3:6] = 0.3  # each lost what the other kept
+    first[20:26] = second[20:26] = 0.4
+    assert tokens.in_any([first, second], 6) == set(range(6))
+    assert tokens.in_all([first, second], 6) != set(range(6)), "the control"
+    assert tokens.in_all([np.zeros(5), np.arange(5.0)], 2) == {0, 1}, (
+        "no distance at all is no nearer than the least"
+    )
