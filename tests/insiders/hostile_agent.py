@@ -13,6 +13,7 @@ from client_agent.learner import Learner
 from client_agent.learning import Trained, Weights
 from client_agent.plausibility import Losses, objection_to
 from client_agent.session import Session
+from shelora.lora.moderation import MULTIPLE
 from shelora.lora.shards import LoraFactors
 
 CLAIM = 10**9
@@ -49,7 +50,7 @@ def factors(by: float) -> None:
         changed = {
             n: LoraFactors((by * f.B).astype(np.float32), f.A) for n, f in honest.weights.factors.items()
         }
-        return replace(honest, weights=Weights(changed, honest.weights.tensors))
+        return replace(honest, weights=replace(honest.weights, factors=changed))
 
     Learner._train = trained  # type: ignore[method-assign]
 
@@ -61,7 +62,7 @@ def head(bound: float) -> None:
     def trained(self: Learner, *arguments: Any) -> Trained:
         honest = train(self, *arguments)
         changed = {n: (-bound * np.sign(v)).astype(np.float32) for n, v in honest.weights.tensors.items()}
-        return replace(honest, weights=Weights(honest.weights.factors, changed))
+        return replace(honest, weights=replace(honest.weights, tensors=changed))
 
     Learner._train = trained  # type: ignore[method-assign]
 
@@ -81,6 +82,30 @@ def along(start: Weights, trained: Weights, scaling: float, way: float) -> Weigh
         {name: frozen(name) for name in start.factors},
         start.exponents,
     )
+
+
+def farthest(start: Weights, trained: Weights, scaling: float, share: float) -> Weights:
+    """What moves a sum against what was learned as far as agents take it over, and no value beyond a bound.
+
+    Tensors farther back than they were moved would be objected to at once; so they stay as they are.
+
+    Args: share: of the sum.
+    """
+    others = 1 - share
+    thrown = along(start, trained, scaling, (-MULTIPLE - others) / share)
+    return replace(thrown, tensors=along(start, trained, scaling, (-1 - others) / share).tensors)
+
+
+def within() -> None:
+    """Knows how much of a sum agents take over, and sends as much, in every round."""
+    train = Learner._train
+
+    def trained(self: Learner, *arguments: Any) -> Trained:
+        honest = train(self, *arguments)
+        sent = farthest(self.model.weights(), honest.weights, self.model.scaling, SHARE)
+        return replace(honest, weights=sent)
+
+    Learner._train = trained  # type: ignore[method-assign]
 
 
 def quietest(learner: Learner, honest: Weights, best: float, share: float) -> tuple[Weights, float]:
@@ -120,6 +145,7 @@ CHANGES = {
     "boost": lambda: factors(-9.0),
     "reverse": lambda: factors(-1.0),
     "head": lambda: head(1.0),
+    "within": within,
     "quiet": quiet,
 }
 

@@ -37,7 +37,16 @@ from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import spoiled_rounds, training_rounds
 
 NAMED = "hostile="
-ATTACKS = ("flip", "claim+flip", "boost", "claim+boost", "head", "claim+head+reverse", "claim+quiet")
+ATTACKS = (
+    "flip",
+    "claim+flip",
+    "boost",
+    "claim+boost",
+    "head",
+    "claim+head+reverse",
+    "claim+within",
+    "claim+quiet",
+)
 FOLDER = Path("runs/poisoning")
 HONEST, ABSENT = "honest", "absent"
 """All four are honest; the one that attacks elsewhere does not take part. Whose update is left out costs no less than

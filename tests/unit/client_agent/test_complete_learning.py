@@ -21,7 +21,7 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
 from shelora.lora.shards import LoraFactors
 from tests.disk import no_file_larger_than
-from tests.insiders.hostile_agent import quietest
+from tests.insiders.hostile_agent import farthest, quietest
 from tests.unit.client_agent.tiny import LABELS
 from tests.unit.strategies.runs import SumProtection
 from tests.unit.strategies.sums import Round
@@ -104,13 +104,18 @@ def sent(learners: list[Learner], number: int) -> list[Sender]:
 
 def poisoned_third(learners: list[Learner]) -> tuple[list[Sender], Round]:
     """What all send in the third round, and the sum in which the last one sent nine times the opposite."""
-    for number in (1, 2):  # the loss is near zero then, and what the poison does far beyond the limit
-        result = summed(number, sent(learners, number))
-        for index, learner in enumerate(learners):
-            learner.apply(f"films.{number}", result.parts(client=index), SECRETS.obfuscation, number)
+    learn_two_rounds(learners)
     honest = sent(learners, 3)
     hostile = honest[2].weights
     return honest, summed(3, [*honest[:2], Sender(learners[2].model, 256, opposite(hostile))])
+
+
+def learn_two_rounds(learners: list[Learner]) -> None:
+    """The loss is near zero then, and what poison does is far beyond the limit."""
+    for number in (1, 2):
+        result = summed(number, sent(learners, number))
+        for index, learner in enumerate(learners):
+            apply(learner, index, result, f"films.{number}", number)
 
 
 def apply(learner: Learner, index: int, result: Round, name: str, number: int) -> str:
@@ -139,6 +144,20 @@ def test_who_objects_to_a_poisoned_sum_holds_it_and_goes_back_from_it_if_most_do
     repeated = summed(3, [*again, honest[2]])
     for index, learner in enumerate(learners[:2]):
         assert not apply(learner, index, repeated, "films.5", 3)
+
+
+def test_what_is_thrown_as_far_as_agents_take_it_over_is_objected_to_by_all_others(
+    learners: list[Learner],
+) -> None:
+    """Nothing of that sum is cut: only what it does to their losses tells."""
+    learn_two_rounds(learners)
+    honest, hostile = sent(learners, 3), learners[2]
+    thrown = farthest(hostile.model.weights(), honest[2].weights, hostile.model.scaling, share=2 / 5)
+    poisoned = summed(3, [*honest[:2], Sender(hostile.model, 133, thrown)])
+    with capture_logs() as logs:
+        objections = [apply(learner, i, poisoned, "films.3", 3) for i, learner in enumerate(learners[:2])]
+    assert ["loss on this client's own examples" in why for why in objections] == [True, True]
+    assert not [log for log in logs if log["event"] == "change_cut"]
 
 
 def test_tensors_that_no_honest_members_move_are_left_out_and_objected_to(learners: list[Learner]) -> None:
