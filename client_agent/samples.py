@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
@@ -132,11 +131,6 @@ def as_json(number: int, samples: Sequence[Completion]) -> bytes:
     """The content of a file of samples after that training round; 0: before the first."""
     content = {"round": number, "samples": [asdict(one) for one in samples]}
     return json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n"
-
-
-def read_samples(path: Path) -> list[Completion]:
-    """What `as_json` wrote."""
-    return [Completion(**one) for one in json.loads(path.read_bytes())["samples"]]
 
 
 def _refused(why: str) -> DomainError:
