@@ -30,6 +30,7 @@ from shelora.committee.statements import Signer, StatementKind, Trust
 from shelora.errors import DomainError, Reason
 from shelora.federation import RoundSpec
 from shelora.lora.layout import Layout
+from shelora.rounds import longest_s
 from shelora.transport.certificates import pem_to_der
 from shelora.transport.tls import Held
 from shelora.v1 import committee_pb2, common_pb2
@@ -305,7 +306,8 @@ class Committees:
     @property
     def _round_grace(self) -> timedelta:
         """How long a certificate vouches for a statement of a round: as long as a round may last."""
-        return timedelta(seconds=self._rules.deadline_s + 4 * self._rules.committee_s)
+        collecting_s = longest_s(self._rules.deadline_s, self._rules.grace)
+        return timedelta(seconds=collecting_s + 4 * self._rules.committee_s)
 
     def _signer(self) -> Signer:
         held = self._identity.read()

@@ -48,6 +48,8 @@ GATHERING: Final = frozenset({RoundState.SELECTING, RoundState.KEYING, RoundStat
 """States of a round that has no updates to lose but those that clients can send again."""
 UNOPENED: Final = frozenset({Reason.SUM_UNREADABLE, Reason.ANSWERS_REFUSED, Reason.RESULT_REFUSED})
 """Reasons of clients that give a round up because they cannot open, or cannot use, the result that it begins from."""
+LATE_LOOK_MS: Final = 5_000
+"""Time between two looks at a round that waits beyond its deadline: about a heartbeat."""
 LEAD_MS: Final = 60_000
 """Time after which a leader that does not say that it makes the plan is replaced."""
 
@@ -81,6 +83,8 @@ class View:
     laggards: AbstractSet[str] = frozenset()
     """Clients that missed the newest round that closed, or were left out of it for another base model; only read when
     the next one is made."""
+    sending: int = 0
+    """Clients of a collecting round that are seen sending their update; only read once it is late and has too few."""
     working: AbstractSet[str] = frozenset()
     """Members that say they do what they were asked; only read while a plan is made."""
     revoked: Mapping[str, int] = field(default_factory=dict)
@@ -541,8 +545,8 @@ def _turnout(view: View, record: RoundRecord, objecting: AbstractSet[str]) -> Tu
     gone = objecting | {drop.client_id for drop in view.given_up} - unable
     asked, absent = len(record.round.cohort), len(record.dropped) + len(gone - record.dropped_ids)
     if 2 * (asked - absent - view.update_count) > asked - len(record.dropped):
-        return Turnout(view.update_count, absent, view.unawaited + len(unable))
-    return Turnout(view.update_count, absent + len(unable), view.unawaited)
+        return Turnout(view.update_count, absent, view.unawaited + len(unable), view.sending)
+    return Turnout(view.update_count, absent + len(unable), view.unawaited, view.sending)
 
 
 def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:
@@ -552,8 +556,9 @@ def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:
         return abandon(record, Reason.COMMITTEE_INCOMPLETE, now_ms)
     round_, objecting = record.round, _objecting(view, record)
     turnout = _turnout(view, record, objecting)
-    ends_ms = grace_ends_ms(round_, record.most_ms, view.federation.spec.round.grace)
-    due = should_close(round_, turnout, now_ms, ends_ms)
+    grace = view.federation.spec.round.grace
+    ends_ms = grace_ends_ms(round_, record.most_ms, grace)
+    due = should_close(round_, turnout, now_ms, ends_ms, grace)
     if due is Event.CLOSE:
         closed = record.model_copy(
             update={
@@ -569,7 +574,8 @@ def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:
     most = turnout.updates >= round_.min_updates and 2 * turnout.updates > len(round_.cohort)
     if most and not record.most_ms:
         return WriteRound("note_majority", record.model_copy(update={"most_ms": now_ms}))
-    return Rest(min(round_.deadline_ms, ends_ms or round_.deadline_ms))
+    late_ms = now_ms + LATE_LOOK_MS if now_ms >= round_.deadline_ms else round_.deadline_ms
+    return Rest(min(late_ms, ends_ms or late_ms))
 
 
 def abandon(record: RoundRecord, reason: Reason, now_ms: int) -> WriteRound:

@@ -505,6 +505,12 @@ class Sighting(StoredRecord):
         """Whether it says that it does what it was asked."""
         return self.stage not in {"", Stage.IDLE, Stage.PAUSED, Stage.FINISHED}
 
+    @property
+    def sending(self) -> bool:
+        """Whether it says that its update is on its way, or waits for servers that it cannot reach."""
+        waits = self.stage == Stage.PAUSED and self.reason is Reason.STORE_UNAVAILABLE
+        return self.stage == Stage.UPLOADING or waits
+
 
 class BaseModelTags(StoredRecord):
     """Keyed digests of an agent's base model, in hex."""

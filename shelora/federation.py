@@ -243,7 +243,8 @@ class RoundSpec(Spec):
     either client can work out the other's from the result, and tell a server."""
 
     deadline_s: Annotated[int, Field(ge=1, le=7 * 86_400)] = 3600
-    """Seconds a round collects updates. A week at most: state expires after it has not changed for longer."""
+    """Seconds a round collects updates; longer while updates that it needs are on their way over a slow line. A week at
+    most: state expires after it has not changed for longer."""
 
     target_updates: Annotated[int, Field(ge=0, le=100_000)] = 0
     """Updates at which a training round closes without waiting for slower clients, at least `min_updates`; 0 waits for

@@ -53,6 +53,9 @@ class Event(StrEnum):
 LEAST_GRACE_MS: Final = 60_000
 """A round that most have committed to waits at least so long for the others."""
 
+LONGEST_S: Final = 7 * 86_400
+"""A round collects for a week at most: state expires after it has not changed for longer."""
+
 ENDED: Final = frozenset({RoundState.PUBLISHED, RoundState.ABANDONED})
 
 Transitions: TypeAlias = Mapping[tuple[RoundState, Event], RoundState]
@@ -178,29 +181,46 @@ class Turnout:
     """Clients of the cohort whose update cannot come (any more)."""
     unawaited: int = 0
     """Clients of the cohort that may still commit, but are not waited for."""
+    sending: int = 0
+    """Clients of the cohort that are seen sending their update; need not be known before the deadline."""
 
 
 def should_close(
-    round_: Round, turnout: Turnout, now_ms: int, grace_ends_ms: int | None = None
+    round_: Round, turnout: Turnout, now_ms: int, grace_ends_ms: int | None = None, grace: float = 0.0
 ) -> Event | None:
     """What a collecting round is due for, if anything.
 
-    Args: grace_ends_ms: until when it waits for the last, Unix milliseconds; None: until its deadline.
+    Args:
+        round_: The round.
+        turnout: How far it has come.
+        now_ms: Unix milliseconds.
+        grace_ends_ms: Until when it waits for the last, Unix milliseconds; None: until its deadline.
+        grace: How many times its deadline it waits beyond it for updates that are on their way, if it needs them.
 
     CLOSE, with at least `min_updates`, once the target is reached or everyone who is waited for has committed, or at
-    the end of the grace or the deadline. ABANDON at the deadline with fewer, or once that many cannot come any more.
-    None for a round that is not collecting.
+    the end of the grace or the deadline. ABANDON with fewer at the deadline, unless enough are on their way, or once
+    that many cannot come any more. None for a round that is not collecting.
     """
     if round_.state is not RoundState.COLLECTING:
         return None
     present = len(round_.cohort) - turnout.absent
     if turnout.updates < round_.min_updates:
         hopeless = present < round_.min_updates
-        return Event.ABANDON if hopeless or now_ms >= round_.deadline_ms else None
+        coming = turnout.updates + turnout.sending >= round_.min_updates
+        ends_ms = round_.opened_ms + 1000 * longest_s(round_.deadline_s, grace if coming else 0.0)
+        return Event.ABANDON if hopeless or now_ms >= ends_ms else None
     awaited = present - turnout.unawaited
     complete = turnout.updates >= min(round_.target_updates or awaited, awaited)
     ends_ms = min(round_.deadline_ms, grace_ends_ms or round_.deadline_ms)
     return Event.CLOSE if complete or now_ms >= ends_ms else None
+
+
+def longest_s(deadline_s: int, grace: float) -> int:
+    """Seconds that a round collects at most: beyond its deadline while updates that it needs are on their way.
+
+    Args: grace: as a multiple of the deadline; all of it is a week at most, unless the deadline is longer.
+    """
+    return max(deadline_s, min(int((1 + grace) * deadline_s), LONGEST_S))
 
 
 def grace_ends_ms(round_: Round, most_ms: int, grace: float) -> int | None:

@@ -17,6 +17,8 @@ from shelora.rounds import RoundKind, RoundState
 
 CENSUS_S: Final = 10.0
 """Seconds after which members are counted again while a round is in progress, whose course does not depend on them."""
+ASLEEP_MS: Final = 600_000
+"""Milliseconds of silence after which a device that was sending its update does not keep a late round open."""
 _TOO_FEW: Final = Reason.TOO_FEW_UPDATES
 
 
@@ -113,7 +115,21 @@ class Observer:
             given_up=[drop for drop in quit_ if drop.client_id not in committed],
             against=await self._against(federation, record),
             unawaited=len(missing - view.objectors),
+            sending=len(await self._sending(federation, record, count)),
         )
+
+    async def _sending(
+        self, federation: FederationRecord, record: RoundRecord, count: int
+    ) -> AbstractSet[str]:
+        """Who is seen sending the update that a late round still needs; nobody is looked for before."""
+        now_ms = self._clock_ms()
+        if now_ms < record.round.deadline_ms or count >= record.round.min_updates:
+            return set()
+        committed = await self._store.updates.committers(federation, record.sequence)
+        awaited = sorted(set(record.round.cohort) - committed - record.dropped_ids)
+        seen = await self._store.presence.sightings(federation.federation_id, awaited)
+        heard_ms = max(record.round.opened_ms, now_ms - ASLEEP_MS)
+        return {name for name, sighting in seen.items() if sighting.sending and sighting.at_ms >= heard_ms}
 
     async def _working_again(
         self, federation: FederationRecord, record: RoundRecord, laggards: AbstractSet[str]

@@ -28,7 +28,7 @@ from coordinator.screening import misfits, outliers
 from coordinator.store import Store, Versioned
 from coordinator.votes import takes_ballots, votes_of
 from shelora.errors import DomainError, Reason
-from shelora.rounds import Event, RoundKind
+from shelora.rounds import Event, RoundKind, longest_s
 from shelora.transport.channel import is_transient
 
 MAX_TTL_S: Final = 30 * 86_400
@@ -120,7 +120,7 @@ class RoundSteps:
             layout = await self._store.rounds.layout(federation.federation_id, record.layout_digest)
             rules = federation.spec.round
             attempts = 1 + 2 * rules.max_attempts  # its own, and those of two rounds that may begin from it
-            ttl_s = rules.deadline_s * attempts + self._policy.result_ttl_s
+            ttl_s = longest_s(rules.deadline_s, rules.grace) * attempts + self._policy.result_ttl_s
             members = await self._store.members.all(federation.federation_id)
             ranks = {
                 name: min(members[name].rank, layout.max_rank)

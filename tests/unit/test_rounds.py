@@ -15,6 +15,7 @@ from shelora.rounds import (
     RoundState,
     Turnout,
     grace_ends_ms,
+    longest_s,
     select_cohort,
     should_close,
 )
@@ -132,6 +133,30 @@ def test_a_reason_belongs_to_abandonment_and_only_to_it(event):
 )
 def test_a_round_closes_when_all_committed_or_at_its_deadline(updates, now_ms, expected):
     assert should_close(COLLECTING, Turnout(updates), now_ms) is expected
+
+
+@pytest.mark.parametrize(
+    ("updates", "sending", "now_ms", "expected"),
+    [
+        (1, 1, 15_000, None),
+        (1, 1, 34_999, None),
+        (1, 1, 35_000, Event.ABANDON),
+        (1, 0, 15_000, Event.ABANDON),
+        (0, 1, 15_000, Event.ABANDON),
+        (2, 1, 15_000, Event.CLOSE),
+    ],
+)
+def test_a_late_round_waits_for_updates_that_it_needs_and_that_are_on_their_way(
+    updates, sending, now_ms, expected
+):
+    turnout = Turnout(updates, sending=sending)
+    assert should_close(COLLECTING, turnout, now_ms, grace=2.0) is expected
+
+
+def test_a_round_collects_for_a_week_at_most():
+    assert longest_s(3600, 3.0) == 4 * 3600
+    assert longest_s(3600, 0.0) == 3600
+    assert longest_s(3 * 86_400, 3.0) == longest_s(7 * 86_400, 3.0) == 7 * 86_400
 
 
 @pytest.mark.parametrize(

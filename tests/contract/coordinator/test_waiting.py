@@ -191,3 +191,61 @@ async def test_a_vote_closes_without_those_that_gave_up(fed):
     assert outcomes(await fed.shown()) == [("VOTE", 0, 1, "PUBLISHED", "")]
     fed.idle = set()
     await until_training(fed)
+
+
+async def send_slowly(fed, stage: str = "uploading", reason: Reason | None = None) -> None:
+    """Two of three have committed when the deadline passes; the third, which is needed, said last what it is doing."""
+    await fed.begin(spec("none", rounds=1, clients=3, min_updates=3, deadline_s=HOUR, max_attempts=1), "abc")
+    await fed.settle()
+    for client in "ab":
+        await fed.do(client, await fed.assignment(client))
+    await fed.settle()
+    fed.now_ms += 1000 * HOUR
+    await see(fed, stage, reason)
+
+
+async def see(fed, stage: str, reason: Reason | None = None) -> None:
+    said = Sighting(stage=stage, progress=0.5, at_ms=fed.now_ms, reason=reason)
+    await fed.store.presence.see("fed", "c", said)
+    await fed.settle()
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason"), [("uploading", None), ("paused", Reason.STORE_UNAVAILABLE)], ids=["sends", "cut off"]
+)
+async def test_a_late_round_waits_for_the_update_it_needs_while_that_is_being_sent(fed, stage, reason):
+    await send_slowly(fed, stage, reason)
+    for _ in range(2 * 12):
+        fed.now_ms += 300_000  # asleep for less than ten minutes
+        await see(fed, stage, reason)
+    assert (await fed.federation()).phase is Phase.RUNNING
+    await fed.do("c", await fed.assignment("c"))
+    await fed.settle()
+    assert (await fed.federation()).phase is Phase.FINISHED
+    assert [r.update_count for r in (await fed.shown()).history] == [3]
+
+
+@pytest.mark.parametrize("stage", ["training", "idle", "paused"])
+async def test_a_late_round_does_not_wait_for_who_does_not_send(fed, stage):
+    await send_slowly(fed, stage)
+    assert (await fed.federation()).phase is Phase.FAILED
+
+
+async def test_a_late_round_gives_up_who_fell_silent_while_sending(fed):
+    await send_slowly(fed)
+    fed.now_ms += 599_000
+    await fed.settle()
+    assert (await fed.federation()).phase is Phase.RUNNING
+    fed.now_ms += 2_000
+    await fed.settle()
+    assert (await fed.federation()).phase is Phase.FAILED
+
+
+async def test_who_sends_for_ever_keeps_a_round_open_for_its_grace_and_no_longer(fed):
+    await send_slowly(fed)
+    hours = 0
+    while (await fed.federation()).phase is Phase.RUNNING:
+        fed.now_ms += 500_000
+        hours += 500 / 3600
+        await see(fed, "uploading")
+    assert 3 <= hours < 3.2, "three times the deadline: the default grace"
