@@ -7,7 +7,6 @@ contribute, servers read these in turn. Every role runs in one process, whose gr
 
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +17,6 @@ from typing import Annotated, Final, Protocol
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from bench import complete, ours
 from bench.memory import grown, in_new_process
@@ -35,8 +33,10 @@ SENDERS: Final = 4
 """Clients whose updates are made."""
 MOST_SELECTIVE: Final = 16
 """Contributions that servers aggregate under `selective`; more are scaled up, each costs what these cost."""
-WIDTH: Final = 140
-"""Of what goes into a file or pipe."""
+_HEADINGS: Final = (
+    "mode", "rank", "clients", "parameters", "factors", "up, a client", "down", "a client protects", "restores",
+    "servers aggregate", "largest shard", "memory: protecting", "restoring", "aggregating",
+)  # fmt: skip
 app = typer.Typer(add_completion=False)
 
 
@@ -253,7 +253,7 @@ def scale(
     for given, known in ((shapes, MODELS), (mode, WAYS)):
         if unknown := sorted(set(given) - set(known)):
             raise typer.BadParameter(f"{', '.join(unknown)}: use {', '.join(known)}")
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = Console(stderr=True)
     for model in shapes:
         grid = list(itertools.product(mode, rank, contributors))
         rows: list[Row] = []
@@ -262,31 +262,35 @@ def scale(
         for name, r, count in track(grid, description=model, console=console):
             rows.append(measure(Layer(model=model, rank=r, clients=count, budget=0.01), name))
             path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-        console.print(table(model, rows))
-        console.print(f"Summary: {path}")
+        print(table(model, rows))
+        print(f"\nSummary: {path}")
 
 
-def table(model: str, rows: Iterable[Row]) -> Table:
-    """A row a line."""
-    found = Table(title=f"{model}: {MODELS[model].layers} layers, every linear map ({MODELS[model].source})")
-    for heading in (
-        "mode", "rank", "clients", "parameters", "factors", "up, a client", "down", "a client protects", "restores",
-        "servers aggregate", "largest shard", "memory: protecting", "restoring", "aggregating",
-    ):  # fmt: skip
-        found.add_column(heading, justify="left" if heading == "mode" else "right")
+def table(model: str, rows: Iterable[Row]) -> str:
+    """A row a line, in Markdown."""
+    lines = [
+        f"**{model}**: {MODELS[model].layers} layers, every linear map ({MODELS[model].source})",
+        "",
+        _line(_HEADINGS),
+        _line(["---", *["---:"] * (len(_HEADINGS) - 1)]),
+    ]
     for row in rows:
-        found.add_row(
+        memory = (row.largest_shard, row.protect_memory, row.restore_memory, row.aggregate_memory)
+        cells = (
             row.mode,
             str(row.rank),
-            str(row.contributors),
+            f"{row.contributors:,}",
             row.parameters,
             *map(_megabytes, (row.plain_bytes, row.up, row.down)),
             *map(_seconds, (row.protect_s, row.restore_s, row.aggregate_s)),
-            *map(
-                _megabytes, (row.largest_shard, row.protect_memory, row.restore_memory, row.aggregate_memory)
-            ),
+            *map(_megabytes, memory),
         )
-    return found
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _megabytes(count: int | None) -> str:
