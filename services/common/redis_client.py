@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
-from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -19,6 +18,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from services.common.redis_url import parts_of, unusable
 from shelora.errors import DomainError, Reason, RetryLaterError
 
 RedisClient: TypeAlias = Any
@@ -45,10 +45,10 @@ def connect(
 
     Raises: DomainError CONFIGURATION_INVALID if the URL cannot be used; it is not shown, as it may hold a password.
     """
-    _check_scheme(url)
+    parts_of(url)
     try:
         pool: Any = BlockingConnectionPool.from_url(
-            url,
+            url.strip(),
             max_connections=connections,
             timeout=timeout_s,
             socket_timeout=None,
@@ -57,8 +57,8 @@ def connect(
             **options,
         )
         pool.make_connection()  # which alone looks at the options of the URL
-    except (ValueError, TypeError) as error:
-        raise _unusable(f"cannot be read: {error}") from None
+    except (ValueError, TypeError, RedisError) as error:
+        raise unusable(f"cannot be read: {error}") from None
     client: Any = (
         Redis  # `from_pool`, which makes the client own the pool, is missing in some stubs of redis-py
     )
@@ -101,24 +101,6 @@ _REMEDIES: Final = {
 _PASSING: Final = frozenset(
     {"OOM", "LOADING", "MASTERDOWN", "TRYAGAIN", "BUSY", "MISCONF", "NOREPLICAS", "UNKILLABLE", "BUSYKEY"}
 )
-
-
-def _check_scheme(url: str) -> None:
-    scheme, separator, _ = url.strip().partition("://")
-    if not separator:
-        raise _unusable("has no scheme: write redis://host:6379/0, or rediss:// for TLS")
-    if "sentinel" in scheme or "cluster" in scheme:
-        raise _unusable(
-            f"{scheme}:// is not supported: give the address of one Redis or Valkey server, redis://host:6379/0"
-        )
-    if scheme not in {"redis", "rediss", "unix"}:
-        raise _unusable(f"{scheme}:// is not supported: write redis://, rediss:// (TLS) or unix://")
-    if scheme != "unix" and "," in urlsplit(url).netloc.rpartition("@")[2]:
-        raise _unusable("names several servers: give the address of one Redis or Valkey server")
-
-
-def _unusable(what: str) -> DomainError:
-    return DomainError(Reason.CONFIGURATION_INVALID, f"redis_url {what}")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from services.common.rates import RateLimits
+from services.common.redis_url import parts_of
 from services.common.revocations import POLL_S
 from shelora.configuration import read_secret, remedy
 from shelora.errors import DomainError, Reason
@@ -110,12 +111,12 @@ class ServerSettings(BaseSettings):
 def with_password(url: SecretStr, file: Path | None) -> str:
     """A Redis URL with the password that a file holds, if one is given.
 
-    Raises: DomainError CONFIGURATION_INVALID if the file cannot be read, or the URL has a password already.
+    Raises: DomainError CONFIGURATION_INVALID if the file cannot be read, or the URL cannot, or has a password already.
     """
     plain = url.get_secret_value()
     if file is None:
         return plain
-    parts = urlsplit(plain)
+    parts = parts_of(plain)
     if parts.password is not None:
         raise DomainError(
             Reason.CONFIGURATION_INVALID,

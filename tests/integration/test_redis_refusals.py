@@ -161,6 +161,16 @@ def test_a_server_that_is_refused_at_start_says_so_in_one_line_and_exits_with_2(
         ("redis://:hunter2@h:99999/0", "cannot be read"),
         ("redis://:hunter2@h:1/0?socket_timeout=abc", "cannot be read"),
         ("redis://:hunter2@h:1/0?foo=1", "cannot be read"),
+        ("redis://:hunter2@h:1/0?protocol=9", "cannot be read"),
+        ("redis://:hunter2@[::1/0", "cannot be read"),
+        ("redis://:hunter2@h\u2100:1/0", "cannot be read"),  # the library's words show all of it
+        ("redis://:hunter2@h:0/0", "has the port 0"),
+        ("redis://:hunter2@:6379/0", "names no host"),  # a variable that was not set
+        ("redis:///0", "names no host"),
+        ("redis://:hunter2@h:1/first", "names no database"),
+        ("redis://:hunter2@h:1/-1", "names no database"),
+        ("unix://", "names no socket"),
+        ("h:hunter2://x", "has no scheme"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_without_showing_it(url, remedy, tmp_path):
