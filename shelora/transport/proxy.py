@@ -89,8 +89,11 @@ def _parsed(value: str, variable: str) -> Proxy:
     try:
         parts = urlsplit(value if "://" in value else f"http://{value}")
         address = HostPort.parse(str(HostPort(parts.hostname or "", parts.port or 80)))
-    except (ValueError, DomainError) as error:
-        raise _unusable(variable, str(error)) from None
+    except ValueError:  # its words show what they could not read, be it a password
+        why = "the port is 1 to 65535, and odd characters of user and password are written as %XX"
+        raise _unusable(variable, why) from None
+    except DomainError as error:
+        raise _unusable(variable, error.message) from None
     if parts.scheme != "http":
         raise _unusable(variable, f"only http:// proxies are supported, not {parts.scheme}://")
     return Proxy(

@@ -185,7 +185,18 @@ def test_a_proxy_is_told_to_grpc_as_it_is_used_here(value, url, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "value", ["https://p:1", "socks5://p:1", "http://p:x", "http://", "http://p q:1", "http://p:99999"]
+    "value",
+    [
+        "https://p:1",
+        "socks5://p:1",
+        "http://p:x",
+        "http://",
+        "http://p q:1",
+        "http://p:99999",
+        "http://me:hunter2/x@p:1",
+        "http://me:hunter2@p\u2100:1",
+        "http://me:hunter2@[::1",
+    ],
 )
 def test_a_proxy_that_cannot_be_used_is_refused_by_the_name_of_its_variable(value, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", value)
@@ -193,6 +204,7 @@ def test_a_proxy_that_cannot_be_used_is_refused_by_the_name_of_its_variable(valu
         with pytest.raises(DomainError, match="HTTPS_PROXY names no usable proxy") as refused:
             attempt()
         assert refused.value.reason is Reason.CONFIGURATION_INVALID
+        assert "hunter2" not in refused.value.message
 
 
 def test_the_pins_fetch_says_which_proxy_refused_it_and_where_that_came_from(monkeypatch):
