@@ -103,14 +103,14 @@ class Applier:
     ) -> Applied:
         """Applies a result that no training follows, and saves the adapter.
 
-        If this client objects to it, the adapter stays that of the result before.
+        If this client objects to it, the adapter stays that of the result before, if this federation had one.
         """
         await self._resources.require(None, result, copies=COPIES)
         applied = await self._apply(result, plan, activity)
         with suppress(DomainError):  # it is told when another round begins from there, if one ever does
             await self._object_to(result)
         folder = self._tools.state.adapter_folder
-        if self._learner.objection and folder.is_dir():
+        if self._learner.objection and self._tools.state.has_adapter_beside(result.round_id):
             kept = f"the adapter of the result before, in {folder}"
             _log.error("last_result_not_kept", why=self._learner.objection, kept=kept)
             return applied
@@ -159,7 +159,7 @@ class Applier:
         """Writes on the adapter's card how good it is, and keeps it as the best one if it is."""
         state = self._tools.state
         await self._run(state.replace_card, self._learner.card(_origin(result), measured))
-        if await self._run(state.keep_if_best, self._me.federation_id, result.round_id, measured.loss):
+        if await self._run(state.keep_if_best, result.round_id, measured.loss):
             _log.info("best_adapter_so_far", round=result.round_id, folder=str(state.best_folder))
 
     async def _save_adapter(self, result: common_pb2.ResultRef) -> None:
@@ -167,7 +167,7 @@ class Applier:
         if self._saved == result.round_id:
             return
         state, made = self._tools.state, _origin(result)
-        await self._run(state.save_adapter, partial(self._learner.save_adapter, made=made))
+        await self._run(state.save_adapter, result.round_id, partial(self._learner.save_adapter, made=made))
         if (measured := self._reported.get(result.round_id)) is not None:
             await self._run(state.replace_card, self._learner.card(made, measured))
         self._saved = result.round_id

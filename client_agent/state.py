@@ -13,6 +13,7 @@
     certified.json          the set of updates that this client certified for each round, as a member of its committee
     inbox/<round>/          shards of the result being downloaded
     adapter/                the adapter of the newest result that was applied
+    adapter.json            which result that was
     adapter-best/           that of the result with the smallest loss on this client's own test examples
     best.json               which result that was
     samples/                what the model wrote to the prompts of its configuration, a file a round
@@ -58,6 +59,7 @@ _BEFORE: Final = "before.safetensors"
 _TRAINED: Final = "trained.safetensors"
 _MANIFEST: Final = "manifest.json"
 _PLAN_FIT: Final = "plan_fit.json"
+_ADAPTER_NOTE: Final = "adapter.json"
 _BEST_NOTE: Final = "best.json"
 ADAPTER: Final = "adapter"
 BEST: Final = "adapter-best"
@@ -252,11 +254,20 @@ class AgentState:
         """The last trained weights and their key; None if there are none, or none that can be read."""
         return _load_weights(self._folder / _TRAINED)
 
-    def save_adapter(self, write: Callable[[Path], None]) -> None:
-        """Replaces the adapter by what is written into the folder that `write` is given."""
+    def save_adapter(self, round_id: str, write: Callable[[Path], None]) -> None:
+        """Replaces the adapter by what is written into the folder that `write` is given: that of a round's result."""
         draft = _draft_of(self.adapter_folder)
         write(draft)
+        (self._folder / _ADAPTER_NOTE).unlink(missing_ok=True)
         _install(draft, self.adapter_folder)
+        files.replace(
+            self._folder / _ADAPTER_NOTE, json.dumps({"format": _FORMAT, "round": round_id}).encode()
+        )
+
+    def has_adapter_beside(self, round_id: str) -> bool:
+        """Whether the adapter is known to be of a result of the same federation as that round."""
+        noted = self._noted(_ADAPTER_NOTE, round_id)
+        return noted is not None and self.adapter_folder.is_dir()
 
     def save_samples(self, number: int, content: bytes) -> Path:
         """Keeps what the model wrote after that training round; 0: before the first. Returns the file."""
@@ -271,26 +282,35 @@ class AgentState:
         if card and self.adapter_folder.is_dir():
             files.replace(self.adapter_folder / CARD, card.encode())
 
-    def keep_if_best(self, federation_id: str, round_id: str, loss: float) -> bool:
+    def keep_if_best(self, round_id: str, loss: float) -> bool:
         """Keeps the adapter as the best one if its loss is smaller than that of the best so far of this federation."""
-        best = self._best_loss(federation_id)
-        if not loss < best or not self.adapter_folder.is_dir():  # NaN is not
+        if not loss < self._best_loss(round_id) or not self.adapter_folder.is_dir():  # NaN is not
             return False
         draft = _draft_of(self.best_folder)
         shutil.copytree(self.adapter_folder, draft, dirs_exist_ok=True)
         _install(draft, self.best_folder)
-        note = {"format": _FORMAT, "federation": federation_id, "round": round_id, "loss": loss}
+        note = {"format": _FORMAT, "round": round_id, "loss": loss}
         files.replace(self._folder / _BEST_NOTE, json.dumps(note).encode())
         return True
 
-    def _best_loss(self, federation_id: str) -> float:
-        """Infinity if there is no best adapter of this federation, or no note of it that can be read."""
+    def _best_loss(self, round_id: str) -> float:
+        """Infinity if there is no best adapter of that round's federation, or no note of it that can be read."""
         try:
-            note = json.loads((self._folder / _BEST_NOTE).read_bytes())
-            ours = (note["format"], note["federation"]) == (_FORMAT, federation_id)
-            return float(note["loss"]) if ours else math.inf
-        except (*_UNREADABLE, KeyError, AttributeError):
+            return float((self._noted(_BEST_NOTE, round_id) or {}).get("loss", math.inf))
+        except _UNREADABLE:
             return math.inf
+
+    def _noted(self, name: str, round_id: str) -> dict[str, Any] | None:
+        """The note of an adapter; None if there is none that can be read, or it is of another federation's round.
+
+        Another federation may have had the same name; its rounds are named by its instance, too.
+        """
+        try:
+            note: dict[str, Any] = json.loads((self._folder / name).read_bytes())
+            ours = note["format"] == _FORMAT and _federation_of(note["round"]) == _federation_of(round_id)
+        except (*_UNREADABLE, KeyError, AttributeError):
+            return None
+        return note if ours else None
 
     def save_plan_fit(self, fit: PlanFit) -> None:
         """Keeps how the newest plan serves this client."""
@@ -498,6 +518,11 @@ class Inbox:
     def clear(self) -> None:
         """Deletes the shards."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _federation_of(round_id: str) -> str:
+    """What a round's identifier begins with: its federation's name and instance."""
+    return round_id.rpartition(".")[0]
 
 
 def newest_adapter(folder: Path, *, best: bool = False) -> Path:

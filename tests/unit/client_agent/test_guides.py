@@ -113,8 +113,8 @@ def training(tmp_path, bert_folder):
     agent_file(tmp_path, model={"path": str(bert_folder), "device": "cpu"})
     model = classifier(bert_folder)
     state = AgentState(tmp_path / "state")
-    state.save_adapter(lambda folder: written(model, folder))
-    state.keep_if_best("f", "round", 1.0)
+    state.save_adapter("fed.a.1", lambda folder: written(model, folder))
+    state.keep_if_best("fed.a.1", 1.0)
     state.close()
     return tmp_path
 
