@@ -111,10 +111,15 @@ def stop_asked(record: FederationRecord) -> FederationRecord:
     return stopped_now(stopped) if record.phase is Phase.CREATED else stopped
 
 
+_UNPUBLISHED: Final = "before a round was published"
+_TAKEN_BACK: Final = "while its first round was repeated: the result of that had been taken back"
+
+
 def stopped_now(record: FederationRecord) -> FederationRecord:
     """Ends a federation that was stopped, with its newest result; without any it has failed."""
     if not record.result_sequence:
-        return failed(record, "its operator stopped it before a round was published")
+        taken_back = record.suspects is not None
+        return failed(record, f"its operator stopped it {_TAKEN_BACK if taken_back else _UNPUBLISHED}")
     extra = record.trained - record.spec.round.rounds  # those that were trained are all, until it is extended
     return edit(record, phase=Phase.FINISHED, ticket=None, negotiation=None, extra_rounds=extra)
 

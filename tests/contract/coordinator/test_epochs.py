@@ -75,6 +75,30 @@ async def test_after_a_rotation_the_base_stays_in_its_epoch_until_there_is_a_new
     assert fed.authority.retired_before == 2
 
 
+@NEGOTIATIONS
+async def test_what_comes_late_for_one_attempt_does_not_count_for_another_of_the_same_number(
+    fed, negotiation
+):
+    """Attempts count from 1 again after a rotation, as they do when a federation is extended."""
+    await fed.begin(spec(negotiation=negotiation))
+    await fed.settle()
+    first = (await fed.assignment("a")).vote.round
+    await fed.handlers.federations.rotate("fed", 0)
+    await fed.settle()
+    again = (await fed.assignment("a")).vote.round
+    assert (first.attempt, again.attempt) == (1, 1)
+    send = fed.cast if negotiation == "ope" else fed.commit
+    with pytest.raises(DomainError) as late:
+        await send("a", first)
+    assert late.value.reason in {Reason.ROUND_UNKNOWN, Reason.ROUND_NOT_COLLECTING}
+    if negotiation == "sealed":  # a ballot names no layout: it is its client's word whatever it is of
+        renamed = pb.RoundRef(round_id=again.round_id, layout=first.layout)
+        with pytest.raises(DomainError) as mixed:
+            await fed.commit("a", renamed)
+        assert mixed.value.reason is Reason.LAYOUT_MISMATCH
+    assert await send("b", again) == 1, "none of it was counted"
+
+
 async def test_an_operator_rotates_once_however_often_it_asks(fed):
     await fed.begin(rotating(rounds=3))
     await until_round(fed, 2)

@@ -78,6 +78,18 @@ async def test_the_first_sum_is_taken_back_to_the_start(fed):
     assert (federation.phase, federation.trained) == (Phase.FINISHED, 2)
 
 
+async def test_stopping_while_the_first_round_is_repeated_says_that_its_result_was_taken_back(fed):
+    party = await convened(fed, FOUR, rounds=2)
+    await cannot_open(fed, party, FOUR, 1)
+    while (await fed.federation()).sequence < 3:
+        await party.step()
+    await fed.handlers.federations.stop("fed")
+    await fed.settle()
+    federation = await fed.federation()
+    assert (federation.phase, federation.trained) == (Phase.FAILED, 0)
+    assert "while its first round was repeated: the result of that had been taken back" in federation.failure
+
+
 @pytest.mark.parametrize(("names", "liars"), [("abc", "c"), (FOUR, "d"), (FOUR, "cd")])
 async def test_liars_that_are_no_majority_take_nothing_back(fed, names, liars):
     party = await convened(fed, names, rounds=3)
