@@ -17,18 +17,24 @@ if any("services.aggregation.worker" in argument for argument in getattr(sys, "o
 
     from shelora.ckks.evaluator import Evaluator
     from shelora.ckks.wire import BlockReader, encode_block
-    from shelora.lora import aggregate, products
+    from shelora.lora import products
+    from shelora.lora.aggregate import Aggregation
     from shelora.lora.codec import encode_result, parse_update
     from shelora.lora.shards import MatrixAggregate, ResultShardContent
     from shelora.messages import layout_to_proto
 
     FOLDER, VICTIM, EXPONENT, COLUMNS, SCALE = Path(os.environ["SHELORA_TEST_ORACLE"]), "clinic", 12, 4, 0.4
-    honest = aggregate.aggregate_shard
+    begin, honest = Aggregation.__init__, Aggregation.whole
 
-    def crafted(layout: Any, index: int, contributions: Any, load: Any) -> bytes:
-        shard = layout.shard(index)
+    def begun(self: Any, layout: Any, index: int, contributions: Any, load: Any) -> None:
+        begin(self, layout, index, contributions, load)
+        self.load = load
+
+    def crafted(self: Any) -> bytes:
+        layout, index, contributions = self._cohort.layout, self._cohort.index, self._cohort.contributions
+        load, shard = self.load, layout.shard(index)
         if not shard.matrices or not layout.tiers:
-            return honest(layout, index, contributions, load)
+            return honest(self)
         number = len(list(FOLDER.glob(f"*.{index}.layout")))
         for part in contributions:
             (FOLDER / f"{number}.{index}.{part.client_id}.update").write_bytes(load(part.client_id))
@@ -36,7 +42,7 @@ if any("services.aggregation.worker" in argument for argument in getattr(sys, "o
         (FOLDER / f"{number}.{index}.scalings").write_text(json.dumps(scalings))
         (FOLDER / f"{number}.{index}.layout").write_bytes(layout_to_proto(layout).SerializeToString())
         if number:
-            return honest(layout, index, contributions, load)
+            return honest(self)
         content = parse_update(layout, index, load(VICTIM))
         kind = products.KIND
         shape = kind.update_block_shape(layout, content)
@@ -71,4 +77,4 @@ if any("services.aggregation.worker" in argument for argument in getattr(sys, "o
             ),
         )
 
-    aggregate.aggregate_shard = crafted
+    Aggregation.__init__, Aggregation.whole = begun, crafted  # type: ignore[method-assign]
