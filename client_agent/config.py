@@ -62,16 +62,23 @@ def is_pattern(path: Path) -> bool:
     return any(mark in str(path) for mark in "*?[")
 
 
-def _absolute(path: Path, info: ValidationInfo) -> Path:
-    folder: Path = (info.context or {}).get(_FOLDER, Path())
+def _nameable(path: str) -> str:
     try:
         os.fsencode(path)
-        whole = folder / path.expanduser()
-    except (UnicodeEncodeError, RuntimeError) as error:  # of a home folder that nobody has
+    except UnicodeEncodeError as error:
         raise ValueError(f"no file can have this name: {error}") from error
-    if "\0" in str(whole):
+    if "\0" in path:
         raise ValueError("no file can have this name: it holds a NUL")
-    whole = whole.absolute()
+    return path
+
+
+def _absolute(path: Path, info: ValidationInfo) -> Path:
+    folder: Path = (info.context or {}).get(_FOLDER, Path())
+    _nameable(str(path))
+    try:
+        whole = (folder / path.expanduser()).absolute()
+    except RuntimeError as error:  # of a home folder that nobody has
+        raise ValueError(f"no file can have this name: {error}") from error
     try:
         whole.lstat()
     except OSError as error:
@@ -104,7 +111,7 @@ Quantization = Literal["none", "8bit", "4bit"]
 
 
 class ModelConfig(StrictModel):
-    path: Name
+    path: Annotated[Name, AfterValidator(_nameable)]
     """Base model: a folder, a `.gguf` file, or a name on the Hugging Face hub. It must hold the same weights at every
     agent of the federation."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

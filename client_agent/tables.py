@@ -291,7 +291,8 @@ def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str]]]:
             return
         except csv.Error as error:
             raise invalid(
-                f"{place}: its quotes do not match ({error}); inside of a quoted text write each quote twice"
+                f"{place}: its quotes do not match ({error}); separate cells by {'tabs' if tabs else 'commas'}, and "
+                "inside of a quoted text write each quote twice"
             ) from error
         if cells:
             yield place, cells

@@ -39,6 +39,8 @@ from shelora.v1 import coordinator_pb2 as pb
 
 
 def _printable(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "use a character that can be seen")
     if printable(text) != text:
         raise PydanticCustomError("characters", "remove the control characters")
     return text

@@ -80,6 +80,8 @@ def test_every_field_of_the_wire_has_a_field_here_and_back():
         ("training", {"learning_rate": float("nan")}, "training.learning_rate = nan"),
         ("training", {"learning_rate": 0.0}, "training.learning_rate = 0.0: use more than 0"),
         ("training", {"target_modules": []}, "training.target_modules = []"),
+        ("training", {"base_model": " "}, "training.base_model = ' ': use a character that can be seen"),
+        ("training", {"labels": ["\t", "b"]}, "training.labels.0 = '\\t': use a character that can be seen"),
         ("training", {"zzz": 1}, "there is no such field; known are base_model"),
         (
             "protection",

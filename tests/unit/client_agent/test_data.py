@@ -117,6 +117,10 @@ def test_a_csv_row_with_too_many_fields_is_refused(tmp_path: Path) -> None:
         ),
         ("text,label\nfine,\n", "line 2: field 'label' is empty"),
         ("text;label\nfine;good\n", "columns: text;label; cells must be separated by commas"),
+        (
+            '"text";"label"\n"fine";"good"\n',
+            "line 1: its quotes do not match (',' expected after '\"'); separate",
+        ),
         ("text,text,label\na,b,good\n", "line 1: 2 columns are named 'text': rename all but one"),
         ("\n\ntext,class\na,good\n", "line 3: no column is named 'label' (set data.label_field)"),
     ],

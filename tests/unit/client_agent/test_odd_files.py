@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -187,6 +188,17 @@ def test_a_folder_of_state_that_no_file_system_takes_is_refused_with_the_field()
         assert error
         assert "state_dir = 'xxx" in error.message
         assert "no file can have this name: it is too long" in error.message
+
+
+@pytest.mark.parametrize(("name", "said"), [("a\\0b", "it holds a NUL"), ("a\\ud83d", "half of a character")])
+def test_a_model_of_a_name_that_no_file_can_have_is_refused_with_the_field(name: str, said: str) -> None:
+    content = re.sub("(?m)^  path: .*$", lambda _: f'  path: "{name}"', SAMPLE)
+    assert name in content
+    with written("agent.yaml", content.encode()) as path:
+        error = refusal(lambda: AgentConfig.load(path, {}))
+        assert error
+        assert "model.path = 'a" in error.message
+        assert said in error.message
 
 
 def dumped(value: Any, **options: Any) -> str:
