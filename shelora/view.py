@@ -144,10 +144,11 @@ def remarks(federation: pb.Federation) -> list[tuple[str, str, str, str]]:
     Oldest first.
     """
     current = [federation.current] if federation.HasField("current") else []
-    return [remark for summary in [*federation.history, *current] for remark in _remarks(summary)]
+    return [remark for summary in [*federation.history, *current] for remark in round_remarks(summary)]
 
 
-def _remarks(summary: pb.RoundSummary) -> Iterator[tuple[str, str, str, str]]:
+def round_remarks(summary: pb.RoundSummary) -> Iterator[tuple[str, str, str, str]]:
+    """`remarks` of one round."""
     name = round_name(summary)
     for drop in summary.dropped:
         yield name, drop.client_id, f"gave up: {drop.reason}" if drop.gave_up else drop.reason, drop.why

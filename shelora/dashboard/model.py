@@ -34,6 +34,7 @@ from shelora.view import (
     remarks,
     round_figures,
     round_name,
+    round_remarks,
     servers_see,
     sitting_out,
     size,
@@ -49,6 +50,8 @@ ENDING_MS: Final = 3_600_000
 """Milliseconds to the end of a certificate that should have been renewed: agents ask after two thirds of its life."""
 MAX_ROWS: Final = 500
 """Members shown; those in trouble first."""
+MAX_REFUSALS: Final = 3
+"""Of a member in its row, the newest."""
 MAX_POINTS: Final = 400
 """Rounds in a chart; of more, every second, third and so on."""
 PLAIN_STAGES: Final = (pb.ROUND_STATE_SELECTING, pb.ROUND_STATE_COLLECTING, pb.ROUND_STATE_AGGREGATING)
@@ -119,6 +122,8 @@ class MemberRow:
     ending: bool
     """Whether its certificate was not renewed when it should have been."""
     troubles: tuple[str, ...]
+    refusals: tuple[str, ...]
+    """Rounds that have ended and do not count its update, or to whose result it objected: the newest first."""
     spark: Markup
     in_committee: bool
     """Whether it sits on the committee of the round in progress."""
@@ -139,7 +144,7 @@ class FederationPage:
     caution: str
     """What is unwise about its specification; "" for nothing."""
     client_privacy: str
-    """What sums may tell of one client; "" if that is not bounded."""
+    """What sums may tell of one client; "" if no bound is promised."""
     standing: str
     """What the rule that may end it early has seen; "" without one."""
     taken_back: str
@@ -306,14 +311,36 @@ def _members(federation: pb.Federation, memory: PresenceHistory, now_s: float) -
     troubles: dict[str, list[str]] = {}
     for client, reason, why in member_troubles(federation):
         troubles.setdefault(client, []).append(f"{reason}: {why}")
-    rows = [_member(federation, m, troubles.get(m.client_id, []), memory, now_s) for m in federation.members]
+    refusals = _refusals(federation)
+    rows = [
+        _member(
+            federation,
+            m,
+            troubles=troubles.get(m.client_id, ()),
+            refusals=refusals.get(m.client_id, ()),
+            memory=memory,
+            now_s=now_s,
+        )
+        for m in federation.members
+    ]
     return tuple(sorted(rows, key=lambda row: (not row.troubles, row.name)))
+
+
+def _refusals(federation: pb.Federation) -> dict[str, list[str]]:
+    """By client; the round in progress is told by `_activity`."""
+    found: dict[str, list[str]] = {}
+    for summary in reversed(federation.history):
+        for name, client, reason, _ in round_remarks(summary):
+            found.setdefault(client, []).append(f"round {name}: {reason}")
+    return {client: said[:MAX_REFUSALS] for client, said in found.items()}
 
 
 def _member(
     federation: pb.Federation,
     member: pb.Member,
+    *,
     troubles: Sequence[str],
+    refusals: Sequence[str],
     memory: PresenceHistory,
     now_s: float,
 ) -> MemberRow:
@@ -335,6 +362,7 @@ def _member(
         certificate=_ends(left_ms / 1000) if known else "-",
         ending=known and left_ms < ENDING_MS,
         troubles=tuple(troubles),
+        refusals=tuple(refusals),
         spark=sparkline(memory.heard(federation.federation_id, name), name),
         in_committee=name in federation.current.committee,
     )

@@ -94,6 +94,20 @@ def test_refusals_and_give_ups_are_told_apart():
     assert ("1", "b", "gave up: MEMORY_UNAVAILABLE", "no memory") in shown.remarks
 
 
+def test_a_members_row_keeps_what_became_of_its_earlier_updates():
+    said = running()
+    for number, reason in enumerate(("DIGEST_MISMATCH", "NORM_TOO_LARGE", "NORM_OUTLIER"), start=1):
+        ended = said.history.add(number=number, kind=pb.ROUND_KIND_TRAIN, state=pb.ROUND_STATE_PUBLISHED)
+        ended.dropped.add(client_id="a", reason=reason, why="lower alpha")
+    said.history[-1].objections.add(client_id="a", why="the sum is too long")
+    said.current.dropped.add(client_id="a", reason="NORM_TOO_LARGE", why="lower alpha")
+    rows = {row.name: row for row in page(said).members}
+    newest = ("round 3: NORM_OUTLIER", "round 3: objects to the result", "round 2: NORM_TOO_LARGE")
+    assert (rows["a"].refusals, rows["b"].refusals) == (newest, ())
+    assert rows["a"].activity == "update refused: NORM_TOO_LARGE"
+    assert newest[0] in report(said)
+
+
 @pytest.mark.parametrize(
     ("mode", "state", "stages"),
     [
