@@ -27,9 +27,9 @@ from client_agent.progress import Activity
 from client_agent.state import AgentState
 from client_agent.worker import Worker
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import operator
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.operator import operator
 from shelora.transport.channel import call, open_channel
 from shelora.v1.key_authority_pb2 import GetEpochSecretsRequest, GetEpochSecretsResponse
 from shelora.v1.key_authority_pb2_grpc import KeyAuthorityStub

@@ -15,7 +15,6 @@ import yaml
 from examples.agents import HOME, Servers
 from examples.report import summarize
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import Operator, operator
 from shelora.cli.page import open_beside
 from shelora.cli.processes import Process
 from shelora.cli.render import rounds_table
@@ -24,6 +23,7 @@ from shelora.cli.supervision import interruptible
 from shelora.dashboard.rendering import report
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.operator import Operator, operator
 from shelora.terminal import Terminal
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import round_figures, training_rounds

@@ -46,7 +46,14 @@ def main(
             clear(folder)
             folder.mkdir(parents=True)
             for count in sorted(set(agents)):
-                plan = Plan(count, rounds, min(processes, count), directions, starts_per_s, mode)
+                plan = Plan(
+                    agents=count,
+                    rounds=rounds,
+                    processes=min(processes, count),
+                    directions=directions,
+                    starts_per_s=starts_per_s,
+                    mode=mode,
+                )
                 runs.append(_run(plan, folder / f"{count}"))
                 console.print(*tables(figures(runs[-1])))
                 _report(runs, folder)

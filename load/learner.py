@@ -28,7 +28,7 @@ MATRICES: Final = tuple(
 TENSORS: Final = (Tensor("classifier.weight", (8, WIDTH)), Tensor("classifier.bias", (8,)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SyntheticModel:
     """Shapes without a model."""
 
@@ -45,7 +45,7 @@ class SyntheticLearner:
     objection = ""
 
     def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState, rounds: int) -> None:  # noqa: ARG002 - as `Learn`
-        self.model = SyntheticModel(config.lora.rank, config.lora.scaling)
+        self.model = SyntheticModel(rank=config.lora.rank, scaling=config.lora.scaling)
         self.examples: Sized = range(64)
         self.base: BaseDigest | None = None
         self._client_id = config.client_id
@@ -82,7 +82,9 @@ class SyntheticLearner:
             for m in self.model.matrices
         }
         return Trained(
-            Weights(factors, {t.name: _values(rng, *t.shape) for t in self.model.tensors}), 1.0, 0.0
+            Weights(factors=factors, tensors={t.name: _values(rng, *t.shape) for t in self.model.tensors}),
+            1.0,
+            0.0,
         )
 
     def start_of(self, number: int) -> Weights | None:  # noqa: ARG002 - the port's

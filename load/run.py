@@ -15,9 +15,9 @@ import redis
 from load.agents import Share, state_dir
 from load.resources import Usage, sampled
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import Operator, operator
 from shelora.cli.processes import Process
 from shelora.federation import FederationSpec
+from shelora.operator import Operator, operator
 from shelora.strategies.registry import DEFAULT
 from shelora.v1 import coordinator_pb2 as pb
 
@@ -33,7 +33,7 @@ Tell = Callable[[str, int, int], None]
 """Told what is going on, and how much of it is done of how much."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What to run."""
 
@@ -66,7 +66,7 @@ class Plan:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """What a run cost."""
 

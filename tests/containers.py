@@ -11,7 +11,7 @@ ASK = """
 import asyncio, os, sys
 from pathlib import Path
 from google.protobuf.json_format import MessageToJson
-from shelora.cli.operator import operator, own_credentials
+from shelora.operator import operator, own_credentials
 
 async def ask():
     credentials = await own_credentials(Path(os.environ["SHELORA_IDENTITY"]), os.environ["SHELORA_KEY_AUTHORITY"])

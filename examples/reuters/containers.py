@@ -26,9 +26,9 @@ from examples.reuters.cohort import (
     write_data,
 )
 from shelora import files
-from shelora.cli.operator import create_token, operator, own_credentials
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.operator import create_token, operator, own_credentials
 from shelora.terminal import Terminal
 from shelora.transport.identity import Role
 from shelora.transport.tls import Credentials, IdentityFolder

@@ -5,6 +5,7 @@ The same programs and settings as under compose or Kubernetes; only the addresse
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -14,13 +15,14 @@ from typing import Final, Self
 
 from pydantic import TypeAdapter, ValidationError
 
+from shelora.cli.folder import ADDRESSES
 from shelora.cli.members import CLIENT_IDENTITY, LOCAL_NAMES, Members
-from shelora.cli.operator import own_credentials
-from shelora.cli.processes import Launch, Process, Processes, module_command
+from shelora.cli.processes import Launch, Process, Processes
 from shelora.cli.servers import Relay, Servers
-from shelora.cli.supervision import ADDRESSES, Supervision
+from shelora.cli.supervision import Supervision
 from shelora.configuration import invalid
 from shelora.levels import Level
+from shelora.operator import own_credentials
 from shelora.transport.certificates import utc_now
 from shelora.transport.identity import Role
 from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
@@ -137,9 +139,8 @@ class LocalCluster:
 
     def spawn(self, name: str, module: str, arguments: list[str], environment: Mapping[str, str]) -> Process:
         """Starts `python -m module` as a process that stops with the cluster, before the servers."""
-        return self._processes.spawn(
-            name, Launch(arguments=module_command(module, *arguments), environment=environment)
-        )
+        command = [sys.executable, "-m", module, *arguments]
+        return self._processes.spawn(name, Launch(arguments=command, environment=environment))
 
     def restart(self, name: str) -> Process:
         """Stops a server unless it has ended, and starts it again: same settings, same address.

@@ -16,7 +16,7 @@ from typing import Final
 
 import psutil
 
-from shelora.cli.supervision import ADDRESSES, MARK, STOP_TIMEOUT_S
+from shelora.cli.folder import ADDRESSES, MARK, STOP_TIMEOUT_S
 
 _POLL_S: Final = 0.05
 

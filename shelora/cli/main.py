@@ -16,18 +16,7 @@ import typer
 from shelora import files
 from shelora.cli.audit import audit_app
 from shelora.cli.cluster import Addresses, LocalCluster
-from shelora.cli.exporting import encoded, rounds_csv, write_new
-from shelora.cli.operator import (
-    RETRY_S,
-    Operator,
-    create_token,
-    list_revocations,
-    operator,
-    own_credentials,
-    promised_level,
-    revoke_holder,
-)
-from shelora.cli.page import Reach, metrics_addresses, require_dashboard
+from shelora.cli.page import metrics_addresses, require_dashboard
 from shelora.cli.render import federation_view, federations_table, revocations_table
 from shelora.cli.reporting import reported
 from shelora.cli.revoking import consequences
@@ -37,8 +26,19 @@ from shelora.cli.secret_files import make_secrets
 from shelora.cli.supervision import interruptible
 from shelora.configuration import read_secret
 from shelora.errors import DomainError, Reason
+from shelora.exporting import encoded, rounds_csv, write_new
 from shelora.federation import FederationSpec
 from shelora.levels import Level
+from shelora.operator import (
+    RETRY_S,
+    Operator,
+    create_token,
+    list_revocations,
+    operator,
+    own_credentials,
+    promised_level,
+    revoke_holder,
+)
 from shelora.telemetry.logs import configure_logs
 from shelora.terminal import CommandLine, Records, Terminal
 from shelora.text import printable
@@ -366,7 +366,7 @@ def dashboard(
     """
     with reported():
         require_dashboard()
-    from shelora.dashboard.serving import serve  # noqa: PLC0415 - needs packages that are optional
+    from shelora.dashboard.serving import Reach, serve  # noqa: PLC0415 - needs packages that are optional
 
     target = Target.of(coordinator, identity, key_authority)
     with reported():

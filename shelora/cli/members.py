@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Final
 
-from shelora.cli.operator import create_token, own_credentials
 from shelora.errors import DomainError
 from shelora.levels import Level
+from shelora.operator import create_token, own_credentials
 from shelora.transport.certificates import pem_to_der
 from shelora.transport.enrolment import enroll, presented_chain
 from shelora.transport.identity import Role

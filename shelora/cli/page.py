@@ -2,9 +2,7 @@
 
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Final
 
 from shelora.cli.cluster import LocalCluster
@@ -13,21 +11,6 @@ from shelora.transport.address import HostPort
 
 _ADDRESS: Final = re.compile(r"^(http://127\.0\.0\.1:\S+token=\S+)$", re.MULTILINE)
 _POLL_S: Final = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reach:
-    """The servers that the page calls, and the identity it uses."""
-
-    coordinator: str
-    identity: Path
-    """Folder of the operator's key and certificate."""
-    key_authority: str | None
-    """None: no tokens, no revocation, and nobody renews the certificate."""
-    enrolment: str = ""
-    """Where devices exchange tokens, for the command line that is shown; "" if it is not known."""
-    metrics: Mapping[str, str]
-    """Prometheus address by server."""
 
 
 def metrics_addresses(given: Sequence[str]) -> dict[str, str]:

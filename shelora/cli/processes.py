@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,7 +13,8 @@ from typing import Final, Self
 
 import redis
 
-from shelora.cli.supervision import MARK, STOP_TIMEOUT_S, Supervision
+from shelora.cli.folder import MARK, STOP_TIMEOUT_S
+from shelora.cli.supervision import Supervision
 from shelora.errors import DomainError, Reason
 
 START_TIMEOUT_S: Final = 60.0
@@ -175,10 +175,6 @@ class Processes:
     def _started(self, name: str, launch: Launch) -> Process:
         environment = {**launch.environment, MARK: str(self._folder)}
         return Process(name, launch.arguments, self.log(name), environment)
-
-
-def module_command(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
 
 
 def _wait_for_redis(port: int, process: Process) -> None:

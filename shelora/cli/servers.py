@@ -4,12 +4,13 @@ import json
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from shelora.cli.processes import Launch, Process, Processes, module_command
+from shelora.cli.processes import Launch, Process, Processes
 from shelora.cli.supervision import require_local
 
 KEY_AUTHORITY_PORT: Final = 7102
@@ -121,7 +122,7 @@ class Servers:
             **settings,
         }
         launch = Launch(
-            arguments=module_command(module),
+            arguments=[sys.executable, "-P", "-m", module],  # not a package of the folder it is started in
             environment={stem + field: value for field, value in environment.items()},
             ready=self._ready(name),
         )

@@ -14,17 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Final, Literal, NoReturn, Self
 
+from shelora.cli.folder import LOCK
 from shelora.errors import DomainError, Reason
 from shelora.stopping import stop_signals
 
-ADDRESSES: Final = "cluster.json"
-"""File in a cluster's folder that says where it is, while it runs."""
-MARK: Final = "SHELORA_LOCAL_CLUSTER"
-"""Environment variable of every process of a local cluster: its folder."""
-STOP_TIMEOUT_S: Final = 25.0
-"""Longer than the servers' own drain."""
-LOCK: Final = "cluster.lock"
-"""File in a cluster's folder, locked while the cluster has processes; it names the supervisor."""
 ENDING_S: Final = 60.0
 """Seconds to wait for the processes of a supervisor that was killed."""
 _POLL_S: Final = 0.1

@@ -16,15 +16,15 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response, Stream
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from shelora.cli.exporting import encoded, rounds_csv
-from shelora.cli.operator import Operator
 from shelora.dashboard.forms import checked, groups
 from shelora.dashboard.model import FederationPage, federation_page, federation_row
 from shelora.dashboard.rendering import STATIC, rendered, report
 from shelora.dashboard.security import Gate, Secrets, same_form
 from shelora.dashboard.watching import Watch
 from shelora.errors import DomainError, Reason
+from shelora.exporting import encoded, rounds_csv
 from shelora.levels import Level
+from shelora.operator import Operator
 from shelora.transport.identity import Identity, Role
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.version import VERSION
@@ -36,7 +36,7 @@ _UNREACHABLE: Final = {Reason.STORE_UNAVAILABLE: 503, Reason.FEDERATION_UNKNOWN:
 
 @dataclass(frozen=True, kw_only=True)
 class AuthorityCalls:
-    """What the key authority does for the page; `shelora.cli.operator` has the calls."""
+    """What the key authority does for the page; `shelora.operator` has the calls."""
 
     enrolment: str
     """Where devices exchange tokens, as its operator knows it; "" if it is not known."""

@@ -2,26 +2,42 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Final
 
 import uvicorn
 
-from shelora.cli.operator import create_token, operator, own_credentials, promised_level, revoke_holder
-from shelora.cli.page import Reach
 from shelora.configuration import invalid
 from shelora.dashboard.app import AuthorityCalls, Page
 from shelora.dashboard.security import Secrets
 from shelora.dashboard.watching import Watch
 from shelora.levels import Level
+from shelora.operator import create_token, operator, own_credentials, promised_level, revoke_holder
 from shelora.transport.enrolment import keep_renewed, renewal_at
 from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import IdentityFolder, TlsCredentials
 
 HOST: Final = "127.0.0.1"
 GRACE_S: Final = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """The servers that the page calls, and the identity it uses."""
+
+    coordinator: str
+    identity: Path
+    """Folder of the operator's key and certificate."""
+    key_authority: str | None
+    """None: no tokens, no revocation, and nobody renews the certificate."""
+    enrolment: str = ""
+    """Where devices exchange tokens, for the command line that is shown; "" if it is not known."""
+    metrics: Mapping[str, str]
+    """Prometheus address by server."""
 
 
 class _Server(uvicorn.Server):

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final
 
-from shelora.cli.operator import Operator
 from shelora.dashboard.alerts import Alert, federation_alerts, server_alerts
 from shelora.dashboard.memory import SAMPLE_S, PresenceHistory
 from shelora.dashboard.servers import Sample, ServerRow, redis_row, sampled, server_row
 from shelora.errors import DomainError, Reason
+from shelora.operator import Operator
 from shelora.v1 import coordinator_pb2 as pb
 
 REFRESH_S: Final = 1.0

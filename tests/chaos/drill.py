@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import operator
 from shelora.cli.processes import Process
 from shelora.errors import DomainError
 from shelora.federation import FederationSpec
+from shelora.operator import operator
 from shelora.v1 import coordinator_pb2 as pb
 from tests.chaos.auditor import Copies
 from tests.chaos.relay import TcpRelay

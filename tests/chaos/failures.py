@@ -20,9 +20,9 @@ from coordinator.main import now_ms
 from coordinator.store import redis_store
 from services.common.redis_client import connect
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import operator
 from shelora.cli.processes import Process
 from shelora.federation import FederationSpec
+from shelora.operator import operator
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import training_rounds
 from tests.chaos import invariants

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Sequence
 
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import operator
 from shelora.cli.processes import Process
 from shelora.federation import FederationSpec
+from shelora.operator import operator
 from shelora.v1 import coordinator_pb2 as pb
 
 TIMEOUT_S = 240

@@ -10,8 +10,8 @@ import pytest
 from client_agent.state import _load_weights
 from client_agent.sum_budget import LEDGER
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import operator
 from shelora.errors import DomainError, Reason
+from shelora.operator import operator
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import client_privacy, training_rounds
 from tests.e2e import federations

@@ -13,7 +13,7 @@ from client_agent.state import _load_weights
 from services.key_authority.custody import read_vault
 from services.key_authority.sealer import SealingKey
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import operator
+from shelora.operator import operator
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import training_rounds
 from tests.e2e import federations

@@ -11,9 +11,9 @@ import pytest
 from shelora.audit import AuditEvent, verified
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.members import LOCAL_NAMES
-from shelora.cli.operator import create_token, list_revocations, operator, revoke_holder
 from shelora.errors import DomainError, Reason
 from shelora.exits import EXIT_REFUSED
+from shelora.operator import create_token, list_revocations, operator, revoke_holder
 from shelora.transport.channel import call, open_channel
 from shelora.transport.enrolment import enroll
 from shelora.transport.identity import Identity, Role

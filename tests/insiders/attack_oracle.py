@@ -13,11 +13,11 @@ import pytest
 from client_agent.keys import EpochSecrets
 from shelora.ckks.wire import decode_block
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import operator
 from shelora.federation import ScreeningSpec
 from shelora.lora import products
 from shelora.lora.codec import parse_update
 from shelora.messages import layout_from_proto
+from shelora.operator import operator
 from shelora.transport.channel import call, open_channel
 from shelora.transport.tls import IdentityFolder, TlsCredentials
 from shelora.v1 import common_pb2, key_authority_pb2

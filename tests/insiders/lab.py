@@ -17,7 +17,6 @@ from client_agent.worker import Worker
 from load.learner import MATRICES, TENSORS, SyntheticLearner
 from shelora.ckks.secret import Encryptor, SecretKey
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import Operator, operator
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.levels import Level
@@ -26,6 +25,7 @@ from shelora.lora.layout import Layout
 from shelora.lora.protect import protect
 from shelora.lora.shards import LoraFactors
 from shelora.messages import layout_from_proto, matrix_to_proto, tensor_to_proto
+from shelora.operator import Operator, operator
 from shelora.protocol import PROTOCOL_VERSION
 from shelora.transport.channel import call, call_with_stream, open_channel
 from shelora.transport.pieces import Digest, cut

@@ -31,8 +31,8 @@ from examples.reuters.cohort import (
     write_data,
 )
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import operator
 from shelora.federation import FederationSpec
+from shelora.operator import operator
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import spoiled_rounds, training_rounds
 

@@ -11,9 +11,9 @@ from client_agent.agent import Agent, Outcome
 from client_agent.config import AgentConfig
 from client_agent.learner import Learner
 from shelora.cli.cluster import LocalCluster
-from shelora.cli.operator import create_token, operator
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
+from shelora.operator import create_token, operator
 from shelora.transport.address import HostPort
 from shelora.transport.enrolment import enroll
 from shelora.transport.identity import Role
@@ -82,7 +82,7 @@ async def test_a_call_that_fails_names_the_proxy_and_its_variable(cluster, monke
     with ConnectProxy("other.test") as proxy:
         monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
         async with operator(far(cluster.addresses.coordinator), cluster.credentials) as connection:
-            monkeypatch.setattr("shelora.cli.operator.RETRY_S", 0)
+            monkeypatch.setattr("shelora.operator.RETRY_S", 0)
             with pytest.raises(DomainError, match=rf"the proxy {proxy.address} \(from http_proxy\)") as error:
                 await connection.list()
         assert error.value.reason is Reason.STORE_UNAVAILABLE

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shelora.cli.supervision import ADDRESSES, LOCK, MARK, clear, interruptible, locked
+from shelora.cli.folder import ADDRESSES, LOCK, MARK
+from shelora.cli.supervision import clear, interruptible, locked
 from shelora.errors import DomainError, Reason
 from shelora.stopping import stop_signals
 

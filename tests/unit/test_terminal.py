@@ -19,11 +19,11 @@ from client_agent.doctor import report as doctor_report
 from client_agent.inspection import _examples_table
 from shelora.cli.cluster import Addresses
 from shelora.cli.main import _addresses_table, app
-from shelora.cli.operator import shown
 from shelora.cli.render import federation_view, federations_table, revocations_table
 from shelora.cli.screen import FederationScreen
 from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
+from shelora.operator import shown
 from shelora.terminal import Records, Terminal, make_forgiving
 from shelora.text import printable, replaced
 from shelora.v1 import coordinator_pb2 as pb
@@ -65,7 +65,7 @@ VIEWS = {
         TrainingSpec(base_model="m", labels=(name, "b")),
         SimpleNamespace(examples=Examples(("t",), (0,)), test=None),
     ),
-    "doctor": lambda name: doctor_report([Finding(name, CheckResult.FAILED, name, f"mend {name}")]),
+    "doctor": lambda name: doctor_report([Finding(name, CheckResult.FAILED, name, remedy=f"mend {name}")]),
     "up": lambda name: _addresses_table(ADDRESSES, Path(name)),
 }
 

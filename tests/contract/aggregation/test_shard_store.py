@@ -42,7 +42,10 @@ async def completed(store, data=DATA, slot=SLOT):
 
 def request(weights=(0.25, 0.75), data=DATA) -> AggregationRequest:
     sha256 = Digest.of(data).sha256
-    parts = [CommittedContribution(c, sha256, w, 1.0) for c, w in zip(("alice", "bob"), weights, strict=True)]
+    parts = [
+        CommittedContribution(client_id=c, sha256=sha256, weight=w, scaling=1.0)
+        for c, w in zip(("alice", "bob"), weights, strict=True)
+    ]
     return AggregationRequest(ROUND, 0, tuple(parts))
 
 
@@ -126,7 +129,9 @@ async def test_identifiers_with_any_characters_keep_apart(store, layout, ids):
 async def test_bytes_are_kept_as_they_arrive(store, open_round):
     upload = await begun(store)
     assert await store.append(upload, 0, DATA[:5])
-    assert await store.progress(ROUND, "alice") == [ShardProgress(0, Digest.of(DATA), 5, complete=False)]
+    assert await store.progress(ROUND, "alice") == [
+        ShardProgress(shard=0, digest=Digest.of(DATA), received_bytes=5, complete=False)
+    ]
     assert (await begun(store, token=TOKENS[1])).received_bytes == 5
     assert await store.read(upload) == DATA[:5]
 
@@ -204,7 +209,7 @@ async def test_announcing_complete_content_again_drops_what_was_begun_since(stor
     await store.append(await begun(store, OTHER, TOKENS[1]), 0, OTHER)
     assert await store.begin(SLOT, Digest.of(DATA), TOKENS[2]) is None
     assert await store.progress(ROUND, "alice") == [
-        ShardProgress(0, Digest.of(DATA), len(DATA), complete=True)
+        ShardProgress(shard=0, digest=Digest.of(DATA), received_bytes=len(DATA), complete=True)
     ]
     assert len(client.keys()) == keys
 

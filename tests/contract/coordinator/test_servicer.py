@@ -13,8 +13,8 @@ from coordinator import checks, render
 from coordinator.metrics import TESTED, await_evaluations
 from coordinator.servicer import SERVICE_NAME, CoordinatorServicer, _together, register
 from services.common.server import running_server
-from shelora.cli.operator import Operator
 from shelora.errors import DomainError, Reason
+from shelora.operator import Operator
 from shelora.transport.channel import call_with_stream, open_channel
 from shelora.transport.pieces import Digest, cut
 from shelora.transport.status import error_from_rpc

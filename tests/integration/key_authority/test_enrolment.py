@@ -21,9 +21,9 @@ from services.key_authority.enrolment import Enrolments
 from services.key_authority.register import Grant, Register
 from services.key_authority.sealer import Binding, Sealer, SealingKey
 from services.key_authority.servicer import SERVICE_NAMES, register
-from shelora.cli.operator import create_token
 from shelora.errors import DomainError, Reason
 from shelora.levels import Level
+from shelora.operator import create_token
 from shelora.transport.certificates import (
     der_to_pem,
     key_to_pem,

@@ -15,8 +15,8 @@ from services.common.server import Ready
 from services.key_authority.custody import read_root
 from services.key_authority.main import app
 from services.key_authority.sealer import SealingKey
-from shelora.cli.operator import create_token
 from shelora.obfuscation import SECRET_BYTES
+from shelora.operator import create_token
 from shelora.transport.certificates import key_to_pem
 from shelora.transport.channel import call, open_channel
 from shelora.transport.enrolment import Token, enroll

@@ -19,8 +19,8 @@ from services.key_authority.revoking import Revoker
 from services.key_authority.servicer import SERVICE_NAMES
 from shelora.audit import AuditEvent, verified
 from shelora.ckks.parameters import STANDARD
-from shelora.cli.operator import list_revocations, revoke_holder
 from shelora.errors import DomainError, Reason
+from shelora.operator import list_revocations, revoke_holder
 from shelora.transport.certificates import der_to_pem, new_key, read_certificate, signing_request
 from shelora.transport.channel import call, open_channel
 from shelora.transport.enrolment import renewal_at

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from shelora.cli.cluster import ADDRESSES
+from shelora.cli.folder import ADDRESSES
 from shelora.cli.main import DEFAULT_FOLDER, app
 from shelora.cli.reporting import reported
 

@@ -1,6 +1,6 @@
 """Reading a federation again reads what can have changed, and notices that another one has its name."""
 
-from shelora.cli.operator import REREAD_ROUNDS, Operator
+from shelora.operator import REREAD_ROUNDS, Operator
 from shelora.v1 import coordinator_pb2 as pb
 
 PAGE = 5

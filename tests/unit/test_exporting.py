@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from shelora.cli.exporting import encoded, rounds_csv, write_new
 from shelora.errors import DomainError, Reason
+from shelora.exporting import encoded, rounds_csv, write_new
 from tests.unit.test_render import federation
 
 
