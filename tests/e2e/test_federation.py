@@ -24,7 +24,7 @@ from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.view import round_figures, training_rounds
 from tests.e2e import federations
-from tests.e2e.agents import AGENTS, LABELS, enrol, spawn_agent, specification, start_agent
+from tests.e2e.agents import AGENTS, LABELS, enrol, spawn_agent, specification
 from tests.e2e.recorder import Recorder, inside_tls, recording
 from tests.identities import KEY_AUTHORITY, TestAuthority
 
@@ -54,14 +54,13 @@ FLOOR = {"coverage_floor": 0.9, "max_vote_weight": 16.0}
     ("spec", "votes", "epoch"),
     [
         (specification("selective"), 1, 1),
-        (specification("selective", {"negotiation": "sealed", **FLOOR}, **REPLANNING), 2, 1),
         (
             specification("selective", {"negotiation": "ope", **FLOOR, **NEW_KEYS}, **REPLANNING, rounds=3),
             3,
             2,
         ),
     ],
-    ids=["sealed", "sealed and replanned", "ope, replanned, then with new keys"],
+    ids=["sealed", "ope, replanned, then with new keys"],
 )
 async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_secret(
     cluster: LocalCluster, model: Path, tmp_path: Path, spec: FederationSpec, votes: int, epoch: int
@@ -118,21 +117,6 @@ async def test_a_private_federation_learns_and_nothing_a_server_sees_holds_a_sec
         for place, content in (("traffic", seen), ("store", stored), ("logs", logged), ("vault", sealed)):
             found = [window for window in _windows(secret) if window in content]
             assert not found, f"{name} appears in the {place}"
-
-
-async def test_an_unprotected_federation_runs_without_keys(
-    cluster: LocalCluster, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    spec = specification(mode="none")
-    monkeypatch.setenv("SHELORA_AGENT__PROTECTION__ACCEPT", "[none]")
-    agents = [await start_agent(cluster, agent, cluster.addresses, model, tmp_path) for agent in AGENTS]
-    await federations.start(cluster, spec)
-    federation = await federations.wait_until_over(cluster, spec, agents)
-
-    assert federation.phase == pb.PHASE_FINISHED, federation.failure
-    assert all(r.kind == pb.ROUND_KIND_TRAIN for r in federation.history)
-    assert not list((tmp_path / "cluster" / "key-authority").glob("epochs/*"))
-    _assert_adapters_agree_and_load(tmp_path, model)
 
 
 def _assert_rounds_are_complete(federation: pb.Federation) -> None:

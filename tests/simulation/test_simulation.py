@@ -204,7 +204,7 @@ def test_replicas_that_share_a_shard_count_every_update_once(size, fault, monkey
     assert report.phase == "FINISHED"
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(80))  # `make simulate` draws as many as one likes
 def test_a_federation_keeps_its_promises_under_faults_at_random(seed):
     report = run(Schedule.of(seed))
     assert not report.violation, explained(report)

@@ -215,6 +215,9 @@ async def test_without_protection_no_key_is_fetched(
     written = {"protection": {"accept": ["none"]}}
     agents = [await federation.agent(name, **written) for name in ("one", "two")]
     assert await outcomes(*agents) == [Outcome.FINISHED] * 2
+    ended = await federation.now()
+    assert [summary.kind for summary in ended.history] == [pb.ROUND_KIND_TRAIN], "nobody votes"
+    assert ended.epoch == 0, "the key authority opened no epoch"
 
 
 async def test_an_agent_waits_for_a_federation_that_does_not_exist_yet(make_federation: Make) -> None:
