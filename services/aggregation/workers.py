@@ -20,7 +20,8 @@ from services.aggregation import metrics
 from services.aggregation.answers import READY
 from shelora.errors import DomainError, Reason
 
-COMMAND: Final = (sys.executable, "-m", "services.aggregation.worker")
+COMMAND: Final = (sys.executable, "-P", "-m", "services.aggregation.worker")
+"""`-P`: never another package of that name, which may lie where the server was started."""
 
 START_S: Final = 120.0
 """Time for a worker to import its libraries on a busy machine."""
@@ -43,7 +44,7 @@ _THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolLimits:
     """Size of a pool and patience with it."""
 
