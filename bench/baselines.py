@@ -52,7 +52,7 @@ class Baseline:
     """What servers see."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Vectors:
     """What a CKKS vector of SLOTS values costs."""
 

@@ -47,7 +47,7 @@ OBFUSCATION: Final = Obfuscation(bytes(32), 1)
 app = typer.Typer(add_completion=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Terms:
     """Of a federation in complete mode."""
 
@@ -147,7 +147,7 @@ def federation(
     present = clients * copies
     multiplier = multiplier_for(epsilon, DELTA, rounds) if epsilon else 1.0
     noise = ClientNoise(bound=1.0, clip=clip, multiplier=multiplier, honest=present - TOLERATED)
-    layout = complete.STRATEGY.layout(model, Terms(noise), RoundTerms(key_id=b"", max_rank=rank))
+    layout = complete.STRATEGY.layout(model, Terms(noise=noise), RoundTerms(key_id=b"", max_rank=rank))
     grid = noise.grid(DEFAULT, present)
     share = float(epsilon > 0) / np.sqrt(copies)
     model.initialise(OBFUSCATION)

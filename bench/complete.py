@@ -47,7 +47,7 @@ ERROR_ROWS: Final = 400
 """Rows of ΔW compared at a time: they stay in the processor's cache."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Complete:
     """What was measured, over the whole round."""
 
@@ -115,7 +115,7 @@ class Model:
         return tuple(Matrix(name, *self.workload.shape(name)) for name in self.workload.names)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trained:
     """What a client trained."""
 
@@ -267,7 +267,7 @@ class Measurement:
         found, round_ = self.found, Round(self._workload, self._number)
         with found.protection.measured():
             updates = [
-                list(round_.protected(client, Trained(factors, self._exponents)))
+                list(round_.protected(client, Trained(factors=factors, exponents=self._exponents)))
                 for client, factors in enumerate(self._factors)
             ]
         with found.validation.measured():

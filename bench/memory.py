@@ -52,7 +52,7 @@ def _measured(workload: Workload) -> Memory:
         folder, round_ = Path(name), Round(workload, 1)
 
         def protect(client: int) -> None:
-            trained = Trained(LazyFactors(workload, client))
+            trained = Trained(factors=LazyFactors(workload, client))
             for index, data in enumerate(round_.protected(client, trained)):
                 _update(folder, index, str(client)).write_bytes(data)
 

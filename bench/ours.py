@@ -26,7 +26,7 @@ MAX_DIRECTIONS = 256
 """A federation's default."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Ours:
     """What was measured; all of it over the whole round."""
 
@@ -61,7 +61,7 @@ class Ours:
         return self.aggregation.usual.cpu_s - self.clear_aggregation.usual.cpu_s
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Once:
     """A federation's default precision: one client's encryption, and the round of all clients, run once."""
 
@@ -111,7 +111,7 @@ class Round:
             parameters=STANDARD.name,
             key_id=key.key_id,
             matrices=[
-                Matrix(name, rows, columns, (round(budget * columns),) if budget else ())
+                Matrix(name, rows, columns, tier_columns=(round(budget * columns),) if budget else ())
                 for name, (rows, columns) in shapes.items()
             ],
             tensors=[],
@@ -172,7 +172,8 @@ class Measurement:
         self._clear_updates = self._clear.all_protected(Cost(), Cost())
         shards = self._protected.layout.shards
         self.found = Ours(
-            sum(PRODUCTS.chunk_count(self._protected.layout, shard) for shard in shards), len(shards)
+            chunks=sum(PRODUCTS.chunk_count(self._protected.layout, shard) for shard in shards),
+            shards=len(shards),
         )
         self._results: list[bytes] = []
 

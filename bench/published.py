@@ -26,7 +26,7 @@ Vector: TypeAlias = Any
 """A CKKSVector; TenSEAL has no types."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Published:
     """What was measured; each cost is that of one vector, one product or one column."""
 
@@ -84,7 +84,7 @@ class Measurement:
     """Measures the published way part by part, so that the machine is the same for both ways."""
 
     def __init__(self, workload: Workload) -> None:
-        self.found = Published(workload)
+        self.found = Published(workload=workload)
         self._context = _context()
         self._clients = [workload.factors(client, workload.names[0]) for client in range(workload.clients)]
 

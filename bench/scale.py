@@ -102,7 +102,9 @@ class CompleteWay:
 
     def sent(self, client: int) -> Iterator[bytes]:
         """As of `Way`."""
-        return self._round.protected(client, complete.Trained(complete.LazyFactors(self._layer, client)))
+        return self._round.protected(
+            client, complete.Trained(factors=complete.LazyFactors(self._layer, client))
+        )
 
     def contributions(self) -> Sequence[Contribution]:
         """As of `Way`."""

@@ -36,7 +36,7 @@ Factors = list[tuple[Float64, Float64]]
 Makes = Callable[[np.random.Generator], Factors]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """A way to spend bytes."""
 
@@ -82,12 +82,12 @@ def choices() -> list[tuple[str, Choice]]:
     """The one in use and its neighbours."""
     columns, rows = sketch_sizes(RANK)
     return [
-        ("in use", Choice(columns, rows, DEFAULT.kept_bits)),
-        ("wider, fewer bits", Choice(columns + 1, rows + 1, 20)),
-        ("narrower, more bits", Choice(columns - 1, rows - 1, 24)),
-        ("least", Choice(RANK, RANK, 24)),
-        ("no core, wide", Choice(12, 18, 24, two=True)),
-        ("no core, as large", Choice(9, 14, 22, two=True)),
+        ("in use", Choice(columns=columns, rows=rows, bits=DEFAULT.kept_bits)),
+        ("wider, fewer bits", Choice(columns=columns + 1, rows=rows + 1, bits=20)),
+        ("narrower, more bits", Choice(columns=columns - 1, rows=rows - 1, bits=24)),
+        ("least", Choice(columns=RANK, rows=RANK, bits=24)),
+        ("no core, wide", Choice(columns=12, rows=18, bits=24, two=True)),
+        ("no core, as large", Choice(columns=9, rows=14, bits=22, two=True)),
     ]
 
 

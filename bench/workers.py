@@ -47,7 +47,9 @@ def _selective() -> tuple[Layout, list[list[bytes]]]:
 def _complete() -> tuple[Layout, list[list[bytes]]]:
     workload = Workload(matrices=4, features=384, clients=SENDERS)
     made = CompleteRound(workload, 1)
-    return made.layout, [list(made.protected(i, Trained(LazyFactors(workload, i)))) for i in range(SENDERS)]
+    return made.layout, [
+        list(made.protected(i, Trained(factors=LazyFactors(workload, i)))) for i in range(SENDERS)
+    ]
 
 
 MODES: Final = {"selective, everything encrypted": _selective, "complete": _complete}
@@ -61,7 +63,9 @@ async def _replicas(url: str, crew: Sequence[int]) -> AsyncIterator[list[Aggrega
         for workers in crew:
             store = connect(url, connections=16, timeout_s=30)
             stack.push_async_callback(store.close)
-            pool = WorkerPool(PoolLimits(workers, 1, 64, 600), environment)
+            pool = WorkerPool(
+                PoolLimits(workers=workers, threads=1, queue=64, job_timeout_s=600), environment
+            )
             stack.push_async_callback(pool.close)
             await pool.start()
             made.append(Aggregations(store, pool))
@@ -92,7 +96,9 @@ def _requests(updates: list[list[bytes]], clients: int, run: int) -> Iterator[Ag
             ROUND,
             shard,
             tuple(
-                CommittedContribution(_name(i), hashes[i % SENDERS], 1 / clients, 2 + run * 1e-6)
+                CommittedContribution(
+                    client_id=_name(i), sha256=hashes[i % SENDERS], weight=1 / clients, scaling=2 + run * 1e-6
+                )
                 for i in range(clients)
             ),
         )

@@ -11,7 +11,7 @@ import numpy as np
 from shelora.lora.shards import Float32, LoraFactors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """Shapes of the round; the defaults are the published ones."""
 

@@ -9,7 +9,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,7 @@ class Finding:
     check: str
     verdict: CheckResult
     seen: str
+    _: KW_ONLY
     remedy: str = ""
 
 
@@ -130,7 +131,7 @@ def check_certificate(config: AgentConfig) -> tuple[Finding, Credentials | None]
         credentials = config.credentials()
     except DomainError as error:
         remedy = "client-agent enroll with a token of the operator"
-        return Finding("certificate", CheckResult.FAILED, error.message, remedy), None
+        return Finding("certificate", CheckResult.FAILED, error.message, remedy=remedy), None
     facts = credentials.held.facts
     return Finding(
         "certificate", CheckResult.OK, f"valid until {facts.expires:%Y-%m-%d %H:%M} UTC"
@@ -148,7 +149,7 @@ async def check_server(name: str, address: str, credentials: Credentials) -> Fin
             await _answered(stub, address)
         except DomainError as error:
             remedy = f"is {address} right, and may this device's network reach it?"
-            return Finding(check, CheckResult.FAILED, error.message, remedy)
+            return Finding(check, CheckResult.FAILED, error.message, remedy=remedy)
     return Finding(
         check,
         CheckResult.OK,
@@ -169,7 +170,7 @@ async def check_coordinator(
         why = error.message if isinstance(error, DomainError) else "the coordinator does not answer in time"
         remedy = f"ask the operator whether the federation {config.federation} exists"
         skipped = Finding("clock", CheckResult.SKIPPED, "needs the coordinator")
-        return [skipped, Finding("federation", CheckResult.FAILED, why, remedy)], None
+        return [skipped, Finding("federation", CheckResult.FAILED, why, remedy=remedy)], None
     finally:
         await session.close()
     seen = f"{spec.training.task}, {spec.round.rounds} rounds of at most {spec.round.deadline_s} s"
@@ -182,7 +183,9 @@ def judged_clock(ahead_s: float) -> Finding:
     if abs(ahead_s) < CLOCK_WARNING_S:
         return Finding("clock", CheckResult.OK, seen)
     verdict = CheckResult.FAILED if abs(ahead_s) > CLOCK_FAILURE_S else CheckResult.WARNING
-    return Finding("clock", verdict, seen, "set the clock; keep it with NTP, e.g. timedatectl set-ntp true")
+    return Finding(
+        "clock", verdict, seen, remedy="set the clock; keep it with NTP, e.g. timedatectl set-ntp true"
+    )
 
 
 def check_tenseal(parameters: str = "standard") -> list[Finding]:
@@ -195,11 +198,13 @@ def check_tenseal(parameters: str = "standard") -> list[Finding]:
         error = np.abs(Decryptor(key).decrypt(Encryptor(key).encrypt(values), values.shape[1]) - values).max()
     except (DomainError, RuntimeError, ValueError) as broken:
         remedy = "reinstall the tenseal of the constraints file on this platform (64-bit x86 or ARM)"
-        return [Finding("TenSEAL", CheckResult.FAILED, str(broken), remedy)]
+        return [Finding("TenSEAL", CheckResult.FAILED, str(broken), remedy=remedy)]
     seen = f"{values.size} values there and back in {time.monotonic() - started:.2f} s, largest error {error:.0e}"
     if error > TOLERANCE:
         return [
-            Finding("TenSEAL", CheckResult.FAILED, seen, "this build computes wrongly: reinstall tenseal")
+            Finding(
+                "TenSEAL", CheckResult.FAILED, seen, remedy="this build computes wrongly: reinstall tenseal"
+            )
         ]
     return [Finding("TenSEAL", CheckResult.OK, seen)]
 
@@ -236,10 +241,10 @@ def judged_fit(sizes: Blueprint, now: Setting, free: int, *, private: bool = Fal
     lighter = {other: size for other, size in lighter.items() if size < needed}
     fitting = [f"{other} ({_gb(size)})" for other, size in lighter.items() if size <= MEMORY_SHARE * free]
     if fitting:
-        return Finding(_FIT, verdict, seen, f"set {'; or '.join(fitting[:_SETTINGS_SHOWN])}")
+        return Finding(_FIT, verdict, seen, remedy=f"set {'; or '.join(fitting[:_SETTINGS_SHOWN])}")
     least = f"the least is {_gb(min([needed, *lighter.values()]))}"
     remedy = f"no setting fits well, {least}: take a smaller model, or ask the operator for fewer max_tokens"
-    return Finding(_FIT, verdict, seen, remedy)
+    return Finding(_FIT, verdict, seen, remedy=remedy)
 
 
 def _tried(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
@@ -248,7 +253,10 @@ def _tried(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
     except DomainError as error:
         return [
             Finding(
-                "data and model", CheckResult.FAILED, error.message, "see the configuration's data and model"
+                "data and model",
+                CheckResult.FAILED,
+                error.message,
+                remedy="see the configuration's data and model",
             )
         ]
     model, lengths = found.prepared.model, found.prepared.lengths
@@ -265,7 +273,7 @@ def _tried(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
         ),
         Finding("model", CheckResult.OK, f"{len(model.matrices)} matrices on {model.device.type}"),
         *(
-            Finding("model", CheckResult.WARNING, note, "take the checkpoint that it was made from")
+            Finding("model", CheckResult.WARNING, note, remedy="take the checkpoint that it was made from")
             for note in model.notes
         ),
     ]
@@ -292,7 +300,7 @@ def judged_memory(peak: int, total: int) -> Finding:
     if peak < MEMORY_SHARE * total:
         return Finding("memory", CheckResult.OK, seen)
     return Finding(
-        "memory", CheckResult.WARNING, seen, "lower resources.micro_batch (8, 4, ... 1) or lora.rank"
+        "memory", CheckResult.WARNING, seen, remedy="lower resources.micro_batch (8, 4, ... 1) or lora.rank"
     )
 
 
@@ -305,7 +313,7 @@ def judged_time(seconds: float, deadline_s: float) -> Finding:
     remedy = (
         "ask the operator for fewer local_steps or a later deadline_s; give the agent more resources.threads"
     )
-    return Finding("training", verdict, seen, remedy)
+    return Finding("training", verdict, seen, remedy=remedy)
 
 
 def judged_disk(needed: int, free: int, folder: Path) -> Finding:
@@ -313,7 +321,7 @@ def judged_disk(needed: int, free: int, folder: Path) -> Finding:
     seen = f"{_gb(free)} free at {folder}, {_gb(needed)} needed"
     if free > needed:
         return Finding("disk", CheckResult.OK, seen)
-    return Finding("disk", CheckResult.FAILED, seen, "make room, or put state_dir on a larger disk")
+    return Finding("disk", CheckResult.FAILED, seen, remedy="make room, or put state_dir on a larger disk")
 
 
 def check_conditions(config: AgentConfig, wait: Callable[[float], None] = time.sleep) -> list[Finding]:
@@ -323,7 +331,7 @@ def check_conditions(config: AgentConfig, wait: Callable[[float], None] = time.s
         wait(SAMPLE_S)
     why = conditions.obstacle()
     if why:
-        return [Finding("power and load", CheckResult.WARNING, why, "the agent waits")]
+        return [Finding("power and load", CheckResult.WARNING, why, remedy="the agent waits")]
     return [Finding("power and load", CheckResult.OK, "the agent may compute now")]
 
 

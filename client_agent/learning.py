@@ -15,7 +15,7 @@ from shelora.lora.sketches import Exponents
 from shelora.obfuscation import Obfuscation
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Weights:
     """Everything trainable: factors by matrix name, tensors by tensor name."""
 
@@ -53,7 +53,7 @@ class Evaluation:
     """Others, by name: `macro_f1` of classes, 0 to 1; `perplexity` of next tokens. They stay here, and in the card."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BaseDigest:
     """SHA-256 of what stays as it is during training, 32 bytes each; equal at all agents of a federation."""
 

@@ -195,11 +195,11 @@ class AdaptedModel:
             for name, layer in self._layers.items()
         }
         return Weights(
-            factors,
-            {name: _numpy(value) for name, value in self._parameters.items()},
-            {name: frozen.factors for name, frozen in self._beside.items() if frozen.factors},
-            self._exponents,
-            self._changes,
+            factors=factors,
+            tensors={name: _numpy(value) for name, value in self._parameters.items()},
+            frozen={name: frozen.factors for name, frozen in self._beside.items() if frozen.factors},
+            exponents=self._exponents,
+            changes=self._changes,
         )
 
     def load(self, weights: Weights) -> None:
@@ -228,7 +228,9 @@ class AdaptedModel:
             )
             for m in self.matrices
         }
-        self.load(Weights(factors, {t.name: self._initial_tensor(t, values) for t in self.tensors}))
+        self.load(
+            Weights(factors=factors, tensors={t.name: self._initial_tensor(t, values) for t in self.tensors})
+        )
 
     def _initial_tensor(self, tensor: Tensor, values: InitialValues) -> Float32:
         if tensor.name in self.start.tensors:

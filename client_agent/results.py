@@ -135,4 +135,4 @@ def cut_to_rank(parts: Iterable[Restored], rank: int, scaling: float, values: Ob
             factors[name] = reparameterize(update, rank, scaling, fill_A)
             if part.summed:
                 frozen[name] = remainder(update, rank)
-    return Weights(factors, tensors, frozen, exponents)
+    return Weights(factors=factors, tensors=tensors, frozen=frozen, exponents=exponents)

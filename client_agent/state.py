@@ -636,7 +636,9 @@ def _load_weights(path: Path) -> tuple[dict[str, str], Weights] | None:
         changes = {name: tuple(map(float, last)) for name, last in named("changes/")}
     except (*_UNREADABLE, KeyError, OverflowError, safetensors.SafetensorError):
         return None
-    return key, Weights(factors, dict(named("tensor/")), frozen, exponents, changes)
+    return key, Weights(
+        factors=factors, tensors=dict(named("tensor/")), frozen=frozen, exponents=exponents, changes=changes
+    )
 
 
 def _named(arrays: Mapping[str, Float32], prefix: str) -> Iterator[tuple[str, Float32]]:

@@ -35,7 +35,9 @@ def matrix_to_proto(matrix: Matrix) -> pb.Matrix:
 def matrix_from_proto(message: pb.Matrix) -> Matrix:
     """Raises INVALID_ARGUMENT naming what is wrong with the matrix."""
     require_at_most(MAX_TIERS, message.tier_columns, "tier_columns")
-    return Matrix(message.name, message.out_features, message.in_features, tuple(message.tier_columns))
+    return Matrix(
+        message.name, message.out_features, message.in_features, tier_columns=tuple(message.tier_columns)
+    )
 
 
 def tensor_to_proto(tensor: Tensor) -> pb.Tensor:

@@ -22,7 +22,7 @@ LOG_Q: Final = 27
 DEGREE: Final = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Lwe:
     """An LWE instance with Gaussian errors and a secret of mean zero."""
 
@@ -91,15 +91,30 @@ def ternary_pair() -> Lwe:
     """
     variance = (4 / 7) * (1 / 4) + (3 / 7) * (2 / 3)
     return Lwe(
-        "ternary secrets, S of two known", math.sqrt(variance), conditional(3.2), round(DEGREE * 7 / 9)
+        label="ternary secrets, S of two known",
+        secret_deviation=math.sqrt(variance),
+        error_deviation=conditional(3.2),
+        dimension=round(DEGREE * 7 / 9),
     )
 
 
 ROWS: Final = (
-    Lwe("deviation 3.0, nothing known (the estimator's own example)", 3.0, 3.0),
-    Lwe("ours by the reduction: 3.2, S of two known", reduced(6.4), reduced(6.4)),
-    Lwe("ours as attacked: 6.4 given S of two", conditional(6.4), conditional(6.4)),
-    Lwe("ours, nothing known", 6.4, 6.4),
+    Lwe(
+        label="deviation 3.0, nothing known (the estimator's own example)",
+        secret_deviation=3.0,
+        error_deviation=3.0,
+    ),
+    Lwe(
+        label="ours by the reduction: 3.2, S of two known",
+        secret_deviation=reduced(6.4),
+        error_deviation=reduced(6.4),
+    ),
+    Lwe(
+        label="ours as attacked: 6.4 given S of two",
+        secret_deviation=conditional(6.4),
+        error_deviation=conditional(6.4),
+    ),
+    Lwe(label="ours, nothing known", secret_deviation=6.4, error_deviation=6.4),
     ternary_pair(),
 )
 

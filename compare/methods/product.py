@@ -42,7 +42,7 @@ CONTEXT: Final = bytes(32)
 """Of a round; secrets are fresh in each."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Protection:
     """The terms of a federation."""
 
@@ -57,7 +57,7 @@ class Protection:
 TERMS: Final = Protection()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A client's model as the product sees it."""
 
@@ -86,9 +86,12 @@ class _Product:
     def begin(self, world: World) -> Sequence[Held]:
         """As of `Method`."""
         self._world = world
-        self._models = [Model(rank, world.scaling, world.matrices, world.tensors) for rank in world.ranks]
+        self._models = [
+            Model(rank=rank, scaling=world.scaling, matrices=world.matrices, tensors=world.tensors)
+            for rank in world.ranks
+        ]
         initial = [world.initial(rank) for rank in world.ranks]
-        self._held = [Weights(h.factors, h.head) for h in initial]
+        self._held = [Weights(factors=h.factors, tensors=h.head) for h in initial]
         return initial
 
     def trains(self, number: int) -> tuple[bool, bool]:  # noqa: ARG002 - the same in every round

@@ -19,7 +19,7 @@ from typing import Final
 from shelora.errors import DomainError, Reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wheel:
     """Files taken from one wheel."""
 

@@ -24,7 +24,7 @@ class Protection(StrEnum):
     NONE = "none"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AgentProfile:
     """What differs between the demo's agents."""
 
@@ -35,10 +35,10 @@ class AgentProfile:
 
 
 AGENTS: Final = (
-    AgentProfile("newsroom-1", rank=4, alpha=8, budget=1.0),
-    AgentProfile("newsroom-2", rank=8, alpha=16, budget=1.0),
-    AgentProfile("thin-uplink", rank=8, alpha=16, budget=0.1),
-    AgentProfile("newsroom-3", rank=16, alpha=16, budget=1.0),
+    AgentProfile(name="newsroom-1", rank=4, alpha=8, budget=1.0),
+    AgentProfile(name="newsroom-2", rank=8, alpha=16, budget=1.0),
+    AgentProfile(name="thin-uplink", rank=8, alpha=16, budget=0.1),
+    AgentProfile(name="newsroom-3", rank=16, alpha=16, budget=1.0),
 )
 
 

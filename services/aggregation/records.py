@@ -44,7 +44,7 @@ class ShardSlot:
         checked_id("client_id", self.client_id)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
     """An upload in progress."""
 
@@ -57,7 +57,7 @@ class Upload:
     """Bytes stored when it was begun."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardProgress:
     """What has arrived of one shard."""
 
@@ -87,7 +87,7 @@ class StoredPart:
     """CPU seconds of the worker that made it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommittedContribution:
     """One client's part in an aggregate, and the content it must be made of."""
 
@@ -149,7 +149,10 @@ class AggregationRequest:
         """Reads what `to_line` wrote. Raises: INVALID_ARGUMENT, TOO_FEW_CONTRIBUTORS."""
         try:
             form = json.loads(line)
-            parts = (CommittedContribution(c, bytes.fromhex(s), w, a) for c, s, w, a in form["contributions"])
+            parts = (
+                CommittedContribution(client_id=c, sha256=bytes.fromhex(s), weight=w, scaling=a)
+                for c, s, w, a in form["contributions"]
+            )
             return cls(form["round_id"], int(form["shard"]), tuple(parts))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise invalid("not a request to aggregate") from error

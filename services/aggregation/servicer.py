@@ -174,7 +174,8 @@ def _aggregation_request(request: pb.AggregateShardRequest) -> AggregationReques
         round_id=request.round_id,
         shard=request.shard,
         contributions=tuple(
-            CommittedContribution(c.client_id, c.sha256, c.weight, c.scaling) for c in request.contributions
+            CommittedContribution(client_id=c.client_id, sha256=c.sha256, weight=c.weight, scaling=c.scaling)
+            for c in request.contributions
         ),
     )
 

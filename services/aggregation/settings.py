@@ -101,7 +101,12 @@ class AggregationSettings(MemberSettings):
     @property
     def pool_limits(self) -> PoolLimits:
         """What the workers may take."""
-        return PoolLimits(self.workers, self.worker_threads, self.worker_queue, self.job_timeout_s)
+        return PoolLimits(
+            workers=self.workers,
+            threads=self.worker_threads,
+            queue=self.worker_queue,
+            job_timeout_s=self.job_timeout_s,
+        )
 
     @property
     def worker_environment(self) -> dict[str, str]:

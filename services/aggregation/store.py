@@ -223,7 +223,7 @@ class RedisShardStore:
         )
         if _accepted(answer) is Answer.COMPLETE:
             return None
-        return Upload(slot, digest, answer[1].decode(), answer[2])
+        return Upload(slot=slot, digest=digest, token=answer[1].decode(), received_bytes=answer[2])
 
     async def append(self, upload: Upload, offset: int, data: bytes) -> bool:
         slot, keys = upload.slot, RoundKeys(upload.slot.round_id)
@@ -287,7 +287,9 @@ class RedisShardStore:
         for shard, digest in _partial(fields):
             received = await self._command("STRLEN", keys.partial(client_id, shard))
             if received:
-                found[shard] = ShardProgress(shard, digest, received, complete=False)
+                found[shard] = ShardProgress(
+                    shard=shard, digest=digest, received_bytes=received, complete=False
+                )
         return [found[shard] for shard in sorted(found)]
 
     async def missing(self, request: AggregationRequest) -> str | None:
@@ -608,7 +610,13 @@ def _complete(fields: dict[bytes, bytes]) -> Iterator[tuple[int, ShardProgress]]
             norm = float(fields[b"norm:" + shard])
             yield (
                 int(shard),
-                ShardProgress(int(shard), digest, digest.total_bytes, complete=True, squared_norm=norm),
+                ShardProgress(
+                    shard=int(shard),
+                    digest=digest,
+                    received_bytes=digest.total_bytes,
+                    complete=True,
+                    squared_norm=norm,
+                ),
             )
 
 

@@ -50,7 +50,7 @@ class UploadLimits:
     0 for any number."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
     """The header of an upload."""
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from functools import cached_property
 
 from shelora.additive import parameters as additive
@@ -72,6 +72,7 @@ class Matrix:
     name: str
     out_features: int
     in_features: int
+    _: KW_ONLY
     tier_columns: tuple[int, ...] = ()
     """Protected columns of each tier."""
 

@@ -387,7 +387,9 @@ def _manifests() -> list[bytes]:
 
 
 def _job() -> bytes:
-    parts = tuple(CommittedContribution(name, bytes(32), 0.5, 2.0) for name in "ab")
+    parts = tuple(
+        CommittedContribution(client_id=name, sha256=bytes(32), weight=0.5, scaling=2.0) for name in "ab"
+    )
     return AggregationRequest("clinic.0.1", 0, parts).to_line()
 
 

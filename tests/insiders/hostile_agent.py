@@ -77,10 +77,12 @@ def along(start: Weights, trained: Weights, scaling: float, way: float) -> Weigh
         return LoraFactors(*(part.astype(np.float32) for part in parts))
 
     return Weights(
-        {n: LoraFactors((way * f.B).astype(np.float32), f.A) for n, f in trained.factors.items()},
-        {n: (v + way * (trained.tensors[n] - v)).astype(np.float32) for n, v in start.tensors.items()},
-        {name: frozen(name) for name in start.factors},
-        start.exponents,
+        factors={n: LoraFactors((way * f.B).astype(np.float32), f.A) for n, f in trained.factors.items()},
+        tensors={
+            n: (v + way * (trained.tensors[n] - v)).astype(np.float32) for n, v in start.tensors.items()
+        },
+        frozen={name: frozen(name) for name in start.factors},
+        exponents=start.exponents,
     )
 
 

@@ -124,7 +124,7 @@ def mean_of_one_A(first: Weights, second: Weights) -> Weights:
         name: LoraFactors(B=(f.B + second.factors[name].B) / 2, A=f.A) for name, f in first.factors.items()
     }
     tensors = {name: (value + second.tensors[name]) / 2 for name, value in first.tensors.items()}
-    return Weights(factors, tensors)
+    return Weights(factors=factors, tensors=tensors)
 
 
 @pytest.mark.parametrize("kind", sorted(EXPERTS))

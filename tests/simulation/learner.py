@@ -97,7 +97,7 @@ class MarkedLearner:
     ) -> None:
         weights = marks_in(merged(parts))
         self._applied(self._client_id, round_id, weights)
-        self._state.save_applied({"round": round_id}, Weights({}, {TENSOR: weights}))
+        self._state.save_applied({"round": round_id}, Weights(factors={}, tensors={TENSOR: weights}))
         self._position = round_id
 
     def train(self, number: int, activity: Activity, variant: str = "") -> Trained:
@@ -107,7 +107,7 @@ class MarkedLearner:
         A = np.zeros((self.model.rank, matrix.in_features), dtype=np.float32)
         mark = np.zeros(tensor.shape, dtype=np.float32)
         B[self._index, 0] = A[0, number - 1] = mark[number - 1, self._index] = 1.0
-        return Trained(Weights({MATRIX: LoraFactors(B=B, A=A)}, {TENSOR: mark}), 1.0, 0.0)
+        return Trained(Weights(factors={MATRIX: LoraFactors(B=B, A=A)}, tensors={TENSOR: mark}), 1.0, 0.0)
 
     def start_of(self, number: int) -> Weights | None:
         return None

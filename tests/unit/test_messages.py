@@ -148,7 +148,9 @@ NAMES = st.text("aZ.09 é/\N{SNOWMAN}", min_size=1, max_size=9)
 def layouts(draw):
     tiers = draw(st.lists(st.floats(2**-40, 1), max_size=3, unique=True).map(sorted))
     matrices = [
-        Matrix(name, draw(st.integers(1, 2**20)), 60, tuple(draw(st.integers(0, 20)) for _ in tiers))
+        Matrix(
+            name, draw(st.integers(1, 2**20)), 60, tier_columns=tuple(draw(st.integers(0, 20)) for _ in tiers)
+        )
         for name in draw(st.lists(NAMES, max_size=3, unique=True))
     ]
     tensors = [

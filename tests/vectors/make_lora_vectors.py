@@ -24,7 +24,10 @@ def golden_layout() -> Layout:
     return Layout(
         parameters="standard",
         key_id=bytes(range(16)),
-        matrices=(Matrix("model.layers.0.q_proj", 8, 12, (2, 4)), Matrix("größe", 6, 12, (0, 3))),
+        matrices=(
+            Matrix("model.layers.0.q_proj", 8, 12, tier_columns=(2, 4)),
+            Matrix("größe", 6, 12, tier_columns=(0, 3)),
+        ),
         tensors=(Tensor("head", (3, 4), 2.5), Tensor("scalar", ())),
         tiers=(0.125, 0.3),
         encrypt_tensors=False,

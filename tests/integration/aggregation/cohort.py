@@ -31,7 +31,7 @@ def small_layout(key_id: bytes) -> Layout:
     return Layout(
         parameters=INSECURE_TOY.name,
         key_id=key_id,
-        matrices=tuple(Matrix(name, 24, 40, (10, 6)) for name in MATRIX_NAMES),
+        matrices=tuple(Matrix(name, 24, 40, tier_columns=(10, 6)) for name in MATRIX_NAMES),
         tensors=(Tensor("head", (5, 7)),),
         tiers=(0.25, 0.4),
         encrypt_tensors=True,

@@ -85,6 +85,8 @@ async def test_a_resumed_upload_needs_room_for_the_rest_alone(caller, wide, redi
         lambda: "1" * 32,
         watermark,
     )
-    assert not await uploads.receive(Announcement(slot, Digest.of(data), half, wide.layout.digest), rest())
+    assert not await uploads.receive(
+        Announcement(slot=slot, digest=Digest.of(data), offset=half, layout_digest=wide.layout.digest), rest()
+    )
     assert (await caller.progress("client-0"))[0].complete
     await store.close()

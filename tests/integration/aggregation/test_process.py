@@ -137,7 +137,7 @@ def long_layout(key_id: bytes) -> Layout:
     return Layout(
         parameters=INSECURE_TOY.name,
         key_id=key_id,
-        matrices=(Matrix("long", 16, LONG_COLUMNS, (LONG_COLUMNS,)),),
+        matrices=(Matrix("long", 16, LONG_COLUMNS, tier_columns=(LONG_COLUMNS,)),),
         tensors=(),
         tiers=(1.0,),
         encrypt_tensors=False,

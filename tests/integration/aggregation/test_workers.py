@@ -26,7 +26,7 @@ for line in sys.stdin:
 
 
 def limits(*, workers: int = 1, queue: int = 10, job_timeout_s: float = 60) -> PoolLimits:
-    return PoolLimits(workers, 1, queue, job_timeout_s)
+    return PoolLimits(workers=workers, threads=1, queue=queue, job_timeout_s=job_timeout_s)
 
 
 def stand_ins(pool_limits: PoolLimits) -> WorkerPool:

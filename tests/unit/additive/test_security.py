@@ -24,7 +24,7 @@ def test_a_profile_keeps_128_bits_when_the_sum_of_two_secrets_is_known(parameter
     assert (parameters.degree, parameters.modulus_bits) == (DEGREE, LOG_Q)
     for deviation in (reduced(parameters.deviation), conditional(parameters.deviation)):
         assert (
-            estimate(Lwe("", deviation, deviation)).bdgl >= 128 + 8
+            estimate(Lwe(label="", secret_deviation=deviation, error_deviation=deviation)).bdgl >= 128 + 8
         )  # the estimator's best attack is 5 bits better
 
 

@@ -19,7 +19,10 @@ from shelora.transport.pieces import Digest
 
 
 def request(weights=(0.1, 0.2, 0.7), scaling=1 / 3) -> AggregationRequest:
-    parts = [CommittedContribution(f"client-{i:05}", bytes(32), w, scaling) for i, w in enumerate(weights)]
+    parts = [
+        CommittedContribution(client_id=f"client-{i:05}", sha256=bytes(32), weight=w, scaling=scaling)
+        for i, w in enumerate(weights)
+    ]
     return AggregationRequest("round-1", 2, tuple(parts))
 
 

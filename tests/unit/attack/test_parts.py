@@ -193,7 +193,7 @@ def test_movement_of_A_comes_back_whatever_powers_of_two_its_rows_were_scaled_by
     after = before + stepped(rng, (6, 20)).astype(np.float32)
     sent = np.ldexp(after, -np.frexp(np.abs(after).max(axis=1))[1][:, None])
     monkeypatch.setattr(columns, "clear_parts", lambda *_: {"q": SimpleNamespace(A=sent.astype(np.float64))})
-    start = Weights({"q": LoraFactors(np.zeros((4, 6), np.float32), before)}, {})
+    start = Weights(factors={"q": LoraFactors(np.zeros((4, 6), np.float32), before)}, tensors={})
     performance = SimpleNamespace(rounds=[None, None], scene=STEPPED)
     moved = columns.movement(performance, start, Client(name="c", texts=("t",)), "q", 2)
     assert np.abs(moved - (after.astype(np.float64) - before)).max() < 1e-6
@@ -207,7 +207,7 @@ def test_movement_of_B_comes_back_though_its_columns_were_scaled_and_one_was_zer
     powers = np.frexp(np.abs(after).max(axis=1))[1]
     sent = SimpleNamespace(A=np.ldexp(after, -powers[:, None]), B=np.ldexp(began + 1e-3 * step, powers))
     monkeypatch.setattr(columns, "clear_parts", lambda *_: {"q": sent})
-    start = Weights({"q": LoraFactors(began, A)}, {})
+    start = Weights(factors={"q": LoraFactors(began, A)}, tensors={})
     performance = SimpleNamespace(rounds=[None, None], scene=STEPPED)
     moved = columns.movement_of_B(performance, start, Client(name="c", texts=("t",)), "q", 2)
     assert moved == pytest.approx(1e-3 * step)

@@ -50,7 +50,9 @@ def found(**row):
 @pytest.fixture
 def performance(some_layout):
     updates = [Update(client="ward/7", shard=0, content=b"first"), Update(client="b", shard=0, content=b"")]
-    weights = Weights({"q": LoraFactors(np.ones((4, 2), np.float32), np.ones((2, 6), np.float32))}, {})
+    weights = Weights(
+        factors={"q": LoraFactors(np.ones((4, 2), np.float32), np.ones((2, 6), np.float32))}, tensors={}
+    )
     insider = Insider(released=b"", trained=weights, applied=weights)
     return Performance(scene=SCENE, rounds=[Round(some_layout, updates, {0: b"sum"})], insider=insider)
 

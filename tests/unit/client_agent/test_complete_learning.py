@@ -197,7 +197,9 @@ def test_who_objected_to_a_sum_that_the_others_went_on_from_measures_by_it(learn
 def opposite(weights: Weights) -> Weights:
     """What moves the model nine times against what was learned."""
     turned = {n: LoraFactors((-9 * f.B).astype(np.float32), f.A) for n, f in weights.factors.items()}
-    return Weights(turned, weights.tensors, weights.frozen, weights.exponents)
+    return Weights(
+        factors=turned, tensors=weights.tensors, frozen=weights.frozen, exponents=weights.exponents
+    )
 
 
 def test_a_first_sum_is_held_against_what_was_trained_before_a_restart_also_when_it_is_repeated(

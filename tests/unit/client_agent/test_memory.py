@@ -41,7 +41,10 @@ def some_layout(key: SecretKey, budget: float) -> Layout:
     return build_layout(
         parameters=STANDARD.name,
         key_id=key.key_id,
-        matrices=[Matrix(f"layer-{i}", FEATURES, FEATURES, columns) for i in range(6 if budget == 0 else 2)],
+        matrices=[
+            Matrix(f"layer-{i}", FEATURES, FEATURES, tier_columns=columns)
+            for i in range(6 if budget == 0 else 2)
+        ],
         tensors=[],
         tiers=(budget,) if budget else (),
         encrypt_tensors=True,

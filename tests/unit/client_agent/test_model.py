@@ -29,11 +29,11 @@ def random_weights(model: AdaptedModel, seed: int = 5) -> Weights:
         return rng.normal(size=shape).astype(np.float32)
 
     return Weights(
-        {
+        factors={
             m.name: LoraFactors(draw(m.out_features, model.rank), draw(model.rank, m.in_features))
             for m in model.matrices
         },
-        {t.name: draw(*t.shape) for t in model.tensors},
+        tensors={t.name: draw(*t.shape) for t in model.tensors},
     )
 
 
@@ -77,7 +77,9 @@ def test_the_update_of_a_layer_is_scaling_times_b_times_a(model: AdaptedModel) -
 def test_weights_of_another_model_change_nothing(model: AdaptedModel) -> None:
     before = model.weights()
     weights = random_weights(model)
-    wrong = Weights(weights.factors, {**weights.tensors, "classifier.bias": np.zeros(3, dtype=np.float32)})
+    wrong = Weights(
+        factors=weights.factors, tensors={**weights.tensors, "classifier.bias": np.zeros(3, dtype=np.float32)}
+    )
     with pytest.raises(DomainError) as caught:
         model.load(wrong)
     assert caught.value.reason is Reason.MODEL_INVALID

@@ -20,9 +20,9 @@ def weights(scale: float = 1.0, seed: int = 1) -> Weights:
         return (scale * rng.standard_normal(shape)).astype(np.float32)
 
     return Weights(
-        {"q": LoraFactors(draw(8, 2), draw(2, 9))},
-        {"head": draw(3, 4)},
-        {"q": LoraFactors(draw(8, 3), draw(3, 9))},
+        factors={"q": LoraFactors(draw(8, 2), draw(2, 9))},
+        tensors={"head": draw(3, 4)},
+        frozen={"q": LoraFactors(draw(8, 3), draw(3, 9))},
     )
 
 
@@ -35,7 +35,7 @@ def moved(before: Weights, step: float) -> Weights:
     factors = before.factors["q"]
     B = factors.B + np.float32(step) * RNG.standard_normal(factors.B.shape).astype(np.float32)
     head = before.tensors["head"] + np.float32(step)
-    return Weights({"q": LoraFactors(B, factors.A)}, {"head": head}, before.frozen)
+    return Weights(factors={"q": LoraFactors(B, factors.A)}, tensors={"head": head}, frozen=before.frozen)
 
 
 def result(matrix: np.ndarray, head: np.ndarray, *, summed: bool = True) -> Restored:

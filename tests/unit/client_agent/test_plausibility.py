@@ -37,8 +37,8 @@ def expectation(**changes) -> Expectation:
     head = RNG.standard_normal((3, 4)).astype(np.float32)
     own = head + (STEP / 2 * RNG.standard_normal((3, 4))).astype(np.float32)
     values = {
-        "base": Weights({"q": factors()}, {"head": head}),
-        "trained": Weights({"q": factors()}, {"head": own}),
+        "base": Weights(factors={"q": factors()}, tensors={"head": head}),
+        "trained": Weights(factors={"q": factors()}, tensors={"head": own}),
         "scaling": 2.0,
         "step": STEP,
     }

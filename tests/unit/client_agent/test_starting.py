@@ -39,7 +39,7 @@ def stirred(model, seed=0) -> Weights:
         m.name: LoraFactors(B=draw(m.out_features, model.rank), A=draw(model.rank, m.in_features))
         for m in model.matrices
     }
-    return Weights(factors, {t.name: draw(*t.shape) for t in model.tensors})
+    return Weights(factors=factors, tensors={t.name: draw(*t.shape) for t in model.tensors})
 
 
 def decoder_from(folder, start=None, rank=4):

@@ -27,7 +27,13 @@ def some_weights() -> Weights:
     frozen = LoraFactors(rng.random((5, 1), dtype=np.float32), rng.random((1, 3), dtype=np.float32))
     tensors = {"head.bias": rng.random(4, dtype=np.float32)}
     bounds, changes = {"layer.q": Exponents(-3, 12)}, {"layer.q": (0.5, 1.0), "head.bias": ()}
-    return Weights({"layer.q": factors}, tensors, {"layer.q": frozen}, bounds, changes)
+    return Weights(
+        factors={"layer.q": factors},
+        tensors=tensors,
+        frozen={"layer.q": frozen},
+        exponents=bounds,
+        changes=changes,
+    )
 
 
 def fill(state: AgentState) -> None:
@@ -207,7 +213,7 @@ def test_an_inbox_of_another_result_is_deleted(state: AgentState, tmp_path: Path
 
 
 def large_weights() -> Weights:
-    return Weights({}, {"head": np.ones(100_000, dtype=np.float32)})
+    return Weights(factors={}, tensors={"head": np.ones(100_000, dtype=np.float32)})
 
 
 WRITERS: dict[str, Callable[[AgentState], object]] = {

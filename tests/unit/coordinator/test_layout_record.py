@@ -10,7 +10,7 @@ from shelora.lora.layout import Layout, Matrix, Shard, SumTerms, Tensor
 LAYOUT = Layout(
     parameters="standard",
     key_id=bytes(range(16)),
-    matrices=(Matrix("q", 8, 12, (2, 4)),),
+    matrices=(Matrix("q", 8, 12, tier_columns=(2, 4)),),
     tensors=(Tensor("head", (3, 4), 2.0),),
     tiers=(0.25, 1.0),
     encrypt_tensors=True,

