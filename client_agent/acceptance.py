@@ -1,6 +1,6 @@
 """The least protection a client accepts, whatever servers say: what its owner wrote, or what it was promised.
 
-Servers hand out the specification of a federation and the layouts of its rounds. Whoever controls the coordinator or
+Servers hand out the specification of a federation and the layouts of its rounds. Anyone who controls the coordinator or
 its Redis can change both; these rules refuse such a change. They use nothing that a server says.
 """
 

@@ -107,7 +107,7 @@ class Applier:
         """
         await self._resources.require(None, result, copies=COPIES)
         applied = await self._apply(result, plan, activity)
-        with suppress(DomainError):  # it is told when another round begins from there, if one ever does
+        with suppress(DomainError):  # it is reported when another round begins from there, if one does
             await self._object_to(result)
         folder = self._tools.state.adapter_folder
         if self._learner.objection and self._tools.state.has_adapter_beside(result.round_id):

@@ -17,7 +17,7 @@ _log = structlog.get_logger(__name__)
 
 
 def run(config: AgentConfig, learning: Callable[[], Learn]) -> Outcome:
-    """Takes part until the federation ends, or the process is told to stop.
+    """Takes part until the federation ends, or a signal stops the process.
 
     Args: learning: What trains; asked for once logs are set up, for it may have to load much.
     Raises: DomainError if something must be changed first: configuration, data, model, identity.

@@ -73,7 +73,7 @@ def run(
     restarted agent goes on where it stopped, the upload included. After every round STATE_DIR/adapter is the newest;
     load it with peft.PeftModel.from_pretrained, or copy it out with `export`.
 
-    Exit codes: 0 the federation finished, or the agent was told to stop; 1 the federation failed, or something broke;
+    Exit codes: 0 the federation finished, or a signal stopped the agent; 1 the federation failed, or something broke;
     2 configuration, data, model or identity are refused.
     """
     _exit_with(lambda: _run(_member(AgentConfig.load(config), token_file, authority)))

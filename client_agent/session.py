@@ -42,7 +42,7 @@ STREAM_TIMEOUT_S: Final = 300.0
 HEARTBEAT_TIMEOUT_S: Final = 15.0
 """Seconds until a heartbeat is given up: one that a busy coordinator answers late counts as well."""
 GIVE_UP_S: Final = 10.0
-"""Seconds to try to say that an assignment is given up: whoever waits for it does so anyway if this fails."""
+"""Seconds to try to say that an assignment is given up: the round waits for it anyway if this fails."""
 FIRST_WAIT_S: Final = 2.0
 """Bound of the first wait after a stream broke: a thousand agents come back at five hundred a second."""
 LONGEST_WAIT_S: Final = 30.0

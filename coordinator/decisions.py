@@ -594,7 +594,7 @@ def median_overlap(commits: Sequence[Commit]) -> float | None:
 
 
 def median_train_loss(commits: Sequence[Commit]) -> float:
-    """Median of the training losses that updates report, of two the lower, nats; 0 if none is told."""
+    """Median of the training losses that updates report, of two the lower, nats; 0 if none reports one."""
     return median_low([c.update.report.train_loss for c in commits if c.update.report.train_loss] or [0.0])
 
 

@@ -82,7 +82,7 @@ def main(
 
 
 async def run(settings: CoordinatorSettings) -> None:
-    """Serves until the process is told to stop."""
+    """Serves until a signal stops the process."""
     client = connect(settings.redis, settings.redis_connections, settings.redis_timeout_s)
     await require_accepted(client, KEYS)
     membership, readiness = await join(settings), Readiness()

@@ -2,7 +2,7 @@
 
 A line is the record as JSON with sorted keys and no spaces; absent fields are left out. `hash` is the SHA-256 of that
 JSON without the field `hash`. So no record can be changed, removed, added or moved without changing every hash after
-it. Whoever can write the whole file can compute those anew: the chain proves something only against a head (the
+it. Anyone who can write the whole file can compute those anew: the chain proves something only against a head (the
 last hash) that was noted elsewhere.
 """
 

@@ -103,7 +103,7 @@ class Obfuscation:
         return self._derive("committee-answer", "")
 
     def tag(self, part: str, digest: bytes) -> bytes:
-        """A keyed digest, 32 bytes: equal for equal digests of one epoch, and nothing else to whoever lacks the secret.
+        """A keyed digest, 32 bytes: equal for equal digests of one epoch, and nothing else to all who lack the secret.
 
         HKDF-Expand is HMAC-SHA256 of its input here (RFC 5869, section 2.3), a pseudorandom function.
         """

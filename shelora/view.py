@@ -222,7 +222,7 @@ def client_privacy(spec: pb.FederationSpec) -> str:
     return (
         f"client privacy: epsilon {privacy.promised:.3g} at delta {privacy.delta:g} for all of one client's data, "
         f"taken away or not ({privacy.promised_replaced:.3g} if replaced), over at most {privacy.sums:,} sums, against "
-        f"whoever sees the model, with up to {privacy.tolerated:,} colluding {members} of a sum's {privacy.updates:,} "
+        f"all who see the model, with up to {privacy.tolerated:,} colluding {members} of a sum's {privacy.updates:,} "
         "or more"
     )
 

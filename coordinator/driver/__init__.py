@@ -163,7 +163,7 @@ class Driver:
                     await signal.wait(self._pause_s(decision))
 
     async def _tell_loss(self, federation_id: str) -> None:
-        """Sets the gauge to the loss behind the newest result: whoever aggregated it may be gone."""
+        """Sets the gauge to the loss behind the newest result: the coordinator that published it may be gone."""
         federation = (await self._store.federations.read(federation_id)).record
         sequence = federation.result_sequence
         result = await self._store.rounds.read(federation, sequence) if sequence else None

@@ -165,7 +165,7 @@ class Observer:
     async def _laggards(self, federation: FederationRecord) -> AbstractSet[str]:
         """Who missed the newest round, if that one waited for its clients, and who was left out for another base model.
 
-        The latter are told to end and to come back with the right one: the others do not wait until they do.
+        The latter get notice to end and to come back with the right one: the others do not wait until they do.
         """
         newest = federation.sequence - 1  # the one before that of the ticket
         found = await self._store.rounds.read(federation, newest) if newest else None

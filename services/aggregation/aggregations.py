@@ -1,4 +1,4 @@
-"""Aggregates shards: the same request once, whoever asks and however often."""
+"""Aggregates shards: the same request once, however often it comes."""
 
 import asyncio
 from typing import Protocol

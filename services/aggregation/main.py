@@ -90,7 +90,7 @@ def main(
 
 
 async def run(settings: AggregationSettings) -> None:
-    """Serves until the process is told to stop."""
+    """Serves until a signal stops the process."""
     store = connect(
         settings.redis,
         connections=settings.redis_connections,

@@ -218,7 +218,7 @@ PUBLISH: Final = (
     + """
 -- KEYS: round, result, bytes, results. ARGV: request digest, sha256 in hex, total bytes, cpu seconds, prefix of bytes
 -- keys. The bytes are stored before, for minutes; here they become the result or are dropped.
--- Answers: STORED with the result of this request, whoever stored it first; ROUND_UNKNOWN; SUPERSEDED; LOST.
+-- Answers: STORED with the result that was stored first for this request; ROUND_UNKNOWN; SUPERSEDED; LOST.
 -- Closes: two replicas store results of one request that differ in their last bit; a late worker replaces the result
 -- of a newer request, or brings a closed round back.
 local function drop(key)

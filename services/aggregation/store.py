@@ -412,7 +412,7 @@ class WorkerStore:
     def update(self, slot: ShardSlot, sha256: bytes) -> bytes:
         """A checked UpdateShard. Raises SHARD_MISSING if it is not (any more) what was committed.
 
-        The digest is checked again: what native code reads is what was validated, whoever wrote to Redis since.
+        The digest is checked again: native code reads what was validated, even if Redis was written to since.
         """
         key = RoundKeys(slot.round_id).update(slot.client_id, slot.shard, sha256)
         with _FAILURES.named():

@@ -1,6 +1,6 @@
 """How much one caller may ask of a server: calls a second, calls at once, bytes a second. Others are not held up.
 
-Token buckets: tokens come in at a rate, at most a burst of them is kept, and whoever is new finds the bucket full.
+Token buckets: tokens come in at a rate, at most a burst of them is kept, and a new caller finds the bucket full.
 A call without a token is refused with RATE_LIMITED and the time to wait, which our channels do. Bytes are not refused
 but waited for: while the server does not read on, the connection makes the sender wait.
 """
@@ -23,7 +23,7 @@ LIMITED: Final = counter(
 )
 
 MAX_CALLERS: Final = 10_000
-"""Callers remembered, the latest; about 1 KiB each. Whoever is forgotten finds full buckets again."""
+"""Callers remembered, the latest; about 1 KiB each. One that is forgotten finds full buckets again."""
 
 FULL_WAIT_S: Final = 1.0
 """Seconds after which a caller with too many calls in progress may ask again: when one ends is not known."""

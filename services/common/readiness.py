@@ -1,4 +1,4 @@
-"""Whether a server wants to be called, as readiness probes are told."""
+"""Whether a server wants to be called: what readiness probes hear."""
 
 from collections.abc import Awaitable, Callable
 
@@ -15,7 +15,7 @@ class Readiness:
         self._publish = publish
         await publish(self.ready)
 
-    async def tell(self, ready: bool) -> None:  # noqa: FBT001 - the one thing it is told
+    async def tell(self, ready: bool) -> None:  # noqa: FBT001 - its one argument
         """Its state now."""
         changed, self.ready = ready != self.ready, ready
         if changed and self._publish is not None:

@@ -1,7 +1,7 @@
 """Whether a server that gives no Redis reply speaks TLS where none is asked for, or none where it is.
 
 A Redis without TLS takes a ClientHello for the beginning of a command and waits for the rest; one with TLS hangs up on
-a command. Both look like a server that is away, so whoever misses a reply asks once in the other way.
+a command. Both look like a server that is away, so a caller that misses a reply asks once in the other way.
 """
 
 import asyncio

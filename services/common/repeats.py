@@ -8,7 +8,7 @@ WINDOW_S: Final = 60.0
 """Seconds in which an event like one before is counted and not told."""
 
 MAX_EVENTS: Final = 10_000
-"""Different events counted at once; what is beyond is told each time."""
+"""Different events counted at once; more are logged each time."""
 
 _Event = TypeVar("_Event", bound=Hashable)
 

@@ -88,7 +88,7 @@ class Revocations:
         if certificate is None:
             yield
             return
-        scope = asyncio.timeout(None)  # no time to end at, but a cancellation that is told from any other
+        scope = asyncio.timeout(None)  # no time to end at, but a cancellation that differs from any other
         self._calls[scope] = certificate
         try:
             async with scope:

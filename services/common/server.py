@@ -145,7 +145,7 @@ async def serve(
         settings: Addresses, grace, ready file.
         service: What is served.
         credentials: This server's identity, and whose callers it accepts.
-        revocations: Which of these it refuses nevertheless; kept up to date by whoever made it.
+        revocations: Which of these it refuses nevertheless; its maker keeps it up to date.
 
     Raises:
         DomainError: CONFIGURATION_INVALID if it may not or cannot listen where the settings say.
@@ -276,7 +276,7 @@ def _strangers_limits(limits: RateLimits) -> RateLimits:
 
 @asynccontextmanager
 async def _probed(listen: str | None, health_servicer: health.aio.HealthServicer) -> AsyncIterator[None]:
-    """Answers health checks, and nothing else, to whoever asks."""
+    """Answers health checks, and nothing else, to anyone."""
     if listen is None:
         yield
         return
@@ -291,7 +291,7 @@ async def _probed(listen: str | None, health_servicer: health.aio.HealthServicer
 
 
 def _check_alone(health_servicer: health.aio.HealthServicer) -> grpc.GenericRpcHandler:
-    """`Check` of the health service without its streams: whoever holds some of those open blinds the probes."""
+    """`Check` of the health service without its streams: a caller that holds some of those open blinds the probes."""
 
     async def check(arriving: AsyncIterator[bytes], context: Any) -> Any:  # noqa: ANN401 - of gRPC
         async with translated(context):

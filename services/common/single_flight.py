@@ -10,7 +10,7 @@ _Value = TypeVar("_Value")
 
 
 class SingleFlight(Generic[_Key, _Value]):
-    """Answers by key, of which the newest `size` are kept. Whoever asks while one is made waits for it.
+    """Answers by key, of which the newest `size` are kept. A caller that asks while one is made waits for it.
 
     A failure is everyone's who waited for it, and is not kept.
     """

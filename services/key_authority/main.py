@@ -35,7 +35,7 @@ Makes the keys of each epoch of a federation, keeps them, and gives them to the 
 the certificate authority: everyone else enrols here and shows its certificate in every connection.
 
 It never decrypts and never sees an update. Run it apart from the coordinator and the aggregation, which must not
-read its folder: whoever has these keys can decrypt every update of the epoch.
+read its folder: anyone who has these keys can decrypt every update of the epoch.
 
 First make the key that seals the folder, and keep a copy of it apart from the folder's backups:
 
@@ -133,7 +133,7 @@ def main(
 
 
 async def run(settings: KeyAuthoritySettings) -> None:
-    """Composes the key authority and serves until it is told to stop.
+    """Composes the key authority and serves until a signal stops it.
 
     Raises: DomainError CONFIGURATION_INVALID if the sealing key, the folder, a name or an address is refused.
     """
@@ -179,7 +179,7 @@ async def _own_certificate(issuer: Issuer, names: tuple[str, ...], request: byte
 
 
 async def _leave_operator_token(enrolments: Enrolments, path: Path | None) -> None:
-    """A token for whoever may read the file; in its place only once it is whole."""
+    """A token for those who may read the file; in its place only once it is whole."""
     if path is None:
         return
     token, _ = await enrolments.create_token(Grant(role=Role.OPERATOR))

@@ -2,7 +2,7 @@
 name, and voided in the same write that revokes its holder.
 
 The file is authentic as a whole: who has not the sealing key can enter no token and free no name, only put back what
-was there before. Tokens are kept as their SHA-256: whoever opens the file cannot enrol with it.
+was there before. Tokens are kept as their SHA-256: the file enrols nobody.
 """
 
 import hashlib
@@ -137,7 +137,7 @@ class _Content(_Stored):
     def without_tokens_of(self, identity: Identity) -> "_Content":
         """Without the tokens that made this holder or could make it anew.
 
-        Of operators also without all that are not used yet: whoever is to be cut off may have issued them.
+        Of operators also without all that are not used yet: the one to be cut off may have issued them.
         """
 
         def void(token: _Token) -> bool:

@@ -4,7 +4,7 @@ A sealed blob, version 1, integers big-endian:
 
     magic    4 bytes   "SHSL"
     version  1 byte    1
-    key      16 bytes  public identifier of the sealing key, so that a wrong key is told apart from damage
+    key      16 bytes  public identifier of the sealing key, which distinguishes a wrong key from damage
     salt     32 bytes  random; HKDF-SHA256 (RFC 5869) of the sealing key under it gives this blob's key and nonce
     length   2 bytes   of the binding
     binding            what the blob is and where it belongs, in the clear

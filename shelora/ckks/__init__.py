@@ -1,7 +1,7 @@
 """Depth-one CKKS: symmetric encryption of values, weighted sums without any key, checked wire format.
 
 The package itself offers what needs numpy alone: parameters, bounds and the wire format. What computes is named
-where it is used: `shelora.ckks.evaluator` (SEAL, no key) by whoever aggregates, `shelora.ckks.secret` (keys,
+where it is used: `shelora.ckks.evaluator` (SEAL, no key) by servers that aggregate, `shelora.ckks.secret` (keys,
 encryption, decryption) by agents and the key authority only. A coordinator loads no native code, and a party
 that aggregates has no code that decrypts.
 """

@@ -1,10 +1,10 @@
 """What decrypts. For client agents and the key authority; aggregation and coordinator never import it.
 
 Non-guarantees:
-- A decrypted value carries the noise of its ciphertext. Whoever holds ciphertexts and sees their raw decryptions
+- A decrypted value carries the noise of its ciphertext. Anyone who holds ciphertexts and sees their raw decryptions
   solves for the key (Li and Micciancio, Eurocrypt 2021). Decrypted values stay with those who hold the key;
   what is published from them is first rounded far above the noise, or is a function that hides it.
-- Ciphertexts carry no authentication: whoever can write to the channel can alter them; transport must protect it.
+- Ciphertexts carry no authentication: anyone who can write to the channel can alter them; transport must protect it.
 - Python and SEAL copy key material and do not wipe it: a process that held a key holds it until it ends.
 - Nothing here is constant-time.
 """
@@ -73,7 +73,7 @@ class SecretKey:
         return cls(parameters, coefficients)
 
     def to_bytes(self) -> bytes:
-        """The key itself: 38 bytes of header, then N / 4 bytes. Whoever reads them can decrypt everything."""
+        """The key itself: 38 bytes of header, then N / 4 bytes. Anyone who reads them can decrypt everything."""
         quads = self._coefficients.astype(np.uint8).reshape(-1, _COEFFICIENTS_PER_BYTE)
         packed: UInt8Array = np.bitwise_or.reduce(quads << _SHIFTS, axis=1)
         return _KEY_HEADER.pack(_MAGIC, _VERSION, self.parameters.digest) + packed.tobytes()

@@ -64,7 +64,7 @@ class Supervision:
         """The guardian. On leaving, its input ends, and it is waited for."""
         with (self._folder / "guardian.log").open("ab") as log:
             return subprocess.Popen(  # noqa: S603 - our own program
-                [sys.executable, "-m", "shelora.cli.guardian", str(self._folder)],
+                [sys.executable, "-P", "-m", "shelora.cli.guardian", str(self._folder)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -1,6 +1,6 @@
 """Statements of clients: bytes signed with ECDSA P-256 by the key of a certificate, bound to a kind and a context.
 
-Whoever reads a statement checks the signature over the bytes as they are and only then parses them, so that no
+A reader of a statement checks the signature over the bytes as they are and only then parses them, so that no
 canonical form of messages is needed. Revocation is not seen here: servers refuse revoked clients' calls.
 """
 

@@ -1,7 +1,7 @@
 """What the checks of the members mean: who contributes, whose dealing is left out, which members are set aside.
 
 A member that holds no share of a dealer is a word against that dealer's. More than T such words include an honest one,
-so the dealer is left out. With fewer, either side may lie. Then whoever has the most words against it goes: the dealer
+so the dealer is left out. With fewer, either side may lie. Then the one with the most words against it goes: the dealer
 that most members lack, or the member that lacks most dealers, the dealer if they are equal; members only while a quorum
 remains. So one hostile member evicts at most one honest client a round, and hostile dealers that cheat two members are
 out themselves. This decides who is summed, never what is opened.

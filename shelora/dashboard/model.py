@@ -192,7 +192,7 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
     Args:
         federation: With members and history.
         memory: What this process remembers.
-        now_s: Of the clock that the memory was told by.
+        now_s: Now, by the clock of the memory.
     """
     mode, least = federation.spec.protection.mode, federation.spec.round.min_updates
     summaries = training_rounds(federation)
@@ -327,7 +327,7 @@ def _members(federation: pb.Federation, memory: PresenceHistory, now_s: float) -
 
 
 def _refusals(federation: pb.Federation) -> dict[str, list[str]]:
-    """By client; the round in progress is told by `_activity`."""
+    """By client; `_activity` tells of the round in progress."""
     found: dict[str, list[str]] = {}
     for summary in reversed(federation.history):
         for name, client, reason, _ in round_remarks(summary):

@@ -54,7 +54,7 @@ class Secrets:
 
 
 class Gate:
-    """ASGI middleware: refuses whoever is not the operator's browser, and adds the headers of security.
+    """ASGI middleware: refuses all but the operator's browser, and adds the headers of security.
 
     Args:
         app: The page.

@@ -71,7 +71,7 @@ def canonical_basis(columns: Float64) -> tuple[Float64, Float64]:
     """Q [out, q] of orthonormal columns and R [q, count] with Q R = columns; Q depends on their span alone.
 
     In a basis taken from the columns in their order R is triangular, and the last row of M = R A* is a row of the last
-    client's A, which whoever decrypts M would see. Here Q is what Gram and Schmidt make of P G, with P the projection
+    client's A, which all who decrypt M would see. Here Q is what Gram and Schmidt make of P G, with P the projection
     onto the span and G a fixed matrix without structure: every row of M is a sum over all clients, and Q and M say
     what ΔW says, as the span is that of its columns too (unless A* loses rank).
 

@@ -111,7 +111,7 @@ class Cohort:
 class ShardSum(Protocol):
     """The aggregate of one shard under construction: contributions added, other workers' partial sums merged.
 
-    Whoever adds what, ciphertexts are summed to the same bits; clear values may differ in their last one.
+    Ciphertexts are summed to the same bits, in whatever parts; clear values may differ in their last bit.
     """
 
     def add(self, contribution: Contribution, content: UpdateShardContent) -> None:

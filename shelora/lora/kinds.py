@@ -1,4 +1,4 @@
-"""The kinds of shards by name: the one place where they are told apart."""
+"""The kinds of shards by name: the one place that looks a name up."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""Failures that last are told of once, then ever more rarely: a log of a week offline is read in a minute."""
+"""A failure that lasts is logged once, then ever more rarely: a log of a week offline is read in a minute."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Outage:
     """Something that is tried again and again, and may fail for long.
 
     Args:
-        log: Where it is told.
+        log: Where it is logged.
         event: Of the warnings while it fails; for another reason there is one at once.
         over: Event of the record when it no longer does; "" for none.
         clock_s: Monotonic seconds; the loop's by default.

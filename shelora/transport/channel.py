@@ -113,7 +113,7 @@ STRANGER_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.max_concurrent_streams", 4),
     ("grpc.max_allowed_incoming_connections", 256),
     ("grpc.server_handshake_timeout_ms", 10_000),
-    # Whoever enrols or probes makes one short call.
+    # Enrolling and probing are one short call each.
     ("grpc.max_connection_idle_ms", 10_000),
     ("grpc.max_connection_age_ms", 60_000),
     ("grpc.max_connection_age_grace_ms", 10_000),

@@ -16,7 +16,7 @@ from shelora.errors import DomainError, Reason
 from shelora.transport.identity import Identity, Role
 
 ANYONE: Final = frozenset(Role)
-"""Whoever has a valid certificate of this authority."""
+"""Everyone who has a valid certificate of this authority."""
 
 NO_CERTIFICATE_NEEDED: Final = frozenset(
     {"/shelora.v1.Enrolment/Enroll", "/shelora.v1.Enrolment/EnrollServer"}

@@ -4,7 +4,7 @@ The proxy is the first that is set of `grpc_proxy`, `https_proxy`, `HTTPS_PROXY`
 this machine, and hosts that end in an entry of `no_grpc_proxy`, `no_proxy` or `NO_PROXY`, lie in one that is a network
 such as 10.0.0.0/8, or any host if an entry is `*`.
 
-gRPC has a rule of its own, which knows fewer variables; it is told what this one decides (`channel_options`), and what
+gRPC has a rule of its own, which knows fewer variables; it gets what this one decides (`channel_options`), and what
 gRPC's would exempt, this one exempts as well.
 """
 

@@ -1,7 +1,7 @@
 """A process's own identity, and the TLS credentials made from it: TLS 1.3, both sides show a certificate.
 
 On disk the identity is one file, so key and certificate are always those of one another: private key, certificate and
-the authority's certificate in PEM, mode 0600, replaced atomically. Whoever holds `TlsCredentials` follows the file.
+the authority's certificate in PEM, mode 0600, replaced atomically. A holder of `TlsCredentials` follows the file.
 Who can certify itself keeps its identity in memory.
 """
 
