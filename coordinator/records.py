@@ -265,7 +265,7 @@ class FederationRecord(StoredRecord):
     """Whether enough clients have joined, and no model is that of more than half of them."""
     stopped: bool = False
     """Whether its operator stopped it."""
-    standing: EarlyStopping | None = None
+    early_stopping: EarlyStopping | None = None
     """Under a rule in `round.stop`; None before the first evaluations."""
     converged: bool = False
     """Whether that rule ended it."""

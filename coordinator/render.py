@@ -82,8 +82,10 @@ class Renderer:
             rotation_pending=record.rotation_due and not record.ended,
         )
         federation.spec.round.rounds = record.rounds
-        if record.standing is not None:
-            federation.standing.CopyFrom(_standing_to_proto(record.standing, ended=record.converged))
+        if record.early_stopping is not None:
+            federation.early_stopping.CopyFrom(
+                _early_stopping_to_proto(record.early_stopping, ended=record.converged)
+            )
         if view == pb.FEDERATION_VIEW_UNSPECIFIED:
             federation.members.extend(await self._members(record, now_ms))
             federation.applicants.extend(await self._applicants(record))
@@ -354,10 +356,8 @@ def _report_to_proto(commit: Commit) -> pb.UpdateReport:
     return pb.UpdateReport(client_id=commit.update.client_id, norm=commit.update.norm, **fields)
 
 
-def _standing_to_proto(standing: EarlyStopping, *, ended: bool) -> pb.EarlyStopping:
-    return pb.EarlyStopping(
-        best_round=standing.best, best=standing.value, judged_round=standing.judged, ended=ended
-    )
+def _early_stopping_to_proto(seen: EarlyStopping, *, ended: bool) -> pb.EarlyStopping:
+    return pb.EarlyStopping(best_round=seen.best, best=seen.value, judged_round=seen.judged, ended=ended)
 
 
 def _evaluation_to_proto(evaluation: EvaluationRecord) -> pb.EvaluationReport:

@@ -22,16 +22,16 @@ def value_of(rule: StopSpec, evaluations: Sequence[EvaluationRecord], least: int
 
 
 def judged(
-    rule: StopSpec, standing: EarlyStopping | None, number: int, value: float | None
+    rule: StopSpec, seen: EarlyStopping | None, number: int, value: float | None
 ) -> EarlyStopping | None:
-    """The standing after the round of that number. A round is judged once, and not without a value."""
-    if value is None or (standing is not None and number <= standing.judged):
-        return standing
-    if standing is None or rule.gain(value, standing.value) > rule.threshold:
+    """What the rule has seen after the round of that number. It judges a round once, and not without a value."""
+    if value is None or (seen is not None and number <= seen.judged):
+        return seen
+    if seen is None or rule.gain(value, seen.value) > rule.threshold:
         return EarlyStopping(best=number, value=value, judged=number)
-    return standing.model_copy(update={"judged": number, "waited": standing.waited + 1})
+    return seen.model_copy(update={"judged": number, "waited": seen.waited + 1})
 
 
-def is_over(rule: StopSpec, standing: EarlyStopping | None) -> bool:
+def is_over(rule: StopSpec, seen: EarlyStopping | None) -> bool:
     """Whether the best round has stayed the best for as long as the rule waits."""
-    return standing is not None and standing.waited >= rule.patience
+    return seen is not None and seen.waited >= rule.patience

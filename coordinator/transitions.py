@@ -156,7 +156,13 @@ def extended(record: FederationRecord, rounds: int) -> FederationRecord:
     extra = rounds - record.spec.round.rounds
     phase = Phase.RUNNING if record.phase is Phase.FINISHED else record.phase
     return edit(
-        record, extra_rounds=extra, stopped=False, standing=None, converged=False, phase=phase, attempt=1
+        record,
+        extra_rounds=extra,
+        stopped=False,
+        early_stopping=None,
+        converged=False,
+        phase=phase,
+        attempt=1,
     )
 
 
@@ -435,11 +441,11 @@ def _after_training(
     evaluations: Sequence[EvaluationRecord],
 ) -> FederationRecord:
     number, rule = ended.round.number, record.spec.round.stop
-    last, standing = number >= record.rounds, record.standing
+    last, early_stopping = number >= record.rounds, record.early_stopping
     if rule is not None:
         value = stopping.value_of(rule, evaluations, record.spec.round.min_updates)
-        standing = stopping.judged(rule, standing, number - 1, value)
-    converged = not last and rule is not None and stopping.is_over(rule, standing)
+        early_stopping = stopping.judged(rule, early_stopping, number - 1, value)
+    converged = not last and rule is not None and stopping.is_over(rule, early_stopping)
     result = ResultRecord(
         sequence=ended.sequence,
         layout=ended.layout_digest,
@@ -457,7 +463,7 @@ def _after_training(
         trained=number,
         result_before=record.result if ended.round.convenes else None,
         silent=(),
-        standing=standing,
+        early_stopping=early_stopping,
         converged=converged,
         extra_rounds=number - record.spec.round.rounds if converged else record.extra_rounds,
         phase=Phase.FINISHED if last or converged else record.phase,

@@ -265,7 +265,7 @@ def activity(federation: pb.Federation) -> str:
 
 def _outcome(federation: pb.Federation) -> str:
     """What a federation came to that has ended."""
-    rounds, seen = federation.trained_rounds, federation.standing
+    rounds, seen = federation.trained_rounds, federation.early_stopping
     if federation.stopped:
         return f"stopped after {rounds} rounds"
     if seen.ended:
@@ -275,11 +275,11 @@ def _outcome(federation: pb.Federation) -> str:
     return f"{rounds} of {federation.spec.round.rounds} training rounds done"
 
 
-def standing(federation: pb.Federation) -> str:
+def early_stopping(federation: pb.Federation) -> str:
     """What the rule that may end a federation early has seen, in a sentence; "" without one, or before it has."""
-    if not federation.HasField("standing"):
+    if not federation.HasField("early_stopping"):
         return ""
-    rule, seen = federation.spec.round.stop, federation.standing
+    rule, seen = federation.spec.round.stop, federation.early_stopping
     value = f"accuracy {seen.best:.1%}" if rule.metric == "accuracy" else f"loss {seen.best:.4f}"
     best = f"best round: {seen.best_round}, {value}, the median over agents"
     if federation.phase != pb.PHASE_RUNNING:

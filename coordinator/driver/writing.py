@@ -21,7 +21,7 @@ class Writer:
     ) -> None:
         """Writes a federation."""
         if await self._store.federations.write(name, record, before):
-            seen = record.standing.model_dump(exclude={"format"}) if record.standing else {}
+            seen = record.early_stopping.model_dump(exclude={"format"}) if record.early_stopping else {}
             _log.info(
                 name,
                 federation_id=record.federation_id,

@@ -21,6 +21,7 @@ from shelora.view import (
     activity,
     caution,
     client_privacy,
+    early_stopping,
     encrypts,
     heading,
     member_troubles,
@@ -29,7 +30,6 @@ from shelora.view import (
     round_figures,
     sitting_out,
     size,
-    standing,
     taken_back,
     training_rounds,
 )
@@ -96,7 +96,7 @@ def _headline(federation: pb.Federation) -> Text:
         text.append(f"\n{warning}", style="yellow")
     if told := client_privacy(spec):
         text.append(f"\n{told}")
-    if told := standing(federation):
+    if told := early_stopping(federation):
         text.append(f"\n{told}")
     for told in (taken_back(federation), sitting_out(federation)):
         if told:

@@ -26,6 +26,7 @@ from shelora.view import (
     caution,
     client_privacy,
     could_not_join,
+    early_stopping,
     encrypts,
     member_troubles,
     needs_committee,
@@ -39,7 +40,6 @@ from shelora.view import (
     sitting_out,
     size,
     spoiled_rounds,
-    standing,
     taken_back,
     training_rounds,
 )
@@ -145,7 +145,7 @@ class FederationPage:
     """What is unwise about its specification; "" for nothing."""
     client_privacy: str
     """What sums may tell of one client; "" if no bound is promised."""
-    standing: str
+    early_stopping: str
     """What the rule that may end it early has seen; "" without one."""
     taken_back: str
     """Which results were taken back; "" for none."""
@@ -211,7 +211,7 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
         servers_see=servers_see(mode),
         caution=caution(federation.spec),
         client_privacy=client_privacy(federation.spec),
-        standing=standing(federation),
+        early_stopping=early_stopping(federation),
         taken_back=taken_back(federation),
         sitting_out=sitting_out(federation),
         committee=needs_committee(mode),

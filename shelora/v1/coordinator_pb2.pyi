@@ -1168,7 +1168,7 @@ class Federation(_message.Message):
     DELETING_FIELD_NUMBER: _builtins.int
     SITS_OUT_FIELD_NUMBER: _builtins.int
     APPLICANTS_FIELD_NUMBER: _builtins.int
-    STANDING_FIELD_NUMBER: _builtins.int
+    EARLY_STOPPING_FIELD_NUMBER: _builtins.int
     federation_id: _builtins.str
     phase: Global___Phase.ValueType
     failure: _builtins.str
@@ -1210,7 +1210,7 @@ class Federation(_message.Message):
         """Clients that ended before they joined and said why, until they join: at most 100."""
 
     @_builtins.property
-    def standing(self) -> Global___EarlyStopping:
+    def early_stopping(self) -> Global___EarlyStopping:
         """What the rule in RoundSpec.stop has seen. Absent without one, and before the first round was judged."""
 
     def __init__(
@@ -1233,11 +1233,11 @@ class Federation(_message.Message):
         deleting: _builtins.bool = ...,
         sits_out: _builtins.str = ...,
         applicants: _abc.Iterable[Global___Applicant] | None = ...,
-        standing: Global___EarlyStopping | None = ...,
+        early_stopping: Global___EarlyStopping | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "spec", b"spec", "standing", b"standing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "early_stopping", b"early_stopping", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applicants", b"applicants", "current", b"current", "deleting", b"deleting", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "sits_out", b"sits_out", "spec", b"spec", "standing", b"standing", "stopped", b"stopped", "trained_rounds", b"trained_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applicants", b"applicants", "current", b"current", "deleting", b"deleting", "early_stopping", b"early_stopping", "epoch", b"epoch", "failure", b"failure", "federation_id", b"federation_id", "history", b"history", "member_count", b"member_count", "members", b"members", "more_history", b"more_history", "now_unix_ms", b"now_unix_ms", "phase", b"phase", "rotation_pending", b"rotation_pending", "sits_out", b"sits_out", "spec", b"spec", "stopped", b"stopped", "trained_rounds", b"trained_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,6 +18,7 @@ REPLACED = {
     r"\bRedisStore\b": "coordinator.store.Store, of parts",
     r"\bservices[./]shell\b": "services.common",
     r"\bclass (Shared|Room|Standing)\b": "SingleFlight, Watermark, PlanFit",
+    r"\bstanding\b": "early_stopping",
     r"\bwholly\.begun\b|\bimport begun\b": "services.common.detached",
     r"^MAX_TIERS: Final = 16": "MAX_PLAN_TIERS of a plan; MAX_TIERS bounds what a layout may say",
 }

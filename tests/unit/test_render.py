@@ -7,7 +7,7 @@ from shelora.dashboard.memory import PresenceHistory
 from shelora.dashboard.model import federation_page
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.view import STATES, round_figures, size, standing, status_line, training_rounds
+from shelora.view import STATES, early_stopping, round_figures, size, status_line, training_rounds
 
 
 def federation() -> pb.Federation:
@@ -233,17 +233,21 @@ def test_the_best_round_is_named_while_a_rule_may_end_the_federation():
     shown = federation()
     shown.spec.round.stop.metric, shown.spec.round.stop.patience = "accuracy", 3
     shown.spec.round.stop.threshold = 0.005
-    assert standing(shown) == ""
-    shown.standing.best_round, shown.standing.best, shown.standing.judged_round = 4, 0.852, 6
+    assert early_stopping(shown) == ""
+    shown.early_stopping.best_round, shown.early_stopping.best, shown.early_stopping.judged_round = (
+        4,
+        0.852,
+        6,
+    )
     words = (
         "best round: 4, accuracy 85.2%, the median over agents, of 6 judged; 3 in a row that are not better by more "
         "than 0.005 end it"
     )
-    assert standing(shown) == words
-    assert federation_page(shown, PresenceHistory(), 0).standing == words
-    shown.phase, shown.standing.ended, shown.trained_rounds = pb.PHASE_FINISHED, True, 7
+    assert early_stopping(shown) == words
+    assert federation_page(shown, PresenceHistory(), 0).early_stopping == words
+    shown.phase, shown.early_stopping.ended, shown.trained_rounds = pb.PHASE_FINISHED, True, 7
     assert status_line(shown).endswith(
         "ended by its rule after 7 rounds: 3 in a row were not better than round 4"
     )
     shown.spec.round.stop.metric = "loss"
-    assert standing(shown) == "best round: 4, loss 0.8520, the median over agents"
+    assert early_stopping(shown) == "best round: 4, loss 0.8520, the median over agents"

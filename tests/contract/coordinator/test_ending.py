@@ -271,10 +271,14 @@ async def test_a_rule_ends_a_federation_that_gets_no_better_with_its_newest_resu
     await fed.begin(with_rule(20))
     record = await trained_with(fed, [2.0, 1.0, 0.97, 0.99, *[0.1] * 20])
     assert (record.phase, record.trained, record.converged) == (Phase.FINISHED, 5, True)
-    assert (record.standing.best, record.standing.judged) == (2, 4)
+    assert (record.early_stopping.best, record.early_stopping.judged) == (2, 4)
     assert (await fed.assignment("a")).finish.result.round_number == 5
     shown = await fed.shown()
-    assert (shown.standing.best_round, shown.standing.best, shown.standing.ended) == (2, 1.0, True)
+    assert (shown.early_stopping.best_round, shown.early_stopping.best, shown.early_stopping.ended) == (
+        2,
+        1.0,
+        True,
+    )
     assert (shown.spec.round.rounds, shown.stopped) == (5, False)
     assert "ended by its rule after 5 rounds: 2 in a row were not better than round 2" in status_line(shown)
 
@@ -283,7 +287,7 @@ async def test_a_federation_that_gets_better_trains_all_its_rounds_under_a_rule(
     await fed.begin(with_rule(5))
     record = await trained_with(fed, [2.0, 1.0, 0.5, 0.2, 0.1])
     assert (record.phase, record.trained, record.converged) == (Phase.FINISHED, 5, False)
-    assert record.standing.best == 4, "the last round is not judged: no round follows it"
+    assert record.early_stopping.best == 4, "the last round is not judged: no round follows it"
 
 
 async def test_a_federation_that_its_rule_ended_can_be_extended_and_is_judged_anew(fed):
@@ -291,7 +295,7 @@ async def test_a_federation_that_its_rule_ended_can_be_extended_and_is_judged_an
     await trained_with(fed, [1.0] * 20)
     await fed.handlers.federations.extend("fed", 9)
     record = await fed.federation()
-    assert (record.phase, record.standing, record.converged) == (Phase.RUNNING, None, False)
+    assert (record.phase, record.early_stopping, record.converged) == (Phase.RUNNING, None, False)
     record = await trained_with(fed, [1.0] * 20)
     assert record.converged
     assert 4 < record.trained < 9
@@ -300,4 +304,4 @@ async def test_a_federation_that_its_rule_ended_can_be_extended_and_is_judged_an
 async def test_without_evaluations_a_rule_ends_nothing(fed):
     await fed.begin(with_rule(6))
     record = await fed.play()
-    assert (record.trained, record.standing, record.converged) == (6, None, False)
+    assert (record.trained, record.early_stopping, record.converged) == (6, None, False)

@@ -24,7 +24,7 @@ def evaluation(client, loss=1.0, right=50):
     )
 
 
-def standing(rule, values):
+def after(rule, values):
     seen = None
     for number, value in enumerate(values, start=1):
         seen = stopping.judged(rule, seen, number, value)
@@ -32,21 +32,21 @@ def standing(rule, values):
 
 
 def test_rounds_after_the_best_one_are_counted():
-    seen = standing(LOSS, [1.0, 0.8, 0.9])
+    seen = after(LOSS, [1.0, 0.8, 0.9])
     assert (seen.best, seen.value, seen.waited) == (2, 0.8, 1)
     assert not stopping.is_over(LOSS, seen)
-    assert stopping.is_over(LOSS, standing(LOSS, [1.0, 0.8, 0.9, 0.8]))
-    assert not stopping.is_over(LOSS, standing(LOSS, [1.0, 0.8, 0.9, 0.79]))
+    assert stopping.is_over(LOSS, after(LOSS, [1.0, 0.8, 0.9, 0.8]))
+    assert not stopping.is_over(LOSS, after(LOSS, [1.0, 0.8, 0.9, 0.79]))
     assert not stopping.is_over(LOSS, None)
 
 
 def test_a_gain_within_the_threshold_is_none():
-    assert stopping.is_over(ACCURACY, standing(ACCURACY, [0.80, 0.805, 0.809]))
-    assert standing(ACCURACY, [0.80, 0.805, 0.82]).best == 3
+    assert stopping.is_over(ACCURACY, after(ACCURACY, [0.80, 0.805, 0.809]))
+    assert after(ACCURACY, [0.80, 0.805, 0.82]).best == 3
 
 
 def test_a_round_without_a_value_or_judged_before_changes_nothing():
-    seen = standing(LOSS, [1.0, 0.8])
+    seen = after(LOSS, [1.0, 0.8])
     assert stopping.judged(LOSS, seen, 3, None) is seen
     assert stopping.judged(LOSS, seen, 2, 0.1) is seen, "a round that is repeated was judged"
 
