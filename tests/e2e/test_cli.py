@@ -165,6 +165,8 @@ def test_a_federation_is_created_started_shown_and_listed(cluster, tmp_path):
     assert again.returncode == 0
     started = shelora("federation", "start", "reuters", at=at)
     assert "running" in started.stdout
+    rotated = shelora("federation", "rotate", "reuters", at=at)
+    assert rotated.returncode == 0, rotated.stderr
     assert "waiting for 4 agents" in shelora("federation", "show", "reuters", at=at).stdout
     assert "reuters" in shelora("status", at=at).stdout
     narrow = shelora("federation", "show", "reuters", at=at, columns=40, LC_ALL="C").stdout
@@ -184,6 +186,7 @@ def test_a_federation_is_extended_stopped_exported_and_deleted_and_its_name_is_f
     assert extended.returncode == 0, extended.stderr
     assert "of 12" in " ".join(shelora("status", at=at).stdout.split())
     assert shelora("federation", "stop", "brief", at=at).returncode == 0
+    assert "stopped" in shelora("federation", "show", "brief", "--watch", at=at).stdout
     over = shelora("federation", "extend", "brief", "--rounds", "1", at=at)
     assert over.returncode == 2
     assert "FEDERATION_CLOSED federation brief has failed and cannot go on" in over.stderr
