@@ -132,7 +132,8 @@ def _shape(record: Record) -> tuple[str, ...]:
         found = " and also ".join(", ".join(shape) for shape in whole)
         raise invalid(f"{record.place}: the record holds {found}: keep one of them")
     raise invalid(
-        f"{record.place}: the record is no conversation; accepted are {ACCEPTED}; fields there: {listed(record.names)}"
+        f"{record.place}: the record is not a conversation; accepted are {ACCEPTED}; fields there: "
+        f"{listed(record.names)}"
     )
 
 

@@ -33,7 +33,7 @@ class ModelBatch(Protocol):
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """[examples, tokens]: what is no padding; None if nothing is padded."""
+        """[examples, tokens]: what is not padding; None if nothing is padded."""
 
     @property
     def described(self) -> str:
@@ -76,7 +76,7 @@ class Batch:
 
     @property
     def mask(self) -> torch.Tensor:
-        """[examples, tokens]: what is no padding."""
+        """[examples, tokens]: what is not padding."""
         return self.attention_mask
 
     @property

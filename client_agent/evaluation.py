@@ -16,7 +16,7 @@ from client_agent.training import Report
 
 BATCH_EXAMPLES: Final = 32
 _LARGEST_EXPONENT: Final = 700.0
-"""Beyond, a perplexity is no number of 64 bits."""
+"""Beyond, a perplexity is not a number of 64 bits."""
 _Examples = TypeVar("_Examples", bound=ExampleSet)
 
 

@@ -170,7 +170,7 @@ class ScriptBatch:
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """[examples, tokens]: what is no padding."""
+        """[examples, tokens]: what is not padding."""
         return self.inputs.get("attention_mask")
 
     @property

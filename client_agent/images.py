@@ -69,7 +69,7 @@ class Images:
                 with Image.open(io.BytesIO(content)) as image:
                     return ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # a damaged image can make its decoder raise anything
-            raise invalid(f"{place} is no image that can be read: {first_line(error)}") from error
+            raise invalid(f"{place} is not an image that can be read: {first_line(error)}") from error
 
 
 def read_images(
@@ -153,11 +153,11 @@ def _content(source: str) -> bytes:
         return base64.b64decode(source[1:])
     path = Path(source[1:])
     if _waits(path):
-        raise invalid(f"{path} is no image that can be read: it is no file")
+        raise invalid(f"{path} is not an image that can be read: it is not a file")
     try:
         return files.read_small(path, MOST_BYTES)
     except files.UnreadableError as error:
-        raise invalid(f"{path} is no image that can be read: {error}") from error
+        raise invalid(f"{path} is not an image that can be read: {error}") from error
 
 
 def _waits(path: Path) -> bool:

@@ -45,7 +45,7 @@ class EpochSecrets:
 
     @classmethod
     def unprotected(cls, federation_id: str, epoch: int) -> "EpochSecrets":
-        """For protection "none": no key, and initial factors that all agents agree on but that are no secret."""
+        """For protection "none": no key, and initial factors that all agents agree on but that are not secret."""
         return cls(epoch=epoch, obfuscation=Obfuscation.public(f"unprotected/{federation_id}", epoch))
 
     def encryptor_for(self, layout: Layout) -> Encryptor | None:

@@ -56,7 +56,9 @@ def _task_of(card: str, adapter: Path) -> Task:
     named = _PIPELINE.search(card)
     found = [task for task in tasks() if named and task.pipeline == named.group(1)]
     if not found:
-        raise invalid(f"{adapter / CARD} is no card that an agent wrote: it names no pipeline_tag of a task")
+        raise invalid(
+            f"{adapter / CARD} is not a card that an agent wrote: it names no pipeline_tag of a task"
+        )
     return found[0]
 
 

@@ -109,7 +109,7 @@ class BallotNegotiator:
 
     def cast(
         self,
-        layout: Layout,  # noqa: ARG002 - a ballot is no update
+        layout: Layout,  # noqa: ARG002 - a ballot is not an update
         scores: Mapping[str, Float64],
         stake: Stake,
         vote: str,

@@ -26,7 +26,7 @@ def sensitivity_scores(
 ) -> dict[str, Float64]:
     """Scores [in_features] of every adapted matrix by name.
 
-    ||x_j||_2 runs over all tokens of `examples` that are no padding. The model's state does not change.
+    ||x_j||_2 runs over all tokens of `examples` that are not padding. The model's state does not change.
 
     Args: report: Called before every batch; what it raises ends the scoring.
     """

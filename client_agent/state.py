@@ -442,7 +442,7 @@ class CertifiedSetsFile:
     """Which set of updates a client certified for each round, in a file that outlives it.
 
     A committee's member that certified two sets for one round would give a client away. So a file that cannot be read
-    is no empty file: `certified` and `note` fail.
+    is not an empty file: `certified` and `note` fail.
     """
 
     def __init__(self, path: Path) -> None:
@@ -653,7 +653,7 @@ def require_usable(folder: Path) -> None:
     """
     place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not place.is_dir():
-        raise _unusable(folder, f"{place} is no folder")
+        raise _unusable(folder, f"{place} is not a folder")
     if why := unwritable(place):
         raise _unusable(folder, why)
 

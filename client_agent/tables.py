@@ -184,7 +184,7 @@ class _Listed:
         return f"{self._path}, line {self._line}"
 
     def _peek(self) -> str:
-        """The next character that is no blank; "" at the end."""
+        """The next character that is not blank; "" at the end."""
         while True:
             if blanks := _BLANKS.match(self._text, self._at):
                 self._move(blanks.end() - self._at)
@@ -261,7 +261,7 @@ def _csv_rows(path: Path, fields: Fields) -> Iterator[Row]:
             return
         columns = _columns(header, fields, place)
         for place, cells in records:
-            if any(cells[len(header) :]):  # a comma at the end is no cell
+            if any(cells[len(header) :]):  # a comma at the end is not a cell
                 raise invalid(
                     f"{place} has {len(cells)} cells, the header {len(header)}: put texts that contain commas "
                     "into double quotes"
@@ -362,7 +362,7 @@ class _Lines:
 
 
 def _sound(path: Path, file: TextIO, pieces: Iterable[str]) -> Iterator[str]:
-    """Pieces of the file, such as its lines; refuses bytes that are no text, in the line that they are in."""
+    """Pieces of the file, such as its lines; refuses bytes that are not text, in the line that they are in."""
     number = 1
     try:
         for piece in pieces:
@@ -435,7 +435,7 @@ def _arrow_records(path: Path, fields: Sequence[str]) -> Iterator[Record]:
 
 @contextmanager
 def _sound_row(path: Path, number: int) -> Iterator[None]:
-    """What is no value of its type is found when it is looked at."""
+    """What is not a value of its type is found when it is looked at."""
     try:
         yield
     except UnicodeDecodeError as error:

@@ -84,7 +84,7 @@ def linear_layers(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def check_adaptable(name: str, module: nn.Module) -> None:
-    """Raises: MODEL_INVALID for what is no linear layer."""
+    """Raises: MODEL_INVALID for what is not a linear layer."""
     if not isinstance(module, LINEAR):
         raise invalid(
             f"the federation adapts {name}, of the kind {type(module).__name__}; only linear layers can be adapted, "

@@ -72,7 +72,7 @@ class Convening:
     ) -> None:
         """Counts which committee a client works out, and keeps its key.
 
-        More than half seat a committee: what another client that is no member says later is not needed.
+        More than half seat a committee: what another client that is not a member says later is not needed.
 
         Raises: ROUND_UNKNOWN, NOT_IN_COHORT, INVALID_ARGUMENT, SIGNATURE_REFUSED, STATEMENT_REWRITTEN, STEP_OVER.
         """

@@ -25,7 +25,7 @@ def views_in(statements: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def key_of(statement: bytes) -> committee_pb2.Signed | None:
-    """The signed key in a stored view; None if the client is no member."""
+    """The signed key in a stored view; None if the client is not a member."""
     signed = statement[_ORDER_HEX:]
     return committee_pb2.Signed.FromString(signed) if signed else None
 
@@ -92,7 +92,7 @@ class Statements:
     ) -> None:
         """Keeps what a member signed. Raises: NOT_IN_COHORT, SIGNATURE_REFUSED, STATEMENT_REWRITTEN, STEP_OVER."""
         if client_id not in record.order:
-            raise DomainError(Reason.NOT_IN_COHORT, "this client is no member of the round's committee")
+            raise DomainError(Reason.NOT_IN_COHORT, "this client is not a member of the round's committee")
         self.trust(federation.federation_id).verify(signed, kind, context_of(federation, record), client_id)
         content = signed.SerializeToString(deterministic=True)
         await self.keep(statement, federation, record, client_id, content)

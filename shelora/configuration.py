@@ -146,7 +146,8 @@ class _Loader(yaml.SafeLoader):
         except _UNFIT as error:
             kind = node.tag.removeprefix("tag:yaml.org,2002:")
             raise _MisfitError(
-                f"line {node.start_mark.line + 1}: it is no {kind}: put it into quotes if it is text, without a tag"
+                f"line {node.start_mark.line + 1}: it is not of type {kind}: put it into quotes if it is text, without "
+                "a tag"
             ) from error
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:

@@ -68,7 +68,7 @@ def _regular(text: str) -> str:
         RecursionError,
     ) as error:  # of a{99999999999}, and of hundreds of brackets
         raise PydanticCustomError(
-            "regular_expression", "is no regular expression: {why}", {"why": str(error)}
+            "regular_expression", "is not a regular expression: {why}", {"why": str(error)}
         ) from None
     return text
 

@@ -36,7 +36,7 @@ class Obfuscation:
 
     @classmethod
     def public(cls, name: str, epoch: int = 0) -> "Obfuscation":
-        """What everyone can derive from a name: values that agents must agree on and that are no secret."""
+        """What everyone can derive from a name: values that agents must agree on and that are not secret."""
         return cls(sha256(f"shelora/v1/{name}".encode()).digest(), epoch)
 
     def __repr__(self) -> str:

@@ -57,5 +57,5 @@ class Lookup:
 
 
 def not_joined() -> DomainError:
-    """The client is no member."""
+    """The client is not a member."""
     return DomainError(Reason.CLIENT_UNKNOWN, "this client has not joined the federation: join first")

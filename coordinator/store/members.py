@@ -17,7 +17,7 @@ class MemberStore:
 
     @available
     async def put(self, federation_id: str, member: MemberRecord) -> None:
-        """Adds or replaces a member, which is no applicant any more."""
+        """Adds or replaces a member, which is no longer an applicant."""
         key = self.db.keys.members(federation_id)
         await self.db.put_field(federation_id, key, member.client_id, member.model_dump_json())
         await self.db.redis.hdel(self.db.keys.applicants(federation_id), member.client_id)

@@ -68,7 +68,7 @@ class RoundStore:
         self, federation: FederationRecord, record: RoundRecord, index: int, result: ShardResult
     ) -> None:
         """Keeps the result of a shard for the round's present set of contributors."""
-        # Aggregation knows them, too: they spare calls while a round is aggregated, and are no history.
+        # Aggregation knows them, too: they spare calls while a round is aggregated, and are not history.
         key = self._shards_key(federation, record)
         await self.db.put_field(
             federation.federation_id, key, str(index), result.model_dump_json(), SHARDS_MS

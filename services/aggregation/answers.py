@@ -39,7 +39,7 @@ def refused_line(error: DomainError) -> bytes:
 
 
 def read_answer(line: bytes) -> StoredResult:
-    """The result in an answer. Raises the DomainError in it, WORKER_FAILED if it is no answer."""
+    """The result in an answer. Raises the DomainError in it, WORKER_FAILED if it is not an answer."""
     try:
         answer = _parsed(json.loads(line))
     except (ValueError, KeyError, TypeError, RecursionError, DomainError) as error:

@@ -32,4 +32,4 @@ def parsed(parse: Callable[[bytes], Any], raw: bytes) -> Any:  # noqa: ANN401 - 
     try:
         return parse(raw)
     except DecodeError:
-        raise DomainError(Reason.INVALID_ARGUMENT, "the request is no message of this call") from None
+        raise DomainError(Reason.INVALID_ARGUMENT, "the request is not a message of this call") from None

@@ -125,7 +125,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
         Raises: DomainError RATE_LIMITED; UNAUTHENTICATED, CERTIFICATE_EXPIRED, CERTIFICATE_REVOKED (also of a call
         under way), PERMISSION_DENIED, STORE_UNAVAILABLE, counted, logged and told; TRANSFER_TOO_LARGE,
-        TRANSFER_TRUNCATED, INVALID_ARGUMENT for what is no request.
+        TRANSFER_TRUNCATED, INVALID_ARGUMENT for what is not a request.
         """
         with self._rated(_claimed(context), context) as caller:
             async with self._denials_told(method, context):

@@ -68,7 +68,7 @@ def connect(
 def refusal(error: BaseException) -> str | None:
     """What Redis said when it refused, in its own first line, with the remedy where we know one.
 
-    None for an error that is no refusal: no connection, no answer.
+    None for an error that is not a refusal: no connection, no answer.
     """
     if isinstance(error, RedisConnectionError) and str(error) == _TOO_MANY:
         return f"ERR {_TOO_MANY} (raise Redis' maxclients, or lower redis_connections)"

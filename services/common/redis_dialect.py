@@ -36,7 +36,7 @@ async def misdialled(redis: RedisClient, error: BaseException | None = None) -> 
         return ""
     at = f"{address['host']}:{address['port']}"
     if isinstance(error, InvalidResponse):
-        return f"what answers at {at} is no Redis: {error}"
+        return f"what answers at {at} is not Redis: {error}"
     if secure:
         return await _without_tls(address, at, str(error or ""))
     if await _shakes_hands(address["host"], address["port"]):

@@ -28,7 +28,7 @@ async def require_accepted(redis: RedisClient, prefix: str) -> None:
         prefix: Of the server's keys.
 
     Raises: DomainError CONFIGURATION_INVALID, in Redis' words, if it refuses for a reason that does not pass, or if
-    what is there speaks TLS where none is asked for, none where it is, or is no Redis.
+    what is there speaks TLS where none is asked for, none where it is, or is not Redis.
     """
     attempt = asyncio.create_task(_tried(redis, prefix))
     try:

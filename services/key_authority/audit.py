@@ -94,7 +94,7 @@ class AuditLog:
 
         Args:
             epoch_id: What was asked for.
-            client_id: What the caller called itself; None if it is no valid name.
+            client_id: What the caller called itself; None if it is not a valid name.
             reason: Why it was refused.
         """
         with self._lock:

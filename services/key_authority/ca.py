@@ -204,7 +204,7 @@ def _general_name(name: str) -> x509.GeneralName:
 
 
 def _parsed(content: bytes) -> Root:
-    """Raises: SealBrokenError if it is no root; only a mistake of ours can have sealed such a thing."""
+    """Raises: SealBrokenError if it is not a root; only a mistake of ours can have sealed such a thing."""
     try:
         root = Root(key_from_pem(content), x509.load_pem_x509_certificate(content).public_bytes(_PEM))
         matches = same_key(root.key, root.certificate)

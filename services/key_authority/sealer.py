@@ -185,7 +185,7 @@ class Sealer:
 
 
 def key_id_of(blob: bytes) -> bytes:
-    """Identifier of the key that a blob says it is sealed under. Raises: SealBrokenError if it is no sealed blob."""
+    """Identifier of the key that a blob says it is sealed under. Raises: SealBrokenError if it is not a sealed blob."""
     if len(blob) < _HEAD.size:
         raise SealBrokenError("damaged: it was cut short")
     magic, version, key_id, _, _ = _HEAD.unpack_from(blob)

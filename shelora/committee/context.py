@@ -137,7 +137,9 @@ class RoundContext:
     def bits(self, names: frozenset[str]) -> bytes:
         """What `names` reads. Raises: DomainError(NOT_IN_COHORT)."""
         if not names <= self._members:
-            raise DomainError(Reason.NOT_IN_COHORT, "a client that the round did not ask is no contributor")
+            raise DomainError(
+                Reason.NOT_IN_COHORT, "a client that the round did not ask is not a contributor"
+            )
         value = sum(1 << index for index, name in enumerate(self.cohort) if name in names)
         return value.to_bytes(-(-len(self.cohort) // 8), "little")
 
@@ -213,7 +215,7 @@ class Committee:
     members: tuple[str, ...]
 
     def position(self, name: str) -> int | None:
-        """Position of a client, 1 to m; None if it is no member."""
+        """Position of a client, 1 to m; None if it is not a member."""
         return self.members.index(name) + 1 if name in self.members else None
 
     def name(self, position: int) -> str | None:

@@ -51,7 +51,7 @@ class Dealer:
             weight: Weight of the update in the sum, 1 to `most_weight`.
 
         Raises: DomainError: INVALID_ARGUMENT: weight; SECRET_UNAVAILABLE: a second call; COMMITTEE_REFUSED: a member's
-            key is no point of the curve that could be used.
+            key is not a point of the curve that could be used.
         """
         context = self.context
         if not 1 <= weight <= context.most_weight:

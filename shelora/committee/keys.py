@@ -28,7 +28,7 @@ class KeySet:
     ) -> "KeySet":
         """The keys among statements that are the committee's.
 
-        Statements of clients that are no members, or malformed, are left out; so is a member with two keys.
+        Statements of clients that are not members, or malformed, are left out; so is a member with two keys.
 
         Raises: DomainError(COMMITTEE_REFUSED): fewer than a quorum are left; the message names the missing, and what is
             wrong with the key of one of them.

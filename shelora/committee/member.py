@@ -57,11 +57,11 @@ class Member:
             answer_key: From the epoch's secret, 32 bytes: `Obfuscation.answer_key`.
             rng: Source of key and nonce, `Csprng.fresh()` outside tests.
 
-        Raises: DomainError(COMMITTEE_REFUSED): the signer is no member.
+        Raises: DomainError(COMMITTEE_REFUSED): the signer is not a member.
         """
         position = committee.position(signer.name)
         if position is None:
-            raise DomainError(Reason.COMMITTEE_REFUSED, f"{signer.name} is no member of this committee")
+            raise DomainError(Reason.COMMITTEE_REFUSED, f"{signer.name} is not a member of this committee")
         self.context = context
         self.position = position
         self._committee = committee

@@ -117,7 +117,7 @@ class Trust:
             raise _refused(error.message) from None
         identity = found.identity
         if identity.role is not Role.CLIENT or identity.federation_id != self._federation:
-            raise _refused(f"a statement is signed by {identity}, who is no client of this federation")
+            raise _refused(f"a statement is signed by {identity}, who is not a client of this federation")
         if not found.not_before <= self._clock() <= found.not_after + self._grace:
             raise _refused(f"the certificate of {identity.client_id} is not valid now")
         return found

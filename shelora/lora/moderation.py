@@ -50,7 +50,7 @@ def moderated(change: float, own: float, last: Sequence[float]) -> Moderated:
         own: Norm of what this client's own update would have changed; 0 if it sent none.
         last: What `remembered` kept of the last rounds, oldest first.
 
-    Raises: VALUE_NOT_FINITE: a norm is no finite number.
+    Raises: VALUE_NOT_FINITE: a norm is not a finite number.
     """
     known = (change, own, *last)
     if not all(0 <= norm < float("inf") for norm in known):

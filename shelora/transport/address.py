@@ -83,7 +83,7 @@ def _no_host(host: str) -> str | None:
         return "write the host in ASCII (xn--...)"
     if _NUMBERS.fullmatch(host):
         return None if _is_address(host, 4) else f"{host} is no IPv4 address"
-    return None if _HOST.fullmatch(host) else f"{host!r} is no host name"
+    return None if _HOST.fullmatch(host) else f"{host!r} is not a host name"
 
 
 def _is_address(text: str, version: int) -> bool:

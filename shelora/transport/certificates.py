@@ -202,7 +202,7 @@ def pem_to_der(pem: bytes) -> bytes:
 
 
 def same_key(key: PrivateKey, pem: bytes) -> bool:
-    """Whether a certificate is for that key. Raises: ValueError if it is no certificate."""
+    """Whether a certificate is for that key. Raises: ValueError if it is not a certificate."""
     try:
         return x509.load_pem_x509_certificate(pem).public_key() == key.public_key()
     except UnsupportedAlgorithm:

@@ -247,7 +247,7 @@ class CoordinatorServicer:
 
     def Join(self, request, context):
         """Makes a client a member, or finds it one. Once enough clients have joined, the matrices and tensors that more than
-        half of them have in common are the federation's; who has others is no member any more.
+        half of them have in common are the federation's; who has others is no longer a member.
         Idempotent: joining again updates rank, budget and example count, effective from the next round.
         Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
         LIMIT_REACHED if there are too many members.
@@ -268,7 +268,7 @@ class CoordinatorServicer:
     def Heartbeat(self, request, context):
         """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
         Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over. What a client that
-        is no member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
+        is not a member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -377,7 +377,7 @@ class CoordinatorServicer:
 
     def GetShares(self, request, context):
         """Streams what a member is shown of every dealer, in order of their names. Read only. From the round's close on; fails
-        with STEP_OVER before, and for who is no member.
+        with STEP_OVER before, and for who is not a member.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -71,7 +71,7 @@ class CoordinatorStub:
     """
     Join: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.JoinRequest, _coordinator_pb2.JoinResponse]
     """Makes a client a member, or finds it one. Once enough clients have joined, the matrices and tensors that more than
-    half of them have in common are the federation's; who has others is no member any more.
+    half of them have in common are the federation's; who has others is no longer a member.
     Idempotent: joining again updates rank, budget and example count, effective from the next round.
     Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
     LIMIT_REACHED if there are too many members.
@@ -84,7 +84,7 @@ class CoordinatorStub:
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.HeartbeatRequest, _coordinator_pb2.HeartbeatResponse]
     """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
     Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over. What a client that
-    is no member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
+    is not a member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
     """
     GiveUp: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GiveUpRequest, _coordinator_pb2.GiveUpResponse]
     """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
@@ -143,7 +143,7 @@ class CoordinatorStub:
     """
     GetShares: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.GetSharesRequest, _committee_pb2.DealtShare]
     """Streams what a member is shown of every dealer, in order of their names. Read only. From the round's close on; fails
-    with STEP_OVER before, and for who is no member.
+    with STEP_OVER before, and for who is not a member.
     """
     PostCheck: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PostCheckRequest, _coordinator_pb2.PostCheckResponse]
     """Says whose shares a member holds and whose it refuses. While the round is certifying and no set is proposed. Fails
@@ -202,7 +202,7 @@ class CoordinatorAsyncStub(CoordinatorStub):
     """
     Join: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.JoinRequest, _coordinator_pb2.JoinResponse]  # type: ignore[assignment]
     """Makes a client a member, or finds it one. Once enough clients have joined, the matrices and tensors that more than
-    half of them have in common are the federation's; who has others is no member any more.
+    half of them have in common are the federation's; who has others is no longer a member.
     Idempotent: joining again updates rank, budget and example count, effective from the next round.
     Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
     LIMIT_REACHED if there are too many members.
@@ -215,7 +215,7 @@ class CoordinatorAsyncStub(CoordinatorStub):
     Heartbeat: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.HeartbeatRequest, _coordinator_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
     Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over. What a client that
-    is no member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
+    is not a member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
     """
     GiveUp: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GiveUpRequest, _coordinator_pb2.GiveUpResponse]  # type: ignore[assignment]
     """Says that a client cannot do what it was assigned, and why: nobody waits for it then, and a leader is replaced.
@@ -274,7 +274,7 @@ class CoordinatorAsyncStub(CoordinatorStub):
     """
     GetShares: _aio.UnaryStreamMultiCallable[_coordinator_pb2.GetSharesRequest, _committee_pb2.DealtShare]  # type: ignore[assignment]
     """Streams what a member is shown of every dealer, in order of their names. Read only. From the round's close on; fails
-    with STEP_OVER before, and for who is no member.
+    with STEP_OVER before, and for who is not a member.
     """
     PostCheck: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PostCheckRequest, _coordinator_pb2.PostCheckResponse]  # type: ignore[assignment]
     """Says whose shares a member holds and whose it refuses. While the round is certifying and no set is proposed. Fails
@@ -384,7 +384,7 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.JoinResponse, _abc.Awaitable[_coordinator_pb2.JoinResponse]]:
         """Makes a client a member, or finds it one. Once enough clients have joined, the matrices and tensors that more than
-        half of them have in common are the federation's; who has others is no member any more.
+        half of them have in common are the federation's; who has others is no longer a member.
         Idempotent: joining again updates rank, budget and example count, effective from the next round.
         Fails with MODEL_MISMATCH if matrices or tensors differ from the federation's, FEDERATION_CLOSED after the end,
         LIMIT_REACHED if there are too many members.
@@ -409,7 +409,7 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_coordinator_pb2.HeartbeatResponse, _abc.Awaitable[_coordinator_pb2.HeartbeatResponse]]:
         """Says that a client is alive and what it is doing, and learns when to say so again. Not stored beyond its expiry.
         Fails with CLIENT_UNKNOWN, CLIENT_REPLACED if another process with this identity has taken over. What a client that
-        is no member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
+        is not a member says in `reason` is kept until it joins, and shown to the operator, although the call fails.
         """
 
     @_abc_1.abstractmethod
@@ -540,7 +540,7 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_committee_pb2.DealtShare], _abc.AsyncIterator[_committee_pb2.DealtShare]]:
         """Streams what a member is shown of every dealer, in order of their names. Read only. From the round's close on; fails
-        with STEP_OVER before, and for who is no member.
+        with STEP_OVER before, and for who is not a member.
         """
 
     @_abc_1.abstractmethod

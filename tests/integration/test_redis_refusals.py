@@ -251,7 +251,7 @@ async def test_what_is_no_redis_is_named(tmp_path):
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        assert "is no Redis" in await refused(f"redis://127.0.0.1:{port}/0")
+        assert "is not Redis" in await refused(f"redis://127.0.0.1:{port}/0")
         assert "speaks none" in await refused(f"rediss://127.0.0.1:{port}/0")
 
 

@@ -150,7 +150,7 @@ def test_a_name_that_yaml_takes_for_something_else_is_answered_with_quotes(tmp_p
         ("b: 1\na: \x01\n", "line 2: remove the control characters"),
         ("[" * 5000, "nested too deeply"),
         ("b: 1\na: " + "9" * 5000, "line 2: " + "9" * 60 + "...: write a shorter number"),
-        ("a: 2024-13-01", "line 1: it is no timestamp: put it into quotes"),
+        ("a: 2024-13-01", "line 1: it is not of type timestamp: put it into quotes"),
     ],
 )
 def test_what_is_no_yaml_is_refused_in_one_line_with_the_place(tmp_path, text, said):

@@ -76,7 +76,11 @@ def test_every_field_of_the_wire_has_a_field_here_and_back():
         ("training", {"labels": ["same", "same"]}, "at least 2 different classes"),
         ("training", {"task": "causal-lm"}, "labels must be empty for causal-lm"),
         ("training", {"task": "causal-lm", "labels": [], "max_tokens": 1}, "causal-lm needs at least 2"),
-        ("training", {"target_pattern": "a{99999999999}"}, "is no regular expression: the repetition number"),
+        (
+            "training",
+            {"target_pattern": "a{99999999999}"},
+            "is not a regular expression: the repetition number",
+        ),
         ("training", {"learning_rate": float("nan")}, "training.learning_rate = nan"),
         ("training", {"learning_rate": 0.0}, "training.learning_rate = 0.0: use more than 0"),
         ("training", {"target_modules": []}, "training.target_modules = []"),

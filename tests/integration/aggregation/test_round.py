@@ -162,7 +162,10 @@ CHANGES = {
     "disorder": (lambda p: p.reverse(), Reason.INVALID_ARGUMENT),
     "a weight of zero": (lambda p: setattr(p[0], "weight", 0.0), Reason.INVALID_ARGUMENT),
     "a negative weight": (lambda p: setattr(p[0], "weight", -1.0), Reason.INVALID_ARGUMENT),
-    "a weight that is no number": (lambda p: setattr(p[0], "weight", float("nan")), Reason.INVALID_ARGUMENT),
+    "a weight that is not a number": (
+        lambda p: setattr(p[0], "weight", float("nan")),
+        Reason.INVALID_ARGUMENT,
+    ),
     "weights beyond one": (lambda p: setattr(p[0], "weight", p[0].weight + 1e-6), Reason.INVALID_ARGUMENT),
     "a scaling of zero": (lambda p: setattr(p[0], "scaling", 0.0), Reason.INVALID_ARGUMENT),
     "an infinite scaling": (lambda p: setattr(p[0], "scaling", float("inf")), Reason.INVALID_ARGUMENT),

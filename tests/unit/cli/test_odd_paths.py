@@ -1,4 +1,4 @@
-"""What an operator names that is no file, no folder, or holds something else: one line and exit 2, no traceback."""
+"""Names that are not a file, not a folder, or hold something else: one line and exit 2, no traceback."""
 
 from pathlib import Path
 

@@ -153,7 +153,7 @@ def test_every_shape_gives_the_same_conversation(tmp_path: Path, record: dict[st
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"text": "a"}, "is no conversation; accepted are messages"),
+        ({"text": "a"}, "is not a conversation; accepted are messages"),
         ({"prompt": "a"}, "fields there: prompt"),
         ({"messages": [], "prompt": "a", "completion": "b"}, "holds messages and also prompt, completion: keep one"),
         ({"messages": "a"}, "'messages' must be a list, not text"),

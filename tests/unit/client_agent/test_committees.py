@@ -180,7 +180,7 @@ async def test_a_member_that_lost_its_key_says_so_and_does_nothing_else():
 
 
 async def test_a_member_that_left_its_committee_deals_on_when_its_round_is_tried_again():
-    """Simulation seed 1432: it stated that it is no member, was refused for that, and ended."""
+    """Simulation seed 1432: it stated that it is not a member, was refused for that, and ended."""
     said = []
 
     async def post(_round_id: str, _order: object, key: object) -> None:

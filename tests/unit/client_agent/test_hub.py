@@ -1,4 +1,4 @@
-"""A model path that is no folder: the hub is asked once, and what it says is told at once."""
+"""A model path that is not a folder: the hub is asked once, and what it says is told at once."""
 
 import socket
 import threading

@@ -149,11 +149,14 @@ def test_images_are_made_upright_and_rgb(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"image": "none.png", "label": "left"}, "none.png is no image that can be read: No such file"),
-        ({"image": "broken.png", "label": "left"}, "broken.png is no image that can be read"),
-        ({"image": "cut.png", "label": "left"}, "cut.png is no image that can be read"),
-        ({"image": "huge.png", "label": "left"}, "huge.png is no image that can be read"),
-        ({"image": "pipe.png", "label": "left"}, "pipe.png is no image that can be read: it is no file"),
+        ({"image": "none.png", "label": "left"}, "none.png is not an image that can be read: No such file"),
+        ({"image": "broken.png", "label": "left"}, "broken.png is not an image that can be read"),
+        ({"image": "cut.png", "label": "left"}, "cut.png is not an image that can be read"),
+        ({"image": "huge.png", "label": "left"}, "huge.png is not an image that can be read"),
+        (
+            {"image": "pipe.png", "label": "left"},
+            "pipe.png is not an image that can be read: it is not a file",
+        ),
         ({"image": "\ud83d.png", "label": "left"}, "that can be read: no file can have this name"),
         ({"image": "x" * 300, "label": "left"}, "that can be read: File name too long"),
         ({"image": 3, "label": "left"}, "line 1: field 'image' must be a path or an image's bytes"),

@@ -50,11 +50,11 @@ WRONG = {
     "[::1:7101": "in brackets belongs",
     "256.0.0.1:7101": "is no IPv4 address",
     "1.2.3:7101": "is no IPv4 address",
-    "-host:7101": "is no host name",
-    "a..b:7101": "is no host name",
-    "ho\x1bst:7101": "is no host name",
+    "-host:7101": "is not a host name",
+    "a..b:7101": "is not a host name",
+    "ho\x1bst:7101": "is not a host name",
     "höst:7101": "in ASCII",
-    "x" * 64 + ":7101": "is no host name",
+    "x" * 64 + ":7101": "is not a host name",
 }
 
 
