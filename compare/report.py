@@ -10,6 +10,7 @@ from typing import Final
 
 from compare.cells import Place, chosen_rate
 from compare.settings import SEEDS, Cell, Cohort
+from tools.prose import wrapped
 
 BEGIN: Final = "<!-- written by `python -m compare report` -->"
 END: Final = "<!-- end of what is written -->"
@@ -81,7 +82,7 @@ def write(cohorts: Iterable[Cohort], methods: Sequence[str], place: Place, docs:
             END,
         ]
     )
-    page.write_text(before + text + after, encoding="utf-8")
+    page.write_text(wrapped(before + text + after), encoding="utf-8")
     if found:
         _plot(found, docs / "images" / "comparison.svg")
 
