@@ -545,8 +545,12 @@ def _turnout(view: View, record: RoundRecord, objecting: AbstractSet[str]) -> Tu
     gone = objecting | {drop.client_id for drop in view.given_up} - unable
     asked, absent = len(record.round.cohort), len(record.dropped) + len(gone - record.dropped_ids)
     if 2 * (asked - absent - view.update_count) > asked - len(record.dropped):
-        return Turnout(view.update_count, absent, view.unawaited + len(unable), view.sending)
-    return Turnout(view.update_count, absent + len(unable), view.unawaited, view.sending)
+        return Turnout(
+            view.update_count, absent=absent, unawaited=view.unawaited + len(unable), sending=view.sending
+        )
+    return Turnout(
+        view.update_count, absent=absent + len(unable), unawaited=view.unawaited, sending=view.sending
+    )
 
 
 def _collect(view: View, record: RoundRecord, now_ms: int) -> Decision:

@@ -6,7 +6,7 @@ Time is an argument: nothing here reads a clock.
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final, TypeAlias
@@ -177,6 +177,7 @@ class Turnout:
 
     updates: int
     """Updates that count."""
+    _: KW_ONLY
     absent: int = 0
     """Clients of the cohort whose update cannot come (any more)."""
     unawaited: int = 0

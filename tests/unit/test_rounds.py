@@ -205,7 +205,7 @@ def test_only_a_collecting_round_is_due_for_anything(state):
 def test_nobody_waits_for_those_who_cannot_come_and_too_few_end_it_at_once(
     updates, absent, unawaited, expected
 ):
-    assert should_close(COLLECTING, Turnout(updates, absent, unawaited), 5_001) is expected
+    assert should_close(COLLECTING, Turnout(updates, absent=absent, unawaited=unawaited), 5_001) is expected
 
 
 def test_a_round_that_most_have_committed_to_waits_for_the_rest_in_proportion():
