@@ -207,7 +207,9 @@ class Applier:
             self._learner.resume(secrets)
             known = round_context(self._learner.model, result.layout, plan, self._me.budget, secrets)
             if opened is not None:
-                known = summed(known, opened, self._me.largest_move)
+                summand = self._me.client_id in opened.contributors
+                own_weight = len(self._learner.examples) if summand else 0
+                known = summed(known, opened, self._me.largest_move, own_weight)
                 known = replace(known, reference=self._learner.start_of(result.number))
             parts = self._strategy.restored(result.layout, contents(result, inbox, activity), known)
             self._learner.apply(result.round_id, parts, secrets.obfuscation, result.number)

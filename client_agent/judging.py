@@ -12,7 +12,7 @@ import structlog
 
 from client_agent.learning import Weights
 from client_agent.moderating import Moderator
-from client_agent.plausibility import FEW, MUCH_TO_LEARN, Losses, objection_to
+from client_agent.plausibility import FEW, MUCH_TO_LEARN, Losses, objection_to, turned
 from shelora.errors import DomainError, Reason
 
 _log = structlog.get_logger(__name__)
@@ -54,13 +54,15 @@ class Judge:
         own = self._loss_with(moderator.own) if may_learn else None
         after = self._loss_with(weights)
         losses = Losses(best=min(before, self._best_loss), before=before, own=own, after=after)
-        _log.info("result_judged", round=round_id, **asdict(losses))
+        motion = {f"moved_{name}": value for name, value in asdict(moderator.motion).items()}
+        _log.info("result_judged", round=round_id, own_share=moderator.own_share, **motion, **asdict(losses))
         if not math.isfinite(after):
             raise DomainError(
                 Reason.RESULT_REFUSED, f"the result is not applied: the loss with it is {after}"
             )
         self._judged = (round_id, after)
-        why = objection_to(losses)
+        moved = turned(moderator.motion, moderator.own_share, moderator.contributors)
+        why = "; ".join(filter(None, [moved if moderator.rounds == 1 else "", objection_to(losses)]))
         if why:
             _log.warning("result_objected_to", round=round_id, why=why)
         else:

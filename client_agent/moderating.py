@@ -13,6 +13,7 @@ import numpy as np
 import structlog
 
 from client_agent.learning import Weights
+from client_agent.plausibility import Motion
 from shelora.lora.moderation import moderated, remembered
 from shelora.lora.restore import Restored
 from shelora.lora.shards import FactoredUpdate, Float32, Float64
@@ -39,6 +40,10 @@ class Moderator:
     """Whether servers could only add up the result, so that nobody has screened it, and no noise hides it."""
     contributors: int = 0
     """How many clients' updates it has."""
+    own_share: float = 0.0
+    """This client's share of it."""
+    motion: Motion = field(default_factory=Motion)
+    """How it changes the matrices, all of them together, before it is cut."""
 
     def parts(self, parts: Iterable[Restored]) -> Iterator[Restored]:
         """The parts of a result, what is too long cut. Raises: VALUE_NOT_FINITE."""
@@ -46,6 +51,7 @@ class Moderator:
             judged = part.summed and not part.noisy
             self.summed = self.summed or judged
             self.contributors = max(self.contributors, part.contributors)
+            self.own_share = max(self.own_share, part.own_share)
             yield self._part(part) if judged else part
 
     def _part(self, part: Restored) -> Restored:
@@ -58,8 +64,11 @@ class Moderator:
     def _matrix(self, name: str, update: FactoredUpdate) -> FactoredUpdate:
         B, A = self._held(self.before, name)
         trained_B, trained_A = self._held(self.own, name)
-        own = _norm(np.hstack([trained_B, -B]), np.vstack([trained_A, A]))
-        factor = self._factor(name, _norm(np.hstack([update.Q, -B]), np.vstack([update.M, A])), own)
+        own_L, own_R = np.hstack([trained_B, -B]), np.vstack([trained_A, A])
+        L, R = np.hstack([update.Q, -B]), np.vstack([update.M, A])
+        own, change = _norm(own_L, own_R), _norm(L, R)
+        self.motion.add(float(np.sum((L.T @ own_L) * (R @ own_R.T))), change, own)
+        factor = self._factor(name, change, own)
         if factor == 1:
             return update
         basis, triangular = np.linalg.qr(np.hstack([factor * update.Q, (1 - factor) * B]))

@@ -6,6 +6,7 @@ beyond the bound are refused (matrices) or left out (whole tensors); results wit
 (docs/threat-model.md).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ WORSE_BY_FACTOR, WORSE_BY = 1.5, 0.25
 MUCH_TO_LEARN, LITTLE = 1.0, 0.1
 """If own training lowered the loss on own examples by more than MUCH_TO_LEARN, in nats, a result must lower it by the
 share LITTLE of that."""
+AGREEMENT = 0.6
+"""Least agreement of a sum with this client's own step, as a share of what that step alone brings into the sum."""
 FEW = 4
 """Contributors up to which that rule holds. The honest first mean of more clients with unlike labels may teach one
 nothing: of 20 on R8, divided by Dirichlet(0.3), nearly half would refuse it."""
@@ -109,6 +112,48 @@ def believed_tensors(tensors: Mapping[str, Float32], expected: Expectation) -> d
         then="keeps the values that the round started from; some member may be hostile",
     )
     return {name: expected.base.tensors[name] for name in tensors}
+
+
+@dataclass(slots=True)
+class Motion:
+    """How a sum changes the matrices, beside how this client's own update would have changed them."""
+
+    along: float = 0.0
+    """Inner product of the two changes of ΔW."""
+    change: float = 0.0
+    """Squared Frobenius norm of the sum's."""
+    own: float = 0.0
+    """Of the own one."""
+
+    def add(self, along: float, change: float, own: float) -> None:
+        """Counts a matrix. Args: along: inner product; change, own: norms."""
+        self.along += along
+        self.change += change**2
+        self.own += own**2
+
+
+def turned(motion: Motion, share: float, contributors: int) -> str:
+    """Why a sum cannot be a mean of honest updates, by its direction; "" if it can. Without figures: others read it.
+
+    A mean S = Σ w_j u_j of K updates has, along this client's own u_i,
+
+        <S, u_i> / ‖u_i‖² = w_i + Σ_{j≠i} w_j <u_j, u_i> / ‖u_i‖²,
+
+    and honest clients learn from the same state: their updates point the same way or, at worst, nowhere in particular,
+    so the sum on the right takes little of w_i back. Then S is about as long as ‖u_i‖ / √K at least, and its cosine
+    with u_i at least w_i √K. A sum that has less than AGREEMENT times either is led by an update that is long and
+    points elsewhere, or takes back what the others learned.
+
+    Args: share: w_i, 0 if this client's update is not in the sum, and then nothing can be said.
+    """
+    if not share or not motion.own or not motion.change:
+        return ""
+    step = motion.along / motion.own
+    cosine = motion.along / math.sqrt(motion.change * motion.own)
+    least = AGREEMENT * share
+    if step >= least and cosine >= least * math.sqrt(contributors):
+        return ""
+    return "the result takes back what this client learned, or moves elsewhere: a member may be hostile"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,8 +87,13 @@ def summing(known: AgentContext, dealer: Dealer, weight: int, largest_move: floa
     return replace(known, round_number=context.round_number, largest_move=largest_move, summand=summand)
 
 
-def summed(known: AgentContext, opened: OpenedRound, largest_move: float) -> AgentContext:
-    """What a strategy may use of a result whose sum a committee opened. Args: largest_move: as of `summing`."""
+def summed(
+    known: AgentContext, opened: OpenedRound, largest_move: float, own_weight: int = 0
+) -> AgentContext:
+    """What a strategy may use of a result whose sum a committee opened.
+
+    Args: largest_move: as of `summing`. own_weight: that this client's update was to have; 0 if it is not in the sum.
+    """
     context, contributors = opened.context, len(opened.contributors)
     shares = opened.total_weight / context.most_weight
     noise = mean_noise(context.parameters, contributors, context.most_contributors, shares)
@@ -102,6 +107,7 @@ def summed(known: AgentContext, opened: OpenedRound, largest_move: float) -> Age
             shares=shares,
             noise=noise,
             contributors=contributors,
+            own_share=min(own_weight, context.most_weight) / opened.total_weight,
             most_contributors=context.most_contributors,
         ),
     )

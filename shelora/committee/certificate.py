@@ -12,8 +12,8 @@ from shelora.errors import DomainError, Reason
 from shelora.v1 import committee_pb2 as pb
 
 MOST_OVER_MEAN: Final = 4
-"""Largest `most_weight` over the mean weight of a set. With a whole honest cohort it is below 2 (no weight is above
-2/(K + 2) of the sum); members that stay away may double it, and so may a third of the others that weigh next to
+"""Largest `most_weight` over the mean weight of a set. With a whole honest cohort it is at most 2 (no weight is above
+2/K of the sum); members that stay away may double it, and so may half of the others that weigh next to
 nothing. Agents hold sets to it, so no server can let one update weigh more than 4/n of n."""
 
 

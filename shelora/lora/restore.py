@@ -41,6 +41,8 @@ class Restored:
     is not held against this client's own update (`shelora.lora.noise`)."""
     contributors: int = 0
     """How many clients' updates a sum has; 0 where that is not known."""
+    own_share: float = 0.0
+    """This client's share of a sum, 0 to 1; 0 if its update is not in it, or that is not known."""
 
 
 def restore(
@@ -63,6 +65,7 @@ def merged(parts: Iterable[Restored]) -> Restored:
         summed=any(part.summed for part in every),
         noisy=any(part.noisy for part in every),
         contributors=max((part.contributors for part in every), default=0),
+        own_share=max((part.own_share for part in every), default=0.0),
     )
 
 

@@ -177,6 +177,7 @@ def _restored_matrices(
             exponents={matrix.name: next_exponents(sketch, exponents)},
             summed=True,
             contributors=opened.contributors,
+            own_share=opened.own_share,
         )
 
 
@@ -188,7 +189,7 @@ def _restored_tensors(
         part = np.clip(values[first : first + tensor.size], -1, 1) * tensor.bound
         tensors[tensor.name] = part.astype(np.float32).reshape(tensor.shape)
         first += tensor.size
-    yield Restored(tensors=tensors, summed=True, contributors=opened.contributors)
+    yield Restored(tensors=tensors, summed=True, contributors=opened.contributors, own_share=opened.own_share)
 
 
 def _possible(layout: Layout, matrix: Matrix, context: AgentContext) -> ExponentRange:

@@ -103,6 +103,8 @@ class OpenedSum:
     add comes beside it."""
     contributors: int = 0
     """How many updates the sum has; 0 where nobody asks."""
+    own_share: float = 0.0
+    """This client's share of the sum, 0 to 1: 0 if its update is not in it."""
     most_contributors: int = 0
     """K_max of the round; only asked for where clients add noise."""
 

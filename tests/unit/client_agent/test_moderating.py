@@ -104,3 +104,15 @@ def test_rounds_are_remembered_by_name() -> None:
     assert moderator.changes.keys() == {"q", "head"}
     step = np.linalg.norm(product(own) - product(before))
     assert moderator.changes["q"] == pytest.approx((step,), rel=1e-3)
+
+
+def test_a_sums_direction_is_held_against_the_own_step_over_all_matrices() -> None:
+    before = weights()
+    own = moved(before, 0.01)
+    step = product(own) - product(before)
+    moderator = Moderator(before=before, own=own, scaling=SCALING)
+    after(moderator, result(product(before) - 3 * step, own.tensors["head"]))
+    motion = moderator.motion
+    assert motion.along == pytest.approx(-3 * motion.own, rel=1e-3)
+    assert motion.change == pytest.approx(9 * motion.own, rel=1e-3)
+    assert motion.own == pytest.approx(float(np.sum(step**2)), rel=1e-3)

@@ -14,9 +14,11 @@ from client_agent.plausibility import (
     WORSE_BY_FACTOR,
     Expectation,
     Losses,
+    Motion,
     believed_tensors,
     objection_to,
     plausible,
+    turned,
     update_norm,
 )
 from shelora.errors import DomainError, Reason
@@ -128,3 +130,42 @@ def test_a_result_that_makes_the_model_much_worse_is_objected_to_and_one_that_fo
         why = objection_to(Losses(best=best, before=before, own=own, after=after))
         assert "the loss on this client's own examples" in why
         assert not re.search(r"\d", why), "others read it"
+
+
+def seen(total: np.ndarray, own: np.ndarray) -> Motion:
+    motion = Motion()
+    for part, mine in zip(np.split(total, 4), np.split(own, 4), strict=True):
+        motion.add(float(part @ mine), float(np.linalg.norm(part)), float(np.linalg.norm(mine)))
+    return motion
+
+
+@pytest.mark.parametrize("clients", [2, 3, 4, 8, 20, 100])
+@pytest.mark.parametrize("common", [0.0, 0.5, 2.0], ids=["unlike", "akin", "alike"])
+def test_the_mean_of_honest_updates_is_no_majoritys_opposite_whatever_they_weigh(clients, common):
+    shared = common * RNG.standard_normal(4000)
+    updates = [shared + RNG.standard_normal(4000) for _ in range(clients)]
+    weights = RNG.dirichlet([2.0] * clients)
+    mean = sum(w * u for w, u in zip(weights, updates, strict=True))
+    found = [bool(turned(seen(mean, u), w, clients)) for w, u in zip(weights, updates, strict=True)]
+    assert sum(found) < clients / 2
+
+
+@pytest.mark.parametrize("attack", ["boosted", "reversed", "elsewhere"])
+@pytest.mark.parametrize("clients", [4, 8])
+def test_a_sum_that_one_member_leads_is_every_honest_members_opposite(attack, clients):
+    shared = RNG.standard_normal(4000)
+    honest = [shared + RNG.standard_normal(4000) for _ in range(clients - 1)]
+    hostile = {
+        "boosted": -9 * (shared + RNG.standard_normal(4000)),
+        "reversed": -1.5 * (clients - 1) * (shared + 0.1 * RNG.standard_normal(4000)),
+        "elsewhere": 20 * RNG.standard_normal(4000) * np.sqrt(clients),
+    }[attack]
+    total = sum([*honest, hostile]) / clients
+    assert all(turned(seen(total, u), 1 / clients, clients) for u in honest)
+
+
+def test_whose_update_is_not_in_the_sum_says_nothing_of_its_direction():
+    own = RNG.standard_normal(4000)
+    assert not turned(seen(-own, own), 0.0, 4)
+    assert not turned(seen(own, 0 * own), 0.25, 4)
+    assert turned(seen(-own, own), 0.25, 4), "the control"
