@@ -17,10 +17,12 @@ from shelora.lora.moderation import MULTIPLE
 from shelora.lora.shards import LoraFactors
 
 CLAIM = 10**9
-SHARE = 1 / 3
+SHARE = 1 / 4
 """Of the sum, for who claims most among four."""
 WAYS = (0.4, 0.2, 0.1, 0.0, -0.2, -0.4, -0.8, -1.6)
 """How far the result of a round may be, in own steps from where it began: honest ones are at 1."""
+LEAST_WAY = 0.3
+"""Of those, what honest members do not object to by its direction: they ask for AGREEMENT times their share."""
 MARGIN = 0.95
 """Of the loss that honest members object to: their examples are others."""
 
@@ -110,17 +112,19 @@ def within() -> None:
     Learner._train = trained  # type: ignore[method-assign]
 
 
-def quietest(learner: Learner, honest: Weights, best: float, share: float) -> tuple[Weights, float]:
+def quietest(
+    learner: Learner, honest: Weights, best: float, share: float, least: float = WAYS[-1]
+) -> tuple[Weights, float]:
     """What takes back what the others learn, and more, as far as nobody objects by its own loss; and the best loss.
 
     It takes the others' mean for its own update, and tries on its own examples what they will see.
 
-    Args: best: the smallest loss so far. share: of the sum.
+    Args: best: the smallest loss so far. share: of the sum. least: way that it goes no further back than.
     """
     start, scaling = learner.model.weights(), learner.model.scaling
     before, own = learner._loss_with(start), learner._loss_with(honest)
     best, chosen = min(best, before), 1.0
-    for way in WAYS:
+    for way in (way for way in WAYS if way >= least):
         after = learner._loss_with(along(start, honest, scaling, way))
         if objection_to(Losses(best=best, before=before, own=own, after=after / MARGIN)):
             break
@@ -129,13 +133,13 @@ def quietest(learner: Learner, honest: Weights, best: float, share: float) -> tu
     return along(start, honest, scaling, (chosen - (1 - share)) / share), best
 
 
-def quiet() -> None:
-    """Knows the rule by which agents object to sums, and stays below it."""
+def quiet(least: float = WAYS[-1]) -> None:
+    """Knows by which losses agents object to sums, and stays below them."""
     train, best = Learner._train, [float("inf")]
 
     def trained(self: Learner, *arguments: Any) -> Trained:
         honest = train(self, *arguments)
-        weights, best[0] = quietest(self, honest.weights, best[0], SHARE)
+        weights, best[0] = quietest(self, honest.weights, best[0], SHARE, least)
         return replace(honest, weights=weights)
 
     Learner._train = trained  # type: ignore[method-assign]
@@ -149,6 +153,7 @@ CHANGES = {
     "head": lambda: head(1.0),
     "within": within,
     "quiet": quiet,
+    "quieter": lambda: quiet(LEAST_WAY),
 }
 
 if __name__ == "__main__":

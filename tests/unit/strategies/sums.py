@@ -78,18 +78,20 @@ class Round:
         ]
         return [decode_result(self.layout, index, data) for index, data in enumerate(results)]
 
-    def opened(self, chosen=None):
+    def opened(self, chosen=None, client=0):
         chosen = range(len(self.clients)) if chosen is None else chosen
         total = np.sum([self.secrets[i] for i in chosen], axis=0)
-        shares = sum(self.clients[i].weight for i in chosen) / self.most_weight
+        weight = sum(self.clients[i].weight for i in chosen)
+        shares = weight / self.most_weight
         return OpenedSum(
             opener=SumOpener(INSECURE_TOY, total, CONTEXT, len(chosen), self.most),
             shares=shares,
             noise=mean_noise(INSECURE_TOY, len(chosen), self.most, shares),
             contributors=len(chosen),
+            own_share=self.clients[client].weight / weight if client in chosen else 0.0,
             most_contributors=self.most,
         )
 
     def parts(self, chosen=None, client=0):
-        context = self.context(self.clients[client], opened=self.opened(chosen))
+        context = self.context(self.clients[client], opened=self.opened(chosen, client))
         return SECRET.restored(self.layout, self.contents(chosen), context)
