@@ -113,8 +113,8 @@ def test_the_operator_reads_what_the_specification_promises():
 
 def test_all_clients_weigh_alike_and_without_client_privacy_they_do_not():
     hidden, plain = (SimpleNamespace(spec=s) for s in (spec(), spec(None)))
-    assert most_weight([1, 1000, 50], hidden) == 1
-    assert most_weight([1, 1000, 50], plain) > 1
+    assert most_weight([20, 1000, 50, 30, 40], hidden) == 1
+    assert most_weight([20, 1000, 50, 30, 40], plain) > 1
 
 
 HIDDEN = HiddenClient(epsilon=8.0, delta=1e-5)
