@@ -211,4 +211,4 @@ def test_one_that_claims_a_billion_examples_has_the_documented_share_and_no_more
     assert set(found.outcomes.values()) == {"finished"}
     (total,) = found.weights
     others = EXAMPLES * len(HONEST)
-    assert Fraction(total - others, total) == Fraction(2, len(HONEST) + 1 + 2)
+    assert Fraction(total - others, total) == Fraction(1, len(HONEST) + 1)

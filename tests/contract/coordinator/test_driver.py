@@ -155,20 +155,18 @@ async def test_a_round_waits_for_a_cohort_of_min_updates(fed):
 
 
 async def test_votes_weigh_the_same_and_updates_by_their_examples(fed):
-    fed.examples = {"a": 40, "b": 25, "c": 35}
-    await fed.begin(spec())
+    fed.examples = {"a": 40, "b": 20, "c": 30, "d": 40, "e": 30}
+    await fed.begin(spec(clients=5), "abcde")
     train = await until_training(fed)
-    for client in "cab":
+    for client in "cabed":
         await fed.commit(client, train.round)
     await fed.settle()
     by_round = {
         r.round_id: [(p.client_id, p.weight) for p in r.contributions] for r in fed.aggregation.aggregated
     }
     votes, updates = by_round.values()
-    assert votes == [(name, pytest.approx(1 / 3)) for name in "abc"]
-    assert updates == [
-        (name, pytest.approx(weight)) for name, weight in (("a", 0.4), ("b", 0.25), ("c", 0.35))
-    ]
+    assert votes == [(name, pytest.approx(1 / 5)) for name in "abcde"]
+    assert updates == [(name, pytest.approx(count / 160)) for name, count in fed.examples.items()]
 
 
 async def test_a_round_closes_at_its_deadline_with_enough_updates(fed):

@@ -92,14 +92,14 @@ async def test_a_round_that_keeps_too_few_updates_is_abandoned_for_that_and_trie
 
 
 async def test_claimed_examples_weigh_up_to_a_share_of_the_round(fed):
-    fed.examples = {"a": 10**9, "b": 10, "c": 10}
-    await fed.begin(spec("none"))
+    fed.examples = {"a": 10**9, "b": 10, "c": 10, "d": 20, "e": 20}
+    await fed.begin(spec("none", clients=5), "abcde")
     train = await until_training(fed)
-    for client in "abc":
+    for client in "abcde":
         await fed.commit(client, train.round)
     await fed.settle()
     weights = [part.weight for part in fed.aggregation.aggregated[0].contributions]
-    assert weights == pytest.approx([2 / 5, 3 / 10, 3 / 10])
+    assert weights == pytest.approx([1 / 4, 1 / 8, 1 / 8, 1 / 4, 1 / 4])
 
 
 async def test_a_federation_takes_as_many_members_as_its_coordinator_allows(fed):

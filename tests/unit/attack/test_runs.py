@@ -17,6 +17,7 @@ from attack.findings import Finding
 from attack.stage import Client, Credulous, Insider, Performance, Scene
 from client_agent.judging import Judge
 from client_agent.learning import Weights
+from client_agent.plausibility import Motion
 from shelora.errors import DomainError
 from shelora.lora.shards import LoraFactors
 from shelora.terminal import Terminal
@@ -210,7 +211,9 @@ def test_the_command_fails_where_a_control_or_a_claim_does(monkeypatch, tmp_path
 
 def test_agents_on_stage_take_a_result_that_others_object_to():
     """Clients with a sentence each teach the others nothing: what they object to would be taken back."""
-    moderator = SimpleNamespace(contributors=16, own=None, before="before")
+    moderator = SimpleNamespace(
+        contributors=16, own=None, before="before", motion=Motion(), own_share=0.0, rounds=1
+    )
     losses = {"before": 1.0, "sum": 50.0}
     verdict = {"start": "c.1", "round_id": "c.2", "overruled": False}
     assert Judge(losses.__getitem__).objection("sum", moderator, **verdict)

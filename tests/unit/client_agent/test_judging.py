@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 from client_agent.judging import Judge
+from client_agent.plausibility import Motion
 
-FEW_CONTRIBUTORS = SimpleNamespace(contributors=4, own="own", before="before")
+FEW_CONTRIBUTORS = SimpleNamespace(
+    contributors=4, own="own", before="before", motion=Motion(), own_share=0.0, rounds=1
+)
 
 
 def objections(losses: dict[str, float], *results: tuple[str, str]) -> list[bool]:
