@@ -9,6 +9,7 @@ SECONDS ?= 60
 MODE ?= complete
 AGENTS ?= 1000
 MINUTES ?= 600
+SCALE ?= 24
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -32,7 +33,7 @@ SOURCES := shelora coordinator client_agent services attack bench compare exampl
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vision test compare simulate test-helm test-pods test-compose test-models check static fix bench fuzz load chaos test-failures test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
+.PHONY: help setup demo demo-vision test compare simulate test-helm test-pods test-compose test-models check static fix bench fuzz load chaos test-failures test-lines test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -113,6 +114,9 @@ test-models: $(INSTALLED)  ## Train models of many families in every task, and b
 
 test-failures: $(INSTALLED)  ## Kill, drain and add processes in the middle of rounds, one case a test
 	$(BIN)/python -m pytest tests/chaos/failures.py
+
+test-lines: $(INSTALLED)  ## Send a large update over a line that tc shapes and that breaks (SCALE=1: 758 MB instead of 1/24); skips where there are no network namespaces
+	SCALE=$(SCALE) $(BIN)/python -m pytest tests/lines/bad_lines.py
 
 test-insiders: $(INSTALLED)  ## Attack a local cluster as strangers and as members with certificates
 	$(BIN)/python -m pytest -o python_files='attack_*.py' tests/insiders

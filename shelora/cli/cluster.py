@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from shelora.cli.folder import ADDRESSES
 from shelora.cli.members import CLIENT_IDENTITY, LOCAL_NAMES, Members
 from shelora.cli.processes import Launch, Process, Processes
-from shelora.cli.servers import Relay, Servers
+from shelora.cli.servers import LOOPBACK, Relay, Servers
 from shelora.cli.supervision import Supervision
 from shelora.configuration import invalid
 from shelora.levels import Level
@@ -76,6 +76,7 @@ class LocalCluster:
         relay: What all connections but those of enrolment go through.
         tell: Takes what is being started.
         names: Names of all servers beside those of this machine, in their certificates.
+        host: Where servers listen, but for Redis, which is for this machine alone; an address among their names.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class LocalCluster:
         relay: Relay | None = None,
         tell: Callable[[str], None] = lambda _: None,
         names: Sequence[str] = (),
+        host: str = LOOPBACK,
     ) -> None:
         self._names = (*LOCAL_NAMES, *names)
         self._folder = folder.absolute()
@@ -104,7 +106,7 @@ class LocalCluster:
         self._supervision = Supervision(self._folder, tell)
         self._processes = Processes(self._folder, self._supervision, tell)
         self._servers = Servers(
-            folder=self._folder, processes=self._processes, fixed_ports=fixed_ports, relay=relay
+            folder=self._folder, processes=self._processes, fixed_ports=fixed_ports, relay=relay, host=host
         )
 
     def __enter__(self) -> Self:

@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from shelora.cli.processes import Launch, Process, Processes
 from shelora.cli.supervision import require_local
 
+LOOPBACK: Final = "127.0.0.1"
 KEY_AUTHORITY_PORT: Final = 7102
 COORDINATOR_PORT: Final = 7101
 ENROLMENT_PORT: Final = 7099
@@ -39,6 +40,7 @@ class Servers:
         processes: Where they run.
         fixed_ports: They serve on the documented ports, otherwise on free ones.
         relay: What connections to them go through, but those of enrolment.
+        host: Where they listen, but for Redis.
         metrics: Prometheus address by process, as they come up.
     """
 
@@ -46,6 +48,7 @@ class Servers:
     processes: Processes
     fixed_ports: bool
     relay: Relay | None
+    host: str = LOOPBACK
     metrics: dict[str, str] = field(default_factory=dict)
 
     def prepare(self) -> None:
@@ -78,7 +81,7 @@ class Servers:
         settings = {
             "DATA_DIR": str(self.folder / "key-authority"),
             "SEALING_KEY_FILE": str(self._kept_secret("sealing-key")),
-            "ENROLMENT_LISTEN": f"127.0.0.1:{ENROLMENT_PORT if self.fixed_ports else 0}",
+            "ENROLMENT_LISTEN": f"{self.host}:{ENROLMENT_PORT if self.fixed_ports else 0}",
             "OPERATOR_TOKEN_FILE": str(self.operator_token),
             "NAMES": json.dumps(names),
         }
@@ -116,7 +119,7 @@ class Servers:
         """Starts a server. Returns what waits until it serves, and returns the address that callers use."""
         stem = f"SHELORA_{name.rstrip('-0123456789').replace('-', '_').upper()}_"
         environment = {
-            "LISTEN": f"127.0.0.1:{port if self.fixed_ports else 0}",
+            "LISTEN": f"{self.host}:{port if self.fixed_ports else 0}",
             "READY_FILE": str(self._ready(name)),
             "LOG_JSON": "true",
             **settings,

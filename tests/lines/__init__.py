@@ -1,0 +1,1 @@
+"""Devices on bad lines: network namespaces whose interfaces `tc` shapes. `make test-lines`; Linux, as root."""
