@@ -26,7 +26,7 @@ class LargeLearner(SyntheticLearner):
 
     def __init__(self, config: AgentConfig, spec: TrainingSpec, state: AgentState, rounds: int) -> None:
         super().__init__(config, spec, state, rounds)
-        self.model = SyntheticModel(config.lora.rank, config.lora.scaling, matrices=MATRICES)
+        self.model = SyntheticModel(rank=config.lora.rank, scaling=config.lora.scaling, matrices=MATRICES)
 
 
 if __name__ == "__main__":
