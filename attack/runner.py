@@ -27,6 +27,7 @@ from attack.cases import Case, all_cases
 from attack.findings import Finding
 from attack.public import Public
 from attack.stage import Stage
+from examples.smollm2 import smollm2
 from shelora.errors import DomainError, Reason
 
 _ATTACKS: Final = ("attack", "examples/reuters")
@@ -58,7 +59,7 @@ class Plan:
 
     def model(self, case: Case) -> Path:
         """Folder of the model."""
-        fetch = assets.smollm2 if case.scene.task == "causal-lm" else assets.minilm
+        fetch = smollm2 if case.scene.task == "causal-lm" else assets.minilm
         return fetch(self.downloads)
 
     def arguments(self) -> list[str]:

@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attack.assets import minilm, smollm2
+from attack.assets import minilm
 from examples.local import ASSETS
+from examples.smollm2 import smollm2
 
 SETTINGS: Final = (
     ("float32", "none", False),
