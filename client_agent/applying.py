@@ -7,6 +7,7 @@ from typing import Final
 
 import structlog
 
+from client_agent.adapters import Newest, Ranked
 from client_agent.committees import Committees
 from client_agent.downloads import Result, contents, download
 from client_agent.keyring import Keyring
@@ -88,6 +89,7 @@ class Applier:
         """
         if not train.HasField("base"):
             await self._run(self._learner.start, secrets)
+            await self._follow(Newest(round_id=train.round.round_id, number=0))
             await self._run(self._learner.write_samples, 0, activity)
             return
         plan = train.base_plan if train.HasField("base_plan") else None
@@ -109,8 +111,8 @@ class Applier:
         applied = await self._apply(result, plan, activity)
         with suppress(DomainError):  # it is reported when another round begins from there, if one does
             await self._object_to(result)
-        folder = self._tools.state.adapter_folder
-        if self._learner.objection and self._tools.state.has_adapter_beside(result.round_id):
+        adapters, folder = self._tools.state.adapters, self._tools.state.adapters.newest
+        if self._learner.objection and adapters.is_beside(result.round_id):
             kept = f"the adapter of the result before, in {folder}"
             _log.error("last_result_not_kept", why=self._learner.objection, kept=kept)
             return applied
@@ -157,19 +159,32 @@ class Applier:
 
     async def _rank_adapter(self, result: common_pb2.ResultRef, measured: Evaluation) -> None:
         """Writes on the adapter's card how good it is, and keeps it as the best one if it is."""
-        state = self._tools.state
-        await self._run(state.replace_card, self._learner.card(_origin(result), measured))
-        if await self._run(state.keep_if_best, result.round_id, measured.loss):
-            _log.info("best_adapter_so_far", round=result.round_id, folder=str(state.best_folder))
+        adapters = self._tools.state.adapters
+        await self._run(adapters.replace_card, self._learner.card(_origin(result), measured))
+        ranked = Ranked(
+            round_id=result.round_id,
+            number=result.round_number,
+            digest=digest_of(result).hex(),
+            loss=measured.loss,
+            settled=not self._me.protection.strategy.needs_committee,
+        )
+        if await self._run(adapters.keep_if_best, ranked):
+            _log.info("best_adapter_so_far", round=result.round_id, folder=str(adapters.best))
+
+    async def _follow(self, newest: Newest) -> None:
+        """Gives the best adapter up if the federation goes on without the result that it is of."""
+        if await self._run(self._tools.state.adapters.follow, newest):
+            why = "its result was taken back, or may have been while this client was away"
+            _log.warning("best_adapter_given_up", newest=newest.round_id, why=why)
 
     async def _save_adapter(self, result: common_pb2.ResultRef) -> None:
         """Makes the adapter on disk the current state's, which is that result; also when it was gone back to."""
         if self._saved == result.round_id:
             return
-        state, made = self._tools.state, _origin(result)
-        await self._run(state.save_adapter, result.round_id, partial(self._learner.save_adapter, made=made))
+        adapters, made = self._tools.state.adapters, _origin(result)
+        await self._run(adapters.save, result.round_id, partial(self._learner.save_adapter, made=made))
         if (measured := self._reported.get(result.round_id)) is not None:
-            await self._run(state.replace_card, self._learner.card(made, measured))
+            await self._run(adapters.replace_card, self._learner.card(made, measured))
         self._saved = result.round_id
 
     async def _apply(
@@ -177,6 +192,7 @@ class Applier:
     ) -> Applied:
         """Applies a result with the secrets of its own epoch, whatever the next round's is."""
         if await self._run(self._learner.holds, reference.round_id):
+            await self._follow(Newest(round_id=reference.round_id, number=reference.round_number))
             return Applied()
         result = Result.from_proto(reference)
         secrets = await self._keyring.secrets(reference.epoch)
@@ -186,6 +202,8 @@ class Applier:
         if self._me.protection.strategy.needs_committee:
             opened = await self._committees.opened(reference, result.layout, secrets)
             await self._run(self._tools.state.note_result, reference.round_id, digest_of(reference))
+        start = opened.context.start.hex() if opened else ""
+        await self._follow(Newest(round_id=reference.round_id, number=reference.round_number, start=start))
         watch = Stopwatch()
         inbox = await download(self._tools.replicas, self._tools.state, result, activity)
         download_s = watch.seconds

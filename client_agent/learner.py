@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 import torch
 
+from client_agent.adapters import CARD
 from client_agent.card import card_of, name_base, rendered
 from client_agent.conditions import Conditions
 from client_agent.config import AgentConfig
@@ -27,7 +28,7 @@ from client_agent.results import Results
 from client_agent.samples import Sampler, as_json
 from client_agent.schedule import Schedule
 from client_agent.scoring import sensitivity_scores
-from client_agent.state import CARD, AgentState
+from client_agent.state import AgentState
 from client_agent.tables import first_line
 from client_agent.tasks.port import ExampleSet
 from client_agent.training import Report, TrainingOutcome, TrainingRun, train

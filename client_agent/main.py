@@ -154,7 +154,8 @@ def export(
 
 
 def _export(config: AgentConfig, to: Path, *, best: bool, merged: bool) -> int:
-    from client_agent.state import newest_adapter  # noqa: PLC0415 - as in `_run`
+    from client_agent.adapters import ORIGIN  # noqa: PLC0415 - as in `_run`
+    from client_agent.state import newest_adapter  # noqa: PLC0415 - as above
 
     adapter = newest_adapter(config.state_dir, best=best)
     if to.exists():
@@ -166,7 +167,7 @@ def _export(config: AgentConfig, to: Path, *, best: bool, merged: bool) -> int:
             export_merged(config.model.path, adapter, to)
             Terminal().say(f"merged {adapter} into {config.model.path}: {to}")
             return 0
-        shutil.copytree(adapter, to)
+        shutil.copytree(adapter, to, ignore=shutil.ignore_patterns(ORIGIN))
     except OSError as error:  # shutil.Error too
         raise invalid(f"--to {to}: the adapter cannot be copied there: {error.strerror or error}") from error
     Terminal().say(f"copied {adapter} to {to}")

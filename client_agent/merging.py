@@ -8,10 +8,10 @@ from typing import Any, Final
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
+from client_agent.adapters import CARD
 from client_agent.card import BASE_WEIGHTS
 from client_agent.checkpoint import Checkpoint, invalid, load_checkpoint, quiet, stored_dtype
 from client_agent.fingerprint import base_digest
-from client_agent.state import CARD
 from client_agent.tables import first_line
 from client_agent.tasks.port import Task
 from client_agent.tasks.registry import tasks

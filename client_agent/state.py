@@ -12,10 +12,9 @@
     result.json             digests of the results that were applied last
     certified.json          the set of updates that this client certified for each round, as a member of its committee
     inbox/<round>/          shards of the result being downloaded
-    adapter/                the adapter of the newest result that was applied
-    adapter.json            which result that was
+    adapter/                the adapter of the newest result that was applied, and which one that is (`adapters`)
     adapter-best/           that of the result with the smallest loss on this client's own test examples
-    best.json               which result that was
+    adapter-best.before/    the best one before it, while the result of the best one can be taken back
     samples/                what the model wrote to the prompts of its configuration, a file a round
 
 Every file is written beside its place and renamed into it, so a file that is there is whole; so is an adapter's folder.
@@ -40,6 +39,7 @@ import safetensors
 import safetensors.numpy
 
 from client_agent.access import unwritable
+from client_agent.adapters import ADAPTER, BEST, Adapters
 from client_agent.config import HiddenClient
 from client_agent.learning import Weights
 from client_agent.sum_budget import SumBudget
@@ -51,18 +51,12 @@ from shelora.lora.shards import Float32, LoraFactors
 from shelora.lora.sketches import Exponents
 from shelora.transport.pieces import Digest
 
-CARD: Final = "README.md"
-"""Model card in an adapter's folder."""
 _FORMAT: Final = 1
 _APPLIED: Final = "applied.safetensors"
 _BEFORE: Final = "before.safetensors"
 _TRAINED: Final = "trained.safetensors"
 _MANIFEST: Final = "manifest.json"
 _PLAN_FIT: Final = "plan_fit.json"
-_ADAPTER_NOTE: Final = "adapter.json"
-_BEST_NOTE: Final = "best.json"
-ADAPTER: Final = "adapter"
-BEST: Final = "adapter-best"
 SAMPLES: Final = "samples"
 _PROMISE: Final = "promise.json"
 _HIDDEN: Final = "client-privacy.json"
@@ -187,18 +181,7 @@ class AgentState:
             os.close(self._lock)
             raise _unusable(folder, "another agent uses it; give each agent a folder of its own") from error
         files.remove_drafts(folder)
-        for adapter in (self.adapter_folder, self.best_folder):
-            _recover(adapter)
-
-    @property
-    def adapter_folder(self) -> Path:
-        """Where the adapter goes."""
-        return self._folder / ADAPTER
-
-    @property
-    def best_folder(self) -> Path:
-        """Where the best adapter goes."""
-        return self._folder / BEST
+        self.adapters = Adapters(folder)
 
     def close(self) -> None:
         """Lets another agent use the folder."""
@@ -254,21 +237,6 @@ class AgentState:
         """The last trained weights and their key; None if there are none, or none that can be read."""
         return _load_weights(self._folder / _TRAINED)
 
-    def save_adapter(self, round_id: str, write: Callable[[Path], None]) -> None:
-        """Replaces the adapter by what is written into the folder that `write` is given: that of a round's result."""
-        draft = _draft_of(self.adapter_folder)
-        write(draft)
-        (self._folder / _ADAPTER_NOTE).unlink(missing_ok=True)
-        _install(draft, self.adapter_folder)
-        files.replace(
-            self._folder / _ADAPTER_NOTE, json.dumps({"format": _FORMAT, "round": round_id}).encode()
-        )
-
-    def has_adapter_beside(self, round_id: str) -> bool:
-        """Whether the adapter is known to be of a result of the same federation as that round."""
-        noted = self._noted(_ADAPTER_NOTE, round_id)
-        return noted is not None and self.adapter_folder.is_dir()
-
     def save_samples(self, number: int, content: bytes) -> Path:
         """Keeps what the model wrote after that training round; 0: before the first. Returns the file."""
         folder = self._folder / SAMPLES
@@ -276,41 +244,6 @@ class AgentState:
         path = folder / f"round-{number:04}.json"
         files.replace(path, content)
         return path
-
-    def replace_card(self, card: str) -> None:
-        """Replaces the card of the adapter, if there is one."""
-        if card and self.adapter_folder.is_dir():
-            files.replace(self.adapter_folder / CARD, card.encode())
-
-    def keep_if_best(self, round_id: str, loss: float) -> bool:
-        """Keeps the adapter as the best one if its loss is smaller than that of the best so far of this federation."""
-        if not loss < self._best_loss(round_id) or not self.adapter_folder.is_dir():  # NaN is not
-            return False
-        draft = _draft_of(self.best_folder)
-        shutil.copytree(self.adapter_folder, draft, dirs_exist_ok=True)
-        _install(draft, self.best_folder)
-        note = {"format": _FORMAT, "round": round_id, "loss": loss}
-        files.replace(self._folder / _BEST_NOTE, json.dumps(note).encode())
-        return True
-
-    def _best_loss(self, round_id: str) -> float:
-        """Infinity if there is no best adapter of that round's federation, or no note of it that can be read."""
-        try:
-            return float((self._noted(_BEST_NOTE, round_id) or {}).get("loss", math.inf))
-        except _UNREADABLE:
-            return math.inf
-
-    def _noted(self, name: str, round_id: str) -> dict[str, Any] | None:
-        """The note of an adapter; None if there is none that can be read, or it is of another federation's round.
-
-        Another federation may have had the same name; its rounds are named by its instance, too.
-        """
-        try:
-            note: dict[str, Any] = json.loads((self._folder / name).read_bytes())
-            ours = note["format"] == _FORMAT and _federation_of(note["round"]) == _federation_of(round_id)
-        except (*_UNREADABLE, KeyError, AttributeError):
-            return None
-        return note if ours else None
 
     def save_plan_fit(self, fit: PlanFit) -> None:
         """Keeps how the newest plan serves this client."""
@@ -520,11 +453,6 @@ class Inbox:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _federation_of(round_id: str) -> str:
-    """What a round's identifier begins with: its federation's name and instance."""
-    return round_id.rpartition(".")[0]
-
-
 def newest_adapter(folder: Path, *, best: bool = False) -> Path:
     """The adapter in a state folder, whether an agent uses it or not.
 
@@ -535,35 +463,6 @@ def newest_adapter(folder: Path, *, best: bool = False) -> Path:
         more = "none was evaluated on test examples yet" if best else "no round was published yet"
         raise _unusable(folder, f"there is no {adapter.name}/ in it: {more}")
     return adapter
-
-
-def _draft_of(adapter: Path) -> Path:
-    """An empty folder beside an adapter's."""
-    draft = adapter.with_name(f"{adapter.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    _make_folder(draft)
-    return draft
-
-
-def _install(draft: Path, adapter: Path) -> None:
-    """Puts a finished draft in an adapter's place. After a death between the two renames, `_recover` repairs it."""
-    old = adapter.with_name(f"{adapter.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    files.sync_tree(draft)
-    if adapter.exists():
-        adapter.rename(old)
-    draft.rename(adapter)
-    files.sync_folder(adapter.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _recover(adapter: Path) -> None:
-    """Puts back what was taken away for a draft that did not come, and deletes the draft."""
-    old = adapter.with_name(f"{adapter.name}.old")
-    if old.is_dir() and not adapter.exists():
-        old.rename(adapter)
-    for left in (old, adapter.with_name(f"{adapter.name}.draft")):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _make_folder(folder: Path) -> None:

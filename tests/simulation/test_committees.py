@@ -4,10 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from unittest import mock
 
 import pytest
 
+from client_agent.adapters import Adapters
+from client_agent.learning import Evaluation
 from coordinator.convening import Convening
 from shelora.committee.rules import committee_rule
 from tests.simulation.cluster import Size
@@ -81,6 +84,11 @@ def test_who_objects_takes_part_and_more_than_half_take_a_result_back(objectors,
     assert len(said) >= len(objectors), "they did object"
 
 
+def number_of(round_id: str) -> str:
+    """Its number among all attempts."""
+    return round_id.rpartition(".")[2]
+
+
 @contextmanager
 def adapters() -> Iterator[dict[str, list[str]]]:
     """Which results' adapters agents save, by agent: the round's number among all attempts."""
@@ -88,7 +96,7 @@ def adapters() -> Iterator[dict[str, list[str]]]:
     real = MarkedLearner.save_adapter
 
     def noted(learner: MarkedLearner, *arguments, **named):
-        saved[learner._client_id].append(learner._position.rpartition(".")[2])
+        saved[learner._client_id].append(number_of(learner._position))
         real(learner, *arguments, **named)
 
     with mock.patch.object(MarkedLearner, "save_adapter", noted):
@@ -114,6 +122,36 @@ def test_a_result_that_is_taken_back_is_nobodys_adapter():
     assert report.phase == "FINISHED"
     assert saved["agent-0"] == ["1", "2", "1", "4", "5"]
     assert all("2" not in saved[f"agent-{index}"] for index in (1, 2, 3))
+
+
+def test_the_best_adapter_is_of_no_result_that_was_taken_back():
+    """Also where the client itself found that result the best: it has the best one from before again, at once."""
+    losses = {"1": 0.5, "2": 0.1, "4": 0.6, "5": 0.4}
+    best: list[str] = []
+
+    def evaluate(learner: MarkedLearner, *_arguments, **_named) -> Evaluation:
+        return Evaluation(count=1, correct=1, loss=losses[number_of(learner._position)], seconds=0.0)
+
+    def noting(real):
+        def noted(adapters: Adapters, *arguments):
+            returned = real(adapters, *arguments)
+            if adapters.best.parent.name == "agent-0" and adapters.best.is_dir():
+                best.append(number_of((adapters.best / "position").read_text()))
+            return returned
+
+        return noted
+
+    schedule = complete(6, 4)
+    with (
+        mock.patch.object(MarkedLearner, "evaluate", evaluate),
+        mock.patch.object(Adapters, "follow", noting(Adapters.follow)),
+        mock.patch.object(Adapters, "keep_if_best", noting(Adapters.keep_if_best)),
+        objecting("agent-1", "agent-2", "agent-3", to=2),
+    ):
+        report = run(replace(schedule, size=replace(schedule.size, rounds=3)))
+    kept(report)
+    assert report.phase == "FINISHED"
+    assert [number for number, _ in groupby(best)] == ["1", "2", "1", "5"]
 
 
 @pytest.mark.parametrize("seed", range(6))

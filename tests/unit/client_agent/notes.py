@@ -1,5 +1,6 @@
-"""What is committed with an update, where a test does not look at it."""
+"""What is noted of updates and of adapters, where a test does not look at it."""
 
+from client_agent.adapters import Ranked
 from client_agent.state import UpdateNote
 
 NOTE = UpdateNote(
@@ -12,3 +13,17 @@ NOTE = UpdateNote(
     train_s=1.5,
     encrypt_s=0.1,
 )
+
+
+def ranked(federation: str, number: int, loss: float, *, settled: bool = False) -> Ranked:
+    """What is noted of an adapter; the digest of its result follows from the number.
+
+    Args: federation: Name and instance.
+    """
+    return Ranked(
+        round_id=f"{federation}.{number}",
+        number=number,
+        digest=f"{number:064x}",
+        loss=loss,
+        settled=settled,
+    )

@@ -17,6 +17,7 @@ from client_agent.config import AgentConfig
 from client_agent.main import app
 from client_agent.state import AgentState
 from shelora.federation import FederationSpec
+from tests.unit.client_agent.notes import ranked
 from tests.unit.client_agent.tiny import classifier, save_chat_model
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -113,8 +114,8 @@ def training(tmp_path, bert_folder):
     agent_file(tmp_path, model={"path": str(bert_folder), "device": "cpu"})
     model = classifier(bert_folder)
     state = AgentState(tmp_path / "state")
-    state.save_adapter("fed.a.1", lambda folder: written(model, folder))
-    state.keep_if_best("fed.a.1", 1.0)
+    state.adapters.save("fed.a.1", lambda folder: written(model, folder))
+    state.adapters.keep_if_best(ranked("fed.a", 1, 1.0))
     state.close()
     return tmp_path
 

@@ -253,7 +253,7 @@ def test_a_sum_that_moves_the_model_too_far_is_cut_by_what_this_client_trained(
     whole = far.matrices[name].Q @ far.matrices[name].M
     assert np.linalg.norm(change) < 0.01 * np.linalg.norm(whole)
     assert learner.model.weights().changes[name]
-    other = make_learner(STATE_DIR=str(learner._state.adapter_folder.parent.parent / "other"))
+    other = make_learner(STATE_DIR=str(learner._state.adapters.newest.parent.parent / "other"))
     other.apply("films/2", [far], SECRETS.obfuscation, 2)
     np.testing.assert_allclose(everything(other.model.weights(), scaling, name), whole, rtol=1e-3, atol=1)
 

@@ -35,7 +35,7 @@ def trained(folder: Path, model: Path, task: str) -> Learner:
         learner = Learner(config, spec, state)
         learner.start(EpochSecrets.unprotected("films", 1))
         learner.model.load(learner.train(1, Activity()).weights)
-        state.save_adapter("fed.a.1", lambda place: learner.save_adapter(place, Origin(1, 3)))
+        state.adapters.save("fed.a.1", lambda place: learner.save_adapter(place, Origin(1, 3)))
     finally:
         state.close()
     return learner
