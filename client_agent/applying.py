@@ -143,7 +143,7 @@ class Applier:
             loss=measured.loss,
             correct=measured.correct,
             count=measured.count,
-            **measured.figures,
+            figures=dict(measured.figures),
         )
         if not self._learner.objection:
             await self._rank_adapter(result, measured)

@@ -297,6 +297,9 @@ class AgentConfig(StrictModel):
     or module:attribute (docs/own-trainer.md). It is code that runs here with this client's data."""
     training: TrainingSettings = TrainingSettings()
     """How this client trains; what all must share is the federation's."""
+    metrics: tuple[Name, ...] = ()
+    """Functions of your own that say how good the model is on test examples, module:attribute each (docs/training.md).
+    They are code that runs here with this client's data."""
     samples: SampleSettings = SampleSettings()
     """Prompts that the model answers after each round, in state_dir/samples; for causal-lm and chat alone."""
     budget: Annotated[float, Field(ge=0, le=1)] = 1.0

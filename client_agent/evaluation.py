@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from client_agent.learning import Evaluation
 from client_agent.model import AdaptedModel
+from client_agent.own_metrics import Metric, Predictions
 from client_agent.tasks.port import ExampleEncoder, ExampleSet
 from client_agent.training import Report
 
@@ -21,16 +22,26 @@ _Examples = TypeVar("_Examples", bound=ExampleSet)
 
 
 def evaluate(
-    model: AdaptedModel, encoder: ExampleEncoder[_Examples], examples: _Examples, report: Report
+    model: AdaptedModel,
+    encoder: ExampleEncoder[_Examples],
+    examples: _Examples,
+    report: Report,
+    metrics: Sequence[Metric] = (),
 ) -> Evaluation:
     """Predicts every example once; of some thousands, those of like length together: that saves padding.
 
-    Args: report: Called before every batch; what it raises ends the evaluation.
+    Args:
+        model: What predicts.
+        encoder: Makes the batches.
+        examples: What is predicted.
+        report: Called before every batch; what it raises ends the evaluation.
+        metrics: Of the user's own; what they say is among the figures, in place of ours of the same name.
     """
     started = time.monotonic()
     count = correct = 0
     loss = 0.0
     confusion: NDArray[np.int64] | None = None
+    predictions = Predictions(metrics, classes=model.task.has_head)
     model.module.eval()
     for done, encoded in _batches(encoder, examples):
         report(done / len(examples))
@@ -39,6 +50,7 @@ def evaluate(
             logits, targets = model.predict(batch)
             loss += float(model.task.loss(logits, targets).item())
             correct += model.task.correct(logits, targets)
+            predictions.add(logits, targets)
         count += len(targets)
         if model.task.has_head:
             seen = confused(logits, targets)
@@ -47,6 +59,7 @@ def evaluate(
     figures = {} if confusion is None else {"macro_f1": macro_f1(confusion)}
     if model.task.predicts_next and mean < _LARGEST_EXPONENT:
         figures["perplexity"] = math.exp(mean)
+    figures |= predictions.figures()
     return Evaluation(
         count=count, correct=correct, loss=mean, seconds=time.monotonic() - started, figures=figures
     )

@@ -28,6 +28,7 @@ from client_agent.drawing import seed_of
 from client_agent.learner import Learner
 from client_agent.metrics import TRAINING_STEPS
 from client_agent.model import AdaptedModel
+from client_agent.own_metrics import Metric
 from client_agent.preparation import Prepared, load_model, rehearse
 from client_agent.state import AgentState
 from client_agent.survey import Survey
@@ -121,6 +122,11 @@ class TrainerLearner(Learner):
         if not np.isfinite(loss):
             raise invalid(f"the script's training loss is {loss}: lower the learning rate or check the data")
         return TrainingOutcome(loss, time.monotonic() - started)
+
+    def metrics(self) -> Sequence[Metric]:
+        """The script's `compute_metrics`, too, where it takes classes: of tokens it would be given no logits."""
+        own = self._trainer.compute_metrics
+        return (*super().metrics(), *([own] if own and self.model.task.has_head else []))
 
 
 class ScriptData:

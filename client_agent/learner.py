@@ -1,6 +1,6 @@
 """Everything an agent computes with its model and data. Synchronous; the agent runs it in its one worker thread."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from client_agent.keys import EpochSecrets
 from client_agent.learning import BaseDigest, Evaluation, Origin, Trained, Weights
 from client_agent.metrics import timed
 from client_agent.outcomes import Outcomes
+from client_agent.own_metrics import Metric, metrics_of
 from client_agent.plausibility import JUDGING_EXAMPLES
 from client_agent.preparation import Prepared, prepare
 from client_agent.progress import Activity, Stopped
@@ -113,6 +114,10 @@ class Learner:
         told = self._reporting.callbacks(run.steps_before)
         return train(self.model, self.encoder, self.examples, run, report, told)
 
+    def metrics(self) -> Sequence[Metric]:
+        """What else evaluations say: the functions of the agent's file. Raises: CONFIGURATION_INVALID."""
+        return metrics_of(self._config.metrics)
+
     @property
     def objection(self) -> str:
         """Why the current state serves this client badly, in words; "" if it does not."""
@@ -191,7 +196,7 @@ class Learner:
             return None
         report = self._reporter(activity, Stage.EVALUATING)
         with timed(Stage.EVALUATING):
-            return evaluate(self.model, self.encoder, some, report)
+            return evaluate(self.model, self.encoder, some, report, self.metrics())
 
     def write_samples(self, number: int, activity: Activity) -> None:
         """Has the current state answer the prompts of the configuration, into a file for that training round.

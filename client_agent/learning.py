@@ -50,7 +50,8 @@ class Evaluation:
     """Mean over the predictions."""
     seconds: float
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Others, by name: `macro_f1` of classes, 0 to 1; `perplexity` of next tokens. They stay here, and in the card."""
+    """Others, by name: `macro_f1` of classes, 0 to 1; `perplexity` of next tokens; the user's own. They stay here, and
+    in the card."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from client_agent.checkpoint import invalid, load_checkpoint
 from client_agent.config import AgentConfig
 from client_agent.encoding import ModelBatch, tokenizing
 from client_agent.model import AdaptedModel, choose_device
+from client_agent.own_metrics import metrics_of
 from client_agent.precision import choose_precision
 from client_agent.reporting import require_trackers
 from client_agent.samples import Sampler
@@ -50,6 +51,7 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
     Raises: DomainError DATA_INVALID, MODEL_INVALID, MEMORY_UNAVAILABLE, CONFIGURATION_INVALID.
     """
     require_trackers(config.training.report_to)
+    metrics_of(config.metrics)
     data = config.data.model_copy(update={"cache_dir": config.cache_dir})
     task = task_of(spec.task)
     examples = task.read(data.train, data, spec)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
@@ -103,6 +104,22 @@ def test_a_script_trains_the_federations_steps_with_its_own_arguments_and_again_
     assert not (agent_folder / "checkpoints").exists() or not list(
         (agent_folder / "checkpoints").glob("checkpoint-*")
     )
+
+
+def test_a_scripts_metrics_and_those_of_the_agents_file_are_computed(
+    agent_folder: Path, bert_folder: Path, obfuscation: Any, state: AgentState
+) -> None:
+    path = agent_folder / "agent.yaml"
+    named = {"metrics": ["examples.own_trainer.metrics:balanced_accuracy"]}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | named))
+    trainer = scripted(agent_folder, bert_folder)
+    trainer.compute_metrics = lambda seen: {"seen": len(seen.label_ids)}
+    learner = learned(agent_folder, trainer, state)
+    learner.model.initialise(obfuscation)
+    told = learner.evaluate(Activity())
+    assert told is not None
+    assert set(told.figures) == {"macro_f1", "balanced_accuracy", "seen"}
+    assert told.figures["seen"] == told.count
 
 
 def test_a_scripts_round_stops_within_a_step(
