@@ -182,6 +182,9 @@ class TrainingSettings(StrictModel):
     """Another seed draws other batches and other dropout."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about a third more time."""
+    packing: bool = False
+    """Lay the texts of a batch end to end instead of padding them to the longest: less to compute where their lengths
+    differ. For language models whose attention keeps such texts apart; it is tried before the first round."""
     report_to: tuple[Tracker, ...] = ()
     """Trackers that receive losses and rates, step by step: tensorboard (in state_dir/tensorboard), mlflow, wandb. They
     run on this client's side; wandb sends to the account that it is set up with."""
@@ -325,6 +328,7 @@ class AgentConfig(StrictModel):
         own = (
             training.label_smoothing,
             training.gradient_checkpointing,
+            training.packing,
             training.optimizer.endswith("8bit"),
             training.report_to,
             model.dtype != "float32",
@@ -335,7 +339,7 @@ class AgentConfig(StrictModel):
                 "privacy",
                 "privacy computes each example's gradient by itself: it goes with optimizer adamw_torch, "
                 "adamw_torch_fused or sgd, model.dtype float32 and model.quantization none, and without "
-                "label_smoothing, gradient_checkpointing and report_to",
+                "label_smoothing, gradient_checkpointing, packing and report_to",
             )
         return self
 

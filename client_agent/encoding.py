@@ -14,6 +14,8 @@ from shelora.errors import DomainError, Reason
 
 TEXTS_AT_ONCE: Final = 4096
 """Texts that are encoded at once where not all are needed."""
+NOT_LEARNT: Final = -100
+"""Target of a token that is not learnt; cross-entropy in torch and transformers leaves it out, too."""
 SHOWN_TOKENS: Final = 40
 """Tokens of an example that are shown to people."""
 
@@ -67,7 +69,8 @@ class Batch:
     attention_mask: torch.Tensor
     """[examples, tokens], int64: 1 for a token, 0 for padding."""
     targets: torch.Tensor
-    """[examples], int64: label indices; empty where the next tokens are the targets."""
+    """[examples], int64: label indices; or [examples, tokens], NOT_LEARNT where a token is not learnt; empty where all
+    tokens are."""
     token_type_ids: torch.Tensor | None = None
     """[examples, tokens], int64: which text of a pair a token is of; None where that is not told apart."""
 
@@ -78,6 +81,13 @@ class Batch:
     def mask(self) -> torch.Tensor:
         """[examples, tokens]: what is not padding."""
         return self.attention_mask
+
+    @property
+    def next_targets(self) -> torch.Tensor:
+        """[examples, tokens], int64, of a language task: what is to be predicted there; NOT_LEARNT if nothing is."""
+        if self.targets.ndim > 1:
+            return self.targets
+        return self.input_ids.masked_fill(self.attention_mask == 0, NOT_LEARNT)
 
     @property
     def described(self) -> str:

@@ -175,6 +175,11 @@ class ScriptBatch:
         return len(self.targets)
 
     @property
+    def next_targets(self) -> torch.Tensor:
+        """Its labels, where they are of tokens."""
+        return self.targets
+
+    @property
     def mask(self) -> torch.Tensor | None:
         """[examples, tokens]: what is not padding."""
         return self.inputs.get("attention_mask")

@@ -12,6 +12,7 @@ from client_agent.config import AgentConfig
 from client_agent.encoding import ModelBatch, tokenizing
 from client_agent.model import AdaptedModel, choose_device
 from client_agent.own_metrics import metrics_of
+from client_agent.packing import require_packable
 from client_agent.precision import choose_precision
 from client_agent.reporting import require_trackers
 from client_agent.samples import Sampler
@@ -67,14 +68,15 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
         Sampler(config.samples, model, encoder)
         longest = encoder.batch(examples.select([lengths.longest]))
     rehearse(model, longest)
+    pair = examples.select([lengths.longest, (lengths.longest + 1) % len(examples)])
+    if config.training.packing:
+        require_packable(model, encoder.batch(pair))
     if config.privacy is not None:
-        _rehearse_privately(model, encoder, examples, lengths)
+        _rehearse_privately(model, encoder.batch(pair))
     return Prepared(examples=examples, test=test, model=model, encoder=encoder, lengths=lengths)
 
 
-def _rehearse_privately(
-    model: AdaptedModel, encoder: ExampleEncoder[Any], examples: ExampleSet, lengths: Survey
-) -> None:
+def _rehearse_privately(model: AdaptedModel, pair: ModelBatch) -> None:
     """Raises: CONFIGURATION_INVALID without Opacus; MODEL_INVALID for a model that it cannot train."""
     if importlib.util.find_spec("opacus") is None:
         raise DomainError(
@@ -83,8 +85,7 @@ def _rehearse_privately(
         )
     from client_agent.private_training import rehearse_privately  # noqa: PLC0415 - an extra of its own
 
-    pair = [lengths.longest, (lengths.longest + 1) % len(examples)]
-    rehearse_privately(model, encoder.batch(examples.select(pair)))
+    rehearse_privately(model, pair)
 
 
 def load_model(config: AgentConfig, spec: TrainingSpec) -> AdaptedModel:

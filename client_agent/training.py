@@ -26,6 +26,7 @@ from client_agent.drawing import batches
 from client_agent.encoding import ModelBatch
 from client_agent.metrics import TRAINING_STEPS
 from client_agent.model import AdaptedModel
+from client_agent.packing import packed
 from client_agent.tasks.port import ExampleEncoder, ExampleSet
 from shelora.errors import DomainError, Reason
 
@@ -141,15 +142,22 @@ class _Parts(Dataset[Mapping[str, ModelBatch]]):
     """What is computed at once, encoded when it is asked for."""
 
     def __init__(
-        self, encoder: ExampleEncoder[Any], examples: ExampleSet, parts: Sequence[Sequence[int]]
+        self,
+        encoder: ExampleEncoder[Any],
+        examples: ExampleSet,
+        parts: Sequence[Sequence[int]],
+        *,
+        packing: bool,
     ) -> None:
         self._encoder, self._examples, self._indices = encoder, examples, parts
+        self._packing = packing
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Mapping[str, ModelBatch]:
-        return {_INPUTS: self._encoder.batch(self._examples.select(self._indices[index]))}
+        batch: Any = self._encoder.batch(self._examples.select(self._indices[index]))
+        return {_INPUTS: packed(batch) if self._packing else batch}
 
 
 class _RoundTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
@@ -171,7 +179,7 @@ class _RoundTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
         self, encoder: ExampleEncoder[Any], examples: ExampleSet, parts: Sequence[Sequence[int]]
     ) -> None:
         """Takes what to train on, in the order of training."""
-        self.train_dataset = _Parts(encoder, examples, parts)
+        self.train_dataset = _Parts(encoder, examples, parts, packing=self._run.settings.packing)
 
     def get_train_dataloader(self) -> DataLoader[Mapping[str, ModelBatch]]:
         """The parts of all steps; nothing is shuffled here."""

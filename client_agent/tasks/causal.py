@@ -1,7 +1,7 @@
 """The next token of plain texts."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from peft import TaskType
@@ -9,11 +9,19 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from client_agent.config import DataConfig
 from client_agent.data import Examples, read_examples
-from client_agent.encoding import Batch, Encoder
+from client_agent.encoding import NOT_LEARNT, Encoder
 from client_agent.survey import Survey, survey
 from client_agent.tasks.port import Task
 from shelora.federation import TrainingSpec
 from shelora.tasks import CAUSAL_LM, TaskName
+
+
+class NextTokens(Protocol):
+    """A batch whose next tokens are predicted."""
+
+    @property
+    def next_targets(self) -> torch.Tensor:
+        """[rows, tokens], int64: what is to be predicted there; NOT_LEARNT if nothing is."""
 
 
 class CausalLm(Task):
@@ -46,10 +54,11 @@ tokenizer = AutoTokenizer.from_pretrained("adapter")
         return survey(path, data.text_field, examples, encoder)
 
     def predictions(  # type: ignore[override]
-        self, logits: torch.Tensor, batch: Batch
+        self, logits: torch.Tensor, batch: NextTokens
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        known = batch.attention_mask[:, 1:].bool()
-        return logits[:, :-1][known], batch.input_ids[:, 1:][known]
+        targets = batch.next_targets[:, 1:]
+        known = targets != NOT_LEARNT
+        return logits[:, :-1][known], targets[known]
 
-    def target_count(self, batch: Batch) -> int:  # type: ignore[override]
-        return int(batch.attention_mask[:, 1:].sum().item())
+    def target_count(self, batch: NextTokens) -> int:  # type: ignore[override]
+        return int((batch.next_targets[:, 1:] != NOT_LEARNT).sum().item())

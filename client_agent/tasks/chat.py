@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from client_agent.config import DataConfig
 from client_agent.conversations import Conversations, read_conversations, record_at
-from client_agent.encoding import SHOWN_TOKENS, TEXTS_AT_ONCE, Batch, Encoded, padded, shortened
+from client_agent.encoding import (
+    NOT_LEARNT,
+    SHOWN_TOKENS,
+    TEXTS_AT_ONCE,
+    Batch,
+    Encoded,
+    padded,
+    shortened,
+)
 from client_agent.sources import invalid
 from client_agent.survey import Survey
 from client_agent.tasks.causal import CausalLm
@@ -20,8 +27,6 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
 from shelora.tasks import CHAT, EVERYTHING, TASKS
 
-NOT_LEARNT: Final = -100
-"""Target of a token that is not learnt; cross-entropy in torch and transformers leaves it out, too."""
 _LEAST_PROMPT: Final = 4
 """At least one in so many tokens is of the prompt where an answer does not fit."""
 
@@ -126,15 +131,6 @@ class Chat(CausalLm):
     def survey(self, path: Path, data: DataConfig, examples: Any, encoder: Any) -> Survey:  # noqa: ANN401 - its own
         del data
         return survey_conversations(path, examples, encoder)
-
-    def predictions(  # type: ignore[override]
-        self, logits: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        known = batch.targets[:, 1:] != NOT_LEARNT
-        return logits[:, :-1][known], batch.targets[:, 1:][known]
-
-    def target_count(self, batch: Batch) -> int:  # type: ignore[override]
-        return int((batch.targets[:, 1:] != NOT_LEARNT).sum().item())
 
 
 def survey_conversations(path: Path, examples: Conversations, encoder: ChatEncoder) -> Survey:

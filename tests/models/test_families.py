@@ -15,8 +15,10 @@ from PIL import Image
 
 from client_agent.checkpoint import load_checkpoint, quiet
 from client_agent.config import DataConfig, LoraSettings
+from client_agent.data import Examples
 from client_agent.learning import Weights
 from client_agent.model import AdaptedModel
+from client_agent.packing import packed, require_packable
 from client_agent.preparation import rehearse
 from client_agent.tasks.registry import task_of
 from client_agent.training import TrainingRun, train
@@ -116,6 +118,30 @@ def test_a_family_learns_a_task_and_its_round_is_right(kind: str, task: str, tmp
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
     moved = [float(np.abs(f.B).max()) for f in trained[0].factors.values()]
     assert max(moved) > 0
+
+
+MIXING = {"bloom", "falcon", "gpt_neo"}
+"""Decoders whose attention does not keep packed texts apart."""
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_packed_texts_give_the_gradients_of_padded_ones_or_are_refused(kind: str, tmp_path: Path) -> None:
+    model = adapted(save(kind, tmp_path / "model"), specification(kind, "causal-lm"))
+    encoder = model.task.encoder(model.tokenizer, 32, specification(kind, "causal-lm"))
+    batch = encoder.batch(Examples(("the movie was good", "bad", "awful movie")))
+    if kind in MIXING:
+        with pytest.raises(DomainError, match=r"leave training\.packing off"):
+            require_packable(model, batch)
+        return
+    require_packable(model, batch)
+    both = []
+    for one in (batch, packed(batch)):
+        model.module.zero_grad(set_to_none=True)
+        logits, targets = model.predict(one)
+        model.task.loss(logits, targets).backward()  # type: ignore[no-untyped-call]
+        both.append([p.grad.clone() for p in model.trainable() if p.grad is not None])
+    for expected, found in zip(*both, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-5)
 
 
 def mean_of_one_A(first: Weights, second: Weights) -> Weights:
