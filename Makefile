@@ -33,7 +33,7 @@ SOURCES := shelora coordinator client_agent services attack bench compare exampl
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-chat demo-vision test compare simulate test-helm test-pods test-compose test-models check static fix bench fuzz load chaos test-failures test-lines test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
+.PHONY: help setup demo demo-chat demo-vision test compare simulate test-helm test-pods test-compose test-models test-demos check static fix bench fuzz load chaos test-failures test-lines test-insiders attack up test-dashboard images push protos verify-protos diagrams docs unit clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -109,6 +109,9 @@ load: $(INSTALLED)  ## Load a local cluster with simulated agents (AGENTS="100 3
 
 chaos: $(INSTALLED)  ## Kill, stop and cut off the processes of a running federation (SECONDS, SEED, MODE=selective), check what must hold
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED) --mode $(MODE)
+
+test-demos: $(INSTALLED)  ## Run the demos of the guides as the guides show them, minutes each
+	$(BIN)/python -m pytest -o python_files='demo_*.py' tests/demos
 
 test-models: $(INSTALLED)  ## Train models of many families in every task, and base models of 8 and 4 bits
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

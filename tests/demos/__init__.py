@@ -1,0 +1,1 @@
+"""The demos of the guides, as the guides show them: minutes each (`make test-demos`)."""
