@@ -22,6 +22,7 @@ from tests.unit.client_agent.tiny import classifier, save_chat_model
 
 DOCS = Path(__file__).parents[3] / "docs"
 GUIDES = ("chat.md", "vision.md", "training.md", "own-trainer.md", "data.md")
+RUN = ("client-agent ", "make demo-", "python -m examples.own_trainer.script ")
 FEDERATION = {"name": "f", "training": {"base_model": "b", "labels": ["x", "y"]}}
 
 
@@ -135,8 +136,9 @@ def written(model, folder: Path) -> None:
 
 @pytest.mark.parametrize("guide", ["chat.md", "vision.md", "own-trainer.md"])
 def test_every_command_of_a_guide_is_one_that_a_test_runs(guide):
-    """Those of the agent below, demos in tests/demos."""
-    assert [line for line in shown(guide) if not line.startswith(("client-agent ", "make demo-"))] == []
+    """Those of the agent below, demos in tests/demos, the script in tests/e2e."""
+    assert [line for line in shown(guide) if not line.startswith(RUN)] == []
+    assert shown(guide)
 
 
 @pytest.mark.parametrize(("guide", "count"), [("chat", 1), ("vision", 1), ("training", 2)])
