@@ -16,7 +16,6 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from client_agent.samples import Completion, read_samples
 from examples.agents import HOME, Nowhere, Servers, agent_file
 from examples.alone import evaluated, prepared, train_alone
 from examples.chat.data import CORPUS, TOPICS, write_agents
@@ -122,7 +121,7 @@ def show_perplexities(federated: float, others: Mapping[str, float]) -> None:
 
 def show_samples(folder: Path, rounds: int) -> list[dict[str, str]]:
     """What the model wrote before the first round and after the last one, to each prompt."""
-    before, after = (read_samples(folder / f"round-{number:04}.json") for number in (0, rounds))
+    before, after = (written(folder / f"round-{number:04}.json") for number in (0, rounds))
     pairs = [side_by_side(*both) for both in zip(before, after, strict=True)]
     for pair in pairs:
         for what, text in pair.items():
@@ -131,9 +130,15 @@ def show_samples(folder: Path, rounds: int) -> list[dict[str, str]]:
     return pairs
 
 
-def side_by_side(before: Completion, after: Completion) -> dict[str, str]:
+def written(path: Path) -> list[dict[str, str]]:
+    """The samples of a round: prompt and text."""
+    samples: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))["samples"]
+    return samples
+
+
+def side_by_side(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str]:
     """The two answers to a prompt."""
-    return {"prompt": before.prompt, "before": before.text, "after": after.text}
+    return {"prompt": before["prompt"], "before": before["text"], "after": after["text"]}
 
 
 def require_best(federated: float, others: Mapping[str, float]) -> None:
