@@ -34,20 +34,26 @@ RUN = {
     r"client-agent doctor\b": ("tests/unit/client_agent/test_doctor.py", "examine("),
     r"client-agent (run)\b": ("tests/e2e/agents.py", '"{}", "--config"'),
     r"client-agent (export)\b": ("tests/unit/client_agent/test_merging.py", '"{}", "--config"'),
+    r"make (demo-chat|demo-vision)\b": ("tests/demos/demo_guides.py", "make {}"),
     r"make (static|test|test-helm)\b": (".ci/run", "make {}"),
     r"python(?:3\.11)? -m (tests\.simulation)\b": ("tests/simulation/test_engine.py", "{}"),
+    r"python -m examples\.own_trainer\.(script)\b": (
+        "tests/e2e/test_own_trainer.py",
+        '"examples.own_trainer.{}"',
+    ),
     r"helm install\b": ("deploy/helm/tests/test_chart.py", "def test_"),
 }
 """By what a command begins with: the file that runs it, or the same code with the same words, and words in it."""
 MARKED = {
     r"make (setup|check|fix|docs|up)\b": "what developers run all the time",
-    r"make (demo|demo-vision|bench|compare|load|simulate|attack)\b": "minutes or hours; documents give its figures",
+    r"make (demo(?!-)|bench|compare|load|simulate|attack)\b": "minutes or hours; documents give its figures",
     r"python -m (bench|compare|load)\b": "the same",
     r"make (images|push)\b|docker compose\b": "a container engine: make test-compose runs the cluster",
     r"kubectl\b": "a cluster: make test-pods runs the pods",
     r"(deploy/edge/install\.sh|systemctl|journalctl)\b": "root and systemd",
     r"(python3\.11 -m tests\.vectors|git)\b": "a machine of another architecture",
     r"pip install\b": "a package index",
+    r"python llama\.cpp/": "a copy of llama.cpp, and its packages",
     r"cd\b": "nothing",
 }
 """By what a command begins with: what running it takes."""
