@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from bench.peers.usage import Usage
 
@@ -172,10 +172,20 @@ def noted(folder: Path, clients: Sequence[str]) -> tuple[dict[int, list[Span]], 
     trained: dict[int, list[Span]] = {}
     count = right = 0
     for client in clients:
-        notes = [json.loads(line) for line in (folder / f"{client}.jsonl").read_text("utf-8").splitlines()]
+        notes = _notes(folder, client)
         for note in notes:
             if "training" in note:
                 trained.setdefault(note["training"], []).append(Span(note["began"], note["ended"]))
         last = [note for note in notes if "evaluating" in note][-1]
         count, right = count + last["count"], right + last["right"]
     return trained, right / count
+
+
+def evaluated(folder: Path, clients: Sequence[str], number: int) -> bool:
+    """Whether every client has noted that it evaluated that round's mean."""
+    return all(any(note.get("evaluating") == number for note in _notes(folder, client)) for client in clients)
+
+
+def _notes(folder: Path, client: str) -> list[dict[str, Any]]:
+    path = folder / f"{client}.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from bench.peers.ours import trained
-from bench.peers.outcome import SERVERS, Outcome, Span, Times, noted, table
+from bench.peers.outcome import SERVERS, Outcome, Span, Times, evaluated, noted, table
 from bench.peers.peer import certified
 from bench.peers.usage import Usage
 from bench.peers.wire import counted
@@ -131,6 +131,9 @@ def test_what_peers_clients_noted_is_read(tmp_path):
     trainings, accuracy = noted(tmp_path, ("a", "b"))
     assert trainings == {1: [Span(1.0, 2.0)] * 2, 2: [Span(4.0, 5.0)] * 2}
     assert accuracy == 0.6
+    assert evaluated(tmp_path, ("a", "b"), 2)
+    assert not evaluated(tmp_path, ("a", "b"), 3)
+    assert not evaluated(tmp_path, ("a", "c"), 2), "who noted nothing has not"
 
 
 def test_an_outcome_is_kept_and_becomes_a_row(tmp_path):
