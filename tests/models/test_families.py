@@ -120,7 +120,7 @@ def test_a_family_learns_a_task_and_its_round_is_right(kind: str, task: str, tmp
     assert max(moved) > 0
 
 
-MIXING = {"bloom", "falcon", "gpt_neo"}
+MIXING = {"bloom", "falcon", "opt"}
 """Decoders whose attention does not keep packed texts apart."""
 
 
