@@ -473,7 +473,8 @@ class ScreeningSpec(Spec):
 
     max_example_ratio: Annotated[float, Field(ge=0, le=1e6)] = 3.0
     """Examples of one client that count in the aggregate, as a multiple of the cohort's median, at least 1. Whatever it
-    is, one of K clients weighs at most 2/(K + 2): claims cannot be checked."""
+    is, no client weighs more than a quarter, or 2/K of K where that is less, and up to four weigh the same: claims
+    cannot be checked."""
 
     @model_validator(mode="after")
     def _ratios_leave_the_median_in(self) -> Self:

@@ -684,8 +684,8 @@ class ScreeningSpec(_message.Message):
     least 2. One above half of that is scaled down to it.
     """
     max_example_ratio: _builtins.float
-    """Examples of one client that count in the aggregate, as a multiple of the cohort's median: at least 1. One of K
-    clients weighs at most 2/(K + 2) in any case, also if this is 0.
+    """Examples of one client that count in the aggregate, as a multiple of the cohort's median: at least 1. In any
+    case, also if this is 0, no client weighs more than a quarter, or 2/K of K where that is less.
     """
     def __init__(
         self,
