@@ -12,6 +12,7 @@ from shelora.obfuscation import Obfuscation
 _INITIAL: Final = "initial/"
 """The state in which every agent starts is named by this and the epoch's key, others by the round they result from."""
 _OBJECTION: Final = "objection"
+_LEFT_OUT_SINCE: Final = "tensors_left_out_since"
 
 
 class CurrentState:
@@ -31,6 +32,8 @@ class CurrentState:
         """The round that the model's weights result from; None if that is not known yet."""
         self.objection = ""
         """Why they serve this client badly, in words; "" if they do not."""
+        self.left_out_since = 0
+        """The first training round whose result's tensors were left out, and all since; 0 for none."""
 
     def key(self) -> dict[str, str]:
         """What saved weights must agree in to stand for the present state, or to be trained from it."""
@@ -50,6 +53,7 @@ class CurrentState:
             return False
         self._model.load(saved[1])
         self.round_id, self.objection = round_id, saved[0].get(_OBJECTION, "")
+        self.left_out_since = int(saved[0].get(_LEFT_OUT_SINCE, "0"))
         return True
 
     def start(self, key_id: bytes, values: Obfuscation) -> None:
@@ -61,7 +65,7 @@ class CurrentState:
         if self.round_id != initial:
             self._state.forget_applied()
             self._model.initialise(values)
-            self.round_id, self.objection = initial, ""
+            self.round_id, self.objection, self.left_out_since = initial, "", 0
 
     def resume(self) -> bool:
         """Makes the last applied result current, if there is one; says whether there is."""
@@ -70,11 +74,12 @@ class CurrentState:
         saved = self._state.applied()
         return saved is not None and self.holds(saved[0].get("round", ""))
 
-    def applied(self, round_id: str, weights: Weights, objection: str = "") -> None:
-        """Keeps the result of a round, which the model holds now, and what speaks against it."""
+    def applied(self, round_id: str, weights: Weights, objection: str = "", left_out_since: int = 0) -> None:
+        """Keeps the result of a round, which the model holds now, what speaks against it, and what it lacks."""
         self.round_id = None  # if the disk refuses it, what is there is loaded anew
-        self._state.save_applied(self._key(round_id) | {_OBJECTION: objection}, weights)
-        self.round_id, self.objection = round_id, objection
+        kept = {_OBJECTION: objection, _LEFT_OUT_SINCE: str(left_out_since)}
+        self._state.save_applied(self._key(round_id) | kept, weights)
+        self.round_id, self.objection, self.left_out_since = round_id, objection, left_out_since
 
     def trained_here(self) -> tuple[dict[str, str], Weights] | None:
         """What was trained from the state that this client holds, and how; None if it trained nothing from there."""

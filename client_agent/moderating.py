@@ -8,6 +8,7 @@ nothing to measure by, and cannot tell a far step from the rounds that it missed
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import structlog
@@ -18,6 +19,9 @@ from shelora.lora.moderation import moderated, remembered
 from shelora.lora.restore import Restored
 from shelora.lora.shards import FactoredUpdate, Float32, Float64
 from shelora.lora.sketches import best_cut, joined
+
+ROUNDING: Final = 1e-6
+"""An own step over what it began from that is rounding: a client that moved nothing has nothing to measure by."""
 
 _log = structlog.get_logger(__name__)
 
@@ -33,7 +37,8 @@ class Moderator:
     scaling: float
     """The s of its s B A."""
     rounds: int = 1
-    """Training rounds since: it may have missed some."""
+    """Training rounds since, as servers say: it may have missed some. Below 1 a later result was taken back, and there
+    is nothing to measure by. It is 1 if this client's own update is in the result, whatever they say."""
     changes: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """By name, what is remembered after this result."""
     summed: bool = False
@@ -48,7 +53,9 @@ class Moderator:
     def parts(self, parts: Iterable[Restored]) -> Iterator[Restored]:
         """The parts of a result, what is too long cut. Raises: VALUE_NOT_FINITE."""
         for part in parts:
-            judged = part.summed and not part.noisy
+            if part.own_share:
+                self.rounds = 1
+            judged = part.summed and not part.noisy and self.rounds > 0
             self.summed = self.summed or judged
             self.contributors = max(self.contributors, part.contributors)
             self.own_share = max(self.own_share, part.own_share)
@@ -66,8 +73,9 @@ class Moderator:
         trained_B, trained_A = self._held(self.own, name)
         own_L, own_R = np.hstack([trained_B, -B]), np.vstack([trained_A, A])
         L, R = np.hstack([update.Q, -B]), np.vstack([update.M, A])
-        own, change = _norm(own_L, own_R), _norm(L, R)
-        self.motion.add(float(np.sum((L.T @ own_L) * (R @ own_R.T))), change, own)
+        own, change, held = _norm(own_L, own_R), _norm(L, R), _norm(B, A)
+        own = own if own > ROUNDING * held else 0.0
+        self.motion.add(float(np.sum((L.T @ own_L) * (R @ own_R.T))), change, own, held)
         factor = self._factor(name, change, own)
         if factor == 1:
             return update

@@ -34,6 +34,14 @@ AGREEMENT = 0.6
 FEW = 4
 """Contributors up to which that rule holds. The honest first mean of more clients with unlike labels may teach one
 nothing: of 20 on R8, divided by Dirichlet(0.3), nearly half would refuse it."""
+FEWEST = 3
+"""Contributors from which sums are judged by their direction. Of two, one cannot have a result taken back, and both
+only object together if their updates are opposite, as honest ones with one label each are."""
+NEGLIGIBLE = 1e-3
+"""An own step, over the matrices that it began from, that is too small to judge a direction by: rounding and noise of
+the sum may be as long."""
+NOISE_DEVIATIONS = 8.0
+"""What a value of a sum may be off, in standard deviations of its noise."""
 JUDGING_EXAMPLES = 32
 """Own examples that a result is judged by."""
 
@@ -51,9 +59,15 @@ class Expectation:
     scaling: float
     """The s of its ΔW = s B A."""
     step: float
-    """Learning rate of the round times its steps."""
+    """How far the recipe moves a value: learning rate times steps, of all rounds from `since` on."""
+    missed: float = 0.0
+    """The same of rounds that this client missed, as far as servers say; it missed none whose sum it is in."""
+    since: int = 1
+    """The first training round that moved tensors away from those of `base`."""
     doubts: list[str] = field(default_factory=list)
     """Filled by the checks: what no honest members can have led to, in words."""
+    left_out: set[str] = field(default_factory=set)
+    """Filled by the checks: tensors that stay as they were."""
 
 
 def plausible(parts: Iterable[Restored], expected: Expectation) -> Iterator[Restored]:
@@ -71,7 +85,8 @@ def plausible(parts: Iterable[Restored], expected: Expectation) -> Iterator[Rest
             continue
         for name, update in part.matrices.items() if not part.summed else ():
             _require_plausible(name, update, own)
-        part.tensors.update(believed_tensors(part.tensors, expected))
+        missed = expected.missed if part.summed and not part.own_share else 0.0
+        part.tensors.update(believed_tensors(part.tensors, expected, missed, part.tensor_noise))
         yield part
 
 
@@ -84,11 +99,14 @@ def update_norm(factors: Mapping[str, LoraFactors], scaling: float) -> float:
     return scaling * float(np.sqrt(max(squares, 0.0)))
 
 
-def believed_tensors(tensors: Mapping[str, Float32], expected: Expectation) -> dict[str, Float32]:
+def believed_tensors(
+    tensors: Mapping[str, Float32], expected: Expectation, missed: float = 0.0, noise: float = 0.0
+) -> dict[str, Float32]:
     """Tensors of a result, or those that the round started from if some moved as no mean of honest members can.
 
     That is: further than the recipe moves a value, or against this client's own step. One that did not train takes
-    the result's.
+    the result's. Rounds that it missed may have moved a value by `missed` more; the sum's noise has the standard
+    deviation `noise`.
     """
     if expected.trained is None or not tensors:
         return dict(tensors)
@@ -96,7 +114,8 @@ def believed_tensors(tensors: Mapping[str, Float32], expected: Expectation) -> d
     own = {name: np.float64(expected.trained.tensors[name]) - expected.base.tensors[name] for name in tensors}
     farthest = max(float(np.abs(step).max(initial=0)) for step in steps.values())
     along = sum(float(np.sum(steps[name] * own[name])) for name in tensors)
-    too_far = farthest > STEP_MARGIN * expected.step
+    most = STEP_MARGIN * (expected.step + missed) + NOISE_DEVIATIONS * noise
+    too_far = farthest > most
     if not too_far and along >= 0:
         return dict(tensors)
     if too_far:
@@ -107,10 +126,11 @@ def believed_tensors(tensors: Mapping[str, Float32], expected: Expectation) -> d
         "tensors_left_out",
         tensors=sorted(tensors),
         moved=farthest,
-        most=STEP_MARGIN * expected.step,
+        most=most,
         against_own=along < 0,
         then="keeps the values that the round started from; some member may be hostile",
     )
+    expected.left_out.update(tensors)
     return {name: expected.base.tensors[name] for name in tensors}
 
 
@@ -124,12 +144,15 @@ class Motion:
     """Squared Frobenius norm of the sum's."""
     own: float = 0.0
     """Of the own one."""
+    held: float = 0.0
+    """Of the ΔW that both began from."""
 
-    def add(self, along: float, change: float, own: float) -> None:
-        """Counts a matrix. Args: along: inner product; change, own: norms."""
+    def add(self, along: float, change: float, own: float, held: float) -> None:
+        """Counts a matrix. Args: along: inner product; change, own, held: norms."""
         self.along += along
         self.change += change**2
         self.own += own**2
+        self.held += held**2
 
 
 def turned(motion: Motion, share: float, contributors: int) -> str:
@@ -139,14 +162,17 @@ def turned(motion: Motion, share: float, contributors: int) -> str:
 
         <S, u_i> / ‖u_i‖² = w_i + Σ_{j≠i} w_j <u_j, u_i> / ‖u_i‖²,
 
-    and honest clients learn from the same state: their updates point the same way or, at worst, nowhere in particular,
-    so the sum on the right takes little of w_i back. Then S is about as long as ‖u_i‖ / √K at least, and its cosine
-    with u_i at least w_i √K. A sum that has less than AGREEMENT times either is led by an update that is long and
-    points elsewhere, or takes back what the others learned.
+    and clients with similar data learn the same from the same state: their updates point the same way or nowhere in
+    particular, so the sum on the right takes little of w_i back. Then S is about as long as ‖u_i‖ / √K at least, and
+    its cosine with u_i at least w_i √K. A sum that has less than AGREEMENT times either is led by an update that is
+    long and points elsewhere, or takes back what the others learned. Honest clients with opposite labels look the same
+    (`client_agent.judging` says what becomes of it).
 
     Args: share: w_i, 0 if this client's update is not in the sum, and then nothing can be said.
     """
-    if not share or not motion.own or not motion.change:
+    if not share or contributors < FEWEST or motion.own <= NEGLIGIBLE**2 * motion.held:
+        return ""
+    if not motion.own or not motion.change:
         return ""
     step = motion.along / motion.own
     cosine = motion.along / math.sqrt(motion.change * motion.own)

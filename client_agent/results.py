@@ -1,5 +1,6 @@
 """Brings the results of rounds into the model: bounded, cut to this client's rank, judged by its own examples."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -57,14 +58,15 @@ class Results:
         Raises: RESULT_REFUSED if it is not plausible beside what this client trained.
         """
         moderator = self._moderator(number)
-        expected = self._expectation()
+        expected = self._expectation(number)
         parts = plausible(parts, expected)
         checked = moderator.parts(parts) if moderator else parts
         weights = cut_to_rank(checked, self._model.rank, self._model.scaling, values)
         if moderator:
             weights = replace(weights, changes=moderator.changes)
         objection = self._load(round_id, weights, moderator, expected.doubts)
-        self._current.applied(round_id, weights, objection)
+        left_out_since = expected.since if expected.left_out else 0
+        self._current.applied(round_id, weights, objection, left_out_since)
 
     def start_of(self, number: int) -> Weights | None:
         """What this client trained in that round from, if it still holds it: the state that results alone lead to."""
@@ -91,28 +93,36 @@ class Results:
             raise
 
     def _moderator(self, number: int) -> Moderator | None:
-        """What bounds the result of that round; None if this client trained nothing from the state that it holds."""
+        """What bounds the result of that round; None if this client trained nothing from the state that it holds.
+
+        Args: number: of the round, as servers say.
+        """
         trained = self._current.trained_here()
         if trained is None:
             return None
         rounds = 1 + number - int(trained[0]["number"]) if number else 1
-        if rounds < 1:  # a later result was taken back
-            return None
         return Moderator(
             before=self._model.weights(), own=trained[1], scaling=self._model.scaling, rounds=rounds
         )
 
-    def _expectation(self) -> Expectation:
-        """What is known of the round whose result comes next: the present state, and what was trained from it."""
-        saved, number = self._state.trained(), 1
+    def _expectation(self, number: int) -> Expectation:
+        """What is known of the round whose result comes next: the present state, and what was trained from it.
+
+        Args: number: of that round, as servers say; 0 if it is not known.
+        """
+        saved, last = self._state.trained(), 1
         trained = None
         if saved is not None and saved[0].get("round") == (self._current.round_id or ""):
-            trained, number = saved[1], int(saved[0]["number"])
+            trained, last = saved[1], int(saved[0]["number"])
+        since = self._current.left_out_since or last
+        longest = max(self._schedule.travel(last), self._schedule.travel(max(number, 1)))
         return Expectation(
             base=self._model.weights(),
             trained=trained,
             scaling=self._model.scaling,
-            step=self._schedule.travel(number),
+            step=math.fsum(self._schedule.travel(each) for each in range(since, last + 1)),
+            missed=max(0, number - last) * longest,
+            since=since,
         )
 
 

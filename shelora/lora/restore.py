@@ -43,6 +43,8 @@ class Restored:
     """How many clients' updates a sum has; 0 where that is not known."""
     own_share: float = 0.0
     """This client's share of a sum, 0 to 1; 0 if its update is not in it, or that is not known."""
+    tensor_noise: float = 0.0
+    """Standard deviation of the noise in a tensor's value; 0 where that is not known."""
 
 
 def restore(
@@ -66,6 +68,7 @@ def merged(parts: Iterable[Restored]) -> Restored:
         noisy=any(part.noisy for part in every),
         contributors=max((part.contributors for part in every), default=0),
         own_share=max((part.own_share for part in every), default=0.0),
+        tensor_noise=max((part.tensor_noise for part in every), default=0.0),
     )
 
 

@@ -189,7 +189,14 @@ def _restored_tensors(
         part = np.clip(values[first : first + tensor.size], -1, 1) * tensor.bound
         tensors[tensor.name] = part.astype(np.float32).reshape(tensor.shape)
         first += tensor.size
-    yield Restored(tensors=tensors, summed=True, contributors=opened.contributors, own_share=opened.own_share)
+    largest = max(layout.tensors[i].bound for i in layout.shards[content.shard].tensors)
+    yield Restored(
+        tensors=tensors,
+        summed=True,
+        contributors=opened.contributors,
+        own_share=opened.own_share,
+        tensor_noise=opened.noise * largest,
+    )
 
 
 def _possible(layout: Layout, matrix: Matrix, context: AgentContext) -> ExponentRange:

@@ -1,5 +1,7 @@
 """A decrypted sum that throws the model away, beside one that does not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -116,3 +118,30 @@ def test_a_sums_direction_is_held_against_the_own_step_over_all_matrices() -> No
     assert motion.along == pytest.approx(-3 * motion.own, rel=1e-3)
     assert motion.change == pytest.approx(9 * motion.own, rel=1e-3)
     assert motion.own == pytest.approx(float(np.sum(step**2)), rel=1e-3)
+
+
+def test_who_trained_and_moved_nothing_takes_over_what_the_others_learned() -> None:
+    """The difference of equal factors is rounding, not 0: a limit made of it would cut the result to nothing."""
+    before = weights()
+    other = moved(before, 0.05)
+    part = result(product(other), other.tensors["head"])
+    moderator = Moderator(before=before, own=before, scaling=SCALING)
+    found = after(moderator, part)
+    np.testing.assert_allclose(found[0], product(other), atol=1e-5)
+    np.testing.assert_array_equal(found[1], part.tensors["head"])
+    assert moderator.motion.own == 0
+    assert not moderator.changes["q"], "such a round says nothing of honest steps"
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 1000])
+def test_whose_update_is_in_a_sum_bounds_it_whatever_round_a_server_says_it_is_of(rounds: int) -> None:
+    """A coordinator in league with a member would lift the limit. The control is one whose update is not in it."""
+    before = weights()
+    own = moved(before, 0.01)
+    far = result(product(before) + 100.0, before.tensors["head"] + 100.0)
+    limit = MULTIPLE * 1.01 * np.linalg.norm(product(own) - product(before))
+    for share in (0.25, 0.0):
+        moderator = Moderator(before=before, own=own, scaling=SCALING, rounds=rounds)
+        found = after(moderator, replace(far, own_share=share))
+        assert (np.linalg.norm(found[0] - product(before)) < limit) == bool(share or rounds == 1)
+        assert moderator.summed == bool(share or rounds)

@@ -8,6 +8,8 @@ import pytest
 
 from client_agent.learning import Weights
 from client_agent.plausibility import (
+    FEWEST,
+    NEGLIGIBLE,
     STEP_MARGIN,
     TIMES_OWN,
     WORSE_BY,
@@ -132,10 +134,24 @@ def test_a_result_that_makes_the_model_much_worse_is_objected_to_and_one_that_fo
         assert not re.search(r"\d", why), "others read it"
 
 
-def seen(total: np.ndarray, own: np.ndarray) -> Motion:
+def test_the_noise_of_a_sum_is_no_hostile_members_step():
+    """Late rounds of a learning rate that decays move values by less than the noise of the sum."""
+    expected = replace(expectation(), step=1e-9)
+    by = 1e-6 * np.random.default_rng(1).standard_normal((3, 4))
+    assert "moved farther" not in str(doubts(expected, by, noise=1e-6))
+    assert "moved farther" in str(doubts(expected, by, noise=1e-9)), "the control"
+
+
+def doubts(expected: Expectation, by: np.ndarray, noise: float) -> list[str]:
+    fresh = replace(expected, doubts=[])
+    believed_tensors(moved(fresh, by), fresh, noise=noise)
+    return fresh.doubts
+
+
+def seen(total: np.ndarray, own: np.ndarray, held: float = 0.0) -> Motion:
     motion = Motion()
     for part, mine in zip(np.split(total, 4), np.split(own, 4), strict=True):
-        motion.add(float(part @ mine), float(np.linalg.norm(part)), float(np.linalg.norm(mine)))
+        motion.add(float(part @ mine), float(np.linalg.norm(part)), float(np.linalg.norm(mine)), held)
     return motion
 
 
@@ -169,3 +185,23 @@ def test_whose_update_is_not_in_the_sum_says_nothing_of_its_direction():
     assert not turned(seen(-own, own), 0.0, 4)
     assert not turned(seen(own, 0 * own), 0.25, 4)
     assert turned(seen(-own, own), 0.25, 4), "the control"
+
+
+def test_a_sum_of_two_is_not_judged_by_its_direction():
+    """Two with one label each, of two: their steps are opposite, both would object, and no round would succeed."""
+    own = RNG.standard_normal(4000)
+    total = (own - 0.9 * own) / 2
+    assert not turned(seen(total, own), 1 / 2, 2)
+    assert turned(seen(total, own), 1 / FEWEST, FEWEST), "the control"
+
+
+def test_a_step_within_rounding_and_noise_has_no_direction():
+    """A learning rate near zero: what the sum differs by is its own error, the same for all."""
+    own, error = 1e-6 * RNG.standard_normal(4000), 1e-6 * RNG.standard_normal(4000)
+    total = 0.1 * own - error
+    assert turned(seen(total, own, held=0.0), 1 / 4, 4), (
+        "the control: there is nothing that it could be an error of"
+    )
+    far = float(np.linalg.norm(own)) / NEGLIGIBLE
+    assert not turned(seen(total, own, held=far), 1 / 4, 4)
+    assert turned(seen(-own, own, held=far / 10), 1 / 4, 4)
