@@ -32,6 +32,10 @@ class Judge:
         """The round whose result was judged last, and the loss with it."""
         self._overruled = False
         """Whether most went on from a result that was objected to."""
+        self._turned: tuple[str | None, int] = (None, 0)
+        """What results were objected to by their direction last began from, and how many more of them may be."""
+        self._by_direction = True
+        """Whether results are judged by their direction."""
 
     def objection(
         self, weights: Weights, moderator: Moderator, *, start: str | None, round_id: str, overruled: bool
@@ -61,13 +65,34 @@ class Judge:
                 Reason.RESULT_REFUSED, f"the result is not applied: the loss with it is {after}"
             )
         self._judged = (round_id, after)
-        moved = turned(moderator.motion, moderator.own_share, moderator.contributors)
-        why = "; ".join(filter(None, [moved if moderator.rounds == 1 else "", objection_to(losses)]))
+        moved = self._moved(moderator, start) if moderator.rounds == 1 and self._by_direction else ""
+        why = "; ".join(filter(None, [moved, objection_to(losses)]))
         if why:
             _log.warning("result_objected_to", round=round_id, why=why)
         else:
             self._best_loss = min(losses.best, after)
         return why
+
+    def _moved(self, moderator: Moderator, start: str | None) -> str:
+        """What its direction says against a result, as long as one hostile member can be why.
+
+        If results are taken back, each suspect sits one out. Those that still point elsewhere when most have, or FEW,
+        do so because the honest members' data are unlike, and their direction is not judged any more. Else an honest
+        federation would fail, or a liar and one honest member with unusual data could stop it.
+        """
+        why = turned(moderator.motion, moderator.own_share, moderator.contributors)
+        if not why:
+            return ""
+        began, left = self._turned
+        if began != start:
+            left = min(moderator.contributors - 1, FEW)
+        self._turned = start, left - 1
+        self._by_direction = left > 0
+        if not left:
+            _log.warning(
+                "direction_not_judged", why="whoever sat out, sums took back what this client learned"
+            )
+        return why if left else ""
 
     def _loss_before(self, moderator: Moderator, start: str | None) -> float:
         """Mean loss of the state that the round began with, which is known if a result led to it."""

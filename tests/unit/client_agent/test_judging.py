@@ -2,12 +2,17 @@
 
 from types import SimpleNamespace
 
+import pytest
+from structlog.testing import capture_logs
+
 from client_agent.judging import Judge
-from client_agent.plausibility import Motion
+from client_agent.plausibility import FEW, Motion
 
 FEW_CONTRIBUTORS = SimpleNamespace(
-    contributors=4, own="own", before="before", motion=Motion(), own_share=0.0, rounds=1
+    contributors=4, own="own", before="before", rounds=1, own_share=0.25, motion=Motion()
 )
+CONTRARY = Motion(along=-1.0, change=1.0, own=1.0)
+LIKE = Motion(along=0.5, change=0.5, own=1.0)
 
 
 def objections(losses: dict[str, float], *results: tuple[str, str]) -> list[bool]:
@@ -54,3 +59,38 @@ def test_who_objected_with_most_measures_as_before_and_asks_results_to_teach_it(
     losses = {"own": 0.1, "before": 1.9, "spoiled": 9.0, "again": 1.5, "idle": 1.45}
     results = [("spoiled", "start"), ("again", "start"), ("idle", "of again")]
     assert objections(losses, *results) == [True, False, True]
+
+
+def directions(contributors: int, *results: tuple[Motion, str]) -> list[bool]:
+    """Whether a judge objects to results that serve it well, each by its motion and the round that it began from."""
+    judge, found = Judge(lambda _: 0.5), []
+    for number, (motion, start) in enumerate(results):
+        seen = SimpleNamespace(
+            contributors=contributors, own="own", before="before", rounds=1, own_share=0.25, motion=motion
+        )
+        why = judge.objection("result", seen, start=start, round_id=f"films.{number}", overruled=False)
+        found.append("takes back what this client learned" in why)
+    return found
+
+
+@pytest.mark.parametrize("contributors", [3, 4, 5, 20])
+def test_sums_that_point_elsewhere_whoever_sits_out_are_those_of_honest_members_with_unlike_data(
+    contributors,
+):
+    """Else the last suspect's sitting out would not help either, and an honest federation would fail."""
+    most = min(contributors - 1, FEW)
+    with capture_logs() as logs:
+        found = directions(contributors, *[(CONTRARY, "start")] * (most + 1), (CONTRARY, "next"))
+    assert found == [True] * most + [False, False]
+    assert [log["event"] for log in logs].count("direction_not_judged") == 1
+
+
+def test_every_suspect_may_spoil_a_sum_before_the_last_one_sits_out():
+    spoiled = [(CONTRARY, "start")] * 3
+    assert directions(4, *spoiled, (LIKE, "start"), (CONTRARY, "next")) == [True, True, True, False, True]
+
+
+def test_who_is_overruled_by_most_goes_on_to_judge_directions():
+    """Its objection to the next sum may be what makes most: not everybody sees every spoiled one."""
+    starts = [f"films.{number}" for number in range(12)]
+    assert all(directions(4, *[(CONTRARY, start) for start in starts]))
