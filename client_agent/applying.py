@@ -228,7 +228,9 @@ class Applier:
                 summand = self._me.client_id in opened.contributors
                 own_weight = len(self._learner.examples) if summand else 0
                 known = summed(known, opened, self._me.largest_move, own_weight)
-                known = replace(known, reference=self._learner.start_of(result.number))
+                # Whose update is in the sum knows of which round it is; of others only servers say it.
+                start = self._learner.start_of(0 if summand else result.number)
+                known = replace(known, reference=start)
             parts = self._strategy.restored(result.layout, contents(result, inbox, activity), known)
             self._learner.apply(result.round_id, parts, secrets.obfuscation, result.number)
             if known.cut:

@@ -155,7 +155,10 @@ class Learner:
         return evaluate(self.model, self.encoder, some, lambda _: None).loss
 
     def start_of(self, number: int) -> Weights | None:
-        """What this client trained in that round from, if it still holds it: the state that results alone lead to."""
+        """What this client trained in that round from, if it still holds it: the state that results alone lead to.
+
+        Args: number: of the round; 0 for whichever it trained last.
+        """
         return self._results.start_of(number)
 
     def train(self, number: int, activity: Activity, variant: str = "") -> Trained:

@@ -154,7 +154,10 @@ class LocalLearner(Protocol):
         """
 
     def start_of(self, number: int) -> Weights | None:
-        """What this client trained in that round from, if it still holds it: the state that results alone lead to."""
+        """What this client trained in that round from, if it still holds it: the state that results alone lead to.
+
+        Args: number: of the round; 0 for whichever it trained last.
+        """
 
     def score(self, activity: Activity) -> dict[str, Float64]:
         """Sensitivity of the columns by matrix. Raises: Stopped."""

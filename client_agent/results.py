@@ -69,9 +69,12 @@ class Results:
         self._current.applied(round_id, weights, objection, left_out_since)
 
     def start_of(self, number: int) -> Weights | None:
-        """What this client trained in that round from, if it still holds it: the state that results alone lead to."""
+        """What this client trained in that round from, if it still holds it: the state that results alone lead to.
+
+        Args: number: of the round; 0 for whichever it trained last.
+        """
         trained = self._current.trained_here()
-        if trained is None or int(trained[0]["number"]) != number:
+        if trained is None or number not in {0, int(trained[0]["number"])}:
             return None
         return self._model.weights()
 

@@ -29,7 +29,7 @@ class Member:
     def __init__(self, model: AdaptedModel, state: AgentState, values: Obfuscation) -> None:
         self._model, self._state, self._values = model, state, values
         self.current = CurrentState(model, state, {})
-        self._results = Results(model, state, self.current, Schedule(SPEC, 9), None)
+        self.results = Results(model, state, self.current, Schedule(SPEC, 9), None)
         if not self.current.resume():
             self.current.start(KEY, values)
 
@@ -48,8 +48,8 @@ class Member:
             for matrix in self._model.matrices
         }
         tensors = {each: (value + by * TRAVEL).astype(np.float32) for each, value in held.tensors.items()}
-        self._results.apply(
-            name, [Restored(matrices=matrices, tensors=tensors, **terms)], self._values, number
+        self.results.apply(
+            name, [Restored(matrices=matrices, tensors=dict(tensors), **terms)], self._values, number
         )
         now = self._model.weights().tensors
         return all(np.array_equal(now[each], value) for each, value in tensors.items())
@@ -93,3 +93,15 @@ def test_who_left_a_rounds_tensors_out_gets_back_to_those_of_the_others(
     assert not member.takes_over("films.3", 3, by=1.9 * STEP_MARGIN), (
         "it is back, and nothing is left to allow for"
     )
+
+
+def test_what_was_trained_from_is_known_by_its_round_or_as_the_last(member: Member) -> None:
+    """Under client privacy a result is bounded by it; a server that states another round must not lift the bound."""
+    assert member.results.start_of(0) is None
+    member.trained(2)
+    assert [member.results.start_of(number) is not None for number in (0, 1, 2, 3)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
