@@ -134,7 +134,7 @@ def believed_tensors(
     return {name: expected.base.tensors[name] for name in tensors}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Motion:
     """How a sum changes the matrices, beside how this client's own update would have changed them."""
 
