@@ -58,6 +58,13 @@ class Vault:
             found = self.read(
                 epoch_id
             )  # of several writers the first won, so this may not be what was made here
+        if any(
+            retired.federation_id == epoch_id.federation_id and retired.epoch >= epoch_id.epoch
+            for retired in self._named("retired")
+        ):  # while its keys were made, which a busy machine can draw out
+            with disk.failures_named():
+                self._path(epoch_id).unlink(missing_ok=True)
+            raise _over(epoch_id)
         if found.parameters != (parameters.name if parameters else ""):
             made = f"with the CKKS profile {found.parameters}" if found.parameters else "without a CKKS key"
             raise DomainError(Reason.INVALID_ARGUMENT, f"{epoch_id} was opened {made}")
@@ -81,12 +88,16 @@ class Vault:
     def retire(self, before: EpochId) -> list[EpochId]:
         """Deletes the keys of all epochs of a federation before one, for good. May be interrupted and repeated.
 
-        The mark comes first: whatever a crash leaves, retired keys are not given out any more.
+        The mark comes first: whatever a crash leaves, retired keys are not given out any more. The last of them has
+        one even without keys: who is still making keys of any of them sees it, and deletes what it made.
 
         Returns: All retired epochs of the federation.
 
         Raises: DomainError STORE_UNAVAILABLE.
         """
+        if before.epoch > 1:
+            with disk.failures_named():
+                files.create(self._path(EpochId(before.federation_id, before.epoch - 1), "retired"), b"")
         for epoch_id in self.epochs():
             if epoch_id.federation_id == before.federation_id and epoch_id.epoch < before.epoch:
                 with disk.failures_named():
@@ -103,7 +114,7 @@ class Vault:
 
     def _find(self, epoch_id: EpochId) -> EpochKeys | None:
         if self._path(epoch_id, "retired").exists():
-            raise DomainError(Reason.EPOCH_RETIRED, f"{epoch_id} is over, and its keys are destroyed")
+            raise _over(epoch_id)
         try:
             with disk.failures_named():
                 blob = self._path(epoch_id).read_bytes()
@@ -147,6 +158,10 @@ def _generate(parameters: CkksParameters | None) -> EpochKeys:
         ckks_secret_key=key.to_bytes(),
         obfuscation_secret=obfuscation_secret,
     )
+
+
+def _over(epoch_id: EpochId) -> DomainError:
+    return DomainError(Reason.EPOCH_RETIRED, f"{epoch_id} is over, and its keys are destroyed")
 
 
 def _unreadable(epoch_id: EpochId, error: DomainError) -> DomainError:

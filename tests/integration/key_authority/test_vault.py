@@ -269,3 +269,21 @@ def test_a_crash_between_mark_and_deletion_leaves_a_retired_epoch_that_a_repeat_
         vault.read(EpochId("clinic", 1))
     assert vault.retire(EpochId("clinic", 2)) == [EpochId("clinic", 1)]
     assert [path.name for path in folder.iterdir()] == ["clinic.1.retired"]
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_keys_that_are_made_while_their_epoch_retires_are_not_kept(vault, folder, monkeypatch, epoch):
+    """The coordinator gave up waiting for them, and its operator stopped the federation (schedule 302109)."""
+    create = vault._create
+
+    def late(*arguments):
+        vault.retire(EpochId("clinic", 3))
+        create(*arguments)
+
+    monkeypatch.setattr(vault, "_create", late)
+    vault.open_epoch(EpochId("bank", 1), STANDARD)
+    vault.open_epoch(EpochId("clinic", 3), STANDARD)
+    assert (
+        refusal(lambda: vault.open_epoch(EpochId("clinic", epoch), STANDARD)).reason is Reason.EPOCH_RETIRED
+    )
+    assert vault.epochs() == [EpochId("bank", 1), EpochId("clinic", 3)], "of others, and later ones"
