@@ -164,10 +164,10 @@ def compare(
         list[float] | None, typer.Option("--epsilon", help="Budgets, 0 for none; may be repeated.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps a round.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps a round.")] = 12,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a step, on average.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 0.02,
-    clip: Annotated[float, typer.Option(help="Norm that each example's gradient is scaled down to.")] = 0.5,
+    clip: Annotated[float, typer.Option(help="Norm that each example's gradient is scaled down to.")] = 1.0,
     delta: Annotated[float, typer.Option(help="Of every budget; below 1 / 5485.")] = 1e-5,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each.")] = 1,
     folder: Annotated[Path, typer.Option(help="Where trainings are written down.")] = FOLDER,
