@@ -84,5 +84,5 @@ def test_privacy_tells_no_tracker(agent_folder: Path) -> None:
         "SHELORA_AGENT__PRIVACY": "{epsilon: 8, delta: 1e-5}",
         "SHELORA_AGENT__TRAINING__REPORT_TO": "[wandb]",
     }
-    with pytest.raises(DomainError, match="gradient_checkpointing and report_to"):
+    with pytest.raises(DomainError, match="gradient_checkpointing, packing and report_to"):
         AgentConfig.load(agent_folder / "agent.yaml", changes)

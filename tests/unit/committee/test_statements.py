@@ -48,7 +48,7 @@ def test_a_damaged_statement_is_refused(field):
 
 def test_a_certificate_of_another_authority_federation_or_role_is_refused():
     assert "authority" in message_of(statement(authority=new_root()))
-    assert "no client of this federation" in message_of(statement(federation="other"))
+    assert "not a client of this federation" in message_of(statement(federation="other"))
     assert "the aggregation" in message_of(statement(role=Role.AGGREGATION))
 
 
