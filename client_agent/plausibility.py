@@ -29,11 +29,11 @@ WORSE_BY_FACTOR, WORSE_BY = 1.5, 0.25
 MUCH_TO_LEARN, LITTLE = 1.0, 0.1
 """If own training lowered the loss on own examples by more than MUCH_TO_LEARN, in nats, a result must lower it by the
 share LITTLE of that."""
+FEW = 4
+"""Contributors up to which MUCH_TO_LEARN and LITTLE hold. The honest first mean of more clients with unlike labels may
+teach one nothing: of 20 on R8, divided by Dirichlet(0.3), nearly half would refuse it."""
 AGREEMENT = 0.6
 """Least agreement of a sum with this client's own step, as a share of what that step alone brings into the sum."""
-FEW = 4
-"""Contributors up to which that rule holds. The honest first mean of more clients with unlike labels may teach one
-nothing: of 20 on R8, divided by Dirichlet(0.3), nearly half would refuse it."""
 FEWEST = 3
 """Contributors from which sums are judged by their direction. Of two, one cannot have a result taken back, and both
 only object together if their updates are opposite, as honest ones with one label each are."""
@@ -172,7 +172,7 @@ def turned(motion: Motion, share: float, contributors: int) -> str:
     """
     if not share or contributors < FEWEST or motion.own <= NEGLIGIBLE**2 * motion.held:
         return ""
-    if not motion.own or not motion.change:
+    if not motion.change:
         return ""
     step = motion.along / motion.own
     cosine = motion.along / math.sqrt(motion.change * motion.own)

@@ -39,13 +39,13 @@ AgentFile = Callable[[Servers], Mapping[str, Any]]
 
 
 @contextmanager
-def ends_well(console: Terminal) -> Iterator[None]:
-    """Says why a demo failed or that it was interrupted, and exits."""
+def ends_well(console: Terminal, what: str = "the demo") -> Iterator[None]:
+    """Says why it failed or that it was interrupted, and exits. Args: what: ran."""
     try:
         with interruptible():
             yield
     except DomainError as error:
-        console.refuse(error, "the demo failed: ")
+        console.refuse(error, f"{what} failed: ")
         sys.exit(1)
     except KeyboardInterrupt:
         console.say("interrupted; every process was stopped", style="yellow")

@@ -1,6 +1,5 @@
 """`python -m bench.peers`: runs ours or a peer on the demo's work and prints what it took (README.md)."""
 
-import sys
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -11,10 +10,10 @@ import typer
 from bench.peers import flower, nvflare, ours
 from bench.peers.outcome import Outcome, table
 from bench.peers.plan import Plan, divided, specification
-from examples.local import ASSETS
+from examples.local import ASSETS, ends_well
 from examples.reuters.assets import MINILM, REUTERS, fetch
 from examples.reuters.cohort import Protection
-from shelora.cli.supervision import clear, interruptible
+from shelora.cli.supervision import clear
 from shelora.errors import DomainError, Reason
 from shelora.terminal import CommandLine, Terminal
 
@@ -54,17 +53,10 @@ def run_systems(
     folder: Annotated[Path, typer.Option(help="Folder for everything the runs leave.")] = RUNS,
 ) -> None:
     """Run systems on the demo's work: four clients, Reuters R8, MiniLM, rank 8 for all."""
-    try:
-        with interruptible():
-            for system in systems:
-                outcome = _run(system, venv, rounds, steps, folder.absolute() / system)
-                console.say(table([outcome]))
-    except DomainError as error:
-        console.refuse(error, "the run failed: ")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        console.say("interrupted; every process was stopped", style="yellow")
-        sys.exit(130)
+    with ends_well(console, "the run"):
+        for system in systems:
+            outcome = _run(system, venv, rounds, steps, folder.absolute() / system)
+            console.say(table([outcome]))
 
 
 @app.command()
