@@ -146,6 +146,28 @@ redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
 return redis.call('HLEN', KEYS[1])
 """
 
+BEGIN_SESSION: Final = """
+-- KEYS: federation, sessions.  ARGV: client, newest session that the caller saw ("" for none), its own, expiry in ms.
+-- Returns 1 if set, or of no use: the federation is being deleted; 2 if another session began meanwhile; 0 if there is
+-- no such federation (any more).
+--
+-- Race: what an agent's dead process asked for reaches the store after its successor began. The caller that waits for
+-- the answer looks again; one that is gone does not, and takes nothing back.
+local phase = redis.call('HGET', KEYS[1], 'state')
+if not phase then
+  return 0
+end
+if phase == 'DELETING' then
+  return 1
+end
+if (redis.call('HGET', KEYS[2], ARGV[1]) or '') ~= ARGV[2] then
+  return 2
+end
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+return 1
+"""
+
 TOUCH: Final = """
 -- KEYS: sighting.  ARGV: Unix ms, sighting if there is none, expiry in ms.
 --

@@ -1,11 +1,13 @@
 """Fixtures for every suite: a real server that speaks Redis, empty for each test."""
 
+import logging
 import signal
 import socket
 from collections.abc import Iterator
 
 import pytest
 import redis
+import structlog
 from hypothesis import HealthCheck, settings
 
 from shelora import private_memory
@@ -27,6 +29,20 @@ def _this_process_may_be_dumped() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(private_memory, "_give_up_dumps", lambda: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_as_before() -> Iterator[None]:
+    """Programs that tests run in this process say where its logs go, for later tests too."""
+    root, asyncio = logging.getLogger(), logging.getLogger("asyncio")
+    before, levels = structlog.get_config(), (root.level, asyncio.level)
+    handlers = root.handlers[:]
+    yield
+    logging.captureWarnings(capture=False)
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    asyncio.setLevel(levels[1])
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from coordinator.records import Sighting
-from coordinator.scripts import SEE, TOUCH
-from coordinator.store.database import Database, available
+from coordinator.scripts import BEGIN_SESSION, SEE, TOUCH
+from coordinator.store.database import Database, available, unknown
 
 
 class PresenceStore:
@@ -13,6 +13,7 @@ class PresenceStore:
     def __init__(self, db: Database, sighting_ms: int) -> None:
         self.db = db
         self._sighting_ms = sighting_ms
+        self._begin = db.redis.register_script(BEGIN_SESSION)
         self._see = db.redis.register_script(SEE)
         self._touch = db.redis.register_script(TOUCH)
 
@@ -50,8 +51,15 @@ class PresenceStore:
 
     @available
     async def begin_session(self, federation_id: str, client_id: str, session: str) -> None:
-        """Makes a process the one that takes part as this client."""
-        await self.db.put_field(federation_id, self.db.keys.sessions(federation_id), client_id, session)
+        """Makes a process the one that takes part as this client. Raises FEDERATION_UNKNOWN."""
+        keys = [self.db.keys.federation(federation_id), self.db.keys.sessions(federation_id)]
+        overtaken = 2
+        answer = overtaken
+        while answer == overtaken:
+            seen = await self.db.field(keys[1], client_id) or b""
+            answer = int(await self._begin(keys, [client_id, seen, session, self.db.retention_ms]))
+        if not answer:
+            raise unknown(federation_id)
 
     @available
     async def copies(self, federation_id: str) -> dict[str, int]:

@@ -39,10 +39,11 @@ def encoded(value: Any) -> bytes:
 
 
 class Valkey:
-    """One server. `clock_ms`: milliseconds by which keys expire."""
+    """One server. `clock_ms`: milliseconds by which keys expire; they stand still while a command or script runs."""
 
     def __init__(self, clock_ms: Callable[[], int]) -> None:
         self._clock_ms = clock_ms
+        self._now_ms = clock_ms()
         self._data: dict[bytes, Any] = {}
         self._expiry: dict[bytes, int] = {}
         self._scripts: dict[bytes, bytes] = {}
@@ -60,23 +61,26 @@ class Valkey:
     # Access for those who look from outside
 
     def keys(self, pattern: str = "*") -> list[bytes]:
-        wanted = pattern.encode()
-        return sorted(k for k in list(self._data) if self._live(k) is not None and _matches(k, wanted))
+        self._now_ms = self._clock_ms()
+        return self._keys(pattern.encode())
 
     def value(self, key: str | bytes) -> Any:
         """What lies under a key, as it is stored; None if nothing."""
+        self._now_ms = self._clock_ms()
         return self._live(encoded(key))
 
     # Commands
 
     def execute(self, *command: Any) -> Any:
         """The answer to one command. Raises ResponseError."""
+        self._now_ms = self._clock_ms()
         answer = self._call([encoded(part) for part in command])
         self._look_for_immortals()
         return answer
 
     def transaction(self, commands: Sequence[Command]) -> list[Any]:
         """The answers to commands that take effect together."""
+        self._now_ms = self._clock_ms()
         answers = [self._call([encoded(part) for part in command]) for command in commands]
         self._look_for_immortals()
         return answers
@@ -101,7 +105,7 @@ class Valkey:
 
     def _live(self, key: bytes) -> Any:
         expires = self._expiry.get(key)
-        if expires is not None and expires <= self._clock_ms():
+        if expires is not None and expires <= self._now_ms:
             self._remove(key)
         return self._data.get(key)
 
@@ -122,10 +126,10 @@ class Valkey:
     # Keys
 
     def _keys(self, pattern: bytes) -> list[bytes]:
-        return self.keys(pattern.decode())
+        return sorted(k for k in list(self._data) if self._live(k) is not None and _matches(k, pattern))
 
     def _scan(self, cursor: bytes, *options: bytes) -> list[Any]:
-        return [b"0", self.keys()]
+        return [b"0", self._keys(b"*")]
 
     def _exists(self, *keys: bytes) -> int:
         return sum(self._live(key) is not None for key in keys)
@@ -152,13 +156,13 @@ class Valkey:
     def _pexpire(self, key: bytes, milliseconds: bytes) -> int:
         if self._live(key) is None:
             return 0
-        self._expiry[key] = self._clock_ms() + int(milliseconds)
+        self._expiry[key] = self._now_ms + int(milliseconds)
         return 1
 
     def _pttl(self, key: bytes) -> int:
         if self._live(key) is None:
             return -2
-        return self._expiry[key] - self._clock_ms() if key in self._expiry else -1
+        return self._expiry[key] - self._now_ms if key in self._expiry else -1
 
     def _ttl(self, key: bytes) -> int:
         milliseconds = self._pttl(key)
@@ -270,7 +274,7 @@ class Valkey:
         return None if score is None else str(score).encode()
 
     def _time(self) -> list[bytes]:
-        seconds, milliseconds = divmod(self._clock_ms(), 1000)
+        seconds, milliseconds = divmod(self._now_ms, 1000)
         return [str(seconds).encode(), str(1000 * milliseconds).encode()]
 
     def _zrangebyscore(self, key: bytes, least: bytes, most: bytes) -> list[bytes]:

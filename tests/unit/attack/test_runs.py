@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import structlog
 
 from attack import __main__ as command
 from attack import captures, experiments, report, runner
@@ -204,7 +203,6 @@ def test_the_command_fails_where_a_control_or_a_claim_does(monkeypatch, tmp_path
     monkeypatch.setattr(command, "run", lambda *_: [finding])
     with pytest.raises(SystemExit) as ended:
         command.main(folder=tmp_path, downloads=tmp_path, everything=False, fresh=False, one_of_many=False)
-    structlog.reset_defaults()
     assert ended.value.code == code
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "findings.json", "attack.png"}
 

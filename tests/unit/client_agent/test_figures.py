@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from client_agent.data import Examples
 from client_agent.encoding import Encoder
@@ -75,16 +76,18 @@ def test_functions_of_ones_own_see_every_prediction_and_their_figures_stand_besi
     "returned", [None, 0.5, {"a b": 1.0}, {"a": "much"}, {str(i): 0.0 for i in range(51)}, ValueError("no")]
 )
 def test_a_function_that_fails_or_returns_no_numbers_costs_its_figures_alone(
-    model, encoder, examples, capsys, returned
+    model, encoder, examples, returned
 ):
     def odd(_):
         if isinstance(returned, Exception):
             raise returned
         return returned
 
-    told = evaluate(model, encoder, examples, lambda _: None, [odd, lambda _: {"fine": 1, "nan": math.nan}])
+    own = [odd, lambda _: {"fine": 1, "nan": math.nan}]
+    with capture_logs() as logs:
+        told = evaluate(model, encoder, examples, lambda _: None, own)
     assert set(told.figures) == {"macro_f1", "fine"}
-    assert "metric_not_computed" in capsys.readouterr().out
+    assert "metric_not_computed" in [record["event"] for record in logs]
 
 
 @pytest.mark.parametrize(

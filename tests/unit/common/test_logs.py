@@ -13,18 +13,6 @@ from shelora.v1 import key_authority_pb2 as pb
 SECRET = b"\x01\x02 the obfuscation secret \x03"
 
 
-@pytest.fixture(autouse=True)
-def restored_logging():
-    root = logging.getLogger()
-    handlers, level, asyncio_level = root.handlers[:], root.level, logging.getLogger("asyncio").level
-    yield
-    logging.captureWarnings(capture=False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("asyncio").setLevel(asyncio_level)
-    structlog.reset_defaults()
-
-
 def logged(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
