@@ -188,6 +188,7 @@ class Agent:
             protection=spec.protection,
             reports_drift=spec.round.replan_below_overlap > 0,
             largest_move=spec.training.learning_rate * spec.training.local_steps,
+            evaluation_every=spec.training.evaluation_every,
         )
         committees = Committees(
             me.federation_id,

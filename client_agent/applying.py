@@ -97,7 +97,8 @@ class Applier:
         await self._object_to(train.base)
         if not self._learner.objection:
             await self._save_adapter(train.base)
-        if train.base.round_id not in self._reported:
+        due = train.base.round_number % self._me.evaluation_every == 0
+        if due and train.base.round_id not in self._reported:
             await self.report(train.base, applied, activity, everything=False)
 
     async def keep(

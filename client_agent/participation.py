@@ -23,6 +23,8 @@ class Participation:
     """Whether the federation asks how far top columns have moved from the plan."""
     largest_move: float = 0.0
     """How far local training can move one value at most: learning rate times local steps."""
+    evaluation_every: int = 1
+    """Rounds from one evaluation of a result to the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -165,6 +165,10 @@ class TrainingSpec(Spec):
     evaluation_examples: Annotated[int, Field(ge=0, le=2**31 - 1)] = 256
     """Test examples after each round, 0 for none; after the last round, all."""
 
+    evaluation_every: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Rounds from one evaluation to the next: 1 evaluates every result, 5 those of rounds 5, 10, and so on. The last
+    result is always evaluated. For models whose evaluation takes long beside `local_steps`."""
+
     loss_on: LossOn = ANSWERS
     """Of conversations (chat), what is learnt: the assistant's answers alone, or everything, prompts included."""
 

@@ -168,6 +168,7 @@ class TrainingSpec(_message.Message):
     LEARNING_RATE_SCHEDULE_FIELD_NUMBER: _builtins.int
     WARMUP_STEPS_FIELD_NUMBER: _builtins.int
     INITIAL_SEED_FIELD_NUMBER: _builtins.int
+    EVALUATION_EVERY_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Base model every agent must have, for error messages and the adapter's metadata."""
     task: _builtins.str
@@ -202,6 +203,8 @@ class TrainingSpec(_message.Message):
     """What initial factors and heads follow from, so that runs can be compared; 0: from a secret of the agents. Always 0
     where factors travel in the clear beside encrypted ones ("selective").
     """
+    evaluation_every: _builtins.int
+    """Agents evaluate the results of rounds whose number this divides, 1 to 10000, and the last result. Absent: 1, all."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Class names in order of their index, for classification of texts and images; empty otherwise."""
@@ -241,15 +244,18 @@ class TrainingSpec(_message.Message):
         learning_rate_schedule: _builtins.str | None = ...,
         warmup_steps: _builtins.int | None = ...,
         initial_seed: _builtins.int | None = ...,
+        evaluation_every: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_initial_seed", b"_initial_seed", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_learning_rate_schedule", b"_learning_rate_schedule", "_local_epochs", b"_local_epochs", "_local_steps", b"_local_steps", "_loss_on", b"_loss_on", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_target_pattern", b"_target_pattern", "_task", b"_task", "_warmup_steps", b"_warmup_steps", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "initial_seed", b"initial_seed", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "learning_rate_schedule", b"learning_rate_schedule", "local_epochs", b"local_epochs", "local_steps", b"local_steps", "loss_on", b"loss_on", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "target_pattern", b"target_pattern", "task", b"task", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_every", b"_evaluation_every", "_evaluation_examples", b"_evaluation_examples", "_initial_seed", b"_initial_seed", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_learning_rate_schedule", b"_learning_rate_schedule", "_local_epochs", b"_local_epochs", "_local_steps", b"_local_steps", "_loss_on", b"_loss_on", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_target_pattern", b"_target_pattern", "_task", b"_task", "_warmup_steps", b"_warmup_steps", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_every", b"evaluation_every", "evaluation_examples", b"evaluation_examples", "initial_seed", b"initial_seed", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "learning_rate_schedule", b"learning_rate_schedule", "local_epochs", b"local_epochs", "local_steps", b"local_steps", "loss_on", b"loss_on", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "target_pattern", b"target_pattern", "task", b"task", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_examples", b"_evaluation_examples", "_initial_seed", b"_initial_seed", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_learning_rate_schedule", b"_learning_rate_schedule", "_local_epochs", b"_local_epochs", "_local_steps", b"_local_steps", "_loss_on", b"_loss_on", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_target_pattern", b"_target_pattern", "_task", b"_task", "_warmup_steps", b"_warmup_steps", "base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_examples", b"evaluation_examples", "initial_seed", b"initial_seed", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "learning_rate_schedule", b"learning_rate_schedule", "local_epochs", b"local_epochs", "local_steps", b"local_steps", "loss_on", b"loss_on", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "modules_to_save", b"modules_to_save", "target_layers", b"target_layers", "target_modules", b"target_modules", "target_pattern", b"target_pattern", "task", b"task", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_calibration_examples", b"_calibration_examples", "_evaluation_every", b"_evaluation_every", "_evaluation_examples", b"_evaluation_examples", "_initial_seed", b"_initial_seed", "_learning_rate", b"_learning_rate", "_learning_rate_decay", b"_learning_rate_decay", "_learning_rate_schedule", b"_learning_rate_schedule", "_local_epochs", b"_local_epochs", "_local_steps", b"_local_steps", "_loss_on", b"_loss_on", "_max_rank", b"_max_rank", "_max_tokens", b"_max_tokens", "_target_pattern", b"_target_pattern", "_task", b"_task", "_warmup_steps", b"_warmup_steps", "base_model", b"base_model", "batch_size", b"batch_size", "calibration_examples", b"calibration_examples", "evaluation_every", b"evaluation_every", "evaluation_examples", b"evaluation_examples", "initial_seed", b"initial_seed", "labels", b"labels", "learning_rate", b"learning_rate", "learning_rate_decay", b"learning_rate_decay", "learning_rate_schedule", b"learning_rate_schedule", "local_epochs", b"local_epochs", "local_steps", b"local_steps", "loss_on", b"loss_on", "max_rank", b"max_rank", "max_tokens", b"max_tokens", "modules_to_save", b"modules_to_save", "target_layers", b"target_layers", "target_modules", b"target_modules", "target_pattern", b"target_pattern", "task", b"task", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
     _WhichOneofReturnType__calibration_examples: _TypeAlias = _typing.Literal["calibration_examples"]  # noqa: Y015
     _WhichOneofArgType__calibration_examples: _TypeAlias = _typing.Literal["_calibration_examples", b"_calibration_examples"]  # noqa: Y015
+    _WhichOneofReturnType__evaluation_every: _TypeAlias = _typing.Literal["evaluation_every"]  # noqa: Y015
+    _WhichOneofArgType__evaluation_every: _TypeAlias = _typing.Literal["_evaluation_every", b"_evaluation_every"]  # noqa: Y015
     _WhichOneofReturnType__evaluation_examples: _TypeAlias = _typing.Literal["evaluation_examples"]  # noqa: Y015
     _WhichOneofArgType__evaluation_examples: _TypeAlias = _typing.Literal["_evaluation_examples", b"_evaluation_examples"]  # noqa: Y015
     _WhichOneofReturnType__initial_seed: _TypeAlias = _typing.Literal["initial_seed"]  # noqa: Y015
@@ -280,6 +286,8 @@ class TrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__calibration_examples) -> _WhichOneofReturnType__calibration_examples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation_every) -> _WhichOneofReturnType__evaluation_every | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation_examples) -> _WhichOneofReturnType__evaluation_examples | None: ...
     @_typing.overload

@@ -163,6 +163,7 @@ def unlike_the_defaults() -> FederationSpec:
                 "max_tokens": 7,
                 "calibration_examples": 7,
                 "evaluation_examples": 7,
+                "evaluation_every": 7,
                 "loss_on": "everything",
                 "target_layers": [0, 7],
                 "target_pattern": ".*",

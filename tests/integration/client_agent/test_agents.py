@@ -68,6 +68,7 @@ async def test_agents_of_different_ranks_and_budgets_finish_a_federation_and_agr
 async def test_agents_learn_to_answer_and_their_adapter_does(make_federation: Make, tmp_path: Path) -> None:
     federation = make_federation("chat")
     training = {"task": "chat", "labels": (), "target_modules": ("q_proj", "v_proj"), "max_tokens": 32}
+    training["evaluation_every"] = 3
     told = federation.spec.training.model_copy(update=training)
     federation.spec = federation.spec.model_copy(update={"training": told})
     federation.model = save_chat_model(tmp_path / "model")
@@ -79,7 +80,8 @@ async def test_agents_learn_to_answer_and_their_adapter_does(make_federation: Ma
     agents = [await federation.agent(name, data=files) for name in ("one", "two")]
     assert await outcomes(*agents) == [Outcome.FINISHED] * 2
     record = await federation.now()
-    last = [r for r in record.history if r.kind == pb.ROUND_KIND_TRAIN][-1]
+    first, last = [r for r in record.history if r.kind == pb.ROUND_KIND_TRAIN]
+    assert not first.evaluations, "its number is no multiple of 3"
     assert [(e.example_count, e.correct_count) for e in last.evaluations] == [(5, 5)] * 2
     adapter = federation.folder / "one" / "state" / "adapter"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(federation.model), adapter)
