@@ -24,6 +24,9 @@ from shelora.protocol import Stage
 MATRIX, TENSOR = "layer.query", "head"
 TOLERANCE: Final = 1e-3
 """Weights of runs differ by more than one in a hundred; noise of encryption is up to one in three thousand."""
+MATRIX_TOLERANCE: Final = 5e-3
+"""Of what is restored from sketches of two or three columns: of 200 000 draws 21 made the noise of additive encryption
+an error above 1e-3, the largest one 2.8e-3 (real sketches have 11 columns and more, and look nowhere so badly)."""
 COLUMNS: Final = 4
 """Of the matrix: at least the rounds, and enough to encrypt some and others not."""
 
@@ -136,8 +139,8 @@ def marks_in(restored: Restored) -> Float32:
     product = (update.Q @ update.M).T
     rounds = len(tensor)
     if not (
-        np.allclose(product[:rounds], tensor, atol=TOLERANCE)
-        and np.allclose(product[rounds:], 0, atol=TOLERANCE)
+        np.allclose(product[:rounds], tensor, atol=MATRIX_TOLERANCE)
+        and np.allclose(product[rounds:], 0, atol=MATRIX_TOLERANCE)
     ):
         raise ValueError(f"matrix and tensor differ: {product} and {tensor}")
     return tensor
