@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shelora import files
+from shelora.rounds import federation_of
 
 CARD: Final = "README.md"
 """Model card in an adapter's folder."""
@@ -138,7 +139,7 @@ def _noted(adapter: Path, round_id: str) -> dict[str, Any] | None:
     """
     try:
         note: dict[str, Any] = json.loads((adapter / ORIGIN).read_bytes())
-        ours = note.pop("format") == _FORMAT and _federation_of(note["round_id"]) == _federation_of(round_id)
+        ours = note.pop("format") == _FORMAT and federation_of(note["round_id"]) == federation_of(round_id)
     except (*_UNREADABLE, KeyError, AttributeError):
         return None
     return note if ours else None
@@ -152,11 +153,6 @@ def _ranked(adapter: Path, round_id: str) -> Ranked | None:
         return Ranked(**typed) if note == typed else None
     except (*_UNREADABLE, KeyError):
         return None
-
-
-def _federation_of(round_id: str) -> str:
-    """What a round's identifier begins with: its federation's name and instance."""
-    return round_id.rpartition(".")[0]
 
 
 def _draft_of(adapter: Path) -> Path:

@@ -223,7 +223,7 @@ class Applier:
     ) -> None:
         with timed(Stage.DECRYPTING):
             # After a restart: what this client trained from is what the result is held against.
-            self._learner.resume(secrets)
+            self._learner.resume(result.round_id, secrets)
             known = round_context(self._learner.model, result.layout, plan, self._me.budget, secrets)
             if opened is not None:
                 summand = self._me.client_id in opened.contributors

@@ -8,6 +8,7 @@ from client_agent.learning import Weights
 from client_agent.model import AdaptedModel
 from client_agent.state import AgentState
 from shelora.obfuscation import Obfuscation
+from shelora.rounds import federation_of
 
 _INITIAL: Final = "initial/"
 """The state in which every agent starts is named by this and the epoch's key, others by the round they result from."""
@@ -48,6 +49,11 @@ class CurrentState:
         self._state.take_back()
         return True
 
+    def _reloaded(self) -> bool:
+        """What the disk holds, after it refused a newer result."""
+        saved = self._state.applied()
+        return saved is not None and self.holds(saved[0].get("round", ""))
+
     def _load(self, saved: tuple[dict[str, str], Weights] | None, round_id: str) -> bool:
         if saved is None or not self._key(round_id).items() <= saved[0].items():
             return False
@@ -67,12 +73,16 @@ class CurrentState:
             self._model.initialise(values)
             self.round_id, self.objection, self.left_out_since = initial, "", 0
 
-    def resume(self) -> bool:
-        """Makes the last applied result current, if there is one; says whether there is."""
+    def resume(self, round_id: str) -> bool:
+        """Makes the last applied result current, if it is of that round's federation; says whether there is one.
+
+        A federation that was deleted may have had the same name.
+        """
         if self.round_id is not None and not self.round_id.startswith(_INITIAL):
             return True
         saved = self._state.applied()
-        return saved is not None and self.holds(saved[0].get("round", ""))
+        last = saved[0].get("round", "") if saved else ""
+        return federation_of(last) == federation_of(round_id) and self.holds(last)
 
     def applied(self, round_id: str, weights: Weights, objection: str = "", left_out_since: int = 0) -> None:
         """Keeps the result of a round, which the model holds now, what speaks against it, and what it lacks."""
@@ -83,7 +93,7 @@ class CurrentState:
 
     def trained_here(self) -> tuple[dict[str, str], Weights] | None:
         """What was trained from the state that this client holds, and how; None if it trained nothing from there."""
-        if self.round_id is None and not self.resume():
+        if self.round_id is None and not self._reloaded():
             return None
         trained = self._state.trained()
         if trained is None or not self.key().items() <= trained[0].items():

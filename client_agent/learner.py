@@ -131,9 +131,9 @@ class Learner:
         """Makes the initial state current."""
         self._current.start(secrets.key_id, initial_values(self._spec, secrets.obfuscation))
 
-    def resume(self, secrets: EpochSecrets) -> None:
-        """Makes the last applied result current; the initial state if there is none."""
-        if not self._current.resume():
+    def resume(self, round_id: str, secrets: EpochSecrets) -> None:
+        """Makes the last applied result of that round's federation current; the initial state if there is none."""
+        if not self._current.resume(round_id):
             self.start(secrets)
 
     def apply(

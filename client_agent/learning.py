@@ -136,8 +136,8 @@ class LocalLearner(Protocol):
     def start(self, secrets: EpochSecrets) -> None:
         """Makes the initial state current."""
 
-    def resume(self, secrets: EpochSecrets) -> None:
-        """Makes the last applied result current; the initial state if there is none."""
+    def resume(self, round_id: str, secrets: EpochSecrets) -> None:
+        """Makes the last applied result of that round's federation current; the initial state if there is none."""
 
     def apply(
         self, round_id: str, parts: Iterable[Restored], obfuscation: Obfuscation, number: int = 0

@@ -62,7 +62,7 @@ class Maker:
 
     def vote(self, round_id: str, layout: Layout, secrets: EpochSecrets, activity: Activity) -> Spool:
         """Scores the columns and spools the vote."""
-        self._learner.resume(secrets)
+        self._learner.resume(round_id, secrets)
         watch = Stopwatch()
         scores = self._learner.score(activity)
         stake = stake_of(self._state.plan_fit(), self._me.protection, self._me.budget)

@@ -57,7 +57,7 @@ class SyntheticLearner:
     def start(self, secrets: EpochSecrets) -> None:
         pass
 
-    def resume(self, secrets: EpochSecrets) -> None:
+    def resume(self, round_id: str, secrets: EpochSecrets) -> None:
         pass
 
     def apply(

@@ -161,6 +161,11 @@ class Round:
         )
 
 
+def federation_of(round_id: str) -> str:
+    """What a round's identifier begins with: its federation's name and instance."""
+    return round_id.rpartition(".")[0]
+
+
 def select_cohort(round_id: str, clients: Iterable[str], limit: int) -> tuple[str, ...]:
     """At most `limit` of the clients, sorted; all of them if `limit` is 0.
 

@@ -26,7 +26,7 @@ TOLERANCE: Final = 1e-3
 """Weights of runs differ by more than one in a hundred; noise of encryption is up to one in three thousand."""
 MATRIX_TOLERANCE: Final = 5e-3
 """Of what is restored from sketches of two or three columns: of 200 000 draws 21 made the noise of additive encryption
-an error above 1e-3, the largest one 2.8e-3 (real sketches have 11 columns and more, and look nowhere so badly)."""
+an error above 1e-3, the largest one 2.8e-3."""
 COLUMNS: Final = 4
 """Of the matrix: at least the rounds, and enough to encrypt some and others not."""
 
@@ -91,7 +91,7 @@ class MarkedLearner:
         self._state.forget_applied()
         self._position = ""
 
-    def resume(self, secrets: EpochSecrets) -> None:
+    def resume(self, round_id: str, secrets: EpochSecrets) -> None:
         saved = self._state.applied()
         self._position = saved[0]["round"] if saved else ""
 

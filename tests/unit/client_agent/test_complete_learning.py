@@ -220,7 +220,7 @@ def test_a_first_sum_is_held_against_what_was_trained_before_a_restart_also_when
         hostile = Sender(learners[2].model, 256, opposite(honest[2].weights))
         poisoned = summed(1, [*honest[:2], hostile])
         restarted = Learner(learners[0]._config, SPEC, state)
-        restarted.resume(SECRETS)
+        restarted.resume(name, SECRETS)
         apply(restarted, 0, poisoned, name, 1)
         assert restarted.model.weights().changes, "it was bounded"
         assert state.applied()[0]["round"] == name
@@ -232,7 +232,7 @@ def test_a_disk_that_refuses_a_result_leaves_what_it_is_held_against(learners: l
     learner, before = learners[0], logits(learners[0])
     with capture_logs(), no_file_larger_than(64), pytest.raises(OSError):
         apply(learner, 0, poisoned, "films.3", 3)
-    learner.resume(SECRETS)
+    learner.resume("films.3", SECRETS)
     torch.testing.assert_close(logits(learner), before)
     assert apply(learner, 0, poisoned, "films.3", 3)
     assert learner.holds("films.2")

@@ -169,6 +169,21 @@ def test_an_applied_result_is_the_aggregate_and_survives_a_restart(
     assert equal(weights, again.model.weights())
 
 
+def test_after_a_restart_it_goes_on_from_a_result_of_this_federation_and_not_of_one_that_had_its_name(
+    make_learner: Callable[..., Learner],
+) -> None:
+    learner = make_learner()
+    learner.start(SECRETS)
+    initial = learner.model.weights()
+    learner.apply("films.1a.3", [result(learner)], SECRETS.obfuscation)
+    applied = learner.model.weights()
+    resumed, anew = make_learner(), make_learner()
+    resumed.resume("films.1a.4", SECRETS)
+    assert equal(applied, resumed.model.weights())
+    anew.resume("films.2b.1", SECRETS)
+    assert equal(initial, anew.model.weights())
+
+
 def test_directions_the_aggregate_leaves_free_can_be_trained(make_learner: Callable[..., Learner]) -> None:
     learner = make_learner()
     learner.apply("films/1", [result(learner)], SECRETS.obfuscation)

@@ -30,7 +30,7 @@ class Member:
         self._model, self._state, self._values = model, state, values
         self.current = CurrentState(model, state, {})
         self.results = Results(model, state, self.current, Schedule(SPEC, 9), None)
-        if not self.current.resume():
+        if not self.current.resume("films.1"):
             self.current.start(KEY, values)
 
     def trained(self, number: int) -> None:
