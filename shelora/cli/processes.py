@@ -17,7 +17,7 @@ from shelora.cli.folder import MARK, STOP_TIMEOUT_S
 from shelora.cli.supervision import Supervision
 from shelora.errors import DomainError, Reason
 
-START_TIMEOUT_S: Final = 60.0
+START_TIMEOUT_S: Final = 180.0
 LOG_TAIL_LINES: Final = 15
 _POLL_S: Final = 0.05
 

@@ -15,7 +15,7 @@ import pytest
 
 SHELORA = [sys.executable, "-m", "shelora.cli.main"]
 REPOSITORY = Path(__file__).parents[2]
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 180
 FOLDER = "local [v2]"
 """Of the cluster: rich would take the brackets for markup."""
 
