@@ -12,7 +12,7 @@ import structlog
 
 from client_agent.learning import Weights
 from client_agent.moderating import Moderator
-from client_agent.plausibility import FEW, MUCH_TO_LEARN, Losses, objection_to, turned
+from client_agent.plausibility import FEW, MUCH_TO_LEARN, Losses, objection_to, serves, turned
 from shelora.errors import DomainError, Reason
 
 _log = structlog.get_logger(__name__)
@@ -65,7 +65,8 @@ class Judge:
                 Reason.RESULT_REFUSED, f"the result is not applied: the loss with it is {after}"
             )
         self._judged = (round_id, after)
-        moved = self._moved(moderator, start) if moderator.rounds == 1 and self._by_direction else ""
+        by_direction = self._by_direction and moderator.rounds == 1 and not serves(losses)
+        moved = self._moved(moderator, start) if by_direction else ""
         why = "; ".join(filter(None, [moved, objection_to(losses)]))
         if why:
             _log.warning("result_objected_to", round=round_id, why=why)

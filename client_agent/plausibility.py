@@ -37,6 +37,9 @@ AGREEMENT = 0.6
 FEWEST = 3
 """Contributors from which sums are judged by their direction. Of two, one cannot have a result taken back, and both
 only object together if their updates are opposite, as honest ones with one label each are."""
+CLEARLY_LESS, LITTLE_LEFT = 0.75, 0.05
+"""A result that leaves at most the share CLEARLY_LESS of the loss on own examples, or at most LITTLE_LEFT nats, serves
+this client whatever its direction: honest steps of small models, and of those with nothing left to learn, differ."""
 NEGLIGIBLE = 1e-3
 """An own step, over the matrices that it began from, that is too small to judge a direction by: rounding and noise of
 the sum may be as long."""
@@ -196,6 +199,11 @@ class Losses:
     than FEW clients contributed, or most did not share an objection of this client's."""
     after: float
     """With the result."""
+
+
+def serves(losses: Losses) -> bool:
+    """Whether a result teaches this client so much that its direction is no reason to object."""
+    return losses.after <= max(CLEARLY_LESS * losses.before, LITTLE_LEFT)
 
 
 def objection_to(losses: Losses) -> str:
