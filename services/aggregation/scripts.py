@@ -198,14 +198,18 @@ local stored = redis.call('HMGET', KEYS[2], 'request', 'sha256', 'total_bytes', 
 CLAIM: Final = (
     _STORED
     + """
--- KEYS: round, result, results. ARGV: request digest.
--- Answers: STORED with the result of this request, or OK.
+-- KEYS: round, result, results. ARGV: request digest, number of its contributions.
+-- Answers: STORED with the result of this request, SUPERSEDED, or OK.
 -- Closes: a request that was given up for another one publishes after it: only the newest claim can publish.
+-- Closes: such a request claims after it, since its call was on its way when it was cancelled. Contributions to a round
+-- are only ever left out, so the request that has more of them is the older one.
 if stored[1] == ARGV[1] then return {'STORED', stored[2], stored[3], stored[4]} end
 """
     + _TTL
     + """
-redis.call('HSET', KEYS[2], 'wanted', ARGV[1])
+local fewest = redis.call('HGET', KEYS[2], 'contributions')
+if fewest and tonumber(ARGV[2]) > tonumber(fewest) then return {'SUPERSEDED'} end
+redis.call('HSET', KEYS[2], 'wanted', ARGV[1], 'contributions', ARGV[2])
 redis.call('SADD', KEYS[3], KEYS[2])
 redis.call('PEXPIRE', KEYS[2], ttl)
 redis.call('PEXPIRE', KEYS[3], ttl)

@@ -135,7 +135,10 @@ class ShardStore(Protocol):
         """The result of this very request, if it is stored."""
 
     async def claim(self, request: AggregationRequest) -> StoredResult | None:
-        """Lets this request, and none before, publish; answers the result if it is stored. Raises ROUND_UNKNOWN."""
+        """Lets this request, and none before, publish; answers the result if it is stored.
+
+        Raises: ROUND_UNKNOWN; SHARD_REWRITTEN if a request with fewer contributions, so a newer one, came before.
+        """
 
     async def result_digest(self, round_id: str, shard: int) -> Digest:
         """Digest of the stored result of a shard. Raises RESULT_UNKNOWN."""
@@ -315,7 +318,9 @@ class RedisShardStore:
     async def claim(self, request: AggregationRequest) -> StoredResult | None:
         keys = RoundKeys(request.round_id)
         answer = await self._scripted(
-            self._claim, [keys.round, keys.result(request.shard), keys.results], [request.digest]
+            self._claim,
+            [keys.round, keys.result(request.shard), keys.results],
+            [request.digest, len(request.contributions)],
         )
         return _result(answer[1:]) if _accepted(answer) is Answer.STORED else None
 

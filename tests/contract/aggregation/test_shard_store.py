@@ -44,7 +44,7 @@ def request(weights=(0.25, 0.75), data=DATA) -> AggregationRequest:
     sha256 = Digest.of(data).sha256
     parts = [
         CommittedContribution(client_id=c, sha256=sha256, weight=w, scaling=1.0)
-        for c, w in zip(("alice", "bob"), weights, strict=True)
+        for c, w in zip(("alice", "bob", "carol"), weights, strict=False)
     ]
     return AggregationRequest(ROUND, 0, tuple(parts))
 
@@ -346,6 +346,19 @@ async def test_a_request_given_up_for_a_newer_one_cannot_publish(store, worker, 
         worker.publish(request(), DATA, 1.0)
     assert client.keys("*" + Digest.of(DATA).sha256.hex()) == []
     newer = worker.publish(request((0.5, 0.5)), OTHER, 1.0)
+    assert await store.result_digest(ROUND, 0) == newer.digest
+
+
+async def test_a_request_given_up_for_one_with_fewer_contributions_claims_nothing_after_it(
+    store, worker, open_round
+):
+    """Simulation: its call was on its way to another replica when the coordinator cancelled it."""
+    await store.claim(request())
+    newer = worker.publish(request(), DATA, 1.0)
+    with refused(Reason.SHARD_REWRITTEN):
+        await store.claim(request((0.25, 0.25, 0.5)))
+    with refused(Reason.SHARD_REWRITTEN):
+        worker.publish(request((0.25, 0.25, 0.5)), OTHER, 1.0)
     assert await store.result_digest(ROUND, 0) == newer.digest
 
 
