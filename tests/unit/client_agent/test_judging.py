@@ -62,7 +62,7 @@ def test_who_objected_with_most_measures_as_before_and_asks_results_to_teach_it(
 
 
 def directions(contributors: int, *results: tuple[Motion, str]) -> list[bool]:
-    """Whether a judge objects to results that leave its loss as it is, each by its motion and the round that it began from."""
+    """Whether a judge objects to results that leave its loss as it is, each by its motion and what it began from."""
     judge, found = Judge(lambda _: 0.5), []
     for number, (motion, start) in enumerate(results):
         seen = SimpleNamespace(
@@ -78,7 +78,7 @@ def directions(contributors: int, *results: tuple[Motion, str]) -> list[bool]:
     [(1.0, 0.75, False), (1.0, 0.76, True), (0.06, 0.05, False), (0.06, 0.051, True)],
 )
 def test_a_result_that_teaches_much_or_leaves_nothing_to_learn_may_point_elsewhere(before, after, objects):
-    """Honest rounds of `make chaos`: half the own share in a first sum that halved the loss; noise at a loss of 0.001."""
+    """Honest rounds of `make chaos`: half the own share in a sum that halved the loss; noise at a loss of 0.001."""
     seen = SimpleNamespace(**FEW_CONTRIBUTORS.__dict__ | {"motion": CONTRARY})
     losses = {"before": before, "own": 0.0, "result": after}
     why = Judge(losses.__getitem__).objection("result", seen, start="s", round_id="r", overruled=False)
