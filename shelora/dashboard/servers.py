@@ -1,21 +1,21 @@
 """Servers and Redis with their load, from the metrics they serve to Prometheus; read by the page itself."""
 
 import asyncio
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from math import isfinite
 from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from shelora.dashboard.model import ago
+from shelora.transport.address import HostPort
 from shelora.view import size
 
 TIMEOUT_S: Final = 2.0
+"""Seconds for one whole answer, however slowly it comes."""
 MAX_BYTES: Final = 4 << 20
-"""Of one answer; more is cut off and so refused."""
-_OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Of one answer; more is refused."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,52 @@ class ServerRow:
 
 
 def parsed(text: str, at_s: float) -> Sample:
-    """Raises: ValueError if it is not what Prometheus reads."""
+    """Figures that are not finite are left out. Raises: ValueError if it is not what Prometheus reads."""
     sums: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for one in family.samples:
-            sums[one.name] = sums.get(one.name, 0.0) + one.value
+    try:
+        for family in text_string_to_metric_families(text):
+            for one in family.samples:
+                if isfinite(one.value):
+                    sums[one.name] = sums.get(one.name, 0.0) + one.value
+    except (LookupError, TypeError) as error:  # the parser's own, of what it does not foresee
+        raise ValueError("these are no metrics") from error
     return Sample(at_s, sums)
 
 
 async def sampled(addresses: Mapping[str, str], at_s: float) -> dict[str, Sample | None]:
     """A sample of each server by name; None of those that do not answer."""
-    read = await asyncio.gather(*(asyncio.to_thread(_read, a, at_s) for a in addresses.values()))
+    read = await asyncio.gather(*(_read(HostPort.parse(a), at_s) for a in addresses.values()))
     return dict(zip(addresses, read, strict=True))
 
 
-def _read(address: str, at_s: float) -> Sample | None:
+async def _read(server: HostPort, at_s: float) -> Sample | None:
     try:
-        with _OPENER.open(f"http://{address}/metrics", timeout=TIMEOUT_S) as answer:
-            return parsed(answer.read(MAX_BYTES).decode(), at_s)
-    except (OSError, HTTPException, ValueError):
+        async with asyncio.timeout(TIMEOUT_S):
+            text = await _metrics(server)
+        return await asyncio.to_thread(parsed, text, at_s)
+    except (OSError, TimeoutError, ValueError):
         return None
+
+
+async def _metrics(server: HostPort) -> str:
+    """What a server tells Prometheus, by HTTP/1.0: one answer, no redirection, and the end of the connection ends it.
+
+    Raises: OSError; ValueError if it is no such answer, or too long.
+    """
+    reader, writer = await asyncio.open_connection(server.host, server.port, limit=MAX_BYTES)
+    try:
+        writer.write(f"GET /metrics HTTP/1.0\r\nHost: {server}\r\nAccept: text/plain\r\n\r\n".encode())
+        answer = bytearray()
+        while part := await reader.read(1 << 16):
+            answer += part
+            if len(answer) > MAX_BYTES:
+                raise ValueError("too long")
+    finally:
+        writer.close()
+    head, _, body = bytes(answer).partition(b"\r\n\r\n")
+    if head.split(b" ", 2)[1:2] != [b"200"]:
+        raise ValueError("no answer of a server's metrics")
+    return body.decode()
 
 
 def server_row(name: str, address: str, now: Sample | None, before: Sample | None) -> ServerRow:

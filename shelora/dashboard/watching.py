@@ -3,9 +3,11 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
+
+import structlog
 
 from shelora.dashboard.alerts import Alert, federation_alerts, server_alerts
 from shelora.dashboard.memory import SAMPLE_S, PresenceHistory
@@ -14,8 +16,12 @@ from shelora.errors import DomainError, Reason
 from shelora.operator import Operator
 from shelora.v1 import coordinator_pb2 as pb
 
+_log = structlog.get_logger(__name__)
+
 REFRESH_S: Final = 1.0
 METRICS_S: Final = 5.0
+LATE_S: Final = 5.0
+"""Seconds without an answer after which the page says so. The call goes on: it tries again by itself."""
 
 
 class Watch:
@@ -34,7 +40,7 @@ class Watch:
         self._read_s: dict[str, float] = {}
         self._samples: dict[str, Sample | None] = {}
         self._before: dict[str, Sample | None] = {}
-        self._sampled_s = -METRICS_S
+        self._looked = False
         self._changed = asyncio.Condition()
         self._over = False
         self.memory = PresenceHistory()
@@ -50,6 +56,11 @@ class Watch:
     def federation(self, name: str) -> pb.Federation | None:
         """As it was last read."""
         return self._read.get(name)
+
+    @property
+    def viewers(self) -> int:
+        """Browser tabs that look now."""
+        return self._viewed.total()
 
     @property
     def alerts(self) -> list[Alert]:
@@ -83,16 +94,17 @@ class Watch:
         return federation
 
     async def look(self) -> None:
-        """Reads everything that is due."""
+        """Reads the federations that are due."""
         try:
             self.federations = await self._operator.list()
             await self._read_due()
             self.problem = ""
         except DomainError as error:
             self.problem = f"{error.reason}: {error.message}"
-        if self._metrics and self.now_s - self._sampled_s >= METRICS_S:
-            self._sampled_s = self.now_s
-            self._before, self._samples = self._samples, await sampled(self._metrics, time.time())
+
+    async def sample(self) -> None:
+        """Reads the metrics of all servers."""
+        self._before, self._samples = self._samples, await sampled(self._metrics, time.time())
 
     async def changes(self) -> AsyncIterator[None]:
         """Yields after every look, until the page ends."""
@@ -103,15 +115,19 @@ class Watch:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Looks again and again while the page serves."""
-        await self.look()
-        task = asyncio.create_task(self._run())
+        """Looks again and again while the page serves, which begins when there is something to show."""
+        tasks = [
+            asyncio.create_task(self._again(REFRESH_S, self._look_or_say)),
+            asyncio.create_task(self._again(METRICS_S, self.sample)),
+        ]
         try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._looked)
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self.end()
 
     async def end(self) -> None:
@@ -119,11 +135,30 @@ class Watch:
         self._over = True
         await self._tell()
 
-    async def _run(self) -> None:
+    async def _again(self, every_s: float, work: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await asyncio.sleep(REFRESH_S)
-            await self.look()
+            try:
+                await work()
+            except Exception as error:  # noqa: BLE001 - one answer must not stop the page
+                # A server may answer with what nobody foresaw. The page says so and looks again.
+                _log.exception("look_failed")
+                self.problem = f"{Reason.INTERNAL}: {type(error).__name__}; the page's own output says more"
+                self._looked = True
             await self._tell()
+            await asyncio.sleep(every_s)
+
+    async def _look_or_say(self) -> None:
+        """`look`, which may take long: what is shown is old then, and the page says so meanwhile."""
+        look = asyncio.create_task(self.look())
+        try:
+            done, _ = await asyncio.wait({look}, timeout=LATE_S)
+            self._looked = True
+            if not done:
+                self.problem = self.problem or f"the coordinator has not answered for {LATE_S:.0f} s"
+                await self._tell()
+            await look
+        finally:
+            look.cancel()
 
     async def _tell(self) -> None:
         async with self._changed:
