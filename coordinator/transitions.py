@@ -27,11 +27,10 @@ from coordinator.records import (
 from coordinator.votes import votes_of
 from shelora.committee.context import result_digest
 from shelora.errors import DomainError, Reason
+from shelora.federation import MAX_ROUNDS
 from shelora.lora.layout import Matrix, Tensor
 from shelora.rounds import RoundKind, RoundState
 
-MAX_ROUNDS: Final = 10_000
-"""Training rounds of a federation."""
 MAX_NAMED: Final = 5
 """Clients that the words for a failure name."""
 MAX_PLAN_TIERS: Final = 16

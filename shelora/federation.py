@@ -78,6 +78,8 @@ Names = Annotated[tuple[Name, ...], Strict(strict=False)]
 """A list in YAML, a tuple here."""
 Indices = Annotated[tuple[Annotated[int, Field(ge=0, le=100_000)], ...], Strict(strict=False)]
 Schedule = Literal["constant", "linear", "cosine"]
+MAX_ROUNDS: Final = 10_000
+"""Training rounds of a federation."""
 ALL_LINEAR: Final = "all-linear"
 """In place of names: every linear layer but the head."""
 
@@ -238,7 +240,7 @@ class StopSpec(Spec):
 class RoundSpec(Spec):
     """Rules of a federation's rounds."""
 
-    rounds: Annotated[int, Field(ge=1, le=10_000)] = 3
+    rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS)] = 3
     """Training rounds."""
 
     clients: Annotated[int, Field(ge=2, le=100_000)] = 3

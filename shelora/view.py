@@ -168,8 +168,8 @@ def member_troubles(federation: pb.Federation) -> list[tuple[str, str, str]]:
         if member.reason:
             found.append((member.client_id, member.reason, member.why))
         if member.copy_refused_unix_ms:
-            at = datetime.fromtimestamp(member.copy_refused_unix_ms / 1000, UTC)
-            found.append((member.client_id, "CLIENT_REPLACED", f"{_COPIES}, last at {at:%Y-%m-%d %H:%M} UTC"))
+            at = when(member.copy_refused_unix_ms)
+            found.append((member.client_id, "CLIENT_REPLACED", f"{_COPIES}, last at {at}"))
         if federation.phase == pb.PHASE_RUNNING and member.idle_ms > SILENT_MS:
             seen = f"for {_minutes(member.idle_ms)}" if member.idle_ms < NEVER_MS else "lately"
             found.append((member.client_id, "silent", f"nothing was heard of it {seen}"))
@@ -179,6 +179,14 @@ def member_troubles(federation: pb.Federation) -> list[tuple[str, str, str]]:
 def _minutes(idle_ms: int) -> str:
     minutes = idle_ms / 60_000
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+
+
+def when(unix_ms: int) -> str:
+    """A time that a server told, UTC; it may be one that no calendar has."""
+    try:
+        return f"{datetime.fromtimestamp(unix_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"
+    except (OverflowError, ValueError, OSError):
+        return "an unknown time"
 
 
 def size(count: float) -> str:

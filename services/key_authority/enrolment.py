@@ -19,7 +19,7 @@ from shelora.errors import DomainError, Reason
 from shelora.levels import Level
 from shelora.telemetry.metrics import counter
 from shelora.transport.certificates import Certificate, requested_key
-from shelora.transport.enrolment import SECRET_BYTES, Token
+from shelora.transport.enrolment import MAX_TOKEN_S, SECRET_BYTES, Token
 from shelora.transport.identity import Identity, Role, checked_names
 from shelora.transport.revocations import RevokedError, issued_ms
 from shelora.transport.workload import WorkloadKey
@@ -31,7 +31,6 @@ CERTIFICATES_ISSUED: Final = counter(
 )
 
 DEFAULT_EXPIRY_S: Final = 24 * 3600
-MAX_EXPIRY_S: Final = 30 * 24 * 3600
 _FEDERATION_ID: Final = re.compile(r"[a-z0-9-]{1,64}")
 _log = structlog.get_logger(__name__)
 
@@ -82,8 +81,8 @@ class Enrolments:
         Raises: DomainError INVALID_ARGUMENT, naming the field.
         """
         checked = _checked(grant)
-        if not 0 <= expires_in_s <= MAX_EXPIRY_S:
-            raise DomainError(Reason.INVALID_ARGUMENT, f"expires_in_s must be 0 to {MAX_EXPIRY_S}")
+        if not 0 <= expires_in_s <= MAX_TOKEN_S:
+            raise DomainError(Reason.INVALID_ARGUMENT, f"expires_in_s must be 0 to {MAX_TOKEN_S}")
         token, now_ms = Token(self._issuer.root.pin, self._entropy(SECRET_BYTES)), self._clock_ms()
         expires_ms = now_ms + (expires_in_s or DEFAULT_EXPIRY_S) * 1000
         await asyncio.to_thread(self._register.add, token.secret, checked, now_ms, expires_ms)

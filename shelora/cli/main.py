@@ -43,8 +43,8 @@ from shelora.telemetry.logs import configure_logs
 from shelora.terminal import CommandLine, Records, Terminal
 from shelora.text import printable
 from shelora.transport.address import HostPort
+from shelora.transport.enrolment import MAX_TOKEN_S, keep_renewed, renewal_at
 from shelora.transport.enrolment import enroll as enrolled
-from shelora.transport.enrolment import keep_renewed, renewal_at
 from shelora.transport.identity import Identity, Role
 from shelora.transport.tls import Held, IdentityFolder, TlsCredentials
 from shelora.v1 import coordinator_pb2 as pb
@@ -405,7 +405,8 @@ def token_create(
         typer.Option(help="DNS name or address a server is reached at; repeat for more."),
     ] = None,
     expires_in: Annotated[
-        float, typer.Option(min=0.01, max=720, metavar="HOURS", help="Hours the token may be used.")
+        float,
+        typer.Option(min=0.01, max=MAX_TOKEN_S / 3600, metavar="HOURS", help="Hours the token may be used."),
     ] = 24.0,
     promise: Annotated[
         Level | None,

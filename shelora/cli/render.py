@@ -1,7 +1,6 @@
 """Federations as tables for people."""
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -32,6 +31,7 @@ from shelora.view import (
     size,
     taken_back,
     training_rounds,
+    when,
 )
 
 
@@ -119,12 +119,11 @@ def _members_table(federation: pb.Federation) -> Records:
 
 def revocations_table(revocations: Iterable[enrolment_pb2.Revocation]) -> Records:
     """One line a revocation."""
-    table = Records("role", "federation", "client", "revoked (UTC)", "since then")
+    table = Records("role", "federation", "client", "revoked", "since then")
     for revocation in revocations:
-        at = datetime.fromtimestamp(revocation.at_unix_ms / 1000, UTC)
         since = "enrolled again" if revocation.enrolled_again else ""
         holder = (revocation.role or Role.CLIENT, revocation.federation_id, revocation.client_id)
-        table.add(*holder, f"{at:%Y-%m-%d %H:%M:%S}", since)
+        table.add(*holder, when(revocation.at_unix_ms), since)
     return table
 
 

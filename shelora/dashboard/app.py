@@ -23,13 +23,18 @@ from shelora.dashboard.security import Gate, Secrets, same_form
 from shelora.dashboard.watching import Watch
 from shelora.errors import DomainError, Reason
 from shelora.exporting import encoded, rounds_csv
+from shelora.federation import MAX_ROUNDS
 from shelora.levels import Level
 from shelora.operator import Operator
+from shelora.transport.enrolment import MAX_TOKEN_S
 from shelora.transport.identity import Identity, Role
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.version import VERSION
 
 MAX_FORM_BYTES: Final = 64 * 1024
+MAX_FIELDS: Final = 200
+MAX_STREAMS: Final = 32
+"""Tabs that are live at once; page.js keeps one for each that is in sight."""
 _FORM: Final = "application/x-www-form-urlencoded"
 _UNREACHABLE: Final = {Reason.STORE_UNAVAILABLE: 503, Reason.FEDERATION_UNKNOWN: 404}
 
@@ -100,7 +105,11 @@ class Page:
         return Starlette(
             routes=[Mount(self._root, routes=routes)],
             lifespan=lifespan,
-            exception_handlers={DomainError: self._refused, HTTPException: self._failed},
+            exception_handlers={
+                DomainError: self._refused,
+                HTTPException: self._failed,
+                Exception: self._broken,
+            },
         )
 
     async def _index(self, _: Request) -> Response:
@@ -113,6 +122,8 @@ class Page:
 
     async def _events(self, request: Request) -> Response:
         """Parts of the page whenever they change, as server-sent events."""
+        if self._watch.viewers >= MAX_STREAMS:
+            raise HTTPException(503, f"{MAX_STREAMS} tabs show this page already: close some.")
         name = request.query_params.get("federation", "")
         return StreamingResponse(self._parts(name), media_type="text/event-stream")
 
@@ -177,7 +188,7 @@ class Page:
             await self._watch.look()
             return self._to("/")
         if action == "extend":
-            await self._operator.extend(name, _count(sent.get("rounds", "")))
+            await self._operator.extend(name, _count(sent.get("rounds", ""), MAX_ROUNDS))
         else:
             simple = {
                 "start": self._operator.start,
@@ -204,9 +215,8 @@ class Page:
             return self._html("token.html", token="", client="", **values, **self._overview(name))
         sent = await self._sent(request)
         client = sent.get("client", "").strip()
-        lifetime = timedelta(hours=_count(sent.get("hours", "")))
-        promise = Level(sent["promise"]) if sent.get("promise") in set(Level) else None
-        token = await authority.token(name, client, lifetime, promise)
+        hours = _count(sent.get("hours", ""), MAX_TOKEN_S // 3600)
+        token = await authority.token(name, client, timedelta(hours=hours), _promise(sent.get("promise", "")))
         return self._html("token.html", token=token, client=client, **values, **self._overview(name))
 
     async def _export(self, request: Request) -> Response:
@@ -236,7 +246,13 @@ class Page:
             body += part
             if len(body) > MAX_FORM_BYTES:
                 raise HTTPException(413, "The form is too large.")
-        sent = dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True, max_num_fields=200))
+        try:
+            fields = parse_qsl(
+                body.decode(errors="replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS
+            )
+        except ValueError:
+            raise HTTPException(400, f"The form has more than {MAX_FIELDS} fields.") from None
+        sent = dict(fields)
         if not same_form(sent.pop("form", ""), self._secrets):
             raise HTTPException(403, "The form is of another page: load it again.")
         return sent
@@ -279,13 +295,29 @@ class Page:
         assert isinstance(error, HTTPException)
         return self._error(error.status_code, str(error.status_code), error.detail)
 
+    async def _broken(self, _: Request, error: Exception) -> Response:
+        """What nobody foresaw; the server logs it when this has been sent."""
+        message = (
+            f"{type(error).__name__}: the page cannot show this; its own output, where it runs, says more"
+        )
+        return self._error(500, str(Reason.INTERNAL), message)
+
     def _error(self, status: int, reason: str, message: str) -> Response:
         values: Mapping[str, Any] = self._overview("")
         return self._html("error.html", status, reason=reason, message=message, **values)
 
 
-def _count(text: str) -> int:
+def _count(text: str, most: int) -> int:
     """A whole number from 1. Raises: INVALID_ARGUMENT."""
-    if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
-        raise DomainError(Reason.INVALID_ARGUMENT, "write a whole number, at least 1")
+    if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or not 1 <= int(text) <= most:
+        raise DomainError(Reason.INVALID_ARGUMENT, f"write a whole number from 1 to {most}")
     return int(text)
+
+
+def _promise(text: str) -> Level | None:
+    """None for what the federation has. Raises: INVALID_ARGUMENT: a promise that is not understood is not weakened."""
+    if text and text not in set(Level):
+        raise DomainError(
+            Reason.INVALID_ARGUMENT, f"the promise is one of {', '.join(Level)}, or what the federation has"
+        )
+    return Level(text) if text else None

@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from shelora.dashboard.memory import PresenceHistory
-from shelora.dashboard.model import federation_page, when
+from shelora.dashboard.model import federation_page
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.version import VERSION
-from shelora.view import size
+from shelora.view import size, when
 
 STATIC: Final = Path(__file__).parent / "static"
 

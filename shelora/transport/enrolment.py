@@ -47,6 +47,8 @@ PIN_BYTES: Final = 32
 SECRET_BYTES: Final = 32
 _PREFIX: Final = "shelora-token-"
 _LONGEST_RETRY_S: Final = 60.0
+MAX_TOKEN_S: Final = 30 * 24 * 3600
+"""Seconds for which a token can be used, at most."""
 
 CERTIFICATE_EXPIRY: Final = gauge(
     "certificate_expiry_timestamp_seconds",

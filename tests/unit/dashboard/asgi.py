@@ -14,13 +14,20 @@ class Answer:
 
 
 async def ask(
-    app, method: str, target: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None
+    app,
+    method: str,
+    target: str,
+    headers: Mapping[str, str],
+    form: Mapping[str, str] | None = None,
+    *,
+    answered: list | None = None,
 ) -> Answer:
+    """`answered` gets what was sent, also if the application fails afterwards."""
     path, _, query = target.partition("?")
     body = urlencode(form or {}).encode()
     if form is not None:
         headers = {"content-type": "application/x-www-form-urlencoded", **headers}
-    sent = []
+    sent = [] if answered is None else answered
     requests = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def receive():

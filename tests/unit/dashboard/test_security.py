@@ -1,10 +1,11 @@
 """Who is let in: the operator's browser, from the page itself, and nobody else of all that can reach the port."""
 
 import re
+from contextlib import ExitStack
 
 import pytest
 
-from shelora.dashboard.app import AuthorityCalls, Page
+from shelora.dashboard.app import MAX_FIELDS, MAX_STREAMS, AuthorityCalls, Page
 from shelora.dashboard.security import POLICY, Secrets
 from shelora.dashboard.watching import Watch
 from shelora.errors import DomainError, Reason
@@ -233,6 +234,50 @@ async def test_a_mistaken_form_comes_back_with_errors_beside_its_fields(site):
 async def test_forms_that_are_none_or_too_large_are_refused(site):
     assert (await site.post("/new", {"name": "x" * 70_000})).status == 413
     assert (await site.post("/new", **{"content-type": "text/plain"})).status == 415
+
+
+async def test_a_form_of_too_many_fields_is_refused(site):
+    answer = await site.post("/new", {f"field{i}": "x" for i in range(MAX_FIELDS + 1)})
+    assert answer.status == 400
+    assert f"more than {MAX_FIELDS} fields" in answer.text
+
+
+@pytest.mark.parametrize("hours", ["", "0", "-1", "1.5", "nan", "721", "999999999", "9" * 30])
+async def test_a_token_lives_as_long_as_the_key_authority_allows(site, hours):
+    answer = await site.post(f"/f/{site.name}/token", {"client": "clinic", "hours": hours})
+    assert (answer.status, site.tokens) == (409, [])
+    assert "a whole number from 1 to 720" in answer.text
+    assert (await site.post(f"/f/{site.name}/token", {"client": "clinic", "hours": "720"})).status == 200
+
+
+async def test_a_promise_that_is_not_understood_gives_no_token(site):
+    """It gave one that promised what the federation has."""
+    form = {"client": "clinic", "hours": "2", "promise": "completely"}
+    assert (await site.post(f"/f/{site.name}/token", form)).status == 409
+    assert site.tokens == []
+
+
+async def test_what_nobody_foresaw_is_a_page_with_a_way_back(site):
+    async def broken(_name, _known=()):
+        raise OverflowError(HOSTILE)
+
+    site.coordinator.get = broken
+    sent = []
+    given = {"host": HOST, "cookie": f"shelora_page={site.secrets.cookie}"}
+    with pytest.raises(OverflowError):  # so that the server logs it, after the answer
+        await ask(site.app, "GET", f"/{site.secrets.path}/f/{site.name}", given, answered=sent)
+    text = b"".join(m.get("body", b"") for m in sent).decode()
+    assert sent[0]["status"] == 500
+    assert "INTERNAL" in text
+    assert "Overview" in text
+    assert "alert(1)" not in text
+
+
+async def test_streams_are_bounded(site):
+    with ExitStack() as tabs:
+        for _ in range(MAX_STREAMS):
+            tabs.enter_context(site.watch.viewing(site.name))
+        assert (await site.get(f"/events?federation={site.name}")).status == 503
 
 
 async def test_a_token_is_shown_once_with_the_command_to_paste(site):
