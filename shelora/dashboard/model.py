@@ -6,7 +6,7 @@ would be nearly one agent's own. Members' rows hold no loss, no accuracy and no 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from statistics import median
 from typing import Final
 
 from markupsafe import Markup
@@ -234,13 +234,19 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
 
 
 def shown_figures(summary: pb.RoundSummary, least: int) -> RoundFigures:
-    """Figures of a round, without those that fewer than `least` agents reported."""
-    figures = round_figures(summary)
+    """Figures of a round, without those that fewer than `least` agents reported; accuracy is a median as well."""
+    figures = replace(round_figures(summary), test_accuracy=_median_accuracy(summary))
     if len(summary.updates) < least:
         figures = replace(figures, train_loss=None, upload_bytes=0.0, train_s=0.0, encrypt_s=0.0)
     if len(summary.evaluations) < least:
         figures = replace(figures, test_accuracy=None, test_examples=0, download_bytes=0.0, decrypt_s=0.0)
     return figures
+
+
+def _median_accuracy(summary: pb.RoundSummary) -> float | None:
+    """Over the agents: one of three could halve the share of all their examples by claiming many that are wrong."""
+    shares = [e.correct_count / e.example_count for e in summary.evaluations if e.example_count]
+    return median(shares) if shares else None
 
 
 def ago(seconds: float) -> str:
@@ -392,7 +398,7 @@ def _quality(figures: Sequence[RoundFigures]) -> Markup:
     values = [f.test_accuracy for f in figures]
     words = [_share(v) for v in values]
     one = Series(name="accuracy", values=values, words=words, kind="a")
-    return line_chart("Test accuracy", [f.number for f in figures], [one], unit="%")
+    return line_chart("Test accuracy, median", [f.number for f in figures], [one], unit="%")
 
 
 def _loss(figures: Sequence[RoundFigures]) -> Markup:
@@ -413,8 +419,3 @@ def _traffic(figures: Sequence[RoundFigures]) -> Markup:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def when(unix_ms: int) -> str:
-    """A time, UTC."""
-    return f"{datetime.fromtimestamp(unix_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"

@@ -45,6 +45,32 @@ def test_figures_that_fewer_than_min_updates_reported_are_withheld():
     assert (shown.accuracy, shown.down, shown.withheld) == ("90.0%", "50 B", False)
 
 
+def test_one_member_does_not_move_the_accuracy_of_all():
+    """With twice the others' examples, all wrong, one of three halved it."""
+    said = running()
+    published = said.history.add(number=1, kind=pb.ROUND_KIND_TRAIN, state=pb.ROUND_STATE_PUBLISHED)
+    for name, count, right in (("a", 100, 90), ("b", 100, 92), ("c", 10**9, 0)):
+        published.evaluations.add(client_id=name, example_count=count, correct_count=right)
+    assert page(said).accuracy == "90.0%"
+
+
+def test_a_report_shows_no_figure_where_one_is_withheld():
+    said = running()
+    published = said.history.add(number=1, kind=pb.ROUND_KIND_TRAIN, state=pb.ROUND_STATE_PUBLISHED)
+    published.updates.add(client_id="a", train_loss=0.5, upload_bytes=100, train_s=71.0, encrypt_s=71.0)
+    published.evaluations.add(client_id="a", example_count=10, correct_count=9, decrypt_s=71.0)
+    row = re.search('<tr><th scope="row">1</th>.*?</tr>', report(said))[0]
+    assert re.findall("<td>(.*?)</td>", row) == ["-", "-", "-", "-", "-", "-", "0.00 s", "-"]
+
+
+def test_times_that_no_calendar_has_are_shown_as_unknown():
+    """A server's answer with one could not be shown at all."""
+    said = running()
+    said.now_unix_ms = said.members[0].copy_refused_unix_ms = 2**62
+    assert "last at an unknown time" in page(said).members[0].troubles[0]
+    assert "as of an unknown time" in report(said)
+
+
 def test_an_update_is_said_with_its_size_and_since_when():
     said, memory = running(), PresenceHistory()
     memory.note(said, 100.0)
