@@ -3,35 +3,66 @@
 
 const connection = document.getElementById("connection");
 
-// Keyboard focus, opened details and scrolled tables outlive a new version of their part.
-function replace(place, html) {
+const LIVE = document.body.dataset.events;
+const ENDED = "not live: load the page again, or run shelora dashboard again";
+let source = null;
+
+// Changes only what differs, so that a click, a selection, focus and scrolling outlive a new version of a part.
+function patch(place, wanted) {
+  const old = [...place.childNodes];
+  const next = [...wanted.childNodes];
+  next.forEach((node, i) => {
+    if (i >= old.length) place.append(node);
+    else if (old[i].nodeName !== node.nodeName || old[i].id !== node.id) old[i].replaceWith(node);
+    else if (!old[i].isEqualNode(node)) update(old[i], node);
+  });
+  old.slice(next.length).forEach((node) => node.remove());
+}
+
+function update(to, from) {
+  if (from.nodeType !== Node.ELEMENT_NODE) {
+    to.nodeValue = from.nodeValue;
+    return;
+  }
+  for (const { name } of [...to.attributes]) if (!from.hasAttribute(name)) to.removeAttribute(name);
+  for (const { name, value } of from.attributes) if (to.getAttribute(name) !== value) to.setAttribute(name, value);
+  patch(to, from);
+}
+
+function show(place, html) {
   const focused = place.contains(document.activeElement) ? document.activeElement.id : "";
-  const scrolled = [...place.querySelectorAll(".scroll[id]")].map((e) => [e.id, e.scrollLeft]);
   const template = document.createElement("template");
   template.innerHTML = html;
-  place.replaceChildren(template.content);
-  for (const [id, left] of scrolled) {
-    const element = document.getElementById(id);
-    if (element) element.scrollLeft = left;
-  }
+  patch(place, template.content);
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
 }
 
-function listen(address) {
-  const source = new EventSource(address);
+function listen() {
+  source = new EventSource(LIVE);
   source.addEventListener("open", () => { connection.textContent = "live"; });
   source.addEventListener("part", (event) => {
     const part = JSON.parse(event.data);
     const place = document.getElementById(part.id);
-    if (place) replace(place, part.html);
+    if (place) show(place, part.html);
   });
   source.addEventListener("error", () => {
     const ended = source.readyState === EventSource.CLOSED;
-    connection.textContent = ended ? "ended: run shelora dashboard again" : "connection lost, trying again";
+    connection.textContent = ended ? ENDED : "connection lost, trying again";
   });
 }
 
-if (document.body.dataset.events) listen(document.body.dataset.events);
+// A browser keeps six connections to a server, for all its tabs: those out of sight hold none.
+function follow() {
+  source?.close();
+  source = null;
+  if (!document.hidden) listen();
+}
+
+if (LIVE) {
+  document.addEventListener("visibilitychange", follow);
+  window.addEventListener("pagehide", () => source?.close());
+  window.addEventListener("pageshow", follow);
+}
 
 const copy = document.getElementById("copy");
 copy?.addEventListener("click", async () => {
