@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from shelora.dashboard.forms import checked, groups
 from shelora.dashboard.model import FederationPage, federation_page, federation_row
@@ -49,6 +50,18 @@ class AuthorityCalls:
     """A token for federation, client ("": it names itself), lifetime, promise (None: what the federation has)."""
     revoke: Callable[[Identity], Awaitable[Any]]
     """Revokes a client."""
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events to one viewer, who counts before anything is awaited: many may come at once."""
+
+    def __init__(self, parts: AsyncIterator[str], viewing: AbstractContextManager[None]) -> None:
+        super().__init__(parts, media_type="text/event-stream")
+        self._viewing = viewing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._viewing:
+            await super().__call__(scope, receive, send)
 
 
 class Page:
@@ -125,17 +138,16 @@ class Page:
         if self._watch.viewers >= MAX_STREAMS:
             raise HTTPException(503, f"{MAX_STREAMS} tabs show this page already: close some.")
         name = request.query_params.get("federation", "")
-        return StreamingResponse(self._parts(name), media_type="text/event-stream")
+        return _Stream(self._parts(name), self._watch.viewing(name))
 
     async def _parts(self, name: str) -> AsyncIterator[str]:
         told: dict[str, str] = {}
-        with self._watch.viewing(name):
-            async for _ in self._watch.changes():
-                for part, html in self._live(name).items():
-                    if told.get(part) != html:
-                        told[part] = html
-                        yield f"event: part\ndata: {json.dumps({'id': part, 'html': html})}\n\n"
-                yield ": alive\n\n"
+        async for _ in self._watch.changes():
+            for part, html in self._live(name).items():
+                if told.get(part) != html:
+                    told[part] = html
+                    yield f"event: part\ndata: {json.dumps({'id': part, 'html': html})}\n\n"
+            yield ": alive\n\n"
 
     def _live(self, name: str) -> dict[str, str]:
         """HTML of each live part by its id."""

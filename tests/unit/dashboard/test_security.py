@@ -1,7 +1,8 @@
 """Who is let in: the operator's browser, from the page itself, and nobody else of all that can reach the port."""
 
+import asyncio
 import re
-from contextlib import ExitStack
+from collections import Counter
 
 import pytest
 
@@ -274,10 +275,17 @@ async def test_what_nobody_foresaw_is_a_page_with_a_way_back(site):
 
 
 async def test_streams_are_bounded(site):
-    with ExitStack() as tabs:
-        for _ in range(MAX_STREAMS):
-            tabs.enter_context(site.watch.viewing(site.name))
-        assert (await site.get(f"/events?federation={site.name}")).status == 503
+    """Also if all are opened at once: a browser that starts again opens all its tabs."""
+    given = {"host": HOST, "cookie": f"shelora_page={site.secrets.cookie}"}
+    path = f"/{site.secrets.path}/events?federation={site.name}"
+    sent = [[] for _ in range(MAX_STREAMS + 5)]
+    tabs = [asyncio.create_task(ask(site.app, "GET", path, given, answered=one)) for one in sent]
+    while not all(sent):  # noqa: ASYNC110 - what an application sends is no event
+        await asyncio.sleep(0.01)
+    assert Counter(one[0]["status"] for one in sent) == {200: MAX_STREAMS, 503: 5}
+    await site.watch.end()
+    await asyncio.gather(*tabs)
+    assert site.watch.viewers == 0
 
 
 async def test_a_token_is_shown_once_with_the_command_to_paste(site):
