@@ -189,6 +189,7 @@ class Agent:
             reports_drift=spec.round.replan_below_overlap > 0,
             largest_move=spec.training.learning_rate * spec.training.local_steps,
             evaluation_every=spec.training.evaluation_every,
+            examples_a_round=spec.training.seen(len(tools.learner.examples)),
         )
         committees = Committees(
             me.federation_id,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Final
 
 import structlog
 
@@ -22,6 +23,10 @@ from shelora.lora.layout import Layout
 from shelora.negotiation.plan import Plan
 from shelora.strategies.agents.registry import agent_strategy_of
 from shelora.v1 import coordinator_pb2 as pb
+
+LEAST_EXAMPLES: Final = 32
+"""Examples whose mean loss a client tells where servers see nothing else of its update."""
+LOSS_DIGITS: Final = 2
 
 _log = structlog.get_logger(__name__)
 
@@ -102,12 +107,20 @@ class Maker:
             rank=model.rank,
             scaling=model.scaling,
             example_count=self.counted,
-            train_loss=0.0 if self._sums else trained.loss,
+            train_loss=self._told(trained.loss),
             train_s=trained.seconds,
             encrypt_s=0.0,
             overlap=overlap,
         )
         return note, trained.weights
+
+    def _told(self, loss: float) -> float:
+        """What the coordinator is told of the mean training loss; 0: nothing."""
+        if self._sums:
+            return 0.0
+        if self._me.protection.strategy.shows_factors:  # they tell more of the examples than a loss does
+            return loss
+        return loss_told(loss, self._me.examples_a_round)
 
     def protect(
         self,
@@ -169,6 +182,15 @@ class Maker:
             reports_drift=self._me.reports_drift,
             activity=activity,
         )
+
+
+def loss_told(loss: float, examples: int) -> float:
+    """A mean loss in hundredths of a nat; 0 if it is of fewer examples than `LEAST_EXAMPLES`.
+
+    Exact means of few examples name them: everyone can compute the public model's loss on any text, and of all choices
+    from a list of candidates hardly two have the same mean (`attack.losses`).
+    """
+    return round(loss, LOSS_DIGITS) if examples >= LEAST_EXAMPLES else 0.0
 
 
 def _dealt(dealer: Dealer, weight: int, shards: Sequence[bytes]) -> bytes:

@@ -25,6 +25,8 @@ class Participation:
     """How far local training can move one value at most: learning rate times local steps."""
     evaluation_every: int = 1
     """Rounds from one evaluation of a result to the next."""
+    examples_a_round: int = 0
+    """Different examples that training takes in a round, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -193,6 +193,10 @@ class TrainingSpec(Spec):
             return self.local_steps
         return min(self.local_steps, max(1, ceil(self.local_epochs * examples / self.batch_size)))
 
+    def seen(self, examples: int) -> int:
+        """Different examples that a client with so many trains on in a round, at most."""
+        return min(examples, self.steps(examples) * self.batch_size)
+
     @model_validator(mode="after")
     def _texts_have_a_next_token(self) -> Self:
         least = TASKS[self.task].least_tokens

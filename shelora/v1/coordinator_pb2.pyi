@@ -1028,7 +1028,9 @@ class UpdateReport(_message.Message):
     example_count: _builtins.int
     """Examples that the client trains on, the aggregation weight, 1 to 10^9: as many as it said when it joined."""
     train_loss: _builtins.float
-    """Mean training loss over the round's steps, nats; 0: the client, under differential privacy, tells none."""
+    """Mean training loss over the round's steps, nats; 0: the client tells none, as under differential privacy. Where the
+    servers see no factors ("complete"), rounded to 0.01, and told only if it is of 32 examples or more.
+    """
     train_s: _builtins.float
     """Seconds spent."""
     encrypt_s: _builtins.float
