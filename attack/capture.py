@@ -1,17 +1,19 @@
 """What an attacker on the servers' side holds: every command that Redis wrote to its append-only file.
 
 Updates are deleted once their round has ended, but the file tells what was written. A `Tap` copies it while the
-servers run, as whoever runs Redis can; `replayed` reads updates, results and layouts out of the copy.
+servers run, as whoever runs Redis can; `replayed` reads updates, results and layouts out of the copy, `beside` keeps
+everything else: what clients told coordinator and committee, and what aggregation noted of their updates.
 """
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, Self
 from urllib.parse import unquote
 
+from coordinator.keys import Keys
 from services.aggregation.keys import PREFIX
 from shelora.lora.layout import Layout
 from shelora.messages import layout_from_proto
@@ -19,6 +21,9 @@ from shelora.v1 import common_pb2
 
 POLL_S: Final = 0.05
 _FILES: Final = "appendonlydir/*.incr.aof"
+_COORDINATOR: Final = Keys().prefix
+_CONTENTS: Final = ("update:", "partial:", "result:", "shared:")
+"""Places at aggregation of shards' bytes, which `replayed` reads."""
 
 
 class Tap:
@@ -129,6 +134,26 @@ def replayed(log: bytes, federation: str) -> list[Round]:
             case _:
                 continue
     return list(rounds.values())
+
+
+def beside(log: bytes, federation: str) -> bytes:
+    """The commands of a federation that `replayed` does not read, as they were written."""
+    return b"".join(
+        written(words) for words in commands(log) if len(words) > 1 and _is_beside(words[1], federation)
+    )
+
+
+def _is_beside(key: bytes, federation: str) -> bool:
+    if key.decode(errors="replace").startswith(f"{_COORDINATOR}:{{{federation}}}:"):
+        return True
+    place = _place(key, federation)
+    return bool(place) and not place.startswith(_CONTENTS)
+
+
+def written(words: Iterable[bytes]) -> bytes:
+    """A command as Redis writes it (a RESP array of bulk strings)."""
+    parts = [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]
+    return b"*%d\r\n" % len(parts) + b"".join(parts)
 
 
 def _keep(rounds: dict[str, Round], key: bytes, content: bytes, federation: str) -> None:

@@ -4,6 +4,7 @@ captures/<scene>/capture.json                  what made it; written last, so a 
 rounds/<n>/layout             serialized Layout
 rounds/<n>/update/<client>/<shard>   serialized UpdateShard
 rounds/<n>/result/<shard>     serialized ResultShard
+beside                        what else Redis wrote of the federation, as it wrote it
 insider/secrets               GetEpochSecretsResponse; empty under `none`
 insider/trained, applied      states of an agent, with one file of weights each
 """
@@ -59,10 +60,17 @@ def save(performance: Performance, folder: Path) -> None:
             _write(place / "update" / quote(update.client, safe="") / str(update.shard), update.content)
         for shard, content in round_.results.items():
             _write(place / "result" / str(shard), content)
+    _write(folder / "beside", performance.beside)
     _write(folder / "insider" / "secrets", performance.insider.released)
     _keep(folder / "insider" / "trained", performance.insider.trained)
     _keep(folder / "insider" / "applied", performance.insider.applied)
-    note = {"key": key_of(performance.scene), "scene": performance.scene.name, "rounds": digests}
+    told = hashlib.sha256(performance.beside).hexdigest()
+    note = {
+        "key": key_of(performance.scene),
+        "scene": performance.scene.name,
+        "rounds": digests,
+        "beside": told,
+    }
     _write(folder / _NOTE, json.dumps(note, indent=1).encode())
 
 
@@ -71,15 +79,17 @@ def load(scene: Scene, folder: Path) -> Performance | None:
     try:
         note = json.loads((folder / _NOTE).read_text())
         rounds = [_round(folder / "rounds" / str(n + 1)) for n in range(len(note["rounds"]))]
+        beside = (folder / "beside").read_bytes()
         released = (folder / "insider" / "secrets").read_bytes()
-        current = note["key"] == key_of(scene) and note["rounds"] == [r.digest for r in rounds]
+        digests = [r.digest for r in rounds], hashlib.sha256(beside).hexdigest()
+        current = note["key"] == key_of(scene) and (note["rounds"], note["beside"]) == digests
     except (OSError, ValueError, KeyError, TypeError, DecodeError, DomainError):
         return None
     trained, applied = (_kept(folder / "insider" / name) for name in ("trained", "applied"))
     if not current or trained is None or applied is None:
         return None
     insider = Insider(released=released, trained=trained, applied=applied)
-    return Performance(scene=scene, rounds=rounds, insider=insider)
+    return Performance(scene=scene, rounds=rounds, insider=insider, beside=beside)
 
 
 def _round(place: Path) -> Round:

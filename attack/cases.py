@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from attack import assets, experiments, malicious, simulated
+from attack import assets, beside, experiments, malicious, simulated
 from attack.findings import Finding
 from attack.public import Public
 from attack.stage import Client, Performance, Scene
@@ -35,8 +36,12 @@ LONGEST_SNIPPET: Final = 70
 LONGEST_TOPIC: Final = 140
 """Characters."""
 BATCH: Final = 16
+FEW: Final = 4
+"""Examples of a batch whose mean loss still names it."""
 BRANCHES: Final = 20
 """Clients whose labels are guessed: so many that an AUC over their pairs can exceed chance by enough."""
+TESTS: Final = 32
+"""Test examples of each of them, of its own labels."""
 _CAUSAL: Final[dict[str, Any]] = {
     "task": "causal-lm",
     "max_tokens": 32,
@@ -173,7 +178,7 @@ def _first_step(mode: Mode, texts: _Texts) -> Case:
 def _members(mode: Mode, texts: _Texts, steps: int) -> Case:
     """Batches of three sizes: their members; tokens by B, and by A where somebody can decrypt it and it has moved."""
     clients = _clients(texts.batches(4, 2, 1), 8, data="R8")
-    scene = _causal(f"member-{mode.name}-{steps}", mode, clients, steps)
+    scene = _causal(f"member-{mode.name}-{steps}", mode, clients, steps, rounds=2 if steps == 1 else 1)
 
     def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
         if mode is NONE and steps > 1:
@@ -185,6 +190,9 @@ def _members(mode: Mode, texts: _Texts, steps: int) -> Case:
                 who = "server" if mode is NONE else COLLUDES
                 yield experiments.spanned_by_A(performance, public, group, who)
         yield from _told(performance, public, clients, texts, mode)
+        if steps == 1:
+            yield from _by_loss(performance, public, clients, texts, mode)
+        yield from _beside(performance)
 
     return Case(scene=scene, attacks=attacks)
 
@@ -205,6 +213,23 @@ def _told(
                 yield experiments.membership(performance, public, group, texts.outsiders, basis=True)
 
 
+def _by_loss(
+    performance: Performance, public: Public, clients: Sequence[Client], texts: _Texts, mode: Mode
+) -> Iterator[Finding]:
+    """By size of batch, and those together of which a mean loss can tell."""
+    scene = performance.scene
+    few = [client for client in clients if scene.batch_of(client) <= FEW]
+    for group in (*_by_size(scene, clients), few):
+        control = mode is NONE and group is few
+        yield beside.membership_by_loss(performance, public, group, texts.outsiders, control=control)
+
+
+def _beside(performance: Performance) -> Iterator[Finding]:
+    """What servers are told beside updates."""
+    yield beside.recorded(performance)
+    yield from beside.stated(performance)
+
+
 def _by_size(scene: Scene, clients: Sequence[Client]) -> list[Sequence[Client]]:
     """Clients with batches of a size together, the smallest first."""
     sizes = sorted({scene.batch_of(client) for client in clients})
@@ -216,16 +241,19 @@ def _classifiers(mode: Mode, texts: _Texts) -> Iterator[Case]:
     for steps in (1, 10):
 
         def attacks(performance: Performance, public: Public) -> Iterator[Finding]:
-            return _told(performance, public, clients, texts, mode)
+            yield from _told(performance, public, clients, texts, mode)
+            yield from _beside(performance)
 
         scene = _classifier(f"class-{mode.name}-{steps}", mode, clients, steps)
         yield Case(scene=replace(scene, rounds=2 if steps == 1 else 1), attacks=attacks)
-    branches = _clients(_uneven(texts.news, BRANCHES, 16), 8, data="R8, Dirichlet 0.3")
+    branches = _branches(texts.news)
 
     def by_labels(performance: Performance, public: Public) -> Iterator[Finding]:
         for basis in (False, True) if mode is NONE else (False,):
             control = mode is NONE and not basis
             yield experiments.labels(performance, public, control=control, basis=basis)
+        yield beside.labels_by_reports(performance)
+        yield from _beside(performance)
         if mode is NONE:
             yield from simulated.findings(public, [example.text for example in texts.news[: simulated.TEXTS]])
 
@@ -289,17 +317,23 @@ def _clients(parts: Sequence[Sequence[Example]], rank: int, data: str = "") -> t
     )
 
 
-def _uneven(examples: Sequence[Example], clients: int, each: int) -> list[list[Example]]:
-    """Clients whose labels are drawn from Dirichlet(0.3)."""
-    rng = np.random.default_rng(1)
+def _branches(examples: Sequence[Example]) -> tuple[Client, ...]:
+    """Clients whose labels are drawn from Dirichlet(0.3), to train on and to test by."""
+    rng, apart = np.random.default_rng(1), np.random.default_rng(2)
+    trained, tested = [], []
+    for shares in rng.dirichlet([0.3] * len(LABELS), BRANCHES):
+        trained.append(_drawn(examples, shares, 16, rng))
+        tested.append(tuple((e.text, e.label) for e in _drawn(examples, shares, TESTS, apart)))
+    clients = _clients(trained, 8, data="R8, Dirichlet 0.3")
+    return tuple(replace(client, tests=tests) for client, tests in zip(clients, tested, strict=True))
+
+
+def _drawn(
+    examples: Sequence[Example], shares: NDArray[np.float64], count: int, rng: np.random.Generator
+) -> list[Example]:
     by_label = {label: [e for e in examples if e.label == label] for label in LABELS}
-    parts = []
-    for shares in rng.dirichlet([0.3] * len(LABELS), clients):
-        counts = rng.multinomial(each, shares)
-        chosen = [
-            by_label[label][i]
-            for label, count in zip(LABELS, counts, strict=True)
-            for i in rng.integers(0, len(by_label[label]), count)
-        ]
-        parts.append(chosen)
-    return parts
+    return [
+        by_label[label][i]
+        for label, of in zip(LABELS, rng.multinomial(count, shares), strict=True)
+        for i in rng.integers(0, len(by_label[label]), of)
+    ]

@@ -143,7 +143,7 @@ def spanned(
     Args: clients: with batches of one size.
     """
     round_, scene, secrets = performance.rounds[0], performance.scene, performance.secrets
-    size, data = scene.batch_of(clients[0]), _data(scene, clients)
+    size, data = scene.batch_of(clients[0]), data_of(scene, clients)
     figures = [recall(_tokens(public, scene, c, round_, secrets), _inputs(public, c)) for c in clients]
     chance, guesses = _chance(public, clients), sum(len(_inputs(public, client)) for client in clients)
     return Finding(
@@ -169,7 +169,7 @@ def spanned_by_A(performance: Performance, public: Public, clients: Sequence[Cli
     Args: clients: with batches of one size.
     """
     round_, scene, secrets = performance.rounds[0], performance.scene, performance.secrets
-    size, data, found = scene.batch_of(clients[0]), _data(scene, clients), []
+    size, data, found = scene.batch_of(clients[0]), data_of(scene, clients), []
     for client in clients:
         opened, true = insiders.opened_update(round_, client.name, secrets), _inputs(public, client)
         moved = np.vstack([opened[name].A for name in first_layer(public)])
@@ -218,7 +218,7 @@ def by_budget(
             setting=f"none, {100 * budget:g} % of the columns of A left out, the rest in {bits} bits, "
             + terms(scene, number=number),
             attacker=f"server: {who}",
-            data=_data(scene, clients),
+            data=data_of(scene, clients),
             attack=VISIBLE,
             terms=f"{who}, {bits} bits",
             column=f"{100 * budget:g} %",
@@ -230,7 +230,8 @@ def by_budget(
         )
 
 
-def _data(scene: Scene, clients: Iterable[Client]) -> str:
+def data_of(scene: Scene, clients: Iterable[Client]) -> str:
+    """What clients hold, in the table's words."""
     data = ", ".join(dict.fromkeys(client.data for client in clients))
     return data if scene.task == CAUSAL_LM else f"{data}, classifier"
 
@@ -316,7 +317,7 @@ def in_sums(
     return Finding(
         setting=words[0],
         attacker=words[1],
-        data=_data(scene, victims),
+        data=data_of(scene, victims),
         attack=IN_SUMS,
         terms=f"{len(victims) + 1} members, {terms(scene)}",
         column=column(scene),
@@ -354,13 +355,10 @@ def membership(
     Args: number: of the round; basis: from what an orthonormal basis of the first round's B would tell.
     """
     scene, round_ = performance.scene, performance.rounds[number - 1]
-    data = _data(scene, clients)
-    texts = dict.fromkeys(chain(outsiders, *(c.texts[: scene.batch] for c in scene.clients)))
-    raw = {c.name: _scores(performance, public, c, tuple(texts), number, basis) for c in scene.clients}
-    held = {client.name: set(client.texts) for client in scene.clients}
-    scores = standardized(calibrated(raw, held), outsiders)
-    members = [scores[client.name][text] for client in clients for text in client.texts[: scene.batch]]
-    others = [scores[client.name][text] for client in clients for text in outsiders]
+    data = data_of(scene, clients)
+    texts = candidates(scene, outsiders)
+    raw = {c.name: _scores(performance, public, c, texts, number, basis) for c in scene.clients}
+    members, others = told_apart(scene, raw, clients, outsiders)
     clear = bool(clear_parts(round_, clients[0].name))
     sizes = {scene.batch_of(client) for client in clients}
     size = sizes.pop() if len(sizes) == 1 else None
@@ -380,6 +378,24 @@ def membership(
         no_better_than_chance=scene.sealed,
         capture=round_.digest,
     )
+
+
+def candidates(scene: Scene, outsiders: Sequence[str]) -> tuple[str, ...]:
+    """The texts that are asked for, each once."""
+    return tuple(dict.fromkeys(chain(outsiders, *(c.texts[: scene.batch] for c in scene.clients))))
+
+
+def told_apart(
+    scene: Scene,
+    raw: Mapping[str, Mapping[str, float]],
+    clients: Sequence[Client],
+    outsiders: Sequence[str],
+) -> tuple[list[float], list[float]]:
+    """Scores of the members of these clients' batches, and of texts that no client has."""
+    held = {client.name: set(client.texts) for client in scene.clients}
+    scores = standardized(calibrated(raw, held), outsiders)
+    members = [scores[client.name][text] for client in clients for text in client.texts[: scene.batch]]
+    return members, [scores[client.name][text] for client in clients for text in outsiders]
 
 
 def calibrated(
@@ -475,7 +491,7 @@ def unmixed(performance: Performance, public: Public, clients: Sequence[Client])
     return Finding(
         setting=_form(setting(scene), basis=True),
         attacker="server: vectors of even magnitudes in the span",
-        data=_data(scene, clients),
+        data=data_of(scene, clients),
         attack=UNMIXED,
         terms=terms(scene),
         column=column(scene, basis=True),
@@ -492,10 +508,7 @@ def labels(
     """What servers learn of the clients' label distributions; `basis` as of `membership`."""
     scene, round_ = performance.scene, performance.rounds[0]
     features = np.stack([_features(scene, round_, client, public, basis=basis) for client in scene.clients])
-    shares = np.array(
-        [[c.labels.count(label) / len(c.labels) for label in scene.classes] for c in scene.clients]
-    )
-    leak = label_leak(features, shares)
+    leak = label_leak(features, label_shares(scene))
     clear = bool(clear_parts(round_, scene.clients[0].name))
     clients = len(scene.clients)
     spread = (leak.majority_by_chance * (1 - leak.majority_by_chance) / clients) ** 0.5
@@ -504,7 +517,7 @@ def labels(
         attacker="server: clear B, others' labels known"
         if clear
         else "server: all it stored, others' labels known",
-        data=_data(scene, scene.clients),
+        data=data_of(scene, scene.clients),
         attack=LABELS,
         terms=terms(scene, scene.batch),
         column=column(scene, basis=basis),
@@ -515,6 +528,13 @@ def labels(
         at_least={"auc": TOLD} if control else {},
         no_better_than_chance=scene.sealed,
         capture=round_.digest,
+    )
+
+
+def label_shares(scene: Scene) -> Float64:
+    """Label distributions, [clients, labels]."""
+    return np.array(
+        [[c.labels.count(label) / len(c.labels) for label in scene.classes] for c in scene.clients]
     )
 
 

@@ -50,6 +50,11 @@ class Finding:
     def _what(self) -> str:
         return f"{self.setting}, {self.attacker}, {self.data}"
 
+    @property
+    def can_leak(self) -> bool:
+        """Whether there is a figure that would be beyond chance: of few members no AUC is."""
+        return any(self.chance[name] + MOST_ERRORS * error < 1 for name, error in self.error.items())
+
     def problems(self) -> list[str]:
         """What contradicts the control or the claim, in words."""
         weak = [
@@ -80,7 +85,7 @@ def problems(findings: Sequence[Finding]) -> list[str]:
 def verdict(findings: Sequence[Finding]) -> list[str]:
     """What a run came to, in sentences: of the controls, and of the claims."""
     controls = [finding for finding in findings if finding.at_least]
-    claims = [finding for finding in findings if finding.no_better_than_chance]
+    claims = [finding for finding in findings if finding.no_better_than_chance and finding.can_leak]
     return [
         _outcome(
             controls,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from attack import experiments, malicious, simulated
+from attack import beside, experiments, malicious, simulated
 from attack.findings import UNPROTECTED, Finding, bare, verdict
 from shelora.terminal import Records, Terminal
 
@@ -19,6 +19,11 @@ TITLES: Final = {
     experiments.UNMIXED: "Columns of B that come back from an orthonormal basis",
     experiments.MEMBERSHIP: "Was this text in the batch?",
     experiments.LABELS: "Labels of a client, those of all others known",
+    beside.BY_LOSS: "Was this text in the batch? By the mean loss that a client reports",
+    beside.BY_REPORTS: "Labels of a client by the losses and accuracies that it reports, those of all others known",
+    beside.BESIDE: "What servers keep beside updates, and should not",
+    beside.STATEMENTS: "What a round's committee was dealt and stated",
+    beside.ONE_KEY: "Differences of two updates of complete (one key for both would make them small)",
     experiments.IN_SUMS: "Words of the others, seen by a fellow member in the sum",
     malicious.MALICIOUS: "Words of a client: all servers and one client cheat together (complete)",
     simulated.ORDER: "Places of the columns of A, on simulated rows",

@@ -7,7 +7,7 @@ learner, certificate, state folder and connections) and share one process, so th
 import asyncio
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 
 import yaml
 
-from attack.capture import Round, Tap, replayed
+from attack.capture import Round, Tap, beside, replayed
 from client_agent.agent import Agent, Outcome
 from client_agent.config import AgentConfig
 from client_agent.judging import Judge
@@ -47,6 +47,8 @@ class Client:
     name: str
     texts: tuple[str, ...]
     labels: tuple[str, ...] = ()
+    tests: tuple[tuple[str, str], ...] = ()
+    """Text and label of the examples that it evaluates each result on; none: it evaluates nothing."""
     rank: int = 16
     alpha: float = 16.0
     budget: float = 1.0
@@ -107,7 +109,7 @@ class Scene:
                     "learning_rate": self.learning_rate,
                     "max_tokens": self.max_tokens,
                     "calibration_examples": 4,
-                    "evaluation_examples": 0,
+                    "evaluation_examples": max(len(client.tests) for client in self.clients),
                 },
                 "round": {
                     "rounds": self.rounds,
@@ -148,6 +150,8 @@ class Performance:
     rounds: Sequence[Round]
     """Training rounds alone, in order."""
     insider: Insider
+    beside: bytes = b""
+    """What else Redis wrote of the federation, as `attack.capture.beside` keeps it."""
 
     @property
     def secrets(self) -> EpochSecrets:
@@ -193,7 +197,7 @@ class Stage:
         )
         shutil.rmtree(homes)
         rounds = [round_ for round_ in replayed(log, scene.name) if _trains(round_)]
-        return Performance(scene=scene, rounds=rounds, insider=insider)
+        return Performance(scene=scene, rounds=rounds, insider=insider, beside=beside(log, scene.name))
 
 
 async def _released(config: AgentConfig) -> bytes:
@@ -225,8 +229,9 @@ def _prepare(cluster: LocalCluster, scene: Scene, client: Client, model: Path, h
     """Writes a client's data and configuration."""
     home.mkdir(parents=True)
     labels = client.labels or ("",) * len(client.texts)
-    rows = [{"text": text, "label": label} for text, label in zip(client.texts, labels, strict=True)]
-    (home / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _write(home / "train.jsonl", zip(client.texts, labels, strict=True))
+    if client.tests:
+        _write(home / "test.jsonl", client.tests)
     addresses = cluster.addresses
     config: dict[str, Any] = {
         "federation": scene.name,
@@ -236,13 +241,19 @@ def _prepare(cluster: LocalCluster, scene: Scene, client: Client, model: Path, h
         "key_authority": addresses.key_authority,
         "state_dir": "state",
         "model": {"path": str(model.absolute()), "device": "cpu"},
-        "data": {"train": "train.jsonl"},
+        "data": {"train": "train.jsonl"} | ({"test": "test.jsonl"} if client.tests else {}),
         "lora": {"rank": client.rank, "alpha": client.alpha},
         "budget": client.budget,
         "resources": {"threads": 1},
         "protection": {"accept": [scene.mode]},
     }
     (home / "agent.yaml").write_text(yaml.safe_dump(config))
+
+
+def _write(path: Path, examples: Iterable[tuple[str, str]]) -> None:
+    """Args: examples: text and label."""
+    rows = ({"text": text, "label": label} for text, label in examples)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Credulous(Judge):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import structlog
 
-from attack import captures, experiments
+from attack import beside, captures, experiments
 from attack.public import Public
 from attack.stage import Client, Scene, Stage
 from shelora.additive.secret import SecretKey
@@ -79,6 +79,8 @@ def test_membership_comes_back_from_16_bits_and_text_does_not(stage, model):
     assert would_be_a_leak.problems(), "the control of the test below: so much is more than chance"
     (text,) = experiments.decoded(performance, public, clients[: len(TEXTS)])
     assert text.figures["exact"] == 0
+    assert beside.membership_by_loss(performance, public, clients, OUTSIDERS, control=True).problems() == []
+    assert beside.recorded(performance).problems() == [], "norms are in the clear: the control"
 
 
 def test_nothing_comes_back_from_complete(stage, model):
@@ -93,6 +95,13 @@ def test_nothing_comes_back_from_complete(stage, model):
     assert member.problems() == text.problems() == opened.problems() == []
     assert text.figures["exact"] == 0
     assert "all it stored" in member.attacker, "nothing travelled in the clear"
+    told = [
+        beside.membership_by_loss(performance, public, clients, OUTSIDERS),
+        beside.recorded(performance),
+        *beside.stated(performance),
+    ]
+    assert [row.problems() for row in told] == [[]] * 4
+    assert {row.attack for row in told if row.can_leak} == {row.attack for row in told}, "each can fail"
 
 
 def test_a_cipher_that_hides_nothing_is_found(stage, model, monkeypatch):

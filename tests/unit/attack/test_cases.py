@@ -5,14 +5,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from attack import assets, cases, experiments, malicious, simulated
+from attack import assets, beside, cases, experiments, losses, malicious, simulated, statements, told, twins
 from attack.findings import UNPROTECTED, Finding
 from attack.labels import LabelLeak
 from attack.stage import Performance
 from examples.reuters.split import LABELS, Example
 
-GATED = (experiments.TEXT, experiments.BY_B, experiments.MEMBERSHIP, experiments.LABELS)
-"""What servers alone can try on `complete`."""
+GATED = (
+    experiments.TEXT,
+    experiments.BY_B,
+    experiments.MEMBERSHIP,
+    experiments.LABELS,
+    beside.BY_LOSS,
+    beside.BESIDE,
+)
+"""What servers alone can try on `complete`, and on what is not protected."""
+OF_COMPLETE = (beside.STATEMENTS, beside.ONE_KEY)
+"""What there is in no other mode; the controls are tests."""
 
 
 @pytest.fixture
@@ -47,7 +56,13 @@ def rows(grid, monkeypatch):
     monkeypatch.setattr(experiments, "_tokens", lambda *_: {3, 4})
     monkeypatch.setattr(experiments, "_scores", lambda *given: dict.fromkeys(given[3], 0.0))
     monkeypatch.setattr(experiments, "_features", lambda *_, **__: np.ones(3))
-    told = LabelLeak(
+    monkeypatch.setattr(losses, "scores", lambda _, scene, __, texts: no_scores(scene, texts))
+    for name, found in (("losses", {}), ("differing", ["norm"]), ("unexpected", []), ("in_clear", 0.0)):
+        monkeypatch.setattr(told, name, lambda _, found=found: found)
+    monkeypatch.setattr(told, "reported", lambda _: np.ones((2, 2)))
+    monkeypatch.setattr(statements, "exposure", lambda seen: NOTHING_STATED if seen.scene.sealed else None)
+    monkeypatch.setattr(twins, "alike", lambda round_: None if round_.clear else (0.25, 10_000, 1))
+    leak = LabelLeak(
         majority=0,
         majority_by_chance=0.2,
         distance=1,
@@ -55,7 +70,8 @@ def rows(grid, monkeypatch):
         same_majority_auc=0.5,
         pairs=(9, 9),
     )
-    monkeypatch.setattr(experiments, "label_leak", lambda *_: told)
+    for module in (experiments, beside):
+        monkeypatch.setattr(module, "label_leak", lambda *_: leak)
     for name in ("spanned_by_A", "by_budget", "unmixed", "opened_by_a_member", "exact_sums"):
         monkeypatch.setattr(experiments, name, nothing(several=name in {"by_budget", "exact_sums"}))
     for module in (malicious, simulated):
@@ -68,8 +84,18 @@ def rows(grid, monkeypatch):
     return [finding for case in grid for finding in case.attacks(watched(case.scene), public)]
 
 
+def no_scores(scene, texts):
+    return {client.name: dict.fromkeys(texts, 0.0) for client in scene.clients}
+
+
+NOTHING_STATED = statements.Exposure(readable=0.0, repeated=0.0, surplus=0.0, shares=9, keys=9, statements=9)
+
+
+ROW = dict.fromkeys(("setting", "attacker", "data", "attack", "terms", "column"), "") | {"figures": {}}
+
+
 def nothing(*, several):
-    row = Finding(setting="", attacker="", data="", attack="", terms="", column="", figures={})
+    row = Finding(**ROW)
     return lambda *_, **__: iter(()) if several else row
 
 
@@ -81,11 +107,20 @@ def watched(scene):
 
 def test_every_row_of_complete_is_a_claim_and_the_same_attack_has_a_control(rows):
     tried = [row for row in rows if row.attack in GATED]
-    for row in tried:
+    alone = [row for row in rows if row.attack in OF_COMPLETE]
+    assert {row.attack for row in alone} == set(OF_COMPLETE)
+    for row in (*tried, *alone):
         assert row.no_better_than_chance == (row.column == "complete"), row
         assert not row.no_better_than_chance or set(row.error) & set(row.figures), row
     controls = {row.attack for row in tried if row.at_least and row.column == UNPROTECTED}
     assert {row.attack for row in tried if row.column == "complete"} == controls == set(GATED)
+
+
+def test_of_every_attack_on_complete_there_is_a_claim_that_can_fail(rows):
+    """An AUC of four members is within four errors of chance, whatever leaks: beside it stands one of more."""
+    claims = {row.attack for row in rows if row.no_better_than_chance}
+    assert claims == {row.attack for row in rows if row.no_better_than_chance and row.can_leak}
+    assert not Finding(**ROW, error={"auc": 0.15}, chance={"auc": 0.5}).can_leak
 
 
 def test_a_mode_that_promises_is_held_to_it_though_something_travels_in_the_clear(grid, rows, monkeypatch):
