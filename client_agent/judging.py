@@ -12,7 +12,7 @@ import structlog
 
 from client_agent.learning import Weights
 from client_agent.moderating import Moderator
-from client_agent.plausibility import FEW, MUCH_TO_LEARN, Losses, objection_to, serves, turned
+from client_agent.plausibility import FEW, MUCH_TO_LEARN, Losses, agreement_of, objection_to, turned
 from shelora.errors import DomainError, Reason
 
 _log = structlog.get_logger(__name__)
@@ -65,8 +65,8 @@ class Judge:
                 Reason.RESULT_REFUSED, f"the result is not applied: the loss with it is {after}"
             )
         self._judged = (round_id, after)
-        by_direction = self._by_direction and moderator.rounds == 1 and not serves(losses)
-        moved = self._moved(moderator, start) if by_direction else ""
+        by_direction = self._by_direction and moderator.rounds == 1
+        moved = self._moved(moderator, start, agreement_of(losses)) if by_direction else ""
         why = "; ".join(filter(None, [moved, objection_to(losses)]))
         if why:
             _log.warning("result_objected_to", round=round_id, why=why)
@@ -74,14 +74,14 @@ class Judge:
             self._best_loss = min(losses.best, after)
         return why
 
-    def _moved(self, moderator: Moderator, start: str | None) -> str:
+    def _moved(self, moderator: Moderator, start: str | None, agreement: float) -> str:
         """What its direction says against a result, as long as one hostile member can be why.
 
         If results are taken back, each suspect sits one out. Those that still point elsewhere when most have, or FEW,
         do so because the honest members' data are unlike, and their direction is not judged any more. Else an honest
         federation would fail, or a liar and one honest member with unusual data could stop it.
         """
-        why = turned(moderator.motion, moderator.own_share, moderator.contributors)
+        why = turned(moderator.motion, moderator.own_share, moderator.contributors, agreement)
         if not why:
             return ""
         began, left = self._turned

@@ -32,14 +32,15 @@ share LITTLE of that."""
 FEW = 4
 """Contributors up to which MUCH_TO_LEARN and LITTLE hold. The honest first mean of more clients with unlike labels may
 teach one nothing: of 20 on R8, divided by Dirichlet(0.3), nearly half would refuse it."""
-AGREEMENT = 0.6
-"""Least agreement of a sum with this client's own step, as a share of what that step alone brings into the sum."""
+AGREEMENT, AGREEMENT_SERVED = 0.6, 0.4
+"""Least agreement of a sum with this client's own step, as a share of what that step alone brings into the sum; and of
+one that serves this client: honest steps of small models, and of those with nothing left to learn, differ more."""
 FEWEST = 3
 """Contributors from which sums are judged by their direction. Of two, one cannot have a result taken back, and both
 only object together if their updates are opposite, as honest ones with one label each are."""
 CLEARLY_LESS, LITTLE_LEFT = 0.75, 0.05
-"""A result that leaves at most the share CLEARLY_LESS of the loss on own examples, or at most LITTLE_LEFT nats, serves
-this client whatever its direction: honest steps of small models, and of those with nothing left to learn, differ."""
+"""A result serves a client with whose loss on own examples it leaves at most the share CLEARLY_LESS, or at most
+LITTLE_LEFT nats. A hostile one may serve some of them."""
 NEGLIGIBLE = 1e-3
 """An own step, over the matrices that it began from, that is too small to judge a direction by: rounding and noise of
 the sum may be as long."""
@@ -158,7 +159,7 @@ class Motion:
         self.held += held**2
 
 
-def turned(motion: Motion, share: float, contributors: int) -> str:
+def turned(motion: Motion, share: float, contributors: int, agreement: float = AGREEMENT) -> str:
     """Why a sum cannot be a mean of honest updates, by its direction; "" if it can. Without figures: others read it.
 
     A mean S = Σ w_j u_j of K updates has, along this client's own u_i,
@@ -167,11 +168,15 @@ def turned(motion: Motion, share: float, contributors: int) -> str:
 
     and clients with similar data learn the same from the same state: their updates point the same way or nowhere in
     particular, so the sum on the right takes little of w_i back. Then S is about as long as ‖u_i‖ / √K at least, and
-    its cosine with u_i at least w_i √K. A sum that has less than AGREEMENT times either is led by an update that is
+    its cosine with u_i at least w_i √K. A sum that has less than `agreement` times either is led by an update that is
     long and points elsewhere, or takes back what the others learned. Honest clients with opposite labels look the same
     (`client_agent.judging` says what becomes of it).
 
-    Args: share: w_i, 0 if this client's update is not in the sum, and then nothing can be said.
+    Args:
+        motion: How the sum and the own update move the matrices.
+        contributors: K.
+        share: w_i, 0 if this client's update is not in the sum, and then nothing can be said.
+        agreement: `agreement_of` its losses.
     """
     if not share or contributors < FEWEST or motion.own <= NEGLIGIBLE**2 * motion.held:
         return ""
@@ -179,7 +184,7 @@ def turned(motion: Motion, share: float, contributors: int) -> str:
         return ""
     step = motion.along / motion.own
     cosine = motion.along / math.sqrt(motion.change * motion.own)
-    least = AGREEMENT * share
+    least = agreement * share
     if step >= least and cosine >= least * math.sqrt(contributors):
         return ""
     return "the result takes back what this client learned, or moves elsewhere: a member may be hostile"
@@ -201,9 +206,10 @@ class Losses:
     """With the result."""
 
 
-def serves(losses: Losses) -> bool:
-    """Whether a result teaches this client so much that its direction is no reason to object."""
-    return losses.after <= max(CLEARLY_LESS * losses.before, LITTLE_LEFT)
+def agreement_of(losses: Losses) -> float:
+    """How far a result with these losses must agree with this client's own step."""
+    serves = losses.after <= max(CLEARLY_LESS * losses.before, LITTLE_LEFT)
+    return AGREEMENT_SERVED if serves else AGREEMENT
 
 
 def objection_to(losses: Losses) -> str:
