@@ -14,7 +14,8 @@ import uvicorn
 from shelora.dashboard.app import AuthorityCalls, Page
 from shelora.dashboard.security import Secrets
 from shelora.dashboard.watching import Watch
-from tests.dashboard.browser_page import CHROMIUM, DESK, FLAGS, playwright
+from shelora.v1 import coordinator_pb2 as pb
+from tests.dashboard.browser_page import CHROMIUM, DESK, FLAGS, PHONE, playwright
 from tests.unit.dashboard.test_model import running
 
 pytestmark = [
@@ -25,17 +26,21 @@ pytestmark = [
 ]
 CONNECTIONS = 6
 """Of a browser to one server, for all its tabs, by HTTP/1.1."""
+LONG = "w" * 500
 
 
 class Coordinator:
-    """Says something else every time."""
+    """Says something else every time, of a federation of that name."""
+
+    def __init__(self, name: str = "f") -> None:
+        self.name = name
 
     async def list(self):
-        return [await self.get("f")]
+        return [await self.get(self.name)]
 
     async def get(self, _name, _known=()):
         said = running(mode="complete")
-        said.trained_rounds = 1
+        said.federation_id, said.trained_rounds = self.name, 1
         for member in said.members:
             member.idle_ms = int(1000 * time.monotonic()) % 50_000
         return said
@@ -62,6 +67,23 @@ async def served(coordinator):
         await watch.end()
         server.should_exit = True
         await task
+
+
+class Wordy(Coordinator):
+    """All that members choose is as long as it may be, in one word."""
+
+    async def get(self, name, known=()):
+        said = await super().get(name, known)
+        said.failure = LONG
+        said.members[0].client_id, said.members[0].reason, said.members[0].why = (
+            LONG[:64],
+            "DATA_INVALID",
+            LONG,
+        )
+        ended = said.history.add(number=1, kind=pb.ROUND_KIND_TRAIN, state=pb.ROUND_STATE_PUBLISHED)
+        ended.dropped.add(client_id=LONG[:64], reason="NORM_OUTLIER", why=LONG)
+        said.applicants.add(client_id=LONG[:64], reason="DATA_INVALID", why=LONG)
+        return said
 
 
 @pytest.fixture
@@ -138,3 +160,17 @@ async def test_tabs_out_of_sight_do_not_keep_others_from_opening(browser, root):
         """() => { delete document.hidden; document.dispatchEvent(new Event("visibilitychange")); }"""
     )
     await parts(first)
+
+
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+async def test_what_members_say_does_not_widen_the_page(browser, size):
+    """A reason of one long word made it 2888 pixels wide on a phone of 375."""
+    name = LONG[:64]
+    async with served(Wordy(name)) as (root, address):
+        tab = browser.pages[0]
+        await tab.set_viewport_size(size)
+        await tab.goto(address)
+        for path in ("", f"f/{name}", f"f/{name}/delete", f"f/{name}/revoke?client={name}"):
+            await tab.goto(root + path)
+            assert await tab.evaluate("document.documentElement.scrollWidth") <= size["width"], path
+        await tab.goto("about:blank")
