@@ -222,7 +222,9 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
         applicants=tuple(": ".join(words) for words in could_not_join(federation)),
         remarks=tuple(reversed(remarks(federation)[-MAX_REMARKS:])),
         figures=figures,
-        withheld=any(min(len(r.updates), len(r.evaluations)) < least for r in summaries),
+        withheld=any(
+            0 < count < least for r in summaries for count in (_losses(r), len(r.updates), _tests(r))
+        ),
         quality=_quality(drawn),
         loss=_loss(drawn),
         traffic=_traffic(drawn),
@@ -236,11 +238,23 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
 def shown_figures(summary: pb.RoundSummary, least: int) -> RoundFigures:
     """Figures of a round, without those that fewer than `least` agents reported; accuracy is a median as well."""
     figures = replace(round_figures(summary), test_accuracy=_median_accuracy(summary))
+    if _losses(summary) < least:
+        figures = replace(figures, train_loss=None)
     if len(summary.updates) < least:
-        figures = replace(figures, train_loss=None, upload_bytes=0.0, train_s=0.0, encrypt_s=0.0)
-    if len(summary.evaluations) < least:
+        figures = replace(figures, upload_bytes=0.0, train_s=0.0, encrypt_s=0.0)
+    if _tests(summary) < least:
         figures = replace(figures, test_accuracy=None, test_examples=0, download_bytes=0.0, decrypt_s=0.0)
     return figures
+
+
+def _losses(summary: pb.RoundSummary) -> int:
+    """Agents that told a training loss; some do not, though they sent an update."""
+    return sum(1 for update in summary.updates if update.train_loss)
+
+
+def _tests(summary: pb.RoundSummary) -> int:
+    """Agents that evaluated the round's result on examples of their own."""
+    return sum(1 for evaluation in summary.evaluations if evaluation.example_count)
 
 
 def _median_accuracy(summary: pb.RoundSummary) -> float | None:

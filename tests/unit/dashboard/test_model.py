@@ -45,6 +45,26 @@ def test_figures_that_fewer_than_min_updates_reported_are_withheld():
     assert (shown.accuracy, shown.down, shown.withheld) == ("90.0%", "50 B", False)
 
 
+def test_the_loss_of_the_only_agent_that_told_one_is_withheld():
+    """All three sent an update, and the median of one loss was that agent's own; accuracy likewise."""
+    said = running()
+    published = said.history.add(number=1, kind=pb.ROUND_KIND_TRAIN, state=pb.ROUND_STATE_PUBLISHED)
+    for name, loss, count in (("a", 0.5, 10), ("b", 0.0, 0), ("c", 0.0, 0)):
+        published.updates.add(client_id=name, train_loss=loss, upload_bytes=100)
+        published.evaluations.add(client_id=name, example_count=count, correct_count=count)
+    shown = page(said)
+    assert (shown.figures[0].train_loss, shown.accuracy, shown.withheld) == (None, "-", True)
+    assert shown.up == "100 B"
+
+
+def test_nothing_is_withheld_of_a_round_that_nobody_evaluated():
+    said = running()
+    published = said.history.add(number=1, kind=pb.ROUND_KIND_TRAIN, state=pb.ROUND_STATE_PUBLISHED)
+    for name in "abc":
+        published.updates.add(client_id=name, train_loss=0.5, upload_bytes=100)
+    assert not page(said).withheld
+
+
 def test_one_member_does_not_move_the_accuracy_of_all():
     """With twice the others' examples, all wrong, one of three halved it."""
     said = running()
