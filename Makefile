@@ -56,7 +56,7 @@ demo-vision: $(INSTALLED)  ## Run a federation of three agents that see other ha
 	$(BIN)/python -m examples.digits.demo
 
 test: $(INSTALLED)  ## Run the tests; longer suites have targets of their own
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) --durations=20
 
 test-helm: $(HELM)  ## Lint the Helm chart, render it with Helm's engine, validate and check every object
 	$(BIN)/python -m pytest deploy/helm/tests
