@@ -22,6 +22,8 @@ TERMS: Final = re.compile(
     r"""
     members\.(rank | budget | example_count | certified_ms)
     | seen\.(at_ms | progress | certificate_ends_ms)
+    | seen\.(stage | reason | why)\ \(bytes\)
+    | (refusals | objections | applicants | copies)\b.*
     | commits\.(ordinal | rank | scaling)
     | commits\.shards\.\d+\.total_bytes
     | commits\.report\.(example_count | train_loss | train_s | encrypt_s | upload_s | upload_bytes)
@@ -31,7 +33,7 @@ TERMS: Final = re.compile(
     """,
     re.VERBOSE,
 )
-"""Numbers that clients tell in every mode, by name."""
+"""Numbers that clients tell in every mode, by name; and how long the words are in which one says what keeps it."""
 REPORTS: Final = re.compile(r"(commits\.report|evaluations)\.(train_loss|correct_count|loss|example_count)")
 """Those of them that follow from examples."""
 SIGNED_BYTES: Final = 16

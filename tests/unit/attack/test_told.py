@@ -132,6 +132,15 @@ def test_numbers_that_differ_are_terms_or_unexpected():
     assert told.differing(performance(commits())) == ["commits.ordinal"]
     usual = performance(commits(train_loss=[1.0, 2.0, 3.0, 4.0], train_s=[1, 2, 3, 4]))
     assert told.unexpected(usual) == []
+    slow = b'{"stage": "idle", "reason": "STORE_FULL", "why": "there is no room for this update"}'
+    kept = hset(KEYS.refusals(*SCOPE), **{CLIENTS[1]: slow}) + hset(
+        KEYS.copies(FEDERATION), **{CLIENTS[1]: b"7"}
+    )
+    seen = b"".join(
+        written([b"SET", KEYS.sighting(FEDERATION, name).encode(), words])
+        for name, words in zip(CLIENTS, [slow, b'{"why": ""}', slow, slow], strict=True)
+    )
+    assert told.unexpected(performance(commits() + kept + seen)) == [], "a slow machine is no leak"
     assert told.losses(usual) == dict(zip(CLIENTS, [1.0, 2.0, 3.0, 4.0], strict=True))
     assert told.reported(usual).shape == (4, 1)
 
