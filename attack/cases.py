@@ -19,6 +19,7 @@ from attack.findings import Finding
 from attack.public import Public
 from attack.stage import Client, Performance, Scene
 from examples.reuters.split import LABELS, Example
+from shelora.strategies.registry import strategy_of
 
 FELLOWS: Final = (2, 3, 4, 8, 16)
 NOISED: Final = (4, 16)
@@ -90,7 +91,7 @@ class Mode:
     @property
     def leaks(self) -> bool:
         """Whether anything is in the clear."""
-        return self.mode != "complete"
+        return strategy_of(self.mode).shows_factors
 
 
 NONE: Final = Mode("none", "none")

@@ -48,7 +48,8 @@ CONTROLS = 4
 
 def setting(scene: Scene, batch: int | None = 1, number: int = 1) -> str:
     """A scene in the table's words. Arguments as of `terms`."""
-    mode = f"selective {_budget(scene)}, {scene.bits} bits" if scene.mode == "selective" else scene.mode
+    partly = scene.strategy.needs_plan
+    mode = f"{scene.mode} {_budget(scene)}, {scene.bits} bits" if partly else scene.mode
     hidden = scene.client_privacy
     form = f", client privacy of epsilon {hidden['epsilon']:g}" if hidden else ""
     return f"{mode}, {terms(scene, batch, number)}{form}"
@@ -56,7 +57,7 @@ def setting(scene: Scene, batch: int | None = 1, number: int = 1) -> str:
 
 def column(scene: Scene, *, basis: bool = False) -> str:
     """Where a scene stands in the short table: the mode, of `selective` the bits of its clear part."""
-    mode = f"{scene.bits} bits" if scene.mode == "selective" else scene.mode
+    mode = f"{scene.bits} bits" if scene.strategy.needs_plan else scene.mode
     return "basis" if basis else mode
 
 
@@ -457,7 +458,7 @@ def _gradients(
     scene, round_ = performance.scene, performance.rounds[number - 1]
     if number == 1 or not clear_parts(round_, client.name):
         return {name: _gradient(scene, round_, client, name) for name in names}
-    if scene.mode != "none":
+    if scene.strategy.needs_keys:
         return {name: columns.beside_last_result(performance, client, name, number) for name in names}
     start = columns.start_of(performance, public, client, number)
     moved = {name: columns.movement_of_B(performance, start, client, name, number) for name in names}

@@ -30,6 +30,8 @@ from shelora.cli.cluster import LocalCluster
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
 from shelora.operator import operator
+from shelora.strategies.port import Strategy
+from shelora.strategies.registry import strategy_of
 from shelora.transport.channel import call, open_channel
 from shelora.v1.key_authority_pb2 import GetEpochSecretsRequest, GetEpochSecretsResponse
 from shelora.v1.key_authority_pb2_grpc import KeyAuthorityStub
@@ -80,14 +82,19 @@ class Scene:
     """As in a federation's file; empty for none."""
 
     @property
+    def strategy(self) -> Strategy:
+        """Its mode's."""
+        return strategy_of(self.mode)
+
+    @property
     def bits(self) -> int:
         """Of values that travel in the clear."""
-        return self.clear_bits if self.mode == "selective" else 32
+        return self.clear_bits if self.strategy.needs_plan else 32
 
     @property
     def sealed(self) -> bool:
         """Whether its mode promises that what servers store says nothing of one client's update."""
-        return self.mode == "complete"
+        return not self.strategy.shows_factors
 
     def batch_of(self, client: Client) -> int:
         """Examples of a client's batch: it is smaller where a client has fewer."""
@@ -191,7 +198,7 @@ class Stage:
             raise DomainError(Reason.INTERNAL, f"the agents of {scene.name} ended as {outcomes}")
         config = AgentConfig.load(homes / scene.clients[0].name / "agent.yaml", {})
         insider = Insider(
-            released=b"" if scene.mode == "none" else asyncio.run(_released(config)),
+            released=asyncio.run(_released(config)) if scene.strategy.needs_keys else b"",
             trained=hoard[0],
             applied=_applied(config),
         )
