@@ -276,6 +276,11 @@ def _check(trainer: Trainer) -> None:
         raise invalid(
             "TrainingArguments: deepspeed and fsdp spread a model that must be whole: leave them out"
         )
+    if arguments.n_gpu > 1 or arguments.world_size > 1:
+        raise invalid(
+            "the script would train on several GPUs or in several processes, and an agent has one device: start it "
+            "with python, and set CUDA_VISIBLE_DEVICES to one GPU"
+        )
     for name in ("train_dataset", "eval_dataset"):
         dataset = getattr(trainer, name)
         if name == "eval_dataset" and dataset is None:

@@ -280,10 +280,10 @@ def _arguments(
     *,
     half: bool = False,
 ) -> TrainingArguments:
-    """For transformers. The rate of 1 is what the schedule's rates are factors of; in half precision losses are scaled
-    so that small gradients are not lost.
+    """For transformers, on one device. The rate of 1 is what the schedule's rates are factors of; in half precision
+    losses are scaled so that small gradients are not lost.
     """
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=folder,
         max_steps=steps,
         gradient_accumulation_steps=parts,
@@ -302,6 +302,9 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
     )
+    if made.n_gpu > 1:  # or transformers would spread each batch over all of them
+        made._n_gpu = 1  # noqa: SLF001 - as its own Trainer does where a model must stay on one
+    return made
 
 
 @contextmanager

@@ -151,6 +151,15 @@ def test_what_a_federation_cannot_use_of_a_script_is_refused(
     assert "\n" not in caught.value.message
 
 
+def test_a_script_on_two_gpus_is_refused(
+    agent_folder: Path, bert_folder: Path, state: AgentState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = scripted(agent_folder, bert_folder)
+    monkeypatch.setattr(trainer.args, "_n_gpu", 2)
+    with pytest.raises(DomainError, match=r"an agent has one device: .* set CUDA_VISIBLE_DEVICES to one GPU"):
+        learned(agent_folder, trainer, state)
+
+
 def test_a_script_with_its_own_rates_or_without_data_is_refused(
     agent_folder: Path, bert_folder: Path, state: AgentState
 ) -> None:

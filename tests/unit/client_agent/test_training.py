@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 from client_agent.config import TrainingSettings
 from client_agent.data import Examples
@@ -20,7 +20,7 @@ from client_agent.evaluation import evaluate
 from client_agent.learning import Weights
 from client_agent.model import AdaptedModel
 from client_agent.progress import Activity, Stopped
-from client_agent.training import TrainingRun, train
+from client_agent.training import USUAL, TrainingRun, _arguments, train
 from shelora.errors import DomainError, Reason
 from shelora.obfuscation import Obfuscation
 from shelora.protocol import Stage
@@ -281,6 +281,13 @@ def test_gradient_checkpointing_trains_the_same(
         )
     for name, factors in results[0].factors.items():
         np.testing.assert_allclose(factors.B, results[1].factors[name].B, atol=1e-5)
+
+
+def test_a_machine_with_two_gpus_trains_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert TrainingArguments(output_dir=str(tmp_path)).n_gpu == 2  # over which it would spread each batch
+    for device in ("cuda", "cpu", "mps"):
+        assert _arguments(USUAL, 1, str(tmp_path), torch.device(device)).n_gpu <= 1
 
 
 def test_every_setting_has_its_effect(model: AdaptedModel, encoder: Encoder, examples: Examples) -> None:
