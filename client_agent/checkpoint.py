@@ -3,7 +3,7 @@
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from client_agent.access import denial
 from client_agent.hub import absence_on_hub
+from client_agent.layers import hold_statistics
 from client_agent.tables import first_line
 from client_agent.tasks.port import Task
 from client_agent.tasks.registry import task_of, tasks
@@ -33,6 +34,16 @@ _POOLER: Final = "pooler"
 """Checkpoints of language models often lack the pooler that classification puts on top; it is trained then."""
 _MOST_LAYERS: Final = 4096
 _LOADING: Final = threading.RLock()
+_CONVOLUTIONAL: Final[Mapping[str, Sequence[str]]] = {
+    "convnext": ("pwconv1", "pwconv2"),
+    "convnextv2": ("pwconv1", "pwconv2"),
+    "efficientnet": ("expand_conv", "project_conv"),
+    "mobilenet_v2": ("expand_1x1.convolution", "reduce_1x1.convolution"),
+    "regnet": ("layer.0.convolution", "shortcut.convolution"),
+    "resnet": ("convolution",),
+}
+"""What to adapt in families that PEFT has no names for: where spatial convolutions are grouped, those of 1 x 1, as
+PEFT's own example of a model without attention does (PoolFormer's `mlp.fc1` and `mlp.fc2`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +84,7 @@ def load_checkpoint(path: str, task: str, labels: Sequence[str], *, as_stored: b
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         _check_words(path, tokenizer)
         _set_padding(path, model, tokenizer)
-    _check_buffers(path, model)
+    hold_statistics(model)
     missing = absent | misshapen
     head = _head(model, missing) if what.has_head else ()
     whole = _with_poolers(path, model, head, missing)
@@ -100,13 +111,16 @@ def configuration(path: str, task: Task, labels: Sequence[str]) -> PreTrainedCon
 
 
 def usual_targets(path: str) -> tuple[str, ...]:
-    """What PEFT adapts in models of that architecture; query and value where it knows none. Raises: MODEL_INVALID."""
+    """What PEFT adapts in models of that architecture, or convolutions that hold most of its weights; query and value
+    where it is not known. Raises: MODEL_INVALID.
+    """
     if why := _absence(path) or denial(Path(path)):
         raise invalid(f"model.path: {why}")
     place, options = _source(path)
     with quiet(), _loading(path, "the configuration"):
         kind = AutoConfig.from_pretrained(place, **options).model_type
-    return tuple(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ("query", "value")))
+    known = _CONVOLUTIONAL | TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return tuple(known.get(kind, ("query", "value")))
 
 
 def invalid(message: str) -> DomainError:
@@ -244,16 +258,6 @@ def stored_dtype(path: str) -> torch.dtype:
         return torch.float32
     floats = kinds & {"F64", "F32", "F16", "BF16"}
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(floats), torch.float32)
-
-
-def _check_buffers(path: str, model: PreTrainedModel) -> None:
-    """Raises: MODEL_INVALID for running statistics: they move with each client's data, and no update carries them."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:  # noqa: SLF001
-            raise invalid(
-                f"model.path: {path} normalizes batches ({name}, a {type(module).__name__}), whose running means "
-                "differ from client to client: take a model with layer norms, such as ViT or ConvNeXt"
-            )
 
 
 def _load_processor(path: str, task: Task) -> Any:  # noqa: ANN401 - as transformers has it

@@ -14,9 +14,9 @@ from torch import nn
 
 from client_agent.checkpoint import configuration, invalid, quiet
 from client_agent.config import AgentConfig
+from client_agent.layers import LINEAR, hold_statistics, matrix_shape, obstacle
 from client_agent.memory import WEIGHT_COPIES, Memory, memory_here
 from client_agent.tables import first_line
-from client_agent.targets import LINEAR
 from client_agent.tasks.port import Task
 from client_agent.tasks.registry import task_of
 from shelora.federation import ALL_LINEAR, TrainingSpec
@@ -148,11 +148,12 @@ def _measured(model: Any, task: Task, spec: TrainingSpec, rank: int) -> Blueprin
     model.requires_grad_(requires_grad=False)
     linear = factors = 0
     for name, module in model.named_modules():
-        if not isinstance(module, LINEAR) or module is output or _is_of(name, whole):
+        if obstacle(module) or module is output or _is_of(name, whole):
             continue
-        linear += module.weight.numel()
-        if ALL_LINEAR in spec.target_modules or _ends(name, spec.target_modules):
-            factors += rank * sum(module.weight.shape)
+        is_linear = isinstance(module, LINEAR)
+        linear += module.weight.numel() if is_linear else 0
+        if _ends(name, spec.target_modules) or (is_linear and ALL_LINEAR in spec.target_modules):
+            factors += rank * sum(matrix_shape(module))
             module.weight.requires_grad = True  # needs what the gradients of factors do: the layer's input
     counts = {name: value.numel() for name, value in model.named_parameters()}
     trained = sum(count for name, count in counts.items() if _is_of(name, whole))
@@ -185,6 +186,7 @@ def _kept(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[int, to
             alive.append(tensor)  # or another storage could come to lie at its address
         return tensor
 
+    hold_statistics(model)
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits: torch.Tensor = model(**inputs).logits

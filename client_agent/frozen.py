@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from client_agent.checkpoint import invalid
+from client_agent.layers import product
 from client_agent.starting import CONFIG, PREFIX, WEIGHTS
 from shelora.lora.layout import Matrix
 from shelora.lora.shards import LoraFactors
@@ -22,6 +23,7 @@ class Frozen:
 
     def __init__(self, layer: Any) -> None:  # noqa: ANN401 - PEFT's layers are untyped
         self.factors: LoraFactors | None = None
+        self._base: nn.Module = layer.get_base_layer()
         self._A = self._B = torch.zeros(0)
         layer.register_forward_hook(self)
 
@@ -38,7 +40,7 @@ class Frozen:
         if self.factors is None:
             return output
         x = inputs[0].to(self._A.dtype)
-        return output + (x @ self._A.T @ self._B.T).to(output.dtype)
+        return output + product(self._base, x, self._B, self._A).to(output.dtype)
 
 
 def joined(*pairs: LoraFactors | None) -> LoraFactors | None:
@@ -74,11 +76,15 @@ def widen(folder: Path, beside: Mapping[str, LoraFactors | None], scaling: float
     arrays = safetensors.numpy.load_file(weights_file)
     for name, frozen in beside.items():
         A_key, B_key = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
-        A, B = np.zeros((width, arrays[A_key].shape[1])), np.zeros((arrays[B_key].shape[0], width))
+        _, *columns = arrays[A_key].shape  # of a convolution [rank, in, height, width]
+        rows, _, *point = arrays[B_key].shape
+        A, B = np.zeros((width, *columns)), np.zeros((rows, width, *point))
         if frozen is not None:
-            A[: len(frozen.A)], B[:, : len(frozen.A)] = frozen.A, frozen.B / scaling
-        arrays[A_key] = np.vstack([arrays[A_key], A]).astype(np.float32)
-        arrays[B_key] = np.hstack([arrays[B_key], B]).astype(np.float32)
+            own = len(frozen.A)
+            A[:own] = frozen.A.reshape(own, *columns)
+            B[:, :own] = (frozen.B / scaling).reshape(rows, own, *point)
+        arrays[A_key] = np.concatenate([arrays[A_key], A]).astype(np.float32)
+        arrays[B_key] = np.concatenate([arrays[B_key], B], axis=1).astype(np.float32)
     config = json.loads(config_file.read_text())
     config["r"] += width
     config["lora_alpha"] = scaling * (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])

@@ -14,22 +14,26 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from client_agent.checkpoint import Checkpoint, invalid, is_norm, quiet, under
 from client_agent.config import LoraSettings
 from client_agent.encoding import ModelBatch
 from client_agent.fingerprint import base_digest
 from client_agent.frozen import Frozen, joined, require_shapes, widen
+from client_agent.layers import as_matrix, matrix_shape
 from client_agent.learning import Weights
 from client_agent.precision import FULL, Precision, compute_in_float32, lower, plain_weight
 from client_agent.starting import PREFIX, Start, require_fit
 from client_agent.tables import first_line, listed
-from client_agent.targets import WHOLE, Narrowed, Targets, check_adaptable, linear_layers, resolve
+from client_agent.targets import WHOLE, Narrowed, Targets, adaptable_layers, check_adaptable, resolve
 from client_agent.tasks.registry import task_of
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.shards import Float32, Float64, LoraFactors
 from shelora.lora.sketches import Exponents
 
+PIXELS: Final = "pixel_values"
+"""What transformers calls images."""
 _ADAPTER = "default"
 _COPY = f".modules_to_save.{_ADAPTER}"
 """What PEFT puts between a module trained whole and its parameter."""
@@ -61,7 +65,7 @@ class AdaptedModel:
         precision: Numbers of the base model; what is trained is float32.
         start: What training starts from beside the base model.
 
-    Raises: DomainError MODEL_INVALID if a target matches no module, or one that is not a linear layer.
+    Raises: DomainError MODEL_INVALID if a target matches no module, or one that cannot be adapted.
     """
 
     def __init__(
@@ -89,8 +93,8 @@ class AdaptedModel:
         self.vocabulary = _vocabulary(checkpoint.model)
         """Token ids that the model knows: those below."""
         self._norms = frozenset(_norm_weights(checkpoint.model))
-        self.adaptable = linear_layers(checkpoint)
-        """How many linear layers there are of each name that `target_modules` can have."""
+        self.adaptable = adaptable_layers(checkpoint)
+        """How many layers can be adapted by each name that `target_modules` can have."""
         targets = resolve(checkpoint, target_modules, narrowed)
         self._saved = targets.saved
         self.precision = precision
@@ -106,7 +110,7 @@ class AdaptedModel:
             raise invalid(f"PEFT does not adapt what the federation's target_modules name: {listed(other)}")
         self._parameters = dict(_whole_parameters(self._peft))
         self.matrices = tuple(
-            Matrix(name, layer.out_features, layer.in_features) for name, layer in self._layers.items()
+            Matrix(name, *matrix_shape(layer.get_base_layer())) for name, layer in self._layers.items()
         )
         self.tensors = tuple(Tensor(name, tuple(value.shape)) for name, value in self._parameters.items())
         require_fit(
@@ -141,8 +145,13 @@ class AdaptedModel:
 
     @property
     def layers(self) -> Mapping[str, nn.Module]:
-        """Adapted modules by matrix name; called with activations [..., in_features]."""
+        """Adapted modules by matrix name."""
         return self._layers
+
+    def base_layer(self, matrix: str) -> nn.Module:
+        """The layer of the base model that is adapted."""
+        layer: nn.Module = self._layers[matrix].get_base_layer()
+        return layer
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters an optimizer updates."""
@@ -166,8 +175,15 @@ class AdaptedModel:
     def predict(self, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [k, classes] and targets [k], as the task has them: of examples, or of tokens."""
         batch = batch.to(self.device)
-        logits = self._peft(**batch.inputs).logits
+        logits = self._logits(batch)
         return self.task.predictions(logits, batch)
+
+    def _logits(self, batch: ModelBatch) -> torch.Tensor:
+        inputs = dict(batch.inputs)
+        if PIXELS in inputs:  # not every model makes them what its first convolution takes
+            inputs[PIXELS] = inputs[PIXELS].to(self.precision.dtype)
+        logits: torch.Tensor = self._peft(**inputs).logits
+        return logits
 
     def target_count(self, batch: ModelBatch) -> int:
         """Number of targets that `predict` returns for the batch."""
@@ -176,7 +192,7 @@ class AdaptedModel:
     def losses(self, batch: ModelBatch) -> torch.Tensor:
         """Cross-entropy of each example, the mean over its own targets, [examples]; 0 of one without targets."""
         batch = batch.to(self.device)
-        logits = self._peft(**batch.inputs).logits
+        logits = self._logits(batch)
         chosen, targets = self.task.predictions(logits, batch)
         values = functional.cross_entropy(chosen.float(), targets, reduction="none")
         count = len(batch)
@@ -190,7 +206,8 @@ class AdaptedModel:
         """A copy of everything trainable, with what is frozen beside it."""
         factors = {
             name: LoraFactors(
-                B=_numpy(layer.lora_B[_ADAPTER].weight), A=_numpy(layer.lora_A[_ADAPTER].weight)
+                B=_numpy(as_matrix(layer.lora_B[_ADAPTER].weight)),
+                A=_numpy(as_matrix(layer.lora_A[_ADAPTER].weight)),
             )
             for name, layer in self._layers.items()
         }
@@ -212,7 +229,7 @@ class AdaptedModel:
             require_shapes(matrix, weights.frozen.get(matrix.name))
         with torch.no_grad():
             for parameter, value in pairs:
-                parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
+                parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)).view(parameter.shape))
         for name, frozen in self._beside.items():
             frozen.hold(weights.frozen.get(name), self.device)
         self._exponents, self._changes = weights.exponents, weights.changes
@@ -260,10 +277,14 @@ class AdaptedModel:
         if weights.factors.keys() != self._layers.keys() or weights.tensors.keys() != self._parameters.keys():
             raise invalid("the weights are of another model: their names differ")
         for name, layer in self._layers.items():
-            yield _fitting(name, layer.lora_A[_ADAPTER].weight, weights.factors[name].A)
-            yield _fitting(name, layer.lora_B[_ADAPTER].weight, weights.factors[name].B)
+            pair = weights.factors[name]
+            for parameter, value in ((layer.lora_A, pair.A), (layer.lora_B, pair.B)):
+                weight = parameter[_ADAPTER].weight
+                _require_shape(name, as_matrix(weight).shape, value)
+                yield weight, value
         for name, parameter in self._parameters.items():
-            yield _fitting(name, parameter, weights.tensors[name])
+            _require_shape(name, parameter.shape, weights.tensors[name])
+            yield parameter, weights.tensors[name]
 
 
 def _notes(checkpoint: Checkpoint, start: Start) -> Iterator[str]:
@@ -355,8 +376,9 @@ def _whole_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _column_sums(layer: Any) -> Float64:  # noqa: ANN401 - PEFT's layers are untyped
-    weight = plain_weight(layer.get_base_layer())
-    magnitudes = weight.abs().double().sum(dim=1 if layer.fan_in_fan_out else 0)
+    base = layer.get_base_layer()
+    weight = as_matrix(plain_weight(base))
+    magnitudes = weight.abs().double().sum(dim=1 if isinstance(base, Conv1D) else 0)
     return np.asarray(magnitudes.cpu().numpy(), dtype=np.float64)
 
 
@@ -364,9 +386,8 @@ def _numpy(value: torch.Tensor) -> Float32:
     return np.array(value.detach().cpu().numpy(), dtype=np.float32)
 
 
-def _fitting(name: str, parameter: nn.Parameter, value: Float32) -> tuple[nn.Parameter, Float32]:
-    if tuple(parameter.shape) != value.shape:
+def _require_shape(name: str, needed: torch.Size, value: Float32) -> None:
+    if tuple(needed) != value.shape:
         raise invalid(
-            f"the weights are of another model: {name} has shape {value.shape}, not {tuple(parameter.shape)}"
+            f"the weights are of another model: {name} has shape {value.shape}, not {tuple(needed)}"
         )
-    return parameter, value

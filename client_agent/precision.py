@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from client_agent.checkpoint import Checkpoint, invalid, under
 from client_agent.config import ModelConfig, Quantization, TrainingSettings
+from client_agent.layers import keeps_statistics
 from shelora.errors import DomainError, Reason
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,8 +88,11 @@ def lower(checkpoint: Checkpoint, whole: Sequence[str], precision: Precision, de
     if precision.quantization != "none":
         _quantize(model, whole, precision, device)
     kept = _kept_whole(model, precision)
+    norms = [name for name, module in model.named_modules() if keeps_statistics(module)]
+    for name in norms:
+        model.get_submodule(name).float()  # torch normalizes activations of any type with these
     for name, parameter in model.named_parameters():
-        if under(name, whole) or kept(name):
+        if under(name, [*whole, *norms]) or kept(name):
             parameter.data = parameter.data.float()
         elif parameter.is_floating_point() and not _is_quantized(parameter):
             parameter.data = parameter.data.to(precision.dtype)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from client_agent.layers import squared_inputs
 from client_agent.model import AdaptedModel
 from client_agent.tasks.port import ExampleEncoder, ExampleSet
 from client_agent.training import Report
@@ -26,7 +27,8 @@ def sensitivity_scores(
 ) -> dict[str, Float64]:
     """Scores [in_features] of every adapted matrix by name.
 
-    ||x_j||_2 runs over all tokens of `examples` that are not padding. The model's state does not change.
+    ||x_j||_2 runs over all tokens of `examples` that are not padding; of a convolution, whose columns are positions in
+    its patches, over all patches. The model's state does not change.
 
     Args: report: Called before every batch; what it raises ends the scoring.
     """
@@ -37,7 +39,8 @@ def sensitivity_scores(
 class _Accumulator:
     """Adds up the squares of what reaches one adapted module."""
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
+    def __init__(self, layer: nn.Module, in_features: int, device: torch.device) -> None:
+        self._layer = layer
         self.squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.mask: torch.Tensor | None = None
 
@@ -45,7 +48,7 @@ class _Accumulator:
         x = inputs[0].detach()
         if self.mask is not None and x.shape[:-1] == self.mask.shape:
             x = x[self.mask]
-        self.squares += x.reshape(-1, x.shape[-1]).double().square().sum(dim=0)
+        self.squares += squared_inputs(self._layer, x)
 
 
 def _squared_norms(
@@ -67,7 +70,9 @@ def _squared_norms(
 @contextmanager
 def _accumulating(model: AdaptedModel) -> Iterator[dict[str, _Accumulator]]:
     """Accumulators by matrix name, hooked to the modules while the context lasts."""
-    sums = {m.name: _Accumulator(m.in_features, model.device) for m in model.matrices}
+    sums = {
+        m.name: _Accumulator(model.base_layer(m.name), m.in_features, model.device) for m in model.matrices
+    }
     with ExitStack() as hooks:
         for name, accumulator in sums.items():
             hooks.callback(model.layers[name].register_forward_pre_hook(accumulator).remove)

@@ -28,6 +28,8 @@ WEIGHTS: Final = "adapter_model.safetensors"
 CONFIG: Final = "adapter_config.json"
 """Files of a PEFT adapter."""
 _SIDES: Final = ("A", "B")
+_KERNEL: Final = 4
+"""Dimensions of a convolution's weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +115,10 @@ def read_adapter(folder: Path) -> Start:
         if module and side in _SIDES:
             factors.setdefault(module, {})[side] = value
         elif ".lora_" in name:
-            raise _refused(folder, f"holds {key}, and only factors of linear layers can be trained on from")
+            raise _refused(
+                folder,
+                f"holds {key}, and only factors of linear layers and convolutions can be trained on from",
+            )
         else:
             tensors[name] = value
     return Start({name: _pair(folder, name, pair, config) for name, pair in factors.items()}, tensors)
@@ -123,8 +128,10 @@ def _pair(folder: Path, name: str, pair: Mapping[str, Float32], config: _Adapter
     if set(pair) != set(_SIDES):
         raise _refused(folder, f"holds one factor of {name} alone")
     A, B = pair["A"], pair["B"]
-    if A.ndim != 2 or B.ndim != 2 or not len(A) == B.shape[1] == config.r:
+    kernels = A.ndim == B.ndim == _KERNEL and B.shape[2:] == (1, 1)  # factors of a convolution
+    if not (kernels or A.ndim == B.ndim == 2) or not len(A) == B.shape[1] == config.r:
         raise _refused(folder, f"holds factors of {name} that are not of rank {config.r}")
+    A, B = A.reshape(config.r, -1), B.reshape(-1, config.r)
     return LoraFactors(B=(config.scaling * B).astype(np.float32), A=A)
 
 

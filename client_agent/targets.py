@@ -5,6 +5,7 @@ refused in one sentence.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -12,13 +13,12 @@ from typing import Final
 import regex
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from client_agent.checkpoint import Checkpoint, invalid, under
+from client_agent.layers import LINEAR, is_convolution, keeps_statistics, obstacle
 from client_agent.tables import listed, quoted
 from shelora.federation import ALL_LINEAR
 
-LINEAR: Final = (nn.Linear, Conv1D)
 _PATTERN_S: Final = 2.0
 """Seconds that matching all names may take: some regular expressions take exponential time."""
 _LAYER: Final = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -67,42 +67,45 @@ def resolve(checkpoint: Checkpoint, target_modules: Sequence[str], narrowed: Nar
         )
     for name in adapted:
         check_adaptable(name, modules[name])
+    if getattr(model.config, "tf_padding", False) and any(is_convolution(modules[name]) for name in adapted):
+        raise invalid(  # PEFT's layers do not tell what they wrap, so the saved adapter would fail as well
+            "the model pads each convolution by its stride, as TensorFlow does, and PEFT's layers hide the stride: "
+            "take one that was trained with tf_padding false (config.json), or another model"
+        )
     whole = tuple(adapted) == named and ALL_LINEAR not in target_modules
     return Targets(
         adapted=tuple(adapted), saved=saved, peft=tuple(target_modules) if whole else tuple(adapted)
     )
 
 
-def linear_layers(checkpoint: Checkpoint) -> dict[str, int]:
-    """How many linear layers have each last part of a name; what `target_modules` can be."""
-    counts: dict[str, int] = {}
-    for name in _all_linear(checkpoint.model, dict(checkpoint.model.named_modules())):
-        if not under(name, checkpoint.head):
-            last = name.rpartition(".")[2]
-            counts[last] = counts.get(last, 0) + 1
-    return counts
+def adaptable_layers(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many layers can be adapted by each name that `target_modules` can have."""
+    modules = {n: m for n, m in checkpoint.model.named_modules() if not under(n, checkpoint.head)}
+    return _adaptable(checkpoint.model, modules)
 
 
 def check_adaptable(name: str, module: nn.Module) -> None:
-    """Raises: MODEL_INVALID for what is not a linear layer."""
-    if not isinstance(module, LINEAR):
-        raise invalid(
-            f"the federation adapts {name}, of the kind {type(module).__name__}; only linear layers can be adapted, "
-            "and no experts that are stacked in one parameter"
-        )
+    """Raises: MODEL_INVALID for what is neither a linear layer nor a plain convolution."""
+    if why := obstacle(module):
+        raise invalid(f"the federation adapts {name}, of the kind {type(module).__name__}; only {why}")
 
 
 def _named(model: PreTrainedModel, modules: Mapping[str, nn.Module], targets: Sequence[str]) -> Iterator[str]:
     if targets == (ALL_LINEAR,):
-        yield from _all_linear(model, modules)
+        linear = list(_all_linear(model, modules))
+        if not linear:
+            raise invalid(
+                "the federation's target_modules are all-linear, and the model has no linear layer beside its head; "
+                f"what can be adapted is {listed(_adaptable(model, modules))}"
+            )
+        yield from linear
         return
     found = {target: [n for n in modules if _ends(n, target)] for target in targets}
     for target, names in found.items():
         if not names:
-            linear = dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, LINEAR))
             raise invalid(
-                f"the federation's target_modules name {target!r}, and the model has no such module; its linear "
-                f"layers are {listed(linear)}"
+                f"the federation's target_modules name {target!r}, and the model has no such module; what can be "
+                f"adapted is {listed(_adaptable(model, modules))}"
             )
     chosen = {name for names in found.values() for name in names}
     yield from (name for name in modules if name in chosen)
@@ -111,6 +114,25 @@ def _named(model: PreTrainedModel, modules: Mapping[str, nn.Module], targets: Se
 def _all_linear(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return (name for name, module in modules.items() if isinstance(module, LINEAR) and module is not output)
+
+
+def _adaptable(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Counts by the last part of linear layers' names, and by the shortest ends of convolutions' names that name no
+    layer that cannot be adapted.
+    """
+    others = [name for name, module in modules.items() if obstacle(module)]
+    counts: Counter[str] = Counter(name.rpartition(".")[2] for name in _all_linear(model, modules))
+    for name, module in modules.items():
+        if is_convolution(module):
+            ends = (end for end in _ends_of(name) if not any(_ends(other, end) for other in others))
+            counts[next(ends, name)] += 1
+    return dict(counts)
+
+
+def _ends_of(name: str) -> Iterator[str]:
+    """The last part of a name, its last two parts, and so on."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in reversed(range(len(parts))))
 
 
 def _saved(model: PreTrainedModel, modules: Mapping[str, nn.Module], names: Sequence[str]) -> Iterator[str]:
@@ -126,6 +148,11 @@ def _saved(model: PreTrainedModel, modules: Mapping[str, nn.Module], names: Sequ
             parameters = list(modules[name].parameters())
             if not parameters:
                 raise invalid(f"the federation's modules_to_save name {name}, which has nothing to train")
+            if any(keeps_statistics(module) for module in modules[name].modules()):
+                raise invalid(
+                    f"the federation's modules_to_save name {name}, which normalizes batches by running statistics; "
+                    "these stay as they are in the base model, and so does what scales them: leave it out"
+                )
             if any(id(parameter) in tied for parameter in parameters):
                 raise invalid(
                     f"the federation's modules_to_save name {name}, whose weights another module of this model shares: "

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -93,8 +94,51 @@ IMAGES: Mapping[str, dict[str, Any]] = {
     "dinov2_with_registers": {"mlp_ratio": 2},
     "convnext": {"depths": [1, 1], "hidden_sizes": [16, 32], "num_stages": 2, "patch_size": 2},
     "convnextv2": {"depths": [1, 1], "hidden_sizes": [16, 32], "num_stages": 2, "patch_size": 2},
+    "resnet": {"depths": [1, 2], "hidden_sizes": [16, 32], "embedding_size": 8, "layer_type": "bottleneck"},
+    "regnet": {
+        "num_hidden_layers": None,
+        "depths": [1, 2],
+        "hidden_sizes": [16, 32],
+        "embedding_size": 8,
+        "groups_width": 8,
+    },
+    "efficientnet": {
+        "in_channels": [32, 16],
+        "out_channels": [16, 24],
+        "kernel_sizes": [3, 5],
+        "strides": [1, 2],
+        "num_block_repeats": [1, 2],
+        "expand_ratios": [1, 6],
+        "width_coefficient": 0.5,
+        "depth_coefficient": 1.0,
+        "hidden_dim": 640,
+    },
+    "mobilenet_v1": {"depth_multiplier": 0.25, "tf_padding": False},
+    "mobilenet_v2": {"depth_multiplier": 0.25, "tf_padding": False},
 }
+CONVOLUTIONS: Mapping[str, tuple[str, ...]] = {
+    "resnet": ("convolution",),
+    "regnet": ("layer.0.convolution", "layer.3.convolution", "shortcut.convolution", "attention.0"),
+    "efficientnet": ("embeddings.convolution", "expand_conv", "project_conv", "reduce", "top_conv"),
+    "mobilenet_v1": ("conv_stem.convolution", "layer.1.convolution", "layer.25.convolution"),
+    "mobilenet_v2": ("expand_1x1.convolution", "reduce_1x1.convolution", "first_conv.convolution"),
+    "convnext": ("pwconv1", "patch_embeddings", "downsampling_layer.1"),
+    "convnextv2": ("pwconv2", "downsampling_layer.1"),
+}
+"""What to adapt in families of convolutions."""
 SIDE = 16
+
+
+def move_statistics(model: nn.Module) -> None:
+    """Gives batch norms running statistics, as training does: fresh ones leave values as they are."""
+    for module in model.modules():
+        if (
+            isinstance(module, nn.BatchNorm2d)
+            and module.running_mean is not None
+            and module.running_var is not None
+        ):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
 
 
 def save(kind: str, folder: Path, *, chat: bool = False) -> Path:
@@ -112,7 +156,9 @@ def save(kind: str, folder: Path, *, chat: bool = False) -> Path:
         if image:
             loader = AutoModelForImageClassification
             ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
-        loader.from_config(config).save_pretrained(folder)
+        model = loader.from_config(config)
+        move_statistics(model)
+        model.save_pretrained(folder)
     if chat:
         chat_tokenizer().save_pretrained(folder)
     elif not image:

@@ -26,7 +26,7 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
 from shelora.lora.shards import LoraFactors
 from shelora.obfuscation import Obfuscation
-from tests.models.families import DECODERS, ENCODERS, IMAGES, save
+from tests.models.families import CONVOLUTIONS, DECODERS, ENCODERS, IMAGES, save
 from tests.unit.client_agent.tiny import BAD, GOOD, LABELS
 
 CASES = [
@@ -44,7 +44,7 @@ ATTENTION = ("q_proj", "v_proj")
 
 def specification(kind: str, task: str) -> TrainingSpec:
     labels = LABELS if task_of(task).has_head else ()
-    targets = ATTENTION if kind in EXPERTS else ("all-linear",)
+    targets = ATTENTION if kind in EXPERTS else CONVOLUTIONS.get(kind, ("all-linear",))
     fields = {"base_model": kind, "task": task, "labels": labels, "target_modules": targets, "max_tokens": 32}
     return TrainingSpec.model_validate(fields)
 
@@ -116,6 +116,9 @@ def test_a_family_learns_a_task_and_its_round_is_right(kind: str, task: str, tmp
         theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(**batch.inputs).logits
         expected, _ = model.task.predictions(theirs, batch)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    trained_on = model.module.get_base_model()
+    for name, value in load_checkpoint(str(folder), task, spec.labels).model.named_buffers():
+        assert torch.equal(trained_on.get_buffer(name), value), name
     moved = [float(np.abs(f.B).max()) for f in trained[0].factors.values()]
     assert max(moved) > 0
 
@@ -157,7 +160,7 @@ def mean_of_one_A(first: Weights, second: Weights) -> Weights:
 def test_stacked_experts_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     folder = save(kind, tmp_path / "model")
     spec = TrainingSpec(base_model=kind, task="causal-lm", target_modules=("experts",))
-    with pytest.raises(DomainError, match="only linear layers can be adapted, and no experts") as refused:
+    with pytest.raises(DomainError, match=r"only linear layers and plain .* and no experts") as refused:
         adapted(folder, spec)
     assert refused.value.reason is Reason.MODEL_INVALID
 

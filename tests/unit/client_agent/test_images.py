@@ -16,11 +16,7 @@ from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    ConvNextConfig,
-    ConvNextModel,
     PreTrainedModel,
-    ResNetConfig,
-    ResNetModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -208,19 +204,6 @@ def test_a_vision_transformer_learns_and_its_adapter_loads_elsewhere(
     pixels = processor([examples.pixels(index) for index in range(20)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         torch.testing.assert_close(loaded(pixel_values=pixels).logits, model.predict(batch)[0])
-
-
-def test_convolutional_models_are_adapted_where_they_are_linear_or_refused_by_name(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    convnext = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2))
-    folder = save_vision(convnext, tmp_path / "convnext")
-    model = classifier(folder, ("pwconv1", "pwconv2"))
-    assert len(model.matrices) == 4
-    with pytest.raises(DomainError, match="of the kind Conv2d; only linear layers can be adapted"):
-        classifier(folder, ("dwconv",))
-    resnet = ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic"))
-    with pytest.raises(DomainError, match=r"normalizes batches \(.*BatchNorm2d\).*such as ViT or ConvNeXt"):
-        classifier(save_vision(resnet, tmp_path / "resnet"))
 
 
 def test_a_check_shows_images(agent_folder: Path, vit_folder: Path, folder: Path) -> None:

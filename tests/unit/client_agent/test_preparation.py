@@ -274,7 +274,10 @@ def test_a_checkpoint_without_a_head_needs_no_note(model: AdaptedModel) -> None:
 @pytest.mark.parametrize("target", ["experts", "gate"])
 def test_stacked_experts_are_refused_in_a_sentence(agent_folder: Path, models: Path, target: str) -> None:
     said = refusal(agent_folder, models / "experts", causal("q_proj", target))
-    assert "only linear layers can be adapted, and no experts that are stacked in one parameter" in said
+    assert (
+        "only linear layers and plain convolutions (Conv2d) can be adapted, and no experts that are stacked"
+        in said
+    )
     assert prepared(agent_folder, models / "experts", causal()).model.matrices
 
 
@@ -290,7 +293,7 @@ def test_stacked_experts_are_refused_in_a_sentence(agent_folder: Path, models: P
         (
             "tuned",
             spec("query", "q_proj"),
-            "name 'q_proj', and the model has no such module; its linear layers are query",
+            "name 'q_proj', and the model has no such module; what can be adapted is query",
         ),
         (
             "tuned",

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from client_agent.checkpoint import load_checkpoint
 from client_agent.config import LoraSettings
 from client_agent.model import AdaptedModel
-from client_agent.targets import WHOLE, Narrowed, linear_layers
+from client_agent.targets import WHOLE, Narrowed, adaptable_layers
 from shelora.errors import DomainError
 from shelora.federation import TrainingSpec
 from shelora.obfuscation import Obfuscation
@@ -60,7 +60,7 @@ def test_all_linear_is_every_linear_layer_but_the_output(llama_folder: Path) -> 
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert sorted({name.rpartition(".")[2] for name in names(model)}) == sorted(parts)
     assert len(names(model)) == 2 * 7
-    assert linear_layers(load_checkpoint(str(llama_folder), "causal-lm", ())) == dict.fromkeys(parts, 2)
+    assert adaptable_layers(load_checkpoint(str(llama_folder), "causal-lm", ())) == dict.fromkeys(parts, 2)
 
 
 def test_all_linear_leaves_a_classifiers_head_out(bert_folder: Path) -> None:
@@ -89,8 +89,8 @@ def test_layers_and_a_pattern_narrow_what_is_adapted(llama_folder: Path) -> None
         (("q_proj",), Narrowed(layers=[7]), "leave none of the modules"),
         (("q_proj",), Narrowed(pattern="query"), "leave none of the modules"),
         (("q_proj",), Narrowed(pattern="(a|a)*b("), "is none"),
-        (("query",), Narrowed(), "no such module; its linear layers are q_proj"),
-        (("norm",), Narrowed(), "only linear layers can be adapted"),
+        (("query",), Narrowed(), "no such module; what can be adapted is q_proj"),
+        (("norm",), Narrowed(), "only linear layers and plain convolutions"),
         (("q_proj",), Narrowed(saved=["head"]), "modules_to_save name 'head', and the model has no such"),
         (("q_proj",), Narrowed(saved=["rotary_emb"]), "has nothing to train"),
     ],
