@@ -41,6 +41,7 @@ RUN = {
         "tests/e2e/test_own_trainer.py",
         '"examples.own_trainer.{}"',
     ),
+    r"python -m examples\.(lite0)\b": ("tests/models/test_lite0.py", "write_{}("),
     r"helm install\b": ("deploy/helm/tests/test_chart.py", "def test_"),
 }
 """By what a command begins with: the file that runs it, or the same code with the same words, and words in it."""

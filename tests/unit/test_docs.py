@@ -121,7 +121,7 @@ def test_make_targets_and_modules_that_are_shown_exist(name):
     calls = re.findall(r"^\s*make [a-z-]+((?: [A-Z_]+=\S*)+)", shown, flags=re.MULTILINE)
     variables = {variable for call in calls for variable in re.findall(r" ([A-Z_]+)=", call)}
     assert variables <= set(re.findall(r"\$\(([A-Z_]+)", read(ROOT / "Makefile")))
-    for module in re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)*)", shown):
+    for module in re.findall(r"python -m ([a-z_]+(?:\.[a-z0-9_]+)*)", shown):
         place = ROOT.joinpath(*module.split("."))
         if (ROOT / module.split(".")[0]).is_dir():
             assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
@@ -129,7 +129,7 @@ def test_make_targets_and_modules_that_are_shown_exist(name):
 
 def unknown_options(line: str) -> list[str]:
     """Long options of a line with `python -m MODULE` that no source of our module knows, by its own name or typer's."""
-    command = re.search(r"python -m ([a-z_]+(?:\.[a-z_]+)*)(.*)", line)
+    command = re.search(r"python -m ([a-z_]+(?:\.[a-z0-9_]+)*)(.*)", line)
     if not command:
         return []
     module, arguments = command[1], command[2].partition("#")[0]
