@@ -89,13 +89,7 @@ redis.call('PUBLISH', ARGV[4], ARGV[1])
 return 1
 """
 
-PUT_FIELD: Final = """
--- KEYS: federation, hash; for what belongs to a round that collects, the round.  ARGV: field, value, expiry in ms.
--- Returns 1 if set, or of no use: the federation is being deleted; 2 if the round does not collect (any more); 0 if
--- there is no such federation (any more).
---
--- Race: a call under way while its federation is deleted, or its round closes and what it collected is deleted. It must
--- leave nothing behind, least of all a member of the federation that gets the name next.
+_UNLESS_DELETED: Final = """
 local phase = redis.call('HGET', KEYS[1], 'state')
 if not phase then
   return 0
@@ -103,6 +97,20 @@ end
 if phase == 'DELETING' then
   return 1
 end
+"""
+"""Of a call that may be under way while its federation, KEYS[1], is deleted."""
+
+PUT_FIELD: Final = (
+    """
+-- KEYS: federation, hash; for what belongs to a round that collects, the round.  ARGV: field, value, expiry in ms.
+-- Returns 1 if set, or of no use: the federation is being deleted; 2 if the round does not collect (any more); 0 if
+-- there is no such federation (any more).
+--
+-- Race: a call under way while its federation is deleted, or its round closes and what it collected is deleted. It must
+-- leave nothing behind, least of all a member of the federation that gets the name next.
+"""
+    + _UNLESS_DELETED
+    + """
 if KEYS[3] and redis.call('HGET', KEYS[3], 'state') ~= 'COLLECTING' then
   return 2
 end
@@ -110,6 +118,7 @@ redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 return 1
 """
+)
 
 PUT_VALUE: Final = """
 -- KEYS: federation, value.  ARGV: value, named by its digest; expiry in ms, at least.
@@ -146,20 +155,17 @@ redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
 return redis.call('HLEN', KEYS[1])
 """
 
-BEGIN_SESSION: Final = """
+BEGIN_SESSION: Final = (
+    """
 -- KEYS: federation, sessions.  ARGV: client, newest session that the caller saw ("" for none), its own, expiry in ms.
 -- Returns 1 if set, or of no use: the federation is being deleted; 2 if another session began meanwhile; 0 if there is
 -- no such federation (any more).
 --
 -- Race: what an agent's dead process asked for reaches the store after its successor began. The caller that waits for
 -- the answer looks again; one that is gone does not, and takes nothing back.
-local phase = redis.call('HGET', KEYS[1], 'state')
-if not phase then
-  return 0
-end
-if phase == 'DELETING' then
-  return 1
-end
+"""
+    + _UNLESS_DELETED
+    + """
 if (redis.call('HGET', KEYS[2], ARGV[1]) or '') ~= ARGV[2] then
   return 2
 end
@@ -167,6 +173,7 @@ redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[4])
 return 1
 """
+)
 
 TOUCH: Final = """
 -- KEYS: sighting.  ARGV: Unix ms, sighting if there is none, expiry in ms.
