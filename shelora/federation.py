@@ -167,7 +167,7 @@ class TrainingSpec(Spec):
     evaluation_examples: Annotated[int, Field(ge=0, le=2**31 - 1)] = 256
     """Test examples after each round, 0 for none; after the last round, all."""
 
-    evaluation_every: Annotated[int, Field(ge=1, le=10_000)] = 1
+    evaluation_every: Annotated[int, Field(ge=1, le=MAX_ROUNDS)] = 1
     """Rounds from one evaluation to the next: 1 evaluates every result, 5 those of rounds 5, 10, and so on. The last
     result is always evaluated. For models whose evaluation takes long beside `local_steps`."""
 
@@ -230,7 +230,7 @@ class StopSpec(Spec):
     metric: Literal["loss", "accuracy"] = "loss"
     """What rounds are judged by: loss or accuracy on the agents' test examples, the median over agents."""
 
-    patience: Annotated[int, Field(ge=1, le=10_000)] = 3
+    patience: Annotated[int, Field(ge=1, le=MAX_ROUNDS)] = 3
     """Rounds after the best one, judged and not better, after which the federation ends."""
 
     threshold: Annotated[float, Field(ge=0, le=1000)] = 0.0
@@ -278,7 +278,7 @@ class RoundSpec(Spec):
     """Seconds that a committee waits for a silent member at each of its steps (keys, checks, signatures, answers). Too
     few, and rounds are lost to agents that are slow to answer; many, and one dead agent makes each of them longer."""
 
-    replan_every_rounds: Annotated[int, Field(ge=0, le=10_000)] = 0
+    replan_every_rounds: Annotated[int, Field(ge=0, le=MAX_ROUNDS)] = 0
     """Training rounds after which the plan is negotiated anew, 0 for never: sensitivities drift slowly."""
 
     replan_below_overlap: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -409,7 +409,7 @@ class ProtectionSpec(Spec):
     max_vote_weight: Annotated[float, Field(ge=1, le=64)] = 8.0
     """Most votes one client may come to have under a `coverage_floor`; sealed votes lose precision in proportion."""
 
-    key_rotation_rounds: Annotated[int, Field(ge=0, le=10_000)] = 0
+    key_rotation_rounds: Annotated[int, Field(ge=0, le=MAX_ROUNDS)] = 0
     """Training rounds after which the keys are replaced, 0 for never: each time costs a vote. Revoking a client
     replaces them in any case, and so does `shelora federation rotate`."""
 

@@ -45,6 +45,7 @@ from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
 from shelora.lora.shards import LoraFactors
 from shelora.obfuscation import Obfuscation
+from tests.models.families import move_statistics
 from tests.unit.client_agent.test_images import LABELS, picture, save_vision
 
 TASK = "image-classification"
@@ -69,17 +70,6 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Images:
         for number in range(6):
             picture(label, number).save(folder / label / f"{number}.png")
     return read_images(folder, "image", "label", LABELS)
-
-
-def move_statistics(model: nn.Module) -> None:
-    for module in model.modules():
-        if (
-            isinstance(module, nn.BatchNorm2d)
-            and module.running_mean is not None
-            and module.running_var is not None
-        ):
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
 
 
 def adapted(
