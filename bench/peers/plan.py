@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from client_agent.schedule import Schedule
 from examples.reuters.cohort import AGENTS, Protection, federation_spec, write_data
 from shelora.federation import FederationSpec
 
@@ -33,17 +34,17 @@ class Plan:
     rank: int
     alpha: float
     rounds: int
-    local_steps: int
     batch_size: int
-    learning_rate: float
-    learning_rate_decay: float
+    rates: tuple[tuple[float, ...], ...]
+    """Learning rates by round and step."""
     max_tokens: int
     evaluation_examples: int
 
     @classmethod
     def of(cls, spec: FederationSpec, model: Path, folder: Path) -> Self:
         """The federation's work in a run's folder."""
-        training = spec.training
+        training, rounds = spec.training, range(1, spec.round.rounds + 1)
+        schedule = Schedule(training, spec.round.rounds)
         return cls(
             model=str(model.absolute()),
             data=str(folder / "data"),
@@ -56,10 +57,8 @@ class Plan:
             rank=RANK,
             alpha=ALPHA,
             rounds=spec.round.rounds,
-            local_steps=training.local_steps,
             batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-            learning_rate_decay=training.learning_rate_decay,
+            rates=tuple(tuple(schedule.rates(number, training.local_steps)) for number in rounds),
             max_tokens=training.max_tokens,
             evaluation_examples=training.evaluation_examples,
         )

@@ -56,7 +56,12 @@ LAST_WORDS_S = 60
 INITIAL_SEED = 7
 """Under complete: rows start alike, so they differ by what the attack does. Selective keeps its start secret."""
 ROUNDS = 10
-RECIPE = {"learning_rate": 0.004, "learning_rate_decay": 0.8, "max_tokens": 32}
+RECIPE = {
+    "learning_rate": 0.005,
+    "learning_rate_schedule": "linear",
+    "learning_rate_decay": 1.0,
+    "max_tokens": 32,
+}
 """Whatever the demo's is: rows of different days compare. On shorter texts runs stay at 82 % or get to 89 by chance."""
 TEST_EXAMPLES = 300
 """An agent's; the order of the test data is random."""

@@ -65,12 +65,13 @@ class Work:
     def train(self, number: int) -> float:
         """A round's steps, from 1. Returns the mean loss."""
         began, losses = time.time(), []
-        rate = PLAN["learning_rate"] * PLAN["learning_rate_decay"] ** (number - 1)
-        optimizer = torch.optim.AdamW(self._trained, lr=rate, weight_decay=0.0)
+        rates = PLAN["rates"][number - 1]
+        optimizer = torch.optim.AdamW(self._trained, lr=rates[0], weight_decay=0.0)
         rng = np.random.default_rng([BATCH_SEEDS, number])
         train = self._examples["train"]
         self._model.train()
-        for _ in range(PLAN["local_steps"]):
+        for rate in rates:
+            optimizer.param_groups[0]["lr"] = rate
             chosen = rng.choice(len(train), PLAN["batch_size"], replace=False)
             loss = self._model(**self._encoded([train[i] for i in chosen])).loss
             optimizer.zero_grad()
