@@ -19,8 +19,8 @@ LINEAR: Final = (nn.Linear, Conv1D)
 def obstacle(module: nn.Module) -> str:
     """Why a module cannot be adapted, to follow "only"; "" if it can.
 
-    What PEFT adapts otherwise than the module computes is left out: it knows no dilation, pads A's input with zeros,
-    and its factors of a grouped convolution are not those of one matrix.
+    What PEFT adapts otherwise than the module computes is left out: it knows no dilation, and pads A's input with
+    zeros. The B that it gives a grouped convolution is grouped, too; a sum that is cut to a rank has no such B.
     """
     if isinstance(module, LINEAR):
         return ""
@@ -30,7 +30,7 @@ def obstacle(module: nn.Module) -> str:
             "parameter"
         )
     if module.groups > 1:
-        return f"convolutions of one group can be adapted, and this one has {module.groups}"
+        return "convolutions of one group can be adapted, no grouped or depthwise ones"
     if set(module.dilation) != {1}:
         return "convolutions without dilation can be adapted"
     if module.padding_mode != "zeros":

@@ -26,7 +26,7 @@ from client_agent.learning import Weights
 from client_agent.precision import FULL, Precision, compute_in_float32, lower, plain_weight
 from client_agent.starting import PREFIX, Start, require_fit
 from client_agent.tables import first_line, listed
-from client_agent.targets import WHOLE, Narrowed, Targets, adaptable_layers, check_adaptable, resolve
+from client_agent.targets import WHOLE, Narrowed, Targets, adaptable_layers, resolve
 from client_agent.tasks.registry import task_of
 from shelora.lora.layout import Matrix, Tensor
 from shelora.lora.shards import Float32, Float64, LoraFactors
@@ -340,9 +340,7 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        own = name.removeprefix(PREFIX)
-        check_adaptable(own, module.get_base_layer())
-        yield own, module
+        yield name.removeprefix(PREFIX), module
 
 
 def _most_positions(model: PreTrainedModel) -> int:

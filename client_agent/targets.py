@@ -65,8 +65,7 @@ def resolve(checkpoint: Checkpoint, target_modules: Sequence[str], narrowed: Nar
             "the federation's target_layers and target_pattern leave none of the modules that its target_modules name; "
             f"the first of those is {next(iter(named), 'none')}"
         )
-    for name in adapted:
-        check_adaptable(name, modules[name])
+    _require_adaptable(model, modules, adapted)
     if getattr(model.config, "tf_padding", False) and any(is_convolution(modules[name]) for name in adapted):
         raise invalid(  # PEFT's layers do not tell what they wrap, so the saved adapter would fail as well
             "the model pads each convolution by its stride, as TensorFlow does, and PEFT's layers hide the stride: "
@@ -84,10 +83,19 @@ def adaptable_layers(checkpoint: Checkpoint) -> dict[str, int]:
     return _adaptable(checkpoint.model, modules)
 
 
-def check_adaptable(name: str, module: nn.Module) -> None:
-    """Raises: MODEL_INVALID for what is neither a linear layer nor a plain convolution."""
-    if why := obstacle(module):
-        raise invalid(f"the federation adapts {name}, of the kind {type(module).__name__}; only {why}")
+def _require_adaptable(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], names: Sequence[str]
+) -> None:
+    """Raises: MODEL_INVALID for what is neither a linear layer nor a plain convolution, and what else may be named."""
+    obstacles = {name: why for name in names if (why := obstacle(modules[name]))}
+    if not obstacles:
+        return
+    first, why = next(iter(obstacles.items()))
+    alike = [name for name, other in obstacles.items() if other == why]
+    raise invalid(
+        f"the federation adapts {listed(alike)}, of the kind {type(modules[first]).__name__}; only {why}; what can be "
+        f"adapted is {listed(_adaptable(model, modules))}"
+    )
 
 
 def _named(model: PreTrainedModel, modules: Mapping[str, nn.Module], targets: Sequence[str]) -> Iterator[str]:

@@ -287,10 +287,10 @@ def odd() -> Checkpoint:
     ("target", "said"),
     [
         (
-            "grouped",
-            "adapts grouped, of the kind Conv2d; only convolutions of one group can .* this one has 2",
+            "grouped|depthwise",
+            "adapts grouped, depthwise, of the kind Conv2d; only .* depthwise ones; what can be adapted is inner",
         ),
-        ("depthwise", "only convolutions of one group can be adapted, and this one has 4"),
+        ("depthwise", "adapts depthwise, of the kind Conv2d; only convolutions of one group can be adapted"),
         ("dilated", "only convolutions without dilation can be adapted"),
         ("mirrored", "that pad with zeros can be adapted, and this one pads in mode reflect"),
         (
@@ -307,7 +307,7 @@ def test_what_is_not_the_matrix_that_peft_adapts_is_refused_by_name(
     odd: Checkpoint, target: str, said: str
 ) -> None:
     with pytest.raises(DomainError, match=said) as refused:
-        resolve(odd, (target,), WHOLE)
+        resolve(odd, target.split("|"), WHOLE)
     assert refused.value.reason is Reason.MODEL_INVALID
     assert "\n" not in refused.value.message
 
