@@ -11,9 +11,8 @@ from rich.console import Console
 
 from compare import report as reports
 from compare.cells import Place, run_missing
-from compare.settings import LONGER, ROUNDS, Cell, Cohort
+from compare.settings import DATA, Cell, Cohort
 
-DATA: Final = ("r8", "20news", "tomatoes")
 METHODS: Final = (
     "complete", "selective", "exact", "fedit", "ffa", "ffa-activations", "rolora", "fedrot", "flora", "dropped",
     "published", "pooled", "alone",
@@ -29,7 +28,7 @@ Runs = Annotated[Path, typer.Option(help="Folder of encoded data and finished ce
 def cohorts(data: list[str], clients: list[int], *, even: bool, equal: bool) -> list[Cohort]:
     """Cohorts by data set: uneven labels and mixed ranks, and where asked for the milder ones too."""
     return [
-        Cohort(data=name, clients=count, uneven=uneven, mixed=mixed, rounds=LONGER.get(name, ROUNDS))
+        Cohort.on(name, count, uneven=uneven, mixed=mixed)
         for count in clients
         for uneven, mixed in [
             (True, True),
@@ -62,9 +61,10 @@ def run(
     console = Console()
 
     def told(cell: Cell, result: dict[str, float], left: int) -> None:
+        metric = cell.cohort.setting.metric
         console.print(
-            f"{cell.key}: {result['accuracy']:.1%}, worst client {result['worst']:.1%}, {result['wall_s']:.0f} s; "
-            f"{left} to run",
+            f"{cell.key}: {metric.name} {metric.shown(result[metric.name])}, worst client "
+            f"{metric.shown(result['worst'])}, {result['wall_s']:.0f} s; {left} to run",
             soft_wrap=True,
             highlight=False,
         )

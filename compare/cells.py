@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from compare.settings import GRID, SEEDS, Cell, Cohort, tuning
+from compare.metrics import best
+from compare.settings import SEEDS, Cell, Cohort, tuning
 
 THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """A process computes on one core: several beside each other would wait for one another."""
@@ -52,9 +53,9 @@ class Place:
 
 def chosen_rate(cell: Cell, place: Place) -> float | None:
     """The learning rate that did best in tuning; None while a run of it is missing."""
-    tried = [(place.known(each), each.learning_rate) for each in tuning(cell)]
-    scores = [(found["accuracy"], rate) for found, rate in tried if found is not None]
-    return max(scores)[1] if len(scores) == len(tried) else None
+    metric, cells = cell.cohort.setting.metric, tuning(cell)
+    values = [found[metric.name] for found in map(place.known, cells) if found is not None]
+    return cells[best(metric, values)].learning_rate if len(values) == len(cells) else None
 
 
 def wanted(cohorts: Iterable[Cohort], methods: Sequence[str], place: Place) -> Iterator[Cell]:
@@ -64,7 +65,7 @@ def wanted(cohorts: Iterable[Cohort], methods: Sequence[str], place: Place) -> I
     """
     for cohort in cohorts:
         for method in methods:
-            cell = Cell(cohort=cohort, method=method, seed=SEEDS[0], learning_rate=GRID[0])
+            cell = Cell(cohort=cohort, method=method, seed=SEEDS[0], learning_rate=0.0)
             yield from tuning(cell)
             rate = chosen_rate(cell, place) or 0.0
             yield from (replace(cell, seed=seed, learning_rate=rate) for seed in SEEDS)

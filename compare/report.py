@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Final
 
 from compare.cells import Place, chosen_rate
+from compare.metrics import Metric, best
 from compare.settings import SEEDS, Cell, Cohort
 from tools.prose import wrapped
 
@@ -30,7 +31,6 @@ TITLES: Final = {
     "alone": ("each client alone", "–"),
 }
 """What a table calls a method, and what servers see of an update."""
-NAMES: Final = {"r8": "Reuters R8", "20news": "20 Newsgroups", "tomatoes": "Rotten Tomatoes"}
 SHOWN_CLEAR: Final = ("exact", "fedit", "ffa", "ffa-activations", "rolora", "fedrot", "flora")
 
 
@@ -93,50 +93,48 @@ def _versions() -> list[str]:
     return [
         f"Python {platform.python_version()} on {platform.machine()}, {versions}.",
         "",
-        "![Accuracy of every method, with mixed ranks and uneven labels](images/comparison.svg)",
+        "![Accuracy or loss of every method, with mixed ranks and uneven labels](images/comparison.svg)",
         "",
     ]
 
 
-def gap(row: Row, others: Sequence[Row], figure: str) -> tuple[float, float, str]:
+def gap(row: Row, others: Sequence[Row], figure: str, metric: Metric) -> tuple[float, float, str]:
     """How far a method is from the best one in the clear: mean of paired differences, its standard error, the other."""
-    best = max(
-        (other for other in others if other.method in SHOWN_CLEAR), key=lambda other: other.mean(figure)
-    )
-    differences = [a[figure] - b[figure] for a, b in zip(row.results, best.results, strict=True)]
-    return mean(differences), float(stdev(differences) / len(differences) ** 0.5), best.method
+    clear = [other for other in others if other.method in SHOWN_CLEAR]
+    other = clear[best(metric, [each.mean(figure) for each in clear])]
+    differences = [a[figure] - b[figure] for a, b in zip(row.results, other.results, strict=True)]
+    return mean(differences), float(stdev(differences) / len(differences) ** 0.5), other.method
 
 
 def _table(cohort: Cohort, found: Sequence[Row]) -> list[str]:
     lines = [
-        f"### {NAMES[cohort.data]}: {cohort.words}",
+        f"### {cohort.setting.title}: {cohort.words}",
         "",
         "| | servers see | after a third | after all | worst client | directions | up | down | server | rate |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        *map(_line, found),
+        *(_line(row, cohort.setting.metric) for row in found),
         "",
     ]
     ours = next((row for row in found if row.method == "complete"), None)
     if ours and any(row.method in SHOWN_CLEAR for row in found):
-        lines += [_verdict(ours, found), ""]
+        lines += [_verdict(ours, found, cohort.setting.metric), ""]
     return lines
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, metric: Metric) -> str:
     title, sees = TITLES[row.method]
-    shown = [f"{100 * row.mean(f):.1f} ± {100 * row.error(f):.1f}" for f in ("early", "accuracy", "worst")]
+    shown = [metric.with_error(row.mean(f), row.error(f)) for f in ("early", metric.name, "worst")]
     sent = [f"{row.mean(f) / 1000:,.0f} kB" if row.mean(f) else "–" for f in ("up", "down")]
     server = f"{1000 * row.mean('server_s'):.0f} ms" if row.mean("server_s") else "–"
     cells = [title, sees, *shown, f"{row.mean('effective_rank'):.1f}", *sent, server, f"{row.rate:g}"]
     return f"| {' | '.join(cells)} |"
 
 
-def _verdict(ours: Row, found: Sequence[Row]) -> str:
+def _verdict(ours: Row, found: Sequence[Row], metric: Metric) -> str:
     parts = []
-    for figure, words in (("accuracy", "accuracy"), ("worst", "the worst client")):
-        difference, error, other = gap(ours, found, figure)
-        title = TITLES[other][0]
-        parts.append(f"{100 * difference:+.1f} ± {100 * error:.1f} points in {words} against {title}")
+    for figure, words in ((metric.name, metric.words), ("worst", "the worst client")):
+        difference, error, other = gap(ours, found, figure, metric)
+        parts.append(f"{metric.difference(difference, error)} in {words} against {TITLES[other][0]}")
     return f"`complete` against the best in the clear, paired by seed: {'; '.join(parts)}."
 
 
@@ -152,21 +150,22 @@ def _plot(found: Sequence[tuple[Cohort, Sequence[Row]]], path: Path) -> None:
         max(1, len(main)), 1, figsize=(6.4, 3.4 * max(1, len(main))), squeeze=False, layout="constrained"
     )
     for axis, (cohort, each) in zip(axes[:, 0], main, strict=False):
-        ordered = sorted(each, key=lambda row: row.mean("accuracy"))
+        metric = cohort.setting.metric
+        ordered = sorted(each, key=lambda row: metric.merit(row.mean(metric.name)))
         places = range(len(ordered))
         for figure_name, marker, label in (
-            ("accuracy", "o", "all test texts"),
+            (metric.name, "o", "all test examples"),
             ("worst", "x", "worst client"),
         ):
             axis.errorbar(
-                [100 * row.mean(figure_name) for row in ordered],
+                [metric.factor * row.mean(figure_name) for row in ordered],
                 list(places),
-                xerr=[100 * row.error(figure_name) for row in ordered],
+                xerr=[metric.factor * row.error(figure_name) for row in ordered],
                 fmt=marker, markersize=4, capsize=2, label=label,
             )  # fmt: skip
         axis.set_yticks(list(places), [TITLES[row.method][0].replace("**", "") for row in ordered])
-        axis.set_title(f"{NAMES[cohort.data]}, {cohort.clients} clients")
-        axis.set_xlabel("accuracy in percent")
+        axis.set_title(f"{cohort.setting.title}, {cohort.clients} clients")
+        axis.set_xlabel(metric.axis)
         axis.grid(axis="x", alpha=0.3)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client_agent.drawing import batches, seed_of
-from compare.data import Encoded, encoded, seed_bytes, split
+from compare.data import Encoded, seed_bytes, split
+from compare.datasets.registry import encoded, network
 from compare.methods.port import Outcome
 from compare.methods.registry import METHODS
-from compare.network import Network, Schedule, network
+from compare.metrics import Metric
+from compare.networks.port import Measured, Network, Schedule
 from compare.settings import DECAY, SCALING, Cell
 from compare.state import Held, World, dense, effective_rank
 from shelora.obfuscation import Obfuscation
@@ -27,12 +29,14 @@ OBSERVED = 64
 class Result:
     """What a cell measured."""
 
+    metric: str
+    """Name of what is measured."""
     early: float
-    """Share of test examples told rightly after a third of the rounds."""
-    accuracy: float
+    """On all test examples after a third of the rounds."""
+    final: float
     """After all of them: of the model handed out, or the mean of the clients' models where none is."""
     worst: float
-    """Least, over clients, of the share that its own model tells rightly of examples with its own mix of labels."""
+    """The worst, over clients, of what its own model reaches on examples with its own mix of labels."""
     effective_rank: float
     """Of the update, mean over matrices."""
     up: float
@@ -44,12 +48,17 @@ class Result:
     """Of the whole cell."""
 
     def record(self) -> dict[str, float]:
-        """As it is kept."""
-        return asdict(self)
+        """As it is kept: the final figure under the name of its metric."""
+        figures = asdict(self)
+        return {figures.pop("metric"): figures.pop("final"), **figures}
 
 
 def run(cell: Cell, assets: Path, store: Path) -> Result:
-    """Runs a cell. The same cell gives the same figures, times excepted, on one machine."""
+    """Runs a cell.
+
+    The same cell gives the same figures on one machine, times excepted, and what the noise of fresh keys moves where a
+    method encrypts.
+    """
     began, cohort = time.monotonic(), cell.cohort
     data, net = encoded(cohort.data, assets, store), network(cohort.data, assets, store)
     parts = split(data, cohort.clients, uneven=cohort.uneven, seed=cell.seed, least=cohort.batch)
@@ -61,12 +70,15 @@ def run(cell: Cell, assets: Path, store: Path) -> Result:
         outcomes.append(method.combine(net.train(held, schedule, SCALING), number))
         held = list(outcomes[-1].held)
         if number == cohort.rounds // 3:
-            early = _accuracy(net, data, outcomes[-1])
+            early = _final(net, data, outcomes[-1])
     last = outcomes[-1]
     return Result(
+        metric=cohort.setting.metric.name,
         early=early,
-        accuracy=_accuracy(net, data, last),
-        worst=_worst(net, data, held if len(held) > 1 else held * cohort.clients, parts),
+        final=_final(net, data, last),
+        worst=_worst(
+            net, data, held if len(held) > 1 else held * cohort.clients, parts, cohort.setting.metric
+        ),
         effective_rank=_effective_rank(net, last),
         up=float(np.mean([o.up for o in outcomes])),
         down=float(np.mean([o.down for o in outcomes])),
@@ -120,30 +132,29 @@ def _tests(data: Encoded) -> NDArray[np.int64]:
     return np.arange(data.training, len(data.labels))
 
 
-def _accuracy(net: Network, data: Encoded, outcome: Outcome) -> float:
-    return float(np.mean([net.hits(model, _tests(data), SCALING).mean() for model in outcome.models]))
+def _final(net: Network, data: Encoded, outcome: Outcome) -> float:
+    return float(np.mean([net.measured(model, _tests(data), SCALING).mean for model in outcome.models]))
 
 
-def _worst(net: Network, data: Encoded, held: Sequence[Held], parts: Sequence[NDArray[np.int64]]) -> float:
+def _worst(
+    net: Network, data: Encoded, held: Sequence[Held], parts: Sequence[NDArray[np.int64]], metric: Metric
+) -> float:
     tests, known = _tests(data), {}
-    shares = []
+    figures = []
     for own, part in zip(held, parts, strict=True):
         if id(own) not in known:
-            known[id(own)] = net.hits(own, tests, SCALING)
-        shares.append(
-            _by_mix(
-                known[id(own)], data.labels[tests], np.bincount(data.labels[part], minlength=data.classes)
-            )
-        )
-    return min(shares)
+            known[id(own)] = net.measured(own, tests, SCALING)
+        mix = np.bincount(data.labels[part], minlength=data.classes)
+        figures.append(_by_mix(known[id(own)], data.labels[tests], mix))
+    return metric.worst(figures)
 
 
-def _by_mix(hits: NDArray[np.bool_], labels: NDArray[np.int64], mix: NDArray[np.int64]) -> float:
-    """Share told rightly if labels came in that mix; labels that the test examples lack are left out."""
-    there = np.bincount(labels, minlength=len(mix))
-    told = np.bincount(labels, weights=hits, minlength=len(mix))
-    weights = np.where(there > 0, mix, 0).astype(np.float64)
-    return float((weights * told / np.maximum(there, 1)).sum() / weights.sum())
+def _by_mix(measured: Measured, labels: NDArray[np.int64], mix: NDArray[np.int64]) -> float:
+    """The figure if labels came in that mix; labels that the test examples lack are left out."""
+    counts = np.bincount(labels, weights=measured.counts, minlength=len(mix))
+    totals = np.bincount(labels, weights=measured.totals, minlength=len(mix))
+    weights = np.where(counts > 0, mix, 0).astype(np.float64)
+    return float((weights * totals / np.maximum(counts, 1)).sum() / weights.sum())
 
 
 def _effective_rank(net: Network, outcome: Outcome) -> float:

@@ -1,14 +1,15 @@
 """What a cell of the comparison is: one method on one data set, in one cohort, with one seed and learning rate."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Final
+
+from compare.metrics import ACCURACY, LOSS, Metric
 
 GRID: Final = (1e-3, 3e-3, 1e-2)
 """Learning rates, the same for all methods; the best on TUNING_SEED is taken for the others."""
 TUNING_SEED: Final = 100
 ROUNDS: Final = 6
-LONGER: Final = {"tomatoes": 18}
-"""Rounds of data sets of two labels: divided unevenly, six rounds hardly leave chance, whatever the method."""
 SEEDS: Final = (0, 1, 2)
 """Paired: a seed fixes split, initial values and batches for every method."""
 MIXED_RANKS: Final = (2, 4, 8, 16)
@@ -24,11 +25,37 @@ EDITION: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How a data set is trained, measured and shown; `compare.datasets.registry` has the data."""
+
+    title: str
+    metric: Metric = ACCURACY
+    divided: str = "labels"
+    """What is divided among clients, evenly or not."""
+    rounds: int = ROUNDS
+    steps: int = 16
+    batch: int = 16
+    grid: tuple[float, ...] = GRID
+
+
+DATA: Final[Mapping[str, Setting]] = {
+    "r8": Setting(title="Reuters R8"),
+    "20news": Setting(title="20 Newsgroups"),
+    # Two labels, divided unevenly: six rounds hardly leave chance, whatever the method.
+    "tomatoes": Setting(title="Rotten Tomatoes", rounds=18),
+    "digits": Setting(title="Handwritten digits"),
+    # As the chat demo trains.
+    "instructions": Setting(title="Questions with answers", metric=LOSS, divided="topics", steps=8, batch=4),
+}
+"""Data sets by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
     """Who takes part, on what."""
 
     data: str
-    """Name of a data set: `compare.data.DATA`."""
+    """Name of a data set: `DATA`."""
     clients: int = 4
     uneven: bool = True
     """Whether labels are divided by a Dirichlet distribution of alpha 0.3, and not evenly."""
@@ -38,6 +65,25 @@ class Cohort:
     steps: int = 16
     """Local steps of AdamW in a round."""
     batch: int = 16
+
+    @classmethod
+    def on(cls, data: str, clients: int, *, uneven: bool, mixed: bool) -> "Cohort":
+        """A cohort that trains as the data set's setting says."""
+        setting = DATA[data]
+        return cls(
+            data=data,
+            clients=clients,
+            uneven=uneven,
+            mixed=mixed,
+            rounds=setting.rounds,
+            steps=setting.steps,
+            batch=setting.batch,
+        )
+
+    @property
+    def setting(self) -> Setting:
+        """Of the data set."""
+        return DATA[self.data]
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -55,7 +101,7 @@ class Cohort:
     @property
     def words(self) -> str:
         """For a heading."""
-        split = "labels by Dirichlet(0.3)" if self.uneven else "labels even"
+        split = f"{self.setting.divided} {'by Dirichlet(0.3)' if self.uneven else 'even'}"
         ranks = "ranks 2, 4, 8, 16" if self.mixed else f"ranks all {EQUAL_RANK}"
         return f"{self.clients} clients, {split}, {ranks}, {self.rounds} rounds"
 
@@ -82,4 +128,6 @@ class Cell:
 def tuning(cell: Cell) -> list[Cell]:
     """The runs that a cell's learning rate is chosen by: four clients, uneven, mixed ranks, one seed of their own."""
     cohort = replace(cell.cohort, clients=4, uneven=True, mixed=True)
-    return [replace(cell, cohort=cohort, seed=TUNING_SEED, learning_rate=rate) for rate in GRID]
+    return [
+        replace(cell, cohort=cohort, seed=TUNING_SEED, learning_rate=rate) for rate in cohort.setting.grid
+    ]

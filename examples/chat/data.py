@@ -56,10 +56,10 @@ def read_topic(folder: Path, names: Sequence[str]) -> list[Pair]:
     return list(pairs)
 
 
-def divided(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on and pairs to test on, which have no question in common."""
+def divided(pairs: Sequence[Pair], held_out: int = HELD_OUT) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and pairs to test on, one question in `held_out`; they have no question in common."""
     questions = list(dict.fromkeys(pair.question for pair in pairs))
-    tested = set(questions[HELD_OUT - 1 :: HELD_OUT])
+    tested = set(questions[held_out - 1 :: held_out])
     return (
         [pair for pair in pairs if pair.question not in tested],
         [pair for pair in pairs if pair.question in tested],

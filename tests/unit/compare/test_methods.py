@@ -14,11 +14,11 @@ TENSORS = (Tensor("weight", (3, 40)), Tensor("bias", (3,)))
 SCALING = 2.0
 
 
-def world(ranks=(2, 4, 4)) -> World:
+def world(ranks=(2, 4, 4), tensors=TENSORS) -> World:
     weights = np.arange(1.0, len(ranks) + 1)
     return World(
         matrices=MATRICES,
-        tensors=TENSORS,
+        tensors=tensors,
         ranks=ranks,
         weights=weights / weights.sum(),
         scaling=SCALING,
@@ -42,9 +42,9 @@ def trained(held, seed, *, A=True, B=True) -> Held:
     return Held(factors=factors, head={n: moved(v, 1) for n, v in held.head.items()}, beside=held.beside)
 
 
-def after_a_round(name, ranks=(2, 4, 4)):
+def after_a_round(name, ranks=(2, 4, 4), tensors=TENSORS):
     """The method, what its clients trained, and its outcome."""
-    there, method = world(ranks), METHODS[name]()
+    there, method = world(ranks, tensors), METHODS[name]()
     sides = dict(zip("AB", method.trains(1), strict=True))
     updates = [trained(held, seed, **sides) for seed, held in enumerate(method.begin(there))]
     return there, updates, method.combine(updates, 1)
@@ -78,6 +78,15 @@ def test_methods_that_sum_products_hand_out_their_exact_sum_up_to_the_cut(name):
     for tensor in TENSORS:
         mean = sum(w * u.head[tensor.name] for w, u in zip(there.weights, updates, strict=True))
         np.testing.assert_allclose(outcome.models[0].head[tensor.name], mean, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_whose_head_is_frozen_has_factors_alone(name):
+    there, updates, outcome = after_a_round(name, tensors=())
+    assert all(not held.head for held in outcome.held)
+    if name in {"complete", "selective", "exact"}:
+        assert error(there, updates, outcome) < 0.02
+    assert all(np.isfinite(dense(held, "query", SCALING)).all() for held in outcome.held)
 
 
 @pytest.mark.parametrize(

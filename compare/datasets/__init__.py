@@ -1,0 +1,1 @@
+"""Data sets, one object each: `compare.datasets.registry` names them."""
