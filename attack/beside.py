@@ -30,6 +30,8 @@ BESIDE = "beside updates"
 STATEMENTS = "statements"
 ONE_KEY = "one key"
 """What is tried: each a part of the table."""
+TOLD_BY_REPORTS = 0.65
+"""AUC that labels by what agents report of their own must reach: 0.79 to 0.81 in three runs, chance is 0.5 ± 0.07."""
 
 
 def membership_by_loss(
@@ -64,10 +66,10 @@ def membership_by_loss(
     )
 
 
-def labels_by_reports(performance: Performance) -> Finding:
+def labels_by_reports(performance: Performance, *, control: bool = False) -> Finding:
     """What the coordinator learns of the clients' labels from the losses and accuracies that they report.
 
-    No claim: it is told these in every mode (docs/threat-model.md).
+    Under `complete` these are means of all clients, the same from each: they must say nothing of one.
     """
     scene = performance.scene
     features = told.reported(performance)
@@ -83,6 +85,8 @@ def labels_by_reports(performance: Performance) -> Finding:
         counts={"clients": len(scene.clients), "numbers": features.shape[1]},
         chance={"auc": 0.5, "majority": leak.majority_by_chance, "closeness": 1 - leak.distance_by_chance},
         error={"auc": auc_error(*leak.pairs)},
+        at_least={"auc": TOLD_BY_REPORTS} if control else {},
+        no_better_than_chance=scene.sealed,
         capture=performance.rounds[0].digest,
     )
 

@@ -55,7 +55,7 @@ def _left_out(unit: Float64, shares: Float64, client: int) -> tuple[Float64, Flo
     mean, prior = unit[others].mean(axis=0), shares[others].mean(axis=0)
     centred = unit[others] - mean
     kernel = centred @ centred.T
-    ridge = np.trace(kernel) / len(others) * RIDGE
+    ridge = np.trace(kernel) / len(others) * RIDGE or RIDGE  # of features that are all alike
     weights = np.linalg.solve(kernel + ridge * np.eye(len(others)), shares[others] - prior)
     guess = np.clip(prior + (unit[client] - mean) @ centred.T @ weights, 1e-9, None)
     return guess / guess.sum(), prior

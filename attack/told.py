@@ -26,16 +26,21 @@ TERMS: Final = re.compile(
     | (refusals | objections | applicants | copies)\b.*
     | commits\.(ordinal | rank | scaling)
     | commits\.shards\.\d+\.total_bytes
-    | commits\.report\.(example_count | train_loss | train_s | encrypt_s | upload_s | upload_bytes)
-    | evaluations\.(example_count | correct_count | loss | \w+_s | download_bytes)
+    | commits\.report\.(example_count | train_s | encrypt_s | upload_s | upload_bytes)
+    | evaluations\.(\w+_s | download_bytes)
     | client\.(partial | complete):\d+
     | round\.rank
     """,
     re.VERBOSE,
 )
 """Numbers that clients tell in every mode, by name; and how long the words are in which one says what keeps it."""
-REPORTS: Final = re.compile(r"(commits\.report|evaluations)\.(train_loss|correct_count|loss|example_count)")
-"""Those of them that follow from examples."""
+OWN: Final = re.compile(r"commits\.report\.train_loss|evaluations\.(example_count|correct_count|loss)")
+"""What they measured themselves, and tell where servers see factors, which say more."""
+REPORTS: Final = re.compile(
+    r"commits\.report\.(train_loss|example_count)"
+    r"|evaluations\.((means\.)?(accuracy|loss|train_loss)|correct_count|example_count)"
+)
+"""What of it all follows from examples."""
 SIGNED_BYTES: Final = 16
 """By how much statements that say the same may differ: signatures and certificates in DER, names."""
 WORDS: Final = 4
@@ -152,8 +157,9 @@ def _tolerated(name: str) -> int:
 
 
 def unexpected(performance: Performance) -> list[str]:
-    """Those that are no terms."""
-    return [name for name in differing(performance) if not TERMS.fullmatch(name)]
+    """Those that are no terms; under `complete`, what a client measured itself is none."""
+    expected = (TERMS,) if performance.scene.sealed else (TERMS, OWN)
+    return [name for name in differing(performance) if not any(e.fullmatch(name) for e in expected)]
 
 
 def reported(performance: Performance) -> Float64:

@@ -56,6 +56,7 @@ class Terms:
     tensor_bound: float = 1.0
     max_directions: int = 1
     clear_bits: int = 32
+    mean_figures: bool = False
 
 
 @dataclass

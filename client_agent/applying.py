@@ -1,8 +1,9 @@
 """Applies results: downloads, opens and decrypts them; saves the adapter; evaluates and reports it."""
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Final
 
 import structlog
@@ -23,6 +24,7 @@ from client_agent.state import Inbox
 from shelora.committee.context import result_digest
 from shelora.committee.reader import OpenedRound
 from shelora.errors import DomainError
+from shelora.lora.figures import Figures
 from shelora.negotiation.plan import Plan
 from shelora.protocol import Stage
 from shelora.strategies.agents.registry import agent_strategy_of
@@ -31,6 +33,8 @@ from shelora.v1 import coordinator_pb2 as pb
 
 FINGERPRINT: Final = 16
 """Hexadecimal digits of a result's fingerprint."""
+DIGITS: Final = MappingProxyType({"accuracy": 4, "loss": 3, "train_loss": 2})
+"""Decimal digits of the means that the coordinator is told. Exact losses would say more than anybody reads."""
 
 _log = structlog.get_logger(__name__)
 
@@ -80,26 +84,32 @@ class Applier:
         self._saved = ""
         """Round whose result the adapter on disk is; "" if that is not known."""
 
-    async def begin_from(self, train: pb.Train, secrets: EpochSecrets, activity: Activity) -> None:
-        """Makes the state that the round starts from current, saves its adapter, and reports how good it is.
+    async def begin_from(
+        self, train: pb.Train, secrets: EpochSecrets, activity: Activity
+    ) -> Evaluation | None:
+        """Makes the state that the round starts from current, saves its adapter, and reports on it.
 
         If this client objects to it, the adapter stays that of the result before.
 
+        Returns: How good it is on this client's test examples; None if that is not evaluated.
         Raises: what passes if the objection cannot be told: nothing is trained before it is.
         """
         if not train.HasField("base"):
             await self._run(self._learner.start, secrets)
             await self._follow(Newest(round_id=train.round.round_id, number=0))
             await self._run(self._learner.write_samples, 0, activity)
-            return
+            return None
         plan = train.base_plan if train.HasField("base_plan") else None
         applied = await self._apply(train.base, plan, activity)
         await self._object_to(train.base)
         if not self._learner.objection:
             await self._save_adapter(train.base)
-        due = train.base.round_number % self._me.evaluation_every == 0
-        if due and train.base.round_id not in self._reported:
-            await self.report(train.base, applied, activity, everything=False)
+        if train.base.round_id not in self._reported:
+            due = train.base.round_number % self._me.evaluation_every == 0
+            measured = await self._evaluate(train.base, activity, everything=False) if due else None
+            self._reported[train.base.round_id] = measured
+            await self._tell(train.base, applied, measured)
+        return self._reported[train.base.round_id]
 
     async def keep(
         self, result: common_pb2.ResultRef, plan: pb.PlanRef | None, activity: Activity
@@ -132,12 +142,20 @@ class Applier:
         self, result: common_pb2.ResultRef, applied: Applied, activity: Activity, *, everything: bool
     ) -> None:
         """Evaluates, keeps the best adapter, reports. Args: everything: on every test example."""
+        measured = await self._evaluate(result, activity, everything=everything)
+        self._reported[result.round_id] = measured
+        await self._tell(result, applied, measured)
+
+    async def _evaluate(
+        self, result: common_pb2.ResultRef, activity: Activity, *, everything: bool
+    ) -> Evaluation | None:
+        """Evaluates the current state, which is that result, and keeps the best adapter."""
         round_id = result.round_id
         await self._run(self._learner.write_samples, result.round_number, activity)
         measured = await self._run(self._learner.evaluate, activity, everything=everything)
-        self._reported[round_id] = measured
         if measured is None:
-            return
+            return None
+        await self._run(self._tools.state.measured.note_own, round_id, result.round_number, measured)
         _log.info(
             "evaluated",
             round=round_id,
@@ -148,15 +166,28 @@ class Applier:
         )
         if not self._learner.objection:
             await self._rank_adapter(result, measured)
+        return measured
+
+    async def _tell(
+        self, result: common_pb2.ResultRef, applied: Applied, measured: Evaluation | None
+    ) -> None:
+        """Reports what there is to say of a result."""
+        means = await self._run(self._tools.state.measured.means, result.round_id)
+        if measured is None and means is None:
+            return
         report = pb.EvaluationReport(
             download_s=applied.download_s,
             decrypt_s=applied.decrypt_s,
             download_bytes=applied.download_bytes,
         )
-        if self._me.protection.client_privacy is None:
+        if means is not None:
+            report.means.CopyFrom(means_told(means))
+        if measured is not None and self._me.protection.client_privacy is None:
+            report.evaluate_s = measured.seconds
+        if measured is not None and self._me.protection.strategy.shows_factors:
             report.example_count, report.correct_count = measured.count, measured.correct
-            report.loss, report.evaluate_s = measured.loss, measured.seconds
-        await self._tools.session.report_evaluation(round_id, report)
+            report.loss = measured.loss
+        await self._tools.session.report_evaluation(result.round_id, report)
 
     async def _rank_adapter(self, result: common_pb2.ResultRef, measured: Evaluation) -> None:
         """Writes on the adapter's card how good it is, and keeps it as the best one if it is."""
@@ -234,6 +265,9 @@ class Applier:
                 known = replace(known, reference=start)
             parts = self._strategy.restored(result.layout, contents(result, inbox, activity), known)
             self._learner.apply(result.round_id, parts, secrets.obfuscation, result.number)
+            for means in known.means:
+                self._tools.state.measured.note_means(result.round_id, result.number, means)
+                _log.info("means_told", round=result.round_id, **asdict(means))
             if known.cut:
                 _log.warning("change_cut", parts=sorted(known.cut), why="no honest clients can have sent it")
         inbox.clear()  # last: a process that dies before still has the shards
@@ -247,6 +281,12 @@ def digest_of(reference: common_pb2.ResultRef) -> bytes:
 def fingerprint(result: common_pb2.ResultRef) -> str:
     """By which people compare results: the first digits of `digest_of`."""
     return digest_of(result).hex()[:FINGERPRINT]
+
+
+def means_told(means: Figures) -> pb.MeanFigures:
+    """What the coordinator is told of means: no more digits than say something to people."""
+    told = {name: value for name, value in asdict(means).items() if value is not None}
+    return pb.MeanFigures(**{name: round(value, DIGITS[name]) for name, value in told.items()})
 
 
 def _origin(result: common_pb2.ResultRef) -> Origin:

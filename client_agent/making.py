@@ -1,7 +1,7 @@
 """Makes what this client sends of a round, on disk: votes and updates."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -9,7 +9,7 @@ import structlog
 
 from client_agent.attempts import Attempt
 from client_agent.keys import EpochSecrets
-from client_agent.learning import Weights
+from client_agent.learning import Evaluation, Weights
 from client_agent.metrics import Stopwatch
 from client_agent.negotiators import Negotiator
 from client_agent.participation import Participation, Tools
@@ -19,16 +19,30 @@ from client_agent.protection import round_context, spool_update, summing
 from client_agent.state import Spool, UpdateNote
 from client_agent.sum_budget import SumBudget
 from shelora.committee.dealer import Dealer
+from shelora.lora.figures import Figures
 from shelora.lora.layout import Layout
 from shelora.negotiation.plan import Plan
+from shelora.rounds import federation_of
 from shelora.strategies.agents.registry import agent_strategy_of
 from shelora.v1 import coordinator_pb2 as pb
 
 LEAST_EXAMPLES: Final = 32
-"""Examples whose mean loss a client tells where servers see nothing else of its update."""
-LOSS_DIGITS: Final = 2
+"""Examples of a round from which on a client tells their mean loss in sums."""
 
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Made:
+    """A round's training, before it is protected."""
+
+    note: UpdateNote
+    """What is committed with it."""
+    weights: Weights
+    base: str
+    """Round whose result it began from, or what stands for the initial state."""
+    figures: Figures
+    """What this client would tell of it, and of its training, in a sum that holds figures."""
 
 
 class Maker:
@@ -94,9 +108,17 @@ class Maker:
             self._sums.require(attempt.context.instance, attempt.context.round_number)
 
     def train(
-        self, train: pb.Train, plan: Plan | None, attempt: Attempt | None, activity: Activity
-    ) -> tuple[UpdateNote, Weights]:
-        """What this client trained, and what is committed with it."""
+        self,
+        train: pb.Train,
+        plan: Plan | None,
+        attempt: Attempt | None,
+        base: Evaluation | None,
+        activity: Activity,
+    ) -> Made:
+        """What this client trained, and what is committed with it.
+
+        Args: base: its evaluation of the result that the round begins from; None without one.
+        """
         overlap = self._assessed(plan, train.plan.vote_round_id, activity) if plan else None
         variant = attempt.variant if attempt else ""
         trained = self._learner.train(train.round.number, activity, variant)
@@ -107,25 +129,19 @@ class Maker:
             rank=model.rank,
             scaling=model.scaling,
             example_count=self.counted,
-            train_loss=self._told(trained.loss),
+            train_loss=trained.loss if self._me.protection.strategy.shows_factors else 0.0,
             train_s=trained.seconds,
             encrypt_s=0.0,
             overlap=overlap,
         )
-        return note, trained.weights
-
-    def _told(self, loss: float) -> float:
-        """What the coordinator is told of the mean training loss; 0: nothing."""
-        if self._sums:
-            return 0.0
-        if self._me.protection.strategy.shows_factors:  # they tell more of the examples than a loss does
-            return loss
-        return loss_told(loss, self._me.examples_a_round)
+        began = train.base.round_id or f"{federation_of(train.round.round_id)}.initial"
+        figures = figures_of(base, trained.loss, self._me.examples_a_round)
+        return Made(note=note, weights=trained.weights, base=began, figures=figures)
 
     def protect(
         self,
         number: int,
-        trained: tuple[UpdateNote, Weights],
+        made: Made,
         layout: Layout,
         plan: Plan | None,
         secrets: EpochSecrets,
@@ -133,13 +149,16 @@ class Maker:
         activity: Activity,
     ) -> Spool:
         """Protects what was trained in the round of that number, and spools it. Raises: as `spool_update`."""
-        note, weights = trained
+        note, weights = made.note, made.weights
         known = round_context(self._learner.model, layout, plan, self._me.budget, secrets)
         deal: Callable[[Sequence[bytes]], bytes] | None = None
         if dealer is not None:
             round_ = dealer.context
             weight = min(note.example_count, round_.most_weight)
             known = summing(known, dealer, weight, self._me.largest_move)
+            if layout.sums is not None and layout.sums.figures:
+                told = self._state.measured.once(made.base, note.round_id, made.figures)
+                known = replace(known, figures=told)
             deal = partial(_dealt, dealer, weight)
             if self._sums:
                 known = replace(known, reference=self._learner.start_of(number))
@@ -184,13 +203,17 @@ class Maker:
         )
 
 
-def loss_told(loss: float, examples: int) -> float:
-    """A mean loss in hundredths of a nat; 0 if it is of fewer examples than `LEAST_EXAMPLES`.
+def figures_of(base: Evaluation | None, train_loss: float, examples: int) -> Figures:
+    """What a client puts into a sum: its evaluation of the round's base, and its training loss.
 
-    Exact means of few examples name them: everyone can compute the public model's loss on any text, and of all choices
-    from a list of candidates hardly two have the same mean (`attack.losses`).
+    The latter only if it is of LEAST_EXAMPLES or more, and not 0, which means that it is kept secret. Means of few
+    examples name them: everyone can compute the public model's loss on any text, and of all choices from a list of
+    candidates hardly two have the same mean (`attack.losses`).
     """
-    return round(loss, LOSS_DIGITS) if examples >= LEAST_EXAMPLES else 0.0
+    told = train_loss if train_loss and examples >= LEAST_EXAMPLES else None
+    if base is None or not base.count:
+        return Figures(train_loss=told)
+    return Figures(accuracy=base.correct / base.count, loss=base.loss, train_loss=told)
 
 
 def _dealt(dealer: Dealer, weight: int, shards: Sequence[bytes]) -> bytes:

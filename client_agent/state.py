@@ -10,6 +10,7 @@
     privacy.json            what was spent of the privacy budget (`client_agent.privacy`)
     sums.json               the sums that this client was in, under client privacy (`client_agent.sum_budget`)
     result.json             digests of the results that were applied last
+    figures.json            what was measured of each result (`client_agent.measured`)
     certified.json          the set of updates that this client certified for each round, as a member of its committee
     inbox/<round>/          shards of the result being downloaded
     adapter/                the adapter of the newest result that was applied, and which one that is (`adapters`)
@@ -42,6 +43,7 @@ from client_agent.access import unwritable
 from client_agent.adapters import ADAPTER, BEST, Adapters
 from client_agent.config import HiddenClient
 from client_agent.learning import Weights
+from client_agent.measured import Measured
 from client_agent.sum_budget import SumBudget
 from shelora import files
 from shelora.errors import DomainError, Reason
@@ -182,6 +184,7 @@ class AgentState:
             raise _unusable(folder, "another agent uses it; give each agent a folder of its own") from error
         files.remove_drafts(folder)
         self.adapters = Adapters(folder)
+        self.measured = Measured(folder)
 
     def close(self) -> None:
         """Lets another agent use the folder."""

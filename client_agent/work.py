@@ -126,13 +126,13 @@ class Work:
         secrets = await self._keyring.enter(train.round.epoch)
         plan = await self._plans.checked(train, layout, secrets, activity)
         self._strategy.check(layout, self._model, self._me.protection, plan, self._me.budget)
-        await self._applier.begin_from(train, secrets, activity)
+        measured = await self._applier.begin_from(train, secrets, activity)
         self._maker.require_sum(attempt)
         self._keyring.forget_others(train.round.epoch)
-        trained = await self._run(self._maker.train, train, plan, attempt, activity)
+        made = await self._run(self._maker.train, train, plan, attempt, measured, activity)
         dealer = await self._dealer(attempt)
         return await self._run(
-            self._maker.protect, train.round.number, trained, layout, plan, secrets, dealer, activity
+            self._maker.protect, train.round.number, made, layout, plan, secrets, dealer, activity
         )
 
     async def _dealer(self, attempt: Attempt | None) -> Dealer | None:

@@ -13,6 +13,7 @@ from coordinator.records import (
     Dropped,
     EvaluationRecord,
     FederationRecord,
+    Means,
     MemberRecord,
     Model,
     Report,
@@ -265,6 +266,7 @@ def evaluation(message: pb.EvaluationReport) -> EvaluationRecord:
     require(math.isfinite(message.loss), "report.loss must be finite")
     for name in ("download_s", "decrypt_s", "evaluate_s"):
         _duration(getattr(message, name), f"report.{name}")
+    means = _means(message.means) if message.HasField("means") else None
     return EvaluationRecord(
         client_id=client_id(message.client_id),
         example_count=message.example_count,
@@ -274,7 +276,15 @@ def evaluation(message: pb.EvaluationReport) -> EvaluationRecord:
         decrypt_s=message.decrypt_s,
         evaluate_s=message.evaluate_s,
         download_bytes=message.download_bytes,
+        means=means,
     )
+
+
+def _means(message: pb.MeanFigures) -> Means:
+    told = {field.name: value for field, value in message.ListFields()}
+    require(all(map(math.isfinite, told.values())), "report.means must be finite")
+    require(0 <= message.accuracy <= 1, "report.means.accuracy must be 0 to 1")
+    return Means(**told)
 
 
 def digest(message: common_pb2.ShardDigest, field: str) -> StoredDigest:

@@ -5,7 +5,7 @@ step is derived from what is stored, a driver that starts after a crash takes up
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from math import ceil
@@ -600,6 +600,20 @@ def median_overlap(commits: Sequence[Commit]) -> float | None:
 def median_train_loss(commits: Sequence[Commit]) -> float:
     """Median of the training losses that updates report, of two the lower, nats; 0 if none reports one."""
     return median_low([c.update.report.train_loss for c in commits if c.update.report.train_loss] or [0.0])
+
+
+def known_means(evaluations: Sequence[EvaluationRecord]) -> dict[str, float | None]:
+    """`train_loss` (nats) and `accuracy` of the means in a sum: medians over the agents that report them."""
+    means = [one.means for one in evaluations if one.means]
+    return {
+        "train_loss": _middle(one.train_loss for one in means),
+        "accuracy": _middle(one.accuracy for one in means),
+    }
+
+
+def _middle(values: Iterable[float | None]) -> float | None:
+    told = [value for value in values if value is not None]
+    return median_low(told) if told else None
 
 
 def contributors(record: RoundRecord, commits: Sequence[Commit]) -> list[Commit]:

@@ -92,8 +92,15 @@ STAGE_SECONDS: Final = histogram(
 
 TRAIN_LOSS: Final = gauge(
     "train_loss_nats",
-    "Training loss of the newest training round: mean over updates, weighted by examples. Told while a federation is "
-    "driven here, and after its end.",
+    "Training loss of the newest training round: median over updates; of the one before it where only means are told "
+    "(complete). Told while a federation is driven here, and after its end.",
+    {"federation": []},
+)
+
+TEST_ACCURACY: Final = gauge(
+    "test_accuracy_ratio",
+    "Mean test accuracy, where agents tell no figures of their own (complete): of the newest result that it is known "
+    "of. Told while a federation is driven here, and after its end.",
     {"federation": []},
 )
 
@@ -116,6 +123,20 @@ def tell_fullness(used: int, limit: int) -> None:
 def await_evaluations(federation_id: str) -> None:
     """Makes the counter of a federation's evaluations exist, so that the first one is seen to increase it."""
     at_zero(TESTED, {"federation": [federation_id], "prediction": ("right", "wrong")})
+
+
+def tell_means(federation_id: str, *, train_loss: float | None, accuracy: float | None) -> None:
+    """Sets the gauges to what is known."""
+    if train_loss is not None:
+        TRAIN_LOSS.labels(federation_id).set(train_loss)
+    if accuracy is not None:
+        TEST_ACCURACY.labels(federation_id).set(accuracy)
+
+
+def forget_means(federation_id: str) -> None:
+    """Takes the gauges of a federation away that is not driven here any more."""
+    for told in (TRAIN_LOSS, TEST_ACCURACY):
+        told.remove(federation_id)
 
 
 MOST_TESTED: Final = 10_000

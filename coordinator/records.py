@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec
@@ -189,6 +189,15 @@ class EarlyStopping(StoredRecord):
 
 class FederationRecord(StoredRecord):
     """Everything a coordinator needs to go on with a federation after a restart."""
+
+    @field_validator("spec", mode="before")
+    @classmethod
+    def _written_before(cls, spec: Any) -> Any:  # noqa: ANN401 - whatever was stored
+        """A federation whose record does not say what `figures` it tells began without them."""
+        match spec:
+            case {"protection": dict(protection)} if "figures" not in protection:
+                return {**spec, "protection": {**protection, "figures": "none"}}
+        return spec
 
     federation_id: str
     instance: str
@@ -616,6 +625,17 @@ class Dealt:
     """By place in the committee's order."""
 
 
+class Means(StoredRecord):
+    """Means over the contributors of a sum, as an agent that opened it says; None for what is not told."""
+
+    accuracy: float | None = None
+    """Of the result that the round began from, 0 to 1."""
+    loss: float | None = None
+    """The same of the test loss, nats."""
+    train_loss: float | None = None
+    """Of the round's training, nats."""
+
+
 class EvaluationRecord(StoredRecord):
     """What an agent measured after it applied a result."""
 
@@ -627,6 +647,8 @@ class EvaluationRecord(StoredRecord):
     decrypt_s: float
     evaluate_s: float
     download_bytes: int
+    means: Means | None = None
+    """Where sums hold figures, in place of its own."""
 
 
 class LayoutRecord(StoredRecord):

@@ -361,4 +361,5 @@ def _early_stopping_to_proto(seen: EarlyStopping, *, ended: bool) -> pb.EarlySto
 
 
 def _evaluation_to_proto(evaluation: EvaluationRecord) -> pb.EvaluationReport:
-    return pb.EvaluationReport(**evaluation.model_dump(exclude={"format"}))
+    fields = evaluation.model_dump(exclude={"format": True, "means": {"format"}})
+    return pb.EvaluationReport(**fields)

@@ -2,6 +2,9 @@
 
 A round is judged by the median over its clients, each counting alike: one that lies moves it no farther than to the
 next honest value, so that nobody ends a federation, or keeps it from its end, alone.
+
+Where clients tell nothing of their own, each reports the mean that a later sum held. The median then guards against
+who reports another mean, and not against a contributor that puts lies into the sum: one can move the mean anywhere.
 """
 
 from collections.abc import Sequence
@@ -11,14 +14,28 @@ from coordinator.records import EarlyStopping, EvaluationRecord
 from shelora.federation import StopSpec
 
 
-def value_of(rule: StopSpec, evaluations: Sequence[EvaluationRecord], least: int) -> float | None:
-    """What a round is judged by: accuracy, 0 to 1, or loss in nats. None if fewer than `least` clients evaluated it."""
-    told = [one for one in evaluations if one.example_count]
-    if len(told) < max(1, least):
+def value_of(
+    rule: StopSpec, evaluations: Sequence[EvaluationRecord], least: int, *, of_means: bool = False
+) -> float | None:
+    """What a round is judged by: accuracy, 0 to 1, or loss in nats. None if fewer than `least` clients say it.
+
+    Args: of_means: Judges by the means in the sum of a result: they are of the result before it.
+    """
+    by = _mean if of_means else _own
+    told = [value for one in evaluations if (value := by(rule, one)) is not None]
+    return None if len(told) < max(1, least) else median(told)
+
+
+def _own(rule: StopSpec, one: EvaluationRecord) -> float | None:
+    if not one.example_count:
         return None
-    if rule.metric == "accuracy":
-        return median(one.correct_count / one.example_count for one in told)
-    return median(one.loss for one in told)
+    return one.correct_count / one.example_count if rule.metric == "accuracy" else one.loss
+
+
+def _mean(rule: StopSpec, one: EvaluationRecord) -> float | None:
+    if one.means is None:
+        return None
+    return one.means.accuracy if rule.metric == "accuracy" else one.means.loss
 
 
 def judged(

@@ -442,8 +442,9 @@ def _after_training(
     number, rule = ended.round.number, record.spec.round.stop
     last, early_stopping = number >= record.rounds, record.early_stopping
     if rule is not None:
-        value = stopping.value_of(rule, evaluations, record.spec.round.min_updates)
-        early_stopping = stopping.judged(rule, early_stopping, number - 1, value)
+        of_means = not record.strategy.shows_factors
+        value = stopping.value_of(rule, evaluations, record.spec.round.min_updates, of_means=of_means)
+        early_stopping = stopping.judged(rule, early_stopping, number - (2 if of_means else 1), value)
     converged = not last and rule is not None and stopping.is_over(rule, early_stopping)
     result = ResultRecord(
         sequence=ended.sequence,

@@ -13,6 +13,7 @@ from typing import Any, Final
 import yaml
 
 from examples.agents import HOME, Servers
+from examples.measured import with_own_figures
 from examples.report import summarize
 from shelora.cli.cluster import LocalCluster
 from shelora.cli.page import open_beside
@@ -26,7 +27,7 @@ from shelora.federation import FederationSpec
 from shelora.operator import Operator, operator
 from shelora.terminal import Terminal
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.view import round_figures, training_rounds
+from shelora.view import figures_by_round, training_rounds
 
 ASSETS: Final = Path("assets")
 """Models and data that demos fetch once."""
@@ -85,7 +86,7 @@ def run_federation(
         console: Where to show it.
         dashboard: Serve the operator's page, too.
 
-    Returns: the federation, with every agent's last evaluation.
+    Returns: the federation, with what every agent measured, as its own folder has it.
     Raises: DomainError if the federation, an agent or a server failed.
     """
     with ExitStack() as stack:
@@ -97,7 +98,8 @@ def run_federation(
             console.say(f"the operator's page; this address lets in whoever has it:\n{open_beside(cluster)}")
         running = [_start(cluster, spec.name, *agent, folder / HOME) for agent in agents.items()]
         console.say(f"{len(running)} agents enrolled with a token each; {cluster.trust}")
-        return asyncio.run(_follow(cluster, running, spec, console))
+        federation = asyncio.run(_follow(cluster, running, spec, console))
+    return with_own_figures(federation, {name: folder / HOME / name / "state" for name in agents})
 
 
 def _start(cluster: LocalCluster, federation: str, name: str, file: AgentFile, agents: Path) -> Process:
@@ -170,5 +172,5 @@ def finish(
     summary = summarize(federation, ran, spent)
     (folder / "report.html").write_text(report(federation), encoding="utf-8")
     shutil.copytree(folder / HOME / adapter_of / "state" / "adapter", folder / "adapter")
-    console.print(rounds_table([round_figures(r) for r in training_rounds(federation)]))
+    console.print(rounds_table(figures_by_round(training_rounds(federation))))
     return summary

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from shelora.errors import DomainError, Reason
 from shelora.terminal import Records
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.view import round_figures, size, training_rounds
+from shelora.view import figures_by_round, size, training_rounds
 
 _PACKAGES: Final = (
     "shelora",
@@ -41,7 +41,7 @@ def summarize(
     Raises: INTERNAL if the last round has no evaluation.
     """
     rounds = training_rounds(federation)
-    figures = [round_figures(r) for r in rounds]
+    figures = figures_by_round(rounds)
     if not figures or figures[-1].test_accuracy is None:
         raise DomainError(Reason.INTERNAL, "no agent reported an evaluation of the last round")
     return {
@@ -167,7 +167,7 @@ def _agents(summary: pb.RoundSummary) -> dict[str, dict[str, Any]]:
     agents: dict[str, dict[str, Any]] = {
         u.client_id: {
             "examples": u.example_count,
-            "train_loss": u.train_loss,
+            "train_loss": u.train_loss or None,
             "train_s": u.train_s,
             "encrypt_s": u.encrypt_s,
             "upload_s": u.upload_s,
@@ -180,7 +180,7 @@ def _agents(summary: pb.RoundSummary) -> dict[str, dict[str, Any]]:
         agents.setdefault(e.client_id, {"upload_bytes": 0}).update(
             test_examples=e.example_count,
             test_accuracy=e.correct_count / e.example_count if e.example_count else None,
-            test_loss=e.loss,
+            test_loss=e.loss if e.example_count else None,
             download_bytes=e.download_bytes,
             download_s=e.download_s,
             decrypt_s=e.decrypt_s,

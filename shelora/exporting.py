@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict
 from shelora.configuration import invalid
 from shelora.v1 import coordinator_pb2 as pb
 from shelora.version import VERSION
-from shelora.view import RoundFigures, round_figures, training_rounds
+from shelora.view import RoundFigures, figures_by_round, training_rounds
 
 
 def document(federation: pb.Federation) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def rounds_csv(federation: pb.Federation) -> str:
     lines = StringIO()
     table = csv.DictWriter(lines, [field.name for field in fields(RoundFigures)], lineterminator="\n")
     table.writeheader()
-    table.writerows(asdict(round_figures(summary)) for summary in training_rounds(federation))
+    table.writerows(map(asdict, figures_by_round(training_rounds(federation))))
     return lines.getvalue()
 
 

@@ -48,7 +48,7 @@ def _printable(text: str) -> str:
 
 ABSENT: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
-        "protection": MappingProxyType({"mode": UNNAMED, "clear_bits": 32}),
+        "protection": MappingProxyType({"mode": UNNAMED, "clear_bits": 32, "figures": "none"}),
         "round": MappingProxyType({"clients": 2, "min_updates": 2}),
     }
 )
@@ -417,6 +417,11 @@ class ProtectionSpec(Spec):
     """Under `complete`, how sums hide each client: {epsilon: 8, delta: 1e-5, clip: 0.5}, for example (docs/privacy.md).
     None: they do not."""
 
+    figures: Literal["means", "none"] = "means"
+    """Under `complete`, what is known of agents' accuracies and losses. `means`: they go into the encrypted sums, whose
+    means over a round's agents are known, a round later, and no agent's own. `none`: each agent knows its own, and
+    reports nothing, as under `client_privacy`."""
+
     @property
     def noise(self) -> ClientNoise | None:
         """What clients add to sums; None: nothing."""
@@ -429,6 +434,11 @@ class ProtectionSpec(Spec):
             multiplier=privacy.multiplier,
             honest=privacy.updates - privacy.tolerated,
         )
+
+    @property
+    def mean_figures(self) -> bool:
+        """Whether encrypted sums hold what clients tell of their examples, if the strategy has such sums."""
+        return self.figures == "means"
 
     @property
     def strategy(self) -> Strategy:

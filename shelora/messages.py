@@ -72,7 +72,7 @@ def layout_to_proto(layout: Layout) -> pb.Layout:
         max_rank=layout.max_rank,
         max_directions=layout.max_directions,
         shards=[_shard_to_proto(shard) for shard in layout.shards],
-        sums=pb.SumTerms(**asdict(layout.sums)) if layout.sums else None,
+        sums=_sums_to_proto(layout.sums) if layout.sums else None,
         clear_bits=None if layout.clear_bits == CLEAR_BITS[-1] else layout.clear_bits,
     )
 
@@ -102,12 +102,17 @@ def layout_from_proto(message: pb.Layout) -> Layout:
     return require_kinds(layout)
 
 
+def _sums_to_proto(terms: SumTerms) -> pb.SumTerms:
+    return pb.SumTerms(**{**asdict(terms), "figures": True if terms.figures else None})
+
+
 def _sums_from_proto(message: pb.SumTerms) -> SumTerms:
     return SumTerms(
         profile=message.profile,
         sketch_columns=message.sketch_columns,
         sketch_rows=message.sketch_rows,
         noise=_noise_from_proto(message.noise) if message.HasField("noise") else None,
+        figures=message.figures,
     )
 
 

@@ -6,8 +6,9 @@ Pure: from what the coordinator answered to text and numbers. How it looks is de
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from statistics import median, median_low
-from typing import Final
+from typing import Final, Literal
 
 from shelora.errors import DomainError, Reason
 from shelora.federation import FederationSpec, one_step
@@ -46,9 +47,9 @@ class RoundFigures:
     train_loss: float | None
     test_accuracy: float | None
     """Share of all evaluated test examples, after applying the round's result; of an agent count as many as the median
-    agent has twice."""
+    agent has twice. Where agents tell none of their own, the mean that the next round's sum held."""
     test_examples: int
-    """Of these."""
+    """Of these, as far as agents say how many."""
     upload_bytes: float
     download_bytes: float
     train_s: float
@@ -58,8 +59,23 @@ class RoundFigures:
     decrypt_s: float
 
 
-def round_figures(summary: pb.RoundSummary) -> RoundFigures:
-    """Figures of one round from what its agents reported."""
+def figures_by_round(rounds: Sequence[pb.RoundSummary]) -> list[RoundFigures]:
+    """Figures of the rounds of `training_rounds`, in their order."""
+    return [round_figures(summary, later) for summary, later in with_later(rounds)]
+
+
+def with_later(
+    rounds: Sequence[pb.RoundSummary],
+) -> Iterator[tuple[pb.RoundSummary, pb.RoundSummary | None]]:
+    """Each of the rounds of `training_rounds`, and the one that began from its result, if there is one."""
+    return zip_longest(rounds, rounds[1:])
+
+
+def round_figures(summary: pb.RoundSummary, later: pb.RoundSummary | None = None) -> RoundFigures:
+    """Figures of one round from what its agents reported.
+
+    Args: later: The round that began from its result, whose sum may hold how good that is.
+    """
     updates, evaluations = summary.updates, summary.evaluations
     losses = [u.train_loss for u in updates if u.train_loss]  # 0: not told
     counted = _believed([e.example_count for e in evaluations])
@@ -71,8 +87,8 @@ def round_figures(summary: pb.RoundSummary) -> RoundFigures:
     )
     return RoundFigures(
         number=summary.number,
-        train_loss=median_low(losses) if losses else None,
-        test_accuracy=right / tested if tested else None,
+        train_loss=median_low(losses) if losses else mean_told(summary, "train_loss"),
+        test_accuracy=right / tested if tested else mean_told(later, "accuracy"),
         test_examples=tested,
         upload_bytes=_median(u.upload_bytes for u in updates),
         download_bytes=_median(e.download_bytes for e in evaluations),
@@ -81,6 +97,20 @@ def round_figures(summary: pb.RoundSummary) -> RoundFigures:
         aggregate_s=summary.aggregate_wall_s,
         decrypt_s=_median(e.decrypt_s for e in evaluations),
     )
+
+
+def means_of(summary: pb.RoundSummary | None, name: Literal["accuracy", "loss", "train_loss"]) -> list[float]:
+    """What agents say that a mean in a round's sum was."""
+    reports = summary.evaluations if summary is not None else ()
+    return [getattr(one.means, name) for one in reports if one.means.HasField(name)]
+
+
+def mean_told(
+    summary: pb.RoundSummary | None, name: Literal["accuracy", "loss", "train_loss"]
+) -> float | None:
+    """The median of these, as one agent's word does not count; None if none says it."""
+    told = means_of(summary, name)
+    return median_low(told) if told else None
 
 
 def training_rounds(federation: pb.Federation) -> list[pb.RoundSummary]:
@@ -235,6 +265,27 @@ def client_privacy(spec: pb.FederationSpec) -> str:
     )
 
 
+def tells_means(mode: str) -> bool:
+    """Whether agents tell nothing of their own examples, and means over several at most."""
+    return mode in strategies() and not strategy_of(mode).shows_factors
+
+
+def who_knows_figures(spec: pb.FederationSpec) -> str:
+    """Who knows accuracies and losses, in a sentence, where agents do not report their own; "" where they do."""
+    if not tells_means(spec.protection.mode):
+        return ""
+    if spec.protection.HasField("client_privacy"):
+        return "accuracy and losses: each agent knows its own, and reports none under client privacy"
+    if spec.protection.figures != "means":
+        return (
+            "accuracy and losses: each agent knows its own, and reports none, as protection.figures is none"
+        )
+    return (
+        "accuracy and losses are means out of the encrypted sums: how good a result is, the next round's sum tells; of "
+        "the last one each agent knows its own figures (figures.json and the card in its state folder)"
+    )
+
+
 def needs_keys(mode: str) -> bool:
     """Whether updates are protected by an epoch's keys; False for a mode that this version does not know."""
     return mode in strategies() and strategy_of(mode).needs_keys
@@ -248,6 +299,8 @@ def needs_committee(mode: str) -> bool:
 def caution(spec: pb.FederationSpec) -> str:
     """What an operator should know of a specification that is valid and unwise, in a sentence; "" for none."""
     mode = spec.protection.mode
+    if tells_means(mode) and spec.round.HasField("stop") and spec.protection.figures != "means":
+        return "round.stop never ends it: it judges by means in the sums, and protection.figures is none"
     return one_step(mode, spec.training.local_steps) if mode in strategies() else ""
 
 
@@ -289,7 +342,8 @@ def early_stopping(federation: pb.Federation) -> str:
         return ""
     rule, seen = federation.spec.round.stop, federation.early_stopping
     value = f"accuracy {seen.best:.1%}" if rule.metric == "accuracy" else f"loss {seen.best:.4f}"
-    best = f"best round: {seen.best_round}, {value}, the median over agents"
+    whose = "mean" if tells_means(federation.spec.protection.mode) else "median"
+    best = f"best round: {seen.best_round}, {value}, the {whose} over agents"
     if federation.phase != pb.PHASE_RUNNING:
         return best
     by = f" by more than {rule.threshold:g}" if rule.threshold else ""

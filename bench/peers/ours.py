@@ -16,6 +16,7 @@ from bench.peers.plan import ALPHA, CLIENTS, RANK
 from bench.peers.usage import Usage, sampled
 from bench.peers.wire import Wire, counted
 from examples.local import WORKERS
+from examples.measured import with_own_figures
 from examples.reuters.cohort import AGENTS, Protection, agent_config
 from shelora.cli.cluster import Addresses, LocalCluster
 from shelora.cli.processes import Process
@@ -77,7 +78,8 @@ def run(spec: FederationSpec, model: Path, folder: Path) -> Outcome:
             federation = asyncio.run(_until_over(cluster, spec, agents))
             ended = time.time()
             usage.sample()
-        rounds = training_rounds(federation)
+        states = {name: folder / "data" / name / "state" for name in CLIENTS}
+        rounds = training_rounds(with_own_figures(federation, states))
         stages = {agent.name: _stages(agent.log) for agent in agents}
         accuracy = round_figures(rounds[-1]).test_accuracy
         if accuracy is None:

@@ -52,6 +52,7 @@ class Protection:
     clear_bits: int = 32
     """As published: the methods are compared at the same precision."""
     noise: None = None
+    mean_figures: bool = False
 
 
 TERMS: Final = Protection()

@@ -13,7 +13,7 @@ import structlog
 
 from coordinator.aggregation import AggregationPool
 from coordinator.changes import Changes
-from coordinator.decisions import Decision, Done, Rest, contributors, decide, median_train_loss
+from coordinator.decisions import Decision, Done, Rest, contributors, decide, known_means, median_train_loss
 from coordinator.driver.federations import FederationSteps, KeyAuthority
 from coordinator.driver.lease import Lease
 from coordinator.driver.observing import Observer
@@ -22,7 +22,7 @@ from coordinator.driver.rounds import RoundSteps
 from coordinator.driver.steps import Steps
 from coordinator.driver.tolerance import tolerant
 from coordinator.driver.writing import Writer
-from coordinator.metrics import TRAIN_LOSS
+from coordinator.metrics import forget_means, tell_means
 from coordinator.records import Phase
 from coordinator.store import Store
 from shelora.errors import DomainError, Reason
@@ -102,7 +102,7 @@ class Driver:
         listed = set(await self._store.federations.ids())
         for expired in self._finished.keys() - listed:  # the name may be given again
             del self._finished[expired]
-            TRAIN_LOSS.remove(expired)
+            forget_means(expired)
         seen_ms = self._clock_ms() - int(1000 * ENDED_S)
         resting = {
             name
@@ -144,7 +144,7 @@ class Driver:
         finally:
             self._observer.forget(federation_id)
             if federation_id not in self._finished:  # another replica goes on
-                TRAIN_LOSS.remove(federation_id)
+                forget_means(federation_id)
             await lease.release()
 
     async def _drive(self, federation_id: str) -> None:
@@ -169,9 +169,14 @@ class Driver:
         result = await self._store.rounds.read(federation, sequence) if sequence else None
         if result is None:
             return
+        if not federation.strategy.shows_factors:
+            tell_means(
+                federation_id, **known_means(await self._store.rounds.evaluations(federation, sequence))
+            )
+            return
         commits = contributors(result.record, await self._store.updates.commits(federation, sequence))
         if commits:
-            TRAIN_LOSS.labels(federation_id).set(median_train_loss(commits))
+            tell_means(federation_id, train_loss=median_train_loss(commits), accuracy=None)
 
     async def _tried(self, federation_id: str) -> Decision | Left:
         """Takes a step; Left if the federation is gone, or its records are for a newer replica to read."""

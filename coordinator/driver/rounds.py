@@ -16,12 +16,13 @@ from coordinator.decisions import (
     WriteRound,
     abandon,
     contributors,
+    known_means,
     median_train_loss,
     revoked_since,
 )
 from coordinator.driver.policy import DriverPolicy
 from coordinator.driver.writing import Writer
-from coordinator.metrics import TRAIN_LOSS
+from coordinator.metrics import tell_means
 from coordinator.openings import opening_of
 from coordinator.records import Commit, Dropped, FederationRecord, RoundRecord, ShardResult, StoredDigest
 from coordinator.screening import misfits, outliers
@@ -171,7 +172,7 @@ class RoundSteps:
         if record.round.convenes:
             return None
         if record.round.kind is RoundKind.TRAIN:
-            TRAIN_LOSS.labels(federation.federation_id).set(median_train_loss(commits))
+            tell_means(federation.federation_id, train_loss=median_train_loss(commits), accuracy=None)
         return self._published(record, len(commits), [shards[i] for i in range(record.shard_count)])
 
     async def _rank(
@@ -214,7 +215,11 @@ class RoundSteps:
         record = record.model_copy(update={"opening": digest})
         if revoked_since(record, self._revoked(federation.federation_id)):
             return None
-        TRAIN_LOSS.labels(federation.federation_id).set(median_train_loss(commits))
+        if federation.strategy.shows_factors:
+            tell_means(federation.federation_id, train_loss=median_train_loss(commits), accuracy=None)
+        elif federation.result_sequence:  # its reports are there: who has committed began from it
+            reports = await self._store.rounds.evaluations(federation, federation.result_sequence)
+            tell_means(federation.federation_id, **known_means(reports))
         return self._published(record, len(commits), [shards[i] for i in range(record.shard_count)])
 
     async def _drop(self, record: RoundRecord, commits: list[Commit]) -> WriteRound:

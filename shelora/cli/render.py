@@ -22,16 +22,17 @@ from shelora.view import (
     client_privacy,
     early_stopping,
     encrypts,
+    figures_by_round,
     heading,
     member_troubles,
     protection_summary,
     remarks,
-    round_figures,
     sitting_out,
     size,
     taken_back,
     training_rounds,
     when,
+    who_knows_figures,
 )
 
 
@@ -42,7 +43,9 @@ def federation_view(federation: pb.Federation) -> RenderableType:
         parts.append(_troubles_table(troubles))
     rounds = training_rounds(federation)
     if rounds:
-        parts.append(rounds_table([round_figures(r) for r in rounds]))
+        parts.append(rounds_table(figures_by_round(rounds)))
+        if told := who_knows_figures(federation.spec):
+            parts.append(Text(told, style="dim"))
     if made := remarks(federation):
         parts.append(_remarks_table(made[-MAX_REMARKS:]))
     return Panel(Group(*parts), box=box.HORIZONTALS, padding=0)

@@ -28,6 +28,7 @@ from shelora.view import (
     could_not_join,
     early_stopping,
     encrypts,
+    means_of,
     member_troubles,
     needs_committee,
     needs_keys,
@@ -41,7 +42,10 @@ from shelora.view import (
     size,
     spoiled_rounds,
     taken_back,
+    tells_means,
     training_rounds,
+    who_knows_figures,
+    with_later,
 )
 
 MAX_ROUNDS: Final = 12
@@ -168,6 +172,8 @@ class FederationPage:
     traffic: Markup
     accuracy: str
     """The newest."""
+    figures_known: str
+    """Who knows accuracies and losses, if agents do not report their own; "" if they do."""
     up: str
     down: str
     actions: frozenset[str]
@@ -196,7 +202,7 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
     """
     mode, least = federation.spec.protection.mode, federation.spec.round.min_updates
     summaries = training_rounds(federation)
-    figures = tuple(shown_figures(r, least) for r in summaries)
+    figures = tuple(shown_figures(r, least, later) for r, later in with_later(summaries))
     rows = _members(federation, memory, now_s)
     drawn = figures[:: 1 + len(figures) // MAX_POINTS]
     newest = figures[-1] if figures else None
@@ -228,23 +234,39 @@ def federation_page(federation: pb.Federation, memory: PresenceHistory, now_s: f
         quality=_quality(drawn),
         loss=_loss(drawn),
         traffic=_traffic(drawn),
-        accuracy=_share(newest.test_accuracy if newest else None),
+        accuracy=_newest_accuracy(figures, of_means=tells_means(mode)),
+        figures_known=who_knows_figures(federation.spec),
         up=size(newest.upload_bytes) if newest and newest.upload_bytes else "-",
         down=size(newest.download_bytes) if newest and newest.download_bytes else "-",
         actions=_actions(federation),
     )
 
 
-def shown_figures(summary: pb.RoundSummary, least: int) -> RoundFigures:
-    """Figures of a round, without those that fewer than `least` agents reported; accuracy is a median as well."""
-    figures = replace(round_figures(summary), test_accuracy=_median_accuracy(summary))
-    if _losses(summary) < least:
+def shown_figures(summary: pb.RoundSummary, least: int, later: pb.RoundSummary | None = None) -> RoundFigures:
+    """Figures of a round, without those that fewer than `least` agents reported; accuracy is a median as well.
+
+    Args: later: The round that began from its result.
+    """
+    figures = round_figures(summary, later)
+    if _tests(summary):
+        figures = replace(figures, test_accuracy=_median_accuracy(summary))
+    if max(_losses(summary), len(means_of(summary, "train_loss"))) < least:
         figures = replace(figures, train_loss=None)
     if len(summary.updates) < least:
         figures = replace(figures, upload_bytes=0.0, train_s=0.0, encrypt_s=0.0)
-    if _tests(summary) < least:
-        figures = replace(figures, test_accuracy=None, test_examples=0, download_bytes=0.0, decrypt_s=0.0)
+    if max(_tests(summary), len(means_of(later, "accuracy"))) < least:
+        figures = replace(figures, test_accuracy=None, test_examples=0)
+    if len(summary.evaluations) < least:
+        figures = replace(figures, download_bytes=0.0, decrypt_s=0.0)
     return figures
+
+
+def _newest_accuracy(figures: Sequence[RoundFigures], *, of_means: bool) -> str:
+    """That of the newest result; of means, the newest that is known, with its round."""
+    if not of_means:
+        return _share(figures[-1].test_accuracy if figures else None)
+    known = [f"{_share(f.test_accuracy)}, round {f.number}" for f in figures if f.test_accuracy is not None]
+    return known[-1] if known else "-"
 
 
 def _losses(summary: pb.RoundSummary) -> int:
@@ -412,14 +434,14 @@ def _quality(figures: Sequence[RoundFigures]) -> Markup:
     values = [f.test_accuracy for f in figures]
     words = [_share(v) for v in values]
     one = Series(name="accuracy", values=values, words=words, kind="a")
-    return line_chart("Test accuracy, median", [f.number for f in figures], [one], unit="%")
+    return line_chart("Test accuracy over agents", [f.number for f in figures], [one], unit="%")
 
 
 def _loss(figures: Sequence[RoundFigures]) -> Markup:
     values = [f.train_loss for f in figures]
     words = ["" if v is None else f"{v:.3f}" for v in values]
     one = Series(name="loss", values=values, words=words, kind="a")
-    return line_chart("Training loss, median", [f.number for f in figures], [one])
+    return line_chart("Training loss over agents", [f.number for f in figures], [one])
 
 
 def _traffic(figures: Sequence[RoundFigures]) -> Markup:

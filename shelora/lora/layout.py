@@ -166,9 +166,13 @@ class SumTerms:
     """l: rows of its sketch N, k to 2 k."""
     noise: ClientNoise | None = None
     """How the sums hide a client; None: they do not."""
+    figures: bool = False
+    """Whether the last shard ends with what clients tell of their examples (`shelora.lora.figures`)."""
 
     def __post_init__(self) -> None:
         additive.profile(self.profile)
+        if self.figures and self.noise is not None:
+            raise refuse("sums that hide clients hold no figures of theirs")
         if not 1 <= self.sketch_columns <= MAX_SKETCH:
             raise refuse(f"sketch_columns must be 1 to {MAX_SKETCH}")
         if not self.sketch_columns <= self.sketch_rows <= 2 * self.sketch_columns:
@@ -266,8 +270,8 @@ class Layout:
         }
         if self.sums is None:
             del form["sums"]
-        elif self.sums.noise is None:
-            del form["sums"]["noise"]
+        else:  # layouts without them were there before
+            form["sums"] = {name: value for name, value in form["sums"].items() if value not in (None, False)}
         if self.clear_bits == CLEAR_BITS[-1]:  # layouts had no other before there was a choice
             del form["clear_bits"]
         return hashlib.sha256(json.dumps(form, sort_keys=True, separators=(",", ":")).encode()).digest()

@@ -5,7 +5,8 @@ A shard is a run of values in a fixed order. Of tensors it is the tensors, row m
     P = ΔW Ω [out, k],  N = Ψ ΔW [l, in],  Z = Φ₂ ΔW Χ₂ [s - l, s - k],  two exponents
 
 row major, with secret Φ = [Ψ; Φ₂] and Χ = [Ω, Χ₂] (`shelora.lora.sketches`): as many values whatever the client's
-rank. All values of a client are multiplied by its weight, which is what makes the sum a weighted one.
+rank. All values of a client are multiplied by its weight, which is what makes the sum a weighted one. After the values
+of the last shard come those of `shelora.lora.figures`, if the layout's terms say so.
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Final
 
 from shelora.additive.adder import Adder, validate_shard
 from shelora.additive.wire import ShardShape
+from shelora.lora import figures
 from shelora.lora.kind import ENVELOPE_BYTES, Cohort, Contribution, Engine, Fields, UpdateHead, expect
 from shelora.lora.layout import (
     SKETCHES,
@@ -43,8 +45,13 @@ class Summed(ABC):
     """6.7 to 6.9 measured."""
 
     @abstractmethod
+    def item_values(self, layout: Layout, shard: Shard) -> int:
+        """Values of a shard's matrices or tensors."""
+
     def values(self, layout: Layout, shard: Shard) -> int:
-        """Values of a shard."""
+        """All values of a shard."""
+        last = shard == layout.shards[-1]
+        return self.item_values(layout, shard) + (figures.COUNT if last and terms_of(layout).figures else 0)
 
     def shape(self, layout: Layout, index: int) -> ShardShape:
         """What the additive encoding of a shard must be."""
@@ -151,7 +158,7 @@ class Sketches(Summed):
         if not shard.matrices or layout.sums is None:
             raise refuse("a shard of sketches holds matrices, in a layout with terms of sums")
 
-    def values(self, layout: Layout, shard: Shard) -> int:
+    def item_values(self, layout: Layout, shard: Shard) -> int:
         """As of `Summed`."""
         terms = terms_of(layout)
         return sum(sketch_values(terms, layout.matrices[i]) for i in shard.matrices)
@@ -167,7 +174,7 @@ class Sums(Summed):
         if not shard.tensors or layout.sums is None:
             raise refuse("a shard of sums holds tensors, in a layout with terms of sums")
 
-    def values(self, layout: Layout, shard: Shard) -> int:
+    def item_values(self, layout: Layout, shard: Shard) -> int:
         """As of `Summed`."""
         return sum(layout.tensors[i].size for i in shard.tensors)
 

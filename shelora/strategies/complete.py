@@ -2,6 +2,7 @@
 
 Matrices travel as sketches that add up whatever the ranks (`shelora.lora.sketches`), tensors whole; both under additive
 encryption, whose sums a committee of the round's clients opens (`shelora.additive`, `shelora.committee`). Servers add.
+What clients measured on their examples travels there, too, so that its means are known (`shelora.lora.figures`).
 """
 
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ class Complete:
                 sketch_columns=columns,
                 sketch_rows=rows,
                 noise=terms.noise,
+                figures=terms.mean_figures and terms.noise is None,
             ),
         )
 

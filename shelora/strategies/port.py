@@ -36,6 +36,10 @@ class Terms(Protocol):
     def noise(self) -> ClientNoise | None:
         """How sums hide a client; None: they do not."""
 
+    @property
+    def mean_figures(self) -> bool:
+        """Whether encrypted sums hold what clients tell of their examples."""
+
 
 class Shapes(Protocol):
     """A model's matrices, without tier_columns, and its tensors."""

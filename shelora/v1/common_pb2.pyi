@@ -134,6 +134,7 @@ class SumTerms(_message.Message):
     SKETCH_COLUMNS_FIELD_NUMBER: _builtins.int
     SKETCH_ROWS_FIELD_NUMBER: _builtins.int
     NOISE_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
     profile: _builtins.str
     """Additive parameters by name ("balanced", "standard", "compact", "small")."""
     sketch_columns: _builtins.int
@@ -141,6 +142,10 @@ class SumTerms(_message.Message):
     sketch_rows: _builtins.int
     """Rows l of its sketch N [l, in_features], k to 2 k; fewer for a matrix with fewer rows or columns. Its sketch Z is
     [s - l, s - k], s = 2.4 k rounded up.
+    """
+    figures: _builtins.bool
+    """Whether five values more end the last shard: what clients tell of their examples, whose means everyone who opens the
+    sum learns (docs/protocol.md, "Figures"). Absent: false.
     """
     @_builtins.property
     def noise(self) -> Global___ClientNoise:
@@ -155,13 +160,19 @@ class SumTerms(_message.Message):
         sketch_columns: _builtins.int = ...,
         sketch_rows: _builtins.int = ...,
         noise: Global___ClientNoise | None = ...,
+        figures: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_noise", b"_noise", "noise", b"noise"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_figures", b"_figures", "_noise", b"_noise", "figures", b"figures", "noise", b"noise"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise", b"_noise", "noise", b"noise", "profile", b"profile", "sketch_columns", b"sketch_columns", "sketch_rows", b"sketch_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_figures", b"_figures", "_noise", b"_noise", "figures", b"figures", "noise", b"noise", "profile", b"profile", "sketch_columns", b"sketch_columns", "sketch_rows", b"sketch_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__figures: _TypeAlias = _typing.Literal["figures"]  # noqa: Y015
+    _WhichOneofArgType__figures: _TypeAlias = _typing.Literal["_figures", b"_figures"]  # noqa: Y015
     _WhichOneofReturnType__noise: _TypeAlias = _typing.Literal["noise"]  # noqa: Y015
     _WhichOneofArgType__noise: _TypeAlias = _typing.Literal["_noise", b"_noise"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__figures) -> _WhichOneofReturnType__figures | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__noise) -> _WhichOneofReturnType__noise | None: ...
 
 Global___SumTerms: _TypeAlias = SumTerms  # noqa: Y015

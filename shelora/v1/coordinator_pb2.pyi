@@ -500,6 +500,7 @@ class ProtectionSpec(_message.Message):
     KEY_ROTATION_ROUNDS_FIELD_NUMBER: _builtins.int
     CLIENT_PRIVACY_FIELD_NUMBER: _builtins.int
     CLEAR_BITS_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
     """"complete" (only encrypted sums, which a committee of the round's clients opens), "selective" (encrypt each client's
     budget of columns, all tensors) or "none". Absent: "selective", which callers meant that did not send it; in YAML:
@@ -529,6 +530,10 @@ class ProtectionSpec(_message.Message):
     """Bits in which "selective" sends clear values of factors: 16 (bfloat16) or 32 (float32, as published). Absent: 32; in
     YAML: 16.
     """
+    figures: _builtins.str
+    """What is known under "complete" of what agents measured: "means" (the sums hold it, so that its means are known and no
+    agent's own) or "none". Absent: "none"; in YAML: "means". Without effect in other modes, and under client_privacy.
+    """
     @_builtins.property
     def client_privacy(self) -> Global___ClientPrivacySpec:
         """Differential privacy of each client in the sums of "complete"; absent: none."""
@@ -547,10 +552,11 @@ class ProtectionSpec(_message.Message):
         key_rotation_rounds: _builtins.int | None = ...,
         client_privacy: Global___ClientPrivacySpec | None = ...,
         clear_bits: _builtins.int | None = ...,
+        figures: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "_client_privacy", b"_client_privacy", "_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "clear_bits", b"clear_bits", "client_privacy", b"client_privacy", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "_client_privacy", b"_client_privacy", "_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_figures", b"_figures", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "clear_bits", b"clear_bits", "client_privacy", b"client_privacy", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "figures", b"figures", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "_client_privacy", b"_client_privacy", "_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "clear_bits", b"clear_bits", "client_privacy", b"client_privacy", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits", "_client_privacy", b"_client_privacy", "_common_weight", b"_common_weight", "_coverage_floor", b"_coverage_floor", "_figures", b"_figures", "_key_rotation_rounds", b"_key_rotation_rounds", "_max_directions", b"_max_directions", "_max_vote_weight", b"_max_vote_weight", "_mode", b"_mode", "_negotiation", b"_negotiation", "_parameters", b"_parameters", "_tensor_bound", b"_tensor_bound", "clear_bits", b"clear_bits", "client_privacy", b"client_privacy", "common_weight", b"common_weight", "coverage_floor", b"coverage_floor", "figures", b"figures", "key_rotation_rounds", b"key_rotation_rounds", "max_directions", b"max_directions", "max_vote_weight", b"max_vote_weight", "mode", b"mode", "negotiation", b"negotiation", "parameters", b"parameters", "tensor_bound", b"tensor_bound"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clear_bits: _TypeAlias = _typing.Literal["clear_bits"]  # noqa: Y015
     _WhichOneofArgType__clear_bits: _TypeAlias = _typing.Literal["_clear_bits", b"_clear_bits"]  # noqa: Y015
@@ -560,6 +566,8 @@ class ProtectionSpec(_message.Message):
     _WhichOneofArgType__common_weight: _TypeAlias = _typing.Literal["_common_weight", b"_common_weight"]  # noqa: Y015
     _WhichOneofReturnType__coverage_floor: _TypeAlias = _typing.Literal["coverage_floor"]  # noqa: Y015
     _WhichOneofArgType__coverage_floor: _TypeAlias = _typing.Literal["_coverage_floor", b"_coverage_floor"]  # noqa: Y015
+    _WhichOneofReturnType__figures: _TypeAlias = _typing.Literal["figures"]  # noqa: Y015
+    _WhichOneofArgType__figures: _TypeAlias = _typing.Literal["_figures", b"_figures"]  # noqa: Y015
     _WhichOneofReturnType__key_rotation_rounds: _TypeAlias = _typing.Literal["key_rotation_rounds"]  # noqa: Y015
     _WhichOneofArgType__key_rotation_rounds: _TypeAlias = _typing.Literal["_key_rotation_rounds", b"_key_rotation_rounds"]  # noqa: Y015
     _WhichOneofReturnType__max_directions: _TypeAlias = _typing.Literal["max_directions"]  # noqa: Y015
@@ -582,6 +590,8 @@ class ProtectionSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__common_weight) -> _WhichOneofReturnType__common_weight | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__coverage_floor) -> _WhichOneofReturnType__coverage_floor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__figures) -> _WhichOneofReturnType__figures | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__key_rotation_rounds) -> _WhichOneofReturnType__key_rotation_rounds | None: ...
     @_typing.overload
@@ -1028,8 +1038,8 @@ class UpdateReport(_message.Message):
     example_count: _builtins.int
     """Examples that the client trains on, the aggregation weight, 1 to 10^9: as many as it said when it joined."""
     train_loss: _builtins.float
-    """Mean training loss over the round's steps, nats; 0: the client tells none, as under differential privacy. Where the
-    servers see no factors ("complete"), rounded to 0.01, and told only if it is of 32 examples or more.
+    """Mean training loss over the round's steps, nats; 0: the client tells none, as under differential privacy and where
+    servers see no factors ("complete": EvaluationReport.means has the cohort's).
     """
     train_s: _builtins.float
     """Seconds spent."""
@@ -1124,9 +1134,12 @@ class EvaluationReport(_message.Message):
     DECRYPT_S_FIELD_NUMBER: _builtins.int
     EVALUATE_S_FIELD_NUMBER: _builtins.int
     DOWNLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    MEANS_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     example_count: _builtins.int
-    """Test examples evaluated, at most 10^9."""
+    """Test examples evaluated, at most 10^9; 0, as what follows from them, where agents tell nothing of their own
+    ("complete").
+    """
     correct_count: _builtins.int
     """Of these, predicted rightly (next tokens for causal-lm)."""
     loss: _builtins.float
@@ -1137,6 +1150,12 @@ class EvaluationReport(_message.Message):
     evaluate_s: _builtins.float
     download_bytes: _builtins.int
     """Bytes of the result shards."""
+    @_builtins.property
+    def means(self) -> Global___MeanFigures:
+        """What the result's sum held of its contributors' figures. Absent where sums hold none, and if what they hold cannot
+        be true.
+        """
+
     def __init__(
         self,
         *,
@@ -1148,14 +1167,62 @@ class EvaluationReport(_message.Message):
         decrypt_s: _builtins.float = ...,
         evaluate_s: _builtins.float = ...,
         download_bytes: _builtins.int = ...,
+        means: Global___MeanFigures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_means", b"_means", "means", b"means"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "correct_count", b"correct_count", "decrypt_s", b"decrypt_s", "download_bytes", b"download_bytes", "download_s", b"download_s", "evaluate_s", b"evaluate_s", "example_count", b"example_count", "loss", b"loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_means", b"_means", "client_id", b"client_id", "correct_count", b"correct_count", "decrypt_s", b"decrypt_s", "download_bytes", b"download_bytes", "download_s", b"download_s", "evaluate_s", b"evaluate_s", "example_count", b"example_count", "loss", b"loss", "means", b"means"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__means: _TypeAlias = _typing.Literal["means"]  # noqa: Y015
+    _WhichOneofArgType__means: _TypeAlias = _typing.Literal["_means", b"_means"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__means) -> _WhichOneofReturnType__means | None: ...
 
 Global___EvaluationReport: _TypeAlias = EvaluationReport  # noqa: Y015
+
+@_typing.final
+class MeanFigures(_message.Message):
+    """Means over the contributors of a sum that tell, weighted as in the sum; the same at all agents that opened it. One
+    contributor that lies can move them anywhere in their range.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    TRAIN_LOSS_FIELD_NUMBER: _builtins.int
+    accuracy: _builtins.float
+    """Accuracy on the contributors' test examples, 0 to 1, of the result that the round began from, in steps of 0.0001,
+    and the loss, nats, in steps of 0.001. Absent in the first round, if that result was not evaluated, and if only one
+    contributor may have told.
+    """
+    loss: _builtins.float
+    train_loss: _builtins.float
+    """Training loss of the round, nats, in steps of 0.01. Absent if only one contributor may have told."""
+    def __init__(
+        self,
+        *,
+        accuracy: _builtins.float | None = ...,
+        loss: _builtins.float | None = ...,
+        train_loss: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_loss", b"_loss", "_train_loss", b"_train_loss", "accuracy", b"accuracy", "loss", b"loss", "train_loss", b"train_loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_loss", b"_loss", "_train_loss", b"_train_loss", "accuracy", b"accuracy", "loss", b"loss", "train_loss", b"train_loss"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__accuracy: _TypeAlias = _typing.Literal["accuracy"]  # noqa: Y015
+    _WhichOneofArgType__accuracy: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy"]  # noqa: Y015
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__train_loss: _TypeAlias = _typing.Literal["train_loss"]  # noqa: Y015
+    _WhichOneofArgType__train_loss: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accuracy) -> _WhichOneofReturnType__accuracy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__train_loss) -> _WhichOneofReturnType__train_loss | None: ...
+
+Global___MeanFigures: _TypeAlias = MeanFigures  # noqa: Y015
 
 @_typing.final
 class Federation(_message.Message):

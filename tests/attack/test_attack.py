@@ -10,6 +10,7 @@ import structlog
 from attack import beside, captures, experiments
 from attack.public import Public
 from attack.stage import Client, Scene, Stage
+from client_agent.making import Maker
 from shelora.additive.secret import SecretKey
 from tests.attack.tiny import TEXT, save_tiny_llama
 
@@ -102,6 +103,20 @@ def test_nothing_comes_back_from_complete(stage, model):
     ]
     assert [row.problems() for row in told] == [[]] * 4
     assert {row.attack for row in told if row.can_leak} == {row.attack for row in told}, "each can fail"
+
+
+def test_an_agent_that_reports_a_loss_of_its_own_is_found(stage, model, monkeypatch):
+    """The control of what `recorded` says of complete: agents that tell their own training loss, as they once did."""
+    usual = Maker.train
+
+    def telling(self, train, plan, attempt, base, activity):
+        made = usual(self, train, plan, attempt, base, activity)
+        trained = self._learner.train(train.round.number, activity, attempt.variant)
+        return replace(made, note=replace(made.note, train_loss=trained.loss))
+
+    monkeypatch.setattr(Maker, "train", telling)
+    performance = stage.perform(scene("complete", "telling"), model)
+    assert any("unexpected numbers" in problem for problem in beside.recorded(performance).problems())
 
 
 def test_a_cipher_that_hides_nothing_is_found(stage, model, monkeypatch):

@@ -1,12 +1,15 @@
 """Training code of users' own on real processes: a script around a Trainer, a loop of a module, and an agent."""
 
 from pathlib import Path
+from statistics import fmean
 
+import pytest
 import yaml
 
+from client_agent.measured import Measured
 from shelora.cli.cluster import LocalCluster
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.view import training_rounds
+from shelora.view import figures_by_round, training_rounds
 from tests.e2e import federations
 from tests.e2e.agents import Agent, configure, enrol, specification, start_agent
 
@@ -38,10 +41,29 @@ async def test_a_script_and_a_loop_of_ones_own_train_beside_an_agent(
     assert federation.phase == pb.PHASE_FINISHED, federation.failure
     rounds = training_rounds(federation)
     assert [summary.update_count for summary in rounds] == [3, 3]
-    told = rounds[-1].evaluations
-    assert sum(one.example_count for one in told) == 60
-    assert sum(one.correct_count for one in told) > 36  # 30 by chance; 52 and more in five runs
+    kept = [Measured(tmp_path / agent.name / "state") for agent in (USUAL, LOOP, SCRIPT)]
+    measured = [one.newest() for one in kept]
+    assert sum(one["count"] for one in measured) == 60
+    assert sum(one["correct"] for one in measured) > 36  # 30 by chance; 52 and more in five runs
+    assert_means_alone_are_told(rounds, [one.results()[rounds[0].round_id]["own"] for one in kept])
     for agent in (USUAL, LOOP, SCRIPT):
         adapter = yaml.safe_load((tmp_path / agent.name / "state/adapter/adapter_config.json").read_text())
         assert adapter["r"] >= agent.rank
     assert yaml.safe_load((tmp_path / "script/state/adapter/adapter_config.json").read_text())["r"] == 4
+
+
+def assert_means_alone_are_told(rounds: list[pb.RoundSummary], first: list[dict[str, float]]) -> None:
+    """No agent tells what is its own; how good the first result is, the second sum tells, the same to all.
+
+    Args: first: What each agent measured of the first result. Of three each weighs a third.
+    """
+    for summary in rounds:
+        assert [update.train_loss for update in summary.updates] == [0, 0, 0]
+        told = summary.evaluations
+        assert [(one.example_count, one.correct_count, one.loss) for one in told] == [(0, 0, 0)] * 3
+    assert len({one.means.SerializeToString() for one in rounds[1].evaluations}) == 1
+    mean = fmean(one["correct"] / one["count"] for one in first)
+    assert rounds[1].evaluations[0].means.accuracy == pytest.approx(mean, abs=1e-3)
+    assert figures_by_round(rounds)[0].test_accuracy == pytest.approx(mean, abs=1e-3)
+    assert rounds[1].evaluations[0].means.loss == pytest.approx(fmean(one["loss"] for one in first), abs=5e-3)
+    assert figures_by_round(rounds)[1].test_accuracy is None

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import yaml
 
+from examples.measured import with_own_figures
 from examples.reuters.assets import MINILM, REUTERS, fetch
 from examples.reuters.cohort import (
     AGENTS,
@@ -105,7 +106,10 @@ def run(attack: str, hostile: str, spec: FederationSpec, model: Path, data: Path
             cluster.spawn(
                 agent.name, module, [*([attack] if attacks else []), "run", "--config", str(config)], {}
             )
-        return asyncio.run(_followed(cluster, spec, hostile))
+        federation = asyncio.run(_followed(cluster, spec, hostile))
+    return with_own_figures(
+        federation, {agent.name: home / "agents" / agent.name / "state" for agent in AGENTS}
+    )
 
 
 def _taking_part(attack: str, hostile: str) -> list[AgentProfile]:
@@ -121,16 +125,21 @@ async def _followed(cluster: LocalCluster, spec: FederationSpec, hostile: str) -
             federation = await connection.get(spec.name)
             rounds = training_rounds(federation)
             if federation.phase in {pb.PHASE_FINISHED, pb.PHASE_FAILED}:
-                if not rounds or len(_measured(rounds[-1], hostile)) == len(AGENTS) - 1:
+                if not rounds or len(_reports(rounds[-1], hostile)) == len(AGENTS) - 1:
                     break
                 deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
             await asyncio.sleep(2)
         return federation
 
 
-def _measured(summary: pb.RoundSummary, hostile: str) -> list[pb.EvaluationReport]:
-    """What the honest members measured."""
+def _reports(summary: pb.RoundSummary, hostile: str) -> list[pb.EvaluationReport]:
+    """Of the honest members."""
     return [report for report in summary.evaluations if report.client_id != hostile]
+
+
+def _measured(summary: pb.RoundSummary, hostile: str) -> list[pb.EvaluationReport]:
+    """What the honest members measured, once it was read in their folders."""
+    return [report for report in _reports(summary, hostile) if report.example_count]
 
 
 def accuracy(summary: pb.RoundSummary, hostile: str) -> float:

@@ -1,5 +1,6 @@
 """What an operator sees of a federation."""
 
+import pytest
 from rich.console import Console
 
 from shelora.cli.render import federation_view, federations_table
@@ -7,7 +8,17 @@ from shelora.dashboard.memory import PresenceHistory
 from shelora.dashboard.model import federation_page
 from shelora.federation import FederationSpec
 from shelora.v1 import coordinator_pb2 as pb
-from shelora.view import STATES, early_stopping, round_figures, size, status_line, training_rounds
+from shelora.view import (
+    STATES,
+    caution,
+    early_stopping,
+    figures_by_round,
+    round_figures,
+    size,
+    status_line,
+    training_rounds,
+    who_knows_figures,
+)
 
 
 def federation() -> pb.Federation:
@@ -88,6 +99,52 @@ def test_figures_are_medians_and_accuracy_is_that_of_all_test_examples():
     assert figures.test_accuracy == 0.9
     assert figures.upload_bytes == 2_000_000
     assert figures.train_s == 15
+
+
+def told_means():
+    """Two rounds of `complete`: the reports on the second result have what its sum held."""
+    said = pb.Federation(federation_id="f", phase=pb.PHASE_FINISHED, trained_rounds=2)
+    said.spec.protection.mode, said.spec.protection.figures = "complete", "means"
+    for number in (1, 2):
+        summary = said.history.add(number=number, kind=pb.ROUND_KIND_TRAIN, state=pb.ROUND_STATE_PUBLISHED)
+        for name in "abc":
+            summary.updates.add(client_id=name, upload_bytes=1000)
+            report = summary.evaluations.add(client_id=name, decrypt_s=1, download_bytes=1000)
+            report.means.train_loss = 1 / number
+            if number == 2:
+                report.means.accuracy = 0.75
+    return said
+
+
+def test_how_good_a_result_is_the_next_rounds_sum_tells():
+    said = told_means()
+    first, last = figures_by_round(training_rounds(said))
+    assert (first.train_loss, first.test_accuracy, first.test_examples) == (1.0, 0.75, 0)
+    assert (last.train_loss, last.test_accuracy) == (0.5, None)
+    words = " ".join(shown(federation_view(said)).split())
+    assert "75.0%" in words
+    assert "of the last one each agent knows its own figures" in words
+    said.history[1].evaluations[0].means.accuracy = 0.0
+    assert figures_by_round(training_rounds(said))[0].test_accuracy == 0.75, "one report counts for nothing"
+
+
+@pytest.mark.parametrize(
+    ("mode", "figures", "words"),
+    [
+        ("selective", "means", ""),
+        ("complete", "none", "protection.figures is none"),
+        ("complete", "means", "means"),
+    ],
+)
+def test_an_operator_reads_who_knows_accuracies(mode, figures, words):
+    said = told_means().spec
+    said.protection.mode, said.protection.figures = mode, figures
+    assert words in who_knows_figures(said)
+    assert bool(who_knows_figures(said)) == bool(words)
+    said.round.stop.patience = 3
+    assert ("never ends it" in caution(said)) == (figures == "none")
+    said.protection.client_privacy.epsilon = 8
+    assert mode == "selective" or "client privacy" in who_knows_figures(said)
 
 
 def test_votes_are_not_training_rounds():

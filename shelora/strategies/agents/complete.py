@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from shelora.errors import DomainError, Reason
+from shelora.lora import figures
 from shelora.lora.layout import Layout, Matrix, Tensor
 from shelora.lora.noise import Allowance, ClientNoise, limited
 from shelora.lora.protect import checked_tensor
@@ -84,6 +85,8 @@ class CompleteAgent:
         pack = {SKETCHES_KIND.name: _packed_matrices, SUMS_KIND.name: _packed_tensors}
         for index, shard in enumerate(layout.shards):
             values = pack[shard.kind](layout, index, update, context)
+            if _tells(layout, index):
+                values = np.concatenate([values, figures.packed(context.figures)])
             yield update_of(index, summand.encryption.encrypt(summand.share * values))
 
     def _protected_noisily(
@@ -124,10 +127,21 @@ class CompleteAgent:
         for content in results:
             if content.contributor_count < MIN_CONTRIBUTORS:
                 raise DomainError(Reason.TOO_FEW_CONTRIBUTORS, "a sum of one update is not opened")
+            values = _mean(layout, content, opened)
             if noise is not None:
-                yield from _restored_noisily(layout, content, opened, context, noise)
-            else:
-                yield from restore[layout.shards[content.shard].kind](layout, content, opened, context)
+                yield from _restored_noisily(layout, content.shard, values, opened, context, noise)
+                continue
+            yield from restore[layout.shards[content.shard].kind](
+                layout, content.shard, values, opened, context
+            )
+            if _tells(layout, content.shard):
+                told = values[-figures.COUNT :]
+                context.means.append(figures.means(told, noise=opened.noise, most=1 / opened.shares))
+
+
+def _tells(layout: Layout, index: int) -> bool:
+    """Whether a shard ends with what clients tell of their examples."""
+    return terms_of(layout).figures and index == len(layout.shards) - 1
 
 
 def _packed_matrices(layout: Layout, index: int, update: Update, context: AgentContext) -> Float64:
@@ -161,10 +175,10 @@ def _over_bound(tensor: Tensor, value: Float32 | None) -> Float64:
 
 
 def _restored_matrices(
-    layout: Layout, content: ResultShardContent, opened: OpenedSum, context: AgentContext
+    layout: Layout, index: int, values: Float64, opened: OpenedSum, context: AgentContext
 ) -> Iterator[Restored]:
-    terms, values, first = terms_of(layout), _mean(layout, content, opened), 0
-    for matrix in (layout.matrices[i] for i in layout.shards[content.shard].matrices):
+    terms, first = terms_of(layout), 0
+    for matrix in (layout.matrices[i] for i in layout.shards[index].matrices):
         count = sketch_values(terms, matrix)
         possible = _possible(layout, matrix, context)
         sketch, exponents = unpacked(matrix, terms, values[first : first + count], possible)
@@ -182,14 +196,14 @@ def _restored_matrices(
 
 
 def _restored_tensors(
-    layout: Layout, content: ResultShardContent, opened: OpenedSum, context: AgentContext
+    layout: Layout, index: int, values: Float64, opened: OpenedSum, _: AgentContext
 ) -> Iterator[Restored]:
-    values, first, tensors = _mean(layout, content, opened), 0, {}
-    for tensor in (layout.tensors[i] for i in layout.shards[content.shard].tensors):
+    first, tensors = 0, {}
+    for tensor in (layout.tensors[i] for i in layout.shards[index].tensors):
         part = np.clip(values[first : first + tensor.size], -1, 1) * tensor.bound
         tensors[tensor.name] = part.astype(np.float32).reshape(tensor.shape)
         first += tensor.size
-    largest = max(layout.tensors[i].bound for i in layout.shards[content.shard].tensors)
+    largest = max(layout.tensors[i].bound for i in layout.shards[index].tensors)
     yield Restored(
         tensors=tensors,
         summed=True,
@@ -224,18 +238,19 @@ def _natural(layout: Layout, index: int, update: Update, context: AgentContext) 
 
 def _restored_noisily(
     layout: Layout,
-    content: ResultShardContent,
+    index: int,
+    means: Float64,
     opened: OpenedSum,
     context: AgentContext,
     noise: ClientNoise,
 ) -> Iterator[Restored]:
     """What a shard's sum of hidden updates holds; nothing of it is asked beside this client's own update."""
-    terms, shard = terms_of(layout), layout.shards[content.shard]
+    terms, shard = terms_of(layout), layout.shards[index]
     grid = noise.grid(terms.additive, opened.most_contributors)
     deviation = math.hypot(opened.noise * grid.span, grid.mean_deviation(opened.contributors))
-    values, first = _mean(layout, content, opened) * grid.span, 0
+    values, first = means * grid.span, 0
     if context.reference is not None:
-        start = _natural(layout, content.shard, context.reference, context)
+        start = _natural(layout, index, context.reference, context)
         values, cut = limited(values, start, noise, deviation)
         names = [layout.matrices[i].name for i in shard.matrices] or [
             layout.tensors[i].name for i in shard.tensors

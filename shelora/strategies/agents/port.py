@@ -19,6 +19,7 @@ from shelora.additive.parameters import AdditiveParameters
 from shelora.additive.sampler import Csprng
 from shelora.additive.wire import ShardShape
 from shelora.errors import DomainError, Reason
+from shelora.lora.figures import NOTHING, Figures
 from shelora.lora.layout import Layout
 from shelora.lora.protect import Encrypts
 from shelora.lora.restore import Decrypts, Restored
@@ -133,12 +134,16 @@ class AgentContext:
     """For a result under additive encryption."""
     reference: Update | None = None
     """What this client trained the round's update from, which follows from results alone; None if it took no part."""
+    figures: Figures = NOTHING
+    """What this client tells of its examples, where sums hold that."""
     draws: Callable[[int, int], NDArray[np.int64]] = drawn
     """Draws the noise that hides a client: so many integers of that deviation."""
     clipping: Clipping = field(default_factory=Clipping)
     """What `protect` cut; read when it has ended."""
     cut: set[str] = field(default_factory=set)
     """First names of the parts of a result that honest clients cannot have sent, and that were cut."""
+    means: list[Figures] = field(default_factory=list)
+    """The means that a result holds, once all of it was restored; empty if its sum holds none."""
 
 
 class AgentStrategy(Protocol):

@@ -1,6 +1,7 @@
 """The RPCs over real gRPC, a real store and fakes of the other services."""
 
 import asyncio
+import math
 from collections import Counter
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -361,6 +362,23 @@ async def test_evaluations_are_shown_with_their_round(stub, fed):
     request.report.example_count = 10**9 + 1
     async with refused(Reason.INVALID_ARGUMENT, "example_count"):
         await stub.ReportEvaluation(request)
+
+
+async def test_means_are_shown_as_they_were_told_and_refused_if_they_cannot_be(stub, fed):
+    await fed.begin(spec("none", rounds=1))
+    record = await fed.play()
+    means = pb.MeanFigures(accuracy=0.0, loss=-0.5)
+    report = pb.EvaluationReport(client_id="a", decrypt_s=1.0, means=means)
+    request = pb.ReportEvaluationRequest(federation_id="fed", round_id=record.round_id(1), report=report)
+    await stub.ReportEvaluation(request)
+    (ended,) = (await stub.GetFederation(pb.GetFederationRequest(federation_id="fed"))).history
+    assert list(ended.evaluations) == [report], "a zero that was told is one, and what was not told is absent"
+    for name, value in (("accuracy", 1.5), ("accuracy", -0.1), ("loss", math.nan), ("train_loss", math.inf)):
+        impossible = pb.ReportEvaluationRequest()
+        impossible.CopyFrom(request)
+        setattr(impossible.report.means, name, value)
+        async with refused(Reason.INVALID_ARGUMENT, "means"):
+            await stub.ReportEvaluation(impossible)
 
 
 async def test_the_first_evaluation_is_seen_to_increase_its_counter(stub, fed):

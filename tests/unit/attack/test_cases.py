@@ -17,6 +17,7 @@ GATED = (
     experiments.MEMBERSHIP,
     experiments.LABELS,
     beside.BY_LOSS,
+    beside.BY_REPORTS,
     beside.BESIDE,
 )
 """What servers alone can try on `complete`, and on what is not protected."""
@@ -68,7 +69,7 @@ def rows(grid, monkeypatch):
         distance=1,
         distance_by_chance=1,
         same_majority_auc=0.5,
-        pairs=(9, 9),
+        pairs=(21, 169),
     )
     for module in (experiments, beside):
         monkeypatch.setattr(module, "label_leak", lambda *_: leak)

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from attack import beside as beside_attacks
 from attack import losses, statements, told, twins
 from attack.capture import beside, commands, written
+from attack.stage import Client, Scene
 from coordinator.keys import Keys
 from coordinator.records import Statement
 from services.aggregation.keys import RoundKeys
@@ -32,10 +34,10 @@ def hset(key, **fields):
     return written([b"HSET", key.encode(), *pairs])
 
 
-def performance(log):
+def performance(log, *, sealed=False):
     texts = ("maria tested positive for hepatitis and starts therapy",)
     clients = [SimpleNamespace(name=name, texts=texts) for name in CLIENTS]
-    return SimpleNamespace(scene=SimpleNamespace(clients=clients), beside=log, rounds=[])
+    return SimpleNamespace(scene=SimpleNamespace(clients=clients, sealed=sealed), beside=log, rounds=[])
 
 
 def stored(world):
@@ -143,6 +145,71 @@ def test_numbers_that_differ_are_terms_or_unexpected():
     assert told.unexpected(performance(commits() + kept + seen)) == [], "a slow machine is no leak"
     assert told.losses(usual) == dict(zip(CLIENTS, [1.0, 2.0, 3.0, 4.0], strict=True))
     assert told.reported(usual).shape == (4, 1)
+
+
+def evaluations(sequence=1, **of):
+    """Each client's evaluation of a result, by field."""
+    return b"".join(
+        hset(KEYS.evaluations(FEDERATION, "00000001", sequence), **{name: json.dumps(told).encode()})
+        for place, name in enumerate(CLIENTS)
+        for told in [{key: values[place] for key, values in of.items()}]
+    )
+
+
+def test_what_a_client_measured_itself_is_no_term_of_complete():
+    own = commits(train_loss=[1.0, 2.0, 3.0, 4.0]) + evaluations(
+        correct_count=[1, 2, 3, 4], loss=[1.0, 0.5, 0.2, 0.1], example_count=[10, 10, 10, 11]
+    )
+    assert told.unexpected(performance(own)) == []
+    assert told.unexpected(performance(own, sealed=True)) == [
+        "commits.report.train_loss",
+        "evaluations.correct_count",
+        "evaluations.example_count",
+        "evaluations.loss",
+    ]
+    means = evaluations(
+        means=[{"accuracy": 0.5, "loss": 1.0, "train_loss": None}] * 4, evaluate_s=[1, 2, 3, 4]
+    )
+    assert told.unexpected(performance(commits() + means, sealed=True)) == []
+    assert told.reported(performance(commits() + means)).shape == (4, 0)
+
+
+@pytest.mark.parametrize(("reports", "leaks"), [("means", False), ("own", True)])
+def test_labels_by_what_is_reported_are_gated_under_complete(reports, leaks):
+    """20 branches whose accuracy follows from their main label: their own accuracies are a leak, their mean is none."""
+    names = [f"ward-{place:03}" for place in range(20)]
+    labels = [("a", "b")[place % 2] for place in range(20)]
+    clients = tuple(
+        Client(name=n, texts=("x",), labels=(label,)) for n, label in zip(names, labels, strict=True)
+    )
+    scene = Scene(
+        name=FEDERATION,
+        task="sequence-classification",
+        mode="complete",
+        clients=clients,
+        steps=5,
+        batch=8,
+        rounds=2,
+        max_tokens=32,
+        learning_rate=0.01,
+        classes=("a", "b"),
+        modules=("query",),
+    )
+    told_of = {
+        "means": lambda _: {"means": {"accuracy": 0.75, "loss": 0.4, "train_loss": 0.3}},
+        "own": lambda label: {"correct_count": 9 if label == "a" else 6, "example_count": 10},
+    }[reports]
+    key = KEYS.evaluations(FEDERATION, "00000001", 1)
+    log = b"".join(
+        hset(key, **{name: json.dumps(told_of(label)).encode()})
+        for name, label in zip(names, labels, strict=True)
+    )
+    found = beside_attacks.labels_by_reports(
+        SimpleNamespace(scene=scene, beside=log, rounds=[SimpleNamespace(digest="")])
+    )
+    assert found.no_better_than_chance
+    assert found.can_leak
+    assert bool(found.problems()) == leaks
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,31 @@
 """What an update says of itself."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from client_agent.learning import Trained
-from client_agent.making import LEAST_EXAMPLES, Maker, loss_told
+from client_agent.learning import Evaluation, Trained
+from client_agent.making import LEAST_EXAMPLES, Maker, figures_of
 from client_agent.participation import Participation, Tools
 from shelora.federation import ProtectionSpec, TrainingSpec
+from shelora.lora.figures import Figures
+from shelora.v1 import coordinator_pb2 as pb
 
 EXACT = 2.7182818
 
 
 @pytest.mark.parametrize(
-    ("mode", "examples", "told"),
+    ("mode", "examples", "told", "summed"),
     [
-        ("none", 1, EXACT),
-        ("selective", 1, EXACT),
-        ("complete", LEAST_EXAMPLES - 1, 0.0),
-        ("complete", LEAST_EXAMPLES, 2.72),
+        ("none", 1, EXACT, None),
+        ("selective", 1, EXACT, None),
+        ("complete", LEAST_EXAMPLES - 1, 0.0, None),
+        ("complete", LEAST_EXAMPLES, 0.0, EXACT),
     ],
 )
-def test_where_nothing_else_is_seen_a_mean_loss_of_few_examples_is_not_told_and_no_digits_that_name_them(
-    mode, examples, told
+def test_where_nothing_else_is_seen_no_loss_is_told_and_none_of_few_examples_goes_into_the_sum(
+    mode, examples, told, summed
 ):
     """The coordinator told members of batches of one and of four by it, AUC 1.00 and 0.95."""
     model = SimpleNamespace(rank=4, scaling=1.0)
@@ -36,13 +39,19 @@ def test_where_nothing_else_is_seen_a_mean_loss_of_few_examples_is_not_told_and_
         examples_a_round=examples,
     )
     tools = Tools(session=None, replicas=None, state=None, learner=learner, worker=None)
-    round_ = SimpleNamespace(round=SimpleNamespace(number=1, round_id="r"))
-    note, _ = Maker(me, tools, None, None).train(round_, None, None, None)
-    assert note.train_loss == told
+    round_ = pb.Train(round=pb.RoundRef(number=1, round_id="clinic.1.7"))
+    made = Maker(me, tools, None, None).train(round_, None, None, None, None)
+    assert made.note.train_loss == told
+    assert mode != "complete" or made.figures == Figures(train_loss=summed)
+    assert made.base == "clinic.1.initial"
 
 
-def test_a_loss_is_told_in_hundredths():
-    assert loss_told(1.23456, LEAST_EXAMPLES) == 1.23
+def test_a_client_tells_in_sums_how_good_the_rounds_base_is_on_its_test_examples_and_no_secret_loss():
+    base = Evaluation(count=4, correct=3, loss=0.5, seconds=1.0)
+    assert figures_of(base, 0.0, LEAST_EXAMPLES) == Figures(accuracy=0.75, loss=0.5), (
+        "0 is what differential privacy tells"
+    )
+    assert figures_of(replace(base, count=0), 1.0, LEAST_EXAMPLES) == Figures(train_loss=1.0)
 
 
 @pytest.mark.parametrize(

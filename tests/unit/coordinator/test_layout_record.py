@@ -28,6 +28,12 @@ def test_what_is_read_is_what_was_stored():
     assert LayoutRecord.model_validate_json(stored).layout() == LAYOUT
 
 
+def test_an_older_layout_of_sums_has_no_figures():
+    stored = LayoutRecord.of(LAYOUT).model_dump(mode="json")
+    del stored["sums"]["figures"]
+    assert LayoutRecord.model_validate(stored, strict=False).layout() == LAYOUT
+
+
 @pytest.mark.parametrize("name", ["clear_bits", "sums"])
 def test_older_records_lack_what_is_newer(name):
     usual = {f.name: f.default for f in fields(Layout)}[name]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import stopping
-from coordinator.records import EvaluationRecord
+from coordinator.records import EvaluationRecord, Means
 from shelora.federation import StopSpec
 
 LOSS, ACCURACY = StopSpec(patience=2), StopSpec(metric="accuracy", patience=2, threshold=0.01)
@@ -72,3 +72,19 @@ def test_what_is_better_is_what_the_metric_says(rule):
     better, worse = (0.9, 0.5) if rule.metric == "accuracy" else (0.5, 0.9)
     assert rule.gain(better, worse) == pytest.approx(0.4)
     assert rule.gain(worse, better) == pytest.approx(-0.4)
+
+
+def meaning(client, accuracy=0.5, loss=1.0):
+    """As under `complete`: nothing of its own."""
+    empty = {"example_count": 0, "correct_count": 0, "loss": 0.0}
+    return evaluation(client).model_copy(update=empty | {"means": Means(accuracy=accuracy, loss=loss)})
+
+
+def test_where_only_means_are_told_a_round_is_judged_by_what_most_say_they_are():
+    told = [meaning("a", 0.9, 0.3), meaning("b", 0.9, 0.3), meaning("liar", 0.0, 99.0)]
+    assert stopping.value_of(ACCURACY, told, 3, of_means=True) == 0.9
+    assert stopping.value_of(LOSS, told, 3, of_means=True) == 0.3
+    assert stopping.value_of(LOSS, told, 3) is None, "nobody tells its own"
+    silent = meaning("c").model_copy(update={"means": Means()})
+    assert stopping.value_of(LOSS, [*told[:2], silent], 3, of_means=True) is None
+    assert stopping.value_of(LOSS, [evaluation(c) for c in "abc"], 3, of_means=True) is None

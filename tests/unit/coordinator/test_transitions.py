@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -5,8 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import transitions
-from coordinator.records import FederationRecord, MemberRecord, Model, Phase, ResultRecord
+from coordinator.records import (
+    EvaluationRecord,
+    FederationRecord,
+    Means,
+    MemberRecord,
+    Model,
+    Phase,
+    ResultRecord,
+)
 from shelora.errors import DomainError, Reason
+from shelora.federation import StopSpec
 from shelora.lora.layout import Matrix, Tensor
 from shelora.rounds import RoundKind, RoundState
 from tests.unit.coordinator.records import (
@@ -361,3 +371,46 @@ def test_a_fleet_of_a_thousand_budgets_makes_few_tiers_and_pays_little_more():
         max(min(t for t in tiers if t >= budget) - budget for budget in budgets)
         < 1 / transitions.MAX_PLAN_TIERS
     )
+
+
+def complete_with(rule, **fields):
+    spec = federation().spec
+    rounds = spec.round.model_copy(update={"rounds": 9, "stop": StopSpec.model_validate(rule)})
+    protection = spec.protection.model_copy(update={"mode": "complete"})
+    spec = spec.model_copy(update={"round": rounds, "protection": protection})
+    return federation(spec=spec, ticket=ticket(), sequence=2, **fields)
+
+
+def test_where_only_means_are_told_a_result_is_judged_by_the_sum_after_it():
+    """The reports on result 2 have the means of result 1: when round 3 ends, round 1 is judged."""
+    record, ended = complete_with({"metric": "accuracy", "patience": 1}), a_round(RoundState.PUBLISHED)
+    told = [
+        EvaluationRecord(
+            client_id=name,
+            example_count=0,
+            correct_count=0,
+            loss=0.0,
+            download_s=0.0,
+            decrypt_s=0.0,
+            evaluate_s=0.0,
+            download_bytes=0,
+            means=Means(accuracy=0.8),
+        )
+        for name in "abc"
+    ]
+    third, fourth = (
+        ended.model_copy(update={"round": replace(ended.round, number=number)}) for number in (3, 4)
+    )
+    after = transitions.settled(record, third, ("b", "a"), MEMBERS, 1, evaluations=told)
+    assert (after.early_stopping.best, after.early_stopping.value, after.phase) == (1, 0.8, Phase.RUNNING)
+    over = transitions.settled(
+        after.model_copy(update={"ticket": ticket()}), fourth, ("b", "a"), MEMBERS, 1, evaluations=told
+    )
+    assert (over.early_stopping.judged, over.phase, over.converged) == (2, Phase.FINISHED, True)
+
+
+def test_a_federation_from_before_there_were_figures_in_sums_goes_on_without():
+    stored = json.loads(federation().model_dump_json())
+    assert FederationRecord.read(json.dumps(stored)).spec.protection.figures == "means"
+    del stored["spec"]["protection"]["figures"]
+    assert FederationRecord.read(json.dumps(stored)).spec.protection.figures == "none"

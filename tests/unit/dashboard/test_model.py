@@ -57,6 +57,25 @@ def test_the_loss_of_the_only_agent_that_told_one_is_withheld():
     assert shown.up == "100 B"
 
 
+def test_under_complete_the_newest_accuracy_that_is_known_is_shown_with_its_round():
+    said = running(mode="complete")
+    said.spec.protection.figures = "means"
+    for number in (1, 2):
+        published = said.history.add(number=number, kind=pb.ROUND_KIND_TRAIN, state=pb.ROUND_STATE_PUBLISHED)
+        for name in "abc":
+            published.updates.add(client_id=name, upload_bytes=100)
+            report = published.evaluations.add(client_id=name, download_bytes=50)
+            report.means.train_loss = 0.5
+            if number == 2:
+                report.means.accuracy = 0.9
+    shown = page(said)
+    assert (shown.accuracy, shown.down, shown.withheld) == ("90.0%, round 1", "50 B", False)
+    assert [f.train_loss for f in shown.figures] == [0.5, 0.5]
+    assert "next round" in shown.figures_known
+    del said.history[1].evaluations[1:]
+    assert page(said).accuracy == "-", "one agent's word shows nothing"
+
+
 def test_nothing_is_withheld_of_a_round_that_nobody_evaluated():
     said = running()
     published = said.history.add(number=1, kind=pb.ROUND_KIND_TRAIN, state=pb.ROUND_STATE_PUBLISHED)

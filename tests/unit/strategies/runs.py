@@ -30,6 +30,7 @@ class SumProtection:
     max_directions: int = 64
     clear_bits: int = 32
     noise: ClientNoise | None = None
+    mean_figures: bool = False
 
 
 @dataclass(frozen=True)

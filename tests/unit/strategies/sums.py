@@ -7,8 +7,10 @@ from shelora.additive.sampler import Csprng
 from shelora.additive.secret import SecretKey, SumOpener
 from shelora.lora.aggregate import aggregate_shard
 from shelora.lora.codec import decode_result, encode_update, validate_update
+from shelora.lora.figures import NOTHING
 from shelora.lora.kind import Contribution
 from shelora.lora.kinds import kind_of
+from shelora.lora.restore import merged
 from shelora.lora.sketches import Clipping
 from shelora.strategies import complete
 from shelora.strategies.agents.complete import CompleteAgent
@@ -25,7 +27,17 @@ class Round:
     """What clients send and what agents open, of clients with integer weights up to MOST_WEIGHT."""
 
     def __init__(
-        self, clients, terms, obfuscation, *, number=1, most=8, largest_move=0.05, references=None, draws=None
+        self,
+        clients,
+        terms,
+        obfuscation,
+        *,
+        number=1,
+        most=8,
+        largest_move=0.05,
+        references=None,
+        draws=None,
+        figures=None,
     ):
         self.layout = PUBLIC.layout(
             clients[0].model, terms, RoundTerms(key_id=b"", max_rank=max(c.model.rank for c in clients))
@@ -33,6 +45,7 @@ class Round:
         self.clients, self.obfuscation, self.number, self.most = clients, obfuscation, number, most
         self.largest_move = largest_move
         self.references, self.draws = references or {}, draws or {}
+        self.figures = figures or {}
         self.most_weight = 1 if terms.noise else MOST_WEIGHT
         self.clipping = Clipping()
         self.secrets, self.updates = [], []
@@ -65,6 +78,7 @@ class Round:
             largest_move=self.largest_move,
             clipping=self.clipping,
             reference=self.references.get(id(client)),
+            figures=self.figures.get(id(client), NOTHING),
             **({"draws": self.draws[id(client)]} if id(client) in self.draws else {}),
             **fields,
         )
@@ -95,3 +109,8 @@ class Round:
     def parts(self, chosen=None, client=0):
         context = self.context(self.clients[client], opened=self.opened(chosen, client))
         return SECRET.restored(self.layout, self.contents(chosen), context)
+
+    def restored(self, chosen=None, client=0):
+        """All of it, and the context that it was restored with."""
+        context = self.context(self.clients[client], opened=self.opened(chosen, client))
+        return merged(SECRET.restored(self.layout, self.contents(chosen), context)), context

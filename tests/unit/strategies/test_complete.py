@@ -12,8 +12,10 @@ from shelora.additive.sampler import Csprng
 from shelora.additive.secret import SecretKey
 from shelora.errors import DomainError, Reason
 from shelora.lora.codec import encode_update, validate_update
+from shelora.lora.figures import LARGEST_LOSS, NOTHING, Figures
 from shelora.lora.kinds import largest_update_bytes
 from shelora.lora.layout import Matrix, Shard, SumTerms
+from shelora.lora.noise import ClientNoise
 from shelora.lora.restore import merged
 from shelora.lora.shards import LoraFactors
 from shelora.lora.sketches import Exponents
@@ -24,7 +26,7 @@ from shelora.strategies import complete, she_lora
 from shelora.strategies.agents.complete import COMPLETE
 from shelora.strategies.agents.port import AgentContext, Summand
 from shelora.strategies.port import RoundTerms
-from tests.unit.strategies.runs import Model, SumProtection, client, sums
+from tests.unit.strategies.runs import TENSORS, Model, SumProtection, client, sums
 from tests.unit.strategies.sums import PUBLIC, SECRET, Round
 
 OBFUSCATION = Obfuscation(bytes(range(32)), 1)
@@ -264,3 +266,71 @@ def test_protecting_an_update_takes_the_memory_of_a_shard_however_many_there_are
         tracemalloc.stop()
     assert peaks[12] < 1.2 * peaks[3]
     assert peaks[12] <= update_bytes(layout, 8) + FIXED_BYTES
+
+
+TELLING = SumProtection(mean_figures=True)
+MEASURED = [
+    Figures(accuracy=0.9, loss=0.3, train_loss=0.5),
+    Figures(accuracy=0.6, loss=0.9, train_loss=1.5),
+    NOTHING,
+]
+
+
+def telling(figures):
+    clients = [replace(c, weight=256) for c in bounded(cohort())]
+    return Round(clients, TELLING, OBFUSCATION, figures=dict(zip(map(id, clients), figures, strict=True)))
+
+
+@pytest.mark.parametrize("tensors", [TENSORS, ()])
+def test_a_sum_holds_the_means_of_what_clients_measured_and_the_model_is_what_it_is_without(tensors):
+    clients = [replace(c, weight=256, model=replace(c.model, tensors=tensors)) for c in bounded(cohort())]
+    figures = dict(zip(map(id, clients), MEASURED, strict=True))
+    with_, without = (
+        Round(clients, terms, OBFUSCATION, figures=figures) for terms in (TELLING, SumProtection())
+    )
+    restored, context = with_.restored()
+    (found,) = context.means
+    assert found.accuracy == pytest.approx(0.75, abs=1e-4)
+    assert found.loss == pytest.approx(0.6, abs=3e-3)
+    assert found.train_loss == pytest.approx(1.0, abs=3e-3)
+    plain, context = without.restored()
+    assert context.means == []
+    assert restored.tensors.keys() == plain.tensors.keys()
+    for name, value in plain.tensors.items():
+        np.testing.assert_allclose(restored.tensors[name], value, atol=1e-4)
+    for name, update in plain.matrices.items():
+        wanted = product(update)
+        assert np.linalg.norm(product(restored.matrices[name]) - wanted) < 1e-2 * np.linalg.norm(wanted)
+    sent = [sum(map(len, round_.updates[0])) for round_ in (with_, without)]
+    assert 0 <= sent[0] - sent[1] <= 400, "some values in a shard that is there anyway"
+
+
+def test_wrong_figures_of_one_member_make_no_result_unreadable_and_tell_nothing_impossible():
+    """A member that puts the largest values in: the result is restored, and no mean leaves its range."""
+    liar = Figures(accuracy=1.0, loss=1e9, train_loss=-1e9)
+    restored, context = telling([*MEASURED[:2], liar]).restored()
+    (found,) = context.means
+    assert 0 <= found.accuracy <= 1
+    assert abs(found.loss) <= LARGEST_LOSS
+    assert restored.matrices
+
+
+def test_a_layout_without_figures_is_refused_where_they_are_promised_and_the_other_way_round():
+    model = client(1, 2, 1).model
+    round_ = RoundTerms(key_id=b"", max_rank=2)
+    for asked, promised in ((TELLING, SumProtection()), (SumProtection(), TELLING)):
+        with pytest.raises(DomainError, match="not that of this model's encrypted sums"):
+            SECRET.check(PUBLIC.layout(model, asked, round_), model, promised, None, 0.0)
+
+
+def test_a_layout_says_that_it_has_figures_and_one_without_has_the_digest_it_always_had():
+    model, round_ = client(1, 2, 1).model, RoundTerms(key_id=b"", max_rank=2)
+    told, plain = (PUBLIC.layout(model, terms, round_) for terms in (TELLING, SumProtection()))
+    assert told.digest != plain.digest
+    for layout in (told, plain):
+        assert layout_from_proto(layout_to_proto(layout)) == layout
+    assert not layout_to_proto(plain).sums.HasField("figures")
+    hidden = SumProtection(
+        mean_figures=True, noise=ClientNoise(bound=1.0, clip=1.0, multiplier=1.0, honest=3)
+    )
+    assert not PUBLIC.layout(model, hidden, round_).sums.figures

@@ -29,6 +29,7 @@ class Terms:
     max_directions: int = 64
     clear_bits: int = 32
     noise: ClientNoise | None = None
+    mean_figures: bool = False
     ckks = INSECURE_TOY
 
 
