@@ -13,7 +13,6 @@ from compare.data import Encoded, seed_bytes, split
 from compare.datasets.registry import encoded, network
 from compare.methods.port import Outcome
 from compare.methods.registry import METHODS
-from compare.metrics import Metric
 from compare.networks.port import Measured, Network, Schedule
 from compare.settings import DECAY, SCALING, Cell
 from compare.state import Held, World, dense, effective_rank
@@ -64,21 +63,19 @@ def run(cell: Cell, assets: Path, store: Path) -> Result:
     parts = split(data, cohort.clients, uneven=cohort.uneven, seed=cell.seed, least=cohort.batch)
     method = METHODS[cell.method]()
     held = list(method.begin(_world(cell, net, parts)))
-    outcomes, early = [], 0.0
+    tests, outcomes, early = _Tests(net, data), list[Outcome](), 0.0
     for number in range(1, cohort.rounds + 1):
         schedule = _schedule(cell, parts, number, pooled=method.pooled, trains=method.trains(number))
         outcomes.append(method.combine(net.train(held, schedule, SCALING), number))
         held = list(outcomes[-1].held)
         if number == cohort.rounds // 3:
-            early = _final(net, data, outcomes[-1])
-    last = outcomes[-1]
+            early = tests.mean(outcomes[-1].models)
+    last, own = outcomes[-1], held if len(held) > 1 else held * cohort.clients
     return Result(
         metric=cohort.setting.metric.name,
         early=early,
-        final=_final(net, data, last),
-        worst=_worst(
-            net, data, held if len(held) > 1 else held * cohort.clients, parts, cohort.setting.metric
-        ),
+        final=tests.mean(last.models),
+        worst=cohort.setting.metric.worst(map(tests.by_mix, own, parts)),
         effective_rank=_effective_rank(net, last),
         up=float(np.mean([o.up for o in outcomes])),
         down=float(np.mean([o.down for o in outcomes])),
@@ -128,33 +125,33 @@ def _batches(cell: Cell, count: int, size: int, client: int, number: int) -> lis
     return list(batches(count, size, cell.cohort.steps, seed_of("compare", cell.seed, client, number)))
 
 
-def _tests(data: Encoded) -> NDArray[np.int64]:
-    return np.arange(data.training, len(data.labels))
+class _Tests:
+    """The test examples, and what models reach on them: each model is measured once."""
 
+    def __init__(self, net: Network, data: Encoded) -> None:
+        self._net, self._data = net, data
+        self._examples = np.arange(data.training, len(data.labels))
+        self._known: dict[int, tuple[Held, Measured]] = {}
 
-def _final(net: Network, data: Encoded, outcome: Outcome) -> float:
-    return float(np.mean([net.measured(model, _tests(data), SCALING).mean for model in outcome.models]))
+    def mean(self, models: Sequence[Held]) -> float:
+        """Mean over the models."""
+        return float(np.mean([self._measured(model).mean for model in models]))
 
+    def by_mix(self, model: Held, part: NDArray[np.int64]) -> float:
+        """A model's figure if labels came as in a part of the training examples; those that tests lack are left out."""
+        measured, labels, classes = self._measured(model), self._data.labels, self._data.classes
+        mix = np.bincount(labels[part], minlength=classes)
+        totals, counts = (
+            np.bincount(labels[self._examples], weights=each, minlength=classes)
+            for each in (measured.totals, measured.counts)
+        )
+        weights = np.where(counts > 0, mix, 0).astype(np.float64)
+        return float((weights * totals / np.maximum(counts, 1)).sum() / weights.sum())
 
-def _worst(
-    net: Network, data: Encoded, held: Sequence[Held], parts: Sequence[NDArray[np.int64]], metric: Metric
-) -> float:
-    tests, known = _tests(data), {}
-    figures = []
-    for own, part in zip(held, parts, strict=True):
-        if id(own) not in known:
-            known[id(own)] = net.measured(own, tests, SCALING)
-        mix = np.bincount(data.labels[part], minlength=data.classes)
-        figures.append(_by_mix(known[id(own)], data.labels[tests], mix))
-    return metric.worst(figures)
-
-
-def _by_mix(measured: Measured, labels: NDArray[np.int64], mix: NDArray[np.int64]) -> float:
-    """The figure if labels came in that mix; labels that the test examples lack are left out."""
-    counts = np.bincount(labels, weights=measured.counts, minlength=len(mix))
-    totals = np.bincount(labels, weights=measured.totals, minlength=len(mix))
-    weights = np.where(counts > 0, mix, 0).astype(np.float64)
-    return float((weights * totals / np.maximum(counts, 1)).sum() / weights.sum())
+    def _measured(self, model: Held) -> Measured:
+        if id(model) not in self._known:  # the model is kept, so that its number stays its own
+            self._known[id(model)] = model, self._net.measured(model, self._examples, SCALING)
+        return self._known[id(model)][1]
 
 
 def _effective_rank(net: Network, outcome: Outcome) -> float:
