@@ -237,7 +237,8 @@ def judged_fit(sizes: Blueprint, now: Setting, free: int, *, private: bool = Fal
     if needed <= MEMORY_SHARE * free:
         return Finding(_FIT, CheckResult.OK, seen)
     verdict = CheckResult.WARNING if needed <= free else CheckResult.FAILED
-    lighter = {other: sizes.needed(other) for other in alternatives(now, private=private)}
+    others = alternatives(now, private=private, checkpoints=sizes.checkpoints)
+    lighter = {other: sizes.needed(other) for other in others}
     lighter = {other: size for other, size in lighter.items() if size < needed}
     fitting = [f"{other} ({_gb(size)})" for other, size in lighter.items() if size <= MEMORY_SHARE * free]
     if fitting:

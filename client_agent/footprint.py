@@ -70,6 +70,8 @@ class Blueprint:
     """Logits of one example."""
 
     def needed(self, setting: Setting) -> int:
+    checkpoints: bool = True
+    """Whether transformers can compute the model's activations twice."""
         """Bytes that a training step takes, about: the model, what is trained, activations."""
         wide = _BYTES[setting.dtype]
         linear = self.linear * _QUANTIZED.get(setting.quantization, wide)
@@ -106,15 +108,18 @@ def setting_of(config: AgentConfig, spec: TrainingSpec) -> Setting:
     )
 
 
-def alternatives(now: Setting, *, private: bool = False) -> Iterator[Setting]:
+def alternatives(now: Setting, *, private: bool = False, checkpoints: bool = True) -> Iterator[Setting]:
     """Settings that take less memory, those first that change less of what is learnt.
 
-    Args: private: Whether `privacy` is configured, which goes with float32 and without checkpointing.
+    Args:
+        now: What is configured.
+        private: Whether `privacy` is configured, which goes with float32 and without checkpointing.
+        checkpoints: Whether the model's activations can be computed twice.
     """
     if private:
         yield replace(now, micro_batch=1)
         return
-    again = replace(now, checkpointing=True)
+    again = replace(now, checkpointing=checkpoints)
     single = replace(again, micro_batch=1)
     yield from (again, single)
     if now.dtype == "float32":
@@ -174,6 +179,7 @@ def _measured(model: Any, task: Task, spec: TrainingSpec, rank: int) -> Blueprin
 
 
 def _kept(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[int, torch.Tensor]:
+        checkpoints=model.supports_gradient_checkpointing,
     """Bytes that a forward pass keeps for the gradients of its activations, and its logits."""
     weights = {_storage(value) for value in model.parameters()}
     sizes: dict[int, int] = {}

@@ -146,6 +146,11 @@ class AdaptedModel:
     @property
     def layers(self) -> Mapping[str, nn.Module]:
         """Adapted modules by matrix name."""
+    @property
+    def checkpoints(self) -> bool:
+        """Whether its activations can be computed twice, to save memory."""
+        return bool(self._peft.get_base_model().supports_gradient_checkpointing)
+
         return self._layers
 
     def base_layer(self, matrix: str) -> nn.Module:

@@ -59,6 +59,7 @@ def prepare(config: AgentConfig, spec: TrainingSpec) -> Prepared:
     test = task.read(data.test, data, spec) if data.test is not None else None
     model = load_model(config, spec)
     _check_padding(model)
+    _check_checkpointing(model, config)
     with tokenizing():
         encoder = task.encoder(model.tokenizer, min(spec.max_tokens, model.most_positions), spec)
         lengths = task.survey(data.train, data, examples, encoder)
@@ -112,6 +113,16 @@ def _check_padding(model: AdaptedModel) -> None:
         raise invalid(
             f"model.path: the tokenizer pads with token {pad}, and the model knows {model.vocabulary:,} tokens: set "
             "pad_token in tokenizer_config.json to one that the model knows, such as its eos_token"
+        )
+
+
+def _check_checkpointing(model: AdaptedModel, config: AgentConfig) -> None:
+    """Raises: CONFIGURATION_INVALID where transformers cannot compute activations twice, as of ResNet and its like."""
+    if config.training.gradient_checkpointing and not model.checkpoints:
+        raise DomainError(
+            Reason.CONFIGURATION_INVALID,
+            f"training.gradient_checkpointing: {model.configuration.model_type} models do not support it: set it to "
+            "false; a smaller resources.micro_batch saves memory, too",
         )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
@@ -21,9 +22,10 @@ from transformers import (
 )
 
 from client_agent.checkpoint import Checkpoint, load_checkpoint, quiet, usual_targets
-from client_agent.config import LoraSettings
+from client_agent.config import AgentConfig, LoraSettings
+from client_agent.doctor import judged_fit
 from client_agent.fingerprint import base_digest
-from client_agent.footprint import blueprint
+from client_agent.footprint import blueprint, setting_of
 from client_agent.images import ImageBatch, ImageEncoder, Images, read_images
 from client_agent.layers import (
     as_matrix,
@@ -35,12 +37,13 @@ from client_agent.layers import (
 )
 from client_agent.model import AdaptedModel
 from client_agent.precision import Precision
-from client_agent.preparation import rehearse
+from client_agent.preparation import prepare, rehearse
 from client_agent.private_training import rehearse_privately
 from client_agent.scoring import sensitivity_scores
 from client_agent.starting import Start, read_adapter
 from client_agent.targets import WHOLE, Narrowed, adaptable_layers, resolve
 from client_agent.training import TrainingRun, train
+from examples.agents import Nowhere, agent_file
 from shelora.errors import DomainError, Reason
 from shelora.federation import TrainingSpec
 from shelora.lora.shards import LoraFactors
@@ -235,6 +238,33 @@ def test_a_base_in_16_bits_is_normalized_in_32(resnet: Path, examples: Images) -
     before = statistics(model.module)
     a_round(model, examples)
     assert all(torch.equal(value, before[name]) for name, value in statistics(model.module).items())
+
+
+def test_computing_twice_is_refused_before_an_agent_joins_where_the_model_cannot(
+    resnet: Path, tmp_path: Path
+) -> None:
+    """It ended the first round in a traceback, and `doctor` advised it."""
+    for label in LABELS:
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(3):
+            picture(label, number).save(tmp_path / "images" / label / f"{number}.png")
+    file = agent_file(Nowhere(), federation="films", name="one", model=resnet) | {"data": {"train": "images"}}
+    (tmp_path / "agent.yaml").write_text(yaml.safe_dump(file))
+    spec = TrainingSpec(base_model="tiny", task=TASK, labels=LABELS, target_modules=EVERYWHERE, batch_size=4)
+    once = AgentConfig.load(tmp_path / "agent.yaml", {})
+    twice = AgentConfig.load(
+        tmp_path / "agent.yaml", {"SHELORA_AGENT__TRAINING__GRADIENT_CHECKPOINTING": "true"}
+    )
+
+    assert prepare(once, spec).model.matrices
+    with pytest.raises(
+        DomainError, match="gradient_checkpointing: resnet models do not support it"
+    ) as refused:
+        prepare(twice, spec)
+    assert refused.value.reason is Reason.CONFIGURATION_INVALID
+    sizes, now = blueprint(str(resnet), spec, 4), setting_of(once, spec)
+    for free in (0, sizes.needed(now) // 2):
+        assert "checkpointing" not in judged_fit(sizes, now, free).remedy
 
 
 def test_statistics_belong_to_the_base_that_agents_compare(resnet: Path, tmp_path: Path) -> None:
