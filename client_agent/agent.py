@@ -190,6 +190,7 @@ class Agent:
             largest_move=spec.training.learning_rate * spec.training.local_steps,
             evaluation_every=spec.training.evaluation_every,
             examples_a_round=spec.training.seen(len(tools.learner.examples)),
+            keeps_moments=self._config.training.keeps_moments,
         )
         committees = Committees(
             me.federation_id,

@@ -174,6 +174,9 @@ class TrainingSettings(StrictModel):
     about a learning rate a step at most: the bounds that protect sums and results are made of it."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Of all that is trained."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Whether each round's optimizer begins anew, or goes on from what the last one estimated of gradients
+    (docs/training.md). keep goes with adamw_torch and adamw_torch_fused."""
     max_gradient_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Gradients are scaled down to this norm, so that one odd batch does not wreck a round. At most 1 with sgd."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -196,6 +199,21 @@ class TrainingSettings(StrictModel):
                 "max_gradient_norm", "max_gradient_norm must be at most 1 with sgd, whose steps are as long"
             )
         return self
+
+    @model_validator(mode="after")
+    def _state_can_be_kept(self) -> Self:
+        if self.keeps_moments and self.optimizer not in {"adamw_torch", "adamw_torch_fused"}:
+            raise PydanticCustomError(
+                "optimizer_state",
+                "optimizer_state keep goes with adamw_torch and adamw_torch_fused: sgd has nothing to keep, and what "
+                "optimizers of 8 bits keep cannot follow a result",
+            )
+        return self
+
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether a round's optimizer goes on from the last one's."""
+        return self.optimizer_state == "keep"
 
 
 class SampleSettings(StrictModel):
@@ -331,6 +349,7 @@ class AgentConfig(StrictModel):
             training.packing,
             training.optimizer.endswith("8bit"),
             training.report_to,
+            training.keeps_moments,
             model.dtype != "float32",
             model.quantization != "none",
         )
@@ -338,8 +357,8 @@ class AgentConfig(StrictModel):
             raise PydanticCustomError(
                 "privacy",
                 "privacy computes each example's gradient by itself: it goes with optimizer adamw_torch, "
-                "adamw_torch_fused or sgd, model.dtype float32 and model.quantization none, and without "
-                "label_smoothing, gradient_checkpointing, packing and report_to",
+                "adamw_torch_fused or sgd, optimizer_state reset, model.dtype float32 and model.quantization none, and "
+                "without label_smoothing, gradient_checkpointing, packing and report_to",
             )
         return self
 

@@ -25,7 +25,7 @@ from client_agent.config import AgentConfig
 from client_agent.footprint import Blueprint, Setting, alternatives, blueprint, free_memory, setting_of
 from client_agent.inspection import Inspection, inspect
 from client_agent.learner import budget_of
-from client_agent.memory import memory_here
+from client_agent.memory import MOMENT_SIZES, memory_here
 from client_agent.model import choose_device
 from client_agent.session import Session
 from client_agent.training import TrainingRun, train
@@ -290,7 +290,7 @@ def _tried(config: AgentConfig, spec: FederationSpec) -> list[Finding]:
         judged_memory(peak, memory_here().total),
         judged_time(seconds * spec.training.steps(len(found.prepared.examples)), spec.round.deadline_s),
         judged_disk(
-            _disk_needed(found), shutil.disk_usage(_existing(config.state_dir)).free, config.state_dir
+            _disk_needed(found, config), shutil.disk_usage(_existing(config.state_dir)).free, config.state_dir
         ),
     ]
 
@@ -387,9 +387,11 @@ def _one_step(config: AgentConfig, spec: FederationSpec, found: Inspection) -> f
     return seconds[-1]
 
 
-def _disk_needed(found: Inspection) -> int:
+def _disk_needed(found: Inspection, config: AgentConfig) -> int:
     """An update on its way out, the result on its way in, three sets of weights, and some room."""
-    return 3 * found.upload_bytes + 3 * FLOAT_BYTES * found.prepared.model.trainable_count + SPARE_DISK_BYTES
+    weights = FLOAT_BYTES * found.prepared.model.trainable_count
+    weights *= MOMENT_SIZES if config.training.keeps_moments else 1
+    return 3 * found.upload_bytes + 3 * weights + SPARE_DISK_BYTES
 
 
 def _existing(folder: Path) -> Path:

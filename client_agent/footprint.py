@@ -15,7 +15,7 @@ from torch import nn
 from client_agent.checkpoint import configuration, invalid, quiet
 from client_agent.config import AgentConfig
 from client_agent.layers import LINEAR, hold_statistics, matrix_shape, obstacle
-from client_agent.memory import WEIGHT_COPIES, Memory, memory_here
+from client_agent.memory import Memory, memory_here, weight_copies
 from client_agent.tables import first_line
 from client_agent.tasks.port import Task
 from client_agent.tasks.registry import task_of
@@ -41,6 +41,8 @@ class Setting:
     checkpointing: bool
     micro_batch: int
     """Examples computed at once."""
+    keeps_moments: bool = False
+    """Whether the optimizer goes on from round to round."""
 
     def __str__(self) -> str:
         bits = "" if self.quantization == "none" else f", model.quantization {self.quantization}"
@@ -68,14 +70,15 @@ class Blueprint:
     """Layers whose activations checkpointing computes twice."""
     logits: int
     """Logits of one example."""
-
-    def needed(self, setting: Setting) -> int:
     checkpoints: bool = True
     """Whether transformers can compute the model's activations twice."""
+
+    def needed(self, setting: Setting) -> int:
         """Bytes that a training step takes, about: the model, what is trained, activations."""
         wide = _BYTES[setting.dtype]
         linear = self.linear * _QUANTIZED.get(setting.quantization, wide)
-        trained = _FLOAT * (self.factors + self.whole) * WEIGHT_COPIES
+        copies = weight_copies(keeps_moments=setting.keeps_moments)
+        trained = _FLOAT * (self.factors + self.whole) * copies
         kept = self.kept
         if setting.checkpointing:
             kept = min(kept, kept // self.layers + self.layers * self.layer)
@@ -105,6 +108,7 @@ def setting_of(config: AgentConfig, spec: TrainingSpec) -> Setting:
         quantization=config.model.quantization,
         checkpointing=config.training.gradient_checkpointing,
         micro_batch=min(config.resources.micro_batch or spec.batch_size, spec.batch_size),
+        keeps_moments=config.training.keeps_moments,
     )
 
 
@@ -175,11 +179,11 @@ def _measured(model: Any, task: Task, spec: TrainingSpec, rank: int) -> Blueprin
         layer=_FLOAT * tokens * hidden,
         layers=max(1, layers),
         logits=result.numel() if task.predicts_next else 0,
+        checkpoints=model.supports_gradient_checkpointing,
     )
 
 
 def _kept(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[int, torch.Tensor]:
-        checkpoints=model.supports_gradient_checkpointing,
     """Bytes that a forward pass keeps for the gradients of its activations, and its logits."""
     weights = {_storage(value) for value in model.parameters()}
     sizes: dict[int, int] = {}

@@ -69,6 +69,11 @@ class Learner:
                 Reason.CONFIGURATION_INVALID,
                 "privacy: only the agent's own loop bounds each example's gradient: remove learner, or remove privacy",
             )
+        if config.training.keeps_moments and type(self).fit is not Learner.fit:
+            raise DomainError(
+                Reason.CONFIGURATION_INVALID,
+                "training.optimizer_state = keep: only the agent's own loop keeps it: set it to reset",
+            )
         prepared = self.prepare(config, spec)
         self.examples, self.test, self.model = prepared.examples, prepared.test, prepared.model
         self.encoder = prepared.encoder

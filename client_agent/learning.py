@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from client_agent.keys import EpochSecrets
+from client_agent.moments import NONE, Moments
 from client_agent.progress import Activity
 from shelora.lora.layout import FLOAT_BYTES, Matrix, Tensor
 from shelora.lora.restore import Restored
@@ -27,6 +28,8 @@ class Weights:
     """By matrix name, the bounds of sketches that the last result left."""
     changes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By matrix and tensor name, how far the last results moved the model (`client_agent.moderating`)."""
+    moments: Moments = NONE
+    """What the optimizer goes on from; none unless this client keeps it (`training.optimizer_state`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

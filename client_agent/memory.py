@@ -18,6 +18,8 @@ from shelora.lora.layout import Layout
 
 WEIGHT_COPIES: Final = 6
 """Times what is trained: its gradient and AdamW's two moments, the state before and after, one set being written."""
+MOMENT_SIZES: Final = 3
+"""Sizes of a set of weights that holds what AdamW estimated beside each value (`training.optimizer_state: keep`)."""
 FIXED_BYTES: Final = 4 * 2**20
 """For what does not grow with shards: pieces on their way, ciphertexts being handled."""
 
@@ -53,16 +55,28 @@ def result_bytes(layout: Layout, shard_bytes: Sequence[int]) -> int:
     return max((kind_of(shard).restore_copies * size for shard, size in sizes), default=0)
 
 
-def round_bytes(model: LocalModel, update: Layout | None, restoring: int = 0) -> int:
+def round_bytes(
+    model: LocalModel, update: Layout | None, restoring: int = 0, *, keeps_moments: bool = False
+) -> int:
     """Bytes of memory that a round's work takes at most beside the model that is loaded, and beside activations.
 
     Args:
         model: What is trained.
         update: Layout of the update that follows; None if none does.
         restoring: `result_bytes` of the result to apply; 0 if there is none.
+        keeps_moments: Whether the optimizer goes on from round to round.
     """
     protecting = update_bytes(update, model.rank) if update else 0
-    return max(protecting, restoring) + WEIGHT_COPIES * weight_bytes(model) + FIXED_BYTES
+    return (
+        max(protecting, restoring)
+        + weight_copies(keeps_moments=keeps_moments) * weight_bytes(model)
+        + FIXED_BYTES
+    )
+
+
+def weight_copies(*, keeps_moments: bool) -> int:
+    """Times that what is trained lies in memory; each state, and the set being written, holds moments that are kept."""
+    return WEIGHT_COPIES + (3 * (MOMENT_SIZES - 1) if keeps_moments else 0)
 
 
 def require_memory(needed: int, look: Callable[[], Memory] | None = None) -> None:

@@ -1,7 +1,7 @@
 """The adapted model: a frozen base, LoRA factors on some matrices, a head trained whole."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -23,6 +23,7 @@ from client_agent.fingerprint import base_digest
 from client_agent.frozen import Frozen, joined, require_shapes, widen
 from client_agent.layers import as_matrix, matrix_shape
 from client_agent.learning import Weights
+from client_agent.moments import NONE, Estimates, Moments
 from client_agent.precision import FULL, Precision, compute_in_float32, lower, plain_weight
 from client_agent.starting import PREFIX, Start, require_fit
 from client_agent.tables import first_line, listed
@@ -123,6 +124,8 @@ class AdaptedModel:
         self._beside = {name: Frozen(layer) for name, layer in self._layers.items()}
         self._exponents: Mapping[str, Exponents] = {}
         self._changes: Mapping[str, tuple[float, ...]] = {}
+        self.moments: Moments = NONE
+        """What an optimizer goes on from."""
 
     def _compute_whole_in_float32(self, head: Sequence[str]) -> None:
         if self.precision.dtype == torch.float32:
@@ -144,13 +147,13 @@ class AdaptedModel:
         return self._peft.get_base_model().config
 
     @property
-    def layers(self) -> Mapping[str, nn.Module]:
-        """Adapted modules by matrix name."""
-    @property
     def checkpoints(self) -> bool:
         """Whether its activations can be computed twice, to save memory."""
         return bool(self._peft.get_base_model().supports_gradient_checkpointing)
 
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """Adapted modules by matrix name."""
         return self._layers
 
     def base_layer(self, matrix: str) -> nn.Module:
@@ -209,19 +212,27 @@ class AdaptedModel:
 
     def weights(self) -> Weights:
         """A copy of everything trainable, with what is frozen beside it."""
-        factors = {
-            name: LoraFactors(
-                B=_numpy(as_matrix(layer.lora_B[_ADAPTER].weight)),
-                A=_numpy(as_matrix(layer.lora_A[_ADAPTER].weight)),
-            )
-            for name, layer in self._layers.items()
-        }
+        values = self.gathered(lambda parameter: parameter)
         return Weights(
-            factors=factors,
-            tensors={name: _numpy(value) for name, value in self._parameters.items()},
+            factors=values.factors,
+            tensors=values.tensors,
             frozen={name: frozen.factors for name, frozen in self._beside.items() if frozen.factors},
             exponents=self._exponents,
             changes=self._changes,
+            moments=self.moments,
+        )
+
+    def gathered(self, of: Callable[[nn.Parameter], torch.Tensor]) -> Estimates:
+        """A copy of something that every trainable parameter has, such as itself: tensors of its shape, by name."""
+        factors = {
+            name: LoraFactors(
+                B=_numpy(as_matrix(of(layer.lora_B[_ADAPTER].weight))),
+                A=_numpy(as_matrix(of(layer.lora_A[_ADAPTER].weight))),
+            )
+            for name, layer in self._layers.items()
+        }
+        return Estimates(
+            factors=factors, tensors={name: _numpy(of(value)) for name, value in self._parameters.items()}
         )
 
     def load(self, weights: Weights) -> None:
@@ -229,7 +240,7 @@ class AdaptedModel:
 
         Raises: DomainError MODEL_INVALID if a name or shape does not fit; nothing is replaced then.
         """
-        pairs = list(self._paired(weights))
+        pairs = list(self.paired(weights))
         for matrix in self.matrices:
             require_shapes(matrix, weights.frozen.get(matrix.name))
         with torch.no_grad():
@@ -237,7 +248,7 @@ class AdaptedModel:
                 parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)).view(parameter.shape))
         for name, frozen in self._beside.items():
             frozen.hold(weights.frozen.get(name), self.device)
-        self._exponents, self._changes = weights.exponents, weights.changes
+        self._exponents, self._changes, self.moments = weights.exponents, weights.changes, weights.moments
 
     def initialise(self, values: InitialValues) -> None:
         """The state in which every agent starts: B = 0; A and the head from `values`, but the head's norms scale by 1;
@@ -278,7 +289,8 @@ class AdaptedModel:
         own = self.start.factors
         widen(folder, {n: joined(own.get(n), f.factors) for n, f in self._beside.items()}, self.scaling)
 
-    def _paired(self, weights: Weights) -> Iterator[tuple[nn.Parameter, Float32]]:
+    def paired(self, weights: Weights | Estimates) -> Iterator[tuple[nn.Parameter, Float32]]:
+        """Every trainable parameter with its values, factors as matrices. Raises: MODEL_INVALID as `load`."""
         if weights.factors.keys() != self._layers.keys() or weights.tensors.keys() != self._parameters.keys():
             raise invalid("the weights are of another model: their names differ")
         for name, layer in self._layers.items():

@@ -27,6 +27,8 @@ class Participation:
     """Rounds from one evaluation of a result to the next."""
     examples_a_round: int = 0
     """Different examples that training takes in a round, at most."""
+    keeps_moments: bool = False
+    """Whether its optimizer goes on from round to round, so that what is kept of weights is three times as large."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

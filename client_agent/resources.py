@@ -5,7 +5,7 @@ from typing import Final
 
 from client_agent.downloads import Result
 from client_agent.learning import weight_bytes
-from client_agent.memory import require_memory, result_bytes, round_bytes
+from client_agent.memory import MOMENT_SIZES, require_memory, result_bytes, round_bytes
 from client_agent.participation import Participation, Tools
 from client_agent.protection import expected_layout
 from shelora.lora.kinds import largest_update_bytes
@@ -28,7 +28,8 @@ class Resources:
     def require_memory(self) -> None:
         """Raises: MEMORY_UNAVAILABLE if this client's rounds need more, as far as that is known before the first."""
         model = self._learner.model
-        require_memory(round_bytes(model, expected_layout(model, self._me.budget, self._me.protection)))
+        layout = expected_layout(model, self._me.budget, self._me.protection)
+        require_memory(round_bytes(model, layout, keeps_moments=self._me.keeps_moments))
 
     async def require(
         self, update: Layout | None, result: common_pb2.ResultRef | None = None, copies: int = 0
@@ -38,6 +39,7 @@ class Resources:
         Args: copies: Times that weights will be written beside those that are there.
         Raises: DISK_UNAVAILABLE, MEMORY_UNAVAILABLE.
         """
+        copies *= MOMENT_SIZES if self._me.keeps_moments else 1
         needed, restoring = copies * weight_bytes(self._learner.model), 0
         if result is not None and not await self._worker.run(self._learner.holds, result.round_id):
             arrived = await self._worker.run(self._state.arrived_bytes, result.round_id)
@@ -49,4 +51,5 @@ class Resources:
             own = replace(update, max_rank=min(update.max_rank, self._learner.model.rank))
             needed += sum(largest_update_bytes(own))
         self._state.require_room(needed)
-        require_memory(round_bytes(self._learner.model, update, restoring))
+        keeps = self._me.keeps_moments
+        require_memory(round_bytes(self._learner.model, update, restoring, keeps_moments=keeps))

@@ -9,6 +9,7 @@ from client_agent.judging import Judge
 from client_agent.learning import Weights
 from client_agent.model import AdaptedModel
 from client_agent.moderating import Moderator
+from client_agent.moments import followed
 from client_agent.plausibility import Expectation, plausible
 from client_agent.schedule import Schedule
 from client_agent.state import AgentState
@@ -57,13 +58,17 @@ class Results:
 
         Raises: RESULT_REFUSED if it is not plausible beside what this client trained.
         """
-        moderator = self._moderator(number)
+        trained = self._current.trained_here()
+        moderator = self._moderator(trained, number)
         expected = self._expectation(number)
         parts = plausible(parts, expected)
         checked = moderator.parts(parts) if moderator else parts
         weights = cut_to_rank(checked, self._model.rank, self._model.scaling, values)
         if moderator:
             weights = replace(weights, changes=moderator.changes)
+        if trained:
+            own = trained[1]
+            weights = replace(weights, moments=followed(own.moments, own.factors, weights.factors))
         objection = self._load(round_id, weights, moderator, expected.doubts)
         left_out_since = expected.since if expected.left_out else 0
         self._current.applied(round_id, weights, objection, left_out_since)
@@ -95,12 +100,11 @@ class Results:
             self._model.load(moderator.before)
             raise
 
-    def _moderator(self, number: int) -> Moderator | None:
+    def _moderator(self, trained: tuple[dict[str, str], Weights] | None, number: int) -> Moderator | None:
         """What bounds the result of that round; None if this client trained nothing from the state that it holds.
 
-        Args: number: of the round, as servers say.
+        Args: trained: What it trained from there; number: of the round, as servers say.
         """
-        trained = self._current.trained_here()
         if trained is None:
             return None
         rounds = 1 + number - int(trained[0]["number"]) if number else 1

@@ -3,6 +3,7 @@
     applied.safetensors     weights after the last result that was applied
     before.safetensors      weights after the result before it, which the coordinator may go back to
     trained.safetensors     weights after the last training, until a result is applied
+                            each of the three with what the optimizer goes on from, if that is kept
     plan_fit.json           how the newest plan serves this client, and the weight of its next vote
     promise.json            the strongest protection it took part under
     client-privacy.json     the client privacy it first took part under
@@ -44,6 +45,7 @@ from client_agent.adapters import ADAPTER, BEST, Adapters
 from client_agent.config import HiddenClient
 from client_agent.learning import Weights
 from client_agent.measured import Measured
+from client_agent.moments import NONE, Estimates, Moments
 from client_agent.sum_budget import SumBudget
 from shelora import files
 from shelora.errors import DomainError, Reason
@@ -64,6 +66,7 @@ _PROMISE: Final = "promise.json"
 _HIDDEN: Final = "client-privacy.json"
 _CERTIFIED: Final = "certified.json"
 _RESULT: Final = "result.json"
+_STEPS: Final = "moments/steps"
 _MAX_NOTED: Final = 100
 """Results that are known by their digests: more than are taken back in a row while a spoiler is looked for."""
 _HASH_BLOCK: Final = 1 << 20
@@ -523,7 +526,11 @@ def _save_weights(path: Path, key: Mapping[str, str], weights: Weights) -> None:
         arrays[f"exponents/{name}"] = np.array([bounds.P, bounds.N], dtype=np.float32)
     for name, last in weights.changes.items():
         arrays[f"changes/{name}"] = np.array(last, dtype=np.float32)
-    files.replace(path, safetensors.numpy.save(arrays, metadata=dict(key)))
+    if weights.moments.steps:
+        arrays |= _moment_arrays(weights.moments)
+    # A view that is turned around would be written in the order of its memory.
+    whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    files.replace(path, safetensors.numpy.save(whole, metadata=dict(key)))
 
 
 def _load_weights(path: Path) -> tuple[dict[str, str], Weights] | None:
@@ -536,11 +543,39 @@ def _load_weights(path: Path) -> tuple[dict[str, str], Weights] | None:
         frozen = {name: LoraFactors(B=arrays[f"frozen-B/{name}"], A=A) for name, A in named("frozen-A/")}
         exponents = {name: Exponents(*map(int, bounds)) for name, bounds in named("exponents/")}
         changes = {name: tuple(map(float, last)) for name, last in named("changes/")}
+        moments = _moments_of(arrays)
     except (*_UNREADABLE, KeyError, OverflowError, safetensors.SafetensorError):
         return None
     return key, Weights(
-        factors=factors, tensors=dict(named("tensor/")), frozen=frozen, exponents=exponents, changes=changes
+        factors=factors,
+        tensors=dict(named("tensor/")),
+        frozen=frozen,
+        exponents=exponents,
+        changes=changes,
+        moments=moments,
     )
+
+
+def _moment_arrays(moments: Moments) -> dict[str, Float32]:
+    arrays = {_STEPS: np.array([moments.steps], dtype=np.float32)}
+    for which, estimates in (("mean", moments.mean), ("square", moments.square)):
+        arrays |= {f"{which}-tensor/{name}": value for name, value in estimates.tensors.items()}
+        for name, factors in estimates.factors.items():
+            arrays |= {f"{which}-A/{name}": factors.A, f"{which}-B/{name}": factors.B}
+    return arrays
+
+
+def _moments_of(arrays: Mapping[str, Float32]) -> Moments:
+    """Raises: KeyError for arrays that are not whole."""
+    if _STEPS not in arrays:
+        return NONE
+
+    def estimates(which: str) -> Estimates:
+        pairs = _named(arrays, f"{which}-A/")
+        factors = {name: LoraFactors(B=arrays[f"{which}-B/{name}"], A=A) for name, A in pairs}
+        return Estimates(factors=factors, tensors=dict(_named(arrays, f"{which}-tensor/")))
+
+    return Moments(steps=int(arrays[_STEPS][0]), mean=estimates("mean"), square=estimates("square"))
 
 
 def _named(arrays: Mapping[str, Float32], prefix: str) -> Iterator[tuple[str, Float32]]:

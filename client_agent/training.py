@@ -26,6 +26,8 @@ from client_agent.drawing import batches
 from client_agent.encoding import ModelBatch
 from client_agent.metrics import TRAINING_STEPS
 from client_agent.model import AdaptedModel
+from client_agent.moments import NONE
+from client_agent.optimizer_state import noted, resume
 from client_agent.packing import packed
 from client_agent.tasks.port import ExampleEncoder, ExampleSet
 from shelora.errors import DomainError, Reason
@@ -85,7 +87,7 @@ def train(
     report: Report,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingOutcome:
-    """Updates the model's trainable parameters in place.
+    """Updates the model's trainable parameters in place, and its moments where they are kept.
 
     Args:
         model: What is trained.
@@ -110,6 +112,7 @@ def train(
                 trainer.add_callback(callback)
             torch.manual_seed(run.seed)
             trainer.train()
+            trainer.note_moments()
     finally:
         model.module.zero_grad(set_to_none=True)
         model.module.eval()
@@ -206,6 +209,19 @@ class _RoundTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
         rates = [*self._run.rates, 0.0]  # the loop asks for one more
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rates.__getitem__)
         return self.lr_scheduler
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As transformers makes it; it goes on from the model's moments where they are kept."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        moments = self._adapted.moments
+        if self._run.settings.keeps_moments and moments.steps:
+            resume(optimizer, self._adapted, moments)
+        return optimizer
+
+    def note_moments(self) -> None:
+        """After training: the model holds what the optimizer came to, or nothing where it is not kept."""
+        keeps = self._run.settings.keeps_moments
+        self._adapted.moments = noted(self.optimizer, self._adapted) if keeps else NONE
 
     def compute_loss(
         self,
