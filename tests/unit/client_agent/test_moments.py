@@ -142,11 +142,17 @@ def unbroken(model: AdaptedModel, encoder: Encoder, examples: Examples, runs: li
     return model.weights()
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        (KEEP, True),
+        (TrainingSettings(optimizer="adamw_torch_fused", optimizer_state="keep"), True),
+        (TrainingSettings(), False),
+    ],
+)
 def test_two_rounds_without_a_result_between_are_one_training_where_the_state_is_kept(
-    model: AdaptedModel, encoder: Encoder, examples: Examples, kept: bool
+    model: AdaptedModel, encoder: Encoder, examples: Examples, settings: TrainingSettings, kept: bool
 ) -> None:
-    settings = KEEP if kept else TrainingSettings()
     runs = [TrainingRun(rates=[0.01] * 4, batch_size=8, seed=seed, settings=settings) for seed in (3, 4)]
     start = model.weights()
     for run in runs:
