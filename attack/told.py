@@ -167,8 +167,8 @@ def reported(performance: Performance) -> Float64:
     of = numbers(performance)
     names = sorted({place for found in of.values() for place in found if REPORTS.fullmatch(place[0])})
     table = np.array([[of[c.name].get(name, 0.0) for name in names] for c in performance.scene.clients])
-    spread = table.std(axis=0)
-    told_apart: Float64 = (table - table.mean(axis=0))[:, spread > 0] / spread[spread > 0]
+    differ = table[:, np.ptp(table, axis=0) > 0]  # a deviation of equal numbers may be a rounding error
+    told_apart: Float64 = (differ - differ.mean(axis=0)) / differ.std(axis=0)
     return told_apart
 
 

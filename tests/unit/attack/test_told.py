@@ -168,7 +168,7 @@ def test_what_a_client_measured_itself_is_no_term_of_complete():
         "evaluations.loss",
     ]
     means = evaluations(
-        means=[{"accuracy": 0.5, "loss": 1.0, "train_loss": None}] * 4, evaluate_s=[1, 2, 3, 4]
+        means=[{"accuracy": 0.7313, "loss": 1.1, "train_loss": None}] * 4, evaluate_s=[1, 2, 3, 4]
     )
     assert told.unexpected(performance(commits() + means, sealed=True)) == []
     assert told.reported(performance(commits() + means)).shape == (4, 0)
