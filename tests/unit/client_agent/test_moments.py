@@ -6,6 +6,7 @@ from typing import Final
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from client_agent.config import AgentConfig, TrainingSettings
@@ -14,7 +15,8 @@ from client_agent.drawing import batches
 from client_agent.encoding import Encoder
 from client_agent.keys import EpochSecrets
 from client_agent.learner import Learner
-from client_agent.learning import Weights
+from client_agent.learning import Weights, weight_bytes
+from client_agent.memory import MOMENT_SIZES, round_bytes
 from client_agent.model import AdaptedModel
 from client_agent.moments import NONE, REMEMBERED, Estimates, Moments, followed
 from client_agent.optimizer_state import resume
@@ -242,6 +244,20 @@ def test_the_state_is_that_of_a_result_survives_a_restart_and_goes_when_the_resu
     assert anew.weights.moments is NONE
     name = reset.model.matrices[0].name
     assert not np.array_equal(anew.weights.factors[name].B, second.weights.factors[name].B)
+
+
+def test_what_is_kept_takes_as_much_as_disk_and_memory_are_asked_for(
+    make_learner: Callable[..., Learner], agent_folder: Path
+) -> None:
+    learner = make_learner()
+    learner.start(SECRETS)
+    learner.train(1, Activity())
+    written = safetensors.numpy.load_file(agent_folder / "state" / "trained.safetensors")
+    size = sum(value.nbytes for value in written.values())
+    assert size - written["moments/steps"].nbytes == MOMENT_SIZES * weight_bytes(learner.model)
+    more = round_bytes(learner.model, None, keeps_moments=True) - round_bytes(learner.model, None)
+    held = 2 * (MOMENT_SIZES - 1)  # beside the state before and the one after
+    assert more >= held * weight_bytes(learner.model)
 
 
 def test_a_client_that_did_not_train_a_round_begins_the_next_one_anew(
