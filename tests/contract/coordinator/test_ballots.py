@@ -1,9 +1,12 @@
 """Votes by ballots (negotiation "ope") against a real store."""
 
+import base64
 import hashlib
 
 import numpy as np
 import pytest
+import structlog
+from structlog.testing import capture_logs
 
 from coordinator.records import Phase
 from coordinator.votes import votes_of
@@ -181,3 +184,37 @@ async def test_two_drivers_rank_alike(fed):
     ]
     assert one == two
     assert one.record.ranked is not None
+
+
+def written_forms(data: bytes, ballot: Ballot) -> list[str]:
+    """How a ballot could stand in a log: its numbers, and its bytes in hexadecimal, base64, or as Python shows them."""
+    some = data[16:40]
+    return [*map(str, ballot.values), some.hex(), base64.b64encode(data[15:45]).decode(), repr(some)[2:-1]]
+
+
+@pytest.mark.parametrize("logs_them", [False, True], ids=["as it is", "the control"])
+async def test_no_ballot_stands_in_a_log_whether_it_is_taken_or_refused(fed, monkeypatch, logs_them):
+    """The coordinator sees the order of a client's scores (docs/negotiation.md); who reads its logs must not."""
+    values = 2**62 + np.random.default_rng(0).integers(0, 2**61, COLUMNS).astype(np.uint64)
+    ballot = Ballot(np.arange(COLUMNS, dtype=np.uint32), values)
+    data = ballot.encode()
+    if logs_them:
+        log, decode = structlog.get_logger(), Ballot.decode.__func__
+
+        def telling(cls, given, *bounds):
+            log.debug("ballot", content=given.hex())
+            return decode(cls, given, *bounds)
+
+        monkeypatch.setattr(Ballot, "decode", classmethod(telling))
+    with capture_logs() as logs:
+        round_ = await voting(fed)
+        assert await refusal(fed.cast("a", round_, data[:-1])) is Reason.BALLOT_REFUSED
+        twice = Ballot(np.zeros(COLUMNS, dtype=np.uint32), values).encode()
+        assert await refusal(fed.cast("a", round_, twice)) is Reason.BALLOT_REFUSED
+        for client in "abc":
+            await fed.cast(client, round_, data)
+        assert await refusal(fed.cast("a", round_, fed.ballot("b"))) is Reason.UPDATE_REWRITTEN
+        await fed.settle()
+    text = "\n".join(map(str, logs))
+    assert len(logs) > 2, "something is logged"
+    assert any(form in text for form in written_forms(data, ballot)) == logs_them
