@@ -41,6 +41,8 @@ class Made:
     weights: Weights
     base: str
     """Round whose result it began from, or what stands for the initial state."""
+    variant: str
+    """What names the one set of updates that this one may be in (`Attempt.variant`); "" without a committee."""
     figures: Figures
     """What this client would tell of it, and of its training, in a sum that holds figures."""
 
@@ -136,7 +138,7 @@ class Maker:
         )
         began = train.base.round_id or f"{federation_of(train.round.round_id)}.initial"
         figures = figures_of(base, trained.loss, self._me.examples_a_round)
-        return Made(note=note, weights=trained.weights, base=began, figures=figures)
+        return Made(note=note, weights=trained.weights, base=began, variant=variant, figures=figures)
 
     def protect(
         self,
@@ -157,7 +159,7 @@ class Maker:
             weight = min(note.example_count, round_.most_weight)
             known = summing(known, dealer, weight, self._me.largest_move)
             if layout.sums is not None and layout.sums.figures:
-                told = self._state.measured.once(made.base, note.round_id, made.figures)
+                told = self._state.measured.once(made.base, made.variant, made.figures)
                 known = replace(known, figures=told)
             deal = partial(_dealt, dealer, weight)
             if self._sums:

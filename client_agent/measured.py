@@ -4,12 +4,12 @@
         "number": 3,
         "own": {"count": 128, "correct": 119, "loss": 0.21, "figures": {"macro_f1": 0.9}},
         "means": {"accuracy": 0.91, "loss": 0.24, "train_loss": 0.35},
-        "told_in": "<round>"}}}
+        "told_in": "<digest>"}}}
 
 `own` is this client's evaluation of the result; absent if it made none. `means` are over the clients whose updates are
 in the result's sum, where sums hold such figures (`shelora.lora.figures`): accuracy and loss of the result that the
-round began from, and the training loss of the round; null for what is not told. `told_in` is the round whose sum this
-client put its figures of that result into: they go into no other.
+round began from, and the training loss of the round; null for what is not told. `told_in` names the sum that this
+client put its figures of that result into (`Attempt.variant`): they go into no other.
 """
 
 import json
@@ -45,15 +45,18 @@ class Measured:
         """Keeps what a result's sum told."""
         self._note(round_id, {"number": number, "means": asdict(means)})
 
-    def once(self, base: str, round_id: str, figures: Figures) -> Figures:
+    def once(self, base: str, variant: str, figures: Figures) -> Figures:
         """What this client tells in the sum of a round that begins from that result: nothing if it did in another.
 
         A round may be tried again, or taken back and repeated, without one of its clients. The means with and without
         that client would be its own figures. So would those of a training that begins from the same weights.
+
+        Args: variant: What the update's one set is named by (`Attempt.variant`). Attempts that share it open one sum
+            between them; a round's name is whatever a server says, and two sums may bear the same.
         """
-        if self._of(base).get("told_in", round_id) != round_id:
+        if self._of(base).get("told_in", variant) != variant:
             return NOTHING
-        self._note(base, {"told_in": round_id})
+        self._note(base, {"told_in": variant})
         return figures
 
     def means(self, round_id: str) -> Figures | None:

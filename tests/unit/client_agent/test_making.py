@@ -1,19 +1,22 @@
 """What an update says of itself."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from client_agent import making
+from client_agent.attempts import Attempt
 from client_agent.learning import Evaluation, Trained
-from client_agent.making import LEAST_EXAMPLES, Made, Maker, figures_of
+from client_agent.making import LEAST_EXAMPLES, Maker, figures_of
 from client_agent.measured import Measured
 from client_agent.participation import Participation, Tools
+from client_agent.progress import Activity
 from shelora.federation import ProtectionSpec, TrainingSpec
 from shelora.lora.figures import NOTHING, Figures
+from shelora.lora.layout import Layout
 from shelora.v1 import coordinator_pb2 as pb
-from tests.unit.client_agent.notes import NOTE
+from tests.unit.client_agent.test_committees import CONTEXT, LAYOUT, SECRETS, Model, asked, committees
 
 EXACT = 2.7182818
 
@@ -69,31 +72,61 @@ def test_examples_of_a_round_are_those_of_its_steps(recipe, examples, seen):
     assert TrainingSpec(base_model="m", labels=("a", "b"), **recipe).seen(examples) == seen
 
 
-def test_an_update_is_sealed_with_the_figures_of_its_base_in_one_round_alone(tmp_path, monkeypatch):
-    """Attack: an attempt without one client. The means of both attempts would differ by that client's figures."""
-    sealed = []
-
-    def kept(*_, context, **__):
-        sealed.append(context.figures)
-
-    @dataclass(frozen=True)
-    class Known:
-        figures: Figures = NOTHING
-
-    monkeypatch.setattr(making, "spool_update", kept)
-    monkeypatch.setattr(making, "round_context", lambda *_: Known())
-    monkeypatch.setattr(making, "summing", lambda known, *_: known)
-    state = SimpleNamespace(measured=Measured(tmp_path))
-    learner = SimpleNamespace(model=None, base=None, privacy="")
-    tools = Tools(session=None, replicas=None, state=state, learner=learner, worker=None)
-    me = Participation(
-        federation_id="clinic", client_id="ward-7", budget=1.0, protection=ProtectionSpec(mode="complete")
+@pytest.fixture
+def told(monkeypatch, tmp_path):
+    """What a client tells in the sum of an attempt at a round that begins from the result clinic.1.3."""
+    shown = []
+    monkeypatch.setattr(making, "spool_update", lambda *_, context, **__: shown.append(context.figures))
+    trained = Trained(weights=None, loss=1.5, seconds=1.0)
+    model = SimpleNamespace(rank=2, scaling=1.0, matrices=Model.matrices, tensors=())
+    learner = SimpleNamespace(
+        model=model, examples=range(100), train=lambda *_: trained, base=None, privacy=""
     )
-    maker, dealer = Maker(me, tools, None, None), SimpleNamespace(context=SimpleNamespace(most_weight=1))
-    own = Figures(accuracy=0.9, loss=0.3, train_loss=0.4)
-    for round_id, base, figures in (("r.2", "r.1", True), ("r.3", "r.1", True), ("r.4", "r.3", False)):
-        made = Made(note=replace(NOTE, round_id=round_id), weights=None, base=base, figures=own)
-        layout = SimpleNamespace(digest=b"", sums=SimpleNamespace(figures=figures))
-        maker.protect(1, made, layout, None, None, dealer, None)
-    assert sealed == [own, NOTHING, NOTHING], "the last of a layout that holds none"
-    assert "told_in" not in Measured(tmp_path).results().get("r.3", {})
+    me = Participation(
+        federation_id="clinic",
+        client_id="ward-1",
+        budget=1.0,
+        protection=ProtectionSpec(mode="complete"),
+        examples_a_round=LEAST_EXAMPLES,
+    )
+    state = SimpleNamespace(measured=Measured(tmp_path))
+    maker = Maker(
+        me, Tools(session=None, replicas=None, state=state, learner=learner, worker=None), None, None
+    )
+    base = Evaluation(count=4, correct=3, loss=0.5, seconds=1.0)
+
+    def tell(attempt: Attempt, layout: Layout = LAYOUT) -> Figures:
+        number = attempt.context.round_number
+        ref = pb.RoundRef(number=number, round_id=attempt.round_id)
+        train = pb.Train(round=ref, base={"round_id": "clinic.1.3"})
+        made = maker.train(train, None, attempt, base, Activity())
+        dealer = SimpleNamespace(context=attempt.context, encryption=None)
+        maker.protect(number, made, layout, None, SECRETS, dealer, Activity())
+        return shown[-1]
+
+    return tell
+
+
+def test_of_two_sums_that_a_server_gives_one_rounds_name_one_holds_a_clients_figures(told):
+    """Attack: the second has another number, so that its committee signs a second set, without one client."""
+    first, second = (
+        committees().attempt(asked(**changed), LAYOUT, SECRETS) for changed in ({}, {"round_number": 3})
+    )
+    assert first.round_id == second.round_id
+    assert told(first) == Figures(accuracy=0.75, loss=0.5, train_loss=1.5)
+    assert told(second) == NOTHING
+    renamed = replace(second.context, round_id="clinic.00000001.5")
+    assert told(replace(second, context=renamed)) == NOTHING
+
+
+def test_a_sum_that_holds_no_figures_takes_none_from_another_one(told):
+    attempt = committees().attempt(asked(), LAYOUT, SECRETS)
+    before = replace(LAYOUT, sums=replace(LAYOUT.sums, figures=False))
+    assert told(replace(attempt, context=replace(CONTEXT, round_number=3)), before) == NOTHING
+    assert told(attempt) != NOTHING
+
+
+def test_a_client_tells_its_figures_again_if_the_same_committee_opens_one_sum_of_both_attempts(told):
+    again = replace(CONTEXT, attempt=2, round_id="clinic.00000001.5")
+    first = committees().attempt(asked(), LAYOUT, SECRETS)
+    assert told(first) == told(replace(first, context=again)) != NOTHING

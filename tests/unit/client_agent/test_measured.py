@@ -53,13 +53,13 @@ def test_a_damaged_file_tells_nothing_and_is_written_anew(tmp_path, content):
 def test_a_client_tells_of_one_result_in_one_sum_also_after_a_restart(tmp_path):
     """Attack: a round is repeated without one client; the difference of both means would be that client's own."""
     own = Figures(accuracy=0.9, loss=0.3, train_loss=0.4)
-    assert Measured(tmp_path).once("clinic.1.4", "clinic.1.5", own) == own
+    assert Measured(tmp_path).once("clinic.1.4", "5", own) == own
     again = Measured(tmp_path)
-    assert again.once("clinic.1.4", "clinic.1.5", own) == own, "the same round, protected anew"
-    assert again.once("clinic.1.4", "clinic.1.6", own) == NOTHING
-    assert again.once("clinic.1.6", "clinic.1.7", own) == own, "another result"
+    assert again.once("clinic.1.4", "5", own) == own, "the same sum, protected anew"
+    assert again.once("clinic.1.4", "6", own) == NOTHING
+    assert again.once("clinic.1.6", "7", own) == own, "another result"
     again.note_own("clinic.1.4", 1, OWN)
-    assert again.once("clinic.1.4", "clinic.1.8", own) == NOTHING
+    assert again.once("clinic.1.4", "8", own) == NOTHING
 
 
 def test_the_coordinator_is_told_means_in_digits_that_people_read():
