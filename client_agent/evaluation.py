@@ -16,6 +16,8 @@ from client_agent.tasks.port import ExampleEncoder, ExampleSet
 from client_agent.training import Report
 
 BATCH_EXAMPLES: Final = 32
+PARTS: Final = 4
+"""Of an evaluation, in which it says how far it is."""
 _LARGEST_EXPONENT: Final = 700.0
 """Beyond, a perplexity is not a number of 64 bits."""
 _Examples = TypeVar("_Examples", bound=ExampleSet)
@@ -34,7 +36,7 @@ def evaluate(
         model: What predicts.
         encoder: Makes the batches.
         examples: What is predicted.
-        report: Called before every batch; what it raises ends the evaluation.
+        report: Called before every batch with how far it is, in quarters; what it raises ends the evaluation.
         metrics: Of the user's own; what they say is among the figures, in place of ours of the same name.
     """
     started = time.monotonic()
@@ -44,7 +46,7 @@ def evaluate(
     predictions = Predictions(metrics, classes=model.task.has_head)
     model.module.eval()
     for done, encoded in _batches(encoder, examples):
-        report(done / len(examples))
+        report(_told(done / len(examples)))
         batch = encoder.collated(encoded)
         with torch.inference_mode():
             logits, targets = model.predict(batch)
@@ -63,6 +65,11 @@ def evaluate(
     return Evaluation(
         count=count, correct=correct, loss=mean, seconds=time.monotonic() - started, figures=figures
     )
+
+
+def _told(fraction: float) -> float:
+    """How far it is, in PARTS: the coordinator is told, and an exact fraction is that of a number of examples."""
+    return math.floor(PARTS * fraction) / PARTS
 
 
 def confused(logits: torch.Tensor, targets: torch.Tensor) -> NDArray[np.int64]:

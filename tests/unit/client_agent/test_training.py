@@ -187,6 +187,19 @@ def test_evaluation_by_length_agrees_with_one_example_at_a_time(
     assert whole.loss == pytest.approx(sum(one.loss for one in single) / len(single), rel=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 97, 150])
+def test_how_far_an_evaluation_is_tells_no_number_of_examples(
+    model: AdaptedModel, encoder: Encoder, examples: Examples, count: int
+) -> None:
+    """Attack: 64 / 150 in a heartbeat says 150, which no agent of `complete` reports."""
+    told: list[float] = []
+    some = examples.select([i % len(examples) for i in range(count)])
+    assert evaluate(model, encoder, some, told.append).count == count
+    assert set(told) <= {0.0, 0.25, 0.5, 0.75}
+    assert told == sorted(told)
+    assert len(told) == -(-count // 32)
+
+
 def plain_loop(
     model: AdaptedModel, encoder: Encoder, examples: Examples, run: TrainingRun
 ) -> tuple[float, Weights]:
@@ -341,7 +354,7 @@ def test_evaluation_by_window_agrees_with_one_of_everything(
     parts = evaluate(model, encoder, examples, told.append)
     assert (parts.count, parts.correct) == (whole.count, whole.correct)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
-    assert told == [0.0, 7 / 20, 14 / 20]
+    assert told == [0.0, 0.25, 0.5], "7 and 14 of 20, in quarters"
 
 
 def test_pairs_are_framed_and_told_apart_as_the_tokenizer_does(bert_folder: Path) -> None:
