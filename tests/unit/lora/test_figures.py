@@ -89,3 +89,17 @@ def test_sums_that_hide_clients_hold_no_figures():
     noise = ClientNoise(bound=1.0, clip=1.0, multiplier=1.0, honest=3)
     with pytest.raises(DomainError, match="no figures"):
         SumTerms(profile="standard", sketch_columns=6, sketch_rows=9, noise=noise, figures=True)
+
+
+@pytest.mark.parametrize(("size", "found"), [(8, True), (16, False)])
+def test_means_of_changing_cohorts_tell_each_clients_accuracy_and_of_one_cohort_none(size, found):
+    """What the threat model says of them: accuracies that stay are found by least squares, from what is reported."""
+    draw = np.random.default_rng(0)
+    own = draw.uniform(0.6, 0.95, 16)
+    asked = [draw.choice(16, size, replace=False) for _ in range(25)]
+    told = [
+        round(mean_of([Figures(accuracy=own[i], loss=1.0) for i in cohort]).accuracy, 4) for cohort in asked
+    ]
+    parts = np.array([[(i in cohort) / size for i in range(16)] for cohort in asked])
+    guess = np.linalg.lstsq(parts, np.array(told), rcond=None)[0]
+    assert (np.abs(guess - own).max() < 0.05) == found
